@@ -1,0 +1,149 @@
+"""Words to token ids and back: the uncased BERT WordPiece, and the clean-up that the released datasets apply."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer as WordPieceTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from mplug2_fast.config import CLS_TOKEN_ID, PAD_TOKEN_ID, SEP_TOKEN_ID
+from mplug2_fast.errors import ConfigError
+
+PACKAGED_VOCABULARY = Path(__file__).parent / "data" / "bert-base-uncased-vocab.txt"
+
+_SPECIAL_IDS = {"[PAD]": PAD_TOKEN_ID, "[CLS]": CLS_TOKEN_ID, "[SEP]": SEP_TOKEN_ID}
+_OTHER_SPECIALS = ("[UNK]", "[MASK]")
+_REMOVED = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")
+
+
+class Tokenizer:
+    """BERT's uncased WordPiece with mPLUG-2's conventions: [CLS] in front, and no [SEP] unless it is asked for."""
+
+    def __init__(self, vocabulary: Sequence[str]) -> None:
+        """Build from the tokens in the order of their ids.
+
+        Raises:
+            ConfigError: a token is there twice, or a special token is missing or elsewhere than the model expects it.
+        """
+        ids = {token: i for i, token in enumerate(vocabulary)}
+        if len(ids) != len(vocabulary):
+            twice = next(token for i, token in enumerate(vocabulary) if ids[token] != i)
+            raise ConfigError(f"the vocabulary has the token {twice!r} twice: each line must be a token of its own")
+        for token, wanted in _SPECIAL_IDS.items():
+            if ids.get(token) != wanted:
+                where = f"has id {ids[token]}" if token in ids else "is missing"
+                raise ConfigError(
+                    f"the vocabulary is not BERT's: {token} {where}, and the model needs it at id {wanted}"
+                )
+        for token in _OTHER_SPECIALS:
+            if token not in ids:
+                raise ConfigError(f"the vocabulary is not BERT's: {token} is missing")
+        self.vocab_size = len(ids)
+        """Number of tokens, which is the model's `config.text.vocab_size`."""
+        self._tokenizer = WordPieceTokenizer(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100))
+        self._tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        self._tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        self._tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A", special_tokens=[("[CLS]", CLS_TOKEN_ID)]
+        )
+        self._tokenizer.decoder = decoders.WordPiece()
+        self._tokenizer.add_special_tokens([*_SPECIAL_IDS, *_OTHER_SPECIALS])
+
+    @classmethod
+    def from_vocab(cls, path: str | Path | None = None, *, vocab_size: int | None = None) -> Tokenizer:
+        """Read a vocabulary file, one token a line; None reads the bert-base-uncased one that ships.
+
+        Args:
+            path: the file.
+            vocab_size: what the model expects, `config.text.vocab_size`; None does not compare.
+
+        Raises:
+            ConfigError: the file cannot be read, is not a BERT vocabulary, or has another number of tokens.
+        """
+        path = PACKAGED_VOCABULARY if path is None else Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise ConfigError(f"{path}: the vocabulary cannot be read: {reason}") from error
+        try:
+            tokenizer = cls(text.removesuffix("\n").split("\n"))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+        if vocab_size is not None and vocab_size != tokenizer.vocab_size:
+            raise ConfigError(
+                f"{path}: the vocabulary has {tokenizer.vocab_size} tokens and the model has {vocab_size}: "
+                "put the vocab.txt that the model was trained with beside its weights"
+            )
+        return tokenizer
+
+    def encode(self, texts: Sequence[str], max_length: int | None = None, *, end: bool) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, both (len(texts), longest) int64, on the CPU.
+
+        Each row is [CLS], the text's tokens and, with `end`, [SEP]; shorter rows are padded with 0, where the mask
+        is 0 too. A row longer than `max_length`, [CLS] included, loses its last tokens, the [SEP] among them: the
+        released call appends the [SEP] to the text and truncates afterwards. Special tokens that are written out
+        in a text, such as "[SEP]", become the one token that they name.
+        """
+        if max_length is not None and max_length < 1:
+            raise ConfigError(f"max_length must leave room for [CLS], got {max_length}")
+        if not texts:
+            return torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0, dtype=torch.int64)
+        encodings = self._tokenizer.encode_batch([f"{text}[SEP]" if end else text for text in texts])
+        rows = [torch.tensor(encoding.ids[:max_length]) for encoding in encodings]
+        ids = pad_sequence(rows, batch_first=True, padding_value=PAD_TOKEN_ID)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        return ids, mask
+
+    def encode_questions(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and masks of questions as the released test code makes them: cleaned up, not truncated, no [SEP]."""
+        return self.encode([clean_question(question) for question in questions], end=False)
+
+    def encode_answers(self, answers: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and masks of answers as the released code makes them: as they are, ending with [SEP]."""
+        return self.encode(answers, end=True)
+
+    def encode_captions(
+        self, captions: Sequence[str], prompt: str = "", max_length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and masks of captions to train on: cleaned up, `prompt` directly in front, ending with [SEP]."""
+        return self.encode([prompt + clean_caption(caption) for caption in captions], max_length, end=True)
+
+    def decode(self, ids: Iterable[int] | Tensor) -> str:
+        """The text of one sequence of ids.
+
+        Padding (-1 or 0), [CLS] and [SEP] are dropped wherever they stand; as in the released code, a [SEP] does not
+        end the text.
+        """
+        ids = ids.tolist() if isinstance(ids, Tensor) else ids
+        kept = [i for i in ids if i >= 0 and i not in _SPECIAL_IDS.values()]
+        return self._tokenizer.decode(kept, skip_special_tokens=False).strip()
+
+    def decode_caption(self, ids: Iterable[int] | Tensor, prompt: str = "") -> str:
+        """`decode`, and of its text only what follows the last occurrence of `prompt`."""
+        text = self.decode(ids)
+        return text.rpartition(prompt)[2].strip() if prompt else text
+
+
+def clean_question(text: str, max_words: int = 50) -> str:
+    """A question as the released datasets clean it: lower-case, without punctuation, at most `max_words` words.
+
+    Words are what single spaces separate, so a doubled space counts as an empty word, as in the released code.
+    """
+    return _first_words(text.lower().translate(_REMOVED).rstrip(" "), max_words)
+
+
+def clean_caption(text: str, max_words: int = 80) -> str:
+    """A caption as the released datasets clean it: as a question, and runs of white space become one space."""
+    text = text.lower().translate(_REMOVED).replace("<person>", "person")
+    return _first_words(re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" "), max_words)
+
+
+def _first_words(text: str, max_words: int) -> str:
+    return " ".join(text.split(" ")[:max_words])
