@@ -1,0 +1,1 @@
+"""Worked examples: each folder has a README that says what it shows and how to run it."""

@@ -1,0 +1,139 @@
+"""What a clip shows: random scenes, held as one array a property so that a batch is drawn and rendered at once.
+
+The direction of a motion can be read from the order of the frames only. A scene's motion is `amplitude * u`, where the
+time u runs from -1 to 1 and the frames that the model sees lie symmetrically around 0; opposite actions differ in the
+sign of the motion and in nothing else, so they show the same frames in opposite orders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+COLORS = {
+    "red": (0.88, 0.10, 0.10),
+    "orange": (0.98, 0.52, 0.05),
+    "yellow": (0.97, 0.92, 0.12),
+    "green": (0.10, 0.72, 0.16),
+    "cyan": (0.10, 0.85, 0.92),
+    "blue": (0.10, 0.18, 0.92),
+    "purple": (0.62, 0.12, 0.80),
+    "white": (0.98, 0.98, 0.98),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
+ACTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "shrinks", "stays still")
+OPPOSITE = np.array([1, 0, 3, 2, 5, 4, 6])
+"""For each action, the one that plays it backwards."""
+
+_VELOCITY = np.array([(-1, 0), (1, 0), (0, -1), (0, 1), (0, 0), (0, 0), (0, 0)], np.float32)
+_GROWTH = np.array([0, 0, 0, 0, 1, -1, 0], np.float32)
+_REACH = 1.3  # the farthest point of any shape from its centre, in radii
+_WAVES = 5
+_TRAINING, _HELD_OUT = 0, 1
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """n scenes. Lengths are fractions of the image side, x to the right and y downwards."""
+
+    color: np.ndarray
+    """(n,) index into COLORS"""
+    shape: np.ndarray
+    """(n,) index into SHAPES"""
+    action: np.ndarray
+    """(n,) index into ACTIONS"""
+    rgb: np.ndarray
+    """(n, 3) the colour with its variation, 0 to 1"""
+    center: np.ndarray
+    """(n, 2) at u = 0"""
+    radius: np.ndarray
+    """(n,) at u = 0"""
+    velocity: np.ndarray
+    """(n, 2) way from u = 0 to u = 1"""
+    growth: np.ndarray
+    """(n,) log of the radius at u = 1 over that at u = 0"""
+    background_rgb: np.ndarray
+    """(n, 2, 3) the two colours that the background mixes"""
+    ramp: np.ndarray
+    """(n, 2) linear part of the mixture"""
+    wave_vectors: np.ndarray
+    """(n, waves, 2) periods a side"""
+    wave_phases: np.ndarray
+    """(n, waves)"""
+    wave_weights: np.ndarray
+    """(n, waves), 0 for waves that are absent"""
+
+    def __len__(self) -> int:
+        return len(self.color)
+
+    def __getitem__(self, index: int | slice | np.ndarray) -> Scenes:
+        """Some of the scenes; a single index gives a `Scenes` of length 1."""
+        if isinstance(index, int | np.integer):
+            index = slice(index, index + 1)
+        return Scenes(**{f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self)})
+
+    def backwards(self) -> Scenes:
+        """The same scenes with the motion turned round."""
+        return dataclasses.replace(
+            self, action=OPPOSITE[self.action], velocity=-self.velocity, growth=-self.growth
+        )
+
+
+def sample_scenes(rng: np.random.Generator, n: int) -> Scenes:
+    """Draw n scenes: every colour, shape and action equally often."""
+    color, shape, action = (rng.integers(len(names), size=n) for names in (COLORS, SHAPES, ACTIONS))
+
+    def uniform(low: float, high: float, *shape: int) -> np.ndarray:
+        return rng.uniform(low, high, (n, *shape)).astype(np.float32)
+
+    radius = uniform(0.13, 0.18)
+    velocity = uniform(0.18, 0.28, 1) * _VELOCITY[action]
+    growth = uniform(0.4, 0.7) * _GROWTH[action]
+    reach = np.abs(velocity) + (_REACH * radius * np.exp(np.abs(growth)))[:, None]
+    room = np.maximum(0.5 - reach, 0.0)
+    palette = np.array(list(COLORS.values()), np.float32)
+    return Scenes(
+        color=color,
+        shape=shape,
+        action=action,
+        rgb=np.clip(palette[color] + uniform(-0.05, 0.05, 3), 0, 1),
+        center=0.5 + room * uniform(-1, 1, 2),
+        radius=radius,
+        velocity=velocity,
+        growth=growth,
+        **_sample_backgrounds(rng, n),
+    )
+
+
+def _sample_backgrounds(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
+    """Gradients, stripes and textures in muted colours, darker than white and greyer than the shapes."""
+    kind = rng.integers(3, size=n)[:, None]
+    gray = rng.uniform(0.12, 0.55, (n, 2, 1))
+    turn = rng.uniform(0, 2 * np.pi, (n, 1 + _WAVES))
+    direction = np.stack([np.cos(turn), np.sin(turn)], -1)
+    periods = np.where(kind == 1, rng.uniform(2, 7, (n, _WAVES)), rng.uniform(1, 12, (n, _WAVES)))
+    first_only = np.arange(_WAVES) == 0
+    texture = rng.uniform(0.2, 0.8, (n, _WAVES))
+    values = {
+        "background_rgb": np.clip(gray + rng.uniform(-0.09, 0.09, (n, 2, 3)), 0, 1),
+        "ramp": np.where(kind == 0, rng.uniform(1.0, 4.0, (n, 1)), rng.uniform(0, 0.5, (n, 1))) * direction[:, 0],
+        "wave_vectors": periods[..., None] * direction[:, 1:],
+        "wave_phases": rng.uniform(0, 2 * np.pi, (n, _WAVES)),
+        "wave_weights": np.choose(kind, [np.zeros_like(texture), first_only * texture[:, :1] * 4, texture]),
+    }
+    return {name: value.astype(np.float32) for name, value in values.items()}
+
+
+def training_rng(seed: int, step: int) -> np.random.Generator:
+    """The generator of one training step: every step has fresh scenes, none of them held out."""
+    return np.random.default_rng([_TRAINING, seed, step])
+
+
+def held_out_scenes(n: int, first: int = 0) -> Scenes:
+    """The held-out scenes number `first` to `first + n`, from seeds that no training run uses."""
+    scenes = [sample_scenes(np.random.default_rng([_HELD_OUT, first + i]), 1) for i in range(n)]
+    return Scenes(
+        **{f.name: np.concatenate([getattr(s, f.name) for s in scenes]) for f in dataclasses.fields(Scenes)}
+    )
