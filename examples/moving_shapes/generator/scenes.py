@@ -76,9 +76,7 @@ class Scenes:
 
     def backwards(self) -> Scenes:
         """The same scenes with the motion turned round."""
-        return dataclasses.replace(
-            self, action=OPPOSITE[self.action], velocity=-self.velocity, growth=-self.growth
-        )
+        return dataclasses.replace(self, action=OPPOSITE[self.action], velocity=-self.velocity, growth=-self.growth)
 
 
 def sample_scenes(rng: np.random.Generator, n: int) -> Scenes:
@@ -134,6 +132,4 @@ def training_rng(seed: int, step: int) -> np.random.Generator:
 def held_out_scenes(n: int, first: int = 0) -> Scenes:
     """The held-out scenes number `first` to `first + n`, from seeds that no training run uses."""
     scenes = [sample_scenes(np.random.default_rng([_HELD_OUT, first + i]), 1) for i in range(n)]
-    return Scenes(
-        **{f.name: np.concatenate([getattr(s, f.name) for s in scenes]) for f in dataclasses.fields(Scenes)}
-    )
+    return Scenes(**{f.name: np.concatenate([getattr(s, f.name) for s in scenes]) for f in dataclasses.fields(Scenes)})

@@ -1,0 +1,217 @@
+"""Train the tiny model from scratch on moving shapes: captions and answers together, fresh clips at every step.
+
+Run as `python -m examples.moving_shapes.train OUTPUT_FOLDER` from the repository root.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+import mplug2_fast as mf
+from examples.moving_shapes.generator import (
+    QUESTION_KINDS,
+    answer,
+    caption,
+    questions,
+    sample_scenes,
+    training_frames,
+    training_rng,
+    vocabulary,
+)
+from mplug2_fast.ops import preprocess_frames
+from mplug2_fast.text import Tokenizer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights that come out."""
+
+    steps: int = 4000
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.02
+    answer_weight: float = 0.5
+    gradient_clip: float = 1.0
+    local_temporal: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch: each clip with its caption and one question of a random kind."""
+
+    video: Tensor
+    caption: tuple[Tensor, Tensor]
+    question: tuple[Tensor, Tensor]
+    answer: tuple[Tensor, Tensor]
+
+
+def make_tokenizer() -> Tokenizer:
+    return Tokenizer(vocabulary())
+
+
+def make_batch(recipe: Recipe, step: int, tokenizer: Tokenizer, image_size: int = 32) -> Batch:
+    """The batch of one step, a function of the seed and the step only."""
+    rng = training_rng(recipe.seed, step)
+    scenes = sample_scenes(rng, recipe.batch_size)
+    frames = training_frames(scenes, rng, image_size)
+    kinds = [QUESTION_KINDS[k] for k in rng.integers(len(QUESTION_KINDS), size=len(scenes))]
+    asked = [str(rng.choice(questions(scenes, i, kind))) for i, kind in enumerate(kinds)]
+    return Batch(
+        video=as_video(frames),
+        caption=tokenizer.encode_captions([caption(scenes, i) for i in range(len(scenes))]),
+        question=tokenizer.encode_questions(asked),
+        answer=tokenizer.encode_answers([answer(scenes, i, kind) for i, kind in enumerate(kinds)]),
+    )
+
+
+def as_video(frames) -> Tensor:
+    """uint8 frames (B, T, H, W, 3) to the model's input, (B, 3, T, H, W) float32, by the package's own pixel op."""
+    batch, time_, height, width, _ = frames.shape
+    flat = torch.from_numpy(frames).view(batch * time_, height, width, 3)
+    return preprocess_frames(flat, height).view(3, batch, time_, height, width).transpose(0, 1).contiguous()
+
+
+def make_model(recipe: Recipe) -> mf.MPlug2ForQuestionAnswering:
+    """The tiny model with fresh weights."""
+    torch.manual_seed(recipe.seed)
+    config = mf.MPlug2Config.preset("tiny").replace(vocab_size=len(vocabulary()))
+    model = mf.MPlug2ForQuestionAnswering(config)
+    if not recipe.local_temporal:
+        remove_local_temporal(model)
+    return model
+
+
+def remove_local_temporal(model: nn.Module) -> None:
+    """Take out what sees the order of frames: the ablation."""
+    for block in model.visual.blocks:
+        block.temporal1 = block.temporal2 = nn.Identity()
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW without decay on biases and norms; linear warm-up, then a cosine to zero."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
+
+    def factor(step: int) -> float:
+        if step < recipe.warmup_steps:
+            return (step + 1) / recipe.warmup_steps
+        done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * done))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def losses(model: mf.MPlug2ForQuestionAnswering, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The package's captioning and question answering losses, over one encoding of the clips."""
+    image_embeds = model.encode_video(batch.video)
+    n = len(image_embeds)
+    ones = torch.ones(n)
+    caption_loss = model.captioner()(None, *batch.caption, image_embeds=image_embeds)
+    answer_loss = model(
+        None, *batch.question, *batch.answer, torch.ones(n, dtype=torch.int64), ones, image_embeds=image_embeds
+    )
+    return caption_loss, answer_loss
+
+
+class Trainer:
+    """A model, its optimizer, and the number of the next step."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.tokenizer = make_tokenizer()
+        self.model = make_model(recipe).train()
+        self.optimizer, self.schedule = make_optimizer(self.model, recipe)
+        self.step = 0
+
+    def train_step(self) -> tuple[float, float]:
+        """One update. Returns the captioning and the question answering loss before it."""
+        caption_loss, answer_loss = losses(self.model, make_batch(self.recipe, self.step, self.tokenizer))
+        self.optimizer.zero_grad(set_to_none=True)
+        (caption_loss + self.recipe.answer_weight * answer_loss).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.gradient_clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+        return caption_loss.item(), answer_loss.item()
+
+    def save(self, folder: Path) -> None:
+        """config.json, model.safetensors in float16, vocab.txt."""
+        from mplug2_fast.checkpoint import save_pretrained
+
+        save_pretrained(self.model, folder, dtype=torch.float16, vocab=vocabulary())
+
+
+def main(
+    output: Annotated[Path, typer.Argument(help="Folder to write the checkpoint to.")],
+    steps: Annotated[int, typer.Option(help="Number of updates.")] = Recipe.steps,
+    seed: Annotated[int, typer.Option(help="Seed of weights and clips.")] = Recipe.seed,
+    local_temporal: Annotated[
+        bool, typer.Option(help="Without: the ablation, an encoder that cannot see the order of frames.")
+    ] = True,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice if not given.")] = None,
+    log: Annotated[Path | None, typer.Option(help="File for a JSON line every 50 steps.")] = None,
+    save_every: Annotated[int, typer.Option(help="Steps between intermediate saves; 0 saves at the end only.")] = 500,
+) -> None:
+    """Train the tiny model on moving shapes and save it."""
+    if threads:
+        torch.set_num_threads(threads)
+    recipe = Recipe(steps=steps, seed=seed, local_temporal=local_temporal)
+    console = Console(stderr=True)
+    trainer = Trainer(recipe)
+    size = sum(p.numel() for p in trainer.model.parameters())
+    console.print(f"{size / 1e6:.2f}M parameters, {recipe}")
+    started, started_cpu = time.perf_counter(), time.process_time()
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    mean_caption = mean_answer = None
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("", total=steps)
+        for step in range(1, steps + 1):
+            caption_loss, answer_loss = trainer.train_step()
+            if not math.isfinite(caption_loss + answer_loss):
+                console.print(f"[red]the loss is not finite at step {step}: lower the learning rate")
+                raise typer.Exit(1)
+            mean_caption = caption_loss if mean_caption is None else 0.98 * mean_caption + 0.02 * caption_loss
+            mean_answer = answer_loss if mean_answer is None else 0.98 * mean_answer + 0.02 * answer_loss
+            progress.update(bar, advance=1, description=f"captions {mean_caption:.3f}, answers {mean_answer:.3f}")
+            if step % 50 == 0 or step == steps:
+                line = {
+                    "step": step,
+                    "caption_loss": round(mean_caption, 4),
+                    "answer_loss": round(mean_answer, 4),
+                    "seconds": round(time.perf_counter() - started, 1),
+                    "cpu_seconds": round(time.process_time() - started_cpu, 1),
+                }
+                if not console.is_terminal:
+                    console.print_json(json.dumps(line), indent=None)
+                if log:
+                    with log.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+            if step == steps or (save_every and step % save_every == 0):
+                trainer.save(output)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
+    console.print(f"saved {output} after {seconds:.0f} s, {cpu_seconds:.0f} s of CPU time")
+
+
+if __name__ == "__main__":
+    typer.run(main)
