@@ -1,0 +1,83 @@
+"""The native module mplug2_fast._C: loaded when first asked for, and optional."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import traceback
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+_REMEDY = (
+    "Install a C++17 compiler (g++ or clang++) and Python's headers (on Debian and Ubuntu: apt install g++ "
+    "python3-dev), then install mplug2-fast again from its sources with MPLUG2_FAST_NATIVE=required, which stops "
+    "with the full reason if the native module cannot be built."
+)
+
+
+@dataclass(frozen=True)
+class NativeError:
+    """Why mplug2_fast._C is not there."""
+
+    reason: str
+    """One sentence."""
+    remedy: str
+    """What to do about it."""
+    traceback: str
+    """Of the failed import; empty when there is no file to import."""
+
+    def __str__(self) -> str:
+        parts = [f"The native module mplug2_fast._C is not available: {self.reason}", self.remedy, self.traceback]
+        return "\n".join(part for part in parts if part)
+
+
+def native() -> ModuleType | None:
+    """The native module, or None where it is missing: `native_error()` then says why."""
+    return _load()[0]
+
+
+def native_error() -> NativeError | None:
+    """Why the native module is missing, or None where it is there."""
+    return _load()[1]
+
+
+@functools.cache
+def warn_without_native() -> None:
+    """Says once a process that PyTorch does the work of the missing native module."""
+    if error := native_error():
+        warnings.warn(
+            f"mplug2_fast runs on its PyTorch fallbacks, because its native module is missing: {error.reason} "
+            "`mplug2-fast info` tells the remedy.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, NativeError | None]:
+    folder = Path(__file__).parent
+    try:
+        return importlib.import_module("mplug2_fast._C"), None
+    except ImportError as error:
+        trace = traceback.format_exc()
+        built = sorted(file.name for file in folder.glob("_C*.so"))
+        if not built:
+            return None, NativeError(_reason_of_the_build(folder), _REMEDY, "")
+        reason = (
+            f"{', '.join(built)} is installed but cannot be loaded ({error}). Likely causes: it was built for another "
+            "Python version or processor, or libstdc++ or libgomp of this machine is older than the one it was built "
+            "with."
+        )
+        return None, NativeError(reason, _REMEDY, trace)
+
+
+def _reason_of_the_build(folder: Path) -> str:
+    """What the installation left behind about a module that it did not build."""
+    try:
+        report = json.loads((folder / "_native_build.json").read_text())
+    except (OSError, ValueError):
+        return "it was never built here, as in a checkout that was not installed."
+    return report.get("reason") or "it was built, but its file is gone."

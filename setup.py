@@ -1,0 +1,78 @@
+"""Calls CMake for the native module and lists the packages; everything else is in pyproject.toml.
+
+MPLUG2_FAST_NATIVE decides what happens on a machine that cannot build the native module, for want of a compiler,
+CMake or Python's headers: "auto" (the default) installs the package without it, "required" stops the installation,
+"off" never builds it. Native code that does not compile always stops the installation. What was done and why is left
+in a file beside the package's modules, from which `mplug2-fast info` tells it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, SetupError
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """Builds mplug2_fast._C with CMake, or leaves it out where the tools for it are missing."""
+
+    def run(self) -> None:
+        self.missing: str | None = None
+        super().run()
+        package = ROOT / "mplug2_fast" if self.inplace else Path(self.build_lib) / "mplug2_fast"
+        package.mkdir(parents=True, exist_ok=True)
+        report = {"built": self.missing is None, "reason": self.missing, "python": sys.version.split()[0]}
+        (package / "_native_build.json").write_text(json.dumps(report, indent=2) + "\n")
+
+    def build_extension(self, ext: Extension) -> None:
+        policy = os.environ.get("MPLUG2_FAST_NATIVE", "auto")
+        if policy not in ("auto", "required", "off"):
+            raise SetupError(f'MPLUG2_FAST_NATIVE is {policy!r}: it must be "auto", "required" or "off"')
+        build_dir = (Path(self.build_temp) / "cmake").resolve()
+        self.missing = "MPLUG2_FAST_NATIVE was off" if policy == "off" else configure(build_dir)
+        if self.missing and policy == "required":
+            raise SetupError(f"MPLUG2_FAST_NATIVE is required, but the native module cannot be built. {self.missing}")
+        if self.missing:
+            ext.optional = True  # setuptools then does not look for its file
+            line = "*" * 100
+            self.warn(f"\n{line}\nmplug2_fast is installed WITHOUT its native module. {self.missing}\n{line}")
+            return
+        prefix = Path(self.get_ext_fullpath(ext.name)).resolve().parent.parent
+        for arguments in (["--build", build_dir, "--parallel"], ["--install", build_dir, "--prefix", prefix]):
+            if subprocess.run(["cmake", *map(str, arguments)], check=False).returncode:
+                raise CompileError("the native module of mplug2_fast does not build: see CMake's output above")
+
+
+def configure(build_dir: Path) -> str | None:
+    """Configures the native build; the reason when this machine's tools do not suffice."""
+    if shutil.which("cmake") is None:
+        return "CMake is not installed."
+    command = ["cmake", "-S", str(ROOT), "-B", str(build_dir), f"-DPython_EXECUTABLE={sys.executable}", "--fresh"]
+    if shutil.which("ninja"):
+        command += ["-G", "Ninja"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    print(done.stdout, done.stderr, sep="\n")
+    if done.returncode == 0:
+        return None
+    start = done.stderr.find("CMake Error")
+    return "CMake could not configure it: " + " ".join(done.stderr[max(start, 0) :].split())[:600]
+
+
+setup(
+    packages=[
+        *find_packages(include=["mplug2_fast", "mplug2_fast.*"]),
+        "mplug2_fast.kernels",
+        *(f"mplug2_fast.kernels.{name}" for name in find_packages("kernels")),
+    ],
+    ext_modules=[Extension("mplug2_fast._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
