@@ -85,25 +85,32 @@ def as_video(frames) -> Tensor:
 
 
 def make_model(recipe: Recipe) -> mf.MPlug2ForQuestionAnswering:
-    """The tiny model with fresh weights."""
-    torch.manual_seed(recipe.seed)
+    """The tiny model with fresh weights.
+
+    Matrices have the standard deviation that keeps the scale of what they multiply, embeddings 0.02. Local temporal
+    modules start by computing nothing; the ablation leaves them at that, which is the encoder without them.
+    """
+    generator = torch.Generator().manual_seed(recipe.seed)
     config = mf.MPlug2Config.preset("tiny").replace(vocab_size=len(vocabulary()))
     model = mf.MPlug2ForQuestionAnswering(config)
+    for name, weight in model.released_parameters().items():
+        if ".up_proj." in name:
+            weight.zero_()
+        elif name.endswith(("embedding", "embeddings.weight", "latents")):
+            weight.normal_(std=0.02, generator=generator)
+        elif weight.ndim > 1:
+            weight.normal_(std=weight[0].numel() ** -0.5, generator=generator)
     if not recipe.local_temporal:
-        remove_local_temporal(model)
+        for block in model.visual.blocks:
+            block.temporal1.requires_grad_(False)
+            block.temporal2.requires_grad_(False)
     return model
-
-
-def remove_local_temporal(model: nn.Module) -> None:
-    """Take out what sees the order of frames: the ablation."""
-    for block in model.visual.blocks:
-        block.temporal1 = block.temporal2 = nn.Identity()
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
     """AdamW without decay on biases and norms; linear warm-up, then a cosine to zero."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    learned = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in learned if p.ndim > 1], [p for p in learned if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
 

@@ -86,9 +86,9 @@ def sample_scenes(rng: np.random.Generator, n: int) -> Scenes:
     def uniform(low: float, high: float, *shape: int) -> np.ndarray:
         return rng.uniform(low, high, (n, *shape)).astype(np.float32)
 
-    radius = uniform(0.13, 0.18)
-    velocity = uniform(0.18, 0.28, 1) * _VELOCITY[action]
-    growth = uniform(0.4, 0.7) * _GROWTH[action]
+    radius = uniform(0.15, 0.21)
+    velocity = uniform(0.16, 0.25, 1) * _VELOCITY[action]
+    growth = uniform(0.35, 0.6) * _GROWTH[action]
     reach = np.abs(velocity) + (_REACH * radius * np.exp(np.abs(growth)))[:, None]
     room = np.maximum(0.5 - reach, 0.0)
     palette = np.array(list(COLORS.values()), np.float32)
@@ -108,14 +108,14 @@ def sample_scenes(rng: np.random.Generator, n: int) -> Scenes:
 def _sample_backgrounds(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
     """Gradients, stripes and textures in muted colours, darker than white and greyer than the shapes."""
     kind = rng.integers(3, size=n)[:, None]
-    gray = rng.uniform(0.12, 0.55, (n, 2, 1))
+    gray = rng.uniform(0.15, 0.5, (n, 1, 1)) + rng.uniform(-0.1, 0.1, (n, 2, 1))
     turn = rng.uniform(0, 2 * np.pi, (n, 1 + _WAVES))
     direction = np.stack([np.cos(turn), np.sin(turn)], -1)
     periods = np.where(kind == 1, rng.uniform(2, 7, (n, _WAVES)), rng.uniform(1, 12, (n, _WAVES)))
     first_only = np.arange(_WAVES) == 0
     texture = rng.uniform(0.2, 0.8, (n, _WAVES))
     values = {
-        "background_rgb": np.clip(gray + rng.uniform(-0.09, 0.09, (n, 2, 3)), 0, 1),
+        "background_rgb": np.clip(gray + rng.uniform(-0.07, 0.07, (n, 2, 3)), 0, 1),
         "ramp": np.where(kind == 0, rng.uniform(1.0, 4.0, (n, 1)), rng.uniform(0, 0.5, (n, 1))) * direction[:, 0],
         "wave_vectors": periods[..., None] * direction[:, 1:],
         "wave_phases": rng.uniform(0, 2 * np.pi, (n, _WAVES)),

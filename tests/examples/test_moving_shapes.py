@@ -1,0 +1,168 @@
+"""The recipe runs and is deterministic; the tiny model that ships captions clips that it never saw."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import mplug2_fast as mf
+from examples.moving_shapes import evaluate
+from examples.moving_shapes.generator import (
+    ACTIONS,
+    OPPOSITE,
+    QUESTION_KINDS,
+    answer,
+    caption,
+    clip_frames,
+    held_out_scenes,
+    vocabulary,
+)
+from examples.moving_shapes.train import Recipe, Trainer, as_video, losses, make_batch, make_tokenizer
+from mplug2_fast.text import Tokenizer
+
+CLIPS = Path(evaluate.__file__).parent / "clips"
+SHORT = Recipe(steps=3, batch_size=4, warmup_steps=1)
+
+
+def weights(trainer):
+    return {name: value.clone() for name, value in trainer.model.released_parameters().items()}
+
+
+def train(recipe):
+    trainer = Trainer(recipe)
+    history = [trainer.train_step() for _ in range(recipe.steps)]
+    return trainer, history
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model = mf.from_pretrained(evaluate.PACKAGED, task="question_answering")
+    return model, Tokenizer.from_vocab(evaluate.PACKAGED / "vocab.txt", vocab_size=model.config.text.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def bundled(tiny):
+    described = json.loads((CLIPS / "clips.json").read_text())
+    return described, evaluate.load_clips([CLIPS / name for name in described], tiny[0].config)
+
+
+def test_a_batch_holds_what_the_losses_take():
+    tokenizer = make_tokenizer()
+    batch = make_batch(SHORT, 0, tokenizer)
+    assert batch.video.shape == (4, 3, 4, 32, 32)
+    assert batch.video.dtype == torch.float32
+    for ids, mask in (batch.caption, batch.question, batch.answer):
+        assert ids.shape == mask.shape
+        assert len(ids) == 4
+        assert (ids[:, 0] == 101).all()
+        assert 100 not in ids
+    assert (batch.caption[0] == 102).sum() == (batch.answer[0] == 102).sum() == 4
+    assert 102 not in batch.question[0]
+
+
+def test_frames_become_pixels_as_load_video_makes_them(tmp_path):
+    scenes = held_out_scenes(2)
+    paths = evaluate.make_clips(scenes, tmp_path)
+    loaded = torch.stack([mf.load_video(path, num_frames=4, image_size=32) for path in paths])
+    drawn = np.stack([clip_frames(scenes[i])[[1, 5, 9, 13]][:, ::4, ::4] for i in range(2)])
+    assert (loaded - as_video(np.ascontiguousarray(drawn))).abs().mean() < 0.1
+
+
+def test_training_is_deterministic_and_changes_the_weights():
+    (first, history), (second, again) = train(SHORT), train(SHORT)
+    assert history == again
+    assert np.isfinite(history).all()
+    before, after = weights(Trainer(SHORT)), weights(first)
+    for name, value in weights(second).items():
+        assert torch.equal(value, after[name]), name
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert len(changed) > 0.9 * len(after)
+    assert train(dataclasses.replace(SHORT, seed=1))[1] != history
+
+
+def test_fresh_local_temporal_modules_compute_nothing():
+    up = [value for name, value in weights(Trainer(SHORT)).items() if ".up_proj." in name]
+    assert len(up) == 12
+    assert not any(value.any() for value in up)
+
+
+def test_both_tasks_reach_the_shared_weights():
+    trainer = Trainer(SHORT)
+    caption_loss, answer_loss = losses(trainer.model, make_batch(SHORT, 0, trainer.tokenizer))
+    shared = next(p for p in trainer.model.parameters() if p.ndim > 1)
+    for loss in (caption_loss, answer_loss):
+        (gradient,) = torch.autograd.grad(loss, shared, retain_graph=True)
+        assert gradient.abs().max() > 0
+
+
+def test_the_ablation_does_not_see_the_order_of_frames():
+    video = make_batch(SHORT, 0, make_tokenizer()).video
+    with_order, without = (train(dataclasses.replace(SHORT, local_temporal=on))[0].model.eval() for on in (True, False))
+    with torch.no_grad():
+        for model, sees in ((with_order, True), (without, False)):
+            first, last = (model.encode_video(v).view(4, -1, 128)[:, 1:] for v in (video, video.flip(2)))
+            last = last.view(4, 4, 16, 128).flip(1).flatten(1, 2)
+            assert ((first - last).abs().max() > 1e-4) == sees
+
+
+def test_scores():
+    scenes = held_out_scenes(30, 300)
+    n = len(scenes)
+    right = [caption(scenes, i) for i in range(n)]
+    answers = {kind: [answer(scenes, i, kind) for i in range(n)] for kind in QUESTION_KINDS}
+    assert set(evaluate.score(scenes, right, answers).values()) == {n, 1.0}
+    backwards = scenes.backwards()
+    result = evaluate.score(scenes, [caption(backwards, i) for i in range(n)], {**answers, "color": ["gray"] * n})
+    still = np.mean([OPPOSITE[a] == a for a in scenes.action])
+    assert result["captions"] == pytest.approx(still)
+    assert (result["axis"], result["direction"]) == (1, 0)
+    assert (result["answers_color"], result["answers"]) == (0, 0.75)
+    assert len(ACTIONS) == 7
+
+
+def test_the_checkpoint_that_ships_is_small_and_has_the_recipe_s_vocabulary(tiny):
+    assert sum(file.stat().st_size for file in evaluate.PACKAGED.iterdir()) <= 6_000_000
+    assert (evaluate.PACKAGED / "vocab.txt").read_text().split("\n")[:-1] == vocabulary()
+    assert tiny[0].config == mf.MPlug2Config.preset("tiny")
+
+
+def test_the_tiny_model_captions_bundled_clips(tiny, bundled):
+    described, videos = bundled
+    assert len(described) >= 4
+    assert evaluate.generate_captions(*tiny, videos) == [clip["caption"] for clip in described.values()]
+
+
+def test_the_tiny_model_answers_questions_about_bundled_clips(tiny, bundled):
+    described, videos = bundled
+    asked = [(i, *pair) for i, clip in enumerate(described.values()) for pair in clip["questions"].items()]
+    which, ways, right = zip(*asked, strict=True)
+    assert evaluate.generate_answers(*tiny, videos[list(which)], list(ways)) == list(right)
+
+
+def test_bundled_clips_played_backwards_move_the_other_way(tiny, bundled):
+    """The model sees the order of the frames: nothing else tells the direction."""
+    described, videos = bundled
+    scenes = [held_out_scenes(1, clip["scene"]).backwards() for clip in described.values()]
+    assert evaluate.generate_captions(*tiny, videos.flip(2)) == [caption(scene, 0) for scene in scenes]
+
+
+def test_held_out_scores(tiny, tmp_path):
+    scenes = held_out_scenes(60, evaluate.FIRST_HELD_OUT)
+    videos = evaluate.load_clips(evaluate.make_clips(scenes, tmp_path), tiny[0].config)
+    captions = evaluate.generate_captions(*tiny, videos)
+    assert sum(captions[i] == caption(scenes, i) for i in range(60)) >= 54
+
+
+def test_the_stored_results_meet_the_bars():
+    results = json.loads((Path(evaluate.__file__).parent / "results.json").read_text())
+    assert results["tiny"]["clips"] >= 500
+    assert results["tiny"]["captions"] >= 0.95
+    assert results["tiny"]["answers"] >= 0.95
+    ablation = results["no_local_temporal"]
+    assert ablation["axis"] > 0.9
+    assert abs(ablation["direction"] - 0.5) < 0.08
