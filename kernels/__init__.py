@@ -1,0 +1,1 @@
+"""Triton kernels, installed as `mplug2_fast.kernels`."""

@@ -1,0 +1,50 @@
+"""mPLUG-2, fast: caption video files and answer questions about them.
+
+Importing the package needs torch and numpy; everything else is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mplug2_fast import kernels, nn, ops, reference
+    from mplug2_fast.checkpoint import from_pretrained, load_released, released_state_dict
+    from mplug2_fast.config import MPlug2Config
+    from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error, VideoError
+    from mplug2_fast.model import GenerationOutput, MPlug2ForCaptioning, MPlug2ForQuestionAnswering
+    from mplug2_fast.video import load_video
+
+# The public names, each with the module that it is imported from when it is first asked for.
+_EXPORTS = {
+    "MPlug2Config": "mplug2_fast.config",
+    "MPlug2Error": "mplug2_fast.errors",
+    "ConfigError": "mplug2_fast.errors",
+    "CheckpointError": "mplug2_fast.errors",
+    "VideoError": "mplug2_fast.errors",
+    "MPlug2ForCaptioning": "mplug2_fast.model",
+    "MPlug2ForQuestionAnswering": "mplug2_fast.model",
+    "GenerationOutput": "mplug2_fast.model",
+    "load_released": "mplug2_fast.checkpoint",
+    "released_state_dict": "mplug2_fast.checkpoint",
+    "from_pretrained": "mplug2_fast.checkpoint",
+    "load_video": "mplug2_fast.video",
+}
+_MODULES = ("kernels", "nn", "ops", "reference")
+
+__all__ = [*_EXPORTS, *_MODULES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"mplug2_fast.{name}")
+    raise AttributeError(f"module 'mplug2_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,276 @@
+"""Sizes and defaults of an mPLUG-2 model, read from the released files or taken from a preset."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mplug2_fast.errors import ConfigError
+
+Task = Literal["captioning", "question_answering"]
+TASKS: tuple[Task, ...] = ("captioning", "question_answering")
+
+CLS_TOKEN_ID = 101
+SEP_TOKEN_ID = 102
+PAD_TOKEN_ID = 0
+
+# The CLIP towers that the released configurations name: (width, layers, patch size).
+CLIP_TOWERS = {"ViT-L-14": (1024, 24, 14), "ViT-B-16": (768, 12, 16)}
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision encoder: a CLIP image tower with two local temporal modules a block."""
+
+    width: int = 1024
+    layers: int = 24
+    patch_size: int = 14
+    image_size: int = 224
+    num_frames: int = 16
+    head_dim: int = 64
+    mlp_ratio: int = 4
+    temporal_kernel_size: int = 3
+    temporal_reduction: int = 2
+    temporal_downsampling: bool = False
+    temporal_stride: int = 2
+    layer_norm_eps: float = 1e-5
+
+    @property
+    def num_heads(self) -> int:
+        return self.width // self.head_dim
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one frame, L."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def output_frames(self, num_frames: int) -> int:
+        """Frames that the encoder works on when it is given `num_frames`."""
+        return (num_frames - 1) // self.temporal_stride + 1 if self.temporal_downsampling else num_frames
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The BERT layers: text encoder with its universal layers, fusion encoder, decoder."""
+
+    hidden_size: int = 1024
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    vocab_size: int = 30522
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    initializer_range: float = 0.02
+    stored_layers: int = 24
+    """Layers that a checkpoint stores in the fusion encoder; the last `fusion_layers` of them run."""
+    text_encoder_layers: int = 24
+    num_uni_layer: int = 2
+    num_latents: int = 50
+    fusion_layers: int = 6
+    stride_layer: int = 1000
+    text_decode_layers: int = 12
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Defaults of `generate`. A length of None means the released default of the task."""
+
+    num_beams: int = 5
+    min_length: int | None = None
+    max_length: int | None = None
+    prompt: str = ""
+    prompt_length: int | None = None
+    """Tokens of the prompt, [CLS] not counted, which training does not learn. None counts its words."""
+
+    def __post_init__(self) -> None:
+        if self.prompt_length is None:
+            object.__setattr__(self, "prompt_length", len(self.prompt.split()))
+
+    def lengths(self, task: Task) -> tuple[int, int]:
+        """(min_length, max_length) of `task`, in tokens after [CLS]."""
+        low, high = (4, 20) if task == "captioning" else (1, 10)
+        return (
+            low if self.min_length is None else self.min_length,
+            high if self.max_length is None else self.max_length,
+        )
+
+
+@dataclass(frozen=True)
+class MPlug2Config:
+    """Everything that decides the shapes of an mPLUG-2 model, and its generation defaults.
+
+    Raises `ConfigError` for sizes that no model can have.
+    """
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    def __post_init__(self) -> None:
+        vision, text = self.vision, self.text
+        for part in (vision, text):
+            for f in dataclasses.fields(part):
+                value = getattr(part, f.name)
+                if f.type == "int" and (not isinstance(value, int) or value < 1):
+                    raise ConfigError(f"{type(part).__name__}.{f.name} must be a positive whole number, got {value!r}")
+        if vision.width % vision.head_dim:
+            raise ConfigError(
+                f"the vision width {vision.width} is not a multiple of the head dimension {vision.head_dim}"
+            )
+        if text.hidden_size % text.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size {text.hidden_size} is not a multiple of num_attention_heads {text.num_attention_heads}"
+            )
+        if vision.image_size % vision.patch_size:
+            raise ConfigError(
+                f"image_size {vision.image_size} is not a multiple of the patch size {vision.patch_size}: "
+                f"use {vision.image_size // vision.patch_size * vision.patch_size}"
+            )
+        if vision.temporal_kernel_size % 2 == 0:
+            raise ConfigError(f"temporal_kernel_size must be odd, got {vision.temporal_kernel_size}")
+        if text.num_uni_layer != 2:
+            raise ConfigError(
+                f"num_uni_layer {text.num_uni_layer} is not known: mPLUG-2 has a first and a last universal layer"
+            )
+        if text.text_encoder_layers < text.num_uni_layer:
+            raise ConfigError(
+                f"text_encoder_layers {text.text_encoder_layers} includes the num_uni_layer "
+                f"{text.num_uni_layer} universal layers and cannot be smaller"
+            )
+        if text.fusion_layers > text.stored_layers:
+            raise ConfigError(
+                f"fusion_layers {text.fusion_layers} is more than the stored layers {text.stored_layers}"
+            )
+        if text.num_uni_layer > text.text_decode_layers:
+            raise ConfigError(
+                f"text_decode_layers {text.text_decode_layers} is less than num_uni_layer {text.num_uni_layer}"
+            )
+
+    @classmethod
+    def from_released(
+        cls,
+        *,
+        bert: Mapping[str, Any],
+        model: Mapping[str, Any] | None = None,
+        clip: Mapping[str, Any] | None = None,
+    ) -> MPlug2Config:
+        """Read the released files: `config_bert*.json`, the task's YAML, and the CLIP sizes.
+
+        Args:
+            bert: the BERT JSON.
+            model: the YAML fields; absent ones have the released default.
+            clip: `width`, `layers` and `patch` of the image tower. None takes them from the YAML's `clip_name`.
+        """
+        model = dict(model or {})
+        if clip is None:
+            name = model.get("clip_name", "ViT-L-14")
+            if name not in CLIP_TOWERS:
+                raise ConfigError(
+                    f"clip_name {name!r} is not one of {', '.join(CLIP_TOWERS)}: pass clip={{'width', 'layers', 'patch'}}"
+                )
+            clip = dict(zip(("width", "layers", "patch"), CLIP_TOWERS[name], strict=True))
+        missing = [key for key in ("width", "layers", "patch") if key not in clip]
+        if missing:
+            raise ConfigError(f"clip lacks {', '.join(missing)}")
+        names = {f.name for f in dataclasses.fields(TextConfig)}
+        text = {key: value for key, value in bert.items() if key in names}
+        text["stored_layers"] = bert.get("num_hidden_layers", TextConfig.stored_layers)
+        return cls(
+            VisionConfig(
+                width=clip["width"],
+                layers=clip["layers"],
+                patch_size=clip["patch"],
+                image_size=model.get("image_res", 224),
+                num_frames=model.get("model_num_frames", 16),
+                temporal_downsampling=bool(model.get("temporal_downsampling", False)),
+                temporal_stride=model.get("temporal_stride", 2),
+            ),
+            TextConfig(**text),
+            GenerationConfig(
+                num_beams=model.get("beam_size", 5),
+                min_length=model.get("min_length"),
+                max_length=model.get("max_length"),
+                prompt=model.get("prompt", ""),
+                prompt_length=model.get("prompt_length"),
+            ),
+        )
+
+    @classmethod
+    def preset(cls, name: str) -> MPlug2Config:
+        """`"large"` and `"base"` are the released sizes; `"tiny"` is the size of the model that ships."""
+        presets = {"large": _LARGE, "base": _BASE, "tiny": _TINY}
+        if name not in presets:
+            raise ConfigError(f"no preset {name!r}: choose one of {', '.join(presets)}")
+        return cls(*presets[name])
+
+    def replace(self, **changes: Any) -> MPlug2Config:
+        """A copy with fields changed; each name is looked up in the vision, text and generation parts."""
+        parts = {}
+        for part in ("vision", "text", "generation"):
+            names = {f.name for f in dataclasses.fields(getattr(self, part))}
+            mine = {key: changes.pop(key) for key in list(changes) if key in names}
+            parts[part] = dataclasses.replace(getattr(self, part), **mine)
+        if changes:
+            raise ConfigError(f"no such configuration field: {', '.join(changes)}")
+        return MPlug2Config(**parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dicts of plain values, as `config.json` stores them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MPlug2Config:
+        """The inverse of `to_dict`. Raises `ConfigError` for unknown fields."""
+        kinds = {"vision": VisionConfig, "text": TextConfig, "generation": GenerationConfig}
+        unknown = set(values) - set(kinds)
+        parts = {}
+        for part, kind in kinds.items():
+            known = {f.name for f in dataclasses.fields(kind)}
+            given = values.get(part, {})
+            unknown |= {f"{part}.{key}" for key in given if key not in known}
+            parts[part] = {key: value for key, value in given.items() if key in known}
+        if unknown:
+            raise ConfigError(f"unknown configuration fields: {', '.join(sorted(unknown))}")
+        return cls(**{part: kind(**parts[part]) for part, kind in kinds.items()})
+
+
+_LARGE = (VisionConfig(), TextConfig(), GenerationConfig(prompt="a video of"))
+_BASE = (
+    VisionConfig(width=768, layers=12, patch_size=16),
+    TextConfig(
+        hidden_size=768,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        stored_layers=12,
+        text_encoder_layers=12,
+        fusion_layers=3,
+        stride_layer=100,
+    ),
+    GenerationConfig(prompt="a video of"),
+)
+_TINY = (
+    VisionConfig(width=128, layers=3, patch_size=8, image_size=32, num_frames=4),
+    TextConfig(
+        hidden_size=128,
+        num_attention_heads=2,
+        intermediate_size=256,
+        vocab_size=256,
+        max_position_embeddings=32,
+        stored_layers=2,
+        text_encoder_layers=3,
+        fusion_layers=2,
+        text_decode_layers=2,
+        num_latents=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    ),
+    GenerationConfig(min_length=1, max_length=12),
+)

@@ -1,0 +1,69 @@
+"""Beam search on the device: fixed shapes, finished videos masked, beams reordered by index."""
+
+from __future__ import annotations
+
+import torch
+
+from mplug2_fast.config import CLS_TOKEN_ID, SEP_TOKEN_ID
+from mplug2_fast.model.decoder import Memory, TextDecoder
+from mplug2_fast.ops.beam_step import beam_step
+from mplug2_fast.outputs import GenerationOutput
+
+# Steps between two looks at whether all videos are done; each look makes the host wait for the device.
+_STEPS_BETWEEN_TESTS = {"cpu": 1}
+_DEFAULT_STEPS_BETWEEN_TESTS = 4
+
+
+@torch.no_grad()
+def beam_search(
+    decoder: TextDecoder,
+    memory: Memory,
+    *,
+    num_beams: int,
+    min_length: int,
+    max_length: int,
+    num_return: int,
+) -> GenerationOutput:
+    """The released search: a beam that produced the end token is stored as a hypothesis and goes on; when the best beam
+    produced it, or at the last step, all beams of that video are stored and the video is done.
+
+    Args:
+        memory: of `(batch, ...)` videos. min_length, max_length: tokens after [CLS], the end token included.
+    """
+    batch, device = memory.keys[0].shape[0], memory.keys[0].device
+    every = _STEPS_BETWEEN_TESTS.get(device.type, _DEFAULT_STEPS_BETWEEN_TESTS)
+    cache = decoder.new_cache(batch, num_beams, max_length)
+    first_rows = torch.arange(batch, device=device)[:, None] * num_beams
+
+    sequences = torch.full((batch, num_beams, max_length + 1), -1, dtype=torch.long, device=device)
+    sequences[:, :, 0] = CLS_TOKEN_ID
+    cumulative = torch.full((batch, num_beams), -torch.inf, device=device)
+    cumulative[:, 0] = 0.0  # all beams start alike: only the first may be extended
+    done = torch.zeros(batch, dtype=torch.bool, device=device)
+    best_sequences = sequences.new_full((batch, num_return, max_length + 1), -1)
+    best_scores = cumulative.new_full((batch, num_return), -torch.inf)
+
+    for step in range(max_length):
+        logits = decoder.step(sequences[:, :, step], step, cache, memory)
+        scores, cumulative, origin, tokens = beam_step(
+            logits, cumulative, step=step, min_length=min_length, end_token_id=SEP_TOKEN_ID
+        )
+        sequences = sequences.gather(1, origin[:, :, None].expand_as(sequences))
+        sequences[:, :, step + 1] = tokens
+
+        last = step + 1 == max_length
+        ended = tokens == SEP_TOKEN_ID
+        now_done = torch.ones_like(done) if last else ended[:, 0]
+        stored = (ended | now_done[:, None]) & ~done[:, None]
+        candidates = torch.cat([best_scores, scores.masked_fill(~stored, -torch.inf)], dim=1)
+        best_scores, picks = candidates.topk(num_return, dim=1)
+        candidates = torch.cat([best_sequences, sequences], dim=1)
+        best_sequences = candidates.gather(1, picks[:, :, None].expand(-1, -1, max_length + 1))
+        done = done | now_done
+        if last or ((step + 1) % every == 0 and bool(done.all())):
+            break
+        cache.reorder((first_rows + origin).flatten(), step + 1)
+
+    best_sequences = best_sequences.masked_fill(best_scores[:, :, None].isneginf(), -1)
+    length = int((best_sequences != -1).any(dim=1).any(dim=0).sum())
+    return GenerationOutput(best_sequences[:, :, :length], best_scores)

@@ -1,0 +1,66 @@
+"""BERT embeddings and layers, post-norm, batch-first, with fused projections."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mplug2_fast.config import TextConfig
+from mplug2_fast.nn import MLP, CrossAttention, SelfAttention
+
+
+class BertEmbeddings(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = config.hidden_dropout_prob
+
+    def forward(self, input_ids: Tensor, start: int = 0) -> Tensor:
+        """input_ids `(..., tokens)`, at positions from `start` on, to `(..., tokens, hidden)`."""
+        constant = self.position.weight[start : start + input_ids.shape[-1]] + self.token_type.weight[0]
+        return F.dropout(self.norm(self.word(input_ids) + constant), self.dropout, self.training)
+
+
+class BertLayer(nn.Module):
+    """Self-attention, cross-attention where there is a memory, FFN; each with residual and layer norm."""
+
+    def __init__(self, config: TextConfig, *, cross_attention: bool) -> None:
+        super().__init__()
+        dim, heads, eps = config.hidden_size, config.num_attention_heads, config.layer_norm_eps
+        self.dropout = config.hidden_dropout_prob
+        self.attention = SelfAttention(dim, heads, config.attention_probs_dropout_prob)
+        self.attention_norm = nn.LayerNorm(dim, eps=eps)
+        if cross_attention:
+            self.cross = CrossAttention(dim, heads, config.attention_probs_dropout_prob)
+            self.cross_norm = nn.LayerNorm(dim, eps=eps)
+        self.mlp = MLP(dim, config.intermediate_size, "gelu")
+        self.mlp_norm = nn.LayerNorm(dim, eps=eps)
+
+    def add(self, x: Tensor, update: Tensor) -> Tensor:
+        """x plus the update, which is dropped out when training."""
+        return x + F.dropout(update, self.dropout, self.training)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        if self.training and self.dropout > 0:
+            return self.mlp_norm(self.add(x, self.mlp(x)))
+        return self.mlp_norm(self.mlp(x, residual=True))
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        causal: bool = False,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+    ) -> Tensor:
+        """x `(batch, tokens, hidden)`; masks `(batch, keys)`, nonzero for tokens."""
+        update = self.attention(x, key_padding_mask=key_padding_mask, causal=causal)
+        x = self.attention_norm(self.add(x, update))
+        if memory is not None:
+            x = self.cross_norm(self.add(x, self.cross(x, memory, key_padding_mask=memory_mask)))
+        return self.feed_forward(x)

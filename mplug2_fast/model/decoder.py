@@ -1,0 +1,137 @@
+"""The text decoder: whole sequences for training and ranking, single cached steps for generation.
+
+The keys and values of the memory are computed once a video and shared by all sequences of that video, be they beams or
+candidate answers: those stand side by side on an axis of their own, `(batch, sequences, tokens, channels)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mplug2_fast.config import TextConfig
+from mplug2_fast.model.bert import BertEmbeddings, BertLayer
+from mplug2_fast.ops.attention import attention, beam_attention
+from mplug2_fast.ops.linear_act import linear_act
+
+
+@dataclass
+class Memory:
+    """What the decoder attends to.
+
+    Attributes:
+        keys, values: one a layer, `(batch, heads, tokens, head_dim)`, contiguous.
+        mask: `(batch, tokens)`, nonzero for tokens, or None where nothing is padding.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    mask: Tensor | None
+
+    def select(self, index: Tensor) -> Memory:
+        """The memory of the videos `index`, one a row."""
+        mask = None if self.mask is None else self.mask[index]
+        return Memory([k[index] for k in self.keys], [v[index] for v in self.values], mask)
+
+
+class SelfAttentionCache:
+    """Keys and values of the tokens so far: `(layers, 2, batch·beams, heads, max_length, head_dim)`."""
+
+    def __init__(self, layers: int, rows: int, heads: int, max_length: int, head_dim: int, like: Tensor) -> None:
+        self.states = like.new_empty(layers, 2, rows, heads, max_length, head_dim)
+
+    def append(self, layer: int, step: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores key and value `(rows, heads, head_dim)` of `step`; returns those of all steps, `(rows, heads, step+1, head_dim)`."""
+        self.states[layer, 0, :, :, step] = key
+        self.states[layer, 1, :, :, step] = value
+        return self.states[layer, 0, :, :, : step + 1], self.states[layer, 1, :, :, : step + 1]
+
+    def reorder(self, rows: Tensor, length: int) -> None:
+        """Row i takes the first `length` steps of row `rows[i]`."""
+        self.states[:, :, :, :, :length] = self.states[:, :, rows, :, :length]
+
+
+class TextDecoder(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = BertEmbeddings(config)
+        self.layers = nn.ModuleList([BertLayer(config, cross_attention=True) for _ in range(config.text_decode_layers)])
+        self.head = nn.Linear(config.hidden_size, config.hidden_size)
+        self.head_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.head_bias = nn.Parameter(torch.empty(config.vocab_size))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states `(..., D)` to scores of the words `(..., vocabulary)`; the output embeddings are the input's."""
+        x = self.head_norm(linear_act(x, self.head.weight, self.head.bias, "gelu"))
+        return linear_act(x, self.embeddings.word.weight, self.head_bias)
+
+    def remember(self, memory: Tensor, mask: Tensor | None = None) -> Memory:
+        """memory `(batch, tokens, D)` and its padding mask to the keys and values of every layer."""
+        keys, values = [], []
+        for layer in self.layers:
+            key, value = layer.cross.project_memory(memory)
+            keys.append(key.transpose(1, 2).contiguous())
+            values.append(value.transpose(1, 2).contiguous())
+        return Memory(keys, values, mask)
+
+    def _attend(self, layer: BertLayer, x: Tensor, memory: Memory, index: int) -> Tensor:
+        """Cross-attention sub-layer for x `(batch, sequences, tokens, D)`."""
+        cross = layer.cross
+        query = cross.project_query(x.flatten(1, 2))
+        key, value = memory.keys[index], memory.values[index]
+        if self.training and cross.dropout > 0:
+            context = attention(
+                query,
+                key.transpose(1, 2),
+                value.transpose(1, 2),
+                key_padding_mask=memory.mask,
+                dropout_p=cross.dropout,
+            )
+        else:
+            context = beam_attention(query, key, value, key_padding_mask=memory.mask)
+        update = linear_act(context, cross.out.weight, cross.out.bias).view(x.shape)
+        return layer.cross_norm(layer.add(x, update))
+
+    def forward(self, input_ids: Tensor, mask: Tensor, memory: Memory) -> Tensor:
+        """Teacher forcing.
+
+        Args:
+            input_ids, mask: `(batch, sequences, tokens)`; all sequences of a row of the batch see the same memory.
+
+        Returns hidden states `(batch, sequences, tokens, D)`.
+        """
+        x = self.embeddings(input_ids)
+        for index, layer in enumerate(self.layers):
+            update = layer.attention(x, key_padding_mask=mask.flatten(0, 1), causal=True)
+            x = layer.attention_norm(layer.add(x, update))
+            x = self._attend(layer, x, memory, index)
+            x = layer.feed_forward(x)
+        return x
+
+    def new_cache(self, batch: int, beams: int, max_length: int) -> SelfAttentionCache:
+        config = self.config
+        return SelfAttentionCache(
+            len(self.layers),
+            batch * beams,
+            config.num_attention_heads,
+            max_length,
+            config.head_dim,
+            like=self.embeddings.word.weight,
+        )
+
+    def step(self, tokens: Tensor, step: int, cache: SelfAttentionCache, memory: Memory) -> Tensor:
+        """Logits `(batch, beams, vocabulary)` after the newest tokens `(batch, beams)`, those of position `step`."""
+        x = self.embeddings(tokens[..., None], start=step)  # (batch, beams, 1, D)
+        for index, layer in enumerate(self.layers):
+            query, key, value = layer.attention.project(x.flatten(0, 2))
+            keys, values = cache.append(index, step, key, value)
+            context = F.scaled_dot_product_attention(query[:, :, None], keys, values).flatten(1)
+            update = linear_act(context, layer.attention.out.weight, layer.attention.out.bias).view(x.shape)
+            x = layer.attention_norm(x + update)
+            x = self._attend(layer, x, memory, index)
+            x = layer.feed_forward(x)
+        return self.logits(x[:, :, 0])

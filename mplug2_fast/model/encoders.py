@@ -1,0 +1,72 @@
+"""Universal layers, text encoder and fusion encoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mplug2_fast.config import TextConfig
+from mplug2_fast.model.bert import BertEmbeddings, BertLayer
+
+
+class UniversalLayers(nn.Module):
+    """The layers that text and video share: for a video, into learned latents and back onto all tokens."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.empty(config.num_latents, config.hidden_size))
+        self.first = BertLayer(config, cross_attention=True)
+        self.last = BertLayer(config, cross_attention=True)
+
+    def forward(self, visual: Tensor) -> Tensor:
+        """Visual tokens `(B, S, D)` to `(B, S, D)`."""
+        # Until they meet the video the latents are the same for all videos: their self-attention is done once.
+        first = self.first
+        latents = self.latents[None]
+        latents = first.attention_norm(first.add(latents, first.attention(latents)))
+        latents = latents.expand(visual.shape[0], -1, -1)
+        latents = first.cross_norm(first.add(latents, first.cross(latents, visual)))
+        return self.last(visual, memory=first.feed_forward(latents))
+
+
+class TextEncoder(nn.Module):
+    """Embeddings and text-only layers; the universal layers follow as plain self-attention layers."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.embeddings = BertEmbeddings(config)
+        self.layers = nn.ModuleList(
+            [BertLayer(config, cross_attention=False) for _ in range(config.text_encoder_layers - config.num_uni_layer)]
+        )
+
+    def forward(self, input_ids: Tensor, mask: Tensor, universal: UniversalLayers) -> Tensor:
+        """input_ids and mask `(B, tokens)` to `(B, tokens, D)`."""
+        x = self.embeddings(input_ids)
+        for layer in (*self.layers, universal.first, universal.last):
+            x = layer(x, key_padding_mask=mask)
+        return x
+
+
+class FusionEncoder(nn.Module):
+    """Text meets video: cross-attention layers, and every `stride_layer` a connected layer over both together."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.stride = config.stride_layer
+        self.layers = nn.ModuleList([BertLayer(config, cross_attention=True) for _ in range(config.fusion_layers)])
+
+    def connected(self, n: int) -> bool:
+        """Whether layer n, from 0, attends over [visual; text] together (mPLUG's cross-modal skip-connection)."""
+        return n > 0 and n % self.stride == 0
+
+    def forward(self, text: Tensor, text_mask: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """text `(B, tokens, D)`, its mask `(B, tokens)`, visual `(B, S, D)`, all of it seen. Returns (visual, text)."""
+        split = visual.shape[1]
+        for n, layer in enumerate(self.layers):
+            if self.connected(n):
+                both_mask = torch.cat([text_mask.new_ones(visual.shape[:2]), text_mask], dim=1)
+                both = layer(torch.cat([visual, text], dim=1), key_padding_mask=both_mask)
+                visual, text = visual + both[:, :split], both[:, split:]
+            else:
+                text = layer(text, key_padding_mask=text_mask, memory=visual)
+        return visual, text

@@ -1,0 +1,303 @@
+"""mPLUG-2 for captioning and for question answering."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mplug2_fast.config import CLS_TOKEN_ID, PAD_TOKEN_ID, MPlug2Config, Task
+from mplug2_fast.model import released
+from mplug2_fast.model.beam_search import beam_search
+from mplug2_fast.model.decoder import Memory, TextDecoder
+from mplug2_fast.model.encoders import FusionEncoder, TextEncoder, UniversalLayers
+from mplug2_fast.model.vision import VisionTransformer
+from mplug2_fast.ops.linear_act import linear_act
+from mplug2_fast.outputs import GenerationOutput
+
+
+class _MPlug2(nn.Module):
+    """What both tasks share: the video side, the decoder, generation.
+
+    Args:
+        config: sizes. device, dtype: of the parameters; `device="meta"` allocates nothing.
+    """
+
+    task: Task
+
+    def __init__(
+        self, config: MPlug2Config, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        text = config.text
+        device = torch.get_default_device() if device is None else torch.device(device)
+        with torch.device("meta"):
+            self.visual = VisionTransformer(config.vision)
+            self.visual_projection = self.visual_projection_norm = None
+            if config.vision.width != text.hidden_size:
+                self.visual_projection = nn.Linear(config.vision.width, text.hidden_size)
+                self.visual_projection_norm = nn.LayerNorm(text.hidden_size, eps=1e-12)
+            self.visual_norm = nn.LayerNorm(text.hidden_size, eps=1e-12)
+            self.universal = UniversalLayers(text)
+            if self.task == "question_answering":
+                self.text = TextEncoder(text)
+                self.fusion = FusionEncoder(text)
+            self.decoder = TextDecoder(text)
+        self.to(dtype=dtype or torch.get_default_dtype())
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Fresh weights: normal with `initializer_range`, norms at one, biases at zero, temporal modules the identity."""
+        std = self.config.text.initializer_range
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim > 1 or "embedding" in name:
+                    parameter.normal_(std=std)
+                else:
+                    parameter.zero_()
+            if isinstance(module, nn.LayerNorm):
+                module.weight.fill_(1.0)
+        for block in self.visual.blocks:
+            for temporal in (block.temporal1, block.temporal2):
+                temporal.reset_parameters()
+
+    def set_dropout(self, p: float) -> None:
+        """Sets every dropout probability of the text layers, 0.1 in the released configuration."""
+        for module in self.modules():
+            if hasattr(module, "dropout"):
+                module.dropout = p
+        self.dropout = p
+
+    dropout: float | None = None
+
+    def _drop(self, x: Tensor) -> Tensor:
+        p = self.config.text.hidden_dropout_prob if self.dropout is None else self.dropout
+        return F.dropout(x, p, self.training)
+
+    def released_parameters(self) -> dict[str, Tensor]:
+        """Released key to a view into this model's parameters, detached: for exactly the keys that the task uses."""
+        return dict(released.model(self, Tensor.detach))
+
+    def released_gradients(self) -> dict[str, Tensor]:
+        """Released key to a view of the gradient. Every parameter must have one."""
+        return dict(released.model(self, lambda parameter: parameter.grad))
+
+    def encode_visual(self, video: Tensor) -> Tensor:
+        """Video `(B, 3, T, H, W)` to the vision encoder's tokens `(B, S, D)`, brought to the BERT width."""
+        x = self.visual(video)
+        if self.visual_projection is not None:
+            x = linear_act(x, self.visual_projection.weight, self.visual_projection.bias)
+            x = self._drop(self.visual_projection_norm(x))
+        return x
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        """Video `(B, 3, T, H, W)`, normalised, any floating dtype, to image_embeds `(B, S, D)`, S = 1 + T'·L."""
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise ValueError(f"video must be (batch, 3, frames, height, width), got {tuple(video.shape)}")
+        x = self.encode_visual(video)
+        return self._drop(self.visual_norm(x + self.universal(x)))
+
+    def _embeds(self, video: Tensor | None, image_embeds: Tensor | None) -> Tensor:
+        if (video is None) == (image_embeds is None):
+            raise ValueError("give either video or image_embeds")
+        return self.encode_video(video) if image_embeds is None else image_embeds
+
+    def _generate(
+        self,
+        memory: Memory,
+        num_beams: int | None,
+        min_length: int | None,
+        max_length: int | None,
+        num_return: int,
+    ) -> GenerationOutput:
+        defaults, text = self.config.generation, self.config.text
+        low, high = defaults.lengths(self.task)
+        num_beams = defaults.num_beams if num_beams is None else num_beams
+        min_length = low if min_length is None else min_length
+        max_length = high if max_length is None else max_length
+        if num_beams < 1 or num_return < 1 or max_length < 1:
+            raise ValueError(
+                f"num_beams, num_return and max_length must be at least 1, got {num_beams}, {num_return}, {max_length}"
+            )
+        if max_length > text.max_position_embeddings:
+            raise ValueError(
+                f"max_length {max_length} is more than the {text.max_position_embeddings} positions of the decoder"
+            )
+        return beam_search(
+            self.decoder,
+            memory,
+            num_beams=num_beams,
+            min_length=min_length,
+            max_length=max_length,
+            num_return=num_return,
+        )
+
+
+def shifted_labels(input_ids: Tensor, prompt_length: int = 0) -> Tensor:
+    """Targets `(..., tokens - 1)` of teacher forcing: padding and the `prompt_length` tokens after [CLS] are ignored."""
+    labels = input_ids[..., 1:].masked_fill(input_ids[..., 1:] == PAD_TOKEN_ID, -100)
+    labels[..., :prompt_length] = -100
+    return labels
+
+
+class MPlug2ForCaptioning(_MPlug2):
+    """Video to caption: vision encoder, universal layers, decoder; nothing else is built."""
+
+    task: Task = "captioning"
+
+    def forward(
+        self,
+        video: Tensor | None,
+        caption_ids: Tensor,
+        caption_mask: Tensor,
+        *,
+        image_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Training loss: the mean cross-entropy over the caption's tokens, those of the configured prompt left out.
+
+        Args:
+            video: `(B, 3, T, H, W)`, or None with image_embeds `(B, S, D)` from `encode_video`.
+            caption_ids, caption_mask: `(B, tokens)`; from [CLS] on, mask 1 for tokens and 0 for padding.
+        """
+        memory = self.decoder.remember(self._embeds(video, image_embeds))
+        hidden = self.decoder(caption_ids[:, None], caption_mask[:, None], memory)[:, 0, :-1]
+        labels = shifted_labels(caption_ids, self.config.generation.prompt_length)
+        return F.cross_entropy(self.decoder.logits(hidden).flatten(0, 1).float(), labels.flatten())
+
+    @torch.no_grad()
+    def generate(
+        self,
+        video: Tensor | None = None,
+        *,
+        image_embeds: Tensor | None = None,
+        num_beams: int | None = None,
+        min_length: int | None = None,
+        max_length: int | None = None,
+        num_return: int = 1,
+    ) -> GenerationOutput:
+        """Captions by beam search; what is None has the configuration's default.
+
+        Args:
+            video: `(B, 3, T, H, W)`, or image_embeds `(B, S, D)` from `encode_video`.
+            min_length, max_length: tokens after [CLS], the end token included.
+        """
+        memory = self.decoder.remember(self._embeds(video, image_embeds))
+        return self._generate(memory, num_beams, min_length, max_length, num_return)
+
+
+class MPlug2ForQuestionAnswering(_MPlug2):
+    """Video and question to answer: all of the captioning model, text encoder and fusion encoder."""
+
+    task: Task = "question_answering"
+
+    def captioner(self) -> MPlug2ForCaptioning:
+        """A captioning model that shares this model's parameters."""
+        model = MPlug2ForCaptioning(self.config, device="meta")
+        model.visual, model.visual_norm, model.universal = self.visual, self.visual_norm, self.universal
+        model.visual_projection = self.visual_projection
+        model.visual_projection_norm = self.visual_projection_norm
+        model.decoder = self.decoder
+        model.dropout = self.dropout
+        return model.train(self.training)
+
+    def _remember(
+        self, video: Tensor | None, question_ids: Tensor, question_mask: Tensor, image_embeds: Tensor | None = None
+    ) -> Memory:
+        """The decoder's memory of [fusion visual; fusion text]."""
+        visual = self._embeds(video, image_embeds)
+        text = self.text(question_ids, question_mask, self.universal)
+        visual, text = self.fusion(text, question_mask, visual)
+        mask = torch.cat([question_mask.new_ones(visual.shape[:2]), question_mask], dim=1)
+        return self.decoder.remember(torch.cat([visual, text], dim=1), mask)
+
+    def forward(
+        self,
+        video: Tensor | None,
+        question_ids: Tensor,
+        question_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        answers_per_question: Tensor,
+        answer_weights: Tensor,
+        *,
+        image_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Training loss: each answer's summed cross-entropy times its weight, summed, over the number of videos.
+
+        Args:
+            video: `(B, 3, T, H, W)`, or None with image_embeds `(B, S, D)` from `encode_video`.
+            question_ids, question_mask: `(B, tokens)`.
+            answer_ids, answer_mask: `(A, tokens)`, the answers of all questions one after another.
+            answers_per_question: `(B,)`, summing to A. answer_weights: `(A,)`.
+        """
+        memory = self._remember(video, question_ids, question_mask, image_embeds)
+        batch = question_ids.shape[0]
+        owner = torch.arange(batch, device=answer_ids.device).repeat_interleave(answers_per_question)
+        if owner.shape[0] != answer_ids.shape[0]:
+            raise ValueError(f"answers_per_question sums to {owner.shape[0]}, there are {answer_ids.shape[0]} answers")
+        if answer_ids.shape[0] != batch:
+            memory = memory.select(owner)
+        hidden = self.decoder(answer_ids[:, None], answer_mask[:, None], memory)[:, 0, :-1]
+        logits = self.decoder.logits(hidden).transpose(1, 2).float()
+        losses = F.cross_entropy(logits, shifted_labels(answer_ids), reduction="none").sum(dim=1)
+        return (losses * answer_weights).sum() / batch
+
+    @torch.no_grad()
+    def generate(
+        self,
+        video: Tensor | None = None,
+        *,
+        question_ids: Tensor,
+        question_mask: Tensor,
+        image_embeds: Tensor | None = None,
+        num_beams: int | None = None,
+        min_length: int | None = None,
+        max_length: int | None = None,
+        num_return: int = 1,
+    ) -> GenerationOutput:
+        """Answers by beam search; what is None has the configuration's default.
+
+        Args:
+            video: `(B, 3, T, H, W)`, or image_embeds `(B, S, D)` from `encode_video`.
+            question_ids, question_mask: `(B, tokens)`, mask 1 for tokens and 0 for padding.
+            min_length, max_length: tokens after [CLS], the end token included.
+        """
+        memory = self._remember(video, question_ids, question_mask, image_embeds)
+        return self._generate(memory, num_beams, min_length, max_length, num_return)
+
+    @torch.no_grad()
+    def rank_answers(
+        self,
+        video: Tensor | None,
+        question_ids: Tensor,
+        question_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        k: int,
+        *,
+        image_embeds: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The k likeliest of the given answers: (indices, probabilities among the k), each `(B, k)`, best first.
+
+        Args:
+            video: `(B, 3, T, H, W)`, or None with image_embeds `(B, S, D)` from `encode_video`.
+            question_ids, question_mask: `(B, tokens)`. answer_ids, answer_mask: `(A, tokens)`, from [CLS] on.
+            k: how many, by the probability of their first token, are scored in full. At most A.
+        """
+        if not 1 <= k <= answer_ids.shape[0]:
+            raise ValueError(f"k must be from 1 to the number of answers {answer_ids.shape[0]}, got {k}")
+        memory = self._remember(video, question_ids, question_mask, image_embeds)
+        start = question_ids.new_full((question_ids.shape[0], 1, 1), CLS_TOKEN_ID)
+        first = self.decoder.logits(self.decoder(start, torch.ones_like(start), memory)[:, 0, 0])
+        top_probs, top = first.float().softmax(dim=-1)[:, answer_ids[:, 1]].topk(k, dim=-1)
+
+        ids = answer_ids[top]  # (B, k, tokens): the candidates of a video share its memory
+        hidden = self.decoder(ids, answer_mask[top], memory)[:, :, :-1]
+        logits = self.decoder.logits(hidden).float().permute(0, 3, 1, 2)
+        nll = F.cross_entropy(logits, shifted_labels(ids), reduction="none").sum(dim=-1)
+        probs, order = (top_probs.log() - nll).softmax(dim=-1).sort(dim=-1, descending=True)
+        return top.gather(1, order), probs

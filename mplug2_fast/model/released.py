@@ -1,0 +1,116 @@
+"""The released name of every parameter: a view into the fast model's tensors, which fuse what the released ones keep apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor, nn
+
+from mplug2_fast.model.bert import BertEmbeddings, BertLayer
+from mplug2_fast.model.vision import VisionTransformer
+from mplug2_fast.nn import CrossAttention, LocalTemporal, SelfAttention
+
+Views = Iterator[tuple[str, Tensor]]
+Get = Callable[[Tensor], Tensor]
+"""From a parameter to what is viewed: the parameter itself, detached, or its gradient."""
+
+
+def affine(module: nn.Linear | nn.LayerNorm, name: str, get: Get) -> Views:
+    yield f"{name}.weight", get(module.weight)
+    yield f"{name}.bias", get(module.bias)
+
+
+def split(module: nn.Linear, names: list[str], get: Get) -> Views:
+    """A fused linear layer as the layers it was fused from, one after another along the output."""
+    for kind in ("weight", "bias"):
+        for name, part in zip(names, get(getattr(module, kind)).chunk(len(names)), strict=True):
+            yield f"{name}.{kind}", part
+
+
+def local_temporal(module: LocalTemporal, name: str, get: Get) -> Views:
+    yield from affine(module.norm, f"{name}.ln", get)
+    for linear, part in ((module.down, "down_proj"), (module.up, "up_proj")):
+        yield f"{name}.{part}.weight", get(linear.weight)[:, :, None, None, None]
+        yield f"{name}.{part}.bias", get(linear.bias)
+    yield f"{name}.conv.weight", get(module.conv_weight)[:, None, :, None, None]
+    yield f"{name}.conv.bias", get(module.conv_bias)
+
+
+def vision(module: VisionTransformer, get: Get) -> Views:
+    prefix, config = "visual_encoder.visual", module.config
+    kernel = 3 if config.temporal_downsampling else 1
+    yield (
+        f"{prefix}.conv1.weight",
+        get(module.patch_weight).view(config.width, 3, kernel, config.patch_size, config.patch_size),
+    )
+    yield f"{prefix}.class_embedding", get(module.class_embedding)
+    yield f"{prefix}.positional_embedding", get(module.positional_embedding)
+    yield from affine(module.norm_pre, f"{prefix}.ln_pre", get)
+    yield from affine(module.norm_post, f"{prefix}.ln_post", get)
+    for i, block in enumerate(module.blocks):
+        name = f"{prefix}.transformer.resblocks.{i}"
+        for part, temporal in (("lmhra1", block.temporal1), ("lmhra2", block.temporal2)):
+            if isinstance(temporal, LocalTemporal):
+                yield from local_temporal(temporal, f"{name}.{part}", get)
+        yield f"{name}.attn.in_proj_weight", get(block.attention.qkv.weight)
+        yield f"{name}.attn.in_proj_bias", get(block.attention.qkv.bias)
+        yield from affine(block.attention.out, f"{name}.attn.out_proj", get)
+        yield from affine(block.norm1, f"{name}.ln_1", get)
+        yield from affine(block.mlp.fc, f"{name}.mlp.c_fc", get)
+        yield from affine(block.mlp.proj, f"{name}.mlp.c_proj", get)
+        yield from affine(block.norm2, f"{name}.ln_2", get)
+
+
+def embeddings(module: BertEmbeddings, name: str, get: Get) -> Views:
+    yield f"{name}.word_embeddings.weight", get(module.word.weight)
+    yield f"{name}.position_embeddings.weight", get(module.position.weight)
+    yield f"{name}.token_type_embeddings.weight", get(module.token_type.weight)
+    yield from affine(module.norm, f"{name}.LayerNorm", get)
+
+
+def attention(module: SelfAttention | CrossAttention, norm: nn.LayerNorm, name: str, get: Get) -> Views:
+    if isinstance(module, SelfAttention):
+        yield from split(module.qkv, [f"{name}.self.{part}" for part in ("query", "key", "value")], get)
+    else:
+        yield from affine(module.query, f"{name}.self.query", get)
+        yield from split(module.kv, [f"{name}.self.{part}" for part in ("key", "value")], get)
+    yield from affine(module.out, f"{name}.output.dense", get)
+    yield from affine(norm, f"{name}.output.LayerNorm", get)
+
+
+def bert_layer(module: BertLayer, name: str, get: Get) -> Views:
+    yield from attention(module.attention, module.attention_norm, f"{name}.attention", get)
+    if hasattr(module, "cross"):
+        yield from attention(module.cross, module.cross_norm, f"{name}.crossattention", get)
+    yield from affine(module.mlp.fc, f"{name}.intermediate.dense", get)
+    yield from affine(module.mlp.proj, f"{name}.output.dense", get)
+    yield from affine(module.mlp_norm, f"{name}.output.LayerNorm", get)
+
+
+def model(module: nn.Module, get: Get) -> Views:
+    """All parameters of an `MPlug2ForCaptioning` or `MPlug2ForQuestionAnswering`."""
+    text = module.config.text
+    yield from vision(module.visual, get)
+    if module.visual_projection is not None:
+        yield from affine(module.visual_projection, "visn_fc", get)
+        yield from affine(module.visual_projection_norm, "visn_layer_norm", get)
+    yield from affine(module.visual_norm, "visn_emb_norm", get)
+    first_universal = text.text_encoder_layers - text.num_uni_layer
+    layers = f"text_encoder.encoder.layer.{first_universal}"
+    yield f"{layers}.latents", get(module.universal.latents)
+    yield from bert_layer(module.universal.first, layers, get)
+    yield from bert_layer(module.universal.last, f"text_encoder.encoder.layer.{first_universal + 1}", get)
+    if module.task == "question_answering":
+        yield from embeddings(module.text.embeddings, "text_encoder.embeddings", get)
+        for i, layer in enumerate(module.text.layers):
+            yield from bert_layer(layer, f"text_encoder.encoder.layer.{i}", get)
+        for i, layer in enumerate(module.fusion.layers):
+            stored = text.stored_layers - text.fusion_layers + i
+            yield from bert_layer(layer, f"fusion_encoder.encoder.layer.{stored}", get)
+    decoder = module.decoder
+    yield from embeddings(decoder.embeddings, "text_decoder.bert.embeddings", get)
+    for i, layer in enumerate(decoder.layers):
+        yield from bert_layer(layer, f"text_decoder.bert.encoder.layer.{i}", get)
+    yield "text_decoder.cls.predictions.bias", get(decoder.head_bias)
+    yield from affine(decoder.head, "text_decoder.cls.predictions.transform.dense", get)
+    yield from affine(decoder.head_norm, "text_decoder.cls.predictions.transform.LayerNorm", get)

@@ -1,0 +1,78 @@
+"""The vision encoder on contiguous `(batch, frames, 1 + patches, channels)` from end to end."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mplug2_fast.config import VisionConfig
+from mplug2_fast.nn import MLP, LocalTemporal, SelfAttention
+from mplug2_fast.ops.linear_act import linear_act
+
+
+class VisionBlock(nn.Module):
+    """Local temporal, attention within each frame, local temporal, MLP; pre-norm."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        width, eps = config.width, config.layer_norm_eps
+        temporal = (width, config.temporal_reduction, config.temporal_kernel_size, eps)
+        self.temporal1 = LocalTemporal(*temporal)
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attention = SelfAttention(width, config.num_heads)
+        self.temporal2 = LocalTemporal(*temporal)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(width, config.mlp_ratio * width, "quick_gelu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x and result: `(batch, frames, 1 + patches, width)`."""
+        x = self.temporal1(x)
+        x = x + self.attention(self.norm1(x))
+        x = self.temporal2(x)
+        return self.mlp(x, norm=self.norm2, residual=True)
+
+
+class VisionTransformer(nn.Module):
+    """Video `(B, 3, T, H, W)` to tokens `(B, 1 + T'·L, width)`: the mean class token, then the patches, time-major."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        kernel = 3 if config.temporal_downsampling else 1
+        # (width, 3·kernel·patch·patch): the patch convolution as one product.
+        self.patch_weight = nn.Parameter(torch.empty(config.width, 3 * kernel * config.patch_size**2))
+        self.class_embedding = nn.Parameter(torch.empty(config.width))
+        self.positional_embedding = nn.Parameter(torch.empty(1 + config.num_patches, config.width))
+        self.norm_pre = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.blocks = nn.ModuleList([VisionBlock(config) for _ in range(config.layers)])
+        self.norm_post = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+
+    def patches(self, video: Tensor) -> Tensor:
+        """Video `(B, 3, T, H, W)` to embedded patches `(B, T', L, width)`."""
+        config = self.config
+        if config.temporal_downsampling:
+            video = F.pad(video, (0, 0, 0, 0, 1, 1)).unfold(2, 3, config.temporal_stride)  # (B, 3, T', H, W, 3)
+        else:
+            video = video[..., None]
+        batch, channels, frames, height, width, kernel = video.shape
+        patch = config.patch_size
+        grid = (height // patch, patch, width // patch, patch)
+        video = video.reshape(batch, channels, frames, *grid, kernel)
+        pixels = video.permute(0, 2, 3, 5, 1, 7, 4, 6).reshape(batch, frames, -1, self.patch_weight.shape[1])
+        return linear_act(pixels, self.patch_weight)
+
+    def forward(self, video: Tensor) -> Tensor:
+        x = self.patches(video.to(self.patch_weight.dtype))
+        batch, frames, patches, width = x.shape
+        if patches != self.config.num_patches:
+            raise ValueError(
+                f"video frames of {tuple(video.shape[-2:])} pixels give {patches} patches, the model was built for "
+                f"{self.config.num_patches}: resize them to {self.config.image_size}×{self.config.image_size}"
+            )
+        x = torch.cat([self.class_embedding.expand(batch, frames, 1, width), x], dim=2)
+        x = self.norm_pre(x + self.positional_embedding)
+        for block in self.blocks:
+            x = block(x)
+        class_token = x[:, :, 0].mean(dim=1, keepdim=True)
+        return self.norm_post(torch.cat([class_token, x[:, :, 1:].flatten(1, 2)], dim=1))

@@ -1,0 +1,212 @@
+"""mPLUG-2 for captioning and for question answering, as released."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mplug2_fast.config import CLS_TOKEN_ID, PAD_TOKEN_ID, MPlug2Config, Task
+from mplug2_fast.outputs import GenerationOutput
+from mplug2_fast.reference.decoder import Hypothesis, TextDecoder, beam_search
+from mplug2_fast.reference.encoders import FusionEncoder, TextEncoder
+from mplug2_fast.reference.vision import LocalTemporal, VisionTransformer
+
+
+class _MPlug2(nn.Module):
+    task: Task
+
+    def __init__(
+        self, config: MPlug2Config, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        text = config.text
+        with torch.device(device or torch.get_default_device()):
+            self.visual_encoder = nn.Module()
+            self.visual_encoder.visual = VisionTransformer(config.vision)
+            if config.vision.width != text.hidden_size:
+                self.visn_fc = nn.Linear(config.vision.width, text.hidden_size)
+                self.visn_layer_norm = nn.LayerNorm(text.hidden_size, eps=1e-12)
+            self.visn_emb_norm = nn.LayerNorm(text.hidden_size, eps=1e-12)
+            self.dropout = nn.Dropout(text.hidden_dropout_prob)
+            self.text_encoder = TextEncoder(text, text=self.task == "question_answering")
+            if self.task == "question_answering":
+                self.fusion_encoder = FusionEncoder(text)
+            self.text_decoder = TextDecoder(text)
+        for module in self.modules():
+            for parameter in module.parameters(recurse=False):
+                if parameter.ndim > 1:
+                    nn.init.normal_(parameter, std=text.initializer_range)
+        nn.init.normal_(self.visual_encoder.visual.class_embedding, std=text.initializer_range)
+        for module in self.modules():
+            if isinstance(module, LocalTemporal):
+                nn.init.zeros_(module.up_proj.weight)
+                nn.init.zeros_(module.up_proj.bias)
+        self.to(dtype=dtype)
+
+    def released_parameters(self) -> dict[str, Tensor]:
+        """Released key to a detached view of this model's parameter."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
+    def encode_visual(self, video: Tensor) -> Tensor:
+        """Video `(B, 3, T, H, W)` to the vision encoder's tokens `(B, S, D)`, brought to the BERT width."""
+        x = self.visual_encoder.visual(video)
+        if hasattr(self, "visn_fc"):
+            x = self.dropout(self.visn_layer_norm(self.visn_fc(x)))
+        return x
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        """Video `(B, 3, T, H, W)`, normalised, to image_embeds `(B, S, D)`."""
+        x = self.encode_visual(video)
+        return self.dropout(self.visn_emb_norm(x + self.text_encoder.v_module(x)))
+
+    def _beam_search(
+        self,
+        memory: Tensor,
+        memory_mask: Tensor | None,
+        num_beams: int | None,
+        min_length: int | None,
+        max_length: int | None,
+        num_return: int,
+    ) -> GenerationOutput:
+        defaults = self.config.generation
+        low, high = defaults.lengths(self.task)
+        beams = defaults.num_beams if num_beams is None else num_beams
+
+        def next_logits(sequences: Tensor, alive: Tensor) -> Tensor:
+            tiled = memory[alive].repeat_interleave(beams, dim=0)
+            tiled_mask = None if memory_mask is None else memory_mask[alive].repeat_interleave(beams, dim=0)
+            return self.text_decoder(sequences, torch.ones_like(sequences), tiled, tiled_mask)[:, -1]
+
+        found = beam_search(
+            next_logits,
+            memory.shape[0],
+            num_beams=beams,
+            min_length=low if min_length is None else min_length,
+            max_length=high if max_length is None else max_length,
+            device=memory.device,
+        )
+        return _pad([hypotheses[:num_return] for hypotheses in found], num_return, memory.device)
+
+
+def _pad(found: list[list[Hypothesis]], num_return: int, device: torch.device) -> GenerationOutput:
+    length = max(len(ids) for hypotheses in found for _, ids in hypotheses)
+    sequences = torch.full((len(found), num_return, length), -1, dtype=torch.long, device=device)
+    scores = torch.full((len(found), num_return), -torch.inf, device=device)
+    for i, hypotheses in enumerate(found):
+        for j, (score, ids) in enumerate(hypotheses):
+            sequences[i, j, : len(ids)] = ids
+            scores[i, j] = score
+    return GenerationOutput(sequences, scores)
+
+
+def shifted_labels(input_ids: Tensor, prompt_length: int = 0) -> Tensor:
+    """Targets `(batch, tokens - 1)` of teacher forcing: padding and the `prompt_length` tokens after [CLS] are ignored."""
+    labels = input_ids[:, 1:].masked_fill(input_ids[:, 1:] == PAD_TOKEN_ID, -100)
+    labels[:, :prompt_length] = -100
+    return labels
+
+
+class MPlug2ForCaptioning(_MPlug2):
+    task: Task = "captioning"
+
+    def forward(self, video: Tensor, caption_ids: Tensor, caption_mask: Tensor) -> Tensor:
+        """Training loss: the mean cross-entropy over the caption's tokens, those of the configured prompt left out.
+
+        Args:
+            video: `(B, 3, T, H, W)`. caption_ids, caption_mask: `(B, tokens)`.
+        """
+        logits = self.text_decoder(caption_ids, caption_mask, self.encode_video(video), None)
+        labels = shifted_labels(caption_ids, self.config.generation.prompt_length)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
+
+    @torch.no_grad()
+    def generate(
+        self,
+        video: Tensor,
+        *,
+        num_beams: int | None = None,
+        min_length: int | None = None,
+        max_length: int | None = None,
+        num_return: int = 1,
+    ) -> GenerationOutput:
+        """Captions of videos `(B, 3, T, H, W)` by beam search."""
+        return self._beam_search(self.encode_video(video), None, num_beams, min_length, max_length, num_return)
+
+
+class MPlug2ForQuestionAnswering(_MPlug2):
+    task: Task = "question_answering"
+
+    def encode_question(self, video: Tensor, question_ids: Tensor, question_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The decoder's memory `(B, S + tokens, D)`, [fusion visual; fusion text], and its padding mask."""
+        visual = self.encode_video(video)
+        visual_mask = torch.ones(visual.shape[:2], dtype=question_mask.dtype, device=visual.device)
+        text = self.text_encoder(question_ids, question_mask)
+        visual, text = self.fusion_encoder(text, question_mask, visual, visual_mask)
+        return torch.cat([visual, text], dim=1), torch.cat([visual_mask, question_mask], dim=1)
+
+    def forward(
+        self,
+        video: Tensor,
+        question_ids: Tensor,
+        question_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        answers_per_question: Tensor,
+        answer_weights: Tensor,
+    ) -> Tensor:
+        """Training loss: each answer's summed cross-entropy times its weight, summed, over the number of videos.
+
+        Args:
+            video: `(B, 3, T, H, W)`. question_ids, question_mask: `(B, tokens)`.
+            answer_ids, answer_mask: `(A, tokens)`, the answers of all questions one after another.
+            answers_per_question: `(B,)`, summing to A. answer_weights: `(A,)`.
+        """
+        memory, memory_mask = self.encode_question(video, question_ids, question_mask)
+        memory = memory.repeat_interleave(answers_per_question, dim=0)
+        memory_mask = memory_mask.repeat_interleave(answers_per_question, dim=0)
+        logits = self.text_decoder(answer_ids, answer_mask, memory, memory_mask)
+        labels = shifted_labels(answer_ids)
+        losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none").sum(dim=1)
+        return (losses * answer_weights).sum() / video.shape[0]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        video: Tensor,
+        *,
+        question_ids: Tensor,
+        question_mask: Tensor,
+        num_beams: int | None = None,
+        min_length: int | None = None,
+        max_length: int | None = None,
+        num_return: int = 1,
+    ) -> GenerationOutput:
+        """Answers by beam search to one question a video; question_ids and question_mask are `(B, tokens)`."""
+        memory, mask = self.encode_question(video, question_ids, question_mask)
+        return self._beam_search(memory, mask, num_beams, min_length, max_length, num_return)
+
+    @torch.no_grad()
+    def rank_answers(
+        self,
+        video: Tensor,
+        question_ids: Tensor,
+        question_mask: Tensor,
+        answer_ids: Tensor,
+        answer_mask: Tensor,
+        k: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The k likeliest of the given answers `(A, tokens)`: (indices, probabilities), each `(B, k)`, best first."""
+        memory, mask = self.encode_question(video, question_ids, question_mask)
+        batch = memory.shape[0]
+        start = torch.full((batch, 1), CLS_TOKEN_ID, dtype=torch.long, device=memory.device)
+        first_probs = self.text_decoder(start, torch.ones_like(start), memory, mask)[:, 0].float().softmax(dim=-1)
+        top_probs, top = first_probs[:, answer_ids[:, 1]].topk(k, dim=-1)
+
+        memory, mask = memory.repeat_interleave(k, dim=0), mask.repeat_interleave(k, dim=0)
+        ids = answer_ids[top.flatten()]
+        logits = self.text_decoder(ids, answer_mask[top.flatten()], memory, mask)
+        nll = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), shifted_labels(ids), reduction="none").sum(dim=1)
+        probs, order = (top_probs.log() - nll.view(batch, k)).softmax(dim=-1).sort(dim=-1, descending=True)
+        return top.gather(1, order), probs
