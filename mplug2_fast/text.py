@@ -79,7 +79,7 @@ class Tokenizer:
         if vocab_size is not None and vocab_size != tokenizer.vocab_size:
             raise ConfigError(
                 f"{path}: the vocabulary has {tokenizer.vocab_size} tokens and the model has {vocab_size}: "
-                "put the vocab.txt that the model was trained with beside its weights"
+                "put the vocab.txt that the model was trained with into its directory"
             )
         return tokenizer
 
@@ -114,6 +114,14 @@ class Tokenizer:
     ) -> tuple[Tensor, Tensor]:
         """Ids and masks of captions to train on: cleaned up, `prompt` directly in front, ending with [SEP]."""
         return self.encode([prompt + clean_caption(caption) for caption in captions], max_length, end=True)
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of `text` that become [UNK], in the order in which they first occur."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        unknown = (
+            start_end for token, start_end in zip(encoding.tokens, encoding.offsets, strict=True) if token == "[UNK]"
+        )
+        return list(dict.fromkeys(text[start:end] for start, end in unknown))
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """The text of one sequence of ids.

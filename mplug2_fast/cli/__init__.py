@@ -1,0 +1,50 @@
+"""The command line: `mplug2-fast caption`, `answer`, `convert`, `inspect` and `info`.
+
+Results go to standard output, everything else to standard error. The exit status is 0 when all went well, 2 when a
+file, a checkpoint or an option was bad, 130 after Ctrl-C, and 141 when the reader of the results went away. What takes
+long to import is imported inside the commands, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import mplug2_fast
+from mplug2_fast.cli.checkpoints import convert, inspect
+from mplug2_fast.cli.report import info
+from mplug2_fast.cli.words import answer, caption
+
+app = typer.Typer(
+    name="mplug2-fast",
+    help="Caption videos and images, and answer questions about them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (caption, answer, convert, inspect, info):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mplug2-fast {mplug2_fast.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+def main() -> None:
+    """The entry point of the `mplug2-fast` command."""
+    for stream in (sys.stdout, sys.stderr):  # a file name may hold any bytes: give them back as they came
+        stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
+    app()

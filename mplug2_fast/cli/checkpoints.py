@@ -1,0 +1,112 @@
+"""`mplug2-fast convert` and `mplug2-fast inspect`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mplug2_fast.cli.console import BAD_INPUT, emit, note, reporting, shown, waiting
+from mplug2_fast.cli.options import Dtype
+from mplug2_fast.cli.tables import columns, names_and_values
+
+if TYPE_CHECKING:
+    from mplug2_fast.checkpoint import Inspection
+
+
+class TaskName(str, Enum):
+    """The names that `--task` knows."""
+
+    captioning = "captioning"
+    question_answering = "question_answering"
+
+
+TaskOption = Annotated[
+    TaskName | None, typer.Option(help="The task to look at.  [default: what the file says, or all that it can do]")
+]
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="A released .pth, a .safetensors, or a directory.")],
+    target: Annotated[
+        str, typer.Argument(metavar="OUT", help="The directory to write; it must not exist, or be empty.")
+    ],
+    task: TaskOption = None,
+    dtype: Annotated[Dtype, typer.Option(help="auto keeps what the file has.")] = Dtype.auto,
+) -> None:
+    """Write a checkpoint as a directory.
+
+    It holds config.json and model.safetensors, with only what the task needs.
+    """
+    with reporting():
+        from mplug2_fast import checkpoint
+        from mplug2_fast.devices import DTYPES
+
+        with waiting(f"converting {shown(source)}"):
+            checkpoint.convert(source, target, task=task and task.value, dtype=DTYPES.get(dtype.value))
+        written = checkpoint.inspect(target)
+        emit(f"{shown(target)}\t{written.task}, {_million(written.parameters)} parameters, {_dtypes(written)}")
+
+
+def inspect(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A .pth, a .safetensors, or a directory.")],
+    task: TaskOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Tell what a checkpoint is.
+
+    Prints its task, sizes and dtype, and what in it is needed, missing, unexpected or unused. The exit status is 2 when
+    it cannot be loaded; the report on standard error says why.
+    """
+    with reporting():
+        from mplug2_fast import checkpoint
+
+        with waiting(f"reading {shown(file)}"):
+            found = checkpoint.inspect(file, task=task and task.value)
+        emit(json.dumps(found.to_dict()) if as_json else _described(found))
+        if found.problem is not None:
+            note(f"error: {found.problem}", lines=True)
+            raise typer.Exit(BAD_INPUT)
+
+
+def _described(found: Inspection) -> str:
+    facts = names_and_values(_facts(found))
+    rows = [
+        (group.kind, group.name, str(group.keys), _million(group.parameters), group.example) for group in found.groups
+    ]
+    if not rows:
+        return facts
+    return f"{facts}\n\n{columns(('', 'part', 'entries', 'parameters', 'for example'), rows)}"
+
+
+def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
+    yield "file", shown(found.path)
+    yield "form", f"{found.container}, {found.file_bytes / 1e6:,.1f} MB"
+    yield "task", "cannot be told" if found.task is None else found.task
+    if len(found.tasks) > 1:
+        yield "serves", ", ".join(found.tasks)
+    yield "dtype", _dtypes(found)
+    yield "entries", f"{found.entries:,}, {_million(found.parameters)} parameters"
+    yield "needed", f"{_million(found.needed_parameters)} parameters"
+    yield "vocabulary", "its own vocab.txt" if found.vocabulary else "bert-base-uncased"
+    if found.others:
+        yield "also holds", ", ".join(found.others)
+    if found.config is not None:
+        for part, values in dataclasses.asdict(found.config).items():
+            yield part, ", ".join(f"{name} {value}" for name, value in values.items())
+    if found.assumed:
+        yield "assumed", ", ".join(f"{name} {value}" for name, value in found.assumed.items())
+
+
+def _dtypes(found: Inspection) -> str:
+    if len(found.dtypes) == 1:
+        return next(iter(found.dtypes))
+    return ", ".join(f"{name} ({count} entries)" for name, count in found.dtypes.items()) or "none"
+
+
+def _million(parameters: int) -> str:
+    return f"{parameters / 1e6:,.1f} M" if parameters >= 100_000 else f"{parameters:,}"

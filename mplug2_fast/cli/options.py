@@ -1,0 +1,34 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+
+class Dtype(str, Enum):
+    """The names that `--dtype` knows."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+Files = Annotated[list[str], typer.Argument(metavar="FILE", help="Videos or images.")]
+CheckpointOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="A released .pth, a converted directory or a .safetensors.  [default: the tiny model that ships]",
+    ),
+]
+DtypeOption = Annotated[Dtype, typer.Option(help="auto: float32 on the CPU, bfloat16 or float16 on a GPU.")]
+DeviceOption = Annotated[str, typer.Option(metavar="[auto|cpu|cuda|cuda:N]", help="auto: a GPU where there is one.")]
+BeamsOption = Annotated[int | None, typer.Option(min=1, help="Beams of the search.  [default: the model's]")]
+ReturnOption = Annotated[int, typer.Option(min=1, help="Texts a file, best first, each on a line of its own.")]
+MinLengthOption = Annotated[int | None, typer.Option(min=0, help="Tokens at least.  [default: the model's]")]
+MaxLengthOption = Annotated[int | None, typer.Option(min=1, help="Tokens at most.  [default: the model's]")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object a file, each on a line of its own.")]
