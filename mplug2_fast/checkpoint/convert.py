@@ -1,0 +1,169 @@
+"""Write the directory form: config.json, model.safetensors with the keys that a task uses, and perhaps a vocabulary."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mplug2_fast.checkpoint.keys import Shape, needed_keys
+from mplug2_fast.checkpoint.load import ReleasedModel, fitted
+from mplug2_fast.checkpoint.pages import PageReleaser
+from mplug2_fast.checkpoint.resolve import require_twins, resolve
+from mplug2_fast.checkpoint.source import (
+    CONFIG_NAME,
+    METADATA_KEY,
+    VOCABULARY_NAME,
+    WEIGHTS_NAME,
+    open_checkpoint,
+    vocabulary_path,
+)
+from mplug2_fast.config import MPlug2Config, Task
+from mplug2_fast.errors import CheckpointError
+
+_SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    task: Task | None = None,
+    dtype: torch.dtype | None = None,
+    config: MPlug2Config | None = None,
+) -> Path:
+    """Convert a checkpoint of any form to the directory form, one tensor in memory at a time.
+
+    Args:
+        src: as `from_pretrained` takes it.
+        dst: a directory that does not exist yet, or is empty. It appears complete, or not at all.
+        task: what to keep; None decides as `from_pretrained` does.
+        dtype: None keeps each tensor's own.
+        config: overrides what the file says and its shapes tell.
+
+    Returns `dst`. Raises `CheckpointError` as `from_pretrained` does, and for a `dst` that holds something.
+    """
+    _require_free(Path(dst).expanduser())
+    source = open_checkpoint(src)
+    resolved = resolve(source, task, config)
+    resolved.require(source)
+    release = PageReleaser(source.file)
+    require_twins(source, resolved.fit, release)
+    wanted = needed_keys(resolved.config, resolved.task)
+    described = {key: (dtype or source.tensors[key].dtype, shape) for key, shape in wanted.items()}
+
+    def tensors() -> Iterator[torch.Tensor]:
+        for key, (kind, shape) in _file_order(described).items():
+            yield fitted(source.tensors[key], shape).to(kind)
+            release(source.tensors[key])
+
+    return _write(dst, resolved.config, resolved.task, described, tensors(), vocabulary_path(src))
+
+
+def save_pretrained(
+    model: ReleasedModel,
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    vocab: str | Path | None = None,
+    task: Task | None = None,
+) -> Path:
+    """Write a fast or a reference model in the directory form.
+
+    Args:
+        model: the model.
+        directory: as `convert`'s `dst`.
+        dtype: None keeps each parameter's own.
+        vocab: a WordPiece vocabulary to put beside the weights; None means BERT's.
+        task: None is the model's own; `"captioning"` keeps the captioning part of a question answering model.
+
+    Returns the directory. Raises `CheckpointError` for a directory that holds something, and for a task that the model
+    has not the parts of.
+    """
+    task = task or model.task
+    views = model.released_parameters()
+    wanted = needed_keys(model.config, task)
+    lacking = wanted.keys() - views.keys()
+    if lacking:
+        raise CheckpointError(
+            f"a {model.task.replace('_', ' ')} model has not all that {task.replace('_', ' ')} needs: "
+            f"{len(lacking)} entries lack, such as {min(lacking)}; save it for its own task"
+        )
+    described = {key: (dtype or views[key].dtype, shape) for key, shape in wanted.items()}
+    tensors = (views[key].to("cpu", kind) for key, (kind, _) in _file_order(described).items())
+    return _write(directory, model.config, task, described, tensors, None if vocab is None else Path(vocab))
+
+
+def _write(
+    dst: str | Path,
+    config: MPlug2Config,
+    task: Task,
+    described: Mapping[str, tuple[torch.dtype, Shape]],
+    tensors: Iterator[torch.Tensor],
+    vocabulary: Path | None,
+) -> Path:
+    stated = {"task": task, **config.to_dict()}
+    with _appearing(Path(dst).expanduser()) as folder:
+        (folder / CONFIG_NAME).write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
+        _write_safetensors(
+            folder / WEIGHTS_NAME, described, tensors, {"format": "pt", METADATA_KEY: json.dumps(stated)}
+        )
+        if vocabulary is not None:
+            shutil.copyfile(vocabulary, folder / VOCABULARY_NAME)
+    return Path(dst).expanduser()
+
+
+def _write_safetensors(
+    file: Path,
+    described: Mapping[str, tuple[torch.dtype, Shape]],
+    tensors: Iterator[torch.Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """The safetensors layout, written tensor by tensor: the library's writer wants all of them cast beforehand."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for key, (dtype, shape) in _file_order(described).items():
+        if dtype not in _SAFETENSORS_DTYPES:
+            raise CheckpointError(f"cannot store weights as {dtype}: choose float32, bfloat16 or float16")
+        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        header[key] = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors:
+            stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _file_order(described: Mapping[str, tuple[torch.dtype, Shape]]) -> dict[str, tuple[torch.dtype, Shape]]:
+    """Widest dtypes first, so that every tensor is aligned; then by name."""
+    return dict(sorted(described.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
+
+
+def _require_free(dst: Path) -> None:
+    if dst.is_dir() and any(dst.iterdir()):
+        raise CheckpointError(f"{dst}: the directory is not empty, and nothing in it is overwritten; choose a new one")
+    if dst.exists() and not dst.is_dir():
+        raise CheckpointError(f"{dst}: there is a file of that name; choose a new directory")
+
+
+@contextmanager
+def _appearing(dst: Path) -> Iterator[Path]:
+    """A folder beside `dst` that becomes `dst` when the block succeeds, and goes away when it does not."""
+    _require_free(dst)
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    outer = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
+    try:
+        folder = outer / dst.name
+        folder.mkdir()  # with the permissions that a new directory gets here, which mkdtemp's are not
+        yield folder
+        if dst.is_dir():
+            dst.rmdir()
+        os.replace(folder, dst)
+    finally:
+        shutil.rmtree(outer, ignore_errors=True)
