@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+import mplug2_fast as mf
+from mplug2_fast.checkpoint import infer_config, needed_keys
+
+VISUAL = "visual_encoder.visual"
+
+
+def test_large_is_the_preset(large_shapes):
+    found = infer_config(large_shapes)
+    assert found.config == mf.MPlug2Config.preset("large")
+    assert found.tasks == ("captioning", "question_answering")
+    assert found.assumed["text.fusion_layers"] == 6
+    assert found.undetermined == ()
+
+
+def test_base_is_the_preset():
+    config = mf.MPlug2Config.preset("base")
+    shapes = needed_keys(config.replace(fusion_layers=12), "question_answering")
+    assert infer_config(shapes).config == config
+
+
+def test_golden_sizes(golden_shapes, golden_config):
+    released = {"model_num_frames": 4, "fusion_layers": 2, "prompt": "a video of", "beam_size": 5}
+    found = infer_config(golden_shapes, released)
+    assert found.config == golden_config
+    assert found.assumed == {"text.num_attention_heads": 2, "text.stride_layer": 1000}
+
+
+def test_stored_configuration_fills_what_shapes_leave_open(golden_shapes):
+    released = {
+        "model_num_frames": 8,
+        "stride_layer": 2,
+        "num_attention_heads": 4,
+        "fusion_layers": 3,
+        "beam_size": 2,
+        "min_length": 6,
+        "max_length": 30,
+        "prompt": "",
+        "image_res": 999,
+    }
+    config = infer_config(golden_shapes, released).config
+    assert (config.vision.num_frames, config.vision.image_size) == (8, 56)  # shapes win
+    assert (config.text.stride_layer, config.text.num_attention_heads, config.text.fusion_layers) == (2, 4, 3)
+    generation = config.generation
+    assert (generation.num_beams, generation.min_length, generation.max_length) == (2, 6, 30)
+    assert (generation.prompt, generation.prompt_length) == ("", 0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "width": 192,
+            "temporal_downsampling": True,
+            "temporal_kernel_size": 5,
+            "temporal_reduction": 4,
+            "mlp_ratio": 2,
+        },
+        {"text_encoder_layers": 6, "text_decode_layers": 3, "num_latents": 7, "type_vocab_size": 1, "patch_size": 28},
+    ],
+    ids=["vision", "text"],
+)
+@pytest.mark.parametrize("task", ["captioning", "question_answering"])
+def test_used_keys_alone_tell_the_sizes(golden_config, changes, task):
+    config = golden_config.replace(**changes)
+    shapes = needed_keys(config, task)
+    found = infer_config(shapes)
+    assert found.tasks[-1] == task
+    assert needed_keys(found.config, task) == shapes
+    assert found.undetermined == ()
+
+
+def test_fusion_layers_of_an_unknown_size_are_not_guessed(golden_shapes):
+    assert infer_config(golden_shapes).undetermined == ("text.fusion_layers",)
+
+
+def test_no_fusion_encoder_means_captioning(golden_shapes):
+    shapes = {key: shape for key, shape in golden_shapes.items() if not key.startswith("fusion_encoder.")}
+    assert infer_config(shapes).tasks == ("captioning",)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        (f"{VISUAL}.positional_embedding", (12, 128), "12 rows"),
+        (f"{VISUAL}.conv1.weight", (128, 3, 2, 14, 14), "2 frames"),
+        (f"{VISUAL}.conv1.weight", (128, 3, 14, 14), "no mPLUG-2 model has"),
+        (f"{VISUAL}.conv1.weight", (100, 3, 1, 14, 14), "multiple of the head dimension"),
+        ("text_encoder.encoder.layer.2.latents", (0, 128), "num_latents"),
+        (f"{VISUAL}.conv1.weight", None, "tell the model's sizes are missing"),
+    ],
+)
+def test_impossible_shapes(golden_shapes, key, shape, message):
+    shapes = dict(golden_shapes)
+    shapes.pop(key)
+    if shape is not None:
+        shapes[key] = shape
+    with pytest.raises(mf.CheckpointError, match=re.escape(message)):
+        infer_config(shapes)
+
+
+def test_another_model(golden_shapes):
+    with pytest.raises(mf.CheckpointError, match=r"not the weights of an mPLUG-2 model[\s\S]*remedy"):
+        infer_config({"layer1.0.conv1.weight": (64, 64, 3, 3)})
