@@ -1,0 +1,42 @@
+# make demo | test | lint | bench: each sets up .venv first, with nothing needed but Python 3.10 or later.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+CLIPS := $(wildcard examples/moving_shapes/clips/*.mp4)
+FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	$(BIN)/mplug2-fast caption $(CLIPS)
+	$(BIN)/mplug2-fast answer $(firstword $(CLIPS)) --question "which way does the shape move?"
+	$(BIN)/python bench/run.py --quick
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+
+bench: $(INSTALLED)
+	$(BIN)/python bench/run.py
+
+clean:
+	rm -rf $(VENV) build
+
+# The editable install is redone when its description or a native source changes. The package asks for any torch from
+# its oldest on; here one version is pinned, so that runs can be compared.
+$(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(FORMATTED)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, not " + sys.version)'
+	$(PYTHON) -m venv $(VENV) || \
+		{ echo "python3 -m venv does not work; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[test,dev]' $(TORCH)
+	touch $@

@@ -1,0 +1,157 @@
+"""Chosen frames of a file, decoded with PyAV: the whole file, or only the parts that are needed.
+
+The packets are read once without decoding, which is cheap. From them follow the number of frames, which headers may
+get wrong, and what it costs to decode only the parts in which the chosen frames lie (`mplug2_fast.video.seek`). Where
+that is less, it is done, and checked; in every other case the file is decoded from its first packet to its last, and
+frames are counted as they come. Both ways give the same frames.
+
+Damage is an error wherever the container, a packet or the decoder shows it. Parts that are passed over are not looked
+at by the decoder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from mplug2_fast.errors import VideoError
+from mplug2_fast.video.files import reason_not_readable
+from mplug2_fast.video.seek import CannotSeekError, PacketInfo, Scan, decode_segments, is_fresh_start, plan_segments
+
+try:
+    import av
+    from av.container import InputContainer
+    from av.stream import Disposition
+    from av.video.reformatter import VideoReformatter
+    from av.video.stream import VideoStream
+except ImportError as error:
+    raise ImportError("reading video files needs PyAV: pip install av") from error
+
+Choice = Callable[[int], Sequence[int]]
+"""From the number of frames in the file to the indices to take."""
+
+# Formats in which libav draws pictures of text, or follows a text to other files.
+_NOT_VIDEO_FORMATS = frozenset(("tty", "hls", "concat", "dash", "sdp"))
+_FORMAT_OPTIONS = {"protocol_whitelist": "file", "pattern_type": "none"}
+# Raise where the decoder would otherwise paint over the damage.
+_DECODER_OPTIONS = {"err_detect": "explode+crccheck"}
+
+
+def decode_frames(path: str | os.PathLike[str], choose: Choice, *, may_seek: bool = True) -> list[np.ndarray]:
+    """The chosen frames of a video or image file.
+
+    Args:
+        path: the file.
+        choose: from the number of frames to the indices to take.
+        may_seek: False decodes everything.
+
+    Returns:
+        one array for each index, (height, width, 3), uint8, RGB, upright.
+
+    Raises:
+        VideoError: the file cannot be read or decoded.
+    """
+    name = os.fsdecode(path)
+    if reason := reason_not_readable(name):
+        raise _error(name, reason)
+    scan = _scan(name)
+    if not scan.packets:
+        raise _error(name, "has no frames")
+    indices = choose(max(scan.shown, 1))
+    plan = plan_segments(scan, indices, torch.get_num_threads()) if may_seek else None
+    if plan is not None:
+        segments, times = plan
+        try:
+            with _open(name) as (container, stream):
+                found = decode_segments(container, stream, scan, segments, _Converter())
+            return [found[time] for time in times]
+        except (CannotSeekError, av.FFmpegError):
+            pass  # decoding everything tells whether the file is at fault
+    count, found = _decode_all(name, indices)
+    if count != scan.shown:
+        indices = choose(count)
+        _, found = _decode_all(name, indices)
+    return [found[index] for index in indices]
+
+
+def _scan(name: str) -> Scan:
+    """Reads all packets of the video stream without decoding them."""
+    with _errors_of(name, "is corrupt: its packets cannot be read"), _open(name) as (container, stream):
+        codec = stream.codec_context.codec.canonical_name
+        scan = Scan(container.format.name, codec)
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            if packet.is_corrupt:
+                raise _error(name, "is corrupt or truncated: a packet is incomplete")
+            fresh_start = is_fresh_start(packet, codec, stream.codec_context.extradata)
+            scan.packets.append(PacketInfo(packet.pts, packet.size, fresh_start, packet.is_discard))
+            scan.changes |= packet.has_sidedata("new_extradata")
+    return scan
+
+
+def _decode_all(name: str, indices: Sequence[int]) -> tuple[int, dict[int, np.ndarray]]:
+    """The number of frames in the file, and those with these indices."""
+    wanted, found, count = set(indices), {}, 0
+    convert = _Converter()
+    with _errors_of(name, "is corrupt: it cannot be decoded"), _open(name) as (container, stream):
+        for frame in container.decode(stream):
+            if frame.is_corrupt:
+                raise _error(name, "is corrupt: the decoder reports a damaged frame")
+            if count in wanted:
+                found[count] = convert(frame)
+            count += 1
+    if count == 0:
+        raise _error(name, "has no frames")
+    return count, found
+
+
+class _Converter:
+    """From decoded frames to upright RGB arrays; what it sets up for a size and pixel format serves the next frame."""
+
+    def __init__(self) -> None:
+        self._reformatter = VideoReformatter()
+
+    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
+        pixels = self._reformatter.reformat(frame, format="rgb24").to_ndarray()
+        return np.rot90(pixels, round(frame.rotation / 90))
+
+
+@contextmanager
+def _open(name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The file and its video stream, ready to decode."""
+    not_readable = "is not a video or image that can be read"
+    with _errors_of(name, not_readable):
+        container = av.open(f"file:{name}", options=_FORMAT_OPTIONS, metadata_errors="replace")
+    with container:
+        if container.format.name in _NOT_VIDEO_FORMATS:
+            raise _error(name, f"{not_readable} (it is taken for {container.format.long_name})")
+        streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+        if not streams:
+            raise _error(name, "has no video stream" + (", only audio" if container.streams.audio else ""))
+        best = container.streams.best("video")
+        stream = best if best in streams else streams[0]
+        if stream.codec_context is None:
+            raise _error(name, "has a video stream of an unknown codec")
+        stream.codec_context.options = _DECODER_OPTIONS
+        stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = torch.get_num_threads()
+        yield container, stream
+
+
+@contextmanager
+def _errors_of(name: str, reason: str) -> Iterator[None]:
+    """Turns libav's errors into one line about the file."""
+    try:
+        yield
+    except av.FFmpegError as error:
+        detail = error.strerror or str(error)
+        raise _error(name, f"{reason} ({detail})") from error
+
+
+def _error(name: str, reason: str) -> VideoError:
+    return VideoError(f"{name}: {reason}".replace("\n", " "))

@@ -1,0 +1,186 @@
+"""Decoding only the parts of a video in which the chosen frames lie.
+
+A part begins with a packet from which a decoder can start afresh, and is decoded as if it were a file: its packets in
+order, then the rest that the decoder holds back. Its frames are told by their presentation times, which packets carry
+too. That gives the frames of decoding everything if every packet gives one frame, times are there and differ, and the
+first packet really is a fresh start. This holds for few codecs and containers, is checked packet by packet and frame by
+frame, and where it does not hold, nothing is guessed: `plan_segments` gives None, or `decode_segments` raises
+`CannotSeekError`, and the caller decodes everything.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from av import Packet, VideoFrame
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+# One packet is one frame, with its own time, in these containers and codecs.
+_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
+_CODECS = ("h264", "hevc", "vp9", "av1", "mjpeg")
+
+# The kinds of coded picture that a decoder can start from: for h264 an IDR picture, since an I picture that is marked
+# as a key frame may be followed by pictures that look back beyond it; for hevc an IDR or CRA picture. Pictures that
+# come after a CRA picture but are shown before it do look back: they belong to the part before.
+_FRESH_STARTS = {"h264": (5,), "hevc": (19, 20, 21)}
+_CODED_PICTURES = {"h264": range(1, 6), "hevc": range(32)}
+
+# Seeking has to save a quarter of the decoding, since it reads the packets a second time.
+_WORTH_IT = 0.75
+
+
+class CannotSeekError(Exception):
+    """The file does not decode in parts as its packets promise; nothing is wrong with decoding it whole."""
+
+
+@dataclass(frozen=True)
+class PacketInfo:
+    """What one packet says of itself."""
+
+    pts: int | None
+    size: int
+    fresh_start: bool
+    discard: bool
+
+
+@dataclass
+class Scan:
+    """All packets of a video stream, in decoding order."""
+
+    format: str
+    codec: str
+    packets: list[PacketInfo] = field(default_factory=list)
+    changes: bool = False
+    """Whether the decoder's parameters change within the stream."""
+
+    @property
+    def shown(self) -> int:
+        """Number of packets whose frame is shown: as a rule the number of frames."""
+        return sum(not packet.discard for packet in self.packets)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The packets from `first` to `last`, in decoding order, which give the frames shown at `times`."""
+
+    first: int
+    last: int
+    times: tuple[int, ...]
+
+
+def is_fresh_start(packet: Packet, codec: str, extradata: bytes | None) -> bool:
+    """Whether a decoder can start from this packet and get this and all later-shown frames right."""
+    if not packet.is_keyframe:
+        return False
+    if codec not in _FRESH_STARTS:
+        return True
+    for unit in _unit_types(bytes(packet), codec, extradata or b""):
+        if unit in _CODED_PICTURES[codec]:
+            return unit in _FRESH_STARTS[codec]
+    return False
+
+
+def plan_segments(scan: Scan, indices: Sequence[int], threads: int) -> tuple[list[Segment], list[int]] | None:
+    """The parts to decode for the frames with these indices, and the time of each frame; None to decode everything."""
+    packets = scan.packets
+    times = [packet.pts for packet in packets]
+    if (
+        scan.format not in _FORMATS
+        or scan.codec not in _CODECS
+        or scan.changes
+        or any(packet.discard for packet in packets)
+        or any(time is None for time in times)
+        or len(set(times)) < len(times)
+        or not packets[0].fresh_start
+        or times[0] != min(times)
+    ):
+        return None
+    order = sorted(range(len(packets)), key=times.__getitem__)
+    starts = [position for position, packet in enumerate(packets) if packet.fresh_start]
+    parts: dict[int, list[int]] = {}
+    for position in dict.fromkeys(order[index] for index in indices):
+        before = bisect_right(starts, position) - 1
+        while times[starts[before]] > times[position]:
+            before -= 1
+        parts.setdefault(starts[before], []).append(position)
+    segments = [Segment(first, max(part), tuple(times[at] for at in part)) for first, part in sorted(parts.items())]
+    # A part costs its packets, and the frames that idle threads would have decoded while it ends.
+    cost = sum(segment.last - segment.first + threads for segment in segments)
+    if cost > _WORTH_IT * len(packets):
+        return None
+    return segments, [times[order[index]] for index in indices]
+
+
+def decode_segments(
+    container: InputContainer,
+    stream: VideoStream,
+    scan: Scan,
+    segments: Sequence[Segment],
+    convert: Callable[[VideoFrame], Any],
+) -> dict[int, Any]:
+    """The converted frames at the segments' times.
+
+    Raises:
+        CannotSeekError: packets or frames are not those that were expected.
+        av.FFmpegError: a packet cannot be decoded.
+    """
+    found = {}
+    for segment in segments:
+        shown = []
+        for frame in _decode_segment(container, stream, scan, segment):
+            if frame.is_corrupt:
+                raise CannotSeekError("a frame is damaged")
+            shown.append(frame.pts)
+            if frame.pts in segment.times:
+                found[frame.pts] = convert(frame)
+        start = scan.packets[segment.first].pts
+        expected = sorted(p.pts for p in scan.packets[segment.first : segment.last + 1] if p.pts >= start)
+        if shown != expected:
+            raise CannotSeekError("frames and packets have different times")
+    return found
+
+
+def _decode_segment(container: InputContainer, stream: VideoStream, scan: Scan, segment: Segment):
+    start = scan.packets[segment.first]
+    position_of = {packet.pts: position for position, packet in enumerate(scan.packets)}
+    container.seek(start.pts, stream=stream)
+    expected = segment.first
+    for packet in container.demux(stream):
+        position = position_of.get(packet.pts)
+        if expected == segment.first and position is not None and position < expected:
+            continue
+        if position != expected or packet.size != scan.packets[expected].size:
+            raise CannotSeekError("seeking does not lead to the packet that was asked for")
+        if packet.pts >= start.pts:  # what is shown before the start looks back beyond it
+            yield from stream.codec_context.decode(packet)
+        expected += 1
+        if expected > segment.last:
+            break
+    yield from stream.codec_context.decode(None)
+    stream.codec_context.flush_buffers()
+
+
+def _unit_types(data: bytes, codec: str, extradata: bytes):
+    """The types of the units that an h264 or hevc packet consists of."""
+    in_box = len(extradata) > 22 and extradata[0] == 1 if codec == "hevc" else len(extradata) > 6 and extradata[0] == 1
+    if in_box:
+        size_bytes = (extradata[21 if codec == "hevc" else 4] & 3) + 1
+        position = 0
+        while position + size_bytes < len(data):
+            unit = position + size_bytes
+            yield _unit_type(data[unit], codec)
+            position = unit + int.from_bytes(data[position:unit], "big")
+    else:
+        position = data.find(b"\0\0\1")
+        while 0 <= position < len(data) - 3:
+            yield _unit_type(data[position + 3], codec)
+            position = data.find(b"\0\0\1", position + 3)
+
+
+def _unit_type(header: int, codec: str) -> int:
+    return header >> 1 & 63 if codec == "hevc" else header & 31
