@@ -147,7 +147,7 @@ class _VideoTask:
         video, error = None, None
         try:
             video = load_video(path, num_frames=vision.num_frames, image_size=vision.image_size)[None]
-        except (MPlug2Error, OSError, MemoryError) as problem:
+        except (MPlug2Error, OSError, ValueError, RuntimeError, MemoryError) as problem:
             reason = str(problem) or type(problem).__name__
             error = " ".join(reason.removeprefix(f"{path}: ").split())
         return video, time.perf_counter() - started, error
