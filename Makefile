@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 CLIPS := $(wildcard examples/moving_shapes/clips/*.mp4)
+MOVING := examples/moving_shapes/clips/red_square_moves_left.mp4
 FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test lint bench clean
@@ -13,11 +14,11 @@ FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -
 
 demo: $(INSTALLED)
 	$(BIN)/mplug2-fast caption $(CLIPS)
-	$(BIN)/mplug2-fast answer $(firstword $(CLIPS)) --question "which way does the shape move?"
+	$(BIN)/mplug2-fast answer $(MOVING) --question "Which way does the square move?"
 	$(BIN)/python bench/run.py --quick
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

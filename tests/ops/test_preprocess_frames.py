@@ -1,0 +1,148 @@
+"""preprocess_frames: both backends against each other, bit for bit, and against arithmetic written out here."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mplug2_fast import _native
+from mplug2_fast.ops.preprocess_frames import MEAN, STD, native_not_supported_reasons, preprocess_frames
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def random_frames(*shape, seed=0):
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def expected_pixels(frames, size):
+    """One pixel at a time, in float32."""
+    count, height, width, _ = frames.shape
+    pixels = frames.numpy()
+    result = np.empty((3, count, size, size), np.float32)
+    for y in range(size):
+        for x in range(size):
+            pixel = pixels[:, y * height // size, x * width // size].astype(np.float32)
+            result[:, :, y, x] = ((pixel / np.float32(255) - np.float32(MEAN)) / np.float32(STD)).T
+    return torch.from_numpy(result)
+
+
+def assert_same_bits(actual, expected):
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert torch.equal(actual, expected)
+
+
+@pytest.fixture(params=["native", "torch"])
+def backend(request):
+    if request.param == "native":
+        request.getfixturevalue("native_module")
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [((1, 1, 1, 3), 1), ((2, 5, 7, 3), 3), ((3, 4, 2, 3), 9), ((1, 31, 17, 3), 14), ((2, 224, 224, 3), 224)],
+)
+def test_each_backend_gives_the_specified_pixels(backend, shape, size, dtype):
+    frames = random_frames(*shape)
+    result = preprocess_frames(frames, size, dtype, backend=backend)
+    assert result.is_contiguous()
+    assert_same_bits(result, expected_pixels(frames, size).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_byte_of_every_channel(backend, dtype):
+    frames = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
+    result = preprocess_frames(frames, 16, dtype, backend=backend)
+    values = torch.arange(256, dtype=torch.float32)
+    for channel in range(3):
+        expected = (values / 255 - torch.tensor(MEAN[channel])) / torch.tensor(STD[channel])
+        assert_same_bits(result[channel].flatten(), expected.to(dtype))
+
+
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 40)),
+    size=st.integers(1, 50),
+    layout=st.sampled_from(["contiguous", "cropped", "channels_first", "repeated_frame", "every_other", "offset"]),
+    dtype=st.sampled_from(DTYPES),
+    threads=st.integers(1, 3),
+)
+def test_backends_agree_on_any_strides(native_module, shape, size, layout, dtype, threads):
+    count, height, width = shape
+    frames = {
+        "contiguous": lambda: random_frames(count, height, width, 3),
+        "cropped": lambda: random_frames(count + 1, height + 2, width + 3, 4)[1:, 1 : height + 1, 2 : width + 2, 1:],
+        "channels_first": lambda: random_frames(3, count, height, width).permute(1, 2, 3, 0),
+        "repeated_frame": lambda: random_frames(1, height, width, 3).expand(count, -1, -1, -1),
+        "every_other": lambda: random_frames(2 * count, 2 * height, 2 * width, 3)[::2, 1::2, ::2],
+        "offset": lambda: random_frames(count * height * width * 3 + 1)[1:].view(count, height, width, 3),
+    }[layout]()
+    assert frames.shape == (count, height, width, 3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual = preprocess_frames(frames, size, dtype, backend="native")
+    finally:
+        torch.set_num_threads(before)
+    assert_same_bits(actual, preprocess_frames(frames.contiguous(), size, dtype, backend="torch"))
+
+
+def test_auto_is_native_where_it_can_serve(native_module, monkeypatch):
+    def forbidden(*_):
+        raise AssertionError("the fallback ran")
+
+    monkeypatch.setattr(sys.modules["mplug2_fast.ops.preprocess_frames"], "_preprocess_torch", forbidden)
+    frames = random_frames(1, 4, 4, 3)
+    assert native_not_supported_reasons(frames) == []
+    assert preprocess_frames(frames, 2).shape == (3, 1, 2, 2)
+
+
+def test_without_the_native_module_auto_says_so_and_native_raises(monkeypatch):
+    error = _native.NativeError("it was lost in the post.", "Send it again.", "")
+    monkeypatch.setattr(_native, "_load", lambda: (None, error))
+    _native.warn_without_native.cache_clear()
+    frames = random_frames(1, 4, 4, 3)
+    with pytest.warns(RuntimeWarning, match="PyTorch fallbacks.*lost in the post"):
+        result = preprocess_frames(frames, 2)
+    assert_same_bits(result, expected_pixels(frames, 2))
+    with pytest.raises(RuntimeError, match=r"\(1, 4, 4, 3\) on cpu: .*lost in the post.\nSend it again"):
+        preprocess_frames(frames, 2, backend="native")
+
+
+def test_native_refuses_frames_elsewhere():
+    frames = torch.empty((1, 4, 4, 3), dtype=torch.uint8, device="meta")
+    with pytest.raises(RuntimeError, match="for frames on the CPU, these are on meta"):
+        preprocess_frames(frames, 2, backend="native")
+
+
+@pytest.mark.parametrize(
+    ("frames", "arguments", "error", "message"),
+    [
+        (torch.zeros(1, 4, 4, 3), {}, TypeError, "must be uint8 .* not torch.float32"),
+        (random_frames(4, 4, 3), {}, ValueError, r"\(frames, height, width, 3\), not \(4, 4, 3\)"),
+        (random_frames(1, 3, 4, 4), {}, ValueError, r"not \(1, 3, 4, 4\)"),
+        (random_frames(0, 4, 4, 3), {}, ValueError, "have no pixels"),
+        (random_frames(1, 0, 4, 3), {}, ValueError, "have no pixels"),
+        (random_frames(1, 4, 4, 3), {"image_size": 0}, ValueError, "at least 1, not 0"),
+        (random_frames(1, 4, 4, 3), {"image_size": 2.5}, ValueError, "not 2.5"),
+        (random_frames(1, 4, 4, 3), {"dtype": torch.int32}, TypeError, "not torch.int32"),
+        (random_frames(1, 4, 4, 3), {"backend": "cuda"}, ValueError, "backend is 'cuda'"),
+    ],
+)
+def test_bad_input_is_named(frames, arguments, error, message):
+    with pytest.raises(error, match=message):
+        preprocess_frames(frames, **{"image_size": 4, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("sizes", "size", "element_size", "threads"),
+    [((1, 0, 4), 4, 4, 1), ((-1, 4, 4), 4, 4, 1), ((1, 4, 4), 0, 4, 1), ((1, 4, 4), 4, 3, 1), ((1, 4, 4), 4, 4, 0)],
+)
+def test_the_module_itself_refuses_sizes_that_make_no_sense(native_module, sizes, size, element_size, threads):
+    with pytest.raises(ValueError, match="preprocess_frames"):
+        native_module.preprocess_frames(0, sizes, (1, 1, 1, 1), size, 0, element_size, 0, threads)
