@@ -78,6 +78,13 @@ class TextConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    def connected(self, n: int) -> bool:
+        """Whether fusion layer n, from 0 among those that run, attends over [visual; text] together.
+
+        mPLUG's cross-modal skip-connection (arXiv 2205.12005); such a layer has no use for its cross-attention.
+        """
+        return n > 0 and n % self.stride_layer == 0
+
 
 @dataclass(frozen=True)
 class GenerationConfig:

@@ -52,18 +52,15 @@ class FusionEncoder(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.stride = config.stride_layer
-        self.layers = nn.ModuleList([BertLayer(config, cross_attention=True) for _ in range(config.fusion_layers)])
-
-    def connected(self, n: int) -> bool:
-        """Whether layer n, from 0, attends over [visual; text] together (mPLUG's cross-modal skip-connection)."""
-        return n > 0 and n % self.stride == 0
+        self.layers = nn.ModuleList(
+            [BertLayer(config, cross_attention=not config.connected(n)) for n in range(config.fusion_layers)]
+        )
 
     def forward(self, text: Tensor, text_mask: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
         """text `(B, tokens, D)`, its mask `(B, tokens)`, visual `(B, S, D)`, all of it seen. Returns (visual, text)."""
         split = visual.shape[1]
-        for n, layer in enumerate(self.layers):
-            if self.connected(n):
+        for layer in self.layers:
+            if not hasattr(layer, "cross"):
                 both_mask = torch.cat([text_mask.new_ones(visual.shape[:2]), text_mask], dim=1)
                 both = layer(torch.cat([visual, text], dim=1), key_padding_mask=both_mask)
                 visual, text = visual + both[:, :split], both[:, split:]

@@ -54,16 +54,19 @@ class FusionEncoder(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.stride = config.stride_layer
+        self.config = config
         first = config.stored_layers - config.fusion_layers
         self.encoder = BertEncoder(
-            {i: BertLayer(config, cross_attention=True) for i in range(first, config.stored_layers)}
+            {
+                first + n: BertLayer(config, cross_attention=not config.connected(n))
+                for n in range(config.fusion_layers)
+            }
         )
 
     def forward(self, text: Tensor, text_mask: Tensor, visual: Tensor, visual_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (visual, text), of the shapes that came in."""
         for n, layer in enumerate(self.encoder.layer.values()):
-            if n == 0 or n % self.stride != 0:
+            if not self.config.connected(n):
                 memory_mask = cross_attention_mask(visual_mask, text.dtype)
                 text = layer(text, self_attention_mask(text_mask, text.dtype), visual, memory_mask)
             else:
