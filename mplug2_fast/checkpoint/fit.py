@@ -120,7 +120,7 @@ def check_fit(
 def group_of(key: str) -> str:
     """The subtree that a key is reported under: up to its layer number, else its module."""
     layer = re.match(r"(.+?)\.\d+\.", key)
-    return f"{layer[1]}.*" if layer else ".".join(key.split(".")[:-1][:3]) or key
+    return f"{layer[1]}.*" if layer else ".".join(key.split(".")[:-1][:2]) or key
 
 
 def group_counts(keys: Iterable[str]) -> dict[str, int]:

@@ -43,8 +43,7 @@ class KeyMap:
     """The released keys of one model size, as one task sees them.
 
     Attributes:
-        needed: released key -> shape, for exactly the parameters of the task's model. A connected fusion layer keeps its
-            cross-attention, as released, though it does not compute with it.
+        needed: released key -> shape, for exactly the parameters that the task computes with.
 
     Raises `ConfigError` for a task that does not exist.
     """
@@ -100,7 +99,7 @@ class KeyMap:
 
 
 def needed_keys(config: MPlug2Config, task: Task) -> dict[str, Shape]:
-    """Released key -> shape of exactly the parameters of the task's model."""
+    """Released key -> shape of exactly the parameters that `task` computes with."""
     return dict(KeyMap(config, task).needed)
 
 
@@ -122,7 +121,8 @@ def _needed(config: MPlug2Config, task: Task) -> Iterator[tuple[str, Shape]]:
     if task == "question_answering":
         for n in range(text.fusion_layers):
             index = text.stored_layers - text.fusion_layers + n
-            yield from _bert_layer(f"fusion_encoder.encoder.layer.{index}", text)
+            connected = n > 0 and n % text.stride_layer == 0
+            yield from _bert_layer(f"fusion_encoder.encoder.layer.{index}", text, cross=not connected)
     yield from _embeddings("text_decoder.bert.embeddings", text)
     for index in range(text.text_decode_layers):
         yield from _bert_layer(f"text_decoder.bert.encoder.layer.{index}", text)

@@ -26,7 +26,11 @@ METADATA_KEY = "mplug2_config"
 """Entry of a safetensors header that repeats config.json, so that the weights alone are enough."""
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-_BROKEN = (RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
+# What reading a damaged pickle or archive was seen to raise.
+_BROKEN = (
+    *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError),
+    *(ArithmeticError, MemoryError, struct.error, zipfile.BadZipFile),
+)
 
 
 @dataclass(frozen=True)
@@ -143,17 +147,17 @@ def _stated_config(file: Path, stated: Any) -> tuple[MPlug2Config, Task | None]:
 
 def _open_torch(path: Path, container: str) -> Source:
     zipped = "pre-1.6" not in container
-    if zipped and not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path}: truncated: a torch.save file whose end is not there; download it again")
     try:
+        if zipped and not zipfile.is_zipfile(path):
+            raise CheckpointError(f"{path}: truncated: a torch.save file whose end is not there; download it again")
         # A namespace of plain values is how DeepSpeed stores its arguments; it cannot run anything.
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path}: {_refused(str(error))}") from error
     except _BROKEN as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: not a whole torch.save file: {reason}; download it again") from error
+        reason = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]]).rstrip(":")
+        raise CheckpointError(f"{path}: not a readable torch.save file ({reason}); download it again") from error
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path}: holds no state dict but {type(loaded).__name__}; use a released checkpoint")
     name = next((name for name in ("model", "module") if isinstance(loaded.get(name), Mapping)), None)
@@ -193,13 +197,12 @@ def _prefixes_gone(path: Path, weights: Mapping[Any, Any]) -> dict[str, torch.Te
 
 def _refused(message: str) -> str:
     """Why the restricted unpickler stopped, from its message."""
-    blocked = re.search(r"GLOBAL (\S+) was not an allowed global|Unsupported (?:class|global)[: ]+(\S+)", message)
+    blocked = re.search(r"GLOBAL (\S+)", message)
     if not blocked:
         detail = re.search(r"WeightsUnpickler error: (.+)", message)
-        return f"not a whole torch.save file: {detail[1] if detail else 'its pickle is broken'}; download it again"
-    name = blocked[1] or blocked[2]
+        return f"not a readable torch.save file ({detail[1] if detail else 'its pickle is broken'}); download it again"
     return (
-        f"refused: its pickle holds {name} beside tensors and plain values, and reading that would run code; "
+        f"refused: its pickle holds {blocked[1]} beside tensors and plain values, and reading that would run code; "
         "if you trust its origin, save its 'model' entry alone in an isolated environment and use that file"
     )
 
