@@ -35,7 +35,25 @@ _EXPORTS = {
 }
 _MODULES = ("kernels", "nn", "ops", "reference")
 
-__all__ = [*_EXPORTS, *_MODULES, "__version__"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "GenerationOutput",
+    "MPlug2Config",
+    "MPlug2Error",
+    "MPlug2ForCaptioning",
+    "MPlug2ForQuestionAnswering",
+    "VideoError",
+    "__version__",
+    "from_pretrained",
+    "kernels",
+    "load_released",
+    "load_video",
+    "nn",
+    "ops",
+    "reference",
+    "released_state_dict",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -153,9 +153,7 @@ class MPlug2Config:
                 f"{text.num_uni_layer} universal layers and cannot be smaller"
             )
         if text.fusion_layers > text.stored_layers:
-            raise ConfigError(
-                f"fusion_layers {text.fusion_layers} is more than the stored layers {text.stored_layers}"
-            )
+            raise ConfigError(f"fusion_layers {text.fusion_layers} is more than the stored layers {text.stored_layers}")
         if text.num_uni_layer > text.text_decode_layers:
             raise ConfigError(
                 f"text_decode_layers {text.text_decode_layers} is less than num_uni_layer {text.num_uni_layer}"
@@ -181,7 +179,8 @@ class MPlug2Config:
             name = model.get("clip_name", "ViT-L-14")
             if name not in CLIP_TOWERS:
                 raise ConfigError(
-                    f"clip_name {name!r} is not one of {', '.join(CLIP_TOWERS)}: pass clip={{'width', 'layers', 'patch'}}"
+                    f"clip_name {name!r} is not one of {', '.join(CLIP_TOWERS)}: "
+                    "pass clip, a dict of width, layers and patch"
                 )
             clip = dict(zip(("width", "layers", "patch"), CLIP_TOWERS[name], strict=True))
         missing = [key for key in ("width", "layers", "patch") if key not in clip]

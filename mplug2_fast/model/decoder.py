@@ -44,7 +44,8 @@ class SelfAttentionCache:
         self.states = like.new_empty(layers, 2, rows, heads, max_length, head_dim)
 
     def append(self, layer: int, step: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores key and value `(rows, heads, head_dim)` of `step`; returns those of all steps, `(rows, heads, step+1, head_dim)`."""
+        """Stores key and value `(rows, heads, head_dim)` of `step`; returns those of all steps so far,
+        `(rows, heads, step + 1, head_dim)`."""
         self.states[layer, 0, :, :, step] = key
         self.states[layer, 1, :, :, step] = value
         return self.states[layer, 0, :, :, : step + 1], self.states[layer, 1, :, :, : step + 1]

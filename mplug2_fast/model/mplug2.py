@@ -51,7 +51,7 @@ class _MPlug2(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Fresh weights: normal with `initializer_range`, norms at one, biases at zero, temporal modules the identity."""
+        """Fresh weights: normal with `initializer_range`, norms one, biases zero, temporal modules the identity."""
         std = self.config.text.initializer_range
         for module in self.modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -138,7 +138,7 @@ class _MPlug2(nn.Module):
 
 
 def shifted_labels(input_ids: Tensor, prompt_length: int = 0) -> Tensor:
-    """Targets `(..., tokens - 1)` of teacher forcing: padding and the `prompt_length` tokens after [CLS] are ignored."""
+    """Targets `(..., tokens - 1)` of teacher forcing; padding and `prompt_length` tokens after [CLS] are ignored."""
     labels = input_ids[..., 1:].masked_fill(input_ids[..., 1:] == PAD_TOKEN_ID, -100)
     labels[..., :prompt_length] = -100
     return labels

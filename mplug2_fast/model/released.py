@@ -1,4 +1,4 @@
-"""The released name of every parameter: a view into the fast model's tensors, which fuse what the released ones keep apart."""
+"""The released name of every parameter, as a view into the fast model's tensors: those fuse what a checkpoint splits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Modules that other codebases can import: batch-first, `(batch, frames, tokens, channels)` or `(batch, tokens, channels)`."""
+"""Modules that other codebases can import: `(batch, frames, tokens, channels)` or `(batch, tokens, channels)`."""
 
 from mplug2_fast.nn.attention import CrossAttention, SelfAttention
 from mplug2_fast.nn.local_temporal import LocalTemporal

@@ -62,7 +62,7 @@ class CrossAttention(nn.Module):
         return kv.view(*memory.shape[:-1], 2, self.num_heads, -1).unbind(-3)
 
     def forward(self, x: Tensor, memory: Tensor, *, key_padding_mask: Tensor | None = None) -> Tensor:
-        """x `(batch, q_len, dim)`; memory `(batch, k_len, dim)`; key_padding_mask `(batch, k_len)`, nonzero for tokens."""
+        """x `(batch, q_len, dim)`; memory `(batch, k_len, dim)`; key_padding_mask `(batch, k_len)`, 1 for tokens."""
         key, value = self.project_memory(memory)
         dropout = self.dropout if self.training else 0.0
         context = attention(self.project_query(x), key, value, key_padding_mask=key_padding_mask, dropout_p=dropout)

@@ -23,7 +23,7 @@ def beam_step(
     Returns scores `(batch, beams)` float32, the new cumulative log-probabilities, the beam that each came from and its
     token, all `(batch, beams)`.
     """
-    batch, beams, vocabulary = logits.shape
+    beams, vocabulary = logits.shape[1:]
     log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     if step < min_length:
         log_probs[..., end_token_id] = -1e20

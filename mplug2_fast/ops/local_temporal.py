@@ -16,11 +16,12 @@ def temporal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Args:
         x: `(batch, frames, tokens, channels)`. weight: `(channels, kernel)`, kernel odd. bias: `(channels,)`.
 
-    Returns a new tensor of x's shape.
+    Returns a new tensor of x's shape, accumulated in float32 and left so: the activation comes before rounding.
     """
     kernel, frames = weight.shape[1], x.shape[1]
-    taps = weight.to(x.dtype).t().contiguous()
-    out = torch.addcmul(bias.to(x.dtype), x, taps[kernel // 2])
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, bias, taps = x.to(dtype), bias.to(dtype), weight.to(dtype).t().contiguous()
+    out = torch.addcmul(bias, x, taps[kernel // 2])
     for tap in range(kernel):
         shift = tap - kernel // 2  # out[t] takes x[t + shift]
         if shift == 0 or abs(shift) >= frames:
@@ -58,9 +59,9 @@ def local_temporal(
     h = linear_act(h, down_weight, down_bias)
     h = temporal_conv(h, conv_weight * scale, conv_bias * scale)
     if fused:  # QuickGELU(z) = SiLU(1.702·z) / 1.702
-        h = onednn.linear(F.silu(h, inplace=True), up_weight, up_bias * scale)
+        h = onednn.linear(F.silu(h, inplace=True).to(x.dtype), up_weight, up_bias * scale)
         out = torch.add(x, h, alpha=1 / scale, out=h)
     else:
-        out = x + F.linear(quick_gelu(h), up_weight, up_bias)
+        out = x + F.linear(quick_gelu(h).to(x.dtype), up_weight, up_bias)
     out[:, :, 0] = x[:, :, 0]
     return out

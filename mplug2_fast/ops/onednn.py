@@ -23,14 +23,14 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def serves(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether `linear` below can compute with these tensors on this machine."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and x.dtype in _SUPPORTED
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and _SUPPORTED[x.dtype]()
         and x.numel() > 0
         and all(p is None or p.dtype == x.dtype for p in parameters)
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not needs_grad(x, *parameters)
     )

@@ -26,7 +26,7 @@ def self_attention_mask(key_padding_mask: Tensor, dtype: torch.dtype, *, causal:
 
 
 def cross_attention_mask(key_padding_mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """`(batch, keys)` of ones for tokens to an additive mask `(batch, 1, 1, keys)`, more negative than for self-attention."""
+    """`(batch, keys)` of ones for tokens to an additive mask `(batch, 1, 1, keys)`, larger than for self-attention."""
     return (1.0 - key_padding_mask[:, None, None, :].to(dtype)) * torch.finfo(dtype).min
 
 

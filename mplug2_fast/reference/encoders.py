@@ -57,10 +57,7 @@ class FusionEncoder(nn.Module):
         self.config = config
         first = config.stored_layers - config.fusion_layers
         self.encoder = BertEncoder(
-            {
-                first + n: BertLayer(config, cross_attention=not config.connected(n))
-                for n in range(config.fusion_layers)
-            }
+            {first + n: BertLayer(config, cross_attention=not config.connected(n)) for n in range(config.fusion_layers)}
         )
 
     def forward(self, text: Tensor, text_mask: Tensor, visual: Tensor, visual_mask: Tensor) -> tuple[Tensor, Tensor]:

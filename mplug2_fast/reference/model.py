@@ -102,7 +102,7 @@ def _pad(found: list[list[Hypothesis]], num_return: int, device: torch.device) -
 
 
 def shifted_labels(input_ids: Tensor, prompt_length: int = 0) -> Tensor:
-    """Targets `(batch, tokens - 1)` of teacher forcing: padding and the `prompt_length` tokens after [CLS] are ignored."""
+    """Targets `(batch, tokens - 1)` of teacher forcing; padding and `prompt_length` tokens after [CLS] are ignored."""
     labels = input_ids[:, 1:].masked_fill(input_ids[:, 1:] == PAD_TOKEN_ID, -100)
     labels[:, :prompt_length] = -100
     return labels

@@ -22,7 +22,7 @@ EMBEDDING_PARTS = ("embeddings.", "token_embedding", "positional_embedding", "cl
 
 def weight(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
     """The value stored under `key`, from NumPy's legacy generator, whose stream is frozen across versions."""
-    normal = np.random.RandomState((zlib.crc32(key.encode()) + seed) % 2**32).standard_normal(shape).astype(np.float32)  # noqa: NPY002
+    normal = np.random.RandomState((zlib.crc32(key.encode()) + seed) % 2**32).standard_normal(shape).astype(np.float32)
     vector = len(shape) == 1
     if key.endswith("logit_scale"):
         return np.asarray(np.log(1 / 0.07), dtype=np.float32)
@@ -78,7 +78,7 @@ class GoldenCase:
 
     @cached_property
     def video(self) -> Tensor:
-        generator = np.random.RandomState(1000 + self.description["seed"])  # noqa: NPY002
+        generator = np.random.RandomState(1000 + self.description["seed"])
         return torch.as_tensor(generator.standard_normal(self.description["video_shape"]).astype(np.float32))
 
     @property
