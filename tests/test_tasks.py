@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import mplug2_fast as mf
-from mplug2_fast import tasks
 from mplug2_fast.checkpoint import save_pretrained
 from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error, VideoError
-from mplug2_fast.tasks import Answerer, Captioner, Result
+from mplug2_fast.tasks import Answerer, Captioner, Result, base
+from mplug2_fast.tasks import answerer as answering
 from mplug2_fast.text import Tokenizer
 
 TEXT = "a video of the red blue square circle moves left right up what does do color is it yes no"
@@ -60,7 +60,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             raise VideoError(f"{path}: is truncated:\n it has 3 bytes of 4")
         return pixels(path)
 
-    monkeypatch.setattr(tasks, "load_video", load)
+    monkeypatch.setattr(base, "load_video", load)
     return asked
 
 
@@ -96,7 +96,7 @@ def test_one_path_is_one_file(loaded: list[str], captioner: Captioner) -> None:
 
 
 def test_the_models_own_defaults_are_used(captioner: Captioner) -> None:
-    assert captioner._generation_options(None, 1, None, None) == {
+    assert captioner.generation_options(None, 1, None, None) == {
         "num_beams": 5,
         "num_return": 1,
         "min_length": 1,
@@ -130,15 +130,21 @@ def test_bad_files_do_not_stop_the_others(loaded: list[str], captioner: Captione
 def test_what_else_a_file_can_cause(
     monkeypatch: pytest.MonkeyPatch, captioner: Captioner, problem: Exception, reason: str
 ) -> None:
-    monkeypatch.setattr(tasks, "load_video", _raiser(problem))
+    monkeypatch.setattr(base, "load_video", _raiser(problem))
     (result,) = captioner.caption("x.mp4")
     assert reason in result.error
+
+
+def test_the_reason_does_not_repeat_an_awkward_file_name(loaded: list[str], captioner: Captioner) -> None:
+    (result,) = captioner.caption("bad  \n.mp4")
+    assert result.path == "bad  \n.mp4"
+    assert result.error == "is truncated: it has 3 bytes of 4"
 
 
 def test_errors_of_the_program_are_not_taken_for_bad_files(
     monkeypatch: pytest.MonkeyPatch, captioner: Captioner
 ) -> None:
-    monkeypatch.setattr(tasks, "load_video", _raiser(TypeError("a bug")))
+    monkeypatch.setattr(base, "load_video", _raiser(TypeError("a bug")))
     with pytest.raises(TypeError, match="a bug"):
         list(captioner.caption("x.mp4"))
 
@@ -163,7 +169,7 @@ def test_the_next_file_is_decoded_while_the_model_works(monkeypatch: pytest.Monk
             assert second_started.wait(timeout=60), "the second file was not decoded in the meantime"
             return super().encode_video(video)
 
-    monkeypatch.setattr(tasks, "load_video", load)
+    monkeypatch.setattr(base, "load_video", load)
     results = Captioner(Waiting(CONFIG, [["red"]]), tokenizer).caption(["one.mp4", "two.mp4", "three.mp4"])
     assert [result.text for result in results] == ["red"] * 3
 
@@ -247,7 +253,7 @@ def test_candidates_are_ranked_by_the_model(
 def test_more_candidates_than_are_scored_in_full(
     loaded: list[str], answerer: Answerer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "MAX_CANDIDATES", 2)
+    monkeypatch.setattr(answering, "MAX_CANDIDATES", 2)
     (two,) = answerer.answer("one.mp4", "what", ["yes", "no", "up"], num_return=1)
     (three,) = answerer.answer("one.mp4", "what", ["yes", "no", "up"], num_return=3)
     assert two.text == three.text
@@ -326,9 +332,9 @@ def test_a_vocabulary_of_another_size_is_refused(folder: Path, tmp_path: Path) -
 
 
 def test_without_a_path_it_is_the_model_that_ships(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(tasks, "TINY_MODEL", folder)
+    monkeypatch.setattr(base, "TINY_MODEL", folder)
     assert Captioner.from_pretrained().tokenizer.vocab_size == len(VOCABULARY)
-    monkeypatch.setattr(tasks, "TINY_MODEL", folder / "none")
+    monkeypatch.setattr(base, "TINY_MODEL", folder / "none")
     with pytest.raises(CheckpointError, match="the tiny model is not there"):
         Captioner.from_pretrained()
 

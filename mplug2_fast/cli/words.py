@@ -141,6 +141,7 @@ def _json(result: Result, more: dict[str, str]) -> str:
     fields = dataclasses.asdict(result)
     fields["alternatives"] = [{"text": text, "score": _number(score)} for text, score in result.alternatives]
     fields["score"] = _number(result.score)
+    fields["seconds"] = {stage: round(seconds, 6) for stage, seconds in result.seconds.items()}
     return json.dumps({"path": fields.pop("path"), **more, **fields}, allow_nan=False)
 
 

@@ -1,0 +1,15 @@
+"""From files to words: captions of videos and images, and answers to questions about them.
+
+    captioner = Captioner.from_pretrained("mplug2_caption.pth", dtype="bfloat16")
+    for result in captioner.caption(["a.mp4", "b.mkv"]):
+        print(result.path, result.text or result.error)
+
+One bad file never stops the others: its `Result` carries an `error`. The next file is decoded in a thread while the
+model works on the current one.
+"""
+
+from mplug2_fast.tasks.answerer import Answerer
+from mplug2_fast.tasks.base import Alternative, Result
+from mplug2_fast.tasks.captioner import Captioner
+
+__all__ = ["Alternative", "Answerer", "Captioner", "Result"]

@@ -1,0 +1,46 @@
+"""Captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+from torch import Tensor
+
+from mplug2_fast.config import Task
+from mplug2_fast.tasks.base import Alternative, Paths, Result, VideoTask
+
+
+class Captioner(VideoTask):
+    """Captions of video and image files."""
+
+    task: ClassVar[Task] = "captioning"
+
+    def caption(
+        self,
+        paths: Paths,
+        *,
+        num_beams: int | None = None,
+        num_return: int = 1,
+        min_length: int | None = None,
+        max_length: int | None = None,
+    ) -> Iterator[Result]:
+        """One `Result` a file, in the order of the files, each as soon as it is ready.
+
+        Args:
+            paths: one file or several; an image is a video of one frame.
+            num_beams: beams of the search; None takes the model's default, as for the lengths.
+            num_return: how many captions a file, at most `num_beams`.
+            min_length, max_length: of the caption, in tokens, the end token included and [CLS] not.
+
+        Raises:
+            ConfigError: options that contradict one another or the model.
+            MPlug2Error: the device ran out of memory.
+        """
+        options = self.generation_options(num_beams, num_return, min_length, max_length)
+        prompt = self.model.config.generation.prompt
+
+        def words(image_embeds: Tensor) -> list[Alternative]:
+            return self.texts(self.model.generate(image_embeds=image_embeds, **options), prompt)
+
+        return self.run(paths, words)
