@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from examples.moving_shapes.generator import (
     training_rng,
     vocabulary,
 )
+from mplug2_fast.checkpoint import save_pretrained
 from mplug2_fast.ops import preprocess_frames
 from mplug2_fast.text import Tokenizer
 
@@ -37,9 +39,9 @@ from mplug2_fast.text import Tokenizer
 class Recipe:
     """Everything that decides the weights that come out."""
 
-    steps: int = 4000
+    steps: int = 5000
     batch_size: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     warmup_steps: int = 100
     weight_decay: float = 0.02
     answer_weight: float = 0.5
@@ -87,8 +89,9 @@ def as_video(frames) -> Tensor:
 def make_model(recipe: Recipe) -> mf.MPlug2ForQuestionAnswering:
     """The tiny model with fresh weights.
 
-    Matrices have the standard deviation that keeps the scale of what they multiply, embeddings 0.02. Local temporal
-    modules start by computing nothing; the ablation leaves them at that, which is the encoder without them.
+    Matrices have the standard deviation that keeps the scale of what they multiply, word embeddings 0.02, and positions
+    one that patches, which are of scale 1, do not drown. Local temporal modules start by computing nothing; the
+    ablation leaves them at that, which is the encoder without them.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     config = mf.MPlug2Config.preset("tiny").replace(vocab_size=len(vocabulary()))
@@ -96,7 +99,9 @@ def make_model(recipe: Recipe) -> mf.MPlug2ForQuestionAnswering:
     for name, weight in model.released_parameters().items():
         if ".up_proj." in name:
             weight.zero_()
-        elif name.endswith(("embedding", "embeddings.weight", "latents")):
+        elif name.endswith(("positional_embedding", "class_embedding")):
+            weight.normal_(std=0.5, generator=generator)
+        elif name.endswith(("embeddings.weight", "latents")):
             weight.normal_(std=0.02, generator=generator)
         elif weight.ndim > 1:
             weight.normal_(std=weight[0].numel() ** -0.5, generator=generator)
@@ -123,12 +128,14 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> tuple[torch.optim.Optimi
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def losses(model: mf.MPlug2ForQuestionAnswering, batch: Batch) -> tuple[Tensor, Tensor]:
+def losses(
+    model: mf.MPlug2ForQuestionAnswering, captioner: mf.MPlug2ForCaptioning, batch: Batch
+) -> tuple[Tensor, Tensor]:
     """The package's captioning and question answering losses, over one encoding of the clips."""
     image_embeds = model.encode_video(batch.video)
     n = len(image_embeds)
     ones = torch.ones(n)
-    caption_loss = model.captioner()(None, *batch.caption, image_embeds=image_embeds)
+    caption_loss = captioner(None, *batch.caption, image_embeds=image_embeds)
     answer_loss = model(
         None, *batch.question, *batch.answer, torch.ones(n, dtype=torch.int64), ones, image_embeds=image_embeds
     )
@@ -142,12 +149,15 @@ class Trainer:
         self.recipe = recipe
         self.tokenizer = make_tokenizer()
         self.model = make_model(recipe).train()
+        self.captioner = self.model.captioner()
         self.optimizer, self.schedule = make_optimizer(self.model, recipe)
         self.step = 0
 
     def train_step(self) -> tuple[float, float]:
         """One update. Returns the captioning and the question answering loss before it."""
-        caption_loss, answer_loss = losses(self.model, make_batch(self.recipe, self.step, self.tokenizer))
+        caption_loss, answer_loss = losses(
+            self.model, self.captioner, make_batch(self.recipe, self.step, self.tokenizer)
+        )
         self.optimizer.zero_grad(set_to_none=True)
         (caption_loss + self.recipe.answer_weight * answer_loss).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.gradient_clip)
@@ -158,9 +168,10 @@ class Trainer:
 
     def save(self, folder: Path) -> None:
         """config.json, model.safetensors in float16, vocab.txt."""
-        from mplug2_fast.checkpoint import save_pretrained
-
-        save_pretrained(self.model, folder, dtype=torch.float16, vocab=vocabulary())
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as vocab:
+            vocab.write("\n".join(vocabulary()) + "\n")
+            vocab.flush()
+            save_pretrained(self.model, folder, dtype=torch.float16, vocab=vocab.name)
 
 
 def main(
@@ -172,11 +183,13 @@ def main(
     ] = True,
     threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice if not given.")] = None,
     log: Annotated[Path | None, typer.Option(help="File for a JSON line every 50 steps.")] = None,
-    save_every: Annotated[int, typer.Option(help="Steps between intermediate saves; 0 saves at the end only.")] = 500,
+    save_every: Annotated[int, typer.Option(help="Also save to OUTPUT-STEP every so many steps; 0 does not.")] = 0,
 ) -> None:
     """Train the tiny model on moving shapes and save it."""
     if threads:
         torch.set_num_threads(threads)
+    if output.exists():
+        raise typer.BadParameter(f"{output} exists: name a new folder")
     recipe = Recipe(steps=steps, seed=seed, local_temporal=local_temporal)
     console = Console(stderr=True)
     trainer = Trainer(recipe)
@@ -214,8 +227,9 @@ def main(
                 if log:
                     with log.open("a") as file:
                         file.write(json.dumps(line) + "\n")
-            if step == steps or (save_every and step % save_every == 0):
-                trainer.save(output)
+            if save_every and step % save_every == 0:
+                trainer.save(output.with_name(f"{output.name}-{step}"))
+    trainer.save(output)
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
     console.print(f"saved {output} after {seconds:.0f} s, {cpu_seconds:.0f} s of CPU time")
 

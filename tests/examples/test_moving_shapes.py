@@ -93,7 +93,7 @@ def test_fresh_local_temporal_modules_compute_nothing():
 
 def test_both_tasks_reach_the_shared_weights():
     trainer = Trainer(SHORT)
-    caption_loss, answer_loss = losses(trainer.model, make_batch(SHORT, 0, trainer.tokenizer))
+    caption_loss, answer_loss = losses(trainer.model, trainer.captioner, make_batch(SHORT, 0, trainer.tokenizer))
     shared = next(p for p in trainer.model.parameters() if p.ndim > 1)
     for loss in (caption_loss, answer_loss):
         (gradient,) = torch.autograd.grad(loss, shared, retain_graph=True)
