@@ -175,7 +175,11 @@ def _native() -> dict[str, Any]:
 
 def _triton_kernels() -> dict[str, Any]:
     """The Triton kernels by name, whether they can run: `available`, and if not `reason`."""
-    kernels = importlib.import_module("mplug2_fast.kernels")
+    try:
+        kernels = importlib.import_module("mplug2_fast.kernels")
+    except ModuleNotFoundError:
+        reason = "they are not installed, as in a checkout without an installation: pip install -e ."
+        return {"available": False, "kernels": [], "reason": reason}
     names = sorted(module.name for module in pkgutil.iter_modules(kernels.__path__) if not module.name.startswith("_"))
     reason = _why_no_triton() if names else f"mplug2_fast {mplug2_fast.__version__} has none: it runs on PyTorch's"
     return {"available": reason is None, "kernels": names} | ({} if reason is None else {"reason": reason})

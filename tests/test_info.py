@@ -116,10 +116,18 @@ def test_a_missing_native_module_comes_with_reason_and_remedy(monkeypatch: pytes
 
 def test_triton_kernels_and_why_they_do_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kernels = SimpleNamespace(__path__=[str(tmp_path)])
-    modules = {"mplug2_fast.kernels": kernels, "triton": None}
-    monkeypatch.setattr(importlib, "import_module", modules.__getitem__)
+    modules: dict[str, SimpleNamespace | None] = {"triton": None}
+
+    def import_module(name: str) -> SimpleNamespace | None:
+        if name not in modules:
+            raise ModuleNotFoundError(name)
+        return modules[name]
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
 
+    assert "pip install" in info._triton_kernels()["reason"]
+    modules["mplug2_fast.kernels"] = kernels
     assert info._triton_kernels()["reason"].endswith("has none: it runs on PyTorch's")
     (tmp_path / "local_temporal.py").touch()
     (tmp_path / "_shared.py").touch()
