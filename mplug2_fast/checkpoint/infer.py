@@ -71,13 +71,15 @@ def infer_config(shapes: Mapping[str, Shape], released: Mapping[str, Any] | None
         stored = text["stored_layers"]
         fusion, stride = _FUSION_DEFAULTS.get(stored, (None, 1000))
         first = min(_layers(shapes, "fusion_encoder.encoder.layer"))
-        if first > 0:  # the layers that never run are gone already
+        whole = any(key.startswith("fusion_encoder.embeddings.") for key in shapes)
+        if first > 0 and not whole:  # what never runs is gone already
             text["fusion_layers"] = stored - first
         elif fusion is None and released.get("fusion_layers") is None:
             undetermined = ("text.fusion_layers",)
         else:
             text["fusion_layers"] = told("text", "fusion_layers", fusion)
-        text["stride_layer"] = told("text", "stride_layer", stride)
+        connected = _first_connected(shapes, stored - text["fusion_layers"])
+        text["stride_layer"] = connected or told("text", "stride_layer", stride)
     generation = {
         "num_beams": told("generation", "num_beams", defaults.generation.num_beams, "beam_size"),
         "prompt": told("generation", "prompt", defaults.generation.prompt),
@@ -183,8 +185,15 @@ def _text_sizes(shapes: Mapping[str, Shape], tasks: tuple[Task, ...]) -> dict[st
     return sizes
 
 
-def _layers(shapes: Iterable[str], prefix: str) -> set[int]:
-    found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", key) for key in shapes)
+def _first_connected(shapes: Iterable[str], first_layer: int) -> int | None:
+    """Which of the fusion layers that run is the first without cross-attention, where those were left out."""
+    crossing = _layers((key for key in shapes if ".crossattention." in key), "fusion_encoder.encoder.layer")
+    stored = sorted(_layers(shapes, "fusion_encoder.encoder.layer"))
+    return next((n - first_layer for n in stored if n > first_layer and n not in crossing), None)
+
+
+def _layers(keys: Iterable[str], prefix: str) -> set[int]:
+    found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", key) for key in keys)
     return {int(match[1]) for match in found if match}
 
 

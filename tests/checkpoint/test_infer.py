@@ -75,8 +75,19 @@ def test_used_keys_alone_tell_the_sizes(golden_config, changes, task):
     assert found.undetermined == ()
 
 
+def test_connected_layers_tell_the_stride(golden_config):
+    config = golden_config.replace(stored_layers=7, fusion_layers=6, stride_layer=2)
+    found = infer_config(needed_keys(config, "question_answering"))
+    assert (found.config.text.fusion_layers, found.config.text.stride_layer) == (6, 2)
+
+
 def test_fusion_layers_of_an_unknown_size_are_not_guessed(golden_shapes):
     assert infer_config(golden_shapes).undetermined == ("text.fusion_layers",)
+
+
+def test_a_lost_fusion_layer_changes_no_size(large_shapes):
+    shapes = {key: shape for key, shape in large_shapes.items() if "fusion_encoder.encoder.layer.0." not in key}
+    assert infer_config(shapes).config == mf.MPlug2Config.preset("large")
 
 
 def test_no_fusion_encoder_means_captioning(golden_shapes):
