@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,7 @@ class CMakeBuild(build_ext):
         if policy not in ("auto", "required", "off"):
             raise SetupError(f'MPLUG2_FAST_NATIVE is {policy!r}: it must be "auto", "required" or "off"')
         build_dir = (Path(self.build_temp) / "cmake").resolve()
-        self.missing = "MPLUG2_FAST_NATIVE was off" if policy == "off" else configure(build_dir)
+        self.missing = "It was turned off by MPLUG2_FAST_NATIVE." if policy == "off" else configure(build_dir)
         if self.missing and policy == "required":
             raise SetupError(f"MPLUG2_FAST_NATIVE is required, but the native module cannot be built. {self.missing}")
         if self.missing:
@@ -63,8 +64,10 @@ def configure(build_dir: Path) -> str | None:
     print(done.stdout, done.stderr, sep="\n")
     if done.returncode == 0:
         return None
-    start = done.stderr.find("CMake Error")
-    return "CMake could not configure it: " + " ".join(done.stderr[max(start, 0) :].split())[:600]
+    # The text of the first error, without where in CMake's own files it arose.
+    text = re.split(r"^CMake Error.*:$", done.stderr, maxsplit=1, flags=re.MULTILINE)[-1]
+    text = re.split(r"^(?:Call Stack|CMake Error|-- )", text, maxsplit=1, flags=re.MULTILINE)[0]
+    return "CMake could not configure it: " + " ".join(text.split())[:500]
 
 
 setup(

@@ -16,7 +16,8 @@ struct FramesView {
 // what is left to do for a pixel is to fetch.
 //
 // `table` is (3, 256), `output` (3, frames, size, size), both contiguous with elements of `element_size` bytes: 2, 4 or
-// 8 (anything else is left undone and returns false). `frames` must have at least one pixel unless `frames.frames` is 0.
+// 8 (anything else is left undone and returns false). `frames` must have at least one pixel unless `frames.frames` is
+// 0.
 bool preprocess_frames(const FramesView& frames, std::int64_t size, const void* table, std::int64_t element_size,
                        void* output, int threads);
 

@@ -20,7 +20,15 @@ import torch
 
 from mplug2_fast.errors import VideoError
 from mplug2_fast.video.files import reason_not_readable
-from mplug2_fast.video.seek import CannotSeekError, PacketInfo, Scan, decode_segments, is_fresh_start, plan_segments
+from mplug2_fast.video.seek import (
+    CannotSeekError,
+    PacketInfo,
+    Scan,
+    decode_segments,
+    is_fresh_start,
+    is_shown,
+    plan_segments,
+)
 
 try:
     import av
@@ -37,8 +45,9 @@ Choice = Callable[[int], Sequence[int]]
 # Formats in which libav draws pictures of text, or follows a text to other files.
 _NOT_VIDEO_FORMATS = frozenset(("tty", "hls", "concat", "dash", "sdp"))
 _FORMAT_OPTIONS = {"protocol_whitelist": "file", "pattern_type": "none"}
-# Raise where the decoder would otherwise paint over the damage.
-_DECODER_OPTIONS = {"err_detect": "explode+crccheck"}
+# This decoder paints over damage without a word, unless told not to. Others must not be told: they take offence at
+# files that are merely unusual.
+_DECODER_OPTIONS = {"mjpeg": {"err_detect": "explode"}}
 
 
 def decode_frames(path: str | os.PathLike[str], choose: Choice, *, may_seek: bool = True) -> list[np.ndarray]:
@@ -89,7 +98,7 @@ def _scan(name: str) -> Scan:
             if packet.is_corrupt:
                 raise _error(name, "is corrupt or truncated: a packet is incomplete")
             fresh_start = is_fresh_start(packet, codec, stream.codec_context.extradata)
-            scan.packets.append(PacketInfo(packet.pts, packet.size, fresh_start, packet.is_discard))
+            scan.packets.append(PacketInfo(packet.pts, packet.size, fresh_start, is_shown(packet, codec)))
             scan.changes |= packet.has_sidedata("new_extradata")
     return scan
 
@@ -137,7 +146,7 @@ def _open(name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
         stream = best if best in streams else streams[0]
         if stream.codec_context is None:
             raise _error(name, "has a video stream of an unknown codec")
-        stream.codec_context.options = _DECODER_OPTIONS
+        stream.codec_context.options = _DECODER_OPTIONS.get(stream.codec_context.name, {})
         stream.thread_type = "AUTO"
         stream.codec_context.thread_count = torch.get_num_threads()
         yield container, stream

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def frame_indices(total: int, num_frames: int) -> list[int]:
             raise ValueError(f"{name} must be at least 1, not {number}")
     taken = min(num_frames, total)
     bounds = np.linspace(0, total, taken + 1).astype(int).tolist()
-    indices = [(first + end - 1) // 2 for first, end in zip(bounds[:-1], bounds[1:], strict=True)]
+    indices = [(first + end - 1) // 2 for first, end in pairwise(bounds)]
     return indices + indices[-1:] * (num_frames - taken)
 
 

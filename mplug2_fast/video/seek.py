@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # One packet is one frame, with its own time, in these containers and codecs.
 _FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
-_CODECS = ("h264", "hevc", "vp9", "av1", "mjpeg")
+_CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mjpeg")
 
 # The kinds of coded picture that a decoder can start from: for h264 an IDR picture, since an I picture that is marked
 # as a key frame may be followed by pictures that look back beyond it; for hevc an IDR or CRA picture. Pictures that
@@ -45,7 +45,7 @@ class PacketInfo:
     pts: int | None
     size: int
     fresh_start: bool
-    discard: bool
+    shown: bool
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Scan:
     @property
     def shown(self) -> int:
         """Number of packets whose frame is shown: as a rule the number of frames."""
-        return sum(not packet.discard for packet in self.packets)
+        return sum(packet.shown for packet in self.packets)
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,18 @@ def is_fresh_start(packet: Packet, codec: str, extradata: bytes | None) -> bool:
     return False
 
 
+def is_shown(packet: Packet, codec: str) -> bool:
+    """Whether a packet says that it gives a frame; VP8 and VP9 have frames that only others look back to."""
+    if packet.is_discard:
+        return False
+    data = memoryview(packet)
+    if codec == "vp8":
+        return bool(data[0] & 0x10)
+    if codec == "vp9":  # shown itself, showing an earlier one, or several frames together, of which the last is shown
+        return bool(data[0] & 0x0A) or data[-1] & 0xE0 == 0xC0
+    return True
+
+
 def plan_segments(scan: Scan, indices: Sequence[int], threads: int) -> tuple[list[Segment], list[int]] | None:
     """The parts to decode for the frames with these indices, and the time of each frame; None to decode everything."""
     packets = scan.packets
@@ -93,7 +105,7 @@ def plan_segments(scan: Scan, indices: Sequence[int], threads: int) -> tuple[lis
         scan.format not in _FORMATS
         or scan.codec not in _CODECS
         or scan.changes
-        or any(packet.discard for packet in packets)
+        or not all(packet.shown for packet in packets)
         or any(time is None for time in times)
         or len(set(times)) < len(times)
         or not packets[0].fresh_start

@@ -1,0 +1,99 @@
+"""Makes videos for the tests: what PyAV can write, of frames that tell themselves apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+RATE = 25
+
+# Quiet, fast, and fine enough to tell a frame from its neighbours.
+OPTIONS = {
+    "libx265": {"x265-params": "log-level=none"},
+    "libvpx": {"deadline": "realtime", "cpu-used": "8"},
+    "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"},
+    "libsvtav1": {"preset": "12"},
+    "mpeg4": {"b": "2M"},
+    "snow": {"b": "2M"},
+}
+PIXEL_FORMATS = {
+    "mjpeg": "yuvj420p",
+    "prores_ks": "yuv422p10le",
+    "gif": "rgb8",
+    "huffyuv": "rgb24",
+    "qtrle": "rgb24",
+    "jpeg2000": "rgb24",
+    "apng": "rgb24",
+    "png": "rgb24",
+    "tiff": "rgb24",
+    "bmp": "bgr24",
+    "zlib": "bgr24",
+    "cinepak": "rgb24",
+    "magicyuv": "gbrp",
+}
+
+
+def moving_frames(count: int, width: int = 96, height: int = 80) -> list[np.ndarray]:
+    """Blocks of colour that wander, and a patch whose grey tells the number of the frame."""
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    picture = blocks.repeat(8, axis=0).repeat(8, axis=1)
+    frames = []
+    for index in range(count):
+        frame = np.roll(picture, 3 * index, axis=1)
+        frame[8:40, 8:40] = index * 8 % 256
+        frames.append(frame)
+    return frames
+
+
+def write_video(
+    path: Path,
+    codec: str,
+    frames: Sequence[np.ndarray],
+    *,
+    gop: int = 12,
+    options: dict[str, str] | None = None,
+    milliseconds: Iterable[int] | None = None,
+    container_options: dict[str, str] | None = None,
+    format: str | None = None,
+) -> Path:
+    """Encodes frames, at 25 a second or at the given times."""
+    times = None if milliseconds is None else list(milliseconds)
+    with av.open(str(path), "w", format=format, options=container_options or {}) as container:
+        stream = container.add_stream(codec, rate=RATE, options={**OPTIONS.get(codec, {}), **(options or {})})
+        stream.height, stream.width = frames[0].shape[:2] if frames else (80, 96)
+        stream.pix_fmt = PIXEL_FORMATS.get(codec, "yuv420p")
+        stream.gop_size = gop
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        container.start_encoding()
+        for index, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts = index if times is None else times[index]
+            frame.time_base = Fraction(1, RATE) if times is None else Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def write_sound(path: Path, codec: str, seconds: float = 0.5) -> Path:
+    """Encodes silence."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=44100, layout="mono")
+        samples = np.zeros((1, int(44100 * seconds)), np.float32)
+        frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+        frame.sample_rate = 44100
+        for resampled in av.AudioResampler(format=stream.format, layout="mono", rate=44100).resample(frame):
+            container.mux(stream.encode(resampled))
+        container.mux(stream.encode(None))
+    return path
+
+
+def decode_all(path: Path) -> list[np.ndarray]:
+    """Every frame of a video, with nothing clever."""
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
