@@ -97,7 +97,7 @@ def make_model(recipe: Recipe) -> mf.MPlug2ForQuestionAnswering:
     config = mf.MPlug2Config.preset("tiny").replace(vocab_size=len(vocabulary()))
     model = mf.MPlug2ForQuestionAnswering(config)
     for name, weight in model.released_parameters().items():
-        if ".up_proj." in name:
+        if ".up_proj." in name or name.endswith("bias"):
             weight.zero_()
         elif name.endswith(("positional_embedding", "class_embedding")):
             weight.normal_(std=0.5, generator=generator)
