@@ -63,7 +63,7 @@ class Fit:
         return "\n".join([*lines, f"  remedy: {self._remedy()}"])
 
     def _remedy(self) -> str:
-        if not self.needed:
+        if not (self.needed or self.mismatched):
             return "this is not an mPLUG-2 checkpoint: use one that is"
         question_answering = ("text_encoder.", "fusion_encoder.")
         if self.missing and not self.mismatched and all(key.startswith(question_answering) for key in self.missing):
