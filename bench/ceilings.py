@@ -1,0 +1,95 @@
+"""What the machine can do: the best rate of a large matrix product per dtype, and the bandwidth of a copy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# (rows, inputs, outputs) of the Large model's vision encoder, 16 frames: the two products of an MLP, and the QKV.
+LARGE_SHAPES = ((4112, 1024, 4096), (4112, 4096, 1024), (4112, 1024, 3072))
+GPU_SHAPES = (*LARGE_SHAPES, (8192, 8192, 8192))
+
+
+def measure(device: str, dtypes: list[str], *, quick: bool = False) -> dict[str, Any]:
+    """Per dtype the best GEMM rate in GFLOP/s, the operator and the shape that gave it; copy bandwidth in GB/s."""
+    shapes = GPU_SHAPES if device.startswith("cuda") else LARGE_SHAPES[:1] if quick else LARGE_SHAPES
+    rates = {dtype: gemm(device, getattr(torch, dtype), shapes, repeats=2 if quick else 4) for dtype in dtypes}
+    return {"gemm": rates, "copy_gb_per_second": copy_bandwidth(device, 1 << 26 if quick else 1 << 28)}
+
+
+def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """The better of two measurements, part by part: on a shared machine each is a lower bound."""
+    gemm = dict(first["gemm"])
+    for dtype, rate in second["gemm"].items():
+        if dtype not in gemm or rate["gflops"] > gemm[dtype]["gflops"]:
+            gemm[dtype] = rate
+    return {"gemm": gemm, "copy_gb_per_second": max(first["copy_gb_per_second"], second["copy_gb_per_second"])}
+
+
+def gemm(device: str, dtype: torch.dtype, shapes: tuple[tuple[int, int, int], ...], repeats: int) -> dict[str, Any]:
+    """The best over shapes, operators and repeats, on random data, with a bias where the operator takes one."""
+    best: dict[str, Any] = {"gflops": 0.0}
+    for rows, inputs, outputs in shapes:
+        x = torch.randn(rows, inputs, device=device).to(dtype)
+        weight = torch.randn(outputs, inputs, device=device).to(dtype)
+        bias = torch.randn(outputs, device=device).to(dtype)
+        for name, run in operators(x, weight, bias).items():
+            seconds = min(timed(run, device) for _ in range(repeats + 1))
+            rate = 2 * rows * inputs * outputs / seconds / 1e9
+            if rate > best["gflops"]:
+                best = {"gflops": rate, "operator": name, "shape": [rows, inputs, outputs]}
+    return best
+
+
+def operators(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Every way that this PyTorch offers to compute a linear layer here."""
+    transposed = weight.t().contiguous()
+    ways: dict[str, Callable[[], Tensor]] = {
+        "F.linear": lambda: F.linear(x, weight, bias),
+        "matmul": lambda: x @ transposed,
+    }
+    if x.device.type == "cpu" and onednn_has(x.dtype):
+        linear = torch.ops.mkldnn._linear_pointwise
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
+        ways["oneDNN linear"] = lambda: linear(x, weight, bias, "none", [], "")
+        ways["oneDNN linear, packed"] = lambda: linear(x, packed, bias, "none", [], "")
+        ways["oneDNN linear with swish, packed"] = lambda: linear(x, packed, bias, "swish", [], "")
+    return ways
+
+
+def onednn_has(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():
+        return False
+    checks = {
+        torch.float32: lambda: True,
+        torch.bfloat16: lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: lambda: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return checks[dtype]()
+
+
+def copy_bandwidth(device: str, size: int) -> float:
+    """GB/s of a copy of `size` bytes, read and written bytes together."""
+    source = torch.full((size,), 1, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * size / min(timed(lambda: target.copy_(source), device) for _ in range(5)) / 1e9
+
+
+def timed(run: Callable[[], Any], device: str) -> float:
+    """Seconds of one call."""
+    if not device.startswith("cuda"):
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3

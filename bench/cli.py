@@ -1,0 +1,97 @@
+"""Times captioning and its parts: the released algorithm, the fast model, and a compiled peer.
+
+    python bench/run.py                       # the base model: minutes on a CPU
+    python bench/run.py --quick               # the tiny model: about a minute, most of it compiling the peer
+    python bench/run.py --preset large --dtype float32,bfloat16 --json results.json
+
+Every implementation runs in a process of its own, on the same seeded weights; runs take turns and medians count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from bench import flops, measure, table
+from bench.plan import Plan
+from bench.workers import WorkerError
+from mplug2_fast import MPlug2Config
+from mplug2_fast.devices import DTYPES, pick_device
+from mplug2_fast.errors import MPlug2Error
+
+
+def parse(arguments: list[str] | None = None) -> tuple[Plan, Path | None]:
+    """The plan, and the file for JSON. Exits with status 2 on options that cannot be."""
+    parser = argparse.ArgumentParser(
+        prog="bench/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--preset", choices=("tiny", "base", "large"), help="sizes of the model (default: base; with --quick tiny)")
+    add("--dtype", action="append", metavar="DTYPE[,DTYPE]", help=f"{', '.join(DTYPES)} (default: float32)")
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--level", action="append", metavar="LEVEL[,LEVEL]", help=f"{', '.join(flops.LEVELS)} (default: all)")
+    add("--frames", type=int, help="frames of the video (default: the preset's)")
+    add("--beams", type=int, default=5, help="beams of the search (default: 5)")
+    add("--steps", type=int, default=15, help="decoding steps, exactly as many are run (default: 15)")
+    add("--batch", type=int, default=1, help="copies of the video (default: 1)")
+    add("--repeats", type=int, help="timed runs of each, of which the median counts (default: 5; with --quick 3)")
+    add("--reference-steps", type=int, metavar="N", help="time the reference at N decoding steps; the table says so")
+    add("--no-peer", action="store_true", help="leave the compiled peer out")
+    add("--uncompiled-peer", action="store_true", help="run the peer's code without torch.compile")
+    add("--quick", action="store_true", help="the tiny model, few repeats")
+    add("--video", type=Path, help="input file, or .npy of uint8 frames (default: a bundled clip)")
+    add("--json", type=Path, metavar="FILE", help="write the results here")
+    options = parser.parse_args(arguments)
+
+    def listed(values: list[str] | None, known: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(name for value in values or default for name in value.split(",")))
+        for name in names:
+            if name not in known:
+                parser.error(f"no such choice {name!r}: choose from {', '.join(known)}")
+        return names
+
+    preset = options.preset or ("tiny" if options.quick else "base")
+    config = MPlug2Config.preset(preset)
+    repeats = options.repeats or (3 if options.quick else 5)
+    reference_steps = options.reference_steps or options.steps
+    frames = config.vision.num_frames if options.frames is None else options.frames
+    for name, value in (("frames", frames), ("beams", options.beams), ("batch", options.batch), ("repeats", repeats)):
+        if value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    if not 1 <= options.steps <= config.text.max_position_embeddings:
+        parser.error(f"--steps must be from 1 to {config.text.max_position_embeddings}, got {options.steps}")
+    if not 1 <= reference_steps <= options.steps:
+        parser.error(f"--reference-steps must be from 1 to the {options.steps} of --steps, got {reference_steps}")
+    wanted = listed(options.level, flops.LEVELS, flops.LEVELS)
+    plan = Plan(
+        preset=preset,
+        dtypes=listed(options.dtype, tuple(DTYPES), ("float32",)),
+        device=str(pick_device(options.device)),
+        levels=tuple(level for level in flops.LEVELS if level in wanted),
+        frames=frames,
+        beams=options.beams,
+        steps=options.steps,
+        batch=options.batch,
+        repeats=repeats,
+        peer=None if options.no_peer else "uncompiled" if options.uncompiled_peer else "compiled",
+        reference_steps=reference_steps,
+        quick=options.quick,
+        video=options.video,
+    )
+    return plan, options.json
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        plan, target = parse(arguments)
+        with table.TerminalProgress() as progress:
+            results, notes = measure.run(plan, progress)
+    except (MPlug2Error, WorkerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    table.show(results, notes)
+    if target is not None:
+        target.write_text(json.dumps(results, indent=1) + "\n")
+    return 0

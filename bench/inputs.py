@@ -1,0 +1,51 @@
+"""The benchmark's input: frames of a real video file, as the model takes them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mplug2_fast.errors import VideoError
+from mplug2_fast.ops import preprocess_frames
+from mplug2_fast.video import frame_indices, load_video
+
+DEFAULT_VIDEO = Path(__file__).resolve().parents[1] / "examples/moving_shapes/clips/red_square_moves_left.mp4"
+
+
+def has_decoder() -> bool:
+    return importlib.util.find_spec("av") is not None
+
+
+def load(path: Path | None, frames: int, image_size: int) -> tuple[Tensor, str]:
+    """Video `(3, frames, image_size, image_size)` and a line that says what it is.
+
+    Args:
+        path: a video file, or a `.npy` of decoded frames (frames, height, width, 3), uint8. None takes the bundled
+            clip, or, where av is not installed, seeded noise.
+
+    Raises:
+        VideoError: the file cannot be read, or a video was asked for and av is not installed.
+    """
+    if path is None and not has_decoder():
+        noise = torch.randn(3, frames, image_size, image_size, generator=torch.Generator().manual_seed(0))
+        return noise, "seeded noise, no video: av is not installed (pip install av)"
+    path = path or DEFAULT_VIDEO
+    if path.suffix == ".npy":
+        return load_array(path, frames, image_size), f"{frames} frames of {path.name}"
+    if not has_decoder():
+        raise VideoError(f"{path}: decoding needs av, which is not installed: pip install av, or give frames as .npy")
+    return load_video(path, frames, image_size), f"{frames} frames of {path.name}"
+
+
+def load_array(path: Path, frames: int, image_size: int) -> Tensor:
+    try:
+        pixels = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise VideoError(f"{path}: {error}") from error
+    if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8 or not pixels.size:
+        raise VideoError(f"{path}: holds {pixels.dtype} {pixels.shape}, not uint8 (frames, height, width, 3)")
+    return preprocess_frames(torch.from_numpy(pixels[frame_indices(len(pixels), frames)]), image_size)

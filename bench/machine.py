@@ -1,0 +1,50 @@
+"""Which machine and which versions a result belongs to."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from mplug2_fast import info
+
+
+def describe() -> tuple[dict[str, Any], dict[str, Any]]:
+    """(machine, versions), without anything that names a place or a user."""
+    report = info.collect()
+    cpu, gpus = report["cpu"], report["cuda"]["devices"]
+    machine = {
+        "cpu": cpu["model"],
+        "cores": cpu["usable_cores"],
+        "threads": report["torch"]["threads"],
+        "simd": cpu["simd"],
+        "memory_bytes": report["memory"]["total"],
+        "os": report["system"],
+        "gpu": gpus[0]["name"] if gpus else None,
+    }
+    versions = {
+        "torch": report["torch"]["version"],
+        "python": report["python"]["version"],
+        "mplug2_fast": report["mplug2_fast"]["version"],
+        "native": report["native"]["available"],
+        "commit": commit(),
+    }
+    return machine, versions
+
+
+def commit() -> str | None:
+    """The commit of this checkout, "+" behind it where files differ from it; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping."""
+    return info.collect()["memory"]["available"]

@@ -1,0 +1,122 @@
+"""The table that a reader sees in the terminal, and progress while it is being measured."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+MISSING = "–"
+BASELINES = {"reference": "reference", "fast": "fast", "compiled": "compiled peer", "uncompiled": "peer, not compiled"}
+
+
+def _shown(form: Callable[[Any], str]) -> Callable[[Any], str]:
+    return lambda value: MISSING if value is None else form(value)
+
+
+def seconds(value: float) -> str:
+    return f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+
+
+def ratio(value: float) -> str:
+    return f"{value:.0f}×" if value >= 100 else f"{value:.1f}×" if value >= 10 else f"{value:.2f}×"
+
+
+def bound(row: Mapping[str, Any]) -> str:
+    """× reference; a lower bound where the reference was timed at fewer steps than this row."""
+    value = _shown(ratio)(row["x_reference"])
+    return f"≥ {value}" if row.get("at_least") else value
+
+
+# Column heads and how each cell is written.
+COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "level": lambda row: row["level"],
+    "implementation": lambda row: BASELINES[row["implementation"]] + row.get("mark", ""),
+    "dtype": lambda row: row["dtype"],
+    "seconds": lambda row: seconds(row["seconds"]),
+    "GFLOP/s": lambda row: _shown(lambda v: f"{v:.3g}" if v < 100 else f"{v:,.0f}")(row["gflops"]),
+    "% of GEMM": lambda row: _shown(lambda v: f"{v:.0f}" if v >= 10 else f"{v:.2g}")(row["percent_of_ceiling"]),
+    "× reference": bound,
+    "× compiled peer": lambda row: _shown(ratio)(row["x_compiled"]),
+    "peak memory": lambda row: _shown(lambda v: f"{v / 1e9:.2f} GB")(row["peak_memory_bytes"]),
+    "relative error": lambda row: _shown(lambda v: "0" if v == 0 else f"{v:.0e}")(row["relative_error"]),
+    "backend": lambda row: row["backend"],
+}
+
+
+def marked(rows: list[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:
+    """The rows with a mark at a reference that was timed at fewer steps, and the mark's meaning."""
+    result, meaning = [], None
+    for row in rows:
+        reference = next((r for r in rows if r["level"] == row["level"] and r["implementation"] == "reference"), row)
+        if reference["name"] != row["name"]:
+            result.append({**row, "at_least": True})
+        elif row["implementation"] == "reference" and " of " in row["name"].split(", ")[-1 - ("batch" in row["name"])]:
+            steps = row["name"].split(", ")[3]
+            meaning = (
+                f"* The reference was timed at {steps} only, nothing is extrapolated: × reference is a lower bound."
+            )
+            result.append({**row, "mark": " *"})
+        else:
+            result.append(dict(row))
+    return result, meaning
+
+
+def title(results: Mapping[str, Any]) -> str:
+    """What was measured, on what."""
+    machine, versions = results["machine"], results["versions"]
+    name = next(row["name"] for row in results["rows"] if row["level"] != "loading")
+    where = machine["gpu"] if results["rows"][-1]["device"].startswith("cuda") else machine["cpu"]
+    return f"{name} · {where}, {machine['cores']} cores · torch {versions['torch']}"
+
+
+def ceilings(results: Mapping[str, Any]) -> str:
+    found = results["ceilings"]
+    rates = [f"{dtype} {rate['gflops']:,.0f} GFLOP/s ({rate['operator']})" for dtype, rate in found["gemm"].items()]
+    return f"Best GEMM in this run: {', '.join(rates)}; copy {found['copy_gb_per_second']:,.0f} GB/s."
+
+
+def show(results: Mapping[str, Any], notes: list[str]) -> None:
+    """Prints the table on stdout."""
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    rows, meaning = marked(results["rows"])
+    table = Table(title=title(results), title_justify="left")
+    for head in COLUMNS:
+        text = head in ("level", "implementation", "dtype", "backend")
+        table.add_column(head, justify="left" if text else "right")
+    level = None
+    for row in rows:
+        if level not in (None, row["level"]):
+            table.add_section()
+        level = row["level"]
+        table.add_row(*(cell(row) for cell in COLUMNS.values()))
+    console.print(table)
+    for note in filter(None, [meaning, ceilings(results), *notes]):
+        console.print(Text(note))
+
+
+class TerminalProgress:
+    """What is being measured, on stderr: a live line on a terminal, and a line for what took long."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+        self.status = Status("", console=self.console)
+
+    def __enter__(self) -> TerminalProgress:
+        if self.console.is_terminal:
+            self.status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.status.stop()
+
+    def begin(self, what: str) -> None:
+        self.status.update(Text(what))
+
+    def finished(self, what: str, seconds: float) -> None:
+        self.console.print(Text(f"{what}: {seconds:.3g} s"), highlight=False)
