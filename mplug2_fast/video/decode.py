@@ -142,8 +142,7 @@ def _open(name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
         if not streams:
             raise _error(name, "has no video stream" + (", only audio" if container.streams.audio else ""))
-        best = container.streams.best("video")
-        stream = best if best in streams else streams[0]
+        stream = streams[0]
         if stream.codec_context is None:
             raise _error(name, "has a video stream of an unknown codec")
         stream.codec_context.options = _DECODER_OPTIONS.get(stream.codec_context.name, {})

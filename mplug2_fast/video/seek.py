@@ -11,7 +11,7 @@ frame, and where it does not hold, nothing is guessed: `plan_segments` gives Non
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -141,10 +141,11 @@ def decode_segments(
         CannotSeekError: packets or frames are not those that were expected.
         av.FFmpegError: a packet cannot be decoded.
     """
+    positions = {packet.pts: position for position, packet in enumerate(scan.packets)}
     found = {}
     for segment in segments:
         shown = []
-        for frame in _decode_segment(container, stream, scan, segment):
+        for frame in _decode_segment(container, stream, scan, segment, positions):
             if frame.is_corrupt:
                 raise CannotSeekError("a frame is damaged")
             shown.append(frame.pts)
@@ -157,13 +158,14 @@ def decode_segments(
     return found
 
 
-def _decode_segment(container: InputContainer, stream: VideoStream, scan: Scan, segment: Segment):
+def _decode_segment(
+    container: InputContainer, stream: VideoStream, scan: Scan, segment: Segment, positions: dict[int, int]
+) -> Iterator[VideoFrame]:
     start = scan.packets[segment.first]
-    position_of = {packet.pts: position for position, packet in enumerate(scan.packets)}
     container.seek(start.pts, stream=stream)
     expected = segment.first
     for packet in container.demux(stream):
-        position = position_of.get(packet.pts)
+        position = positions.get(packet.pts)
         if expected == segment.first and position is not None and position < expected:
             continue
         if position != expected or packet.size != scan.packets[expected].size:
@@ -177,7 +179,7 @@ def _decode_segment(container: InputContainer, stream: VideoStream, scan: Scan, 
     stream.codec_context.flush_buffers()
 
 
-def _unit_types(data: bytes, codec: str, extradata: bytes):
+def _unit_types(data: bytes, codec: str, extradata: bytes) -> Iterator[int]:
     """The types of the units that an h264 or hevc packet consists of."""
     in_box = len(extradata) > 22 and extradata[0] == 1 if codec == "hevc" else len(extradata) > 6 and extradata[0] == 1
     if in_box:
