@@ -66,7 +66,7 @@ class TextDecoder(nn.Module):
         self.head_bias = nn.Parameter(torch.empty(config.vocab_size))
 
     def logits(self, x: Tensor) -> Tensor:
-        """Hidden states `(..., D)` to scores of the words `(..., vocabulary)`; the output embeddings are the input's."""
+        """Hidden states `(..., D)` to logits `(..., vocabulary)`; the output embeddings are the input's."""
         x = self.head_norm(linear_act(x, self.head.weight, self.head.bias, "gelu"))
         return linear_act(x, self.embeddings.word.weight, self.head_bias)
 

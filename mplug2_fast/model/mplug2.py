@@ -31,6 +31,7 @@ class _MPlug2(nn.Module):
         super().__init__()
         self.config = config
         text = config.text
+        self.dropout = text.hidden_dropout_prob
         device = torch.get_default_device() if device is None else torch.device(device)
         with torch.device("meta"):
             self.visual = VisionTransformer(config.vision)
@@ -70,13 +71,9 @@ class _MPlug2(nn.Module):
         for module in self.modules():
             if hasattr(module, "dropout"):
                 module.dropout = p
-        self.dropout = p
-
-    dropout: float | None = None
 
     def _drop(self, x: Tensor) -> Tensor:
-        p = self.config.text.hidden_dropout_prob if self.dropout is None else self.dropout
-        return F.dropout(x, p, self.training)
+        return F.dropout(x, self.dropout, self.training)
 
     def released_parameters(self) -> dict[str, Tensor]:
         """Released key to a view into this model's parameters, detached: for exactly the keys that the task uses."""

@@ -1,4 +1,4 @@
-"""The released name of every parameter, as a view into the fast model's tensors: those fuse what a checkpoint splits."""
+"""Released names of all parameters, as views into the fast model's tensors: those fuse what a checkpoint splits."""
 
 from __future__ import annotations
 
