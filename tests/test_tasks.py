@@ -166,7 +166,7 @@ def test_the_next_file_is_decoded_while_the_model_works(monkeypatch: pytest.Monk
 
     class Waiting(FixedModel):
         def encode_video(self, video: torch.Tensor) -> torch.Tensor:
-            assert second_started.wait(timeout=60), "the second file was not decoded in the meantime"
+            assert second_started.wait(timeout=240), "the second file was not decoded in the meantime"
             return super().encode_video(video)
 
     monkeypatch.setattr(base, "load_video", load)

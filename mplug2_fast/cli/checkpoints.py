@@ -97,9 +97,9 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
         yield "also holds", ", ".join(found.others)
     if found.config is not None:
         for part, values in dataclasses.asdict(found.config).items():
-            yield part, ", ".join(f"{name} {value}" for name, value in values.items())
+            yield part, ", ".join(f"{name} {value!r}" for name, value in values.items())
     if found.assumed:
-        yield "assumed", ", ".join(f"{name} {value}" for name, value in found.assumed.items())
+        yield "assumed", ", ".join(f"{name} {value!r}" for name, value in found.assumed.items())
 
 
 def _dtypes(found: Inspection) -> str:
