@@ -153,6 +153,20 @@ def test_answers_are_chosen_from_candidates(checkpoint: str, clips: list[str], t
     assert sum(item["score"] for item in found["alternatives"]) == pytest.approx(1)
 
 
+def test_without_a_checkpoint_it_is_the_tiny_model_and_says_so() -> None:
+    clip = str(Path(__file__).parents[1] / "examples" / "moving_shapes" / "clips" / "red_square_moves_left.mp4")
+    captioned = run("caption", clip)
+    ((path, text),) = rows(captioned)
+    assert path == clip
+    assert text.startswith("a red ")
+    answered = run("answer", clip, "--question", "What color is the shape?")
+    assert rows(answered) == [[clip, "red"]]
+    for result in (captioned, answered):
+        assert result.exit_code == 0
+        (note,) = errors(result.stderr)
+        assert note.startswith("note: this is the tiny model that ships")
+
+
 def test_unknown_words_are_pointed_out(checkpoint: str, clips: list[str]) -> None:
     result = run("answer", clips[0], "--question", "What does the zebra do?", "--checkpoint", checkpoint)
     assert result.exit_code == 0
