@@ -17,6 +17,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import mplug2_fast as mf
@@ -37,17 +38,22 @@ from mplug2_fast.text import Tokenizer
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights that come out."""
+    """Everything that decides the weights that come out, but for the number of threads."""
 
-    steps: int = 5000
+    round_steps: int = 5000
+    learning_rates: tuple[float, ...] = (5e-4, 3e-4)
+    """One a round. A round starts from float16 weights, those that a checkpoint holds, with a fresh optimizer."""
     batch_size: int = 32
-    learning_rate: float = 5e-4
     warmup_steps: int = 100
     weight_decay: float = 0.02
     answer_weight: float = 0.5
     gradient_clip: float = 1.0
     local_temporal: bool = True
     seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        return self.round_steps * len(self.learning_rates)
 
 
 @dataclass(frozen=True)
@@ -112,17 +118,19 @@ def make_model(recipe: Recipe) -> mf.MPlug2ForQuestionAnswering:
     return model
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW without decay on biases and norms; linear warm-up, then a cosine to zero."""
+def make_optimizer(
+    model: nn.Module, recipe: Recipe, learning_rate: float
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW without decay on biases and norms; linear warm-up, then a cosine to zero at the end of the round."""
     learned = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in learned if p.ndim > 1], [p for p in learned if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True)
 
     def factor(step: int) -> float:
         if step < recipe.warmup_steps:
             return (step + 1) / recipe.warmup_steps
-        done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
+        done = (step - recipe.warmup_steps) / max(1, recipe.round_steps - recipe.warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * done))
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -150,14 +158,26 @@ class Trainer:
         self.tokenizer = make_tokenizer()
         self.model = make_model(recipe).train()
         self.captioner = self.model.captioner()
-        self.optimizer, self.schedule = make_optimizer(self.model, recipe)
         self.step = 0
+
+    def resume(self, folder: Path) -> None:
+        """Go on after the first round from what was saved at its end."""
+        mf.load_released(self.model, load_file(folder / "model.safetensors"))
+        self.step = self.recipe.round_steps
+
+    def _start_round(self) -> None:
+        if self.step:
+            for weight in self.model.released_parameters().values():
+                weight.copy_(weight.half())
+        rate = self.recipe.learning_rates[self.step // self.recipe.round_steps]
+        self.optimizer, self.schedule = make_optimizer(self.model, self.recipe, rate)
 
     def train_step(self) -> tuple[float, float]:
         """One update. Returns the captioning and the question answering loss before it."""
-        caption_loss, answer_loss = losses(
-            self.model, self.captioner, make_batch(self.recipe, self.step, self.tokenizer)
-        )
+        if self.step % self.recipe.round_steps == 0:
+            self._start_round()
+        batch = make_batch(self.recipe, self.step, self.tokenizer)
+        caption_loss, answer_loss = losses(self.model, self.captioner, batch)
         self.optimizer.zero_grad(set_to_none=True)
         (caption_loss + self.recipe.answer_weight * answer_loss).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.gradient_clip)
@@ -176,7 +196,7 @@ class Trainer:
 
 def main(
     output: Annotated[Path, typer.Argument(help="Folder to write the checkpoint to.")],
-    steps: Annotated[int, typer.Option(help="Number of updates.")] = Recipe.steps,
+    round_steps: Annotated[int, typer.Option(help="Updates a round; there are two rounds.")] = Recipe.round_steps,
     seed: Annotated[int, typer.Option(help="Seed of weights and clips.")] = Recipe.seed,
     local_temporal: Annotated[
         bool, typer.Option(help="Without: the ablation, an encoder that cannot see the order of frames.")
@@ -184,15 +204,18 @@ def main(
     threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice if not given.")] = None,
     log: Annotated[Path | None, typer.Option(help="File for a JSON line every 50 steps.")] = None,
     save_every: Annotated[int, typer.Option(help="Also save to OUTPUT-STEP every so many steps; 0 does not.")] = 0,
+    resume: Annotated[Path | None, typer.Option(help="Checkpoint of the first round: run the others only.")] = None,
 ) -> None:
     """Train the tiny model on moving shapes and save it."""
     if threads:
         torch.set_num_threads(threads)
     if output.exists():
         raise typer.BadParameter(f"{output} exists: name a new folder")
-    recipe = Recipe(steps=steps, seed=seed, local_temporal=local_temporal)
+    recipe = Recipe(round_steps=round_steps, seed=seed, local_temporal=local_temporal)
     console = Console(stderr=True)
     trainer = Trainer(recipe)
+    if resume:
+        trainer.resume(resume)
     size = sum(p.numel() for p in trainer.model.parameters())
     console.print(f"{size / 1e6:.2f}M parameters, {recipe}")
     started, started_cpu = time.perf_counter(), time.process_time()
@@ -205,8 +228,8 @@ def main(
     )
     mean_caption = mean_answer = None
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("", total=steps)
-        for step in range(1, steps + 1):
+        bar = progress.add_task("", total=recipe.steps, completed=trainer.step)
+        for step in range(trainer.step + 1, recipe.steps + 1):
             caption_loss, answer_loss = trainer.train_step()
             if not math.isfinite(caption_loss + answer_loss):
                 console.print(f"[red]the loss is not finite at step {step}: lower the learning rate")
@@ -214,7 +237,7 @@ def main(
             mean_caption = caption_loss if mean_caption is None else 0.98 * mean_caption + 0.02 * caption_loss
             mean_answer = answer_loss if mean_answer is None else 0.98 * mean_answer + 0.02 * answer_loss
             progress.update(bar, advance=1, description=f"captions {mean_caption:.3f}, answers {mean_answer:.3f}")
-            if step % 50 == 0 or step == steps:
+            if step % 50 == 0 or step == recipe.steps:
                 line = {
                     "step": step,
                     "caption_loss": round(mean_caption, 4),

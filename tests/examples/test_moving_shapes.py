@@ -26,7 +26,7 @@ from examples.moving_shapes.train import Recipe, Trainer, as_video, losses, make
 from mplug2_fast.text import Tokenizer
 
 CLIPS = Path(evaluate.__file__).parent / "clips"
-SHORT = Recipe(steps=3, batch_size=4, warmup_steps=1)
+SHORT = Recipe(round_steps=2, batch_size=4, warmup_steps=1)
 
 
 def weights(trainer):
@@ -83,6 +83,21 @@ def test_training_is_deterministic_and_changes_the_weights():
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert len(changed) > 0.9 * len(after)
     assert train(dataclasses.replace(SHORT, seed=1))[1] != history
+
+
+def test_a_second_round_goes_on_from_the_checkpoint_of_the_first(tmp_path):
+    whole, _ = train(SHORT)
+    first = Trainer(SHORT)
+    for _ in range(SHORT.round_steps):
+        first.train_step()
+    first.save(tmp_path / "first")
+    second = Trainer(SHORT)
+    second.resume(tmp_path / "first")
+    while second.step < SHORT.steps:
+        second.train_step()
+    after = weights(second)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, after[name]), name
 
 
 def test_fresh_local_temporal_modules_compute_nothing():
