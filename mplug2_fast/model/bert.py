@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -9,12 +10,17 @@ from mplug2_fast.config import TextConfig
 from mplug2_fast.nn import MLP, CrossAttention, SelfAttention
 
 
+def _embedding(rows: int, dim: int) -> nn.Embedding:
+    """An uninitialised table: `nn.Embedding`'s own start imports the compiler when it is on the meta device."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, dim), freeze=False)
+
+
 class BertEmbeddings(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.word = _embedding(config.vocab_size, config.hidden_size)
+        self.position = _embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type = _embedding(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = config.hidden_dropout_prob
 
