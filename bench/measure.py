@@ -58,25 +58,29 @@ def run(plan: Plan, progress: Progress) -> tuple[dict[str, Any], list[str]]:
         notes = [f"Input: {description}."]
         torch.save(video.expand(plan.batch, *video.shape).contiguous(), Path(exchange) / "video.pt")
         rows += measure_loading(plan)
-        best = measure_ceilings(plan, progress)
         groups = plan.groups(machine.available_memory())
         if len(groups) > 1:
             notes.append("Memory does not hold all workers at once: dtypes were measured one after another.")
-        measured = [Group(plan, dtypes, exchange, progress, notes).measure() for dtypes in groups]
-        best = ceilings.merge(best, measure_ceilings(plan, progress))
+        with start_ceilings(plan) as client:
+            best = measure_ceilings(client, progress)
+            measured = [Group(plan, dtypes, exchange, progress, notes).measure() for dtypes in groups]
+            best = ceilings.merge(best, measure_ceilings(client, progress))
     for group in measured:
         rows += tabulate(plan, group, best)
     return {"machine": described, "versions": versions, "ceilings": best, "rows": [asdict(row) for row in rows]}, notes
 
 
-def measure_ceilings(plan: Plan, progress: Progress) -> dict[str, Any]:
-    """In a process of its own, like everything that is compared with it."""
-    progress.begin("ceilings")
+def start_ceilings(plan: Plan) -> Client:
+    """The worker for ceilings: a process of its own, like everything that is compared with them."""
     dtypes = tuple(dict.fromkeys(("float32", *plan.dtypes)))
     spec = {"implementation": "ceilings", "device": plan.device, "dtypes": dtypes, "quick": plan.quick}
+    return Client(spec, "ceilings")
+
+
+def measure_ceilings(client: Client, progress: Progress) -> dict[str, Any]:
+    progress.begin("ceilings")
     start = time.perf_counter()
-    with Client(spec, "ceilings") as client:
-        best = client.call("measure")
+    best = client.call("measure")
     progress.finished("ceilings", time.perf_counter() - start)
     return best
 

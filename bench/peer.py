@@ -192,9 +192,9 @@ class Peer(nn.Module):
             self.decoder = Decoder(text)
         self.to(dtype).to_empty(device=device).eval().requires_grad_(False)
 
-    def compile(self) -> None:
+    def compile(self, backend: str = "inductor") -> None:  # type: ignore[override]
         """Compiles what repeats. On CUDA the decoding step becomes one CUDA graph."""
-        static = {"dynamic": False, "fullgraph": True}
+        static = {"dynamic": False, "fullgraph": True, "backend": backend}
         if next(self.parameters()).is_cuda:
             tuned = {**static, "mode": "max-autotune-no-cudagraphs"}
             self.decoder.step = torch.compile(self.decoder.step, mode="reduce-overhead", **static)
@@ -235,6 +235,7 @@ class Peer(nn.Module):
         best, best_scores = sequences[:, 0].clone(), torch.full((batch,), -torch.inf, device=device)
         for step in range(max_length):
             at = steps[step : step + 1]
+            torch.compiler.cudagraph_mark_step_begin()
             scores, cumulative, parent, tokens = self.decoder.step(
                 sequences[:, :, step], at, origin, cumulative, penalties[step], end_bias[step]
             )

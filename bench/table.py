@@ -50,21 +50,19 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def marked(rows: list[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:
-    """The rows with a mark at a reference that was timed at fewer steps, and the mark's meaning."""
-    result, meaning = [], None
-    for row in rows:
-        reference = next((r for r in rows if r["level"] == row["level"] and r["implementation"] == "reference"), row)
-        if reference["name"] != row["name"]:
-            result.append({**row, "at_least": True})
-        elif row["implementation"] == "reference" and " of " in row["name"].split(", ")[-1 - ("batch" in row["name"])]:
-            steps = row["name"].split(", ")[3]
-            meaning = (
-                f"* The reference was timed at {steps} only, nothing is extrapolated: × reference is a lower bound."
-            )
-            result.append({**row, "mark": " *"})
-        else:
-            result.append(dict(row))
-    return result, meaning
+    """The rows, with a mark at a reference that did less work than the others, and the mark's meaning."""
+    names = {row["level"]: row["name"] for row in rows if row["implementation"] == "reference"}
+    less = {row["level"] for row in rows if names.get(row["level"], row["name"]) != row["name"]}
+    if not less:
+        return [dict(row) for row in rows], None
+    result = [
+        {**row, **({"mark": " *"} if row["implementation"] == "reference" else {"at_least": True})}
+        if row["level"] in less
+        else dict(row)
+        for row in rows
+    ]
+    steps = next(names[level] for level in names if level in less)
+    return result, f"* Timed at fewer steps ({steps}); nothing is extrapolated: × reference is a lower bound."
 
 
 def title(results: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ def released_weight(name: str, shape: torch.Size, seed: int = 0) -> Tensor:
     Linear layers keep the variance of their input, norms are near the identity, and the word embeddings are large
     enough for the decoder to be sure of some words.
     """
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + (seed << 32))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     noise = torch.rand(shape, generator=generator).sub_(0.5).mul_(math.sqrt(12))  # mean 0, variance 1
     if len(shape) == 1 and name.endswith(".weight"):
         return noise.mul_(0.1).add_(1.0)
