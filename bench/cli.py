@@ -39,7 +39,12 @@ def parse(arguments: list[str] | None = None) -> tuple[Plan, Path | None]:
     add("--repeats", type=int, help="timed runs of each, of which the median counts (default: 5; with --quick 3)")
     add("--reference-steps", type=int, metavar="N", help="time the reference at N decoding steps; the table says so")
     add("--no-peer", action="store_true", help="leave the compiled peer out")
-    add("--uncompiled-peer", action="store_true", help="run the peer's code without torch.compile")
+    add(
+        "--peer",
+        choices=("frozen", "compiled", "uncompiled"),
+        help="frozen packs the weights of every layer into a graph of its own: faster on a CPU, longer to compile; "
+        "uncompiled needs no compiler (default: frozen on a CPU; compiled on CUDA and with --quick)",
+    )
     add("--quick", action="store_true", help="the tiny model, few repeats")
     add("--video", type=Path, help="input file, or .npy of uint8 frames (default: a bundled clip)")
     add("--json", type=Path, metavar="FILE", help="write the results here")
@@ -64,18 +69,22 @@ def parse(arguments: list[str] | None = None) -> tuple[Plan, Path | None]:
         parser.error(f"--steps must be from 1 to {config.text.max_position_embeddings}, got {options.steps}")
     if not 1 <= reference_steps <= options.steps:
         parser.error(f"--reference-steps must be from 1 to the {options.steps} of --steps, got {reference_steps}")
+    device = str(pick_device(options.device))
+    peer = options.peer or ("compiled" if options.quick or device != "cpu" else "frozen")
+    if peer == "frozen" and device != "cpu":
+        parser.error("--peer frozen is for the CPU")
     wanted = listed(options.level, flops.LEVELS, flops.LEVELS)
     plan = Plan(
         preset=preset,
         dtypes=listed(options.dtype, tuple(DTYPES), ("float32",)),
-        device=str(pick_device(options.device)),
+        device=device,
         levels=tuple(level for level in flops.LEVELS if level in wanted),
         frames=frames,
         beams=options.beams,
         steps=options.steps,
         batch=options.batch,
         repeats=repeats,
-        peer=None if options.no_peer else "uncompiled" if options.uncompiled_peer else "compiled",
+        peer=None if options.no_peer else peer,
         reference_steps=reference_steps,
         quick=options.quick,
         video=options.video,

@@ -16,11 +16,7 @@ from mplug2_fast.reference import MPlug2ForCaptioning as ReferenceForCaptioning
 
 
 class Implementation:
-    """A model with seeded weights on its device. Generation always runs exactly `steps` steps.
-
-    Args:
-        compiled: False leaves the peer uncompiled.
-    """
+    """A model with seeded weights on its device. Generation always runs exactly `steps` steps."""
 
     backend: str
 
@@ -108,6 +104,17 @@ class Compiled(Implementation):
         return self.decode(self.model.encode_video(video))
 
 
+class Frozen(Compiled):
+    """The compiled peer with its weights frozen into the graphs and packed for the CPU: every layer has a graph."""
+
+    backend = "torch.compile, frozen"
+
+    def build(self, config: MPlug2Config, dtype: torch.dtype, device: str) -> Peer:
+        torch._inductor.config.freezing = True
+        torch._dynamo.config.recompile_limit = 1 + max(config.vision.layers, config.text.text_decode_layers)
+        return super().build(config, dtype, device)
+
+
 class Uncompiled(Compiled):
     """The peer's code without compilation, for machines without a compiler and for tests."""
 
@@ -121,5 +128,6 @@ IMPLEMENTATIONS: dict[str, type[Implementation]] = {
     "reference": Reference,
     "fast": Fast,
     "compiled": Compiled,
+    "frozen": Frozen,
     "uncompiled": Uncompiled,
 }

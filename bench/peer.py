@@ -6,12 +6,11 @@ the fast model. What repeats is compiled as a region, so that one compilation se
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench import peer_weights
 from mplug2_fast.config import CLS_TOKEN_ID, SEP_TOKEN_ID, MPlug2Config, TextConfig, VisionConfig
 
 
@@ -118,8 +117,13 @@ class Layer(nn.Module):
         """Static caches, reused by all videos of these sizes."""
         head_dim = self.out.in_features // self.heads
         like = self.out.weight.detach()
-        self.register_buffer("own", like.new_zeros(2, batch * beams, self.heads, steps, head_dim), persistent=False)
-        self.register_buffer("memory", like.new_zeros(2, batch, self.heads, tokens, head_dim), persistent=False)
+        own = like.new_zeros(2, batch * beams, self.heads, steps, head_dim)
+        memory = like.new_zeros(2, batch, self.heads, tokens, head_dim)
+        for name, cache in (("own", own), ("memory", memory)):
+            if like.is_cuda:  # a CUDA graph takes buffers where they are
+                self.register_buffer(name, cache, persistent=False)
+            else:  # a frozen graph would take buffers for constants
+                setattr(self, name, cache)
 
     def remember(self, memory: Tensor) -> None:
         self.memory.copy_(split_heads(self.cross_kv(memory), 2, self.heads))
@@ -256,74 +260,4 @@ class Peer(nn.Module):
 
     def released_parameters(self) -> dict[str, Tensor]:
         """Released key to a view into the parameters, for the keys that captioning uses."""
-        return dict(released(self))
-
-
-def affine(module: nn.Module, name: str) -> Iterator[tuple[str, Tensor]]:
-    yield f"{name}.weight", module.weight.detach()
-    yield f"{name}.bias", module.bias.detach()
-
-
-def fused(module: nn.Linear, *names: str) -> Iterator[tuple[str, Tensor]]:
-    for kind in ("weight", "bias"):
-        for name, part in zip(names, getattr(module, kind).detach().chunk(len(names)), strict=True):
-            yield f"{name}.{kind}", part
-
-
-def released(peer: Peer) -> Iterator[tuple[str, Tensor]]:
-    prefix, vision = "visual_encoder.visual", peer.vision
-    yield f"{prefix}.conv1.weight", vision.conv.weight.detach()
-    yield f"{prefix}.class_embedding", vision.class_embedding.detach()
-    yield f"{prefix}.positional_embedding", vision.positions.detach()
-    yield from affine(vision.norm_pre, f"{prefix}.ln_pre")
-    yield from affine(vision.norm_post, f"{prefix}.ln_post")
-    for i, block in enumerate(vision.blocks):
-        name = f"{prefix}.transformer.resblocks.{i}"
-        for temporal, key in ((block.temporal1, "lmhra1"), (block.temporal2, "lmhra2")):
-            yield from affine(temporal.norm, f"{name}.{key}.ln")
-            yield f"{name}.{key}.conv.weight", temporal.conv_weight.detach()[:, None, :, None, None]
-            yield f"{name}.{key}.conv.bias", temporal.conv_bias.detach()
-            for linear, part in ((temporal.down, "down_proj"), (temporal.up, "up_proj")):
-                yield f"{name}.{key}.{part}.weight", linear.weight.detach()[:, :, None, None, None]
-                yield f"{name}.{key}.{part}.bias", linear.bias.detach()
-        yield f"{name}.attn.in_proj_weight", block.qkv.weight.detach()
-        yield f"{name}.attn.in_proj_bias", block.qkv.bias.detach()
-        for module, part in (
-            (block.out, "attn.out_proj"),
-            (block.norm1, "ln_1"),
-            (block.norm2, "ln_2"),
-            (block.fc, "mlp.c_fc"),
-            (block.proj, "mlp.c_proj"),
-        ):
-            yield from affine(module, f"{name}.{part}")
-    if peer.project is not None:
-        yield from affine(peer.project, "visn_fc")
-        yield from affine(peer.project_norm, "visn_layer_norm")
-    yield from affine(peer.norm, "visn_emb_norm")
-    first = peer.config.text.text_encoder_layers - peer.config.text.num_uni_layer
-    yield f"text_encoder.encoder.layer.{first}.latents", peer.latents.detach()
-    yield from released_layer(peer.universal_first, f"text_encoder.encoder.layer.{first}")
-    yield from released_layer(peer.universal_last, f"text_encoder.encoder.layer.{first + 1}")
-    decoder, name = peer.decoder, "text_decoder.bert.embeddings"
-    yield f"{name}.word_embeddings.weight", decoder.word.weight.detach()
-    yield f"{name}.position_embeddings.weight", decoder.position.weight.detach()
-    yield f"{name}.token_type_embeddings.weight", decoder.token_type.weight.detach()
-    yield from affine(decoder.norm, f"{name}.LayerNorm")
-    for i, layer in enumerate(decoder.layers):
-        yield from released_layer(layer, f"text_decoder.bert.encoder.layer.{i}")
-    yield "text_decoder.cls.predictions.bias", decoder.head_bias.detach()
-    yield from affine(decoder.head, "text_decoder.cls.predictions.transform.dense")
-    yield from affine(decoder.head_norm, "text_decoder.cls.predictions.transform.LayerNorm")
-
-
-def released_layer(layer: Layer, name: str) -> Iterator[tuple[str, Tensor]]:
-    yield from fused(layer.qkv, *(f"{name}.attention.self.{part}" for part in ("query", "key", "value")))
-    yield from affine(layer.out, f"{name}.attention.output.dense")
-    yield from affine(layer.norm1, f"{name}.attention.output.LayerNorm")
-    yield from affine(layer.cross_q, f"{name}.crossattention.self.query")
-    yield from fused(layer.cross_kv, *(f"{name}.crossattention.self.{part}" for part in ("key", "value")))
-    yield from affine(layer.cross_out, f"{name}.crossattention.output.dense")
-    yield from affine(layer.norm2, f"{name}.crossattention.output.LayerNorm")
-    yield from affine(layer.fc, f"{name}.intermediate.dense")
-    yield from affine(layer.proj, f"{name}.output.dense")
-    yield from affine(layer.norm3, f"{name}.output.LayerNorm")
+        return dict(peer_weights.released(self))

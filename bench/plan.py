@@ -20,7 +20,7 @@ class Plan:
     """A run of the benchmark.
 
     Attributes:
-        peer: `"compiled"`, `"uncompiled"`, or None to leave the peer out.
+        peer: `"frozen"`, `"compiled"`, `"uncompiled"`, or None to leave the peer out.
         reference_steps: decoding steps that the reference is timed at; `steps`, or fewer.
     """
 
@@ -63,7 +63,7 @@ class Plan:
             words += [f"--{option}", str(getattr(self, option))]
         if self.reference_steps < self.steps:
             words += ["--reference-steps", str(self.reference_steps)]
-        words += {"compiled": [], "uncompiled": ["--uncompiled-peer"], None: ["--no-peer"]}[self.peer]
+        words += ["--peer", self.peer] if self.peer else ["--no-peer"]
         return shlex.join(words + (["--video", self.video.name] if self.video else []))
 
     def groups(self, available: int) -> list[tuple[str, ...]]:
@@ -75,7 +75,8 @@ class Plan:
             return [self.dtypes]
         parameters = sum(p.numel() for p in MPlug2ForCaptioning(self.config, device="meta").parameters())
         process = 700 << 20  # libraries, and the compiler's in the peer
-        resident = sum(2 * (parameters * ELEMENT_BYTES[dtype] + process) for dtype in self.dtypes)
+        copies = 3 if self.peer == "frozen" else 2  # of the weights: the fast model's and the peer's
+        resident = sum(copies * parameters * ELEMENT_BYTES[dtype] + 2 * process for dtype in self.dtypes)
         tokens = flops.visual_tokens(self.config, self.frames)
         scores = self.batch * self.config.text.num_attention_heads * tokens**2 * 4
         reference = parameters * 4 + process + 6 * scores

@@ -22,6 +22,7 @@ class Row:
         gflops: needed GFLOP a second; the same count for all implementations, whatever they really do.
         percent_of_ceiling: of the best GEMM rate of the same dtype, measured in the same run.
         x_reference, x_compiled: how many times faster than the float32 reference; than the peer in the same dtype.
+        peak_memory_bytes: of the whole process on the CPU, weights and libraries included; of the allocator on CUDA.
         relative_error: against the float32 reference: of hidden states, and of sequence scores where it decodes.
     """
 
@@ -76,7 +77,7 @@ def tabulate(plan: Plan, results: Mapping[Spec, Mapping[str, Measured]], ceiling
                 Row(
                     level=level,
                     name=plan.name(kind, level),
-                    implementation=kind,
+                    implementation="compiled" if kind == "frozen" else kind,
                     dtype=spec.dtype,
                     device=spec.device,
                     seconds=measured.median,

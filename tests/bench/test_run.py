@@ -24,7 +24,7 @@ ROW = [
 def quick(tmp_path_factory):
     """A finished run and its results. The reference decodes fewer steps than the others."""
     target = tmp_path_factory.mktemp("bench") / "results.json"
-    options = ["--quick", "--uncompiled-peer", "--repeats", "1", "--steps", "3", "--reference-steps", "2"]
+    options = ["--quick", "--peer", "uncompiled", "--repeats", "1", "--steps", "3", "--reference-steps", "2"]
     done = subprocess.run(
         [sys.executable, "bench/run.py", *options, "--frames", "2", "--json", str(target)],
         cwd=ROOT,
@@ -95,10 +95,12 @@ def test_full_steps_have_no_mark():
 def test_defaults_and_lists():
     plan, target = cli.parse([])
     assert (plan.preset, plan.dtypes, plan.frames, plan.beams, plan.steps) == ("base", ("float32",), 16, 5, 15)
-    assert (plan.peer, target) == ("compiled", None)
+    assert (plan.peer, target) == ("frozen", None)
     plan, _ = cli.parse(["--quick", "--dtype", "bfloat16,float32", "--level", "decode", "--level", "vision"])
     assert (plan.preset, plan.frames, plan.dtypes) == ("tiny", 4, ("bfloat16", "float32"))
     assert plan.levels == ("vision", "decode")
+    assert plan.peer == "compiled"
+    assert cli.parse(["--no-peer"])[0].peer is None
 
 
 @pytest.mark.parametrize(
