@@ -12,12 +12,13 @@ from torch.nn import functional as F
 
 # (rows, inputs, outputs) of the Large model's vision encoder, 16 frames: the two products of an MLP, and the QKV.
 LARGE_SHAPES = ((4112, 1024, 4096), (4112, 4096, 1024), (4112, 1024, 3072))
+QUICK_SHAPES = ((1028, 1024, 4096),)
 GPU_SHAPES = (*LARGE_SHAPES, (8192, 8192, 8192))
 
 
 def measure(device: str, dtypes: list[str], *, quick: bool = False) -> dict[str, Any]:
     """Per dtype the best GEMM rate in GFLOP/s, the operator and the shape that gave it; copy bandwidth in GB/s."""
-    shapes = GPU_SHAPES if device.startswith("cuda") else LARGE_SHAPES[:1] if quick else LARGE_SHAPES
+    shapes = GPU_SHAPES if device.startswith("cuda") else QUICK_SHAPES if quick else LARGE_SHAPES
     rates = {dtype: gemm(device, getattr(torch, dtype), shapes, repeats=2 if quick else 4) for dtype in dtypes}
     return {"gemm": rates, "copy_gb_per_second": copy_bandwidth(device, 1 << 26 if quick else 1 << 28)}
 

@@ -14,6 +14,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from bench import flops, measure, table
 from bench.plan import Plan
 from bench.workers import WorkerError
@@ -36,7 +38,12 @@ def parse(arguments: list[str] | None = None) -> tuple[Plan, Path | None]:
     add("--beams", type=int, default=5, help="beams of the search (default: 5)")
     add("--steps", type=int, default=15, help="decoding steps, exactly as many are run (default: 15)")
     add("--batch", type=int, default=1, help="copies of the video (default: 1)")
-    add("--repeats", type=int, help="timed runs of each, of which the median counts (default: 5; with --quick 3)")
+    add("--repeats", type=int, help="timed runs of each, of which the median counts (default: 5; with --quick 9)")
+    add(
+        "--threads",
+        type=int,
+        help="of each process, on the CPU (default: all cores; 1 for tiny, which has no work for more)",
+    )
     add("--reference-steps", type=int, metavar="N", help="time the reference at N decoding steps; the table says so")
     add("--no-peer", action="store_true", help="leave the compiled peer out")
     add(
@@ -59,10 +66,18 @@ def parse(arguments: list[str] | None = None) -> tuple[Plan, Path | None]:
 
     preset = options.preset or ("tiny" if options.quick else "base")
     config = MPlug2Config.preset(preset)
-    repeats = options.repeats or (3 if options.quick else 5)
+    repeats = options.repeats or (9 if options.quick else 5)
+    threads = (1 if preset == "tiny" else torch.get_num_threads()) if options.threads is None else options.threads
     reference_steps = options.reference_steps or options.steps
     frames = config.vision.num_frames if options.frames is None else options.frames
-    for name, value in (("frames", frames), ("beams", options.beams), ("batch", options.batch), ("repeats", repeats)):
+    positive = {
+        "frames": frames,
+        "beams": options.beams,
+        "batch": options.batch,
+        "repeats": repeats,
+        "threads": threads,
+    }
+    for name, value in positive.items():
         if value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
     if not 1 <= options.steps <= config.text.max_position_embeddings:
@@ -84,6 +99,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Plan, Path | None]:
         steps=options.steps,
         batch=options.batch,
         repeats=repeats,
+        threads=threads,
         peer=None if options.no_peer else peer,
         reference_steps=reference_steps,
         quick=options.quick,

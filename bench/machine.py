@@ -16,7 +16,6 @@ def describe() -> tuple[dict[str, Any], dict[str, Any]]:
     machine = {
         "cpu": cpu["model"],
         "cores": cpu["usable_cores"],
-        "threads": report["torch"]["threads"],
         "simd": cpu["simd"],
         "memory_bytes": report["memory"]["total"],
         "os": report["system"],

@@ -52,6 +52,7 @@ class Measured:
 def run(plan: Plan, progress: Progress) -> tuple[dict[str, Any], list[str]]:
     """The results as they are written to JSON, and notes for the reader of the table."""
     described, versions = machine.describe()
+    described["threads"] = plan.threads
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as exchange:
         video, description = inputs.load(plan.video, plan.frames, plan.config.vision.image_size)
@@ -73,8 +74,8 @@ def run(plan: Plan, progress: Progress) -> tuple[dict[str, Any], list[str]]:
 def start_ceilings(plan: Plan) -> Client:
     """The worker for ceilings: a process of its own, like everything that is compared with them."""
     dtypes = tuple(dict.fromkeys(("float32", *plan.dtypes)))
-    spec = {"implementation": "ceilings", "device": plan.device, "dtypes": dtypes, "quick": plan.quick}
-    return Client(spec, "ceilings")
+    spec = {"implementation": "ceilings", "device": plan.device, "threads": plan.threads, "dtypes": dtypes}
+    return Client({**spec, "quick": plan.quick}, "ceilings")
 
 
 def measure_ceilings(client: Client, progress: Progress) -> dict[str, Any]:

@@ -21,6 +21,7 @@ class Plan:
 
     Attributes:
         peer: `"frozen"`, `"compiled"`, `"uncompiled"`, or None to leave the peer out.
+        threads: of every worker, on the CPU.
         reference_steps: decoding steps that the reference is timed at; `steps`, or fewer.
     """
 
@@ -33,6 +34,7 @@ class Plan:
     steps: int
     batch: int
     repeats: int
+    threads: int
     peer: str | None
     reference_steps: int
     quick: bool = False
@@ -59,7 +61,7 @@ class Plan:
     def command(self, level: str, dtype: str) -> str:
         """The command that measures a row again."""
         words = ["python", "bench/run.py", "--preset", self.preset, "--level", level, "--dtype", dtype]
-        for option in ("device", "frames", "beams", "steps", "batch", "repeats"):
+        for option in ("device", "frames", "beams", "steps", "batch", "repeats", "threads"):
             words += [f"--{option}", str(getattr(self, option))]
         if self.reference_steps < self.steps:
             words += ["--reference-steps", str(self.reference_steps)]
@@ -85,9 +87,12 @@ class Plan:
     def specs(self, dtypes: tuple[str, ...], exchange: str) -> Iterator[Spec]:
         """The workers of a group, the reference first."""
         config = self.config.to_dict()
-        yield Spec("reference", "float32", self.device, config, self.beams, self.reference_steps, exchange)
+        reference = Spec(
+            "reference", "float32", self.device, self.threads, config, self.beams, self.reference_steps, exchange
+        )
+        yield reference
         for dtype in dtypes:
-            fast = Spec("fast", dtype, self.device, config, self.beams, self.steps, exchange)
+            fast = replace(reference, implementation="fast", dtype=dtype, steps=self.steps)
             yield fast
             if self.peer:
                 yield replace(fast, implementation=self.peer)

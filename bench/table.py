@@ -70,7 +70,8 @@ def title(results: Mapping[str, Any]) -> str:
     machine, versions = results["machine"], results["versions"]
     name = next(row["name"] for row in results["rows"] if row["level"] != "loading")
     where = machine["gpu"] if results["rows"][-1]["device"].startswith("cuda") else machine["cpu"]
-    return f"{name} · {where}, {machine['cores']} cores · torch {versions['torch']}"
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    return f"{name} · {where}, {threads} · torch {versions['torch']}"
 
 
 def ceilings(results: Mapping[str, Any]) -> str:

@@ -100,6 +100,7 @@ def serve(spec: dict[str, Any], requests: TextIO, replies: TextIO) -> None:
     """Answers `[method, *arguments]` with `{"ok": result}` or `{"error": text}` until the requests end."""
     worker: Worker | CeilingsWorker | None = None
     try:
+        torch.set_num_threads(spec["threads"])
         worker = CeilingsWorker(spec) if spec["implementation"] == "ceilings" else Worker(spec)
         answer: dict[str, Any] = {"ok": None}
     except Exception as error:

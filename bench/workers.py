@@ -24,6 +24,7 @@ class Spec:
     implementation: str
     dtype: str
     device: str
+    threads: int
     config: dict[str, Any] = field(hash=False)
     beams: int
     steps: int

@@ -25,7 +25,7 @@ ROW = {
     "command": "python bench/run.py",
 }
 RESULTS = {
-    "machine": {"cpu": "A CPU", "cores": 2, "gpu": None},
+    "machine": {"cpu": "A CPU", "threads": 2, "gpu": None},
     "versions": {"torch": "2.13.0"},
     "ceilings": {"gemm": {"bfloat16": {"gflops": 608.0, "operator": "F.linear"}}, "copy_gb_per_second": 66.0},
     "rows": [{**ROW, "implementation": "reference", "x_compiled": None}, ROW],
@@ -50,7 +50,7 @@ def test_writes_the_table_and_nothing_else(files):
     fast = next(line for line in text.splitlines() if "| fast |" in line)
     assert fast == "| decode | fast | bfloat16 | 1.23 | 202 | 33 | 123× | 1.50× | 2.34 GB | 3e-03 | oneDNN |"
     assert "| – |" in next(line for line in text.splitlines() if "| reference |" in line)
-    assert "large, 16 frames, 5 beams, 15 steps · A CPU, 2 cores · torch 2.13.0" in text
+    assert "large, 16 frames, 5 beams, 15 steps · A CPU, 2 threads · torch 2.13.0" in text
     assert "bfloat16 608 GFLOP/s (F.linear); copy 66 GB/s" in text
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
 

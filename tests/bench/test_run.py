@@ -1,7 +1,6 @@
 """The benchmark as it is called, at its smallest."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +29,6 @@ def quick(tmp_path_factory):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     return done, json.loads(target.read_text())
@@ -39,7 +37,7 @@ def quick(tmp_path_factory):
 def test_json(quick):
     _, results = quick
     assert list(results) == ["machine", "versions", "ceilings", "rows"]
-    assert {"cpu", "cores", "simd", "memory_bytes", "os", "gpu"} <= results["machine"].keys()
+    assert {"cpu", "cores", "threads", "simd", "memory_bytes", "os", "gpu"} <= results["machine"].keys()
     assert {"torch", "python", "mplug2_fast", "commit"} <= results["versions"].keys()
     assert results["ceilings"]["gemm"]["float32"]["gflops"] > 0
     assert results["ceilings"]["copy_gb_per_second"] > 0
@@ -136,7 +134,15 @@ def test_memory_decides_what_runs_side_by_side():
 
 def test_a_worker_that_fails_says_why(tmp_path):
     config = MPlug2Config.preset("tiny").to_dict()
-    sizes = {"dtype": "float32", "device": "cpu", "beams": 1, "steps": 1, "exchange": str(tmp_path), "config": config}
+    sizes = {
+        "dtype": "float32",
+        "device": "cpu",
+        "threads": 1,
+        "beams": 1,
+        "steps": 1,
+        "exchange": str(tmp_path),
+        "config": config,
+    }
     with pytest.raises(WorkerError, match="slow float32: KeyError: 'slow'"):
         Client({"implementation": "slow", **sizes}, "slow float32")
     torch.save(torch.zeros(1, 3, 1, 16, 16), tmp_path / "video.pt")
@@ -148,7 +154,7 @@ def test_a_worker_that_fails_says_why(tmp_path):
 
 
 def test_a_worker_that_dies_is_noticed():
-    with Client({"implementation": "ceilings"}, "ceilings") as client:
+    with Client({"implementation": "ceilings", "threads": 1}, "ceilings") as client:
         client.process.kill()
         with pytest.raises(WorkerError, match="ceilings: the process was killed"):
             client.call("measure")
