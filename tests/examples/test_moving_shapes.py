@@ -146,6 +146,15 @@ def test_the_checkpoint_that_ships_is_small_and_has_the_recipe_s_vocabulary(tiny
     assert tiny[0].config == mf.MPlug2Config.preset("tiny")
 
 
+def test_bundled_clips_are_the_held_out_scenes_that_they_are_said_to_be(bundled):
+    described, videos = bundled
+    for clip, video in zip(described.values(), videos, strict=True):
+        scene = held_out_scenes(1, clip["scene"])
+        assert clip["caption"] == caption(scene, 0)
+        drawn = as_video(np.ascontiguousarray(clip_frames(scene)[None, [1, 5, 9, 13]][:, :, ::4, ::4]))[0]
+        assert (video - drawn).abs().mean() < 0.1
+
+
 def test_the_tiny_model_captions_bundled_clips(tiny, bundled):
     described, videos = bundled
     assert len(described) >= 4
