@@ -157,5 +157,8 @@ class Group:
         except WorkerError as error:
             if spec.implementation != self.plan.peer:
                 raise
-            self.notes.append(f"The compiled peer is missing: {error}")
+            self.notes.append(
+                f"The compiled peer is missing: {error}. On a CPU it needs a C++ compiler and Python's headers; "
+                "--peer uncompiled needs neither."
+            )
             del self.results[spec]

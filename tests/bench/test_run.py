@@ -148,7 +148,7 @@ def test_a_worker_that_fails_says_why(tmp_path):
     torch.save(torch.zeros(1, 3, 1, 16, 16), tmp_path / "video.pt")
     with (
         Client({"implementation": "fast", **sizes}, "fast float32") as client,
-        pytest.raises(WorkerError, match=r"fast float32: ValueError: .*16, 16.*32×32"),
+        pytest.raises(WorkerError, match=r"fast float32: ValueError: .*32×32"),
     ):
         client.call("run", "vision")
 
