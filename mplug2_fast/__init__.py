@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mplug2_fast import kernels, nn, ops, reference
+    from mplug2_fast import checkpoint, kernels, model, nn, ops, reference, tasks, text, video
     from mplug2_fast.checkpoint import from_pretrained, load_released, released_state_dict
     from mplug2_fast.config import MPlug2Config
     from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error, VideoError
@@ -33,7 +33,7 @@ _EXPORTS = {
     "from_pretrained": "mplug2_fast.checkpoint",
     "load_video": "mplug2_fast.video",
 }
-_MODULES = ("kernels", "nn", "ops", "reference")
+_MODULES = ("checkpoint", "kernels", "model", "nn", "ops", "reference", "tasks", "text", "video")
 
 __all__ = [
     "CheckpointError",
@@ -45,14 +45,19 @@ __all__ = [
     "MPlug2ForQuestionAnswering",
     "VideoError",
     "__version__",
+    "checkpoint",
     "from_pretrained",
     "kernels",
     "load_released",
     "load_video",
+    "model",
     "nn",
     "ops",
     "reference",
     "released_state_dict",
+    "tasks",
+    "text",
+    "video",
 ]
 
 

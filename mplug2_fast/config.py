@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -95,11 +96,13 @@ class GenerationConfig:
     max_length: int | None = None
     prompt: str = ""
     prompt_length: int | None = None
-    """Tokens of the prompt, [CLS] not counted, which training does not learn. None counts its words."""
+    """Tokens of the prompt, [CLS] not counted. None counts its words and punctuation marks, which is the number of
+    tokens where the vocabulary has each of them whole, as it has those of the released prompt."""
 
-    def __post_init__(self) -> None:
-        if self.prompt_length is None:
-            object.__setattr__(self, "prompt_length", len(self.prompt.split()))
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens after [CLS] that training does not learn."""
+        return len(re.findall(r"\w+|[^\w\s]", self.prompt)) if self.prompt_length is None else self.prompt_length
 
     def lengths(self, task: Task) -> tuple[int, int]:
         """(min_length, max_length) of `task`, in tokens after [CLS]."""

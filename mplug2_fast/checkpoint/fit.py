@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mplug2_fast.checkpoint.keys import POSITION_KEY, TIED_KEYS, KeyKind, KeyMap, Shape
@@ -121,14 +121,6 @@ def group_of(key: str) -> str:
     """The subtree that a key is reported under: up to its layer number, else its module."""
     layer = re.match(r"(.+?)\.\d+\.", key)
     return f"{layer[1]}.*" if layer else ".".join(key.split(".")[:-1][:2]) or key
-
-
-def group_counts(keys: Iterable[str]) -> dict[str, int]:
-    """Subtree -> number of keys, in order of appearance."""
-    counts: dict[str, int] = {}
-    for key in keys:
-        counts[group_of(key)] = counts.get(group_of(key), 0) + 1
-    return counts
 
 
 def _section(title: str, entries: Mapping[str, str]) -> list[str]:

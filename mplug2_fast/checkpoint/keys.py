@@ -121,8 +121,7 @@ def _needed(config: MPlug2Config, task: Task) -> Iterator[tuple[str, Shape]]:
     if task == "question_answering":
         for n in range(text.fusion_layers):
             index = text.stored_layers - text.fusion_layers + n
-            connected = n > 0 and n % text.stride_layer == 0
-            yield from _bert_layer(f"fusion_encoder.encoder.layer.{index}", text, cross=not connected)
+            yield from _bert_layer(f"fusion_encoder.encoder.layer.{index}", text, cross=not text.connected(n))
     yield from _embeddings("text_decoder.bert.embeddings", text)
     for index in range(text.text_decode_layers):
         yield from _bert_layer(f"text_decoder.bert.encoder.layer.{index}", text)

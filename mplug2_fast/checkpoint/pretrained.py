@@ -12,6 +12,7 @@ from mplug2_fast.checkpoint.pages import PageReleaser
 from mplug2_fast.checkpoint.resolve import require_twins, resolve
 from mplug2_fast.checkpoint.source import open_checkpoint
 from mplug2_fast.config import MPlug2Config, Task
+from mplug2_fast.devices import pick_device, pick_dtype
 
 if TYPE_CHECKING:
     from mplug2_fast.model import MPlug2ForCaptioning, MPlug2ForQuestionAnswering
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def from_pretrained(
     path: str | Path,
     task: Task | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     config: MPlug2Config | None = None,
 ) -> MPlug2ForCaptioning | MPlug2ForQuestionAnswering:
@@ -31,23 +32,25 @@ def from_pretrained(
             model.safetensors, or a `.safetensors` with released names.
         task: None takes the one that the file states, else question answering where its parts are there (the model's
             `captioner()` shares them), else captioning.
-        dtype: of the parameters, whatever the file's; None is torch's default dtype.
+        dtype: of the parameters, whatever the file's, or its name; None is torch's default dtype.
         device: None is the CPU.
         config: overrides what the file says and its shapes tell; with another image size, position embeddings are
             resized as `load_released` does.
 
     Raises `CheckpointError`, naming the file, the reason and the remedy, when the file cannot be read, would run code,
-    or does not hold exactly such a model; `ConfigError` for a task that does not exist.
+    or does not hold exactly such a model; `ConfigError` for a task, a dtype or a device that does not exist.
     """
     from mplug2_fast import model as models
 
+    dtype = pick_dtype(dtype, torch.device("cpu")) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
+    device = pick_device(device or "cpu")
     source = open_checkpoint(path)
     resolved = resolve(source, task, config)
     resolved.require(source)
     release = PageReleaser(source.file)
     require_twins(source, resolved.fit, release)
     kind = models.MPlug2ForCaptioning if resolved.task == "captioning" else models.MPlug2ForQuestionAnswering
-    built = kind(resolved.config, device="meta", dtype=dtype or torch.get_default_dtype())
-    built = built.to_empty(device=device or "cpu")
+    built = kind(resolved.config, device="meta", dtype=dtype)
+    built = built.to_empty(device=device)
     copy_released(built.released_parameters(), source.tensors, release)
     return built.eval()

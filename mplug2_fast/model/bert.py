@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mplug2_fast.config import TextConfig
 from mplug2_fast.nn import MLP, CrossAttention, SelfAttention
@@ -22,12 +21,12 @@ class BertEmbeddings(nn.Module):
         self.position = _embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type = _embedding(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = config.hidden_dropout_prob
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, start: int = 0) -> Tensor:
         """input_ids `(..., tokens)`, at positions from `start` on, to `(..., tokens, hidden)`."""
         constant = self.position.weight[start : start + input_ids.shape[-1]] + self.token_type.weight[0]
-        return F.dropout(self.norm(self.word(input_ids) + constant), self.dropout, self.training)
+        return self.dropout(self.norm(self.word(input_ids) + constant))
 
 
 class BertLayer(nn.Module):
@@ -36,7 +35,7 @@ class BertLayer(nn.Module):
     def __init__(self, config: TextConfig, *, cross_attention: bool) -> None:
         super().__init__()
         dim, heads, eps = config.hidden_size, config.num_attention_heads, config.layer_norm_eps
-        self.dropout = config.hidden_dropout_prob
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.attention = SelfAttention(dim, heads, config.attention_probs_dropout_prob)
         self.attention_norm = nn.LayerNorm(dim, eps=eps)
         if cross_attention:
@@ -47,10 +46,10 @@ class BertLayer(nn.Module):
 
     def add(self, x: Tensor, update: Tensor) -> Tensor:
         """x plus the update, which is dropped out when training."""
-        return x + F.dropout(update, self.dropout, self.training)
+        return x + self.dropout(update)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        if self.training and self.dropout > 0:
+        if self.training and self.dropout.p > 0:
             return self.mlp_norm(self.add(x, self.mlp(x)))
         return self.mlp_norm(self.mlp(x, residual=True))
 

@@ -84,13 +84,13 @@ class TextDecoder(nn.Module):
         cross = layer.cross
         query = cross.project_query(x.flatten(1, 2))
         key, value = memory.keys[index], memory.values[index]
-        if self.training and cross.dropout > 0:
+        if self.training and cross.dropout.p > 0:
             context = attention(
                 query,
                 key.transpose(1, 2),
                 value.transpose(1, 2),
                 key_padding_mask=memory.mask,
-                dropout_p=cross.dropout,
+                dropout_p=cross.dropout.p,
             )
         else:
             context = beam_attention(query, key, value, key_padding_mask=memory.mask)

@@ -20,12 +20,12 @@ class UniversalLayers(nn.Module):
 
     def forward(self, visual: Tensor) -> Tensor:
         """Visual tokens `(B, S, D)` to `(B, S, D)`."""
-        # Until they meet the video the latents are the same for all videos: their self-attention is done once.
-        first = self.first
+        # Until they meet the video the latents are the same for all videos: that part is done once, not once a video.
+        first, batch = self.first, visual.shape[0]
         latents = self.latents[None]
         latents = first.attention_norm(first.add(latents, first.attention(latents)))
-        latents = latents.expand(visual.shape[0], -1, -1)
-        latents = first.cross_norm(first.add(latents, first.cross(latents, visual)))
+        query = first.cross.project_query(latents).expand(batch, -1, -1, -1)
+        latents = first.cross_norm(first.add(latents.expand(batch, -1, -1), first.cross.attend(query, visual)))
         return self.last(visual, memory=first.feed_forward(latents))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,6 +14,7 @@ from mplug2_fast.model.beam_search import beam_search
 from mplug2_fast.model.decoder import Memory, TextDecoder
 from mplug2_fast.model.encoders import FusionEncoder, TextEncoder, UniversalLayers
 from mplug2_fast.model.vision import VisionTransformer
+from mplug2_fast.modes import in_eval_mode
 from mplug2_fast.ops.linear_act import linear_act
 from mplug2_fast.outputs import GenerationOutput
 
@@ -31,7 +34,7 @@ class _MPlug2(nn.Module):
         super().__init__()
         self.config = config
         text = config.text
-        self.dropout = text.hidden_dropout_prob
+        self.dropout = nn.Dropout(text.hidden_dropout_prob)
         device = torch.get_default_device() if device is None else torch.device(device)
         with torch.device("meta"):
             self.visual = VisionTransformer(config.vision)
@@ -66,15 +69,6 @@ class _MPlug2(nn.Module):
             for temporal in (block.temporal1, block.temporal2):
                 temporal.reset_parameters()
 
-    def set_dropout(self, p: float) -> None:
-        """Sets every dropout probability of the text layers, 0.1 in the released configuration."""
-        for module in self.modules():
-            if hasattr(module, "dropout"):
-                module.dropout = p
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
-
     def released_parameters(self) -> dict[str, Tensor]:
         """Released key to a view into this model's parameters, detached: for exactly the keys that the task uses."""
         return dict(released.model(self, Tensor.detach))
@@ -88,7 +82,7 @@ class _MPlug2(nn.Module):
         x = self.visual(video)
         if self.visual_projection is not None:
             x = linear_act(x, self.visual_projection.weight, self.visual_projection.bias)
-            x = self._drop(self.visual_projection_norm(x))
+            x = self.dropout(self.visual_projection_norm(x))
         return x
 
     def encode_video(self, video: Tensor) -> Tensor:
@@ -96,7 +90,7 @@ class _MPlug2(nn.Module):
         if video.ndim != 5 or video.shape[1] != 3:
             raise ValueError(f"video must be (batch, 3, frames, height, width), got {tuple(video.shape)}")
         x = self.encode_visual(video)
-        return self._drop(self.visual_norm(x + self.universal(x)))
+        return self.dropout(self.visual_norm(x + self.universal(x)))
 
     def _embeds(self, video: Tensor | None, image_embeds: Tensor | None) -> Tensor:
         if (video is None) == (image_embeds is None):
@@ -136,7 +130,8 @@ class _MPlug2(nn.Module):
 
 def shifted_labels(input_ids: Tensor, prompt_length: int = 0) -> Tensor:
     """Targets `(..., tokens - 1)` of teacher forcing; padding and `prompt_length` tokens after [CLS] are ignored."""
-    labels = input_ids[..., 1:].masked_fill(input_ids[..., 1:] == PAD_TOKEN_ID, -100)
+    labels = input_ids[..., 1:].long()
+    labels = labels.masked_fill(labels == PAD_TOKEN_ID, -100)
     labels[..., :prompt_length] = -100
     return labels
 
@@ -162,10 +157,11 @@ class MPlug2ForCaptioning(_MPlug2):
         """
         memory = self.decoder.remember(self._embeds(video, image_embeds))
         hidden = self.decoder(caption_ids[:, None], caption_mask[:, None], memory)[:, 0, :-1]
-        labels = shifted_labels(caption_ids, self.config.generation.prompt_length)
+        labels = shifted_labels(caption_ids, self.config.generation.prompt_tokens)
         return F.cross_entropy(self.decoder.logits(hidden).flatten(0, 1).float(), labels.flatten())
 
     @torch.no_grad()
+    @in_eval_mode
     def generate(
         self,
         video: Tensor | None = None,
@@ -218,7 +214,7 @@ class MPlug2ForQuestionAnswering(_MPlug2):
         question_mask: Tensor,
         answer_ids: Tensor,
         answer_mask: Tensor,
-        answers_per_question: Tensor,
+        answers_per_question: Tensor | Sequence[int],
         answer_weights: Tensor,
         *,
         image_embeds: Tensor | None = None,
@@ -233,7 +229,8 @@ class MPlug2ForQuestionAnswering(_MPlug2):
         """
         memory = self._remember(video, question_ids, question_mask, image_embeds)
         batch = question_ids.shape[0]
-        owner = torch.arange(batch, device=answer_ids.device).repeat_interleave(answers_per_question)
+        counts = torch.as_tensor(answers_per_question, device=answer_ids.device)
+        owner = torch.arange(batch, device=answer_ids.device).repeat_interleave(counts)
         if owner.shape[0] != answer_ids.shape[0]:
             raise ValueError(f"answers_per_question sums to {owner.shape[0]}, there are {answer_ids.shape[0]} answers")
         if answer_ids.shape[0] != batch:
@@ -244,6 +241,7 @@ class MPlug2ForQuestionAnswering(_MPlug2):
         return (losses * answer_weights).sum() / batch
 
     @torch.no_grad()
+    @in_eval_mode
     def generate(
         self,
         video: Tensor | None = None,
@@ -267,6 +265,7 @@ class MPlug2ForQuestionAnswering(_MPlug2):
         return self._generate(memory, num_beams, min_length, max_length, num_return)
 
     @torch.no_grad()
+    @in_eval_mode
     def rank_answers(
         self,
         video: Tensor | None,

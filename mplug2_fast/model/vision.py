@@ -59,17 +59,18 @@ class VisionTransformer(nn.Module):
         patch = config.patch_size
         grid = (height // patch, patch, width // patch, patch)
         video = video.reshape(batch, channels, frames, *grid, kernel)
-        pixels = video.permute(0, 2, 3, 5, 1, 7, 4, 6).reshape(batch, frames, -1, self.patch_weight.shape[1])
+        pixels = video.permute(0, 2, 3, 5, 1, 7, 4, 6).flatten(4).flatten(2, 3)
         return linear_act(pixels, self.patch_weight)
 
     def forward(self, video: Tensor) -> Tensor:
-        x = self.patches(video.to(self.patch_weight.dtype))
-        batch, frames, patches, width = x.shape
-        if patches != self.config.num_patches:
+        size = self.config.image_size
+        if video.shape[-2:] != (size, size):
             raise ValueError(
-                f"video frames of {tuple(video.shape[-2:])} pixels give {patches} patches, the model was built for "
-                f"{self.config.num_patches}: resize them to {self.config.image_size}×{self.config.image_size}"
+                f"video frames have {video.shape[-2]}×{video.shape[-1]} pixels, the model was built for {size}×{size}: "
+                "resize them, or build the model with that image_size"
             )
+        x = self.patches(video.to(self.patch_weight.dtype))
+        batch, frames, _, width = x.shape
         x = torch.cat([self.class_embedding.expand(batch, frames, 1, width), x], dim=2)
         x = self.norm_pre(x + self.positional_embedding)
         for block in self.blocks:

@@ -19,19 +19,20 @@ class SelfAttention(nn.Module):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
-        self.num_heads, self.dropout = num_heads, dropout
+        self.num_heads = num_heads
+        self.dropout = nn.Dropout(dropout)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x `(batch, tokens, dim)` to queries, keys and values, each a `(batch, tokens, heads, head_dim)` view."""
         qkv = linear_act(x, self.qkv.weight, self.qkv.bias)
-        return qkv.view(*x.shape[:-1], 3, self.num_heads, -1).unbind(-3)
+        return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
 
     def forward(self, x: Tensor, *, key_padding_mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """x `(..., tokens, dim)`, any leading axes; key_padding_mask `(batch, tokens)`, nonzero for tokens."""
         query, key, value = self.project(x.flatten(0, -3))
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout.p if self.training else 0.0
         context = attention(query, key, value, key_padding_mask=key_padding_mask, causal=causal, dropout_p=dropout)
         return linear_act(context, self.out.weight, self.out.bias).view(x.shape)
 
@@ -47,23 +48,28 @@ class CrossAttention(nn.Module):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
-        self.num_heads, self.dropout = num_heads, dropout
+        self.num_heads = num_heads
+        self.dropout = nn.Dropout(dropout)
         self.query = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
         self.out = nn.Linear(dim, dim)
 
     def project_query(self, x: Tensor) -> Tensor:
         """x `(batch, tokens, dim)` to `(batch, tokens, heads, head_dim)`."""
-        return linear_act(x, self.query.weight, self.query.bias).view(*x.shape[:-1], self.num_heads, -1)
+        return linear_act(x, self.query.weight, self.query.bias).unflatten(-1, (self.num_heads, -1))
 
     def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """memory `(batch, tokens, dim)` to keys and values, each a `(batch, tokens, heads, head_dim)` view."""
         kv = linear_act(memory, self.kv.weight, self.kv.bias)
-        return kv.view(*memory.shape[:-1], 2, self.num_heads, -1).unbind(-3)
+        return kv.unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
 
     def forward(self, x: Tensor, memory: Tensor, *, key_padding_mask: Tensor | None = None) -> Tensor:
         """x `(batch, q_len, dim)`; memory `(batch, k_len, dim)`; key_padding_mask `(batch, k_len)`, 1 for tokens."""
+        return self.attend(self.project_query(x), memory, key_padding_mask=key_padding_mask)
+
+    def attend(self, query: Tensor, memory: Tensor, *, key_padding_mask: Tensor | None = None) -> Tensor:
+        """`forward` with the result of `project_query` in place of x."""
         key, value = self.project_memory(memory)
-        dropout = self.dropout if self.training else 0.0
-        context = attention(self.project_query(x), key, value, key_padding_mask=key_padding_mask, dropout_p=dropout)
+        dropout = self.dropout.p if self.training else 0.0
+        context = attention(query, key, value, key_padding_mask=key_padding_mask, dropout_p=dropout)
         return linear_act(context, self.out.weight, self.out.bias)

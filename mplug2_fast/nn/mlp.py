@@ -23,6 +23,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, *, norm: nn.LayerNorm | None = None, residual: bool = False) -> Tensor:
         """x `(..., dim)`, through `norm` first where one is given; `residual` adds x to the result."""
+        if norm is not None and (norm.weight is None or norm.bias is None):
+            raise ValueError("norm must have a weight and a bias: apply another norm before the call")
         return mlp(
             x,
             self.fc.weight,

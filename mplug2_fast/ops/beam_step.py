@@ -26,7 +26,8 @@ def beam_step(
     beams, vocabulary = logits.shape[1:]
     log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     if step < min_length:
-        log_probs[..., end_token_id] = -1e20
+        words = torch.arange(vocabulary, device=logits.device)
+        log_probs = torch.where(words == end_token_id, -1e20, log_probs)
     penalty = length_penalty(step)
     # The best `beams` of each beam are enough: no other word of it can be among the best `beams` of all.
     best, words = log_probs.topk(min(beams, vocabulary), dim=-1)

@@ -57,7 +57,8 @@ def local_temporal(
     scale = QUICK_GELU_SCALE if fused else 1.0
     h = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
     h = linear_act(h, down_weight, down_bias)
-    h = temporal_conv(h, conv_weight * scale, conv_bias * scale)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    h = temporal_conv(h, conv_weight.to(wide) * scale, conv_bias.to(wide) * scale)
     if fused:  # QuickGELU(z) = SiLU(1.702·z) / 1.702
         h = onednn.linear(F.silu(h, inplace=True).to(x.dtype), up_weight, up_bias * scale)
         out = torch.add(x, h, alpha=1 / scale, out=h)

@@ -103,8 +103,8 @@ def _preprocess_native(frames: Tensor, image_size: int, dtype: torch.dtype) -> T
     module = native()
     assert module is not None
     count, height, width, _ = frames.shape
-    table = _normalise(torch.arange(256).expand(3, 256), dtype).contiguous()
-    output = torch.empty((3, count, image_size, image_size), dtype=dtype)
+    table = _normalise(torch.arange(256, device="cpu").expand(3, 256), dtype).contiguous()
+    output = torch.empty((3, count, image_size, image_size), dtype=dtype, device="cpu")
     module.preprocess_frames(
         frames.data_ptr(),
         (count, height, width),

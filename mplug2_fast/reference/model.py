@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mplug2_fast.config import CLS_TOKEN_ID, PAD_TOKEN_ID, MPlug2Config, Task
+from mplug2_fast.modes import in_eval_mode
 from mplug2_fast.outputs import GenerationOutput
 from mplug2_fast.reference.decoder import Hypothesis, TextDecoder, beam_search
 from mplug2_fast.reference.encoders import FusionEncoder, TextEncoder
@@ -51,7 +54,7 @@ class _MPlug2(nn.Module):
 
     def encode_visual(self, video: Tensor) -> Tensor:
         """Video `(B, 3, T, H, W)` to the vision encoder's tokens `(B, S, D)`, brought to the BERT width."""
-        x = self.visual_encoder.visual(video)
+        x = self.visual_encoder.visual(video.to(self.visn_emb_norm.weight.dtype))
         if hasattr(self, "visn_fc"):
             x = self.dropout(self.visn_layer_norm(self.visn_fc(x)))
         return x
@@ -103,7 +106,8 @@ def _pad(found: list[list[Hypothesis]], num_return: int, device: torch.device) -
 
 def shifted_labels(input_ids: Tensor, prompt_length: int = 0) -> Tensor:
     """Targets `(batch, tokens - 1)` of teacher forcing; padding and `prompt_length` tokens after [CLS] are ignored."""
-    labels = input_ids[:, 1:].masked_fill(input_ids[:, 1:] == PAD_TOKEN_ID, -100)
+    labels = input_ids[:, 1:].long()
+    labels = labels.masked_fill(labels == PAD_TOKEN_ID, -100)
     labels[:, :prompt_length] = -100
     return labels
 
@@ -118,10 +122,11 @@ class MPlug2ForCaptioning(_MPlug2):
             video: `(B, 3, T, H, W)`. caption_ids, caption_mask: `(B, tokens)`.
         """
         logits = self.text_decoder(caption_ids, caption_mask, self.encode_video(video), None)
-        labels = shifted_labels(caption_ids, self.config.generation.prompt_length)
+        labels = shifted_labels(caption_ids, self.config.generation.prompt_tokens)
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
 
     @torch.no_grad()
+    @in_eval_mode
     def generate(
         self,
         video: Tensor,
@@ -153,7 +158,7 @@ class MPlug2ForQuestionAnswering(_MPlug2):
         question_mask: Tensor,
         answer_ids: Tensor,
         answer_mask: Tensor,
-        answers_per_question: Tensor,
+        answers_per_question: Tensor | Sequence[int],
         answer_weights: Tensor,
     ) -> Tensor:
         """Training loss: each answer's summed cross-entropy times its weight, summed, over the number of videos.
@@ -164,14 +169,16 @@ class MPlug2ForQuestionAnswering(_MPlug2):
             answers_per_question: `(B,)`, summing to A. answer_weights: `(A,)`.
         """
         memory, memory_mask = self.encode_question(video, question_ids, question_mask)
-        memory = memory.repeat_interleave(answers_per_question, dim=0)
-        memory_mask = memory_mask.repeat_interleave(answers_per_question, dim=0)
+        counts = torch.as_tensor(answers_per_question, device=memory.device)
+        memory = memory.repeat_interleave(counts, dim=0)
+        memory_mask = memory_mask.repeat_interleave(counts, dim=0)
         logits = self.text_decoder(answer_ids, answer_mask, memory, memory_mask)
         labels = shifted_labels(answer_ids)
         losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none").sum(dim=1)
         return (losses * answer_weights).sum() / video.shape[0]
 
     @torch.no_grad()
+    @in_eval_mode
     def generate(
         self,
         video: Tensor,
@@ -188,6 +195,7 @@ class MPlug2ForQuestionAnswering(_MPlug2):
         return self._beam_search(memory, mask, num_beams, min_length, max_length, num_return)
 
     @torch.no_grad()
+    @in_eval_mode
     def rank_answers(
         self,
         video: Tensor,

@@ -84,6 +84,8 @@ def decode_frames(path: str | os.PathLike[str], choose: Choice, *, may_seek: boo
     if count != scan.shown:
         indices = choose(count)
         _, found = _decode_all(name, indices)
+        if not found.keys() >= set(indices):
+            raise _error(name, "does not decode to the same frames twice")
     return [found[index] for index in indices]
 
 

@@ -48,7 +48,7 @@ def test_stored_configuration_fills_what_shapes_leave_open(golden_shapes):
     assert (config.text.stride_layer, config.text.num_attention_heads, config.text.fusion_layers) == (2, 4, 3)
     generation = config.generation
     assert (generation.num_beams, generation.min_length, generation.max_length) == (2, 6, 30)
-    assert (generation.prompt, generation.prompt_length) == ("", 0)
+    assert (generation.prompt, generation.prompt_tokens) == ("", 0)
 
 
 @pytest.mark.parametrize(

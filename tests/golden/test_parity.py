@@ -90,8 +90,6 @@ def test_ranking(name, library):
 
 def test_training_step(case, library):
     model = case.model(library).train()
-    if library is mf:
-        model.set_dropout(0.0)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -143,6 +143,51 @@ def test_low_precision_is_as_good_as_eager(dtype):
     assert fast.generate(video).sequences.shape[0] == 2
 
 
+@pytest.mark.parametrize("library", [mf.reference, mf], ids=["reference", "fast"])
+def test_generation_never_drops_out_and_leaves_the_mode(library):
+    config = SMALL.replace(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    model = randomise(library.MPlug2ForQuestionAnswering(config))
+    video, question, answers = random_video(config), random_text(config, 2, 5), random_text(config, 4, 4, seed=1)
+
+    def outcomes():
+        generated = model.generate(video, question_ids=question[0], question_mask=question[1])
+        return generated.sequences.tolist(), model.rank_answers(video, *question, *answers, 3)[0].tolist()
+
+    expected = outcomes()
+    model.train()
+    model.visn_emb_norm.eval() if library is mf.reference else model.visual.eval()
+    modes = [module.training for module in model.modules()]
+    assert outcomes() == expected
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_dropout_is_on_when_training_and_in_modules_that_can_be_switched_off():
+    config = SMALL.replace(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    model = randomise(mf.MPlug2ForCaptioning(config)).train()
+    inputs = random_video(config), *random_text(config, 2, 6)
+    assert model(*inputs) != model(*inputs)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    assert model(*inputs) == model(*inputs)
+
+
+@pytest.mark.parametrize("library", [mf.reference, mf], ids=["reference", "fast"])
+def test_counts_may_be_a_list_and_ids_int32(library):
+    model = randomise(library.MPlug2ForQuestionAnswering(SMALL))
+    video, question, answers = random_video(SMALL), random_text(SMALL, 2, 5), random_text(SMALL, 3, 4, seed=1)
+    weights = torch.rand(3)
+    expected = model(video, *question, *answers, torch.tensor([1, 2]), weights)
+    narrow = [t.int() for t in (*question, *answers)]
+    torch.testing.assert_close(model(video, *narrow, [1, 2], weights), expected)
+
+
+def test_an_empty_batch_encodes_to_nothing():
+    model = randomise(mf.MPlug2ForCaptioning(SMALL))
+    with torch.no_grad():
+        assert model.encode_video(torch.zeros(0, 3, 4, 32, 32)).shape == (0, 65, 64)
+
+
 def test_only_what_the_task_uses_is_built():
     captioning, answering = (
         set(kind(SMALL, device="meta").released_parameters())
@@ -192,7 +237,8 @@ def test_fresh_temporal_modules_are_the_identity():
         (lambda m: m.generate(random_video(SMALL), num_beams=0), "at least 1"),
         (lambda m: m.generate(random_video(SMALL), max_length=33), "33 is more than the 32 positions"),
         (lambda m: m.encode_video(torch.zeros(3, 4, 32, 32)), "batch, 3, frames"),
-        (lambda m: m.encode_video(torch.zeros(1, 3, 4, 40, 40)), "resize them to 32×32"),
+        (lambda m: m.encode_video(torch.zeros(1, 3, 4, 40, 40)), "40×40 pixels, the model was built for 32×32"),
+        (lambda m: m.encode_video(torch.zeros(1, 3, 4, 33, 32)), "33×32 pixels"),
     ],
 )
 def test_bad_input_is_named(call, message):

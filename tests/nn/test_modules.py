@@ -63,3 +63,5 @@ def test_mlp():
     plain = module.proj(torch.nn.functional.gelu(module.fc(norm(x))))
     torch.testing.assert_close(module(x, norm=norm), plain, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(module(x, norm=norm, residual=True), x + plain, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="weight and a bias"):
+        module(x, norm=torch.nn.LayerNorm(8, elementwise_affine=False))

@@ -146,3 +146,11 @@ def test_bad_input_is_named(frames, arguments, error, message):
 def test_the_module_itself_refuses_sizes_that_make_no_sense(native_module, sizes, size, element_size, threads):
     with pytest.raises(ValueError, match="preprocess_frames"):
         native_module.preprocess_frames(0, sizes, (1, 1, 1, 1), size, 0, element_size, 0, threads)
+
+
+@pytest.mark.usefixtures("native_module")
+def test_the_default_device_does_not_matter():
+    frames = torch.randint(0, 256, (2, 5, 7, 3), dtype=torch.uint8)
+    expected = preprocess_frames(frames, 4)
+    with torch.device("meta"):
+        assert torch.equal(preprocess_frames(frames, 4), expected)
