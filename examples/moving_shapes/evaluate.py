@@ -33,7 +33,7 @@ from examples.moving_shapes.generator import (
 from mplug2_fast.text import Tokenizer
 
 PACKAGED = Path(mf.__file__).parent / "data" / "tiny"
-FIRST_HELD_OUT = 1000
+FIRST_HELD_OUT = 10_000
 """The first of the held-out scenes that are scored; those before are for the bundled clips."""
 
 
