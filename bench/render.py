@@ -1,6 +1,6 @@
 """Writes measured results into the README, between `<!-- bench:NAME -->` and `<!-- /bench -->`.
 
-    python bench/render.py            # rewrite the tables from bench/measured/NAME.json
+    python bench/render.py            # rewrite the tables from bench/results/NAME.json
     python bench/render.py --check    # exit with status 1 if README.md is not what the results say
 
 Figures are never typed.
@@ -21,7 +21,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 ROOT = Path(__file__).resolve().parents[1]
-MEASURED = ROOT / "bench/measured"
+RESULTS = ROOT / "bench/results"
 BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
@@ -57,10 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="change nothing, exit with status 1 where it would")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help=argparse.SUPPRESS)
-    parser.add_argument("--measured", type=Path, default=MEASURED, help=argparse.SUPPRESS)
+    parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     present = options.readme.read_text()
-    wanted = render(present, options.measured)
+    wanted = render(present, options.results)
     if options.check and wanted != present:
         print(f"{options.readme.name} is not what the results say: run python bench/render.py", file=sys.stderr)
         return 1

@@ -38,7 +38,7 @@ def files(tmp_path):
     (tmp_path / "large.json").write_text(json.dumps(RESULTS))
     readme = tmp_path / "README.md"
     readme.write_text(TEXT)
-    return readme, ["--readme", str(readme), "--measured", str(tmp_path)]
+    return readme, ["--readme", str(readme), "--results", str(tmp_path)]
 
 
 def test_writes_the_table_and_nothing_else(files):
@@ -76,5 +76,5 @@ def test_the_readme_says_what_was_measured():
 
 
 def test_measured_results_name_no_place():
-    for path in render.MEASURED.glob("*.json"):
+    for path in render.RESULTS.glob("*.json"):
         assert not re.search(r"/(tmp|home|root|work)/", path.read_text()), path.name
