@@ -57,6 +57,10 @@ def run(plan: Plan, progress: Progress) -> tuple[dict[str, Any], list[str]]:
     with tempfile.TemporaryDirectory() as exchange:
         video, description = inputs.load(plan.video, plan.frames, plan.config.vision.image_size)
         notes = [f"Input: {description}."]
+        if plan.preset == "tiny":
+            notes.append(
+                "The tiny model has next to no arithmetic: its times are the overheads of many small operators."
+            )
         torch.save(video.expand(plan.batch, *video.shape).contiguous(), Path(exchange) / "video.pt")
         rows += measure_loading(plan)
         groups = plan.groups(machine.available_memory())
@@ -148,6 +152,11 @@ class Group:
             if level in levels and reply["seconds"] > SLOW_SECONDS:
                 self.results[reference][level].add(reply)
                 slow.add(level)
+        if slow:
+            named = ", ".join(level for level in levels if level in slow)
+            self.notes.append(
+                f"Timed once, without a warm-up, for it takes over {SLOW_SECONDS:g} s: reference, {named}."
+            )
         return slow
 
     def _warm_up(self, spec: Spec) -> None:
