@@ -68,6 +68,8 @@ def write_video(
         stream.height, stream.width = frames[0].shape[:2] if frames else (80, 96)
         stream.pix_fmt = PIXEL_FORMATS.get(codec, "yuv420p")
         stream.gop_size = gop
+        # libvpx's threads spin while they wait for one another: on a busy machine, for minutes.
+        stream.codec_context.thread_count = 1
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
         container.start_encoding()
