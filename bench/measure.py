@@ -36,12 +36,13 @@ class Measured:
 
     backend: str
     seconds: list[float] = field(default_factory=list)
-    peak_memory_bytes: int = 0
+    peak_memory_bytes: int | None = None
     relative_error: float | None = None
 
     def add(self, reply: dict[str, Any]) -> None:
         self.seconds.append(reply["seconds"])
-        self.peak_memory_bytes = max(self.peak_memory_bytes, reply["peak_memory_bytes"])
+        if reply["peak_memory_bytes"] is not None:
+            self.peak_memory_bytes = max(self.peak_memory_bytes or 0, reply["peak_memory_bytes"])
         self.relative_error = reply["relative_error"]
 
     @property
