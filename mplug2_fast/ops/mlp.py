@@ -10,7 +10,7 @@ from mplug2_fast.ops import onednn
 from mplug2_fast.ops.linear_act import QUICK_GELU_SCALE, Activation, linear_act
 
 # Rows are taken in blocks whose hidden activations fit in the last-level cache and stay under the allocator's
-# threshold for fresh pages (32 MiB in glibc), whose faults cost as much as a third of the matrix product.
+# threshold for fresh pages (32 MiB in glibc), which would be faulted in again at every call.
 _BLOCK_BYTES = 16 << 20
 
 
