@@ -1,0 +1,29 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <stdexcept>
+
+#include "cpu/isa.h"
+
+namespace mplug2_fast {
+
+// Adds one operator's functions to the module. Shapes, types and devices are checked by the Python operators that call
+// them; what is checked here is only what would otherwise read or write out of bounds. Addresses are those of tensors.
+void bind_layer_norm(pybind11::module_& module);
+void bind_preprocess_frames(pybind11::module_& module);
+
+template <typename Pointee>
+Pointee* at(std::uintptr_t address) {
+    return reinterpret_cast<Pointee*>(address);
+}
+
+inline void require(bool condition, const char* message) {
+    if (!condition) {
+        throw std::invalid_argument(message);
+    }
+}
+
+}  // namespace mplug2_fast

@@ -1,0 +1,25 @@
+// The module mplug2_fast._C: plain functions on addresses and sizes, one file of bindings an operator.
+
+#include "bind/bind.h"
+
+namespace py = pybind11;
+using namespace mplug2_fast;
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "The native operators of mplug2_fast; called through mplug2_fast.ops.";
+#ifdef _OPENMP
+    module.attr("openmp") = true;
+#else
+    module.attr("openmp") = false;
+#endif
+    module.attr("compiler") = MPLUG2_COMPILER;
+    py::enum_<Isa>(module, "Isa", "Instruction sets that the kernels are compiled for, the fastest last.")
+        .value("portable", Isa::portable)
+        .value("avx2", Isa::avx2)
+        .value("avx512", Isa::avx512)
+        .value("avx512_bf16", Isa::avx512_bf16);
+    module.def("isa_named", &isa_named, py::arg("name"));
+    module.def("is_supported", &is_supported, py::arg("isa"));
+    bind_layer_norm(module);
+    bind_preprocess_frames(module);
+}

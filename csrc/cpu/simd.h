@@ -1,0 +1,177 @@
+#pragma once
+
+// Vectors of 32-bit numbers, as wide as the instruction set that a source is compiled for. Arithmetic operators are the
+// compiler's own on such types; here are loads, stores, conversions and the functions that they lack. Everything lives
+// in the namespace of the instruction set, so that no two builds of a function can be taken for one another.
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/isa.h"
+
+#ifdef MPLUG2_X86
+#include <immintrin.h>
+#endif
+
+#ifndef MPLUG2_ISA
+#error "kernel sources are compiled with MPLUG2_ISA set to a namespace: see CMakeLists.txt"
+#endif
+
+#define MPLUG2_INLINE static inline __attribute__((always_inline))
+
+namespace mplug2_fast {
+
+// The upper half of a float.
+struct Bf16 {
+    std::uint16_t bits;
+};
+
+namespace MPLUG2_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+inline constexpr int kLanes = 8;
+#else
+inline constexpr int kLanes = 4;
+#endif
+
+typedef float F32 __attribute__((vector_size(4 * kLanes)));
+typedef std::int32_t I32 __attribute__((vector_size(4 * kLanes)));
+typedef std::uint32_t U32 __attribute__((vector_size(4 * kLanes)));
+typedef std::uint16_t U16 __attribute__((vector_size(2 * kLanes)));
+
+MPLUG2_INLINE F32 broadcast(float value) {
+    return value - F32{};
+}
+
+MPLUG2_INLINE F32 select(I32 mask, F32 yes, F32 no) {
+    return mask ? yes : no;
+}
+
+MPLUG2_INLINE F32 maximum(F32 a, F32 b) {
+    return a > b ? a : b;
+}
+
+MPLUG2_INLINE F32 minimum(F32 a, F32 b) {
+    return a < b ? a : b;
+}
+
+MPLUG2_INLINE F32 load(const float* from) {
+    F32 value;
+    std::memcpy(&value, from, sizeof(value));
+    return value;
+}
+
+MPLUG2_INLINE void store(float* to, F32 value) {
+    std::memcpy(to, &value, sizeof(value));
+}
+
+MPLUG2_INLINE F32 load(const Bf16* from) {
+    U16 half;
+    std::memcpy(&half, from, sizeof(half));
+    return (F32)(__builtin_convertvector(half, U32) << 16);
+}
+
+// Round to nearest, ties to even; a NaN stays one.
+MPLUG2_INLINE U16 to_bf16_bits(F32 value) {
+#ifdef __AVX512BF16__
+    return (U16)_mm512_cvtneps_pbh((__m512)value);
+#else
+    const U32 bits = (U32)value;
+    const U32 rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    const U32 quiet = (bits >> 16) | 0x40u;
+    return __builtin_convertvector((value == value) ? rounded : quiet, U16);
+#endif
+}
+
+MPLUG2_INLINE void store(Bf16* to, F32 value) {
+    const U16 half = to_bf16_bits(value);
+    std::memcpy(to, &half, sizeof(half));
+}
+
+// The first `count` < kLanes elements; the other lanes are zero.
+template <typename Element>
+MPLUG2_INLINE F32 load_first(const Element* from, int count) {
+    Element buffer[kLanes] = {};
+    std::memcpy(buffer, from, count * sizeof(Element));
+    return load(buffer);
+}
+
+template <typename Element>
+MPLUG2_INLINE void store_first(Element* to, F32 value, int count) {
+    Element buffer[kLanes];
+    store(buffer, value);
+    std::memcpy(to, buffer, count * sizeof(Element));
+}
+
+MPLUG2_INLINE float to_float(float value) {
+    return value;
+}
+
+MPLUG2_INLINE float to_float(Bf16 value) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(value.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, sizeof(result));
+    return result;
+}
+
+MPLUG2_INLINE float sum(F32 value) {
+    float lanes[kLanes], total = 0;
+    store(lanes, value);
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+        for (int i = 0; i < width; ++i) {
+            lanes[i] += lanes[i + width];
+        }
+    }
+    total = lanes[0];
+    return total;
+}
+
+MPLUG2_INLINE float largest(F32 value) {
+    float lanes[kLanes];
+    store(lanes, value);
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+        for (int i = 0; i < width; ++i) {
+            lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+        }
+    }
+    return lanes[0];
+}
+
+MPLUG2_INLINE F32 exp2_of_integer(F32 integer) {
+    return (F32)((__builtin_convertvector(integer, I32) + 127) << 23);
+}
+
+// The nearest whole number, for values between -2^22 and 2^22.
+MPLUG2_INLINE F32 nearest(F32 value) {
+    const F32 shift = broadcast(12582912.0f);  // 1.5 * 2^23: what is added to it loses its fraction
+    F32 shifted = value + shift;
+    __asm__("" : "+x"(shifted));  // or the compiler may take the sum and the difference together
+    return shifted - shift;
+}
+
+// e^value within 1 unit in the last place or two; values under -87 give zero, over 88 infinity, NaN stays.
+MPLUG2_INLINE F32 exponential(F32 value) {
+    const F32 clamped = minimum(maximum(value, broadcast(-87.0f)), broadcast(88.0f));
+    const F32 n = nearest(clamped * 1.44269504088896341f);
+    const F32 r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+    F32 p = broadcast(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    F32 result = p * exp2_of_integer(n);
+    result = select(value < -87.0f, F32{}, result);
+    result = select(value > 88.0f, broadcast(__builtin_inff()), result);
+    return select(value == value, result, value);
+}
+
+MPLUG2_INLINE F32 sigmoid(F32 value) {
+    return 1.0f / (1.0f + exponential(-value));
+}
+
+}  // namespace MPLUG2_ISA
+}  // namespace mplug2_fast
