@@ -20,6 +20,7 @@ import torch
 
 from mplug2_fast.errors import VideoError
 from mplug2_fast.video.files import reason_not_readable
+from mplug2_fast.video.matroska import DamagedError, find_blocks
 from mplug2_fast.video.seek import (
     CannotSeekError,
     PacketInfo,
@@ -48,6 +49,9 @@ _FORMAT_OPTIONS = {"protocol_whitelist": "file", "pattern_type": "none"}
 # This decoder paints over damage without a word, unless told not to. Others must not be told: they take offence at
 # files that are merely unusual.
 _DECODER_OPTIONS = {"mjpeg": {"err_detect": "explode"}}
+# These decoders paint over damage too, and tell by a flag of the frame. With frames decoded side by side, a frame may
+# be handed out before its flags are set; with slices side by side, much damage is not noticed at all.
+_ONE_THREAD = frozenset(("h264", "mpeg4", "rv30", "rv40"))
 
 
 def decode_frames(path: str | os.PathLike[str], choose: Choice, *, may_seek: bool = True) -> list[np.ndarray]:
@@ -71,7 +75,7 @@ def decode_frames(path: str | os.PathLike[str], choose: Choice, *, may_seek: boo
     if not scan.packets:
         raise _error(name, "has no frames")
     indices = choose(max(scan.shown, 1))
-    plan = plan_segments(scan, indices, torch.get_num_threads()) if may_seek else None
+    plan = plan_segments(scan, indices, _threads(scan.codec)) if may_seek else None
     if plan is not None:
         segments, times = plan
         try:
@@ -94,15 +98,30 @@ def _scan(name: str) -> Scan:
     with _errors_of(name, "is corrupt: its packets cannot be read"), _open(name) as (container, stream):
         codec = stream.codec_context.codec.canonical_name
         scan = Scan(container.format.name, codec)
+        blocks = _blocks(name) if scan.format == "matroska,webm" else {}
+        tracks = set()
         for packet in container.demux(stream):
             if not packet.size:
                 continue
             if packet.is_corrupt:
                 raise _error(name, "is corrupt or truncated: a packet is incomplete")
+            tracks.add(blocks.pop(packet.pos, None))
             fresh_start = is_fresh_start(packet, codec, stream.codec_context.extradata)
             scan.packets.append(PacketInfo(packet.pts, packet.size, fresh_start, is_shown(packet, codec)))
             scan.changes |= packet.has_sidedata("new_extradata")
+    for position, track in blocks.items():
+        if track in tracks:
+            raise _error(name, f"is corrupt: the block at byte {position:,} cannot be read")
     return scan
+
+
+def _blocks(name: str) -> dict[int, int]:
+    """The position and track of each block of a Matroska file, from its structure."""
+    try:
+        with open(name, "rb") as file:
+            return find_blocks(file, os.fstat(file.fileno()).st_size)
+    except DamagedError as error:
+        raise _error(name, f"is corrupt: {error}") from None
 
 
 def _decode_all(name: str, indices: Sequence[int]) -> tuple[int, dict[int, np.ndarray]]:
@@ -132,6 +151,10 @@ class _Converter:
         return np.rot90(pixels, round(frame.rotation / 90))
 
 
+def _threads(codec: str) -> int:
+    return 1 if codec in _ONE_THREAD else torch.get_num_threads()
+
+
 @contextmanager
 def _open(name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The file and its video stream, ready to decode."""
@@ -149,7 +172,7 @@ def _open(name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
             raise _error(name, "has a video stream of an unknown codec")
         stream.codec_context.options = _DECODER_OPTIONS.get(stream.codec_context.name, {})
         stream.thread_type = "AUTO"
-        stream.codec_context.thread_count = torch.get_num_threads()
+        stream.codec_context.thread_count = _threads(stream.codec_context.codec.canonical_name)
         yield container, stream
 
 

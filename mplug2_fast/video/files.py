@@ -1,7 +1,7 @@
 """What can be told of a file before it is decoded: that it is there, and that its end is.
 
 Decoders go to the end of what they find and call it the end of the video. Whether something is missing only the
-container knows, so its own account of its length is compared with the file's.
+container knows, so its own account of its length is compared with the file's, and its index with its contents.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 import stat
 from typing import BinaryIO
+
+from mplug2_fast.video.avi import damaged_chunk
+from mplug2_fast.video.matroska import ebml_number
 
 
 def reason_not_readable(path: str) -> str | None:
@@ -22,15 +25,22 @@ def reason_not_readable(path: str) -> str | None:
         if status.st_size == 0:
             return "is empty"
         with open(path, "rb") as file:
-            announced = _announced_size(file, status.st_size)
+            return _reason_not_whole(file, status.st_size)
     except FileNotFoundError:
         return "no such file"
     except PermissionError:
         return "may not be read: permission denied"
     except (OSError, ValueError) as error:
         return f"cannot be read: {getattr(error, 'strerror', None) or error}"
-    if announced > status.st_size:
-        return f"is truncated: it has {status.st_size:,} bytes of at least {announced:,}"
+
+
+def _reason_not_whole(file: BinaryIO, size: int) -> str | None:
+    announced = _announced_size(file, size)
+    if announced > size:
+        return f"is truncated: it has {size:,} bytes of at least {announced:,}"
+    damaged = damaged_chunk(file, size)
+    if damaged is not None:
+        return f"is corrupt: the chunk at byte {damaged:,} is not what it should be"
     return None
 
 
@@ -72,22 +82,11 @@ def _end_of_boxes(file: BinaryIO, size: int) -> int:
 
 def _end_of_matroska(head: bytes) -> int:
     """The end of the segment: the second element, after the EBML header."""
-    header_size, position = _ebml_size(head, 4)
+    header_size, position = ebml_number(head, 4)
     if header_size is None or head[position + header_size :][:4] != b"\x18\x53\x80\x67":
         return 0
-    segment_size, position = _ebml_size(head, position + header_size + 4)
+    segment_size, position = ebml_number(head, position + header_size + 4)
     return 0 if segment_size is None else position + segment_size
-
-
-def _ebml_size(data: bytes, position: int) -> tuple[int | None, int]:
-    """A variable-length size (None where it is left open, as in a live recording) and the position after it."""
-    first = data[position] if position < len(data) else 0
-    length = 9 - first.bit_length()
-    if first == 0 or position + length > len(data):
-        return None, position
-    bits = 7 * length
-    value = int.from_bytes(data[position : position + length], "big") & ((1 << bits) - 1)
-    return (None if value == (1 << bits) - 1 else value), position + length
 
 
 def _end_of_gif(file: BinaryIO) -> int:

@@ -4,11 +4,13 @@ import os
 import random
 import struct
 
+import av
 import numpy as np
 import pytest
 
 from mplug2_fast import VideoError
 from mplug2_fast.video import frame_indices, load_video, read_frames
+from mplug2_fast.video.decode import decode_frames
 from tests.video.clips import decode_all, moving_frames, write_sound, write_video
 
 
@@ -40,18 +42,17 @@ def cut_still(extension, codec):
     return lambda folder: cut(write_video(folder / f"still.{extension}", codec, moving_frames(1)), 0.6)
 
 
+def noise(path, part, seed=0):
+    """Overwrites a twentieth of a file, from that part of it on."""
+    data = bytearray(path.read_bytes())
+    start, length = int(len(data) * part), len(data) // 20
+    data[start : start + length] = random.Random(seed).randbytes(length)
+    path.write_bytes(data)
+    return path
+
+
 def noise_in(extension, codec, **arguments):
-    """Overwrites a twentieth of the file, in its middle."""
-
-    def make(folder):
-        path = clip(folder, extension, codec, **arguments)
-        data = bytearray(path.read_bytes())
-        start, length = len(data) // 2, len(data) // 20
-        data[start : start + length] = random.Random(0).randbytes(length)
-        path.write_bytes(data)
-        return path
-
-    return make
+    return lambda folder: noise(clip(folder, extension, codec, **arguments), 0.5)
 
 
 def directory(folder):
@@ -138,9 +139,12 @@ BROKEN = {
     "header of png": (contents("a.png", b"\x89PNG\r\n\x1a\n"), "is (corrupt|not a video or image)|has no frames"),
     "noise in h264": (noise_in("mp4", "libx264", gop=40), "is corrupt"),
     "noise in h264 in mkv": (noise_in("mkv", "libx264", gop=40), "is corrupt"),
+    "noise in jpeg in mkv": (noise_in("mkv", "mjpeg"), "is corrupt: the element at byte [0-9,]+ does not fit"),
+    "noise in vp9": (noise_in("webm", "libvpx-vp9", gop=40), "is corrupt: the element at byte [0-9,]+ does not fit"),
     "noise in mpeg4": (noise_in("avi", "mpeg4", gop=40), "is corrupt"),
+    "noise in jpeg in avi": (noise_in("avi", "mjpeg"), "is corrupt: the chunk at byte [0-9,]+ is not what"),
     "noise in png": (noise_in("mov", "png"), "is corrupt"),
-    "noise in jpeg": (noise_in("avi", "mjpeg"), "is corrupt"),
+    "noise in jpeg": (noise_in("mov", "mjpeg"), "is corrupt"),
     "noise in av1": (noise_in("mp4", "libsvtav1", gop=40), "is corrupt"),
 }
 
@@ -155,6 +159,116 @@ def test_broken_files(tmp_path, capfd, make, reason):
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
     assert capfd.readouterr().err == ""
+
+
+NOISY = [
+    ("mkv", "libx264"),
+    ("mkv", "mjpeg"),
+    ("mkv", "libsvtav1"),
+    ("webm", "libvpx"),
+    ("webm", "libvpx-vp9"),
+    ("avi", "libx264"),
+    ("avi", "mpeg4"),
+    ("avi", "mjpeg"),
+    ("mp4", "libx264"),
+    ("mov", "png"),
+]
+
+
+@pytest.mark.parametrize("part", [0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.9])
+@pytest.mark.parametrize(("extension", "codec"), NOISY)
+def test_noise_loses_no_frames_in_silence(tmp_path, extension, codec, part):
+    path = noise(clip(tmp_path, extension, codec, gop=40), part, seed=int(100 * part))
+    totals = []
+
+    def choose(total):
+        totals.append(total)
+        return range(total)
+
+    try:
+        frames = decode_frames(path, choose)
+    except VideoError:
+        return
+    assert totals[-1] == 40
+    assert np.array_equal(np.stack(frames), np.stack(decode_all(path)))
+
+
+def is_corrupt(path):
+    try:
+        decode_frames(path, range)
+    except VideoError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("extension", "codec", "options"),
+    [("mkv", "libx264", {}), ("mp4", "libx264", {"slices": "4"}), ("avi", "mpeg4", {}), ("mkv", "mpeg4", {"bf": "2"})],
+)
+def test_damage_is_noticed_however_many_threads_there_are(tmp_path, monkeypatch, extension, codec, options):
+    path = clip(tmp_path, extension, codec, gop=40, options=options)
+    data = path.read_bytes()
+    with av.open(str(path)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size > 60]
+    verdicts = []
+    for number, (position, size) in enumerate(packets[::3]):
+        damaged = bytearray(data)
+        middle = position + size // 2
+        damaged[middle : middle + 20] = random.Random(number).randbytes(20)
+        path.write_bytes(damaged)
+        monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+        verdicts.append(is_corrupt(path))
+        monkeypatch.setattr("torch.get_num_threads", lambda: 6)
+        assert [is_corrupt(path) for _ in range(3)] == verdicts[-1:] * 3
+    assert sum(verdicts) > len(verdicts) // 2
+
+
+def test_damage_to_any_block_of_a_matroska_file_is_noticed(tmp_path):
+    path = clip(tmp_path, "mkv", "mjpeg", gop=5)
+    data = path.read_bytes()
+    with av.open(str(path)) as container:
+        positions = [packet.pos for packet in container.demux(video=0) if packet.size]
+    assert len(positions) == 40
+    for position in positions:
+        for at, byte, reason in (
+            (-2, 0x7F, "the element at byte [0-9,]+ does not fit into its place"),  # the size
+            (0, 0x85, "the block at byte [0-9,]+ belongs to no track"),
+            (3, 0x82, "the block at byte [0-9,]+ cannot be read"),  # several frames in one, of impossible sizes
+        ):
+            damaged = bytearray(data)
+            damaged[position + at] = byte
+            path.write_bytes(damaged)
+            with pytest.raises(VideoError, match=reason):
+                decode_frames(path, range)
+
+
+def test_damage_to_any_chunk_of_an_avi_file_is_noticed(tmp_path):
+    path = clip(tmp_path, "avi", "mjpeg")
+    data = path.read_bytes()
+    with av.open(str(path)) as container:
+        positions = [packet.pos for packet in container.demux(video=0) if packet.size]
+    assert len(positions) == 40
+    for position in positions:
+        for at in (-8, -3):  # the name and the size
+            damaged = bytearray(data)
+            damaged[position + at] ^= 0x11
+            path.write_bytes(damaged)
+            with pytest.raises(VideoError, match=f"the chunk at byte {position - 8:,} is not what it should be"):
+                decode_frames(path, range)
+
+
+def test_an_index_of_avi_without_care_does_no_harm(tmp_path):
+    path = clip(tmp_path, "avi", "mjpeg")
+    data = path.read_bytes()
+    start = data.rindex(b"idx1") + 8
+    index = [struct.unpack_from("<4sIII", data, at) for at in range(start, len(data), 16)]
+    assert len(index) == 40
+    base = data.index(b"movi")
+    for shift in (base, 3, -4):  # counted from the start of the file, and from nowhere
+        path.write_bytes(data[:start] + b"".join(struct.pack("<4sIII", n, f, at + shift, s) for n, f, at, s in index))
+        assert read_frames(path, 5).shape == (5, 80, 96, 3)
+    path.write_bytes(data.replace(b"idx1", b"JUNK"))
+    assert read_frames(path, 5).shape == (5, 80, 96, 3)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="everything is permitted to root")

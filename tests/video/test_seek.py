@@ -89,8 +89,9 @@ def test_variable_frame_rate(tmp_path, only_seeking, whatever_it_costs):
             assert_frames(path, frame_indices(40, num_frames), everything)
 
 
-def test_many_threads_give_the_same_frames(tmp_path, only_seeking, whatever_it_costs, monkeypatch):
-    path = write_video(tmp_path / "clip.mp4", "libx264", moving_frames(60), gop=7)
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_many_threads_give_the_same_frames(tmp_path, only_seeking, whatever_it_costs, monkeypatch, codec):
+    path = write_video(tmp_path / "clip.mp4", codec, moving_frames(60), gop=7)
     everything = decode_all(path)
     monkeypatch.setattr("torch.get_num_threads", lambda: 5)
     assert_frames(path, frame_indices(60, 9), everything)
