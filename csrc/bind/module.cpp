@@ -20,6 +20,7 @@ PYBIND11_MODULE(_C, module) {
         .value("avx512_bf16", Isa::avx512_bf16);
     module.def("isa_named", &isa_named, py::arg("name"));
     module.def("is_supported", &is_supported, py::arg("isa"));
+    bind_attention(module);
     bind_layer_norm(module);
     bind_preprocess_frames(module);
 }

@@ -1,0 +1,353 @@
+#include "cpu/attention.h"
+
+#include <new>
+
+#include "cpu/attention_tile.h"
+#include "cpu/parallel.h"
+
+namespace mplug2_fast::MPLUG2_ISA {
+namespace {
+
+// The queries of one (batch, head) are cut into groups, whose sums stay in the second-level cache while keys and values
+// go by. Where one group is all there is, every block of keys is packed just before its use, and the keys are cut into
+// parts whose results are merged, so that few heads and queries occupy many threads too. Where there are more groups,
+// the keys are packed once for all groups. The cuts follow from the sizes alone, and so does the result.
+constexpr std::int64_t kGroupRows = 288;
+constexpr std::int64_t kSmallGroupRows = 96;  // for few heads
+constexpr std::int64_t kFewHeads = 16;
+constexpr std::int64_t kPartKeys = 1024;
+constexpr std::int64_t kFewRows = 48;  // a group as small as this leaves room for smaller blocks of keys
+constexpr std::int64_t kFewRowsBlockKeys = 128;
+constexpr float kLog2E = 1.44269504088896341f;
+
+// `count` cut into `parts` equal pieces that are multiples of `unit`; the last may be smaller.
+struct Cut {
+    std::int64_t count, size, parts;
+
+    Cut(std::int64_t count, std::int64_t largest, std::int64_t unit) : count(count) {
+        const std::int64_t pieces = divide_up(count > 0 ? count : 1, largest);
+        size = round_up(divide_up(count > 0 ? count : 1, pieces), unit);
+        parts = divide_up(count > 0 ? count : 1, size);
+    }
+
+    std::int64_t begin(std::int64_t part) const { return part * size; }
+    std::int64_t length(std::int64_t part) const { return at_most(size, count - part * size); }
+};
+
+// One allocation, handed out in pieces that begin on cache lines.
+class Scratch {
+  public:
+    explicit Scratch(std::int64_t bytes) : base_(new (std::align_val_t{64}) char[bytes]), next_(base_) {}
+    ~Scratch() { operator delete[](base_, std::align_val_t{64}); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+
+    template <typename Item>
+    Item* take(std::int64_t count) {
+        auto* items = reinterpret_cast<Item*>(next_);
+        next_ += bytes<Item>(count);
+        return items;
+    }
+
+    template <typename Item>
+    static std::int64_t bytes(std::int64_t count) {
+        return round_up(count * static_cast<std::int64_t>(sizeof(Item)), 64);
+    }
+
+  private:
+    char* base_;
+    char* next_;
+};
+
+// Sizes that all parts of one call share.
+template <bool kPair>
+struct Plan {
+    const AttentionArguments& a;
+    std::int64_t words;         // of a key
+    std::int64_t query_stride;  // in words
+    std::int64_t value_stride;  // in words of values, floats of sums
+    std::int64_t pairs;         // of batch and head
+    Cut groups;                 // of queries
+    Cut parts;                  // of keys
+    bool pack_ahead;            // all keys of a part, rather than block by block
+    std::int64_t block_keys;
+    float factor;  // of scores in the exponent of two
+
+    explicit Plan(const AttentionArguments& a)
+        : a(a),
+          words(kPair ? divide_up(a.head_dim, 2) : a.head_dim),
+          query_stride(round_up(words, kLanes)),
+          value_stride(round_up(a.head_dim, kLanes)),
+          pairs(a.batch * a.heads),
+          groups(a.q_len, pairs < kFewHeads ? kSmallGroupRows : kGroupRows, kProductRows),
+          parts(a.k_len, groups.parts == 1 && !a.causal ? kPartKeys : (a.k_len > 0 ? a.k_len : 1), kLanes),
+          pack_ahead(groups.parts > 1),
+          block_keys(a.q_len <= kFewRows ? kFewRowsBlockKeys : kBlockKeys),
+          factor(__builtin_fabsf(a.scale) * kLog2E) {
+        // Keys that are not there have the score -infinity, which must stay what it is.
+        factor = factor > 1e-30f ? factor : 1e-30f;
+    }
+
+    std::int64_t packed_keys() const { return round_up(pack_ahead ? parts.size : block_keys, kLanes); }
+};
+
+// What one thread works with.
+template <bool kPair>
+struct Workspace {
+    Scratch scratch;
+    Word *queries, *keys, *values;
+    float *sums, *largest, *totals;  // of each row of a group
+    int* limits;                     // how many of the keys each row of a group sees
+    float *scores, *maxima, *corrections;
+    int* tile_limits;
+    std::int32_t* index;  // the keys that the mask leaves
+
+    static std::int64_t bytes(const Plan<kPair>& p) {
+        return Scratch::bytes<Word>(p.groups.size * p.query_stride) + Scratch::bytes<Word>(p.packed_keys() * p.words) +
+               Scratch::bytes<Word>(p.packed_keys() * p.value_stride) +
+               Scratch::bytes<float>(p.groups.size * p.value_stride) + 3 * Scratch::bytes<float>(p.groups.size) +
+               Scratch::bytes<float>(kTileRows * kScoreStride) + Scratch::bytes<float>(kTileRows * kLanes) +
+               2 * Scratch::bytes<float>(kTileRows) + Scratch::bytes<std::int32_t>(p.a.mask ? p.parts.size : 0);
+    }
+
+    explicit Workspace(const Plan<kPair>& p)
+        : scratch(bytes(p)),
+          queries(scratch.take<Word>(p.groups.size * p.query_stride)),
+          keys(scratch.take<Word>(p.packed_keys() * p.words)),
+          values(scratch.take<Word>(p.packed_keys() * p.value_stride)),
+          sums(scratch.take<float>(p.groups.size * p.value_stride)),
+          largest(scratch.take<float>(p.groups.size)),
+          totals(scratch.take<float>(p.groups.size)),
+          limits(scratch.take<int>(p.groups.size)),
+          scores(scratch.take<float>(kTileRows * kScoreStride)),
+          maxima(scratch.take<float>(kTileRows * kLanes)),
+          corrections(scratch.take<float>(kTileRows)),
+          tile_limits(scratch.take<int>(kTileRows)),
+          index(scratch.take<std::int32_t>(p.a.mask ? p.parts.size : 0)) {}
+};
+
+// Adds one block of `count` keys, the first of which is number `first`, to the sums of a group's rows.
+template <bool kPair>
+void add_block(const Plan<kPair>& p, const Workspace<kPair>& w, std::int64_t rows, std::int64_t first,
+               std::int64_t count, const Word* keys, const Word* values) {
+    for (std::int64_t tile = 0; tile < rows; tile += kTileRows) {
+        const int tile_rows = static_cast<int>(at_most(kTileRows, rows - tile));
+        const int* limits = w.limits + tile;
+        const int visible = static_cast<int>(at_most(count, limits[tile_rows - 1] - first));  // limits ascend
+        if (visible <= 0) {
+            continue;
+        }
+        for (int i = 0; i < tile_rows; ++i) {
+            store(w.maxima + i * kLanes, broadcast(-__builtin_inff()));
+        }
+        const Cut vectors(divide_up(visible, kLanes), kProductVectors, 1);
+        for (std::int64_t g = 0; g < vectors.parts; ++g) {
+            const std::int64_t begin = vectors.begin(g) * kLanes, length = vectors.length(g);
+            const bool limited = limits[0] - first < begin + length * kLanes;
+            for (int i = 0; limited && i < tile_rows; ++i) {
+                w.tile_limits[i] = static_cast<int>(at_most(limits[i] - first, count) - begin);
+            }
+            for (int i = 0; i < tile_rows; i += kProductRows) {
+                dispatch(static_cast<int>(at_most(kProductRows, tile_rows - i)), static_cast<int>(length),
+                         ScoreProduct<kPair>{w.queries + (tile + i) * p.query_stride, p.query_stride,
+                                             keys + begin * p.words, p.words, w.scores + i * kScoreStride + begin,
+                                             w.maxima + i * kLanes, limited ? w.tile_limits + i : nullptr});
+            }
+        }
+        for (int i = 0; i < tile_rows; ++i) {
+            float& largest = w.largest[tile + i];
+            const float block_largest = largest_of_lanes(load(w.maxima + i * kLanes));
+            const float old = largest * p.factor;
+            largest = block_largest > largest ? block_largest : largest;
+            const float now = reference(largest, p.factor);
+            w.corrections[i] = power_of_two(old - now);
+            const float total = weigh<kPair>(w.scores + i * kScoreStride, divide_up(visible, kLanes), p.factor, now);
+            w.totals[tile + i] = w.totals[tile + i] * w.corrections[i] + total;
+        }
+        const Cut channels(p.value_stride / kLanes, kProductVectors, 1);
+        for (std::int64_t g = 0; g < channels.parts; ++g) {
+            const std::int64_t begin = channels.begin(g) * kLanes;
+            for (int i = 0; i < tile_rows; i += kProductRows) {
+                dispatch(static_cast<int>(at_most(kProductRows, tile_rows - i)), static_cast<int>(channels.length(g)),
+                         ValueProduct<kPair>{reinterpret_cast<const Word*>(w.scores + i * kScoreStride), values + begin,
+                                             p.value_stride, kPair ? (visible + 1) / 2 : visible,
+                                             w.sums + (tile + i) * p.value_stride + begin, w.corrections + i});
+            }
+        }
+    }
+}
+
+// One head's tokens, of one thread's current (batch, head) pair and part of the keys.
+template <typename Element>
+struct Source {
+    Tokens<Element> q, k, v;
+    std::int64_t count;  // of keys
+};
+
+template <typename Element>
+Tokens<Element> tokens(const void* base, const std::int64_t (&strides)[3], std::int64_t batch, std::int64_t head) {
+    return {static_cast<const Element*>(base) + batch * strides[0] + head * strides[2], strides[1], nullptr};
+}
+
+template <typename Element, bool kPair>
+Source<Element> source(const Plan<kPair>& p, const Workspace<kPair>& w, std::int64_t pair, std::int64_t part) {
+    const AttentionArguments& a = p.a;
+    const std::int64_t batch = pair / a.heads, head = pair % a.heads;
+    Source<Element> s{tokens<Element>(a.q, a.q_strides, batch, head), tokens<Element>(a.k, a.k_strides, batch, head),
+                      tokens<Element>(a.v, a.v_strides, batch, head), p.parts.length(part)};
+    const std::int64_t begin = p.parts.begin(part);
+    s.k.base += begin * s.k.stride;
+    s.v.base += begin * s.v.stride;
+    if (a.mask) {
+        const std::uint8_t* mask = a.mask + batch * a.mask_stride + begin;
+        std::int64_t kept = 0;
+        for (std::int64_t j = 0; j < s.count; ++j) {
+            if (mask[j]) {
+                w.index[kept++] = static_cast<std::int32_t>(j);
+            }
+        }
+        s.count = kept;
+        s.k.index = s.v.index = w.index;
+    }
+    return s;
+}
+
+// The sums of one group of queries over one part of the keys: w.sums, w.largest and w.totals.
+template <bool kPair, typename Element>
+void add_part(const Plan<kPair>& p, const Workspace<kPair>& w, const Source<Element>& s, std::int64_t begin,
+              std::int64_t rows) {
+    const std::int64_t head_dim = p.a.head_dim;
+    pack_queries<kPair>(s.q, begin, rows, head_dim, p.query_stride, p.a.scale < 0, w.queries);
+    std::int64_t seen = 0;
+    for (std::int64_t i = 0; i < rows; ++i) {
+        if (!p.a.causal) {
+            seen = s.count;
+        } else if (s.k.index) {
+            while (seen < s.count && s.k.index[seen] <= begin + i) {
+                ++seen;
+            }
+        } else {
+            seen = at_most(begin + i + 1, s.count);
+        }
+        w.limits[i] = static_cast<int>(seen);
+        w.largest[i] = -__builtin_inff();
+        w.totals[i] = 0;
+    }
+    std::memset(w.sums, 0, rows * p.value_stride * sizeof(float));
+    const Cut blocks(s.count, p.block_keys, kLanes);
+    for (std::int64_t b = 0; b < blocks.parts && blocks.begin(b) < seen; ++b) {
+        const std::int64_t first = blocks.begin(b), count = blocks.length(b);
+        if (p.pack_ahead) {
+            add_block(p, w, rows, first, count, w.keys + first * p.words,
+                      w.values + first / (kPair ? 2 : 1) * p.value_stride);
+        } else {
+            pack_keys<kPair>(s.k, first, count, head_dim, w.keys);
+            pack_values<kPair>(s.v, first, count, head_dim, p.value_stride, w.values);
+            add_block(p, w, rows, first, count, w.keys, w.values);
+        }
+    }
+}
+
+template <typename Element>
+void write_row(const AttentionArguments& a, std::int64_t pair, std::int64_t row, const float* sums, float total) {
+    const std::int64_t batch = pair / a.heads, head = pair % a.heads;
+    Element* to = static_cast<Element*>(a.out) + ((batch * a.q_len + row) * a.heads + head) * a.head_dim;
+    const F32 factor = broadcast(total == 0 ? 0.0f : 1.0f / total);
+    std::int64_t c = 0;
+    for (; c + kLanes <= a.head_dim; c += kLanes) {
+        store(to + c, load(sums + c) * factor);
+    }
+    if (c < a.head_dim) {
+        store_first(to + c, load(sums + c) * factor, static_cast<int>(a.head_dim - c));
+    }
+}
+
+// Results of parts, [pair][part][row]: the sums, then the largest score and the total of weights.
+struct Partial {
+    float* base;
+    std::int64_t parts, rows, stride;
+
+    float* at(std::int64_t pair, std::int64_t part, std::int64_t row) const {
+        return base + ((pair * parts + part) * rows + row) * stride;
+    }
+};
+
+template <bool kPair, typename Element>
+void merge(const Plan<kPair>& p, const Partial& partial) {
+    parallel_ranges(p.pairs * p.a.q_len, p.a.threads, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t r = begin; r < end; ++r) {
+            const std::int64_t pair = r / p.a.q_len, row = r % p.a.q_len, n = p.value_stride;
+            float* sums = partial.at(pair, 0, row);
+            for (std::int64_t part = 1; part < partial.parts; ++part) {
+                const float* other = partial.at(pair, part, row);
+                const float largest = other[n] > sums[n] ? other[n] : sums[n];
+                const float now = reference(largest, p.factor);
+                const float mine = power_of_two(sums[n] * p.factor - now);
+                const float its = power_of_two(other[n] * p.factor - now);
+                for (std::int64_t c = 0; c < n; c += kLanes) {
+                    store(sums + c, load(sums + c) * mine + load(other + c) * its);
+                }
+                sums[n] = largest;
+                sums[n + 1] = sums[n + 1] * mine + other[n + 1] * its;
+            }
+            write_row<Element>(p.a, pair, row, sums, sums[n + 1]);
+        }
+    });
+}
+
+template <bool kPair, typename Element>
+void run(const AttentionArguments& a) {
+    const Plan<kPair> p(a);
+    if (p.pairs <= 0 || a.q_len <= 0) {
+        return;
+    }
+    const bool split = p.parts.parts > 1;
+    Partial partial{nullptr, p.parts.parts, a.q_len, p.value_stride + kLanes};
+    Scratch results(Scratch::bytes<float>(split ? p.pairs * partial.parts * partial.rows * partial.stride : 1));
+    partial.base = results.take<float>(0);
+    const std::int64_t per_pair = split ? p.parts.parts : p.groups.parts;
+    parallel_ranges(p.pairs * per_pair, a.threads, [&](std::int64_t begin, std::int64_t end) {
+        const Workspace<kPair> w(p);
+        Source<Element> s{};
+        for (std::int64_t item = begin; item < end; ++item) {
+            const std::int64_t pair = item / per_pair;
+            const std::int64_t part = split ? item % per_pair : 0, group = split ? 0 : item % per_pair;
+            if (split || group == 0 || item == begin) {
+                s = source<Element>(p, w, pair, part);
+                if (p.pack_ahead) {
+                    pack_keys<kPair>(s.k, 0, s.count, a.head_dim, w.keys);
+                    pack_values<kPair>(s.v, 0, s.count, a.head_dim, p.value_stride, w.values);
+                }
+            }
+            const std::int64_t first = p.groups.begin(group), rows = p.groups.length(group);
+            add_part<kPair>(p, w, s, first, rows);
+            for (std::int64_t i = 0; i < rows; ++i) {
+                const float* sums = w.sums + i * p.value_stride;
+                if (split) {
+                    float* to = partial.at(pair, part, i);
+                    std::memcpy(to, sums, p.value_stride * sizeof(float));
+                    to[p.value_stride] = w.largest[i];
+                    to[p.value_stride + 1] = w.totals[i];
+                } else {
+                    write_row<Element>(a, pair, first + i, sums, w.totals[i]);
+                }
+            }
+        }
+    });
+    if (split) {
+        merge<kPair, Element>(p, partial);
+    }
+}
+
+}  // namespace
+
+void attention(const AttentionArguments& arguments) {
+#ifdef __AVX512BF16__
+    constexpr bool kPair = true;
+#else
+    constexpr bool kPair = false;
+#endif
+    arguments.bf16 ? run<kPair, Bf16>(arguments) : run<false, float>(arguments);
+}
+
+}  // namespace mplug2_fast::MPLUG2_ISA

@@ -1,0 +1,220 @@
+#pragma once
+
+// How the attention kernel lays out queries, keys and values. Everything is in 32-bit words: a float, or, where the
+// processor multiplies pairs of bfloat16 (kPair), two neighbours along the dimension that is summed over.
+//
+//   queries  [row][channel words]
+//   keys     [key / kLanes][channel words][kLanes keys]
+//   values   [key words][channels]
+//
+// Rows of words are filled up with zeros to whole vectors; keys to kLanes, values to a whole word.
+
+#include "cpu/simd.h"
+
+namespace mplug2_fast::MPLUG2_ISA {
+namespace {
+
+typedef std::uint32_t Word;
+
+MPLUG2_INLINE U32 load_words(const Word* from) {
+    U32 value;
+    std::memcpy(&value, from, sizeof(value));
+    return value;
+}
+
+MPLUG2_INLINE void store_words(Word* to, U32 value) {
+    std::memcpy(to, &value, sizeof(value));
+}
+
+MPLUG2_INLINE std::int64_t at_most(std::int64_t value, std::int64_t limit) {
+    return value < limit ? value : limit;
+}
+
+MPLUG2_INLINE std::int64_t divide_up(std::int64_t value, std::int64_t by) {
+    return (value + by - 1) / by;
+}
+
+MPLUG2_INLINE std::int64_t round_up(std::int64_t value, std::int64_t to) {
+    return divide_up(value, to) * to;
+}
+
+// Tokens of one head. With `index`, token j is row index[j]: those that a mask leaves.
+template <typename Element>
+struct Tokens {
+    const Element* base;
+    std::int64_t stride;
+    const std::int32_t* index;
+
+    const Element* operator[](std::int64_t j) const { return base + (index ? index[j] : j) * stride; }
+};
+
+// Words of up to kLanes * (kPair ? 2 : 1) channels, of which `count` >= 1 exist; zeros for the others.
+template <bool kPair>
+MPLUG2_INLINE U32 channel_words(const float* from, std::int64_t count) {
+    static_assert(!kPair, "pairs are of bfloat16");
+#ifdef __AVX512F__
+    if (count < kLanes) {
+        return (U32)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+    }
+    return (U32)load(from);
+#else
+    return (U32)(count < kLanes ? load_first(from, static_cast<int>(count)) : load(from));
+#endif
+}
+
+template <bool kPair>
+MPLUG2_INLINE U32 channel_words(const Bf16* from, std::int64_t count) {
+#ifdef __AVX512BF16__
+    if constexpr (kPair) {
+        if (count < 2 * kLanes) {
+            return (U32)_mm512_maskz_loadu_epi16((1u << count) - 1, from);
+        }
+        return (U32)_mm512_loadu_si512(from);
+    }
+#endif
+    return (U32)(count < kLanes ? load_first(from, static_cast<int>(count)) : load(from));
+}
+
+template <bool kPair, typename Element>
+MPLUG2_INLINE void pack_queries(const Tokens<Element>& queries, std::int64_t begin, std::int64_t count,
+                                std::int64_t head_dim, std::int64_t stride, bool negate, Word* to) {
+    constexpr int kChannels = kPair ? 2 * kLanes : kLanes;
+    const U32 sign = U32{} + (negate ? (kPair ? 0x80008000u : 0x80000000u) : 0u);
+    for (std::int64_t row = 0; row < count; ++row) {
+        const Element* from = queries[begin + row];
+        for (std::int64_t c = 0, w = 0; c < head_dim; c += kChannels, w += kLanes) {
+            store_words(to + row * stride + w, channel_words<kPair>(from + c, head_dim - c) ^ sign);
+        }
+    }
+}
+
+#ifdef __AVX512F__
+
+typedef std::uint64_t U64x8 __attribute__((vector_size(64)));
+
+MPLUG2_INLINE U32 low_words(U32 a, U32 b) {  // of every four, alternating
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+}
+
+MPLUG2_INLINE U32 high_words(U32 a, U32 b) {
+    return __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+}
+
+MPLUG2_INLINE U32 low_doubles(U32 a, U32 b) {
+    return (U32)__builtin_shufflevector((U64x8)a, (U64x8)b, 0, 8, 2, 10, 4, 12, 6, 14);
+}
+
+MPLUG2_INLINE U32 high_doubles(U32 a, U32 b) {
+    return (U32)__builtin_shufflevector((U64x8)a, (U64x8)b, 1, 9, 3, 11, 5, 13, 7, 15);
+}
+
+MPLUG2_INLINE U32 even_quarters(U32 a, U32 b) {
+    return (U32)__builtin_shufflevector((U64x8)a, (U64x8)b, 0, 1, 4, 5, 8, 9, 12, 13);
+}
+
+MPLUG2_INLINE U32 odd_quarters(U32 a, U32 b) {
+    return (U32)__builtin_shufflevector((U64x8)a, (U64x8)b, 2, 3, 6, 7, 10, 11, 14, 15);
+}
+
+// m[i][j] becomes m[j][i].
+MPLUG2_INLINE void transpose(U32 (&m)[16]) {
+    U32 t[16];
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {  // 4x4 blocks
+        const U32 a = low_words(m[i], m[i + 1]), b = high_words(m[i], m[i + 1]);
+        const U32 c = low_words(m[i + 2], m[i + 3]), d = high_words(m[i + 2], m[i + 3]);
+        t[i] = low_doubles(a, c);
+        t[i + 1] = high_doubles(a, c);
+        t[i + 2] = low_doubles(b, d);
+        t[i + 3] = high_doubles(b, d);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {  // of blocks
+        const U32 a = even_quarters(t[i], t[i + 4]), b = odd_quarters(t[i], t[i + 4]);
+        const U32 c = even_quarters(t[i + 8], t[i + 12]), d = odd_quarters(t[i + 8], t[i + 12]);
+        m[i] = even_quarters(a, c);
+        m[i + 4] = even_quarters(b, d);
+        m[i + 8] = odd_quarters(a, c);
+        m[i + 12] = odd_quarters(b, d);
+    }
+}
+
+template <bool kPair, typename Element>
+void pack_keys(const Tokens<Element>& keys, std::int64_t begin, std::int64_t count, std::int64_t head_dim, Word* to) {
+    constexpr int kChannels = kPair ? 2 * kLanes : kLanes;
+    const std::int64_t words = kPair ? divide_up(head_dim, 2) : head_dim;
+    for (std::int64_t j = 0; j < count; j += kLanes, to += words * kLanes) {
+        for (std::int64_t c = 0, w = 0; c < head_dim; c += kChannels, w += kLanes) {
+            U32 block[16];
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i) {
+                block[i] = j + i < count ? channel_words<kPair>(keys[begin + j + i] + c, head_dim - c) : U32{};
+            }
+            transpose(block);
+            if (w + kLanes <= words) {
+#pragma GCC unroll 16
+                for (int i = 0; i < 16; ++i) {
+                    store_words(to + (w + i) * kLanes, block[i]);
+                }
+            } else {
+                for (int i = 0; i < static_cast<int>(words - w); ++i) {
+                    store_words(to + (w + i) * kLanes, block[i]);
+                }
+            }
+        }
+    }
+}
+
+#else
+
+template <bool kPair, typename Element>
+void pack_keys(const Tokens<Element>& keys, std::int64_t begin, std::int64_t count, std::int64_t head_dim, Word* to) {
+    static_assert(!kPair, "pairs need AVX-512");
+    for (std::int64_t j = 0; j < count; j += kLanes, to += head_dim * kLanes) {
+        for (int i = 0; i < kLanes; ++i) {
+            const Element* from = j + i < count ? keys[begin + j + i] : nullptr;
+            for (std::int64_t c = 0; c < head_dim; ++c) {
+                const float value = from ? to_float(from[c]) : 0.0f;
+                std::memcpy(to + c * kLanes + i, &value, sizeof(value));
+            }
+        }
+    }
+}
+
+#endif
+
+template <bool kPair, typename Element>
+void pack_values(const Tokens<Element>& values, std::int64_t begin, std::int64_t count, std::int64_t head_dim,
+                 std::int64_t stride, Word* to) {
+    for (std::int64_t j = 0; j < count; j += kPair ? 2 : 1, to += stride) {
+        const Element* first = values[begin + j];
+        if constexpr (kPair) {
+#ifdef __AVX512BF16__
+            const Element* second = j + 1 < count ? values[begin + j + 1] : nullptr;
+            const auto interleave = [](int from) {
+                std::uint16_t order[32];
+                for (int i = 0; i < 32; ++i) {
+                    order[i] = static_cast<std::uint16_t>(from + i / 2 + (i % 2) * 32);
+                }
+                return _mm512_loadu_si512(order);
+            };
+            const __m512i low = interleave(0), high = interleave(16);
+            for (std::int64_t c = 0; c < head_dim; c += 2 * kLanes) {
+                const __m512i a = (__m512i)channel_words<true>(first + c, head_dim - c);
+                const __m512i b = second ? (__m512i)channel_words<true>(second + c, head_dim - c) : __m512i{};
+                store_words(to + c, (U32)_mm512_permutex2var_epi16(a, low, b));
+                if (c + kLanes < stride) {
+                    store_words(to + c + kLanes, (U32)_mm512_permutex2var_epi16(a, high, b));
+                }
+            }
+#endif
+        } else {
+            for (std::int64_t c = 0; c < head_dim; c += kLanes) {
+                store_words(to + c, channel_words<false>(first + c, head_dim - c));
+            }
+        }
+    }
+}
+
+}  // namespace
+}  // namespace mplug2_fast::MPLUG2_ISA
