@@ -27,5 +27,6 @@ PYBIND11_MODULE(_C, module) {
     module.def("is_supported", &is_supported, py::arg("isa"));
     bind_layer_norm(module);
     bind_linear_act(module);
+    bind_local_temporal(module);
     bind_preprocess_frames(module);
 }
