@@ -1,6 +1,7 @@
 // The module mplug2_fast._C: plain functions on addresses and sizes, one file of bindings an operator.
 
 #include "bind/bind.h"
+#include "cpu/activations.h"
 
 namespace py = pybind11;
 using namespace mplug2_fast;
@@ -18,9 +19,15 @@ PYBIND11_MODULE(_C, module) {
         .value("avx2", Isa::avx2)
         .value("avx512", Isa::avx512)
         .value("avx512_bf16", Isa::avx512_bf16);
+    py::enum_<Activation>(module, "Activation", "What is applied to a result; gelu is the erf form.")
+        .value("none", Activation::none)
+        .value("gelu", Activation::gelu)
+        .value("quick_gelu", Activation::quick_gelu);
     module.def("isa_named", &isa_named, py::arg("name"));
     module.def("is_supported", &is_supported, py::arg("isa"));
     bind_attention(module);
     bind_layer_norm(module);
+    bind_linear_act(module);
+    bind_local_temporal(module);
     bind_preprocess_frames(module);
 }

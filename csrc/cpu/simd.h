@@ -105,6 +105,25 @@ MPLUG2_INLINE void store_first(Element* to, F32 value, int count) {
     std::memcpy(to, buffer, count * sizeof(Element));
 }
 
+#ifdef __AVX512BW__
+MPLUG2_INLINE F32 load_first(const float* from, int count) {
+    return (F32)_mm512_maskz_loadu_ps((1u << count) - 1, from);
+}
+
+MPLUG2_INLINE F32 load_first(const Bf16* from, int count) {
+    const U16 half = (U16)_mm256_maskz_loadu_epi16((1u << count) - 1, from);
+    return (F32)(__builtin_convertvector(half, U32) << 16);
+}
+
+MPLUG2_INLINE void store_first(float* to, F32 value, int count) {
+    _mm512_mask_storeu_ps(to, (1u << count) - 1, (__m512)value);
+}
+
+MPLUG2_INLINE void store_first(Bf16* to, F32 value, int count) {
+    _mm256_mask_storeu_epi16(to, (1u << count) - 1, (__m256i)to_bf16_bits(value));
+}
+#endif
+
 MPLUG2_INLINE float to_float(float value) {
     return value;
 }
@@ -126,6 +145,37 @@ MPLUG2_INLINE float sum(F32 value) {
     }
     total = lanes[0];
     return total;
+}
+
+// The sums of four vectors.
+MPLUG2_INLINE void sum4(const F32 (&v)[4], float* to) {
+#ifdef MPLUG2_X86
+    // Within each 128 bits: pairs of lanes are added up while two vectors are interleaved, twice.
+    typedef float F32x4 __attribute__((vector_size(16)));
+#if defined(__AVX512F__)
+    const auto low = [](F32 a, F32 b) { return (F32)_mm512_unpacklo_ps((__m512)a, (__m512)b); };
+    const auto high = [](F32 a, F32 b) { return (F32)_mm512_unpackhi_ps((__m512)a, (__m512)b); };
+#elif defined(__AVX2__)
+    const auto low = [](F32 a, F32 b) { return (F32)_mm256_unpacklo_ps((__m256)a, (__m256)b); };
+    const auto high = [](F32 a, F32 b) { return (F32)_mm256_unpackhi_ps((__m256)a, (__m256)b); };
+#else
+    const auto low = [](F32 a, F32 b) { return (F32)_mm_unpacklo_ps((__m128)a, (__m128)b); };
+    const auto high = [](F32 a, F32 b) { return (F32)_mm_unpackhi_ps((__m128)a, (__m128)b); };
+#endif
+    const F32 even = low(v[0], v[2]) + high(v[0], v[2]), odd = low(v[1], v[3]) + high(v[1], v[3]);
+    float lanes[kLanes];
+    store(lanes, low(even, odd) + high(even, odd));
+    F32x4 total = {}, part;
+    for (int i = 0; i < kLanes; i += 4) {
+        std::memcpy(&part, lanes + i, sizeof(part));
+        total += part;
+    }
+    std::memcpy(to, &total, sizeof(total));
+#else
+    for (int i = 0; i < 4; ++i) {
+        to[i] = sum(v[i]);
+    }
+#endif
 }
 
 MPLUG2_INLINE float largest(F32 value) {

@@ -1,0 +1,31 @@
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/activations.h"
+#include "cpu/isa.h"
+
+namespace mplug2_fast {
+
+// out = residual + act(x . weight^T + bias), for few rows of x: a decoding step, whose time is that of reading `weight`
+// from memory. Sums, activation and the residual's addition are in float32.
+//
+// `x` is (rows, in) with a stride in elements for its rows, `weight` (out_features, in), `bias` (out_features) or null,
+// `residual` and `out` (rows, out_features), the former null or out itself; all but x contiguous. All have the type
+// that `bf16` tells, bfloat16 or float32.
+struct LinearActArguments {
+    const void* x;
+    const void* weight;
+    const void* bias;
+    const void* residual;
+    void* out;
+    std::int64_t rows, in_features, out_features;
+    std::int64_t x_stride;
+    Activation activation;
+    bool bf16;
+    int threads;
+};
+
+MPLUG2_KERNEL(linear_act, LinearActArguments)
+
+}  // namespace mplug2_fast
