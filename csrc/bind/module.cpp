@@ -25,6 +25,7 @@ PYBIND11_MODULE(_C, module) {
         .value("quick_gelu", Activation::quick_gelu);
     module.def("isa_named", &isa_named, py::arg("name"));
     module.def("is_supported", &is_supported, py::arg("isa"));
+    bind_beam_step(module);
     bind_layer_norm(module);
     bind_linear_act(module);
     bind_local_temporal(module);
