@@ -13,6 +13,7 @@ namespace mplug2_fast {
 // Adds one operator's functions to the module. Shapes, types and devices are checked by the Python operators that call
 // them; what is checked here is only what would otherwise read or write out of bounds. Addresses are those of tensors.
 void bind_attention(pybind11::module_& module);
+void bind_beam_step(pybind11::module_& module);
 void bind_layer_norm(pybind11::module_& module);
 void bind_linear_act(pybind11::module_& module);
 void bind_local_temporal(pybind11::module_& module);

@@ -26,6 +26,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("isa_named", &isa_named, py::arg("name"));
     module.def("is_supported", &is_supported, py::arg("isa"));
     bind_attention(module);
+    bind_beam_step(module);
     bind_layer_norm(module);
     bind_linear_act(module);
     bind_local_temporal(module);
