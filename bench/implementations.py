@@ -11,7 +11,7 @@ from bench.peer import Peer
 from bench.weights import fill
 from mplug2_fast import MPlug2Config
 from mplug2_fast.model import MPlug2ForCaptioning
-from mplug2_fast.ops import onednn
+from mplug2_fast.ops import explain, layer_norm
 from mplug2_fast.reference import MPlug2ForCaptioning as ReferenceForCaptioning
 
 
@@ -24,11 +24,15 @@ class Implementation:
         self.beams, self.steps = beams, steps
         self.model = self.build(config, dtype, device)
         fill(self.model.released_parameters())
+        self.prepare()
         # min_length = max_length makes the end token impossible, so that every implementation does the same work.
         self.generation = {"num_beams": beams, "min_length": steps, "max_length": steps}
 
     def build(self, config: MPlug2Config, dtype: torch.dtype, device: str) -> Any:
         raise NotImplementedError
+
+    def prepare(self) -> None:
+        """What is done once, after loading."""
 
     def vision(self, video: Tensor) -> Tensor:
         """Video `(B, 3, T, H, W)` to visual tokens `(B, S, D)`."""
@@ -70,9 +74,12 @@ class Fast(Implementation):
     """The fast model, as `mplug2_fast.model` runs it."""
 
     def build(self, config: MPlug2Config, dtype: torch.dtype, device: str) -> MPlug2ForCaptioning:
-        like = torch.zeros(1, 1, dtype=dtype, device=device)
-        self.backend = "oneDNN" if onednn.serves(like, like) else "PyTorch"
+        served = explain(layer_norm, torch.zeros(1, 1, dtype=dtype, device=device)).chosen
+        self.backend = "native, oneDNN" if served == "cpu" else "PyTorch"
         return MPlug2ForCaptioning(config, device="meta", dtype=dtype).to_empty(device=device).eval()
+
+    def prepare(self) -> None:
+        self.model.pack()
 
     def universal(self, visual: Tensor) -> Tensor:
         return self.model.visual_norm(visual + self.model.universal(visual))

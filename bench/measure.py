@@ -16,7 +16,7 @@ from bench import ceilings, inputs, machine
 from bench.plan import Plan
 from bench.rows import Row, tabulate
 from bench.workers import Client, Spec, WorkerError
-from mplug2_fast.ops.preprocess_frames import native_not_supported_reasons
+from mplug2_fast.ops import explain, preprocess_frames
 
 # A reference that is this slow is neither warmed up nor repeated: its first run counts.
 SLOW_SECONDS = 5.0
@@ -101,8 +101,8 @@ def measure_loading(plan: Plan) -> list[Row]:
         start = time.perf_counter()
         inputs.load(path, plan.frames, plan.config.vision.image_size)
         seconds.append(time.perf_counter() - start)
-    reasons = native_not_supported_reasons(torch.empty(0, dtype=torch.uint8))
-    backend = "PyAV, PyTorch" if reasons else "PyAV, native"
+    served = explain(preprocess_frames, torch.empty(1, 1, 1, 3, dtype=torch.uint8), 1)
+    backend = "PyAV, native" if served.chosen == "cpu" else "PyAV, PyTorch"
     return [Row.of_loading(plan, statistics.median(seconds), backend)]
 
 

@@ -17,3 +17,7 @@ class CheckpointError(MPlug2Error):
 
 class VideoError(MPlug2Error):
     """A video or image file that cannot be turned into frames."""
+
+
+class BackendError(MPlug2Error, RuntimeError):
+    """An operator's backend that was asked for, or that was made for the device, cannot serve a call."""

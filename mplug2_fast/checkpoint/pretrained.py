@@ -24,6 +24,8 @@ def from_pretrained(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     config: MPlug2Config | None = None,
+    *,
+    pack: bool = True,
 ) -> MPlug2ForCaptioning | MPlug2ForQuestionAnswering:
     """A fast model in eval mode, filled from a checkpoint. Only what the task needs is read, tensor by tensor.
 
@@ -36,6 +38,7 @@ def from_pretrained(
         device: None is the CPU.
         config: overrides what the file says and its shapes tell; with another image size, position embeddings are
             resized as `load_released` does.
+        pack: whether to call the model's `pack()`, which makes it faster on a CPU and larger by half.
 
     Raises `CheckpointError`, naming the file, the reason and the remedy, when the file cannot be read, would run code,
     or does not hold exactly such a model; `ConfigError` for a task, a dtype or a device that does not exist.
@@ -53,4 +56,4 @@ def from_pretrained(
     built = kind(resolved.config, device="meta", dtype=dtype)
     built = built.to_empty(device=device)
     copy_released(built.released_parameters(), source.tensors, release)
-    return built.eval()
+    return built.pack().eval() if pack else built.eval()

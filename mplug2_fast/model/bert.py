@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from mplug2_fast.config import TextConfig
-from mplug2_fast.nn import MLP, CrossAttention, SelfAttention
+from mplug2_fast.nn import MLP, CrossAttention, LayerNorm, SelfAttention
 
 
 def _embedding(rows: int, dim: int) -> nn.Embedding:
@@ -20,7 +22,7 @@ class BertEmbeddings(nn.Module):
         self.word = _embedding(config.vocab_size, config.hidden_size)
         self.position = _embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type = _embedding(config.type_vocab_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, start: int = 0) -> Tensor:
@@ -37,21 +39,30 @@ class BertLayer(nn.Module):
         dim, heads, eps = config.hidden_size, config.num_attention_heads, config.layer_norm_eps
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.attention = SelfAttention(dim, heads, config.attention_probs_dropout_prob)
-        self.attention_norm = nn.LayerNorm(dim, eps=eps)
+        self.attention_norm = LayerNorm(dim, eps=eps)
         if cross_attention:
             self.cross = CrossAttention(dim, heads, config.attention_probs_dropout_prob)
-            self.cross_norm = nn.LayerNorm(dim, eps=eps)
+            self.cross_norm = LayerNorm(dim, eps=eps)
         self.mlp = MLP(dim, config.intermediate_size, "gelu")
-        self.mlp_norm = nn.LayerNorm(dim, eps=eps)
+        self.mlp_norm = LayerNorm(dim, eps=eps)
 
-    def add(self, x: Tensor, update: Tensor) -> Tensor:
-        """x plus the update, which is dropped out when training."""
-        return x + self.dropout(update)
+    def add_norm(self, norm: LayerNorm, x: Tensor, sublayer: Callable[[Tensor | None], Tensor]) -> Tensor:
+        """norm(x + sublayer). The sublayer takes the residual that it adds itself: x, or None where its result is
+        dropped out first."""
+        if self.training and self.dropout.p > 0:
+            return norm.add(x, self.dropout(sublayer(None)))
+        return norm(sublayer(x))
+
+    def attend_self(self, x: Tensor, *, key_padding_mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """The self-attention sub-layer."""
+        return self.add_norm(
+            self.attention_norm,
+            x,
+            lambda residual: self.attention(x, key_padding_mask=key_padding_mask, causal=causal, residual=residual),
+        )
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        if self.training and self.dropout.p > 0:
-            return self.mlp_norm(self.add(x, self.mlp(x)))
-        return self.mlp_norm(self.mlp(x, residual=True))
+        return self.add_norm(self.mlp_norm, x, lambda residual: self.mlp(x, residual=residual is not None))
 
     def forward(
         self,
@@ -63,8 +74,12 @@ class BertLayer(nn.Module):
         memory_mask: Tensor | None = None,
     ) -> Tensor:
         """x `(batch, tokens, hidden)`; masks `(batch, keys)`, nonzero for tokens."""
-        update = self.attention(x, key_padding_mask=key_padding_mask, causal=causal)
-        x = self.attention_norm(self.add(x, update))
+        x = self.attend_self(x, key_padding_mask=key_padding_mask, causal=causal)
         if memory is not None:
-            x = self.cross_norm(self.add(x, self.cross(x, memory, key_padding_mask=memory_mask)))
+            query = self.cross.project_query(x)
+            x = self.add_norm(
+                self.cross_norm,
+                x,
+                lambda residual: self.cross.attend(query, memory, key_padding_mask=memory_mask, residual=residual),
+            )
         return self.feed_forward(x)

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mplug2_fast.config import TextConfig
 from mplug2_fast.model.bert import BertEmbeddings, BertLayer
-from mplug2_fast.ops.attention import attention, beam_attention
+from mplug2_fast.nn import LayerNorm
+from mplug2_fast.ops.attention import attention, attention_with_dropout
+from mplug2_fast.ops.beam_attention import beam_attention
 from mplug2_fast.ops.linear_act import linear_act
 
 
@@ -62,7 +63,7 @@ class TextDecoder(nn.Module):
         self.embeddings = BertEmbeddings(config)
         self.layers = nn.ModuleList([BertLayer(config, cross_attention=True) for _ in range(config.text_decode_layers)])
         self.head = nn.Linear(config.hidden_size, config.hidden_size)
-        self.head_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.head_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.head_bias = nn.Parameter(torch.empty(config.vocab_size))
 
     def logits(self, x: Tensor) -> Tensor:
@@ -85,17 +86,16 @@ class TextDecoder(nn.Module):
         query = cross.project_query(x.flatten(1, 2))
         key, value = memory.keys[index], memory.values[index]
         if self.training and cross.dropout.p > 0:
-            context = attention(
-                query,
-                key.transpose(1, 2),
-                value.transpose(1, 2),
-                key_padding_mask=memory.mask,
-                dropout_p=cross.dropout.p,
+            context = attention_with_dropout(
+                query, key.transpose(1, 2), value.transpose(1, 2), cross.dropout.p, key_padding_mask=memory.mask
             )
         else:
             context = beam_attention(query, key, value, key_padding_mask=memory.mask)
-        update = linear_act(context, cross.out.weight, cross.out.bias).view(x.shape)
-        return layer.cross_norm(layer.add(x, update))
+        return layer.add_norm(
+            layer.cross_norm,
+            x,
+            lambda residual: linear_act(context.view(x.shape), cross.out.weight, cross.out.bias, residual=residual),
+        )
 
     def forward(self, input_ids: Tensor, mask: Tensor, memory: Memory) -> Tensor:
         """Teacher forcing.
@@ -107,8 +107,7 @@ class TextDecoder(nn.Module):
         """
         x = self.embeddings(input_ids)
         for index, layer in enumerate(self.layers):
-            update = layer.attention(x, key_padding_mask=mask.flatten(0, 1), causal=True)
-            x = layer.attention_norm(layer.add(x, update))
+            x = layer.attend_self(x, key_padding_mask=mask.flatten(0, 1), causal=True)
             x = self._attend(layer, x, memory, index)
             x = layer.feed_forward(x)
         return x
@@ -130,9 +129,9 @@ class TextDecoder(nn.Module):
         for index, layer in enumerate(self.layers):
             query, key, value = layer.attention.project(x.flatten(0, 2))
             keys, values = cache.append(index, step, key, value)
-            context = F.scaled_dot_product_attention(query[:, :, None], keys, values).flatten(1)
-            update = linear_act(context, layer.attention.out.weight, layer.attention.out.bias).view(x.shape)
-            x = layer.attention_norm(x + update)
+            context = attention(query[:, None], keys.transpose(1, 2), values.transpose(1, 2)).view(x.shape)
+            out = layer.attention.out
+            x = layer.attention_norm(linear_act(context, out.weight, out.bias, residual=x))
             x = self._attend(layer, x, memory, index)
             x = layer.feed_forward(x)
         return self.logits(x[:, :, 0])

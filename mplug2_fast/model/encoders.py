@@ -22,10 +22,13 @@ class UniversalLayers(nn.Module):
         """Visual tokens `(B, S, D)` to `(B, S, D)`."""
         # Until they meet the video the latents are the same for all videos: that part is done once, not once a video.
         first, batch = self.first, visual.shape[0]
-        latents = self.latents[None]
-        latents = first.attention_norm(first.add(latents, first.attention(latents)))
+        latents = first.attend_self(self.latents[None])
         query = first.cross.project_query(latents).expand(batch, -1, -1, -1)
-        latents = first.cross_norm(first.add(latents.expand(batch, -1, -1), first.cross.attend(query, visual)))
+        latents = first.add_norm(
+            first.cross_norm,
+            latents.expand(batch, -1, -1),
+            lambda residual: first.cross.attend(query, visual, residual=residual),
+        )
         return self.last(visual, memory=first.feed_forward(latents))
 
 

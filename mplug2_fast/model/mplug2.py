@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,13 @@ from mplug2_fast.model.decoder import Memory, TextDecoder
 from mplug2_fast.model.encoders import FusionEncoder, TextEncoder, UniversalLayers
 from mplug2_fast.model.vision import VisionTransformer
 from mplug2_fast.modes import in_eval_mode
+from mplug2_fast.nn import LayerNorm
+from mplug2_fast.ops import pack_weight, unpack_weight
 from mplug2_fast.ops.linear_act import linear_act
 from mplug2_fast.outputs import GenerationOutput
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class _MPlug2(nn.Module):
@@ -41,8 +47,8 @@ class _MPlug2(nn.Module):
             self.visual_projection = self.visual_projection_norm = None
             if config.vision.width != text.hidden_size:
                 self.visual_projection = nn.Linear(config.vision.width, text.hidden_size)
-                self.visual_projection_norm = nn.LayerNorm(text.hidden_size, eps=1e-12)
-            self.visual_norm = nn.LayerNorm(text.hidden_size, eps=1e-12)
+                self.visual_projection_norm = LayerNorm(text.hidden_size, eps=1e-12)
+            self.visual_norm = LayerNorm(text.hidden_size, eps=1e-12)
             self.universal = UniversalLayers(text)
             if self.task == "question_answering":
                 self.text = TextEncoder(text)
@@ -77,6 +83,36 @@ class _MPlug2(nn.Module):
         """Released key to a view of the gradient. Every parameter must have one."""
         return dict(released.model(self, lambda parameter: parameter.grad))
 
+    def wide_weights(self) -> Iterator[nn.Parameter]:
+        """The weights that meet all visual tokens at once: the others meet a few words or latents at a time."""
+        yield self.visual.patch_weight
+        modules = [self.visual, self.universal.first.cross.kv, self.universal.last]
+        modules += [layer.cross.kv for layer in self.decoder.layers]
+        if self.visual_projection is not None:
+            modules.append(self.visual_projection)
+        if self.task == "question_answering":
+            modules += [layer if not hasattr(layer, "cross") else layer.cross.kv for layer in self.fusion.layers]
+        for module in modules:
+            yield from (part.weight for part in module.modules() if isinstance(part, nn.Linear))
+
+    def pack(self) -> Self:
+        """Keeps copies of the wide weights in the layout of the CPU's matrix products, for inference.
+
+        Products get up to a third faster, and these weights (half of the captioning model's) take their memory twice.
+        `state_dict()` does not change. Weights that change afterwards, other than through `.data`, are used as they
+        are, unpacked. On other devices than a CPU nothing is packed.
+        """
+        vision = self.config.vision
+        for weight in self.wide_weights():
+            pack_weight(weight, vision.num_frames * (1 + vision.num_patches))
+        return self
+
+    def unpack(self) -> Self:
+        """Drops what `pack` keeps."""
+        for weight in self.wide_weights():
+            unpack_weight(weight)
+        return self
+
     def encode_visual(self, video: Tensor) -> Tensor:
         """Video `(B, 3, T, H, W)` to the vision encoder's tokens `(B, S, D)`, brought to the BERT width."""
         x = self.visual(video)
@@ -90,7 +126,7 @@ class _MPlug2(nn.Module):
         if video.ndim != 5 or video.shape[1] != 3:
             raise ValueError(f"video must be (batch, 3, frames, height, width), got {tuple(video.shape)}")
         x = self.encode_visual(video)
-        return self.dropout(self.visual_norm(x + self.universal(x)))
+        return self.dropout(self.visual_norm.add(x, self.universal(x)))
 
     def _embeds(self, video: Tensor | None, image_embeds: Tensor | None) -> Tensor:
         if (video is None) == (image_embeds is None):

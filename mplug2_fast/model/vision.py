@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mplug2_fast.config import VisionConfig
-from mplug2_fast.nn import MLP, LocalTemporal, SelfAttention
+from mplug2_fast.nn import MLP, LayerNorm, LocalTemporal, SelfAttention
 from mplug2_fast.ops.linear_act import linear_act
 
 
@@ -19,16 +19,16 @@ class VisionBlock(nn.Module):
         width, eps = config.width, config.layer_norm_eps
         temporal = (width, config.temporal_reduction, config.temporal_kernel_size, eps)
         self.temporal1 = LocalTemporal(*temporal)
-        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.norm1 = LayerNorm(width, eps=eps)
         self.attention = SelfAttention(width, config.num_heads)
         self.temporal2 = LocalTemporal(*temporal)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.norm2 = LayerNorm(width, eps=eps)
         self.mlp = MLP(width, config.mlp_ratio * width, "quick_gelu")
 
     def forward(self, x: Tensor) -> Tensor:
         """x and result: `(batch, frames, 1 + patches, width)`."""
         x = self.temporal1(x)
-        x = x + self.attention(self.norm1(x))
+        x = self.attention(self.norm1(x), residual=x)
         x = self.temporal2(x)
         return self.mlp(x, norm=self.norm2, residual=True)
 
@@ -44,9 +44,9 @@ class VisionTransformer(nn.Module):
         self.patch_weight = nn.Parameter(torch.empty(config.width, 3 * kernel * config.patch_size**2))
         self.class_embedding = nn.Parameter(torch.empty(config.width))
         self.positional_embedding = nn.Parameter(torch.empty(1 + config.num_patches, config.width))
-        self.norm_pre = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.norm_pre = LayerNorm(config.width, eps=config.layer_norm_eps)
         self.blocks = nn.ModuleList([VisionBlock(config) for _ in range(config.layers)])
-        self.norm_post = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
+        self.norm_post = LayerNorm(config.width, eps=config.layer_norm_eps)
 
     def patches(self, video: Tensor) -> Tensor:
         """Video `(B, 3, T, H, W)` to embedded patches `(B, T', L, width)`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mplug2_fast.ops.attention import attention
+from mplug2_fast.ops.attention import attention_with_dropout
 from mplug2_fast.ops.linear_act import linear_act
 
 
@@ -29,12 +29,22 @@ class SelfAttention(nn.Module):
         qkv = linear_act(x, self.qkv.weight, self.qkv.bias)
         return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
 
-    def forward(self, x: Tensor, *, key_padding_mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """x `(..., tokens, dim)`, any leading axes; key_padding_mask `(batch, tokens)`, nonzero for tokens."""
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        causal: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """x `(..., tokens, dim)`, any leading axes; key_padding_mask `(batch, tokens)`, nonzero for tokens; residual,
+        of x's shape, is added to the result."""
         query, key, value = self.project(x.flatten(0, -3))
         dropout = self.dropout.p if self.training else 0.0
-        context = attention(query, key, value, key_padding_mask=key_padding_mask, causal=causal, dropout_p=dropout)
-        return linear_act(context, self.out.weight, self.out.bias).view(x.shape)
+        context = attention_with_dropout(
+            query, key, value, dropout, key_padding_mask=key_padding_mask, causal=causal
+        ).view(x.shape)
+        return linear_act(context, self.out.weight, self.out.bias, residual=residual)
 
 
 class CrossAttention(nn.Module):
@@ -63,13 +73,28 @@ class CrossAttention(nn.Module):
         kv = linear_act(memory, self.kv.weight, self.kv.bias)
         return kv.unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
 
-    def forward(self, x: Tensor, memory: Tensor, *, key_padding_mask: Tensor | None = None) -> Tensor:
-        """x `(batch, q_len, dim)`; memory `(batch, k_len, dim)`; key_padding_mask `(batch, k_len)`, 1 for tokens."""
-        return self.attend(self.project_query(x), memory, key_padding_mask=key_padding_mask)
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """x `(batch, q_len, dim)`; memory `(batch, k_len, dim)`; key_padding_mask `(batch, k_len)`, 1 for tokens;
+        residual, of x's shape, is added to the result."""
+        return self.attend(self.project_query(x), memory, key_padding_mask=key_padding_mask, residual=residual)
 
-    def attend(self, query: Tensor, memory: Tensor, *, key_padding_mask: Tensor | None = None) -> Tensor:
+    def attend(
+        self,
+        query: Tensor,
+        memory: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
         """`forward` with the result of `project_query` in place of x."""
         key, value = self.project_memory(memory)
         dropout = self.dropout.p if self.training else 0.0
-        context = attention(query, key, value, key_padding_mask=key_padding_mask, dropout_p=dropout)
-        return linear_act(context, self.out.weight, self.out.bias)
+        context = attention_with_dropout(query, key, value, dropout, key_padding_mask=key_padding_mask)
+        return linear_act(context, self.out.weight, self.out.bias, residual=residual)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mplug2_fast.nn.layer_norm import LayerNorm
 from mplug2_fast.ops.local_temporal import local_temporal
 
 
@@ -24,7 +25,7 @@ class LocalTemporal(nn.Module):
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         inner = dim // reduction
-        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.norm = LayerNorm(dim, eps=eps)
         self.down = nn.Linear(dim, inner)
         self.conv_weight = nn.Parameter(torch.empty(inner, kernel_size))
         self.conv_bias = nn.Parameter(torch.empty(inner))

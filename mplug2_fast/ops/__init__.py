@@ -1,18 +1,53 @@
-"""Functional operators: plain tensors in, plain tensors out."""
+"""Functional operators: plain tensors in, plain tensors out, each with several backends.
 
-from mplug2_fast.ops.attention import attention, beam_attention
+`explain` tells which backend serves a call and why, `use_backend` forces one, `strict` forbids to fall back.
+"""
+
+from mplug2_fast.ops.add_layer_norm import add_layer_norm
+from mplug2_fast.ops.attention import attention, attention_with_dropout
+from mplug2_fast.ops.beam_attention import beam_attention
 from mplug2_fast.ops.beam_step import beam_step
+from mplug2_fast.ops.dispatch import Explanation, explain, strict, use_backend
+from mplug2_fast.ops.layer_norm import layer_norm
 from mplug2_fast.ops.linear_act import linear_act
 from mplug2_fast.ops.local_temporal import local_temporal
 from mplug2_fast.ops.mlp import mlp
+from mplug2_fast.ops.onednn import pack as pack_weight
+from mplug2_fast.ops.onednn import unpack as unpack_weight
 from mplug2_fast.ops.preprocess_frames import preprocess_frames
 
+OPERATORS = {
+    function.op.name: function
+    for function in (
+        add_layer_norm,
+        attention,
+        beam_attention,
+        beam_step,
+        layer_norm,
+        linear_act,
+        local_temporal,
+        mlp,
+        preprocess_frames,
+    )
+}
+"""Every operator by name; `OPERATORS[name].op.spec` is its specification."""
+
 __all__ = [
+    "OPERATORS",
+    "Explanation",
+    "add_layer_norm",
     "attention",
+    "attention_with_dropout",
     "beam_attention",
     "beam_step",
+    "explain",
+    "layer_norm",
     "linear_act",
     "local_temporal",
     "mlp",
+    "pack_weight",
     "preprocess_frames",
+    "strict",
+    "unpack_weight",
+    "use_backend",
 ]

@@ -2,12 +2,73 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops import onednn
-from mplug2_fast.ops.linear_act import QUICK_GELU_SCALE, linear_act, quick_gelu
+from mplug2_fast.ops import native, onednn
+from mplug2_fast.ops.dispatch import Backend, Op
+from mplug2_fast.ops.layer_norm import norm_native, norm_torch
+from mplug2_fast.ops.linear_act import quick_gelu
+from mplug2_fast.ops.spec import Spec, normal
+from mplug2_fast.ops.spec import upcast as in_float64
+
+
+def reference(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    up_weight: Tensor,
+    up_bias: Tensor,
+    eps: float,
+    *,
+    upcast: bool = False,
+) -> Tensor:
+    """The released form: patches only, a Conv3d over (channels, frames, height, width)."""
+    if upcast:
+        x, norm_weight, norm_bias, down_weight, down_bias = in_float64(
+            x, norm_weight, norm_bias, down_weight, down_bias
+        )
+        conv_weight, conv_bias, up_weight, up_bias = in_float64(conv_weight, conv_bias, up_weight, up_bias)
+    patches = x[:, :, 1:]
+    h = F.linear(F.layer_norm(patches, x.shape[-1:], norm_weight, norm_bias, eps), down_weight, down_bias)
+    h = h.permute(0, 3, 1, 2)[..., None]
+    padding = (conv_weight.shape[1] // 2, 0, 0)
+    h = F.conv3d(h, conv_weight[:, None, :, None, None], conv_bias, padding=padding, groups=h.shape[1])
+    h = h[..., 0].permute(0, 2, 3, 1)
+    h = F.linear(quick_gelu(h), up_weight, up_bias)
+    return torch.cat([x[:, :, :1], patches + h], dim=2)
+
+
+def make(
+    generator: torch.Generator,
+    *,
+    batch: int,
+    frames: int,
+    patches: int,
+    channels: int,
+    inner: int,
+    kernel: int = 3,
+    strided: bool = False,
+) -> dict[str, Any]:
+    return {
+        "x": normal(generator, batch, frames, 1 + patches, channels * (1 + strided))[..., :channels],
+        "norm_weight": normal(generator, channels),
+        "norm_bias": normal(generator, channels),
+        "down_weight": normal(generator, inner, channels, scale=channels**-0.5),
+        "down_bias": normal(generator, inner),
+        "conv_weight": normal(generator, inner, kernel),
+        "conv_bias": normal(generator, inner),
+        "up_weight": normal(generator, channels, inner, scale=inner**-0.5),
+        "up_bias": normal(generator, channels),
+        "eps": 1e-5,
+    }
 
 
 def temporal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -31,6 +92,116 @@ def temporal_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
+def run_torch(
+    x, norm_weight, norm_bias, down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias, eps
+) -> Tensor:
+    # The class tokens go through the products as well (1 row in 257) so that no strided copy of the patches is made.
+    h = norm_torch(x, norm_weight, norm_bias, eps)
+    h = temporal_conv(F.linear(h, down_weight, down_bias), conv_weight, conv_bias)
+    out = (x + F.linear(quick_gelu(h).to(x.dtype), up_weight, up_bias)).contiguous()
+    out[:, :, 0] = x[:, :, 0]
+    return out
+
+
+def run_cpu(
+    x, norm_weight, norm_bias, down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias, eps
+) -> Tensor:
+    x = x.contiguous()
+    h = norm_native(x, None, norm_weight, norm_bias, eps)
+    h = _native_conv(onednn.linear(h, down_weight, down_bias), conv_weight, conv_bias)
+    out = onednn.linear(h, up_weight, up_bias, residual=x)
+    out[:, :, 0] = x[:, :, 0]
+    return out
+
+
+def _native_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """QuickGELU of the temporal convolution."""
+    out = torch.empty_like(x)
+    weight, bias = weight.float().t().contiguous(), bias.float().contiguous()
+    native.module().temporal_conv(
+        native.isa(),
+        x.dtype == torch.bfloat16,
+        native.threads(x.numel()),
+        tuple(x.shape),
+        weight.shape[0],
+        x.data_ptr(),
+        x.stride()[:3],
+        weight.data_ptr(),
+        bias.data_ptr(),
+        native.activation("quick_gelu"),
+        out.data_ptr(),
+    )
+    return out
+
+
+def not_supported_reasons(x, *parameters_and_eps) -> list[str]:
+    *parameters, _ = parameters_and_eps
+    return [*native.reasons(x), *onednn.not_supported_reasons(x, *parameters)]
+
+
+def flops(x: Tensor, down_weight: Tensor, conv_weight: Tensor, **_: Any) -> int:
+    positions = x.shape[0] * x.shape[1] * (x.shape[2] - 1)
+    return 2 * positions * (2 * down_weight.numel() + conv_weight.numel())
+
+
+SPEC = Spec(
+    name="local_temporal",
+    axes={
+        "x": "(batch, frames, 1 + patches, channels)",
+        "norm_weight": "(channels,)",
+        "norm_bias": "(channels,)",
+        "down_weight": "(inner, channels)",
+        "down_bias": "(inner,)",
+        "conv_weight": "(inner, kernel)",
+        "conv_bias": "(inner,)",
+        "up_weight": "(channels, inner)",
+        "up_bias": "(channels,)",
+        "result": "(batch, frames, 1 + patches, channels)",
+    },
+    reference=reference,
+    make=make,
+    awkward=(
+        {"batch": 2, "frames": 4, "patches": 9, "channels": 16, "inner": 8},
+        {"batch": 1, "frames": 1, "patches": 5, "channels": 16, "inner": 8},
+        {"batch": 1, "frames": 2, "patches": 3, "channels": 12, "inner": 3, "kernel": 5},
+        {"batch": 2, "frames": 7, "patches": 1, "channels": 8, "inner": 4, "kernel": 7},
+        {"batch": 1, "frames": 3, "patches": 40, "channels": 8, "inner": 8, "kernel": 1},
+        {"batch": 2, "frames": 5, "patches": 17, "channels": 48, "inner": 37},
+        {"batch": 1, "frames": 3, "patches": 4, "channels": 32, "inner": 16, "kernel": 9, "strided": True},
+        {"batch": 0, "frames": 4, "patches": 9, "channels": 16, "inner": 8},
+    ),
+    models={
+        "base": {"batch": 1, "frames": 16, "patches": 196, "channels": 768, "inner": 384},
+        "large": {"batch": 1, "frames": 16, "patches": 256, "channels": 1024, "inner": 512},
+    },
+    flops=flops,
+    differentiable=(
+        "x",
+        "norm_weight",
+        "norm_bias",
+        "down_weight",
+        "down_bias",
+        "conv_weight",
+        "conv_bias",
+        "up_weight",
+        "up_bias",
+    ),
+)
+
+OP = Op(
+    SPEC,
+    "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor down_weight, Tensor down_bias, Tensor conv_weight, "
+    "Tensor conv_bias, Tensor up_weight, Tensor up_bias, float eps) -> Tensor",
+    [
+        Backend("cpu", run_cpu, not_supported_reasons, devices=("cpu",)),
+        Backend("torch", run_torch, differentiable=True),
+    ],
+    fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    autocast=True,
+)
+
+
+@OP.public
 def local_temporal(
     x: Tensor,
     norm_weight: Tensor,
@@ -48,21 +219,32 @@ def local_temporal(
 
     Args:
         x: `(batch, frames, 1 + patches, channels)`.
-        down_weight: `(inner, channels)`. conv_weight: `(inner, kernel)`. up_weight: `(channels, inner)`.
+        norm_weight, norm_bias, up_bias: `(channels,)`. down_bias, conv_bias: `(inner,)`.
+        down_weight: `(inner, channels)`. conv_weight: `(inner, kernel)`, kernel odd. up_weight: `(channels, inner)`.
 
-    Returns a new tensor of x's shape and dtype. Source: mPLUG-2 (arXiv 2302.00402), section 3.2; released name `lmhra`.
+    Returns a new contiguous tensor of x's shape and dtype. Source: mPLUG-2 (arXiv 2302.00402), section 3.2; released
+    name `lmhra`.
+
+    Raises:
+        ValueError: shapes that do not go together, or an even kernel.
     """
-    # The class tokens go through the products as well (1 row in 257) so that no strided copy of the patches is made.
-    fused = onednn.serves(x, norm_weight, norm_bias, down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias)
-    scale = QUICK_GELU_SCALE if fused else 1.0
-    h = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
-    h = linear_act(h, down_weight, down_bias)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    h = temporal_conv(h, conv_weight.to(wide) * scale, conv_bias.to(wide) * scale)
-    if fused:  # QuickGELU(z) = SiLU(1.702·z) / 1.702
-        h = onednn.linear(F.silu(h, inplace=True).to(x.dtype), up_weight, up_bias * scale)
-        out = torch.add(x, h, alpha=1 / scale, out=h)
-    else:
-        out = x + F.linear(quick_gelu(h).to(x.dtype), up_weight, up_bias)
-    out[:, :, 0] = x[:, :, 0]
-    return out
+    if x.dim() != 4 or x.shape[2] < 1:
+        raise ValueError(f"x must be (batch, frames, 1 + patches, channels), got {tuple(x.shape)}")
+    channels, (inner, kernel) = x.shape[-1], conv_weight.shape
+    shapes = {
+        "norm_weight": (norm_weight, (channels,)),
+        "norm_bias": (norm_bias, (channels,)),
+        "down_weight": (down_weight, (inner, channels)),
+        "down_bias": (down_bias, (inner,)),
+        "conv_bias": (conv_bias, (inner,)),
+        "up_weight": (up_weight, (channels, inner)),
+        "up_bias": (up_bias, (channels,)),
+    }
+    for name, (parameter, shape) in shapes.items():
+        if parameter.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(parameter.shape)}")
+    if kernel % 2 == 0:
+        raise ValueError(f"conv_weight must have an odd number of frames, got {kernel}")
+    return (  # type: ignore[return-value]
+        x, norm_weight, norm_bias, down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias, eps
+    )  # fmt: skip

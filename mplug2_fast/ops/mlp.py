@@ -2,24 +2,187 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops import onednn
-from mplug2_fast.ops.linear_act import QUICK_GELU_SCALE, Activation, linear_act
+from mplug2_fast.ops import native, onednn
+from mplug2_fast.ops.dispatch import Backend, Op
+from mplug2_fast.ops.layer_norm import check as check_norm
+from mplug2_fast.ops.layer_norm import norm_native, norm_reference, norm_torch
+from mplug2_fast.ops.linear_act import EAGER, FEW_ROWS, QUICK_GELU_SCALE, Activation, few_rows, has_few_rows_kernel
+from mplug2_fast.ops.linear_act import check as check_linear
+from mplug2_fast.ops.spec import Spec, normal
+from mplug2_fast.ops.spec import upcast as in_float64
 
 # Rows are taken in blocks whose hidden activations fit in the last-level cache and stay under the allocator's
 # threshold for fresh pages (32 MiB in glibc), which would be faulted in again at every call.
 _BLOCK_BYTES = 16 << 20
 
 
+def reference(
+    x: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    activation: Activation,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    residual: bool,
+    *,
+    upcast: bool = False,
+) -> Tensor:
+    """x + proj(activation(fc(layer_norm(x)))), operation by operation."""
+    if upcast:
+        x, fc_weight, fc_bias, proj_weight, proj_bias = in_float64(x, fc_weight, fc_bias, proj_weight, proj_bias)
+        norm_weight, norm_bias = in_float64(norm_weight, norm_bias)
+    h = x if norm_weight is None else norm_reference(x, norm_weight, norm_bias, eps)
+    out = F.linear(EAGER[activation](F.linear(h, fc_weight, fc_bias)), proj_weight, proj_bias)
+    return x + out if residual else out
+
+
+def make(
+    generator: torch.Generator,
+    *,
+    rows: tuple[int, ...],
+    channels: int,
+    hidden: int,
+    activation: Activation = "quick_gelu",
+    normed: bool = True,
+    residual: bool = True,
+    strided: bool = False,
+) -> dict[str, Any]:
+    return {
+        "x": normal(generator, *rows, channels * (1 + strided))[..., :channels],
+        "fc_weight": normal(generator, hidden, channels, scale=channels**-0.5),
+        "fc_bias": normal(generator, hidden),
+        "proj_weight": normal(generator, channels, hidden, scale=hidden**-0.5),
+        "proj_bias": normal(generator, channels),
+        "activation": activation,
+        "norm_weight": normal(generator, channels) if normed else None,
+        "norm_bias": normal(generator, channels) if normed else None,
+        "eps": 1e-5,
+        "residual": residual,
+    }
+
+
+def run_torch(
+    x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps, residual
+) -> Tensor:
+    h = x if norm_weight is None else norm_torch(x, norm_weight, norm_bias, eps)
+    out = F.linear(EAGER[activation](F.linear(h, fc_weight, fc_bias)), proj_weight, proj_bias)
+    return x + out if residual else out
+
+
+def run_cpu(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps, residual) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] <= FEW_ROWS and has_few_rows_kernel(x, fc_weight) and proj_weight.is_contiguous():
+        h = rows if norm_weight is None else _norm(rows, norm_weight, norm_bias, eps)
+        h = few_rows(h, fc_weight, fc_bias, activation, None)
+        return few_rows(h, proj_weight, proj_bias, "none", rows if residual else None).view(x.shape)
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    step = max(1, _BLOCK_BYTES // (fc_weight.shape[0] * x.element_size()))
+    block = _quick_gelu_block if activation == "quick_gelu" else _block
+    parameters = (fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps)
+    for source, target in zip(rows.split(step), out.split(step), strict=True):
+        block(source, target, *parameters, residual)
+    return out.view(x.shape)
+
+
+def _block(x, out, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps, residual):
+    h = x if norm_weight is None else _norm(x, norm_weight, norm_bias, eps)
+    h = onednn.linear(h, fc_weight, fc_bias, activation)
+    out.copy_(onednn.linear(h, proj_weight, proj_bias, residual=x.contiguous() if residual else None))
+
+
+def _quick_gelu_block(x, out, fc_weight, fc_bias, proj_weight, proj_bias, _, norm_weight, norm_bias, eps, residual):
+    """QuickGELU(z) = SiLU(1.702·z) / 1.702: the factor goes into the norm's affine part and the vectors around it,
+    which rounds nothing that is large."""
+    scale = QUICK_GELU_SCALE
+    fc_bias, proj_bias = (None if bias is None else bias * scale for bias in (fc_bias, proj_bias))
+    if norm_weight is None:
+        h = x * scale
+    else:
+        h = _norm(x, norm_weight * scale, None if norm_bias is None else norm_bias * scale, eps)
+    h = onednn.linear(onednn.linear(h, fc_weight, fc_bias, "swish"), proj_weight, proj_bias)
+    if residual:
+        torch.add(x, h, alpha=1 / scale, out=out)
+    else:
+        torch.mul(h, 1 / scale, out=out)
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    if native.reasons(x, weight=weight, bias=bias):
+        return norm_torch(x, weight, bias, eps)
+    return norm_native(x, None, weight, bias, eps)
+
+
+def not_supported_reasons(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, *_):
+    return onednn.not_supported_reasons(x, fc_weight, fc_bias, proj_weight, proj_bias, norm_weight, norm_bias)
+
+
+def flops(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, **_: Any) -> int:
+    return 2 * (x.numel() * fc_weight.shape[0] + x.numel() // x.shape[-1] * proj_weight.numel())
+
+
+SPEC = Spec(
+    name="mlp",
+    axes={
+        "x": "(..., channels)",
+        "fc_weight": "(hidden, channels)",
+        "fc_bias": "(hidden,)",
+        "proj_weight": "(channels, hidden)",
+        "proj_bias": "(channels,)",
+        "norm_weight": "(channels,)",
+        "norm_bias": "(channels,)",
+        "result": "(..., channels)",
+    },
+    reference=reference,
+    make=make,
+    awkward=(
+        *(
+            {"rows": rows, "channels": 12, "hidden": 40, "activation": activation, "normed": normed, "residual": add}
+            for rows in ((3, 7), (2, 11))
+            for activation in ("quick_gelu", "gelu", "none")
+            for normed, add in ((True, True), (False, True), (False, False), (True, False))
+        ),
+        {"rows": (1,), "channels": 33, "hidden": 7},
+        {"rows": (40,), "channels": 33, "hidden": 7, "strided": True},
+        {"rows": (3, 9), "channels": 16, "hidden": 20, "strided": True, "activation": "gelu"},
+        {"rows": (0,), "channels": 12, "hidden": 40},
+    ),
+    models={
+        "base": {"rows": (1, 16, 197), "channels": 768, "hidden": 3072},
+        "large": {"rows": (1, 16, 257), "channels": 1024, "hidden": 4096},
+    },
+    flops=flops,
+    differentiable=("x", "fc_weight", "fc_bias", "proj_weight", "proj_bias", "norm_weight", "norm_bias"),
+)
+
+OP = Op(
+    SPEC,
+    "(Tensor x, Tensor fc_weight, Tensor? fc_bias, Tensor proj_weight, Tensor? proj_bias, str activation, "
+    "Tensor? norm_weight, Tensor? norm_bias, float eps, bool residual) -> Tensor",
+    [
+        Backend("cpu", run_cpu, not_supported_reasons, devices=("cpu",)),
+        Backend("torch", run_torch, differentiable=True),
+    ],
+    fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    autocast=True,
+)
+
+
+@OP.public
 def mlp(
     x: Tensor,
     fc_weight: Tensor,
-    fc_bias: Tensor,
+    fc_bias: Tensor | None,
     proj_weight: Tensor,
-    proj_bias: Tensor,
+    proj_bias: Tensor | None,
     *,
     activation: Activation,
     norm_weight: Tensor | None = None,
@@ -30,38 +193,21 @@ def mlp(
     """`x + proj(activation(fc(layer_norm(x))))`.
 
     Args:
-        x: `(..., channels)`. fc_weight: `(hidden, channels)`. proj_weight: `(channels, hidden)`.
-        norm_weight, norm_bias: `(channels,)`; None leaves the layer norm out.
+        x: `(..., channels)`. fc_weight: `(hidden, channels)`. proj_weight: `(channels, hidden)`. fc_bias: `(hidden,)`.
+        proj_bias: `(channels,)`.
+        activation: `"none"`, `"gelu"` (the erf form) or `"quick_gelu"` (x·sigmoid(1.702·x)).
+        norm_weight, norm_bias: `(channels,)`; a norm_weight of None leaves the layer norm out.
         residual: False leaves the addition of x out.
 
-    Returns a new tensor of x's shape and dtype.
+    Returns a new contiguous tensor of x's shape and dtype.
+
+    Raises:
+        ValueError: shapes that do not go together, or an unknown activation.
     """
-    parameters = (fc_weight, fc_bias, proj_weight, proj_bias, norm_weight, norm_bias)
-    if onednn.serves(x, *parameters):
-        return _blocked(x, *parameters, activation=activation, eps=eps, residual=residual)
-    h = x if norm_weight is None else F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
-    out = F.linear(linear_act(h, fc_weight, fc_bias, activation), proj_weight, proj_bias)
-    return x + out if residual else out
-
-
-def _blocked(x, fc_weight, fc_bias, proj_weight, proj_bias, norm_weight, norm_bias, *, activation, eps, residual):
-    """QuickGELU(z) = SiLU(1.702·z) / 1.702: the factor goes into the norm's affine part and the vectors around it."""
-    rows = x.reshape(-1, x.shape[-1])
-    scale, fused = (QUICK_GELU_SCALE, "swish") if activation == "quick_gelu" else (1.0, activation)
-    if scale != 1.0:
-        fc_bias, proj_bias = fc_bias * scale, proj_bias * scale
-        if norm_weight is not None:
-            norm_weight, norm_bias = norm_weight * scale, norm_bias * scale
-    out = torch.empty_like(rows)
-    step = max(1, _BLOCK_BYTES // (fc_weight.shape[0] * x.element_size()))
-    for source, target in zip(rows.split(step), out.split(step), strict=True):
-        if norm_weight is not None:
-            h = F.layer_norm(source, source.shape[-1:], norm_weight, norm_bias, eps)
-        else:
-            h = source if scale == 1.0 else source * scale
-        h = onednn.linear(onednn.linear(h, fc_weight, fc_bias, fused), proj_weight, proj_bias)
-        if residual:
-            torch.add(source, h, alpha=1 / scale, out=target)
-        else:
-            torch.mul(h, 1 / scale, out=target)
-    return out.view(x.shape)
+    check_linear(x, fc_weight, fc_bias, activation)
+    if proj_weight.shape != fc_weight.shape[::-1]:
+        raise ValueError(f"proj_weight must have shape {tuple(fc_weight.shape[::-1])}, got {tuple(proj_weight.shape)}")
+    check_norm(x, None, norm_weight, norm_bias)
+    return (  # type: ignore[return-value]
+        x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps, residual
+    )  # fmt: skip

@@ -42,7 +42,7 @@ torch.set_num_threads(1)
 torch.ones(64, 64) @ torch.ones(64, 64)
 before = status("VmRSS")
 if action == "load":
-    kept = mf.from_pretrained(path, task="captioning", dtype=torch.bfloat16)
+    kept = mf.from_pretrained(path, task="captioning", dtype=torch.bfloat16, pack=False)
 else:
     convert(path, path + ".converted", task="question_answering")
 print(status("VmHWM") - before)

@@ -1,79 +1,64 @@
 import pytest
 import torch
 
-from mplug2_fast.ops.attention import attention, beam_attention
-from tests.tolerance import assert_three_way
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def eager(query, key, value, mask=None, causal=False):
-    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
-    if mask is not None:
-        scores = scores.masked_fill(mask[:, None, None, :] == 0, -1e4)
-    if causal:
-        scores = scores.masked_fill(torch.ones(scores.shape[-2:]).triu(1).bool(), -1e4)
-    return (scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
+from mplug2_fast import ops
+from mplug2_fast.ops.attention import attention_with_dropout
+from tests.ops.suite import DifferentiableOpSuite
 
 
-def tensors(batch, queries, keys, heads=2, head_dim=16):
+class TestSpecification(DifferentiableOpSuite):
+    operator = ops.attention
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+def test_a_query_that_sees_no_key_gets_zeros(backend, native_module):
+    query, key, value = (torch.randn(2, 3, 2, 16) for _ in range(3))
+    mask = torch.tensor([[0, 0, 0], [0, 1, 1]])
+    with ops.use_backend(backend):
+        assert not ops.attention(query, key, value, key_padding_mask=mask)[0].any()
+        causal = ops.attention(query, key, value, key_padding_mask=mask, causal=True)
+    assert not causal[0].any()
+    assert not causal[1, 0].any()
+    assert causal[1, 1:].abs().min() > 0
+
+
+def test_threads_do_not_change_the_result(native_module):
+    query, key, value = (torch.randn(1, 130, 3, 32) for _ in range(3))
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(ops.attention(query, key, value))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_no_keys(native_module):
+    query, nothing = torch.randn(2, 3, 2, 16), torch.randn(2, 0, 2, 16)
+    with ops.use_backend("cpu"):
+        assert not ops.attention(query, nothing, nothing).any()
+
+
+def test_dropout():
+    query, key, value = (torch.randn(2, 9, 2, 16) for _ in range(3))
+    assert torch.equal(attention_with_dropout(query, key, value, 0.0), ops.attention(query, key, value))
     torch.manual_seed(0)
-    shapes = {"query": queries, "key": keys, "value": keys}
-    return {name: torch.randn(batch, length, heads, head_dim) for name, length in shapes.items()}
+    dropped = attention_with_dropout(query, key, value, 0.5)
+    assert not torch.equal(dropped, attention_with_dropout(query, key, value, 0.5))
 
 
-def padding(batch, keys):
-    return (torch.arange(keys) < keys - torch.arange(batch)[:, None] % keys).long()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("lengths", [(1, 1), (7, 7), (5, 33), (33, 5), (17, 257)], ids=str)
-def test_self_and_cross(lengths, masked, dtype):
-    mask = padding(3, lengths[1]) if masked else None
-    assert_three_way(
-        lambda **i: attention(**i, key_padding_mask=mask),
-        lambda **i: eager(**i, mask=mask),
-        tensors(3, *lengths),
-        dtype,
-    )
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("length", [1, 2, 9])
-def test_causal(length, masked):
-    mask = padding(2, length) if masked else None
-    assert_three_way(
-        lambda **i: attention(**i, key_padding_mask=mask, causal=True),
-        lambda **i: eager(**i, mask=mask, causal=True),
-        tensors(2, length, length),
-        torch.float32,
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("queries", [1, 5, 16, 17, 40])
-def test_beam_attention(queries, masked, dtype):
-    mask = padding(3, 65) if masked else None
-    assert_three_way(
-        lambda query, key, value: beam_attention(
-            query, key.transpose(1, 2), value.transpose(1, 2), key_padding_mask=mask
-        ),
-        lambda **i: eager(**i, mask=mask),
-        tensors(3, queries, 65),
-        dtype,
-    )
-
-
-def test_padding_may_hold_anything_finite():
-    given, mask = tensors(2, 3, 6), padding(2, 6)
-    expected = attention(**given, key_padding_mask=mask)
-    for name in ("key", "value"):
-        given[name][1, 5:] = 1e6
-    torch.testing.assert_close(attention(**given, key_padding_mask=mask), expected)
-
-
-def test_empty_batch():
-    assert attention(**tensors(0, 3, 5)).shape == (0, 3, 32)
+@pytest.mark.parametrize(
+    ("shapes", "options", "message"),
+    [
+        (((2, 3, 4), (2, 3, 4), (2, 3, 4)), {}, "query must be"),
+        (((2, 3, 4, 8), (2, 5, 4, 8), (2, 6, 4, 8)), {}, "key and value"),
+        (((2, 3, 4, 8), (2, 5, 2, 8), (2, 5, 2, 8)), {}, "must agree in batch, heads and head_dim"),
+        (((2, 3, 4, 8), (2, 5, 4, 8), (2, 5, 4, 8)), {"causal": True}, "as many queries as keys"),
+        (((2, 3, 4, 8),) * 3, {"key_padding_mask": torch.ones(2, 4)}, r"key_padding_mask must be \(2, 3\)"),
+    ],
+)
+def test_shapes_that_do_not_go_together(shapes, options, message):
+    with pytest.raises(ValueError, match=message):
+        ops.attention(*(torch.randn(shape) for shape in shapes), **options)

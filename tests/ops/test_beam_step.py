@@ -1,37 +1,45 @@
 import pytest
 import torch
 
-from mplug2_fast.ops.beam_step import beam_step, length_penalty
+from mplug2_fast import ops
+from mplug2_fast.ops.beam_step import length_penalty
+from tests.ops.suite import OpSuite
 
 
-def eager(logits, cumulative, step, min_length, end):
-    log_probs = logits.double().log_softmax(dim=-1)
-    if step < min_length:
-        log_probs[..., end] = -1e20
-    penalty = ((5 + step + 1) / 6) ** 0.6
-    scores, picks = ((cumulative.double()[..., None] + log_probs) / penalty).flatten(1).topk(logits.shape[1])
-    return scores, scores * penalty, picks // logits.shape[2], picks % logits.shape[2]
+class TestSpecification(OpSuite):
+    operator = ops.beam_step
 
 
-@pytest.mark.parametrize(("beams", "vocabulary"), [(1, 11), (5, 300), (10, 10), (5, 3)])
-@pytest.mark.parametrize(("step", "min_length"), [(0, 0), (1, 4), (7, 4)])
-def test_against_all_beams_times_all_words(beams, vocabulary, step, min_length):
-    generator = torch.Generator().manual_seed(beams + step)
-    logits = 3 * torch.randn(4, beams, vocabulary, generator=generator)
-    logits[..., 2] += 4.0
-    cumulative = -torch.rand(4, beams, generator=generator)
-    ours = beam_step(logits.clone(), cumulative, step=step, min_length=min_length, end_token_id=2)
-    for actual, expected in zip(ours, eager(logits, cumulative, step, min_length, 2), strict=True):
-        torch.testing.assert_close(actual, expected.to(actual.dtype), atol=1e-4, rtol=1e-5)
-
-
-def test_the_first_step_extends_the_first_beam_only():
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_the_first_step_extends_the_first_beam_only(backend, native_module):
     cumulative = torch.tensor([[0.0, -torch.inf, -torch.inf]])
-    _, _, origin, tokens = beam_step(torch.randn(1, 3, 20), cumulative, step=0, min_length=0, end_token_id=2)
+    with ops.use_backend(backend):
+        _, _, origin, tokens = ops.beam_step(torch.randn(1, 3, 20), cumulative, step=0, min_length=0, end_token_id=2)
     assert origin.tolist() == [[0, 0, 0]]
     assert len(set(tokens[0].tolist())) == 3
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_what_is_not_a_number_leads_nowhere(backend, native_module):
+    """Indices stay within beams and words, whatever the logits are."""
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        logits = torch.full((2, 3, 40), bad)
+        with ops.use_backend(backend):
+            _, _, origin, tokens = ops.beam_step(logits, torch.zeros(2, 3), step=0, min_length=0, end_token_id=2)
+        assert 0 <= origin.min() <= origin.max() < 3
+        assert 0 <= tokens.min() <= tokens.max() < 40
 
 
 def test_length_penalty():
     assert length_penalty(0) == 1.0
     assert length_penalty(6) == pytest.approx(2**0.6)
+
+
+def test_bad_arguments():
+    logits, cumulative = torch.randn(2, 3, 8), torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="end_token_id 8 is not a word"):
+        ops.beam_step(logits, cumulative, step=0, min_length=0, end_token_id=8)
+    with pytest.raises(ValueError, match="logits must be"):
+        ops.beam_step(logits, cumulative[:, :2], step=0, min_length=0, end_token_id=2)
+    with pytest.raises(TypeError, match="cumulative must be float32"):
+        ops.beam_step(logits, cumulative.bfloat16(), step=0, min_length=0, end_token_id=2)

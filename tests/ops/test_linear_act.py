@@ -1,50 +1,91 @@
+import copy
+import io
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from mplug2_fast import ops
 from mplug2_fast.ops import onednn
-from mplug2_fast.ops.linear_act import linear_act, quick_gelu
-from tests.tolerance import assert_three_way
-
-ACTIVATIONS = {"none": lambda x: x, "gelu": F.gelu, "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+from mplug2_fast.ops.linear_act import quick_gelu
+from tests.ops.suite import DifferentiableOpSuite
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("shape", [(1, 8), (5, 33), (2, 3, 7, 64), (0, 16), (257, 1)])
-def test_against_float64(shape, activation, dtype):
-    torch.manual_seed(0)
-    inputs = {"x": torch.randn(shape), "weight": torch.randn(19, shape[-1]), "bias": torch.randn(19)}
-    assert_three_way(
-        lambda x, weight, bias: linear_act(x, weight, bias, activation),
-        lambda x, weight, bias: ACTIVATIONS[activation](F.linear(x, weight, bias)),
-        inputs,
-        dtype,
-    )
+class TestSpecification(DifferentiableOpSuite):
+    operator = ops.linear_act
 
 
-def test_strided_input_and_no_bias():
-    x, weight = torch.randn(6, 10, 8)[::2, 1:9:2, :], torch.randn(16, 5)[::2].t()
-    torch.testing.assert_close(linear_act(x, weight), x @ weight.t())
-
-
-def test_onednn_steps_back_where_it_cannot_serve():
-    x = torch.randn(3, 4)
-    assert not onednn.serves(x.double())
-    assert not onednn.serves(x.clone().requires_grad_())
-    assert not onednn.serves(x, torch.randn(2, 4).bfloat16())
-    assert not onednn.serves(x[:0])
-    with torch.no_grad():
-        assert onednn.serves(x.requires_grad_()) == torch.backends.mkldnn.is_available()
+@pytest.mark.parametrize("rows", [3, 40])
+def test_strided_weight(rows):
+    x, weight = torch.randn(rows, 10, 8)[:, 1:9:2, :], torch.randn(16, 5)[::2].t()
+    torch.testing.assert_close(ops.linear_act(x, weight), x @ weight.t())
 
 
 def test_quick_gelu():
     assert quick_gelu(torch.tensor([0.0, 1.0])).tolist() == pytest.approx([0.0, 1 / (1 + 2.718281828**-1.702)])
 
 
-def test_under_torch_compile():
-    compiled = torch.compile(lambda x, w, b: linear_act(x, w, b, "gelu"), fullgraph=True, backend="eager")
-    x, weight, bias = torch.randn(5, 4), torch.randn(3, 4), torch.randn(3)
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x, weight, bias), F.gelu(F.linear(x, weight, bias)))
+def test_autocast():
+    x, weight, bias = torch.randn(40, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True), torch.randn(8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = ops.linear_act(x, weight, bias, "gelu")
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert x.grad.dtype == weight.grad.dtype == torch.float32
+
+
+class TestPacking:
+    @pytest.fixture
+    def layer(self):
+        torch.manual_seed(0)
+        return torch.nn.Linear(32, 48).requires_grad_(False)
+
+    def check(self, layer, is_packed):
+        x = torch.randn(40, 32)
+        torch.testing.assert_close(ops.linear_act(x, layer.weight, layer.bias), F.linear(x, layer.weight, layer.bias))
+        assert (onednn.packed(layer.weight) is not None) == is_packed
+
+    def test_the_packed_weight_serves(self, layer, monkeypatch):
+        ops.pack_weight(layer.weight, 40)
+        self.check(layer, True)
+        seen = []
+        linear = torch.ops.mkldnn._linear_pointwise
+        monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda x, w, *a: seen.append(w) or linear(x, w, *a))
+        self.check(layer, True)
+        assert seen[0].is_mkldnn
+        ops.unpack_weight(layer.weight)
+        self.check(layer, False)
+
+    def test_a_changed_weight_is_used_as_it_is(self, layer):
+        ops.pack_weight(layer.weight, 40)
+        layer.weight.mul_(2)
+        self.check(layer, False)
+
+    def test_a_moved_weight_is_used_as_it_is(self, layer):
+        ops.pack_weight(layer.weight, 40)
+        layer.double().float()
+        self.check(layer, False)
+
+    def test_copies_and_files_are_unpacked(self, layer):
+        ops.pack_weight(layer.weight, 40)
+        self.check(copy.deepcopy(layer), False)
+        file = io.BytesIO()
+        torch.save(layer, file)
+        file.seek(0)
+        self.check(torch.load(file, weights_only=False), False)
+        assert list(layer.state_dict()) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "message"),
+    [
+        (((3, 4), (5, 6), None), {}, "in_features"),
+        (((3, 4), (5, 4), (4,)), {}, r"bias must have shape \(5,\)"),
+        (((3, 4), (5, 4), None), {"activation": "relu"}, "activation is 'relu'"),
+        (((3, 4), (5, 4), None), {"residual": torch.zeros(3, 4)}, r"residual must have shape \(3, 5\)"),
+    ],
+)
+def test_bad_arguments(shapes, options, message):
+    x, weight, bias = (None if shape is None else torch.randn(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=message):
+        ops.linear_act(x, weight, bias, **options)

@@ -2,66 +2,44 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mplug2_fast.ops.local_temporal import local_temporal, temporal_conv
-from tests.tolerance import assert_three_way
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def eager(x, norm_weight, norm_bias, down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias):
-    """The released form: patches only, Conv3d over (channels, frames, height, width)."""
-    patches = x[:, :, 1:]
-    h = F.linear(F.layer_norm(patches, x.shape[-1:], norm_weight, norm_bias), down_weight, down_bias)
-    h = h.permute(0, 3, 1, 2)[..., None]
-    kernel = conv_weight.shape[1]
-    h = F.conv3d(h, conv_weight[:, None, :, None, None], conv_bias, padding=(kernel // 2, 0, 0), groups=h.shape[1])
-    h = h[..., 0].permute(0, 2, 3, 1)
-    h = F.linear(h * torch.sigmoid(1.702 * h), up_weight, up_bias)
-    return torch.cat([x[:, :, :1], patches + h], dim=2)
+from mplug2_fast import ops
+from mplug2_fast.ops.local_temporal import temporal_conv
+from tests.ops.suite import DifferentiableOpSuite
 
 
-def inputs(batch, frames, patches, channels, inner, kernel):
-    torch.manual_seed(0)
-    return {
-        "x": torch.randn(batch, frames, 1 + patches, channels),
-        "norm_weight": torch.randn(channels),
-        "norm_bias": torch.randn(channels),
-        "down_weight": torch.randn(inner, channels) / channels**0.5,
-        "down_bias": torch.randn(inner),
-        "conv_weight": torch.randn(inner, kernel),
-        "conv_bias": torch.randn(inner),
-        "up_weight": torch.randn(channels, inner) / inner**0.5,
-        "up_bias": torch.randn(channels),
-    }
+class TestSpecification(DifferentiableOpSuite):
+    operator = ops.local_temporal
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    "sizes",
-    [(2, 4, 9, 16, 8, 3), (1, 1, 5, 16, 8, 3), (1, 2, 3, 12, 3, 5), (2, 7, 1, 8, 4, 7), (1, 3, 4, 8, 8, 1)],
-    ids=str,
-)
-def test_against_float64(sizes, dtype):
-    assert_three_way(local_temporal, eager, inputs(*sizes), dtype)
+@pytest.fixture(params=["cpu", "torch", "reference"])
+def run(request, native_module):
+    """The operator on one backend, with other arguments where they are given."""
+    given = ops.local_temporal.op.spec.inputs({"batch": 2, "frames": 4, "patches": 9, "channels": 16, "inner": 8})
+
+    def call(**changes):
+        with ops.use_backend(request.param):
+            return ops.local_temporal(**{**given, **changes})
+
+    call.given = given
+    return call
 
 
-def test_class_token_passes_by_and_input_stays():
-    given = inputs(2, 4, 9, 16, 8, 3)
-    before = given["x"].clone()
-    out = local_temporal(**given)
+def test_class_token_passes_by_and_input_stays(run):
+    before = run.given["x"].clone()
+    out = run()
     assert torch.equal(out[:, :, 0], before[:, :, 0])
-    assert torch.equal(given["x"], before)
+    assert torch.equal(run.given["x"], before)
 
 
-def test_frames_are_seen_in_order():
-    given = inputs(1, 4, 9, 16, 8, 3)
-    backwards = local_temporal(**{**given, "x": given["x"].flip(1)}).flip(1)
-    assert (backwards - local_temporal(**given))[:, :, 1:].abs().max() > 0.1
+def test_frames_are_seen_in_order(run):
+    backwards = run(x=run.given["x"].flip(1)).flip(1)
+    assert (backwards - run())[:, :, 1:].abs().max() > 0.1
 
 
-def test_empty_batch():
-    given = inputs(1, 4, 9, 16, 8, 3)
-    assert local_temporal(**{**given, "x": given["x"][:0]}).shape == (0, 4, 10, 16)
+def test_what_the_class_token_holds_does_not_matter(run):
+    x = run.given["x"].clone()
+    x[:, :, 0] = torch.nan
+    assert torch.equal(run(x=x)[:, :, 1:], run()[:, :, 1:])
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 5, 9])
@@ -71,3 +49,12 @@ def test_temporal_conv(frames, kernel):
     flat = x.permute(0, 2, 3, 1).reshape(6, 4, frames)
     expected = F.conv1d(flat, weight[:, None], bias, padding=kernel // 2, groups=4)
     torch.testing.assert_close(temporal_conv(x, weight, bias), expected.view(2, 3, 4, frames).permute(0, 3, 1, 2))
+
+
+def test_bad_arguments(run):
+    with pytest.raises(ValueError, match="odd number of frames, got 2"):
+        run(conv_weight=torch.randn(8, 2))
+    with pytest.raises(ValueError, match=r"down_weight must have shape \(8, 16\)"):
+        run(down_weight=torch.randn(8, 15))
+    with pytest.raises(ValueError, match="x must be"):
+        run(x=torch.randn(4, 10, 16))

@@ -1,15 +1,16 @@
 """preprocess_frames: both backends against each other, bit for bit, and against arithmetic written out here."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mplug2_fast import _native
-from mplug2_fast.ops.preprocess_frames import MEAN, STD, native_not_supported_reasons, preprocess_frames
+from mplug2_fast import _native, ops
+from mplug2_fast.errors import BackendError
+from mplug2_fast.ops import preprocess_frames
+from mplug2_fast.ops.preprocess_frames import MEAN, STD
+from tests.ops.suite import OpSuite
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -36,11 +37,16 @@ def assert_same_bits(actual, expected):
     assert torch.equal(actual, expected)
 
 
-@pytest.fixture(params=["native", "torch"])
-def backend(request):
-    if request.param == "native":
+class TestSpecification(OpSuite):
+    operator = ops.preprocess_frames
+
+
+@pytest.fixture(params=["cpu", "torch"])
+def each_backend(request):
+    if request.param == "cpu":
         request.getfixturevalue("native_module")
-    return request.param
+    with ops.use_backend(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -48,17 +54,17 @@ def backend(request):
     ("shape", "size"),
     [((1, 1, 1, 3), 1), ((2, 5, 7, 3), 3), ((3, 4, 2, 3), 9), ((1, 31, 17, 3), 14), ((2, 224, 224, 3), 224)],
 )
-def test_each_backend_gives_the_specified_pixels(backend, shape, size, dtype):
+def test_each_backend_gives_the_specified_pixels(each_backend, shape, size, dtype):
     frames = random_frames(*shape)
-    result = preprocess_frames(frames, size, dtype, backend=backend)
+    result = preprocess_frames(frames, size, dtype)
     assert result.is_contiguous()
     assert_same_bits(result, expected_pixels(frames, size).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_byte_of_every_channel(backend, dtype):
+def test_every_byte_of_every_channel(each_backend, dtype):
     frames = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
-    result = preprocess_frames(frames, 16, dtype, backend=backend)
+    result = preprocess_frames(frames, 16, dtype)
     values = torch.arange(256, dtype=torch.float32)
     for channel in range(3):
         expected = (values / 255 - torch.tensor(MEAN[channel])) / torch.tensor(STD[channel])
@@ -86,23 +92,15 @@ def test_backends_agree_on_any_strides(native_module, shape, size, layout, dtype
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        actual = preprocess_frames(frames, size, dtype, backend="native")
+        with ops.use_backend("cpu"):
+            actual = preprocess_frames(frames, size, dtype)
     finally:
         torch.set_num_threads(before)
-    assert_same_bits(actual, preprocess_frames(frames.contiguous(), size, dtype, backend="torch"))
+    with ops.use_backend("torch"):
+        assert_same_bits(actual, preprocess_frames(frames.contiguous(), size, dtype))
 
 
-def test_auto_is_native_where_it_can_serve(native_module, monkeypatch):
-    def forbidden(*_):
-        raise AssertionError("the fallback ran")
-
-    monkeypatch.setattr(sys.modules["mplug2_fast.ops.preprocess_frames"], "_preprocess_torch", forbidden)
-    frames = random_frames(1, 4, 4, 3)
-    assert native_not_supported_reasons(frames) == []
-    assert preprocess_frames(frames, 2).shape == (3, 1, 2, 2)
-
-
-def test_without_the_native_module_auto_says_so_and_native_raises(monkeypatch):
+def test_without_the_native_module_torch_says_so(monkeypatch):
     error = _native.NativeError("it was lost in the post.", "Send it again.", "")
     monkeypatch.setattr(_native, "_load", lambda: (None, error))
     _native.warn_without_native.cache_clear()
@@ -110,14 +108,8 @@ def test_without_the_native_module_auto_says_so_and_native_raises(monkeypatch):
     with pytest.warns(RuntimeWarning, match="PyTorch fallbacks.*lost in the post"):
         result = preprocess_frames(frames, 2)
     assert_same_bits(result, expected_pixels(frames, 2))
-    with pytest.raises(RuntimeError, match=r"\(1, 4, 4, 3\) on cpu: .*lost in the post.\nSend it again"):
-        preprocess_frames(frames, 2, backend="native")
-
-
-def test_native_refuses_frames_elsewhere():
-    frames = torch.empty((1, 4, 4, 3), dtype=torch.uint8, device="meta")
-    with pytest.raises(RuntimeError, match="for frames on the CPU, these are on meta"):
-        preprocess_frames(frames, 2, backend="native")
+    with ops.use_backend("cpu"), pytest.raises(BackendError, match="lost in the post"):
+        preprocess_frames(frames, 2)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +123,6 @@ def test_native_refuses_frames_elsewhere():
         (random_frames(1, 4, 4, 3), {"image_size": 0}, ValueError, "at least 1, not 0"),
         (random_frames(1, 4, 4, 3), {"image_size": 2.5}, ValueError, "not 2.5"),
         (random_frames(1, 4, 4, 3), {"dtype": torch.int32}, TypeError, "not torch.int32"),
-        (random_frames(1, 4, 4, 3), {"backend": "cuda"}, ValueError, "backend is 'cuda'"),
     ],
 )
 def test_bad_input_is_named(frames, arguments, error, message):

@@ -1,0 +1,315 @@
+"""One operator, several backends: which one serves a call, why the others do not, and how torch sees the operator.
+
+A call outside of `torch.compile` that needs no gradient goes straight to its backend. All others go through
+`torch.ops.mplug2_fast`, where every operator is registered with a fake implementation and a backward.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from mplug2_fast import _native
+from mplug2_fast.errors import BackendError
+from mplug2_fast.ops.spec import Spec
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+_LIBRARY = torch.library.Library("mplug2_fast", "DEF")
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+_forced: ContextVar[str | None] = ContextVar("mplug2_fast_backend", default=None)
+_strict: ContextVar[bool] = ContextVar("mplug2_fast_strict", default=False)
+
+BACKENDS = ("cpu", "triton", "torch", "reference")
+"""Names of backends, in the order in which dispatch tries those that an operator has; "reference" only if forced."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute an operator.
+
+    Attributes:
+        name: one of `BACKENDS`.
+        run: takes the operator's arguments, all of them, in order.
+        not_supported_reasons: takes the same; why `run` cannot serve them, one sentence each, empty when it can.
+        devices: device types that it is for; empty for any.
+        differentiable: whether autograd can follow `run`. If not, gradients are those of the recomputed formula.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    not_supported_reasons: Callable[..., Sequence[str]] = lambda *_: ()
+    devices: tuple[str, ...] = ()
+    differentiable: bool = False
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend serves a call, and why each of the others does not."""
+
+    op: str
+    chosen: str | None
+    reasons: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {f'served by {self.chosen}' if self.chosen else 'no backend can serve this call'}"]
+        lines += [f"  not {name}: {'; '.join(why)}" for name, why in self.reasons.items()]
+        return "\n".join(lines)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the context, of this thread or task alone, every operator runs on this backend, or raises `BackendError`.
+
+    Args:
+        name: "cpu" (native kernels and oneDNN), "triton", "torch" (PyTorch's operators, anywhere) or "reference"
+            (plain eager code).
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"there is no backend {name!r}: choose from {', '.join(BACKENDS)}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@contextmanager
+def strict() -> Iterator[None]:
+    """Within the context, of this thread or task alone, an operator that is not served by the backend made for its
+    device raises `BackendError` instead of falling back."""
+    token = _strict.set(True)
+    try:
+        yield
+    finally:
+        _strict.reset(token)
+
+
+class Op:
+    """An operator with its backends, registered as `torch.ops.mplug2_fast.NAME`.
+
+    Args:
+        spec: what it computes.
+        schema: arguments and results, as torch writes them: `"(Tensor x, float eps) -> Tensor"`.
+        backends: in order of preference; one named "torch", which autograd can follow, has to be among them if the
+            operator has gradients. "reference" is added from the specification.
+        fake: takes the arguments, returns empty tensors of the results' shapes, types and strides.
+        autocast: whether floating-point arguments are cast under autocast, as for `F.linear`.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        schema: str,
+        backends: Sequence[Backend],
+        fake: Callable[..., Any],
+        *,
+        autocast: bool = False,
+    ) -> None:
+        self.spec, self.name, self.autocast = spec, spec.name, autocast
+        reference = Backend("reference", spec.reference, differentiable=True)
+        self.backends = {backend.name: backend for backend in (*backends, reference)}
+        self._automatic = [backend for backend in self.backends.values() if backend.name != "reference"]
+        arguments, results = schema.split(" -> ")
+        self._names = [part.split("=")[0].split()[-1] for part in arguments.strip("()").split(", ")]
+        _LIBRARY.define(f"{self.name}{schema}")
+        _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"mplug2_fast::{self.name}", fake, lib=_LIBRARY)
+        if spec.differentiable:
+            self._register_backward(arguments, 1 if results == "Tensor" else results.count("Tensor"))
+        self._torch_op = getattr(torch.ops.mplug2_fast, self.name).default
+
+    # --- which backend
+
+    def explain(self, *arguments: Any) -> Explanation:
+        """Who serves a call with these arguments, all of them, in order."""
+        chosen, reasons = None, {}
+        forced, needs_grad = _forced.get(), self._needs_grad(arguments)
+        for backend in self.backends.values():
+            why = self._reasons(backend, arguments, needs_grad and forced is None)
+            if not why and chosen is None and (forced == backend.name or (not forced and backend.name != "reference")):
+                chosen = backend.name
+            else:
+                reasons[backend.name] = tuple(why) or (_passed_over(backend.name, chosen, forced),)
+        if forced is not None and forced not in self.backends:
+            reasons[forced] = ("this operator has no such backend",)
+        return Explanation(self.name, chosen, reasons)
+
+    def choose(self, arguments: tuple[Any, ...], *, needs_grad: bool = False) -> Backend:
+        """The backend that serves a call. Raises `BackendError` where none may."""
+        forced = _forced.get()
+        if forced is not None:
+            backend = self.backends.get(forced)
+            if backend is not None and not self._reasons(backend, arguments, False):
+                return backend
+            raise self._error(f"{self.name} cannot run on the backend {forced!r}", arguments)
+        for backend in self._automatic:
+            if not self._reasons(backend, arguments, needs_grad):
+                if _strict.get() and backend is not self._made_for(arguments):
+                    raise self._error(f"{self.name} would fall back to {backend.name!r}", arguments)
+                if backend.name != "cpu":
+                    warn_without_native(arguments)
+                return backend
+        raise self._error(f"{self.name} has no backend for this call", arguments)
+
+    def _made_for(self, arguments: tuple[Any, ...]) -> Backend:
+        """The first backend for the device of the arguments."""
+        device = next(a.device.type for a in arguments if isinstance(a, Tensor))
+        return next(b for b in self._automatic if not b.devices or device in b.devices)
+
+    def _reasons(self, backend: Backend, arguments: tuple[Any, ...], needs_grad: bool) -> Sequence[str]:
+        if backend.devices:
+            for argument in arguments:
+                if isinstance(argument, Tensor) and argument.device.type not in backend.devices:
+                    return (f"it is for {' and '.join(backend.devices)}, not for {argument.device}",)
+        if needs_grad and not backend.differentiable:
+            return ("gradients are asked for, and it has no backward of its own",)
+        return backend.not_supported_reasons(*arguments)
+
+    def _error(self, what: str, arguments: tuple[Any, ...]) -> BackendError:
+        shown = ", ".join(
+            f"{name} {str(a.dtype).removeprefix('torch.')} {tuple(a.shape)} on {a.device}"
+            for name, a in zip(self._names, arguments, strict=True)
+            if isinstance(a, Tensor)
+        )
+        explanation = self.explain(*arguments)
+        reasons = "; ".join(f"{name}: {', '.join(why)}" for name, why in explanation.reasons.items())
+        return BackendError(f"{what}. Arguments: {shown}. {reasons}")
+
+    # --- how it is called
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self.autocast:
+            arguments = _autocast(arguments)
+        if torch.compiler.is_compiling() or _seen_by_others(arguments):
+            return self._torch_op(*arguments)
+        needs_grad = self._needs_grad(arguments)
+        backend = self.choose(arguments, needs_grad=needs_grad)
+        if needs_grad and not backend.differentiable:
+            return self._torch_op(*arguments)
+        return backend.run(*arguments)
+
+    def public(self, arguments: _F) -> _F:
+        """Makes the function that users call from one that checks its arguments and returns all of the operator's."""
+
+        @functools.wraps(arguments)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self(*arguments(*args, **kwargs))
+
+        call.op = self  # type: ignore[attr-defined]
+        call.arguments = arguments  # type: ignore[attr-defined]
+        call.__signature__ = inspect.signature(arguments)  # type: ignore[attr-defined]
+        return call  # type: ignore[return-value]
+
+    def _needs_grad(self, arguments: tuple[Any, ...]) -> bool:
+        if not self.spec.differentiable or not torch.is_grad_enabled():
+            return False
+        return any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+
+    # --- what torch knows of it
+
+    def _run(self, *arguments: Any) -> Any:
+        return self.choose(arguments).run(*arguments)
+
+    def _register_backward(self, arguments: str, results: int) -> None:
+        """The backward is an operator too, so that compilers need not look into it."""
+        name = f"{self.name}_backward"
+        wanted = [index for index, argument in enumerate(self._names) if argument in self.spec.differentiable]
+        formula = self.backends["torch"].run
+
+        def recompute(grads: list[Tensor | None], *given: Any) -> list[Tensor]:
+            *values, needs = given
+            needed = [index for index, need in zip(wanted, needs, strict=True) if need]
+            with torch.enable_grad():
+                for index in needed:
+                    values[index] = values[index].detach().requires_grad_()
+                out = formula(*values)
+            outs = out if isinstance(out, tuple) else (out,)
+            pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.requires_grad]
+            leaves = [values[index] for index in needed]
+            found = torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
+            return [
+                torch.zeros_like(leaf, memory_format=torch.contiguous_format)
+                if grad is None
+                else grad.clone(memory_format=torch.contiguous_format)
+                for leaf, grad in zip(leaves, found, strict=True)
+            ]
+
+        def fake(grads: list[Tensor | None], *given: Any) -> list[Tensor]:
+            *values, needs = given
+            taken = [values[index] for index, need in zip(wanted, needs, strict=True) if need]
+            return [torch.empty_like(value, memory_format=torch.contiguous_format) for value in taken]
+
+        _LIBRARY.define(f"{name}(Tensor?[] grads, {arguments.strip('()')}, bool[] needs) -> Tensor[]")
+        _LIBRARY.impl(name, recompute, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"mplug2_fast::{name}", fake, lib=_LIBRARY)
+        operator = getattr(torch.ops.mplug2_fast, name).default
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+            ctx.others = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            saved = iter(ctx.saved_tensors)
+            values = [next(saved) if other is None else other[0] for other in ctx.others]
+            needs = [ctx.needs_input_grad[index] for index in wanted]
+            found = iter(operator(list(grads[:results]), *values, needs))
+            result: list[Tensor | None] = [None] * len(values)
+            for index, need in zip(wanted, needs, strict=True):
+                if need:
+                    result[index] = next(found)
+            return tuple(result)
+
+        torch.library.register_autograd(
+            f"mplug2_fast::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY
+        )
+
+
+def warn_without_native(arguments: tuple[Any, ...]) -> None:
+    """Says once a process that PyTorch does on the CPU what the missing native module would do."""
+    if any(isinstance(a, Tensor) and a.device.type == "cpu" for a in arguments):
+        _native.warn_without_native()
+
+
+def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend would serve `operator(*args, **kwargs)`, and why each of the others would not.
+
+    Args:
+        operator: a function of `mplug2_fast.ops`.
+    """
+    if not hasattr(operator, "op"):
+        raise TypeError(f"{operator!r} is not an operator of mplug2_fast.ops")
+    return operator.op.explain(*operator.arguments(*args, **kwargs))
+
+
+def _passed_over(name: str, chosen: str | None, forced: str | None) -> str:
+    if forced is not None:
+        return f"use_backend({forced!r}) is in force"
+    return "it runs only where use_backend asks for it" if name == "reference" else f"{chosen} comes first"
+
+
+def _seen_by_others(arguments: tuple[Any, ...]) -> bool:
+    """Whether a mode, a transform or a tensor of another kind wants to see the operator itself."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(isinstance(a, Tensor) and type(a) not in _PLAIN for a in arguments)
+
+
+def _autocast(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    device = next(a.device.type for a in arguments if isinstance(a, Tensor))
+    if not torch.is_autocast_enabled(device):
+        return arguments
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)

@@ -1,0 +1,153 @@
+"""Layer norm over the last axis."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mplug2_fast.ops import native
+from mplug2_fast.ops.dispatch import Backend, Op
+from mplug2_fast.ops.spec import Spec, normal
+from mplug2_fast.ops.spec import upcast as in_float64
+
+
+def norm_reference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, upcast: bool = False
+) -> Tensor:
+    """(x - mean) / √(variance + eps) · weight + bias, operation by operation."""
+    if upcast:
+        x, weight, bias = in_float64(x, weight, bias)
+    centred = x - x.mean(dim=-1, keepdim=True)
+    out = centred * (centred.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
+
+
+def make(generator: torch.Generator, *, rows: tuple[int, ...], channels: int, affine: bool = True, strided=False):
+    x = normal(generator, *rows, channels * (1 + strided))
+    x = x[..., 1 : 1 + channels] if strided else x
+    return {
+        "x": x * 2 + 0.5,
+        "weight": normal(generator, channels) if affine else None,
+        "bias": normal(generator, channels) if affine else None,
+        "eps": 1e-5,
+    }
+
+
+def norm_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Parameters of another type, as under autocast, are met in the wider of both. Gradients go through float32: those
+    of PyTorch's own operator add up rows in the type of the parameters, 1% wrong in bfloat16 after 257 rows."""
+    wide = torch.promote_types(x.dtype, x.dtype if weight is None else weight.dtype)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        wide = torch.promote_types(wide, torch.float32)
+    weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
+    return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps).to(x.dtype).contiguous()
+
+
+def norm_native(
+    x: Tensor,
+    update: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float = 1.0,
+    total: Tensor | None = None,
+) -> Tensor:
+    """Layer norm of x + scale·update, which is left in `total`. x and update have the same shape."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if out.numel() == 0:
+        return out
+    x, sizes, strides = native.rows(x)
+    update_strides = (0, 0)
+    if update is not None:
+        update, update_sizes, update_strides = native.rows(update)
+        if update_sizes != sizes:  # the rows of one of them cannot be told by the strides that tell the other's
+            x, update = x.contiguous(), update.contiguous()
+            (_, sizes, strides), update_strides = native.rows(x), native.rows(update)[2]
+    native.module().layer_norm(
+        native.isa(),
+        x.dtype == torch.bfloat16,
+        native.threads(x.numel()),
+        (*sizes, x.shape[-1]),
+        x.data_ptr(),
+        strides,
+        native.address(update),
+        update_strides,
+        scale,
+        native.address(weight),
+        native.address(bias),
+        eps,
+        out.data_ptr(),
+        native.address(total),
+    )
+    return out
+
+
+SPEC = Spec(
+    name="layer_norm",
+    axes={"x": "(..., channels)", "weight": "(channels,)", "bias": "(channels,)", "result": "(..., channels)"},
+    reference=norm_reference,
+    make=make,
+    awkward=(
+        {"rows": (3,), "channels": 3},
+        {"rows": (2, 5), "channels": 7},
+        {"rows": (5,), "channels": 16},
+        {"rows": (2, 3, 4), "channels": 33, "affine": False},
+        {"rows": (257,), "channels": 1023},
+        {"rows": (4, 9), "channels": 64, "strided": True},
+        {"rows": (2, 3, 4, 2), "channels": 24, "strided": True},
+        {"rows": (0,), "channels": 16},
+        {"rows": (), "channels": 40},
+    ),
+    models={
+        "base": {"rows": (1, 16, 197), "channels": 768},
+        "large": {"rows": (1, 16, 257), "channels": 1024},
+    },
+    flops=lambda x, **_: 8 * x.numel(),
+    differentiable=("x", "weight", "bias"),
+)
+
+
+def check(x: Tensor, update: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must have channels in its last axis, got shape {tuple(x.shape)}")
+    if update is not None and update.shape != x.shape:
+        raise ValueError(f"update must have the shape of x, {tuple(x.shape)}, got {tuple(update.shape)}")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.shape != x.shape[-1:]:
+            raise ValueError(
+                f"{name} must have shape ({x.shape[-1]},) like the last axis of x, got {tuple(parameter.shape)}"
+            )
+
+
+OP = Op(
+    SPEC,
+    "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+    [
+        Backend(
+            "cpu",
+            lambda x, weight, bias, eps: norm_native(x, None, weight, bias, eps),
+            lambda x, weight, bias, eps: native.reasons(x, weight=weight, bias=bias),
+            devices=("cpu",),
+        ),
+        Backend("torch", norm_torch, differentiable=True),
+    ],
+    fake=lambda x, weight, bias, eps: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+
+
+@OP.public
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
+    """`(x - mean) / √(variance + eps) · weight + bias` over the last axis, with statistics in float32.
+
+    Args:
+        x: `(..., channels)`, any strides. weight, bias: `(channels,)`, or None.
+
+    Returns a new contiguous tensor of x's shape and dtype.
+
+    Raises:
+        ValueError: shapes that do not go together.
+    """
+    check(x, None, weight, bias)
+    return x, weight, bias, eps  # type: ignore[return-value]

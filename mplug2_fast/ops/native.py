@@ -1,0 +1,97 @@
+"""What the native CPU kernels ask of tensors, and how those are handed to them."""
+
+from __future__ import annotations
+
+import functools
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mplug2_fast._native import native, native_error
+
+DTYPES = (torch.float32, torch.bfloat16)
+ISA_VARIABLE = "MPLUG2_FAST_ISA"
+
+
+_WORK_OF_A_THREAD = 1 << 15
+"""Elements, or as many multiply-adds by the dozen, below which waking another thread costs more than it saves."""
+
+
+def threads(work: int) -> int:
+    """How many threads to give a kernel that touches this many elements: PyTorch's number, or fewer."""
+    return max(1, min(torch.get_num_threads(), work // _WORK_OF_A_THREAD))
+
+
+def available() -> bool:
+    return native() is not None
+
+
+def module() -> ModuleType:
+    """The native module, which is known to be there."""
+    found = native()
+    assert found is not None
+    return found
+
+
+@functools.cache
+def isa() -> Any:
+    """The instruction set that kernels use: the best that the processor has, or the one that MPLUG2_FAST_ISA names.
+
+    Raises:
+        ValueError: there is no instruction set of that name, or the processor lacks it.
+    """
+    _C = module()
+    if name := os.environ.get(ISA_VARIABLE):
+        return _C.isa_named(name)
+    return [isa for isa in _C.Isa.__members__.values() if _C.is_supported(isa)][-1]
+
+
+def reasons(x: Tensor, **others: Tensor | None) -> list[str]:
+    """Why native kernels cannot serve: no module, another type than float32 or bfloat16, several types, or channels
+    that do not lie side by side. `x` and the others are arguments of the operator; None counts for nothing."""
+    found = []
+    if error := native_error():
+        found.append(str(error))
+    if x.dtype not in DTYPES:
+        found.append(f"native kernels are for float32 and bfloat16, not {x.dtype}")
+    for name, other in others.items():
+        if other is not None:
+            if other.dtype != x.dtype:
+                found.append(f"{name} is {other.dtype}, the first argument {x.dtype}")
+            if not dense(other):
+                found.append(f"the last axis of {name} has stride {other.stride(-1)}, not 1")
+    if not dense(x):
+        found.append(f"the last axis of the first argument has stride {x.stride(-1)}, not 1")
+    return found
+
+
+def dense(x: Tensor) -> bool:
+    """Whether the elements of the last axis lie side by side."""
+    return x.stride(-1) == 1 or x.shape[-1] <= 1
+
+
+def activation(name: str) -> Any:
+    """The activation of that name as the kernels take it."""
+    return getattr(module().Activation, name)
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def rows(x: Tensor) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
+    """x as `(outer, inner, channels)` without a copy where two strides tell where its rows are: x or a copy that must
+    be kept alive, (outer, inner), and their strides."""
+    if x.is_contiguous():
+        count = x.numel() // x.shape[-1]
+        return x, (1, count), (0, x.shape[-1])
+    if x.dim() == 2:
+        return x, (1, x.shape[0]), (0, x.stride(0))
+    if x.dim() == 3:
+        return x, (x.shape[0], x.shape[1]), (x.stride(0), x.stride(1))
+    if x.dim() == 4 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)):
+        return x, (x.shape[0] * x.shape[1], x.shape[2]), (x.stride(1), x.stride(2))
+    return rows(x.contiguous())

@@ -1,0 +1,164 @@
+"""What every operator has to pass, read from its specification.
+
+A test module derives a class from `OpSuite`, or from `DifferentiableOpSuite`, and names its operator:
+
+    class TestSpecification(DifferentiableOpSuite):
+        operator = ops.layer_norm
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from mplug2_fast import ops
+from mplug2_fast.ops import native
+from mplug2_fast.ops.dispatch import Op
+from mplug2_fast.ops.spec import Sizes
+from tests.tolerance import assert_close_enough
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The native kernels of every instruction set that this processor has.
+ISAS = (
+    [isa for isa in native.module().Isa.__members__.values() if native.module().is_supported(isa)]
+    if native.available()
+    else []
+)
+
+
+def label(value: Any) -> str:
+    """A short name of sizes, dtypes and backends for the names of tests."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}={size}" for name, size in value.items()).replace(" ", "")
+    return str(value).removeprefix("torch.")
+
+
+class OpSuite:
+    operator: ClassVar[Callable[..., Any]]
+
+    @property
+    def op(self) -> Op:
+        return type(self).operator.op  # type: ignore[attr-defined]
+
+    def test_names_and_arguments_agree(self):
+        made = self.op.spec.inputs(self.op.spec.awkward[0])
+        assert list(made) == self.op._names
+        assert set(self.op.spec.differentiable) <= made.keys()
+        assert set(self.op.spec.axes) - {"result"} <= made.keys()
+
+    def test_forward(self, sizes: Sizes, dtype: torch.dtype, backend: str, isa: Any, request, monkeypatch):
+        self._prepare(backend, isa, request, monkeypatch)
+        given = self.op.spec.inputs(sizes, dtype)
+        expected = self.op.spec.reference(**given)
+        exact = self.op.spec.reference(**given, upcast=True)
+        with torch.no_grad(), ops.use_backend(backend):
+            actual = self.op(*given.values())
+        for ours, eager, true in zip(*map(as_tuple, (actual, expected, exact)), strict=True):
+            assert ours.is_contiguous()
+            assert ours.dtype == eager.dtype
+            if self.op.spec.exact:
+                assert torch.equal(ours, eager)
+            else:
+                assert_close_enough(ours, eager, true, self.op.spec.noise_floor[dtype], "forward")
+
+    def test_stays_in_a_compiled_graph(self):
+        given = self.op.spec.inputs(self.op.spec.awkward[1])
+        graphs = []
+        torch._dynamo.reset()  # every operator goes through the same line, and there is a limit to recompiling it
+
+        def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+            graphs.append(graph)
+            return graph.forward
+
+        compiled = torch.compile(lambda *a: self.op(*a), fullgraph=True, backend=backend)
+        with torch.no_grad():
+            actual, expected = compiled(*given.values()), self.op(*given.values())
+        called = [node.target for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+        assert getattr(torch.ops.mplug2_fast, self.op.name).default in called
+        for one, other in zip(as_tuple(actual), as_tuple(expected), strict=True):
+            torch.testing.assert_close(one, other, equal_nan=True)
+
+    def test_opcheck(self, opcheck_dtype: torch.dtype):
+        """Schema, fake implementation, autograd registration, and ahead-of-time compilation with gradients."""
+        for sizes in self.op.spec.awkward[:2]:
+            given = self.op.spec.inputs(sizes, opcheck_dtype)
+            for name in self.op.spec.differentiable:
+                if isinstance(given[name], Tensor):
+                    given[name].requires_grad_()
+            torch.library.opcheck(getattr(torch.ops.mplug2_fast, self.op.name).default, tuple(given.values()))
+
+    def test_never_falls_back(self, native_module):
+        for sizes in self.op.spec.awkward:
+            for dtype in native.DTYPES:
+                with ops.strict(), torch.no_grad():
+                    self.op(*self.op.spec.inputs(sizes, dtype).values())
+
+    def _prepare(self, backend: str, isa: Any, request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        if backend == "cpu":
+            request.getfixturevalue("native_module")
+        if isa is not None:
+            monkeypatch.setattr(native, "isa", lambda: isa)
+
+
+class DifferentiableOpSuite(OpSuite):
+    def test_gradients(self, sizes: Sizes, dtype: torch.dtype, gradient_backend: str, request, monkeypatch):
+        """Against float64: of the torch formula, and of the native kernel, where the formula is computed again."""
+        self._prepare(gradient_backend, None, request, monkeypatch)
+        given = self.op.spec.inputs(sizes, dtype)
+        exact = {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in given.items()}
+
+        def forced(*arguments: Any) -> Any:
+            with ops.use_backend(gradient_backend):
+                return self.op(*arguments)
+
+        true = self._gradients(lambda *a: self.op.spec.reference(*a), exact)
+        eager = self._gradients(lambda *a: self.op.spec.reference(*a), given)
+        ours = self._gradients(forced, given)
+        for name, gradient in true.items():
+            floor = self.op.spec.noise_floor[dtype]
+            assert_close_enough(ours[name], eager[name], gradient, floor, f"gradient of {name}")
+
+    def _gradients(self, function: Callable[..., Any], given: dict[str, Any]) -> dict[str, Tensor]:
+        """Of a fixed random projection of the floating-point results."""
+        leaves = dict(given)
+        for name in self.op.spec.differentiable:
+            if isinstance(given[name], Tensor):
+                leaves[name] = given[name].detach().clone().requires_grad_()
+        results = [out for out in as_tuple(function(*leaves.values())) if out.requires_grad]
+        generator = torch.Generator().manual_seed(5)
+        directions = [
+            torch.randn(out.shape, generator=generator).to(given_dtype(given)).to(out.dtype) for out in results
+        ]
+        torch.autograd.backward(results, directions)
+        return {name: leaves[name].grad for name in self.op.spec.differentiable if isinstance(leaves[name], Tensor)}
+
+
+def as_tuple(results: Any) -> tuple[Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def given_dtype(given: dict[str, Any]) -> torch.dtype:
+    return next(v.dtype for v in given.values() if isinstance(v, Tensor) and v.is_floating_point())
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Hooked up in conftest.py: parameters from the operator's specification."""
+    operator = getattr(metafunc.cls, "operator", None)
+    if operator is None:
+        return
+    names, cpu = metafunc.fixturenames, "cpu" in operator.op.backends
+    if "sizes" in names:
+        metafunc.parametrize("sizes", operator.op.spec.awkward, ids=label)
+    if "backend" in names:
+        native_ways = [(dtype, "cpu", isa) for dtype in native.DTYPES for isa in ISAS or [None]]
+        ways = [*(native_ways if cpu else []), *((dtype, "torch", None) for dtype in DTYPES)]
+        metafunc.parametrize(("dtype", "backend", "isa"), ways, ids=label)
+    if "gradient_backend" in names:
+        ways = [*((dtype, "cpu") for dtype in native.DTYPES if cpu), *((dtype, "torch") for dtype in DTYPES)]
+        metafunc.parametrize(("dtype", "gradient_backend"), ways, ids=label)
+    if "opcheck_dtype" in names:
+        metafunc.parametrize("opcheck_dtype", native.DTYPES, ids=label)

@@ -1,0 +1,28 @@
+import pytest
+import torch
+
+from mplug2_fast import ops
+from tests.ops.suite import DifferentiableOpSuite
+
+
+class TestSpecification(DifferentiableOpSuite):
+    operator = ops.add_layer_norm
+
+
+def test_both_orders():
+    x, update, weight = torch.randn(2, 5, 12), torch.randn(2, 5, 12), torch.randn(12)
+    normed, total = ops.add_layer_norm(x, update, weight, scale=0.5, return_sum=True)
+    torch.testing.assert_close(total, x + 0.5 * update)
+    torch.testing.assert_close(normed, ops.layer_norm(total, weight))
+    assert torch.equal(ops.add_layer_norm(x, update, weight, scale=0.5), normed)
+
+
+def test_rows_of_different_strides():
+    wide = torch.randn(2, 3, 5, 24)
+    x, update = wide[:, :, 1:, :12], torch.randn(2, 4, 3, 12).transpose(1, 2)
+    torch.testing.assert_close(ops.add_layer_norm(x, update), ops.layer_norm(x + update))
+
+
+def test_shapes_must_agree():
+    with pytest.raises(ValueError, match="update must have the shape of x"):
+        ops.add_layer_norm(torch.randn(2, 5, 12), torch.randn(5, 12))

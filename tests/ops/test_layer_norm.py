@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from mplug2_fast import ops
+from tests.ops.suite import DifferentiableOpSuite
+
+
+class TestSpecification(DifferentiableOpSuite):
+    operator = ops.layer_norm
+
+
+def test_parameters_of_another_type():
+    """As under autocast: bfloat16 activations, float32 parameters."""
+    x, weight, bias = torch.randn(3, 16).bfloat16(), torch.randn(16), torch.randn(16)
+    out = ops.layer_norm(x, weight, bias)
+    assert out.dtype == torch.bfloat16
+    expected = torch.nn.functional.layer_norm(x.float(), (16,), weight, bias)
+    torch.testing.assert_close(out.float(), expected, atol=1e-2, rtol=1e-2)
+
+
+def test_large_offsets_cost_no_accuracy(native_module):
+    x = torch.randn(4, 256) + 1000
+    exact = torch.nn.functional.layer_norm(x.double(), (256,))
+    torch.testing.assert_close(ops.layer_norm(x).double(), exact, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "message"),
+    [((), (1,), "channels in its last axis"), ((3, 0), (0,), "channels in its last axis"), ((3, 4), (5,), "weight")],
+)
+def test_shapes_that_do_not_go_together(x, weight, message):
+    with pytest.raises(ValueError, match=message):
+        ops.layer_norm(torch.randn(x), torch.randn(weight))
