@@ -256,16 +256,20 @@ void add_part(const Plan<kPair>& p, const Workspace<kPair>& w, const Source<Elem
 }
 
 template <typename Element>
-void write_row(const AttentionArguments& a, std::int64_t pair, std::int64_t row, const float* sums, float total) {
+Element* out_row(const AttentionArguments& a, std::int64_t pair, std::int64_t row) {
     const std::int64_t batch = pair / a.heads, head = pair % a.heads;
-    Element* to = static_cast<Element*>(a.out) + ((batch * a.q_len + row) * a.heads + head) * a.head_dim;
+    return static_cast<Element*>(a.out) + ((batch * a.q_len + row) * a.heads + head) * a.head_dim;
+}
+
+template <typename Element>
+MPLUG2_INLINE void write_row(Element* to, std::int64_t head_dim, const float* sums, float total) {
     const F32 factor = broadcast(total == 0 ? 0.0f : 1.0f / total);
     std::int64_t c = 0;
-    for (; c + kLanes <= a.head_dim; c += kLanes) {
+    for (; c + kLanes <= head_dim; c += kLanes) {
         store(to + c, load(sums + c) * factor);
     }
-    if (c < a.head_dim) {
-        store_first(to + c, load(sums + c) * factor, static_cast<int>(a.head_dim - c));
+    if (c < head_dim) {
+        store_first(to + c, load(sums + c) * factor, static_cast<int>(head_dim - c));
     }
 }
 
@@ -297,7 +301,7 @@ void merge(const Plan<kPair>& p, const Partial& partial) {
                 sums[n] = largest;
                 sums[n + 1] = sums[n + 1] * mine + other[n + 1] * its;
             }
-            write_row<Element>(p.a, pair, row, sums, sums[n + 1]);
+            write_row(out_row<Element>(p.a, pair, row), p.a.head_dim, sums, sums[n + 1]);
         }
     });
 }
@@ -329,6 +333,7 @@ void run(const AttentionArguments& a) {
             }
             const std::int64_t first = p.groups.begin(group), rows = p.groups.length(group);
             add_part<kPair>(p, w, s, first, rows);
+            Element* const out = out_row<Element>(a, pair, first);
             for (std::int64_t i = 0; i < rows; ++i) {
                 const float* sums = w.sums + i * p.value_stride;
                 if (split) {
@@ -337,7 +342,7 @@ void run(const AttentionArguments& a) {
                     to[p.value_stride] = w.largest[i];
                     to[p.value_stride + 1] = w.totals[i];
                 } else {
-                    write_row<Element>(a, pair, first + i, sums, w.totals[i]);
+                    write_row(out + i * a.heads * a.head_dim, a.head_dim, sums, w.totals[i]);
                 }
             }
         }
