@@ -17,7 +17,7 @@ constexpr std::int64_t kSmallGroupRows = 96;  // for few heads
 constexpr std::int64_t kFewHeads = 16;
 constexpr std::int64_t kPartKeys = 1024;
 constexpr std::int64_t kFewRows = 48;  // a group as small as this leaves room for smaller blocks of keys
-constexpr std::int64_t kFewRowsBlockKeys = 128;
+constexpr std::int64_t kFewRowsBlockKeys = 64;
 constexpr float kLog2E = 1.44269504088896341f;
 
 // `count` cut into `parts` equal pieces that are multiples of `unit`; the last may be smaller.
@@ -216,8 +216,11 @@ Source<Element> source(const Plan<kPair>& p, const Workspace<kPair>& w, std::int
 template <bool kPair, typename Element>
 void add_part(const Plan<kPair>& p, const Workspace<kPair>& w, const Source<Element>& s, std::int64_t begin,
               std::int64_t rows) {
+    constexpr std::int64_t kSize = sizeof(Element);
     const std::int64_t head_dim = p.a.head_dim;
-    pack_queries<kPair>(s.q, begin, rows, head_dim, p.query_stride, p.a.scale < 0, w.queries);
+    const bool last_rows = begin + rows == p.a.q_len;
+    const std::int64_t q_ahead = (last_rows ? p.a.q_strides[2] - begin * s.q.stride : rows * s.q.stride) * kSize;
+    pack_queries<kPair>(s.q, begin, rows, head_dim, p.query_stride, p.a.scale < 0, q_ahead, w.queries);
     std::int64_t seen = 0;
     for (std::int64_t i = 0; i < rows; ++i) {
         if (!p.a.causal) {
@@ -241,24 +244,32 @@ void add_part(const Plan<kPair>& p, const Workspace<kPair>& w, const Source<Elem
             add_block(p, w, rows, first, count, w.keys + first * p.words,
                       w.values + first / (kPair ? 2 : 1) * p.value_stride);
         } else {
-            pack_keys<kPair>(s.k, first, count, head_dim, w.keys);
-            pack_values<kPair>(s.v, first, count, head_dim, p.value_stride, w.values);
+            // what is packed next: the following block, or the next head's first
+            const bool last = b + 1 == blocks.parts;
+            const std::int64_t k_ahead = (last ? p.a.k_strides[2] - first * s.k.stride : count * s.k.stride) * kSize;
+            const std::int64_t v_ahead = (last ? p.a.v_strides[2] - first * s.v.stride : count * s.v.stride) * kSize;
+            pack_keys<kPair>(s.k, first, count, head_dim, k_ahead, w.keys);
+            pack_values<kPair>(s.v, first, count, head_dim, p.value_stride, v_ahead, w.values);
             add_block(p, w, rows, first, count, w.keys, w.values);
         }
     }
 }
 
 template <typename Element>
-void write_row(const AttentionArguments& a, std::int64_t pair, std::int64_t row, const float* sums, float total) {
+Element* out_row(const AttentionArguments& a, std::int64_t pair, std::int64_t row) {
     const std::int64_t batch = pair / a.heads, head = pair % a.heads;
-    Element* to = static_cast<Element*>(a.out) + ((batch * a.q_len + row) * a.heads + head) * a.head_dim;
+    return static_cast<Element*>(a.out) + ((batch * a.q_len + row) * a.heads + head) * a.head_dim;
+}
+
+template <typename Element>
+MPLUG2_INLINE void write_row(Element* to, std::int64_t head_dim, const float* sums, float total) {
     const F32 factor = broadcast(total == 0 ? 0.0f : 1.0f / total);
     std::int64_t c = 0;
-    for (; c + kLanes <= a.head_dim; c += kLanes) {
+    for (; c + kLanes <= head_dim; c += kLanes) {
         store(to + c, load(sums + c) * factor);
     }
-    if (c < a.head_dim) {
-        store_first(to + c, load(sums + c) * factor, static_cast<int>(a.head_dim - c));
+    if (c < head_dim) {
+        store_first(to + c, load(sums + c) * factor, static_cast<int>(head_dim - c));
     }
 }
 
@@ -290,7 +301,7 @@ void merge(const Plan<kPair>& p, const Partial& partial) {
                 sums[n] = largest;
                 sums[n + 1] = sums[n + 1] * mine + other[n + 1] * its;
             }
-            write_row<Element>(p.a, pair, row, sums, sums[n + 1]);
+            write_row(out_row<Element>(p.a, pair, row), p.a.head_dim, sums, sums[n + 1]);
         }
     });
 }
@@ -301,6 +312,7 @@ void run(const AttentionArguments& a) {
     if (p.pairs <= 0 || a.q_len <= 0) {
         return;
     }
+    constexpr std::int64_t kSize = sizeof(Element);
     const bool split = p.parts.parts > 1;
     Partial partial{nullptr, p.parts.parts, a.q_len, p.value_stride + kLanes};
     Scratch results(Scratch::bytes<float>(split ? p.pairs * partial.parts * partial.rows * partial.stride : 1));
@@ -315,12 +327,13 @@ void run(const AttentionArguments& a) {
             if (split || group == 0 || item == begin) {
                 s = source<Element>(p, w, pair, part);
                 if (p.pack_ahead) {
-                    pack_keys<kPair>(s.k, 0, s.count, a.head_dim, w.keys);
-                    pack_values<kPair>(s.v, 0, s.count, a.head_dim, p.value_stride, w.values);
+                    pack_keys<kPair>(s.k, 0, s.count, a.head_dim, a.k_strides[2] * kSize, w.keys);
+                    pack_values<kPair>(s.v, 0, s.count, a.head_dim, p.value_stride, a.v_strides[2] * kSize, w.values);
                 }
             }
             const std::int64_t first = p.groups.begin(group), rows = p.groups.length(group);
             add_part<kPair>(p, w, s, first, rows);
+            Element* const out = out_row<Element>(a, pair, first);
             for (std::int64_t i = 0; i < rows; ++i) {
                 const float* sums = w.sums + i * p.value_stride;
                 if (split) {
@@ -329,7 +342,7 @@ void run(const AttentionArguments& a) {
                     to[p.value_stride] = w.largest[i];
                     to[p.value_stride + 1] = w.totals[i];
                 } else {
-                    write_row<Element>(a, pair, first + i, sums, w.totals[i]);
+                    write_row(out + i * a.heads * a.head_dim, a.head_dim, sums, w.totals[i]);
                 }
             }
         }

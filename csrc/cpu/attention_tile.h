@@ -88,6 +88,7 @@ struct ScoreProduct {
 
     template <int kRows, int kVectors>
     __attribute__((noinline)) void run() const {
+        const auto [queries, query_stride, keys, words, scores, maxima, limits] = *this;  // no reloads after stores
         F32 acc[kRows][kVectors] = {};
         multiply<kPair>(acc, queries, query_stride, keys, kLanes, words * kLanes, words);
         if (limits) {
@@ -122,6 +123,7 @@ struct ValueProduct {
 
     template <int kRows, int kVectors>
     __attribute__((noinline)) void run() const {
+        const auto [weights, values, value_stride, steps, sums, corrections] = *this;
         F32 acc[kRows][kVectors];
 #pragma GCC unroll 6
         for (int r = 0; r < kRows; ++r) {
