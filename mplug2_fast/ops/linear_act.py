@@ -16,7 +16,7 @@ from mplug2_fast.ops.spec import upcast as in_float64
 Activation = Literal["none", "gelu", "quick_gelu"]
 
 QUICK_GELU_SCALE = 1.702
-FEW_ROWS = 16
+FEW_ROWS = 64
 """Up to so many rows the work is reading the weight, which our own kernel does once, unpacked."""
 
 
@@ -131,11 +131,11 @@ SPEC = Spec(
         {"rows": (1,), "inputs": 8, "outputs": 19},
         {"rows": (5,), "inputs": 33, "outputs": 70, "activation": "gelu", "residual": True},
         {"rows": (2, 3), "inputs": 1023, "outputs": 5, "activation": "quick_gelu", "bias": False},
-        {"rows": (16,), "inputs": 64, "outputs": 48, "residual": True},
-        {"rows": (17,), "inputs": 64, "outputs": 48, "activation": "quick_gelu", "residual": True},
-        {"rows": (2, 3, 7), "inputs": 64, "outputs": 19, "activation": "gelu", "residual": True},
+        {"rows": (64,), "inputs": 64, "outputs": 48, "residual": True},
+        {"rows": (65,), "inputs": 64, "outputs": 48, "activation": "quick_gelu", "residual": True},
+        {"rows": (2, 5, 7), "inputs": 64, "outputs": 19, "activation": "gelu", "residual": True},
         {"rows": (257,), "inputs": 1, "outputs": 19, "residual": True},
-        {"rows": (3, 9), "inputs": 20, "outputs": 31, "strided": True},
+        {"rows": (8, 9), "inputs": 20, "outputs": 31, "strided": True},
         {"rows": (3, 2), "inputs": 20, "outputs": 31, "strided": True, "activation": "gelu"},
         {"rows": (0,), "inputs": 16, "outputs": 19},
         {"rows": (), "inputs": 16, "outputs": 19, "activation": "gelu"},

@@ -146,13 +146,13 @@ SPEC = Spec(
     awkward=(
         *(
             {"rows": rows, "channels": 12, "hidden": 40, "activation": activation, "normed": normed, "residual": add}
-            for rows in ((3, 7), (2, 11))
+            for rows in ((3, 7), (2, 35))
             for activation in ("quick_gelu", "gelu", "none")
             for normed, add in ((True, True), (False, True), (False, False), (True, False))
         ),
         {"rows": (1,), "channels": 33, "hidden": 7},
-        {"rows": (40,), "channels": 33, "hidden": 7, "strided": True},
-        {"rows": (3, 9), "channels": 16, "hidden": 20, "strided": True, "activation": "gelu"},
+        {"rows": (80,), "channels": 33, "hidden": 7, "strided": True},
+        {"rows": (9, 9), "channels": 16, "hidden": 20, "strided": True, "activation": "gelu"},
         {"rows": (0,), "channels": 12, "hidden": 40},
     ),
     models={

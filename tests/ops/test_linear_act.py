@@ -15,7 +15,7 @@ class TestSpecification(DifferentiableOpSuite):
     operator = ops.linear_act
 
 
-@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("rows", [3, 80])
 def test_strided_weight(rows):
     x, weight = torch.randn(rows, 10, 8)[:, 1:9:2, :], torch.randn(16, 5)[::2].t()
     torch.testing.assert_close(ops.linear_act(x, weight), x @ weight.t())
@@ -26,7 +26,7 @@ def test_quick_gelu():
 
 
 def test_autocast():
-    x, weight, bias = torch.randn(40, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True), torch.randn(8)
+    x, weight, bias = torch.randn(80, 16, requires_grad=True), torch.randn(8, 16, requires_grad=True), torch.randn(8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = ops.linear_act(x, weight, bias, "gelu")
     assert out.dtype == torch.bfloat16
@@ -41,12 +41,12 @@ class TestPacking:
         return torch.nn.Linear(32, 48).requires_grad_(False)
 
     def check(self, layer, is_packed):
-        x = torch.randn(40, 32)
+        x = torch.randn(80, 32)
         torch.testing.assert_close(ops.linear_act(x, layer.weight, layer.bias), F.linear(x, layer.weight, layer.bias))
         assert (onednn.packed(layer.weight) is not None) == is_packed
 
     def test_the_packed_weight_serves(self, layer, monkeypatch):
-        ops.pack_weight(layer.weight, 40)
+        ops.pack_weight(layer.weight, 80)
         self.check(layer, True)
         seen = []
         linear = torch.ops.mkldnn._linear_pointwise
@@ -57,17 +57,17 @@ class TestPacking:
         self.check(layer, False)
 
     def test_a_changed_weight_is_used_as_it_is(self, layer):
-        ops.pack_weight(layer.weight, 40)
+        ops.pack_weight(layer.weight, 80)
         layer.weight.mul_(2)
         self.check(layer, False)
 
     def test_a_moved_weight_is_used_as_it_is(self, layer):
-        ops.pack_weight(layer.weight, 40)
+        ops.pack_weight(layer.weight, 80)
         layer.double().float()
         self.check(layer, False)
 
     def test_copies_and_files_are_unpacked(self, layer):
-        ops.pack_weight(layer.weight, 40)
+        ops.pack_weight(layer.weight, 80)
         self.check(copy.deepcopy(layer), False)
         file = io.BytesIO()
         torch.save(layer, file)

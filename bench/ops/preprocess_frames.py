@@ -1,0 +1,3 @@
+"""Frames to pixels against PyTorch's indexing and arithmetic."""
+
+BASELINES = ()
