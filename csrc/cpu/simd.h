@@ -201,11 +201,19 @@ MPLUG2_INLINE F32 nearest(F32 value) {
     return shifted - shift;
 }
 
-// e^value within 1 unit in the last place or two; values under -87 give zero, over 88 infinity, NaN stays.
+// e^value within 1 unit in the last place or two; values under -104 give zero, over 89 infinity, NaN stays; what lies
+// between -104 and -87 may give zero.
 MPLUG2_INLINE F32 exponential(F32 value) {
+#ifdef __AVX512F__
+    // Scaling takes care of overflow and underflow; the bounds are for the infinite. NaN, compared, leaves the second.
+    value = minimum(broadcast(89.0f), maximum(broadcast(-104.0f), value));
+    const F32 n = (F32)_mm512_roundscale_ps((__m512)(value * 1.44269504088896341f), 0);
+    const F32 r = (value - n * 0.693359375f) + n * 2.12194440e-4f;
+#else
     const F32 clamped = minimum(maximum(value, broadcast(-87.0f)), broadcast(88.0f));
     const F32 n = nearest(clamped * 1.44269504088896341f);
     const F32 r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+#endif
     F32 p = broadcast(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -213,10 +221,14 @@ MPLUG2_INLINE F32 exponential(F32 value) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
+#ifdef __AVX512F__
+    return (F32)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     F32 result = p * exp2_of_integer(n);
     result = select(value < -87.0f, F32{}, result);
     result = select(value > 88.0f, broadcast(__builtin_inff()), result);
     return select(value == value, result, value);
+#endif
 }
 
 MPLUG2_INLINE F32 sigmoid(F32 value) {
