@@ -3,6 +3,7 @@
     python bench/run.py                       # the base model: minutes on a CPU
     python bench/run.py --quick               # the tiny model: about a minute, most of it compiling the peer
     python bench/run.py --preset large --dtype float32,bfloat16 --json results.json
+    python bench/run.py --scaling             # instead: charts of the fast model's time and memory against its sizes
 
 Every implementation runs in a process of its own, on the same seeded weights; runs take turns and medians count.
 """
@@ -16,8 +17,9 @@ from pathlib import Path
 
 import torch
 
-from bench import flops, measure, table
+from bench import flops, measure, plots, scaling, table
 from bench.plan import Plan
+from bench.render import RESULTS
 from bench.workers import WorkerError
 from mplug2_fast import MPlug2Config
 from mplug2_fast.devices import DTYPES, pick_device
@@ -25,7 +27,7 @@ from mplug2_fast.errors import MPlug2Error
 
 
 def parse(arguments: list[str] | None = None) -> tuple[Plan, Path | None]:
-    """The plan, and the file for JSON. Exits with status 2 on options that cannot be."""
+    """The plan and the file for JSON, or a `Sweep` and its folder. Exits with status 2 on options that cannot be."""
     parser = argparse.ArgumentParser(
         prog="bench/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -38,7 +40,11 @@ def parse(arguments: list[str] | None = None) -> tuple[Plan, Path | None]:
     add("--beams", type=int, default=5, help="beams of the search (default: 5)")
     add("--steps", type=int, default=15, help="decoding steps, exactly as many are run (default: 15)")
     add("--batch", type=int, default=1, help="copies of the video (default: 1)")
-    add("--repeats", type=int, help="timed runs of each, of which the median counts (default: 5; with --quick 9)")
+    add(
+        "--repeats",
+        type=int,
+        help="timed runs of each, of which the median counts (default: 5; with --quick 9; with --scaling 3)",
+    )
     add(
         "--threads",
         type=int,
@@ -55,6 +61,13 @@ def parse(arguments: list[str] | None = None) -> tuple[Plan, Path | None]:
     add("--quick", action="store_true", help="the tiny model, few repeats")
     add("--video", type=Path, help="input file, or .npy of uint8 frames (default: a bundled clip)")
     add("--json", type=Path, metavar="FILE", help="write the results here")
+    add(
+        "--scaling",
+        action="store_true",
+        help="captioning with the fast model against frames, batch, resolution and beams, one varied at a time from "
+        "the sizes given: scaling-PRESET-DTYPE.png, .csv and .json; with --quick at fewer points",
+    )
+    add("--output", type=Path, metavar="FOLDER", default=RESULTS, help="of --scaling (default: bench/results)")
     options = parser.parse_args(arguments)
 
     def listed(values: list[str] | None, known: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
@@ -66,7 +79,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Plan, Path | None]:
 
     preset = options.preset or ("tiny" if options.quick else "base")
     config = MPlug2Config.preset(preset)
-    repeats = options.repeats or (9 if options.quick else 5)
+    repeats = options.repeats or (3 if options.scaling else 9 if options.quick else 5)
     threads = (1 if preset == "tiny" else torch.get_num_threads()) if options.threads is None else options.threads
     reference_steps = options.reference_steps or options.steps
     frames = config.vision.num_frames if options.frames is None else options.frames
@@ -88,8 +101,12 @@ def parse(arguments: list[str] | None = None) -> tuple[Plan, Path | None]:
     peer = options.peer or ("compiled" if options.quick or device != "cpu" else "frozen")
     if peer == "frozen" and device != "cpu":
         parser.error("--peer frozen is for the CPU")
+    if options.scaling and (options.json or options.level):
+        parser.error("--scaling times captioning and writes to --output: leave --json and --level out")
+    if options.scaling and not plots.available():
+        parser.error("--scaling draws with matplotlib, which is not installed: pip install matplotlib")
     wanted = listed(options.level, flops.LEVELS, flops.LEVELS)
-    plan = Plan(
+    plan = (scaling.Sweep if options.scaling else Plan)(
         preset=preset,
         dtypes=listed(options.dtype, tuple(DTYPES), ("float32",)),
         device=device,
@@ -105,13 +122,16 @@ def parse(arguments: list[str] | None = None) -> tuple[Plan, Path | None]:
         quick=options.quick,
         video=options.video,
     )
-    return plan, options.json
+    return plan, options.output if options.scaling else options.json
 
 
 def main(arguments: list[str] | None = None) -> int:
     try:
         plan, target = parse(arguments)
         with table.TerminalProgress() as progress:
+            if isinstance(plan, scaling.Sweep):
+                print(*scaling.run(plan, target, progress), sep="\n")
+                return 0
             results, notes = measure.run(plan, progress)
     except (MPlug2Error, WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
