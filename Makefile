@@ -1,4 +1,4 @@
-# make demo | test | lint | bench: each sets up .venv first, with nothing needed but Python 3.10 or later.
+# make demo | test | lint | bench | sanitize: each sets up .venv first, with nothing needed but Python 3.10 or later.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -9,7 +9,7 @@ CLIPS := $(wildcard examples/moving_shapes/clips/*.mp4)
 MOVING := examples/moving_shapes/clips/red_square_moves_left.mp4
 FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench sanitize clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -27,6 +27,19 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python bench/run.py
+
+# The operators' tests with a native module that checks every address and every undefined operation. It replaces the
+# one of a copy of the package.
+SANITIZED := build/sanitize
+sanitize: $(INSTALLED)
+	rm -rf $(SANITIZED)/package && mkdir -p $(SANITIZED)/package
+	cp -r mplug2_fast $(SANITIZED)/package && rm -f $(SANITIZED)/package/mplug2_fast/_C*.so
+	$(BIN)/cmake -S . -B $(SANITIZED)/cmake -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DMPLUG2_SANITIZE=address,undefined
+	$(BIN)/cmake --build $(SANITIZED)/cmake --parallel
+	$(BIN)/cmake --install $(SANITIZED)/cmake --prefix $(SANITIZED)/package
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 MPLUG2_FAST_NATIVE=required \
+		$(BIN)/python -m pytest --numprocesses auto --override-ini "pythonpath=$(SANITIZED)/package ." tests/ops
 
 clean:
 	rm -rf $(VENV) build

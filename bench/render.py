@@ -1,7 +1,8 @@
-"""Writes measured results into the README, between `<!-- bench:NAME -->` and `<!-- /bench -->`.
+"""Writes measured results into the README, between `<!-- bench:NAME -->` and `<!-- /bench -->`, and what the operators
+say of themselves into docs/operators.md.
 
     python bench/render.py            # rewrite the tables from bench/results/NAME.json
-    python bench/render.py --check    # exit with status 1 if README.md is not what the results say
+    python bench/render.py --check    # exit with status 1 if a file is not what the results and operators say
 
 Figures are never typed.
 """
@@ -22,13 +23,17 @@ if __name__ == "__main__":
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
+OPERATORS = ROOT / "docs/operators.md"
 BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The table, what it was measured on, and the command."""
     from bench import table
+    from bench.ops import table as operators
 
+    if "op" in results["rows"][0]:
+        return operators.markdown(results)
     rows, meaning = table.marked(results["rows"])
     text = ("level", "implementation", "dtype", "backend")
     lines = [
@@ -51,6 +56,35 @@ def render(text: str, folder: Path) -> str:
     return BLOCK.sub(fill, text)
 
 
+def operators_page(_: str = "") -> str:
+    """docs/operators.md: the axes, the backends and the sizes of every operator, from its specification."""
+    from mplug2_fast.ops import OPERATORS
+
+    lines = [
+        "# Operators\n",
+        "Written by `python bench/render.py` from the specifications in `mplug2_fast/ops`: edit those.",
+    ]
+    for name, function in OPERATORS.items():
+        op, summary = function.op, (function.__doc__ or "").splitlines()[0]
+        backends = ", ".join(f"{b.name} ({' and '.join(b.devices) or 'any device'})" for b in op.backends.values())
+        lines += [
+            f"\n## `{name}`\n",
+            f"{summary}\n",
+            "| argument | axes |",
+            "| --- | --- |",
+            *(f"| {argument} | {axes} |" for argument, axes in op.spec.axes.items()),
+            f"\nBackends, in the order in which they are tried: {backends}.",
+            f"Gradients: {', '.join(op.spec.differentiable) or 'none'}. Registered as `torch.ops.mplug2_fast.{name}`.",
+            "Measured at: "
+            + "; ".join(
+                f"{key}: {', '.join(f'{size} {value}' for size, value in sizes.items())}"
+                for key, sizes in op.spec.models.items()
+            )
+            + ".",
+        ]
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bench/render.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -59,13 +93,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    present = options.readme.read_text()
-    wanted = render(present, options.results)
-    if options.check and wanted != present:
-        print(f"{options.readme.name} is not what the results say: run python bench/render.py", file=sys.stderr)
+    stale = []
+    for path, render_text in ((options.readme, lambda old: render(old, options.results)), (OPERATORS, operators_page)):
+        present = path.read_text() if path.exists() else ""
+        wanted = render_text(present)
+        if wanted != present:
+            stale.append(path)
+            if not options.check:
+                path.write_text(wanted)
+    if options.check and stale:
+        names = " and ".join(path.name for path in stale)
+        print(f"{names}: not what the results and operators say: run python bench/render.py", file=sys.stderr)
         return 1
-    if not options.check:
-        options.readme.write_text(wanted)
     return 0
 
 

@@ -165,10 +165,13 @@ def _import_error(name: str) -> str | None:
 
 
 def _native() -> dict[str, Any]:
-    """The C++ extension: `available`, and if it is not `reason`, `remedy` and perhaps `traceback`."""
+    """The C++ extension: `available` and the instruction set that its kernels use, or if it is not `reason`, `remedy`
+    and perhaps `traceback`."""
     error = native_error()
     if error is None:
-        return {"available": True}
+        from mplug2_fast.ops import native
+
+        return {"available": True, "instruction_set": _guarded(lambda: native.isa().name)}
     found = {"available": False, "reason": error.reason, "remedy": error.remedy}
     return found | ({"traceback": error.traceback.strip()} if error.traceback else {})
 

@@ -107,7 +107,7 @@ def test_packages_that_are_not_installed_or_do_not_import(monkeypatch: pytest.Mo
 
 def test_a_missing_native_module_comes_with_reason_and_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info, "native_error", lambda: None)
-    assert info._native() == {"available": True}
+    assert info._native()["available"] is True
     monkeypatch.setattr(info, "native_error", lambda: _native.NativeError("no compiler.", "Install one.", ""))
     assert info._native() == {"available": False, "reason": "no compiler.", "remedy": "Install one."}
     monkeypatch.setattr(info, "native_error", lambda: _native.NativeError("r", "m", "Traceback\n"))
