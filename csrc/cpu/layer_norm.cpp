@@ -45,8 +45,55 @@ struct Buffers {
     float* bias;
 };
 
+struct Moments {
+    float mean, variance;
+};
+
+// Writes the normalised row, read from x itself or from float32 between the passes.
+template <typename Source, typename Element>
+MPLUG2_INLINE void write(const Source* from, Element* out, std::int64_t channels, const Buffers& buffers,
+                         Moments moments, float eps) {
+    const F32 means = broadcast(moments.mean), factor = broadcast(1.0f / __builtin_sqrtf(moments.variance + eps));
+    std::int64_t i = 0;
+    for (; i + kLanes <= channels; i += kLanes) {
+        const F32 value = (load(from + i) - means) * factor;
+        store(out + i, value * load(buffers.weight + i) + load(buffers.bias + i));
+    }
+    if (const int count = static_cast<int>(channels - i)) {
+        const F32 value = (load_first(from + i, count) - means) * factor;
+        store_first(out + i, value * load_first(buffers.weight + i, count) + load_first(buffers.bias + i, count),
+                    count);
+    }
+}
+
+#ifdef __AVX512BF16__
+// The sums of x and x^2 in one pass, 32 channels an instruction. Products of bf16 numbers are exact in float32, and
+// what the difference of the two loses is less than what rounding x to bf16 has lost. `channels` is a multiple of 64.
+MPLUG2_INLINE Moments moments_of(const Bf16* x, std::int64_t channels) {
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3F80);
+    __m512 sums[2] = {}, squares[2] = {};
+    for (std::int64_t i = 0; i < channels; i += 64) {
+        for (int u = 0; u < 2; ++u) {
+            const __m512bh values = (__m512bh)_mm512_loadu_si512(x + i + 32 * u);
+            sums[u] = _mm512_dpbf16_ps(sums[u], values, ones);
+            squares[u] = _mm512_dpbf16_ps(squares[u], values, values);
+        }
+    }
+    const float count = static_cast<float>(channels), mean = sum((F32)(sums[0] + sums[1])) / count;
+    const float variance = sum((F32)(squares[0] + squares[1])) / count - mean * mean;
+    return {mean, variance > 0 ? variance : 0};
+}
+#endif
+
 template <typename Element, bool kUpdate>
 void normalise(const LayerNormArguments& a, const Row<Element>& row, const Buffers& buffers) {
+#ifdef __AVX512BF16__
+    if constexpr (sizeof(Element) == 2 && !kUpdate) {
+        if (a.channels % 64 == 0) {
+            return write(row.x, row.out, a.channels, buffers, moments_of(row.x, a.channels), a.eps);
+        }
+    }
+#endif
     const std::int64_t channels = a.channels;
     float* const buffer = buffers.row;
     const F32 scale = broadcast(a.scale);
@@ -84,17 +131,7 @@ void normalise(const LayerNormArguments& a, const Row<Element>& row, const Buffe
         return load(squares) * load(squares);
     };
     const float variance = total(channels, square, square_first) / static_cast<float>(channels);
-    const F32 factor = broadcast(1.0f / __builtin_sqrtf(variance + a.eps));
-    std::int64_t i = 0;
-    for (; i + kLanes <= channels; i += kLanes) {
-        const F32 value = (load(buffer + i) - means) * factor;
-        store(row.out + i, value * load(buffers.weight + i) + load(buffers.bias + i));
-    }
-    if (const int count = static_cast<int>(channels - i)) {
-        const F32 value = (load_first(buffer + i, count) - means) * factor;
-        store_first(row.out + i, value * load_first(buffers.weight + i, count) + load_first(buffers.bias + i, count),
-                    count);
-    }
+    write(buffer, row.out, channels, buffers, {mean, variance}, a.eps);
 }
 
 template <typename Element>

@@ -93,6 +93,7 @@ SPEC = Spec(
         {"rows": (3,), "channels": 3},
         {"rows": (2, 5), "channels": 7},
         {"rows": (5,), "channels": 16},
+        {"rows": (3, 5), "channels": 192},
         {"rows": (2, 3, 4), "channels": 33, "affine": False},
         {"rows": (257,), "channels": 1023},
         {"rows": (4, 9), "channels": 64, "strided": True},

@@ -78,3 +78,7 @@ def test_the_readme_says_what_was_measured():
 def test_measured_results_name_no_place():
     for path in render.RESULTS.glob("*.json"):
         assert not re.search(r"/(tmp|home|root|work)/", path.read_text()), path.name
+
+
+def test_the_page_of_operators_is_what_they_say():
+    assert render.OPERATORS.read_text() == render.operators_page()

@@ -24,6 +24,13 @@ def test_large_offsets_cost_no_accuracy(native_module):
     torch.testing.assert_close(ops.layer_norm(x).double(), exact, atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("channels", [1, 63, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [0.0, 1.0, 300.0])
+def test_a_row_of_equal_values_is_next_to_zero(channels, dtype, value, native_module):
+    assert ops.layer_norm(torch.full((3, channels), value, dtype=dtype)).abs().max() < 0.05
+
+
 @pytest.mark.parametrize(
     ("x", "weight", "message"),
     [((), (1,), "channels in its last axis"), ((3, 0), (0,), "channels in its last axis"), ((3, 4), (5,), "weight")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -82,6 +83,8 @@ def write_video(
             frame.time_base = Fraction(1, RATE) if times is None else Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    if hasattr(os, "sched_setscheduler"):  # SVT-AV1 leaves the thread, where it may, at the highest priority there is
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return path
 
 
