@@ -58,6 +58,7 @@ def norm_native(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     x, sizes, strides = native.rows(x)
     update_strides = (0, 0)
     if update is not None:

@@ -90,12 +90,11 @@ def has_few_rows_kernel(x: Tensor, weight: Tensor) -> bool:
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
-    """The native kernel, which reads each weight once; x and residual are small and are copied if they have to be."""
+    """The native kernel, which reads each weight once; the others are small and are copied if they have to be."""
     outputs, inputs = weight.shape
     out = x.new_empty(*x.shape[:-1], outputs)
     x = x.contiguous()
-    if residual is not None:
-        residual = residual.contiguous()
+    bias, residual = (None if t is None else t.contiguous() for t in (bias, residual))
     native.module().linear_act(
         native.isa(),
         x.dtype == torch.bfloat16,

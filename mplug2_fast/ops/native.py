@@ -15,9 +15,8 @@ from mplug2_fast._native import native, native_error
 DTYPES = (torch.float32, torch.bfloat16)
 ISA_VARIABLE = "MPLUG2_FAST_ISA"
 
-
 _WORK_OF_A_THREAD = 1 << 15
-"""Elements, or as many multiply-adds by the dozen, below which waking another thread costs more than it saves."""
+"""Elements below which waking another thread costs more than it saves."""
 
 
 def threads(work: int) -> int:

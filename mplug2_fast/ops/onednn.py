@@ -56,16 +56,16 @@ def pack(weight: Tensor, rows: int) -> None:
     """Keeps a packed copy beside a `(out_features, in_features)` weight, for products with about this many rows.
 
     It is used as long as the weight stays the same tensor with the same values, and does not show in state dicts.
-    Writing through `weight.data` goes unnoticed by torch: call `unpack` first.
+    Writing through `weight.data` goes unnoticed by torch: call `unpack` first. A weight that was made in inference mode
+    is left alone, since torch does not count its changes.
     """
-    if not not_supported_reasons(weight) and weight.device.type == "cpu":
+    if not not_supported_reasons(weight) and weight.device.type == "cpu" and not weight.is_inference():
         setattr(weight, _ATTRIBUTE, _Packed(weight, rows))
 
 
 def unpack(weight: Tensor) -> None:
     """Drops the packed copy, if there is one."""
-    if hasattr(weight, _ATTRIBUTE):
-        delattr(weight, _ATTRIBUTE)
+    vars(weight).pop(_ATTRIBUTE, None)
 
 
 def packed(weight: Tensor) -> Tensor | None:
@@ -88,6 +88,7 @@ def linear(
         return x.new_empty(*x.shape[:-1], weight.shape[0])
     kept = packed(weight)
     weight = weight if kept is None else kept
+    bias = None if bias is None else bias.contiguous()  # oneDNN takes its elements for neighbours
     if residual is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none" if activation == "gelu" else "")

@@ -65,6 +65,25 @@ class OpSuite:
             else:
                 assert_close_enough(ours, eager, true, self.op.spec.noise_floor[dtype], "forward")
 
+    def test_any_strides_of_any_argument(self):
+        """What lies in memory is not what is meant: every other element, axes stored backwards, one number for all."""
+        for sizes in self.op.spec.awkward:
+            given = self.op.spec.inputs(sizes)
+            for name, value in given.items():
+                if not isinstance(value, Tensor) or value.numel() == 0:
+                    continue
+                layouts = [torch.stack([value, torch.full_like(value, 3)], dim=-1)[..., 0]]
+                if value.dim() > 1:
+                    axes = list(reversed(range(value.dim())))
+                    layouts.append(value.permute(axes).contiguous().permute(axes))
+                else:  # of whole tensors that would make what the operator has to tell apart the same
+                    layouts.append(value[:1].expand(value.shape))
+                for layout in layouts:
+                    expected = self.op(*{**given, name: layout.contiguous()}.values())
+                    actual = self.op(*{**given, name: layout}.values())
+                    for one, other in zip(as_tuple(actual), as_tuple(expected), strict=True):
+                        torch.testing.assert_close(one, other, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+
     def test_stays_in_a_compiled_graph(self):
         given = self.op.spec.inputs(self.op.spec.awkward[1])
         graphs = []

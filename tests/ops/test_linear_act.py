@@ -66,6 +66,13 @@ class TestPacking:
         layer.double().float()
         self.check(layer, False)
 
+    def test_weights_of_inference_mode_are_left_alone(self):
+        """Torch does not count their changes."""
+        with torch.inference_mode():
+            layer = torch.nn.Linear(32, 48)
+            ops.pack_weight(layer.weight, 80)
+            self.check(layer, False)
+
     def test_copies_and_files_are_unpacked(self, layer):
         ops.pack_weight(layer.weight, 80)
         self.check(copy.deepcopy(layer), False)
