@@ -267,7 +267,8 @@ class Op:
     def _register_backward(self, arguments: str) -> None:
         """NAME_backward is an operator too, so that compilers need not look into it."""
         name = f"{self.name}_backward"
-        schema = f"{name}(Tensor?[] grads, {arguments}, Tensor[] saved, bool[] needs) -> Tensor[]"
+        # None for nothing saved: inductor loses an empty list.
+        schema = f"{name}(Tensor?[] grads, {arguments}, bool[] needs, Tensor[]? saved) -> Tensor[]"
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, self._backward, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mplug2_fast::{name}", self._fake_backward, lib=_LIBRARY)
@@ -275,12 +276,12 @@ class Op:
         self._register_autograd(self.name)
 
     def _backward(self, grads: list[Tensor | None], *given: Any) -> list[Tensor]:
-        *arguments, saved, needs = given
+        *arguments, needs, saved = given
         backend = self._own_backward(tuple(arguments))
         if backend is None or backend.backward is None:
             return self._recomputed(grads, arguments, needs)
-        if not saved and (backend.train or self._reads_results):
-            saved = self._save(backend, arguments)
+        if saved is None:
+            saved = self._save(backend, arguments) if backend.train or self._reads_results else []
         return [_fresh(grad, grads) for grad in backend.backward(grads, tuple(arguments), saved, needs)]
 
     def _save(self, backend: Backend, arguments: Sequence[Any]) -> list[Tensor]:
@@ -307,7 +308,7 @@ class Op:
         ]
 
     def _fake_backward(self, grads: list[Tensor | None], *given: Any) -> list[Tensor]:
-        *values, _, needs = given
+        *values, needs, _ = given
         taken = [values[index] for index in self._asked_for(needs)]
         return [torch.empty_like(value, memory_format=torch.contiguous_format) for value in taken]
 
@@ -351,7 +352,7 @@ class Op:
             tensors = iter(ctx.saved_tensors)
             values = [next(tensors) if other is None else other[0] for other in ctx.others]
             needs = [ctx.needs_input_grad[index] for index in self._wanted]
-            found = iter(self._backward_op(list(grads[: self._results]), *values, list(tensors), needs))
+            found = iter(self._backward_op(list(grads[: self._results]), *values, needs, list(tensors) or None))
             result: list[Tensor | None] = [None] * len(values)
             for index in self._asked_for(needs):
                 result[index] = next(found)
