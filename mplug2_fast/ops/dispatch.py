@@ -267,8 +267,7 @@ class Op:
     def _register_backward(self, arguments: str) -> None:
         """NAME_backward is an operator too, so that compilers need not look into it."""
         name = f"{self.name}_backward"
-        # None for nothing saved: inductor loses an empty list.
-        schema = f"{name}(Tensor?[] grads, {arguments}, bool[] needs, Tensor[]? saved) -> Tensor[]"
+        schema = f"{name}(Tensor?[] grads, {arguments}, bool[] needs, Tensor[]? saved=None) -> Tensor[]"
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, self._backward, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mplug2_fast::{name}", self._fake_backward, lib=_LIBRARY)
