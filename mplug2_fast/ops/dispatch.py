@@ -275,7 +275,9 @@ class Op:
         self._register_autograd(self.name)
 
     def _backward(self, grads: list[Tensor | None], *given: Any) -> list[Tensor]:
-        *arguments, needs, saved = given
+        count = len(self._names)
+        arguments, needs = list(given[:count]), given[count]
+        saved = given[count + 1] if len(given) > count + 1 else None  # what equals its default is not handed over
         backend = self._own_backward(tuple(arguments))
         if backend is None or backend.backward is None:
             return self._recomputed(grads, arguments, needs)
@@ -307,8 +309,7 @@ class Op:
         ]
 
     def _fake_backward(self, grads: list[Tensor | None], *given: Any) -> list[Tensor]:
-        *values, needs, _ = given
-        taken = [values[index] for index in self._asked_for(needs)]
+        taken = [given[index] for index in self._asked_for(given[len(self._names)])]
         return [torch.empty_like(value, memory_format=torch.contiguous_format) for value in taken]
 
     def _asked_for(self, needs: list[bool]) -> list[int]:
