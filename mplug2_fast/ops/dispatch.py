@@ -31,7 +31,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _forced: ContextVar[str | None] = ContextVar("mplug2_fast_backend", default=None)
 _strict: ContextVar[bool] = ContextVar("mplug2_fast_strict", default=False)
 
-BACKENDS = ("cpu", "triton", "torch", "reference")
+BACKENDS = ("cpu", "triton", "flash_attn", "xformers", "apex", "torch", "reference")
 """Names of backends, in the order in which dispatch tries those that an operator has; "reference" only if forced."""
 
 
