@@ -369,9 +369,13 @@ def _fresh(grad: Tensor, grads: list[Tensor | None]) -> Tensor:
     return grad.clone() if any(grad is given for given in grads) else grad
 
 
-@torch.compiler.assume_constant_result
 def _forced_name() -> str | None:
     return _forced.get()
+
+
+# As torch.compiler.assume_constant_result does, which imports the whole compiler first, and Triton: half of the time of
+# importing this package.
+_forced_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def warn_without_native(arguments: tuple[Any, ...]) -> None:
