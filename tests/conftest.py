@@ -30,6 +30,7 @@ def needs_gpu(item: pytest.Item) -> bool:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if time.time() > DEADLINE:
+        item.session.shouldstop = "the time for all tests is up"
         pytest.fail("not run: the time for all tests is up", pytrace=False)
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
