@@ -24,7 +24,7 @@ from mplug2_fast._native import native_error
 SIMD_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
 
 REQUIRED_PACKAGES = ("torch", "numpy", "av", "safetensors", "tokenizers", "typer", "rich")
-OPTIONAL_PACKAGES = ("triton", "flash_attn", "xformers")
+OPTIONAL_PACKAGES = ("triton", "flash_attn", "xformers", "apex")
 
 
 def collect() -> dict[str, Any]:
@@ -152,6 +152,11 @@ def _version(name: str) -> str:
     if importlib.util.find_spec(name) is None:
         return "not installed" + ("" if name in OPTIONAL_PACKAGES else f": pip install {name}")
     version = _guarded(lambda: importlib.metadata.version(name.replace("_", "-")))
+    if name == "apex":
+        from mplug2_fast.ops import apex
+
+        if not apex.is_nvidias():
+            return f"{version}, which is PyPI's and another project than NVIDIA's: not used"
     error = _import_error(name)
     return version if error is None else f"{version}, but it cannot be imported: {error}"
 

@@ -31,7 +31,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _forced: ContextVar[str | None] = ContextVar("mplug2_fast_backend", default=None)
 _strict: ContextVar[bool] = ContextVar("mplug2_fast_strict", default=False)
 
-BACKENDS = ("cpu", "triton", "torch", "reference")
+BACKENDS = ("cpu", "triton", "flash_attn", "xformers", "apex", "torch", "reference")
 """Names of backends, in the order in which dispatch tries those that an operator has; "reference" only if forced."""
 
 
@@ -370,9 +370,13 @@ def _fresh(grad: Tensor, grads: list[Tensor | None]) -> Tensor:
     return grad.clone() if any(grad is given for given in grads) else grad
 
 
-@torch.compiler.assume_constant_result
 def _forced_name() -> str | None:
     return _forced.get()
+
+
+# As torch.compiler.assume_constant_result does, which imports the whole compiler first, and Triton: half of the time of
+# importing this package.
+_forced_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def warn_without_native(arguments: tuple[Any, ...]) -> None:
