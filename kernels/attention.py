@@ -12,6 +12,8 @@ The forward saves log2 Σ exp(score) of each query, infinity where it sees no ke
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import triton
@@ -75,7 +77,7 @@ def _attend(
         scores = tl.where(seen, scores, float("-inf"))
     peak = tl.maximum(highest, tl.max(scores, axis=1) * scale)
     base = tl.where(peak == float("-inf"), 0.0, peak) if masked else peak
-    weights = tl.exp2(scores * scale - base[:, None])
+    weights = tl.exp2(tl.fma(scores, scale, -base[:, None]))
     shrink = tl.exp2(highest - base)
     v = load_rows(values, start, value_stride, there, BLOCK, HEAD_DIM, BLOCK_D, not masked)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
@@ -154,7 +156,7 @@ def _query_gradient(
     there = visible_keys(mask, column, end, mask_stride, HAS_MASK) if masked else column < end
     k = load_rows(keys, start, key_stride, there, BLOCK, HEAD_DIM, BLOCK_D, not masked)
     v = load_rows(values, start, value_stride, there, BLOCK, HEAD_DIM, BLOCK_D, not masked)
-    weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - logs[:, None])
+    weights = tl.exp2(tl.fma(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, -logs[:, None]))
     if masked:
         seen = there[None, :]
         if CAUSAL and BOUNDED:
@@ -182,7 +184,14 @@ def attention_backward_query(
     dense = (batch * q_len * heads + head) * HEAD_DIM
     grad_rows = load_rows(grad + dense, first, heads * HEAD_DIM, there, BLOCK_M, HEAD_DIM, BLOCK_D, False)
     results = load_rows(out + dense, first, heads * HEAD_DIM, there, BLOCK_M, HEAD_DIM, BLOCK_D, False)
-    deltas = tl.sum(grad_rows.to(tl.float32) * results.to(tl.float32), axis=1)
+    if PRECISION is None:
+        deltas = tl.sum(grad_rows.to(tl.float32) * results.to(tl.float32), axis=1)
+    else:
+        # By the same product as grad·value, from which it is subtracted, so that both round alike: for a query that
+        # sees one key they are one number.
+        product = tl.dot(grad_rows, tl.trans(results), input_precision=PRECISION)
+        same = tl.arange(0, BLOCK_M)[:, None] == tl.arange(0, BLOCK_M)[None, :]
+        deltas = tl.sum(tl.where(same, product, 0.0), axis=1)
     tl.store(delta + slot * q_len + row, deltas, there)
     logs = tl.load(logsum + slot * q_len + row, there, float("inf"))
     queries = query + batch * query_batch + head * query_head
@@ -224,7 +233,7 @@ def _key_gradients(
     grad_rows = load_rows(grads, start, grad_stride, there, BLOCK, HEAD_DIM, BLOCK_D, not BOUNDED)
     logs = tl.load(logsum + row, there, float("inf")) if BOUNDED else tl.load(logsum + row)
     deltas = tl.load(delta + row, there, 0.0) if BOUNDED else tl.load(delta + row)
-    weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - logs[None, :])
+    weights = tl.exp2(tl.fma(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, -logs[None, :]))
     if DIAGONAL:
         weights = tl.where(column[:, None] <= row[None, :], weights, 0.0)
     dv = tl.dot(weights.to(v.dtype), grad_rows, dv, input_precision=PRECISION)
@@ -285,33 +294,44 @@ def attention_backward_key(
     store_rows(dvalue + place, first, dkey_row, there, dv, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
-def _forward_configs(constants, capability) -> list[Config]:
-    if constants["PRECISION"] is not None:  # float32
-        return _configs([(32, 32, 4, 2), (64, 32, 8, 2)])
-    if constants["BLOCK_D"] <= 64:
-        return _configs([(64, 64, 4, 3), (128, 64, 8, 3), (128, 64, 4, 3), (64, 128, 4, 2), (128, 128, 8, 2)])
-    return _configs([(128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 2)])
+# Of float32 without tensor cores, and of heads whose rows begin anywhere: what does not overflow the registers.
+_SMALL = Config({"BLOCK_M": 32, "BLOCK_N": 32, "TAIL": 16}, num_warps=8, num_stages=2)
 
 
-def _query_configs(constants, capability) -> list[Config]:
-    if constants["PRECISION"] is not None:
-        return _configs([(32, 32, 4, 2)])
-    if constants["BLOCK_D"] <= 64:
-        return _configs([(64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 8, 2)])
-    return _configs([(128, 64, 8, 2), (64, 64, 8, 2)])
+def small(constants: Mapping[str, Any]) -> bool:
+    return constants["PRECISION"] is not None or constants["HEAD_DIM"] % 8 != 0
 
 
-def _key_configs(constants, capability) -> list[Config]:
-    if constants["PRECISION"] is not None:
-        return _configs([(32, 32, 4, 2)])
-    if constants["BLOCK_D"] <= 64:
-        return _configs([(64, 64, 4, 3), (64, 128, 8, 3), (64, 128, 8, 2)])
-    return _configs([(64, 128, 8, 2), (64, 64, 8, 2)])
+def _forward_configs(constants: Mapping[str, Any], capability: int) -> list[Config]:
+    if small(constants):
+        return [_SMALL]
+    if constants["BLOCK_D"] > 64:
+        return _tiles((64, 64, 4, 3), (128, 64, 8, 2), *[(128, 64, 8, 3)] * (capability >= 90))
+    plain = not (constants["HAS_MASK"] or constants["CAUSAL"])
+    return _tiles((64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2), *[(128, 64, 4, 3), (128, 128, 8, 2)] * plain)
 
 
-def _configs(tiles: list[tuple[int, int, int, int]]) -> list[Config]:
+def _query_configs(constants: Mapping[str, Any], capability: int) -> list[Config]:
+    if small(constants):
+        return [_SMALL]
+    if constants["BLOCK_D"] > 64:
+        return _tiles((64, 64, 8, 2), *[(128, 64, 8, 2)] * (capability >= 90))
+    return _tiles((64, 64, 4, 3), (128, 64, 8, 3), *[(64, 128, 8, 2)] * (capability >= 90))
+
+
+def _key_configs(constants: Mapping[str, Any], capability: int) -> list[Config]:
+    if small(constants):
+        return [_SMALL]
+    if constants["BLOCK_D"] > 64:
+        return _tiles((32, 64, 8, 2), *[(32, 128, 8, 2), (64, 128, 8, 2)] * (capability >= 100))
+    if capability < 90 and constants["CAUSAL"]:
+        return _tiles((32, 64, 4, 2))
+    return _tiles((64, 64, 4, 3), (64, 128, 8, 3), (64, 128, 8, 2))
+
+
+def _tiles(*sizes: tuple[int, int, int, int]) -> list[Config]:
     """From queries and keys a tile, warps, and stages."""
-    return [Config({"BLOCK_M": m, "BLOCK_N": n, "TAIL": 32}, warps, stages) for m, n, warps, stages in tiles]
+    return [Config({"BLOCK_M": m, "BLOCK_N": n, "TAIL": 32}, warps, stages) for m, n, warps, stages in sizes]
 
 
 _INTERPRETED = Config({"BLOCK_M": 32, "BLOCK_N": 32, "TAIL": 16})
@@ -391,7 +411,7 @@ def strides(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> t
     return (*tokens, *((0, 0) if mask is None else mask.stride()))
 
 
-def constants(query: Tensor, mask: Tensor | None) -> dict[str, object]:
+def constants(query: Tensor, mask: Tensor | None) -> dict[str, Any]:
     precision = None
     if query.dtype == torch.float32:
         precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

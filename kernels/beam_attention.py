@@ -6,6 +6,9 @@ parts, each leaves its result in float32, and a second kernel adds them up, weig
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from mplug2_fast.kernels._launch import Kernel, multiprocessors, power_of_2
 from mplug2_fast.kernels._tuning import Config
-from mplug2_fast.kernels.attention import attend, constants, given, load_rows, scale, sizes, store_rows, strides
+from mplug2_fast.kernels.attention import attend, constants, given, load_rows, scale, sizes, small, store_rows, strides
 
 _WAVES = 3
 """Programs a multiprocessor: enough loads in flight to saturate memory."""
@@ -85,14 +88,15 @@ def beam_attention_merge(
         tl.store(logsum + program, tl.where(total > 0, highest + tl.log2(total), float("inf")))
 
 
-def _configs(constants, capability) -> list[Config]:
-    if constants["PRECISION"] is not None:  # float32
-        tiles = [(32, 4, 2), (32, 8, 2)]
-    elif constants["BLOCK_M"] * constants["BLOCK_D"] <= 64 * 64:
+def _configs(constants: Mapping[str, Any], capability: int) -> list[Config]:
+    tail = 32
+    if small(constants):
+        tiles, tail = [(32, 8, 2)], 16
+    elif constants["BLOCK_M"] * constants["BLOCK_D"] <= 16 * 64:
         tiles = [(64, 4, 4), (128, 4, 3), (64, 4, 3), (32, 2, 4)]
     else:
-        tiles = [(64, 4, 2), (64, 8, 2)]
-    return [Config({"BLOCK_N": keys, "TAIL": 32}, warps, stages) for keys, warps, stages in tiles]
+        tiles = [(64, 4, 2), (64, 4, 3)]
+    return [Config({"BLOCK_N": keys, "TAIL": tail}, warps, stages) for keys, warps, stages in tiles]
 
 
 _part = Kernel(beam_attention_part, _configs, Config({"BLOCK_N": 32, "TAIL": 16}))
