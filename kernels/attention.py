@@ -334,7 +334,7 @@ def _tiles(*sizes: tuple[int, int, int, int]) -> list[Config]:
     return [Config({"BLOCK_M": m, "BLOCK_N": n, "TAIL": 32}, warps, stages) for m, n, warps, stages in sizes]
 
 
-_INTERPRETED = Config({"BLOCK_M": 32, "BLOCK_N": 32, "TAIL": 16})
+_INTERPRETED = Config({"BLOCK_M": 32, "BLOCK_N": 64, "TAIL": 32})
 _forward = Kernel(attention_forward, _forward_configs, _INTERPRETED)
 _backward_query = Kernel(attention_backward_query, _query_configs, _INTERPRETED)
 _backward_key = Kernel(attention_backward_key, _key_configs, _INTERPRETED)

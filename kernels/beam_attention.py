@@ -81,11 +81,12 @@ def beam_attention_merge(
     total = tl.sum(weights, axis=0)
     there = (part < parts)[:, None] & (channel < HEAD_DIM)[None, :]
     places = partial + (program * parts + part[:, None]) * HEAD_DIM + channel[None, :]
-    result = tl.sum(tl.load(places, there, 0.0) * weights[:, None], axis=0) / tl.where(total > 0, total, 1.0)
+    divisor = tl.where(total > 0, total, 1.0)
+    result = tl.sum(tl.load(places, there, 0.0) * weights[:, None], axis=0) / divisor
     place = (slot // heads * q_len + row) * heads + slot % heads
     tl.store(out + place * HEAD_DIM + channel, result, channel < HEAD_DIM)
     if HAS_LOGSUM:
-        tl.store(logsum + program, tl.where(total > 0, highest + tl.log2(total), float("inf")))
+        tl.store(logsum + program, tl.where(total > 0, highest + tl.log2(divisor), float("inf")))
 
 
 def _configs(constants: Mapping[str, Any], capability: int) -> list[Config]:
@@ -99,7 +100,7 @@ def _configs(constants: Mapping[str, Any], capability: int) -> list[Config]:
     return [Config({"BLOCK_N": keys, "TAIL": tail}, warps, stages) for keys, warps, stages in tiles]
 
 
-_part = Kernel(beam_attention_part, _configs, Config({"BLOCK_N": 32, "TAIL": 16}))
+_part = Kernel(beam_attention_part, _configs, Config({"BLOCK_N": 64, "TAIL": 32}))
 _merge = Kernel(beam_attention_merge, [Config(num_warps=4)], Config())
 
 
