@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mplug2_fast import _native
 from mplug2_fast.errors import BackendError
+from mplug2_fast.ops import packages
 from mplug2_fast.ops.spec import Spec
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -31,7 +32,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _forced: ContextVar[str | None] = ContextVar("mplug2_fast_backend", default=None)
 _strict: ContextVar[bool] = ContextVar("mplug2_fast_strict", default=False)
 
-BACKENDS = ("cpu", "triton", "flash_attn", "xformers", "apex", "torch", "reference")
+BACKENDS = ("cpu", "triton", *packages.BACKENDS, "torch", "reference")
 """Names of backends, in the order in which dispatch tries those that an operator has; "reference" only if forced."""
 
 
@@ -82,8 +83,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Within the context, of this thread or task alone, every operator runs on this backend, or raises `BackendError`.
 
     Args:
-        name: "cpu" (native kernels and oneDNN), "triton", "torch" (PyTorch's operators, anywhere) or "reference"
-            (plain eager code).
+        name: "cpu" (native kernels and oneDNN), "triton", "flash_attn", "xformers" or "apex" (those packages, where
+            they are installed), "torch" (PyTorch's operators, anywhere) or "reference" (plain eager code).
 
     Raises:
         ValueError: there is no such backend.
