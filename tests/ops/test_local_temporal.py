@@ -48,7 +48,9 @@ def test_temporal_conv(frames, kernel):
     x, weight, bias = torch.randn(2, frames, 3, 4), torch.randn(4, kernel), torch.randn(4)
     flat = x.permute(0, 2, 3, 1).reshape(6, 4, frames)
     expected = F.conv1d(flat, weight[:, None], bias, padding=kernel // 2, groups=4)
-    torch.testing.assert_close(temporal_conv(x, weight, bias), expected.view(2, 3, 4, frames).permute(0, 3, 1, 2))
+    expected = expected.view(2, 3, 4, frames).permute(0, 3, 1, 2)
+    torch.testing.assert_close(temporal_conv(x, weight, bias), expected)
+    torch.testing.assert_close(temporal_conv(x, weight, None), expected - bias)
 
 
 def test_bad_arguments(run):
@@ -58,3 +60,26 @@ def test_bad_arguments(run):
         run(down_weight=torch.randn(8, 15))
     with pytest.raises(ValueError, match="x must be"):
         run(x=torch.randn(4, 10, 16))
+    with pytest.raises(ValueError, match="activation is 'relu': it must be one of none, gelu, quick_gelu"):
+        run(activation="relu")
+    with pytest.raises(ValueError, match="norm_bias is given without a norm_weight"):
+        run(norm_weight=None)
+
+
+def test_without_class_token_every_token_is_a_patch(run):
+    patches = run.given["x"][:, :, 1:]
+    torch.testing.assert_close(run(x=patches, class_token=False), run()[:, :, 1:])
+
+
+def test_without_residual_the_class_token_still_passes_by(run):
+    x, update = run.given["x"], run(residual=False)
+    assert torch.equal(update[:, :, 0], x[:, :, 0])
+    torch.testing.assert_close(update[:, :, 1:], (run() - x)[:, :, 1:])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_no_patches_at_all(backend, native_module):
+    given = ops.local_temporal.op.spec.inputs({"batch": 2, "frames": 4, "patches": 0, "channels": 16, "inner": 8})
+    with ops.use_backend(backend):
+        assert torch.equal(ops.local_temporal(**given), given["x"])
+        assert ops.local_temporal(**{**given, "x": given["x"][:, :, 1:], "class_token": False}).shape == (2, 4, 0, 16)
