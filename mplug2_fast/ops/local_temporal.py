@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops import native, onednn
+from mplug2_fast.ops import gpu, native, onednn
 from mplug2_fast.ops.dispatch import Backend, Op
-from mplug2_fast.ops.layer_norm import norm_native, norm_torch
+from mplug2_fast.ops.layer_norm import MAX_CHANNELS, norm_backward_triton, norm_native, norm_torch, norm_triton
 from mplug2_fast.ops.linear_act import EAGER, Activation
 from mplug2_fast.ops.spec import Spec, normal
 from mplug2_fast.ops.spec import upcast as in_float64
+
+MAX_FRAMES = 128
+"""Of the Triton kernel."""
 
 
 def reference(
@@ -162,6 +165,82 @@ def not_supported_reasons(x, *others) -> list[str]:
     return [*native.reasons(x), *onednn.not_supported_reasons(x, *parameters)]
 
 
+def run_triton(x, *others, h: Tensor | None = None) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.numel():
+        x = x if native.dense(x) else x.contiguous()
+        others = [other.contiguous() if isinstance(other, Tensor) else other for other in others]
+        gpu.kernels("local_temporal").forward(x, *others, out, h)
+    return out
+
+
+def saved_triton(x, norm_weight, norm_bias, down_weight, *others) -> list[Tensor]:
+    """The down-projection's result, without which backward would have to multiply once more."""
+    *_, class_token, _ = others
+    batch, frames, tokens, _ = x.shape
+    return [x.new_empty(batch, frames, tokens - class_token, down_weight.shape[0])]
+
+
+def backward_triton(grads, arguments, saved, needs) -> list[Tensor]:
+    """Every product is one of all rows, by cuBLAS; those of class tokens are zero."""
+    (
+        x, norm_weight, norm_bias, down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias, eps, activation,
+        class_token, residual,
+    ) = arguments  # fmt: skip
+    wants = dict(zip(SPEC.differentiable, needs, strict=True))
+    (grad,), (h,) = grads, saved
+    if grad is None or x.numel() == 0:
+        named = zip(SPEC.differentiable, arguments, strict=False)
+        return [torch.zeros_like(t, memory_format=torch.contiguous_format) for name, t in named if wants[name]]
+    grad = grad.contiguous()
+    rows = x.numel() // x.shape[-1]
+    by_row = grad.view(rows, -1)
+    da = torch.mm(by_row, up_weight).view(*x.shape[:-1], -1)
+    a, dh = torch.empty_like(da), torch.empty_like(da)
+    taps, bias = conv_weight.contiguous(), None if conv_bias is None else conv_bias.contiguous()
+    sums = gpu.kernels("local_temporal").backward(h, da, taps, bias, activation, class_token, a, dh)
+    a, dh = a.view(rows, -1), dh.view(rows, -1)
+
+    found = {}
+    if wants["x"] or wants["norm_weight"] or wants["norm_bias"]:
+        if norm_weight is None:
+            product = torch.addmm(by_row, dh, down_weight) if residual else torch.mm(dh, down_weight)
+            found["x"] = product.view(x.shape)
+        else:
+            normed = [name for name in ("x", "norm_weight", "norm_bias") if wants[name]]
+            dnormed = torch.mm(dh, down_weight).view(x.shape)
+            gradients = norm_backward_triton(
+                [dnormed, grad if residual else None], x, None, norm_weight, norm_bias, eps, needs[:3]
+            )
+            found.update(zip(normed, gradients, strict=True))
+        if wants["x"] and class_token and not residual:
+            found["x"][:, :, 0] = grad[:, :, 0]
+    if wants["down_weight"]:
+        normed = x if norm_weight is None else norm_triton(x, None, norm_weight, norm_bias, eps)
+        found["down_weight"] = torch.mm(dh.t(), normed.reshape(rows, -1))
+    if wants["down_bias"]:
+        found["down_bias"] = sums[-1].to(down_bias.dtype)
+    if wants["conv_weight"]:
+        found["conv_weight"] = sums[:-2].t().to(conv_weight.dtype, memory_format=torch.contiguous_format)
+    if wants["conv_bias"]:
+        found["conv_bias"] = sums[-2].to(conv_bias.dtype)
+    if wants["up_weight"]:
+        found["up_weight"] = torch.mm(by_row.t(), a)
+    if wants["up_bias"]:
+        patches = grad[:, :, 1:] if class_token else grad
+        found["up_bias"] = patches.sum(dim=(0, 1, 2), dtype=torch.float32).to(up_bias.dtype)
+    return [found[name] for name in SPEC.differentiable if wants[name]]
+
+
+def triton_reasons(x, norm_weight, norm_bias, down_weight, down_bias, conv_weight, conv_bias, up_weight, *_):
+    reasons = gpu.reasons(x, down_weight=down_weight, up_weight=up_weight)
+    if x.shape[1] > MAX_FRAMES:
+        reasons.append(f"a tile of the Triton kernel has all frames, up to {MAX_FRAMES}, not {x.shape[1]}")
+    if norm_weight is not None and x.shape[-1] > MAX_CHANNELS:
+        reasons.append(f"the norm's Triton kernel takes up to {MAX_CHANNELS} channels, not {x.shape[-1]}")
+    return reasons
+
+
 def flops(x: Tensor, down_weight: Tensor, conv_weight: Tensor, class_token: bool, **_: Any) -> int:
     positions = x.shape[0] * x.shape[1] * (x.shape[2] - class_token)
     return 2 * positions * (2 * down_weight.numel() + conv_weight.numel())
@@ -226,6 +305,15 @@ OP = Op(
     "bool residual) -> Tensor",
     [
         Backend("cpu", run_cpu, not_supported_reasons, devices=("cpu",)),
+        Backend(
+            "triton",
+            run_triton,
+            triton_reasons,
+            devices=gpu.DEVICES,
+            backward=backward_triton,
+            saved=saved_triton,
+            train=lambda *given: run_triton(*given[:-1], h=given[-1][0]),
+        ),
         Backend("torch", run_torch, differentiable=True),
     ],
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
