@@ -66,6 +66,44 @@ def _statistics(
 
 
 @triton.jit
+def _halves(tile):
+    """The left and the right half of a tile's columns: what comes after a product is done with one after the other, so
+    that registers suffice for large tiles."""
+    rows: tl.constexpr = tile.shape[0]
+    half: tl.constexpr = tile.shape[1] // 2
+    return tile.reshape(rows, 2, half).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _convolve(
+    tile, there, first_column, weight, bias, out, frames, inner,
+    FRAMES: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """act(conv(tile)) to the rows at the pointers out `(rows, 1)` that are there. The frames of a position are
+    neighbouring rows of the tile."""
+    ROWS: tl.constexpr = tile.shape[0]
+    COLUMNS: tl.constexpr = tile.shape[1]
+    column = first_column + tl.arange(0, COLUMNS)
+    inside = column < inner
+    tile = tile.reshape(ROWS // FRAMES, FRAMES, COLUMNS)
+    time = tl.arange(0, FRAMES)[None, :, None]
+    z = tl.zeros(tile.shape, tl.float32)
+    for tap in tl.static_range(KERNEL):
+        if tap - KERNEL // 2 < FRAMES and KERNEL // 2 - tap < FRAMES:
+            seen = tile
+            if tap != KERNEL // 2:
+                other = time + (tap - KERNEL // 2)
+                index = tl.minimum(tl.maximum(other, 0), FRAMES - 1).broadcast_to(tile.shape)
+                seen = tl.where((other >= 0) & (other < frames), tl.gather(tile, index, axis=1), 0.0)
+            taps = tl.load(weight + column * KERNEL + tap, inside, 0.0).to(tl.float32)
+            z += seen.to(tl.float32) * taps[None, None, :]
+    if HAS_BIAS:
+        z += tl.load(bias + column, inside, 0.0).to(tl.float32)[None, None, :]
+    z = _activated(z, ACTIVATION).reshape(ROWS, COLUMNS)
+    tl.store(out + column[None, :], z, there[:, None] & inside[None, :])
+
+
+@triton.jit
 def local_temporal_down(
     x, norm_weight, norm_bias, down_weight, down_bias, conv_weight, conv_bias, h, out,
     positions, frames, patches, channels, inner, x_batch, x_frame, x_token, out_tokens, eps,
@@ -89,7 +127,8 @@ def local_temporal_down(
     video, patch = (position // patches).to(tl.int64), (position % patches).to(tl.int64)
     x_frames = tl.minimum(frame, frames - 1).to(tl.int64)
     x += (video * x_batch + x_frames * x_frame + patch * x_token)[:, None]
-    column = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_column = tl.program_id(0) % blocks * BLOCK_N
+    column = first_column + tl.arange(0, BLOCK_N)
     inside = column < inner
     column_inside = tl.minimum(column, inner - 1)
     down_weight += column_inside.to(tl.int64)[None, :] * channels
@@ -115,31 +154,44 @@ def local_temporal_down(
         product = tl.dot(value, weight, product, input_precision=PRECISION)
     if HAS_DOWN_BIAS:
         product += tl.load(down_bias + column, inside, 0.0).to(tl.float32)[None, :]
+    product = product.to(x.dtype.element_ty)
 
     mask = there[:, None] & inside[None, :]
-    rounded = product.to(x.dtype.element_ty)
     if SAVES_H:
         at_h = ((video * frames + frame) * patches + patch) * inner
-        tl.store(h + at_h[:, None] + column[None, :], rounded, mask)
+        tl.store(h + at_h[:, None] + column[None, :], product, mask)
+    out += (((video * frames + frame) * out_tokens + patch) * inner)[:, None]
+    left, right = _halves(product)
+    _convolve(
+        left, there, first_column, conv_weight, conv_bias, out, frames, inner,
+        FRAMES, KERNEL, ACTIVATION, HAS_CONV_BIAS,
+    )  # fmt: skip
+    _convolve(
+        right, there, first_column + BLOCK_N // 2, conv_weight, conv_bias, out, frames, inner,
+        FRAMES, KERNEL, ACTIVATION, HAS_CONV_BIAS,
+    )  # fmt: skip
 
-    tile = rounded.reshape(POSITIONS, FRAMES, BLOCK_N)
-    time = tl.arange(0, FRAMES)[None, :, None]
-    z = tl.zeros((POSITIONS, FRAMES, BLOCK_N), tl.float32)
-    for tap in tl.static_range(KERNEL):
-        if tap - KERNEL // 2 < FRAMES and KERNEL // 2 - tap < FRAMES:
-            shifted = tile
-            if tap != KERNEL // 2:
-                other = time + (tap - KERNEL // 2)
-                index = tl.minimum(tl.maximum(other, 0), FRAMES - 1).broadcast_to(POSITIONS, FRAMES, BLOCK_N)
-                shifted = tl.gather(tile, index, axis=1)
-                shifted = tl.where((other >= 0) & (other < frames), shifted, 0.0)
-            taps = tl.load(conv_weight + column * KERNEL + tap, inside, 0.0).to(tl.float32)
-            z += shifted.to(tl.float32) * taps[None, None, :]
-    if HAS_CONV_BIAS:
-        z += tl.load(conv_bias + column, inside, 0.0).to(tl.float32)[None, None, :]
-    z = _activated(z, ACTIVATION).reshape(ROWS, BLOCK_N)
-    at_out = ((video * frames + frame) * out_tokens + patch) * inner
-    tl.store(out + at_out[:, None] + column[None, :], z, mask)
+
+@triton.jit
+def _add(
+    product, bias, x, out, row, first_column, rows, tokens, channels,
+    CLASS_TOKEN: tl.constexpr, RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """x + product + bias, x alone for class tokens. x: pointers to rows."""
+    column = first_column + tl.arange(0, product.shape[1])
+    inside = column < channels
+    if HAS_BIAS:
+        product += tl.load(bias + column, inside, 0.0).to(tl.float32)[None, :]
+    mask = (row < rows)[:, None] & inside[None, :]
+    is_class = (row % tokens == 0)[:, None]
+    if RESIDUAL or CLASS_TOKEN:
+        wanted = mask if RESIDUAL else mask & is_class
+        before = tl.load(x + column[None, :], wanted, 0.0).to(tl.float32)
+        if RESIDUAL:
+            product += before
+        if CLASS_TOKEN:
+            product = tl.where(is_class, before, product)
+    tl.store(out + row.to(tl.int64)[:, None] * channels + column[None, :], product, mask)
 
 
 @triton.jit
@@ -151,7 +203,8 @@ def local_temporal_up(
     """x + a @ weight.T + bias, x alone for class tokens, whose rows of a may hold anything."""
     blocks = tl.cdiv(channels, BLOCK_N)
     row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_column = tl.program_id(0) % blocks * BLOCK_N
+    column = first_column + tl.arange(0, BLOCK_N)
     at = tl.arange(0, BLOCK_K)
     a += tl.minimum(row, rows - 1).to(tl.int64)[:, None] * inner + at[None, :]
     weight += tl.minimum(column, channels - 1).to(tl.int64)[None, :] * inner + at[:, None]
@@ -164,22 +217,13 @@ def local_temporal_up(
             left = tl.load(a + first, there[None, :], 0.0)
             right = tl.load(weight + first, there[:, None], 0.0)
             product = tl.dot(left, right, product, input_precision=PRECISION)
-    if HAS_BIAS:
-        product += tl.load(bias + column, column < channels, 0.0).to(tl.float32)[None, :]
-    mask = (row < rows)[:, None] & (column < channels)[None, :]
-    token = row % tokens
-    if RESIDUAL or CLASS_TOKEN:
-        frame = row // tokens
-        video = (frame // frames).to(tl.int64)
-        offsets = video * x_batch + (frame % frames).to(tl.int64) * x_frame + token.to(tl.int64) * x_token
-        if RESIDUAL:
-            before = tl.load(x + offsets[:, None] + column[None, :], mask, 0.0).to(tl.float32)
-            product += before
-        else:
-            before = tl.load(x + offsets[:, None] + column[None, :], mask & (token == 0)[:, None], 0.0).to(tl.float32)
-        if CLASS_TOKEN:
-            product = tl.where((token == 0)[:, None], before, product)
-    tl.store(out + row.to(tl.int64)[:, None] * channels + column[None, :], product, mask)
+    frame = row // tokens
+    video, token = (frame // frames).to(tl.int64), (row % tokens).to(tl.int64)
+    x += (video * x_batch + (frame % frames).to(tl.int64) * x_frame + token * x_token)[:, None]
+    left, right = _halves(product)
+    _add(left, bias, x, out, row, first_column, rows, tokens, channels, CLASS_TOKEN, RESIDUAL, HAS_BIAS)
+    first_column += BLOCK_N // 2
+    _add(right, bias, x, out, row, first_column, rows, tokens, channels, CLASS_TOKEN, RESIDUAL, HAS_BIAS)
 
 
 @triton.jit
@@ -243,23 +287,22 @@ def local_temporal_backward(
 
 
 def _down_configs(constants, capability) -> list[Config]:
-    least = constants["FRAMES"]
     if constants["PRECISION"] == "ieee":
         tiles = [(64, 64, 32, 4, 2), (128, 32, 32, 4, 2)]
     elif constants["PRECISION"] == "tf32":
         tiles = [(64, 64, 32, 4, 3), (128, 64, 32, 8, 3)]
     else:
         tiles = [
-            (64, 128, 64, 4, 3),
             (64, 256, 64, 8, 3),
-            (64, 64, 64, 4, 4),
-            (128, 64, 64, 4, 3),
+            (64, 128, 64, 4, 3),
             (128, 128, 64, 8, 3),
+            (128, 256, 64, 8, 3),
+            (128, 64, 64, 8, 3),
         ]
     return [
         Config({"ROWS": rows, "BLOCK_N": columns, "BLOCK_K": depth, "STAGES": stages}, warps, stages)
         for rows, columns, depth, warps, stages in tiles
-        if rows >= least
+        if rows >= constants["FRAMES"]
     ]
 
 

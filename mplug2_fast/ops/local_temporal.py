@@ -272,6 +272,7 @@ SPEC = Spec(
         {"batch": 1, "frames": 1, "patches": 5, "channels": 16, "inner": 8},
         {"batch": 1, "frames": 3, "patches": 40, "channels": 8, "inner": 8, "kernel": 1},
         {"batch": 2, "frames": 5, "patches": 17, "channels": 48, "inner": 37},
+        {"batch": 2, "frames": 3, "patches": 18, "channels": 128, "inner": 128, "kernel": 5},
         {"batch": 1, "frames": 3, "patches": 4, "channels": 32, "inner": 16, "kernel": 9, "strided": True},
         {"batch": 0, "frames": 4, "patches": 9, "channels": 16, "inner": 8},
         {"batch": 2, "frames": 3, "patches": 6, "channels": 24, "inner": 16, "normed": False, "activation": "none"},
