@@ -171,7 +171,7 @@ def _few(constants, capability) -> list[Config]:
 
 def _some(constants, capability) -> list[Config]:
     if constants["PRECISION"] == "ieee":
-        return [_config(32, 64, 32, 4, 3), _config(64, 64, 32, 4, 3)]
+        return [_config(32, 64, 32, 4, 3), _config(64, 64, 16, 4, 3)]
     wide = 1 if constants["PRECISION"] is None else 2
     return [
         _config(64, 64, 128 // wide, 4, 3),
@@ -182,7 +182,7 @@ def _some(constants, capability) -> list[Config]:
 
 def _many(constants, capability) -> list[Config]:
     if constants["PRECISION"] == "ieee":
-        return [_config(128, 64, 32, 8, 3), _config(64, 64, 32, 4, 3)]
+        return [_config(128, 64, 16, 8, 3), _config(64, 64, 16, 4, 3)]
     wide = 1 if constants["PRECISION"] is None else 2
     if not constants["DESCRIBED"]:
         return [
@@ -241,7 +241,8 @@ def forward(
     tensor, sizes, strides = x
     rows, (outputs, inputs) = sizes[0] * sizes[1], weight.shape
     added, added_sizes, added_strides = (out, (1, rows), (0, outputs)) if residual is None else residual
-    out, z = (t.view(rows, outputs) for t in (out, _or(z, out)))
+    saves_z = z is not None
+    out, z = out.view(rows, outputs), _or(z, out).view(rows, outputs)
     matrices = [_matrix(x), weight, out, z]
     precision = _precision(tensor.dtype)
     described = (
@@ -273,7 +274,7 @@ def forward(
         ACTIVATION=activation,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
-        SAVES_Z=z is not out,
+        SAVES_Z=saves_z,
         DESCRIBED=described,
         PRECISION=precision,
         GROUP=GROUP,
@@ -335,7 +336,9 @@ def _precision(dtype: torch.dtype) -> str | None:
 def _matrix(x: Rows) -> Tensor | None:
     """The rows as one matrix, where a single stride tells where they lie."""
     tensor, (outer, inner), (outer_stride, row_stride) = x
-    if inner == 1:
+    if outer * inner == 1:
+        row_stride = tensor.shape[-1]
+    elif inner == 1:
         row_stride = outer_stride
     elif outer > 1 and outer_stride != inner * row_stride:
         return None

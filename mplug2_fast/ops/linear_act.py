@@ -230,6 +230,8 @@ SPEC = Spec(
     models={
         "base": {"rows": (1, 16, 197), "inputs": 768, "outputs": 3072, "activation": "gelu"},
         "large": {"rows": (1, 16, 257), "inputs": 1024, "outputs": 4096, "activation": "gelu"},
+        "large, step": {"rows": (1, 5), "inputs": 1024, "outputs": 1024, "residual": True},
+        "large, steps of 32 videos": {"rows": (32, 5), "inputs": 1024, "outputs": 1024, "residual": True},
     },
     flops=lambda x, weight, **_: 2 * x.numel() * weight.shape[0],
     differentiable=("x", "weight", "bias", "residual"),
