@@ -14,7 +14,7 @@ A call with another memory, or with prefixes that continue nothing, drops what w
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -124,6 +124,7 @@ class Call:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.videos: Videos | None = None
+        self.masks: dict[int, tuple[Tensor, Any]] = {}
         self._given: tuple[Any, Any] = (None, None)
         self._index: tuple[int, ...] = ()
         self._parents: list[int] | None = None
@@ -133,7 +134,7 @@ class Call:
     def current(session: Session | None) -> Call | None:
         """The call under way, if it is one of that session and may use caches."""
         call = _current.get()
-        return call if call is not None and call.session is session else None
+        return call if call is not None and call.session is session and not torch.is_grad_enabled() else None
 
     def find(self, memory: Tensor, visible: Tensor | None) -> tuple[Videos, tuple[int, ...]] | None:
         """`Session.find`, done once; None for a second memory within one call."""
@@ -204,20 +205,29 @@ def _match(memory: Tensor, videos: Videos) -> tuple[int, ...] | None:
     alike = (_fingerprint(memory)[:, None] == videos.fingerprint[None]).all(dim=-1)
     if not bool(alike.any(dim=1).all()):
         return None
-    index = alike.int().argmax(dim=1).tolist()
-    return tuple(index) if all(torch.equal(row, known[i]) for row, i in zip(memory, index, strict=True)) else None
+    index = [_equal_row(row, known, like.nonzero()) for row, like in zip(memory, alike, strict=True)]
+    return None if None in index else tuple(index)  # type: ignore[arg-type]
 
 
 def _different_rows(memory: Tensor, visible: Tensor | None) -> tuple[Videos, tuple[int, ...]]:
     fingerprint = _fingerprint(memory)
-    alike = (fingerprint[:, None] == fingerprint[None]).all(dim=-1).fill_diagonal_(True)
+    alike = (fingerprint[:, None] == fingerprint[None]).all(dim=-1)
     if visible is not None:
         alike &= (visible[:, None] == visible[None]).all(dim=-1)
-    first = alike.int().argmax(dim=1).tolist()
-    first = [i if i == row or torch.equal(memory[row], memory[i]) else row for row, i in enumerate(first)]
-    different = sorted(set(first))
+    different: list[int] = []
+    index = []
+    for row in range(memory.shape[0]):
+        candidates = [i for i in different if alike[row, i]]
+        found = _equal_row(memory[row], memory, candidates)
+        if found is None:
+            different.append(row)
+        index.append(len(different) - 1 if found is None else different.index(found))
     videos = Videos(memory[different], None if visible is None else visible[different], fingerprint[different])
-    return videos, tuple(different.index(i) for i in first)
+    return videos, tuple(index)
+
+
+def _equal_row(row: Tensor, rows: Tensor, candidates: Iterable[Any]) -> int | None:
+    return next((int(i) for i in candidates if torch.equal(row, rows[int(i)])), None)
 
 
 def _same_padding(visible: Tensor | None, known: Tensor | None, index: tuple[int, ...]) -> bool:

@@ -15,7 +15,7 @@ from mplug2_fast.acceleration.cache import Call, Record, versions
 from mplug2_fast.acceleration.products import product
 from mplug2_fast.acceleration.structure import has, require, require_children, require_linear, require_norm
 from mplug2_fast.acceleration.swap import Kind, State, Unserved, Unsuitable, original_forward
-from mplug2_fast.ops import layer_norm
+from mplug2_fast.ops import layer_norm, linear_act
 from mplug2_fast.ops.linear_act import Activation
 
 _MAX_LOGITS_BYTES = 256 << 20
@@ -104,7 +104,7 @@ def _logits(module: Any, found: FoundHead, x: Tensor, *embeddings: Tensor) -> Te
     h = product(x, transform.dense.weight, transform.dense.bias, found.activation)
     h = layer_norm(h, transform.LayerNorm.weight, transform.LayerNorm.bias, eps=transform.LayerNorm.eps)
     weight, bias = (embeddings[0], module.bias) if embeddings else (module.decoder.weight, module.decoder.bias)
-    return product(h, weight, bias)
+    return linear_act(h, weight, bias)  # the embeddings are large, and the rows few: not packed
 
 
 def _continue(

@@ -19,10 +19,23 @@ class Mask(NamedTuple):
     causal: bool = False
 
 
-def understand(mask: Tensor | None, queries: int, keys: int) -> Mask:
-    """An additive mask `(batch, 1, 1 or queries, keys)` of zeros and large negatives. Raises `Unserved` for others."""
+def understand(mask: Tensor | None, queries: int, keys: int, known: dict[int, tuple[Tensor, Mask]] | None) -> Mask:
+    """An additive mask `(batch, 1, 1 or queries, keys)` of zeros and large negatives. Raises `Unserved` for others.
+
+    Args:
+        known: where masks that were looked at before are found again, by identity.
+    """
     if mask is None:
         return Mask()
+    if known is not None and id(mask) in known:
+        return known[id(mask)][1]
+    found = _look(mask, queries, keys)
+    if known is not None:
+        known[id(mask)] = (mask, found)
+    return found
+
+
+def _look(mask: Tensor, queries: int, keys: int) -> Mask:
     if not mask.is_floating_point() or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[-1] != keys:
         raise Unserved(f"an attention mask of {mask.dtype} {tuple(mask.shape)} is not known")
     hidden = mask[:, 0] <= _NEVER

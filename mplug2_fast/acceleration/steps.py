@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from mplug2_fast.acceleration.cache import Call, Record, Videos, versions
-from mplug2_fast.acceleration.masks import Mask
 from mplug2_fast.ops import attention, beam_attention
 
 if TYPE_CHECKING:
-    from mplug2_fast.acceleration.bert import Projections
+    from mplug2_fast.acceleration.attention import Projections
 
 
 def decode(
@@ -42,23 +41,27 @@ def decode(
     else:
         keys, values = record.kept[2:]
 
-    tokens = x.shape[1]
-    if parents is not None and record.x.shape[1] + 1 == tokens:
-        new = x[:, -1:]
-        before = record.kept[:2]
-        key, value = (torch.cat([t[parents], n], dim=1) for t, n in zip(before, own.key_value(new), strict=True))
-        context = attention(own.query(new), key, value, key_padding_mask=visible)
-    else:
-        new = x
-        key, value = own.key_value(x)
-        context = own.attend(own.query(x), key, value, Mask(visible, causal=True))
-    out = own.finish(context, new)
+    new = x if parents is None else x[:, record.x.shape[1] :]
+    key, value = own.key_value(new)
+    if parents is not None:
+        key, value = (torch.cat([t[parents], n], dim=1) for t, n in zip(record.kept[:2], (key, value), strict=True))
+    out = own.finish(_attend_self(own.query(new), key, value, visible), new)
     out = cross.finish(_attend(cross.query(out), keys, values, videos, index), out)
     out = feed_forward(out)
-    if new is not x:
+    if parents is not None:
         out = torch.cat([record.out[parents], out], dim=1)
     videos.records[id(layer)] = Record(weights, x.clone(), out.clone(), (key, value, keys, values), visible, index)
-    return out, key.transpose(1, 2), value.transpose(1, 2)
+    return out, *(t.transpose(1, 2).clone() for t in (key, value))
+
+
+def _attend_self(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+    """Causal attention of the last tokens, query `(rows, new tokens, heads, head_dim)`, to all."""
+    tokens, new = key.shape[1], query.shape[1]
+    if new == 1:
+        return attention(query, key, value, key_padding_mask=visible)
+    # The operator wants as many queries as keys: those of earlier tokens are made up, and their results dropped.
+    query = torch.cat([torch.zeros_like(key[:, : tokens - new]), query], dim=1)
+    return attention(query, key, value, key_padding_mask=visible, causal=True)[:, tokens - new :]
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, videos: Videos, index: tuple[int, ...]) -> Tensor:

@@ -21,6 +21,7 @@ ROLES = {
     "encoder_attention_mask": "memory_mask",
     "memory_mask": "memory_mask",
     "mode": "mode",
+    "layer_nums": "place",
 }
 """What the arguments of BERT modules stand for, by the names that implementations give them."""
 
@@ -47,7 +48,8 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def require_linear(module: nn.Module, name: str) -> nn.Linear:
     part = module.get_submodule(name)
-    require(is_plain(part, nn.Linear) and part._parameters.get("weight") is not None, f"{name} is not a plain Linear")
+    plain = is_plain(part, nn.Linear) and part._parameters.get("weight") is not None
+    require(plain, f"{name or 'it'} is not a plain Linear")
     return part  # type: ignore[return-value]
 
 
@@ -87,6 +89,7 @@ class Signature:
     def of(cls, forward: Callable[..., Any]) -> Signature:
         """Raises `Unsuitable` for a forward that names none or too little."""
         parameters = inspect.signature(forward).parameters.values()
+        require(not any(p.kind is p.VAR_POSITIONAL for p in parameters), "its forward takes arguments without names")
         names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         signature = cls(names)
         require("x" in signature.roles, f"its forward takes {', '.join(names) or 'nothing'}, which is not known")
@@ -98,8 +101,8 @@ class Signature:
         return {ROLES[name]: name for name in self.names if name in ROLES}
 
     def arguments(self, **roles: Any) -> dict[str, Any]:
-        """Keyword arguments for a call, by role."""
-        return {self.roles[role]: value for role, value in roles.items()}
+        """Keyword arguments for a call, by role; roles that the forward lacks are left out."""
+        return {self.roles[role]: value for role, value in roles.items() if role in self.roles}
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call by role. Raises `Unserved` for arguments that no role knows what to do with."""
@@ -108,7 +111,7 @@ class Signature:
         bound = {}
         for name, value in {**dict(zip(self.names, args, strict=False)), **kwargs}.items():
             role = ROLES.get(name)
-            if role is not None and (role == "mode" or isinstance(value, (Tensor, type(None)))):
+            if role is not None and (role in ("mode", "place") or isinstance(value, (Tensor, type(None)))):
                 bound[role] = value
             elif value is not None and value is not False:
                 raise Unserved(f"the argument {name} is not known")

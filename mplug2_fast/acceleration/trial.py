@@ -76,6 +76,8 @@ class _Substitutes:
 
 
 def _on_cpu(buffer: Tensor) -> Tensor:
+    if buffer.is_meta:
+        raise Unsuitable("it is on the meta device: accelerate it when it is loaded")
     return buffer.detach().to("cpu", torch.float32 if buffer.is_floating_point() else None)
 
 

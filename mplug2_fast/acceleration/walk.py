@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from mplug2_fast import nn as fast_nn
+from mplug2_fast.acceleration.attention import BertAttention
 from mplug2_fast.acceleration.basic import MLP, LayerNorm, Linear, MultiheadAttention
-from mplug2_fast.acceleration.bert import BertAttention, BertLayer
 from mplug2_fast.acceleration.blocks import TemporalBlock
 from mplug2_fast.acceleration.cache import Session
 from mplug2_fast.acceleration.decoder import PredictionHead, TextDecoder
+from mplug2_fast.acceleration.layers import BertLayer
 from mplug2_fast.acceleration.report import Entry, Report
 from mplug2_fast.acceleration.swap import (
     STATE,
@@ -113,8 +115,9 @@ class _Walk:
             if module._mplug2_fast_kind is TextDecoder:
                 self._visit_children(module, path, vars(module)[STATE].session)
             return
-        if isinstance(module, _FAST):
-            self._report(module, path, "it is a fast module")
+        if isinstance(module, (*_FAST, torch.jit.ScriptModule)):
+            scripted = isinstance(module, torch.jit.ScriptModule)
+            self._report(module, path, "it is compiled by TorchScript" if scripted else "it is a fast module")
             return
         kind = next((kind for kind in KINDS if kind.looks_like(module)), None)
         if kind is None:
@@ -170,6 +173,8 @@ class _Walk:
                 self._known[key] = kind.recognise(module)
             except Unsuitable as reason:
                 self._known[key] = reason
+            except Exception as error:  # made in a way that recognition did not think of
+                self._known[key] = Unsuitable(f"it could not be looked at: {type(error).__name__}: {error}")
         found = self._known[key]
         if isinstance(found, Unsuitable):
             raise found
