@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from mplug2_fast import info
+
+# Of glibc's <malloc.h>.
+_MALLOPT_TRIM_THRESHOLD, _MALLOPT_MMAP_MAX = -1, -4
 
 
 def describe() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -47,3 +51,12 @@ def commit() -> str | None:
 def available_memory() -> int:
     """Bytes that can be had without swapping."""
     return info.collect()["memory"]["available"]
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed. As it starts it gives large blocks back to the system, which then clears each of
+    their pages anew: half of the time of an operator that does little, and more or less of it by what ran before."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MALLOPT_MMAP_MAX, 0)
+        mallopt(_MALLOPT_TRIM_THRESHOLD, 2**31 - 1)

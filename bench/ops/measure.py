@@ -62,6 +62,7 @@ def run(
 ) -> dict[str, Any]:
     """The results as they are written to JSON."""
     torch.set_num_threads(threads)
+    machine.keep_freed_memory()
     described, versions = machine.describe()
     described["threads"] = threads
     best = ceilings.measure("cpu", dtypes)

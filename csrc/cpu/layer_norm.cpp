@@ -43,6 +43,7 @@ struct Buffers {
     float* row;
     float* weight;
     float* bias;
+    bool pairs;  // whether weight and bias hold, of every 32 channels, the 16 at even places first
 };
 
 struct Moments {
@@ -85,12 +86,36 @@ MPLUG2_INLINE Moments moments_of(const Bf16* x, std::int64_t channels) {
 }
 #endif
 
+#ifdef __AVX512BF16__
+// Writes the normalised row 32 channels at a time: as 32-bit numbers, those at even places are the lower halves of what
+// a load gives and those at odd places the upper halves.
+MPLUG2_INLINE void write_bf16(const Bf16* x, Bf16* out, std::int64_t channels, const Buffers& buffers, Moments moments,
+                              float eps) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
+    std::uint16_t order[32];
+    for (int i = 0; i < 32; ++i) {
+        order[i] = static_cast<std::uint16_t>(i / 2 + 16 * (i % 2));
+    }
+    const __m512i interleaved = _mm512_loadu_si512(order);
+    const F32 means = broadcast(moments.mean), factor = broadcast(1.0f / __builtin_sqrtf(moments.variance + eps));
+    for (std::int64_t i = 0; i < channels; i += 32) {
+        const __m512i both = _mm512_loadu_si512(x + i);
+        const F32 even = (F32)_mm512_slli_epi32(both, 16), odd = (F32)_mm512_and_si512(both, upper);
+        const float *weight = buffers.weight + i, *bias = buffers.bias + i;
+        const F32 even_out = (even - means) * factor * load(weight) + load(bias);
+        const F32 odd_out = (odd - means) * factor * load(weight + kLanes) + load(bias + kLanes);
+        const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd_out, (__m512)even_out);
+        _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(interleaved, rounded));
+    }
+}
+#endif
+
 template <typename Element, bool kUpdate>
 void normalise(const LayerNormArguments& a, const Row<Element>& row, const Buffers& buffers) {
 #ifdef __AVX512BF16__
     if constexpr (sizeof(Element) == 2 && !kUpdate) {
-        if (a.channels % 64 == 0) {
-            return write(row.x, row.out, a.channels, buffers, moments_of(row.x, a.channels), a.eps);
+        if (buffers.pairs) {
+            return write_bf16(row.x, row.out, a.channels, buffers, moments_of(row.x, a.channels), a.eps);
         }
     }
 #endif
@@ -146,10 +171,16 @@ void run(const LayerNormArguments& a) {
         const std::int64_t stride = (a.channels + 31) / 32 * 32 + 16;
         constexpr std::align_val_t kLine{64};
         auto* memory = static_cast<float*>(::operator new(3 * stride * sizeof(float), kLine));
-        const Buffers buffers = {memory, memory + stride, memory + 2 * stride};
+#ifdef __AVX512BF16__
+        const bool pairs = sizeof(Element) == 2 && !update && a.channels % 64 == 0;
+#else
+        constexpr bool pairs = false;
+#endif
+        const Buffers buffers = {memory, memory + stride, memory + 2 * stride, pairs};
         for (std::int64_t c = 0; c < a.channels; ++c) {
-            buffers.weight[c] = a.weight ? to_float(static_cast<const Element*>(a.weight)[c]) : 1.0f;
-            buffers.bias[c] = a.bias ? to_float(static_cast<const Element*>(a.bias)[c]) : 0.0f;
+            const std::int64_t place = pairs ? c / 32 * 32 + c % 32 / 2 + 16 * (c % 2) : c;
+            buffers.weight[place] = a.weight ? to_float(static_cast<const Element*>(a.weight)[c]) : 1.0f;
+            buffers.bias[place] = a.bias ? to_float(static_cast<const Element*>(a.bias)[c]) : 0.0f;
         }
         for (std::int64_t r = begin; r < end; ++r) {
             const std::int64_t o = r / a.inner, i = r % a.inner;

@@ -113,8 +113,8 @@ def make_model(recipe: Recipe) -> mf.MPlug2ForQuestionAnswering:
             weight.normal_(std=weight[0].numel() ** -0.5, generator=generator)
     if not recipe.local_temporal:
         for block in model.visual.blocks:
-            block.temporal1.requires_grad_(False)
-            block.temporal2.requires_grad_(False)
+            block.lmhra1.requires_grad_(False)
+            block.lmhra2.requires_grad_(False)
     return model
 
 

@@ -91,11 +91,7 @@ class TextDecoder(nn.Module):
             )
         else:
             context = beam_attention(query, key, value, key_padding_mask=memory.mask)
-        return layer.add_norm(
-            layer.cross_norm,
-            x,
-            lambda residual: linear_act(context.view(x.shape), cross.out.weight, cross.out.bias, residual=residual),
-        )
+        return layer.add_norm(layer.cross_norm, x, lambda residual: cross.project_out(context.view(x.shape), residual))
 
     def forward(self, input_ids: Tensor, mask: Tensor, memory: Memory) -> Tensor:
         """Teacher forcing.
@@ -107,7 +103,7 @@ class TextDecoder(nn.Module):
         """
         x = self.embeddings(input_ids)
         for index, layer in enumerate(self.layers):
-            x = layer.attend_self(x, key_padding_mask=mask.flatten(0, 1), causal=True)
+            x = layer.attend_self(x, key_padding_mask=mask, causal=True)
             x = self._attend(layer, x, memory, index)
             x = layer.feed_forward(x)
         return x
@@ -130,8 +126,7 @@ class TextDecoder(nn.Module):
             query, key, value = layer.attention.project(x.flatten(0, 2))
             keys, values = cache.append(index, step, key, value)
             context = attention(query[:, None], keys.transpose(1, 2), values.transpose(1, 2)).view(x.shape)
-            out = layer.attention.out
-            x = layer.attention_norm(linear_act(context, out.weight, out.bias, residual=x))
+            x = layer.attention_norm(layer.attention.project_out(context, x))
             x = self._attend(layer, x, memory, index)
             x = layer.feed_forward(x)
         return self.logits(x[:, :, 0])

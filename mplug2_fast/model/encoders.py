@@ -24,11 +24,7 @@ class UniversalLayers(nn.Module):
         first, batch = self.first, visual.shape[0]
         latents = first.attend_self(self.latents[None])
         query = first.cross.project_query(latents).expand(batch, -1, -1, -1)
-        latents = first.add_norm(
-            first.cross_norm,
-            latents.expand(batch, -1, -1),
-            lambda residual: first.cross.attend(query, visual, residual=residual),
-        )
+        latents = first.attend_cross(latents.expand(batch, -1, -1), visual, query=query)
         return self.last(visual, memory=first.feed_forward(latents))
 
 
@@ -63,7 +59,7 @@ class FusionEncoder(nn.Module):
         """text `(B, tokens, D)`, its mask `(B, tokens)`, visual `(B, S, D)`, all of it seen. Returns (visual, text)."""
         split = visual.shape[1]
         for layer in self.layers:
-            if not hasattr(layer, "cross"):
+            if layer.cross is None:
                 both_mask = torch.cat([text_mask.new_ones(visual.shape[:2]), text_mask], dim=1)
                 both = layer(torch.cat([visual, text], dim=1), key_padding_mask=both_mask)
                 visual, text = visual + both[:, :split], both[:, split:]

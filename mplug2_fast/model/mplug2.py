@@ -16,7 +16,7 @@ from mplug2_fast.model.decoder import Memory, TextDecoder
 from mplug2_fast.model.encoders import FusionEncoder, TextEncoder, UniversalLayers
 from mplug2_fast.model.vision import VisionTransformer
 from mplug2_fast.modes import in_eval_mode
-from mplug2_fast.nn import LayerNorm
+from mplug2_fast.nn import LayerNorm, SelfAttention
 from mplug2_fast.ops import pack_weight, unpack_weight
 from mplug2_fast.ops.linear_act import linear_act
 from mplug2_fast.outputs import GenerationOutput
@@ -72,7 +72,7 @@ class _MPlug2(nn.Module):
             if isinstance(module, nn.LayerNorm):
                 module.weight.fill_(1.0)
         for block in self.visual.blocks:
-            for temporal in (block.temporal1, block.temporal2):
+            for temporal in (block.lmhra1, block.lmhra2):
                 temporal.reset_parameters()
 
     def released_parameters(self) -> dict[str, Tensor]:
@@ -86,7 +86,11 @@ class _MPlug2(nn.Module):
     def wide_weights(self) -> Iterator[nn.Parameter]:
         """The vision encoder's weights: five sixths of the products are theirs, with all visual tokens at once."""
         yield self.visual.patch_weight
-        yield from (module.weight for module in self.visual.modules() if isinstance(module, nn.Linear))
+        for module in self.visual.modules():
+            if isinstance(module, nn.Linear):
+                yield module.weight
+            elif isinstance(module, SelfAttention):
+                yield module.in_proj_weight
 
     def pack(self) -> Self:
         """Keeps copies of the vision encoder's weights in the layout of the CPU's matrix products, for inference.

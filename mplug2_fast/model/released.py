@@ -20,13 +20,6 @@ def affine(module: nn.Linear | nn.LayerNorm, name: str, get: Get) -> Views:
     yield f"{name}.bias", get(module.bias)
 
 
-def split(module: nn.Linear, names: list[str], get: Get) -> Views:
-    """A fused linear layer as the layers it was fused from, one after another along the output."""
-    for kind in ("weight", "bias"):
-        for name, part in zip(names, get(getattr(module, kind)).chunk(len(names)), strict=True):
-            yield f"{name}.{kind}", part
-
-
 def local_temporal(module: LocalTemporal, name: str, get: Get) -> Views:
     yield from affine(module.norm, f"{name}.ln", get)
     for linear, part in ((module.down, "down_proj"), (module.up, "up_proj")):
@@ -49,16 +42,11 @@ def vision(module: VisionTransformer, get: Get) -> Views:
     yield from affine(module.norm_post, f"{prefix}.ln_post", get)
     for i, block in enumerate(module.blocks):
         name = f"{prefix}.transformer.resblocks.{i}"
-        for part, temporal in (("lmhra1", block.temporal1), ("lmhra2", block.temporal2)):
-            if isinstance(temporal, LocalTemporal):
-                yield from local_temporal(temporal, f"{name}.{part}", get)
-        yield f"{name}.attn.in_proj_weight", get(block.attention.qkv.weight)
-        yield f"{name}.attn.in_proj_bias", get(block.attention.qkv.bias)
-        yield from affine(block.attention.out, f"{name}.attn.out_proj", get)
-        yield from affine(block.norm1, f"{name}.ln_1", get)
-        yield from affine(block.mlp.fc, f"{name}.mlp.c_fc", get)
-        yield from affine(block.mlp.proj, f"{name}.mlp.c_proj", get)
-        yield from affine(block.norm2, f"{name}.ln_2", get)
+        for part in ("lmhra1", "lmhra2"):
+            yield from local_temporal(getattr(block, part), f"{name}.{part}", get)
+        for part in ("attn", "ln_1", "mlp", "ln_2"):
+            for key, parameter in getattr(block, part).named_parameters():
+                yield f"{name}.{part}.{key}", get(parameter)
 
 
 def embeddings(module: BertEmbeddings, name: str, get: Get) -> Views:
@@ -69,21 +57,19 @@ def embeddings(module: BertEmbeddings, name: str, get: Get) -> Views:
 
 
 def attention(module: SelfAttention | CrossAttention, norm: nn.LayerNorm, name: str, get: Get) -> Views:
-    if isinstance(module, SelfAttention):
-        yield from split(module.qkv, [f"{name}.self.{part}" for part in ("query", "key", "value")], get)
-    else:
-        yield from affine(module.query, f"{name}.self.query", get)
-        yield from split(module.kv, [f"{name}.self.{part}" for part in ("key", "value")], get)
-    yield from affine(module.out, f"{name}.output.dense", get)
+    for kind, parameter in (("weight", module.in_proj_weight), ("bias", module.in_proj_bias)):
+        for part, view in zip(("query", "key", "value"), get(parameter).chunk(3), strict=True):
+            yield f"{name}.self.{part}.{kind}", view
+    yield from affine(module.out_proj, f"{name}.output.dense", get)
     yield from affine(norm, f"{name}.output.LayerNorm", get)
 
 
 def bert_layer(module: BertLayer, name: str, get: Get) -> Views:
     yield from attention(module.attention, module.attention_norm, f"{name}.attention", get)
-    if hasattr(module, "cross"):
+    if module.cross is not None:
         yield from attention(module.cross, module.cross_norm, f"{name}.crossattention", get)
-    yield from affine(module.mlp.fc, f"{name}.intermediate.dense", get)
-    yield from affine(module.mlp.proj, f"{name}.output.dense", get)
+    yield from affine(module.mlp.c_fc, f"{name}.intermediate.dense", get)
+    yield from affine(module.mlp.c_proj, f"{name}.output.dense", get)
     yield from affine(module.mlp_norm, f"{name}.output.LayerNorm", get)
 
 

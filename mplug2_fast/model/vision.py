@@ -7,30 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mplug2_fast.config import VisionConfig
-from mplug2_fast.nn import MLP, LayerNorm, LocalTemporal, SelfAttention
+from mplug2_fast.nn import LayerNorm, TemporalBlock
 from mplug2_fast.ops.linear_act import linear_act
-
-
-class VisionBlock(nn.Module):
-    """Local temporal, attention within each frame, local temporal, MLP; pre-norm."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        width, eps = config.width, config.layer_norm_eps
-        temporal = (width, config.temporal_reduction, config.temporal_kernel_size, eps)
-        self.temporal1 = LocalTemporal(*temporal)
-        self.norm1 = LayerNorm(width, eps=eps)
-        self.attention = SelfAttention(width, config.num_heads)
-        self.temporal2 = LocalTemporal(*temporal)
-        self.norm2 = LayerNorm(width, eps=eps)
-        self.mlp = MLP(width, config.mlp_ratio * width, "quick_gelu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x and result: `(batch, frames, 1 + patches, width)`."""
-        x = self.temporal1(x)
-        x = self.attention(self.norm1(x), residual=x)
-        x = self.temporal2(x)
-        return self.mlp(x, norm=self.norm2, residual=True)
 
 
 class VisionTransformer(nn.Module):
@@ -45,7 +23,19 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(config.width))
         self.positional_embedding = nn.Parameter(torch.empty(1 + config.num_patches, config.width))
         self.norm_pre = LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.blocks = nn.ModuleList([VisionBlock(config) for _ in range(config.layers)])
+        self.blocks = nn.ModuleList(
+            [
+                TemporalBlock(
+                    config.width,
+                    config.num_heads,
+                    mlp_ratio=config.mlp_ratio,
+                    reduction=config.temporal_reduction,
+                    kernel_size=config.temporal_kernel_size,
+                    eps=config.layer_norm_eps,
+                )
+                for _ in range(config.layers)
+            ]
+        )
         self.norm_post = LayerNorm(config.width, eps=config.layer_norm_eps)
 
     def patches(self, video: Tensor) -> Tensor:

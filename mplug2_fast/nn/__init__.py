@@ -1,8 +1,10 @@
 """Modules that other codebases can import: `(batch, frames, tokens, channels)` or `(batch, tokens, channels)`."""
 
 from mplug2_fast.nn.attention import CrossAttention, SelfAttention
+from mplug2_fast.nn.fusion_layer import FusionLayer
 from mplug2_fast.nn.layer_norm import LayerNorm
 from mplug2_fast.nn.local_temporal import LocalTemporal
 from mplug2_fast.nn.mlp import MLP
+from mplug2_fast.nn.temporal_block import TemporalBlock
 
-__all__ = ["MLP", "CrossAttention", "LayerNorm", "LocalTemporal", "SelfAttention"]
+__all__ = ["MLP", "CrossAttention", "FusionLayer", "LayerNorm", "LocalTemporal", "SelfAttention", "TemporalBlock"]

@@ -1,32 +1,124 @@
-"""Multi-head attention with fused input projections."""
+"""Multi-head attention with the parameters of `torch.nn.MultiheadAttention`."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from mplug2_fast.nn.autocast import would_round
 from mplug2_fast.ops.attention import attention_with_dropout
 from mplug2_fast.ops.linear_act import linear_act
 
 
-class SelfAttention(nn.Module):
-    """Self-attention within the last but one axis; queries, keys and values come from one product.
+class MultiHeadAttention(nn.Module):
+    """What all attention modules share: heads, dropout on the attention weights, and the product after them.
 
-    Args:
-        dim: channels. num_heads: heads; must divide dim. dropout: on the attention weights, when training.
+    A subclass has `out_proj`, a linear layer, and projects.
     """
 
-    def __init__(self, dim: int, num_heads: int, dropout: float = 0.0) -> None:
+    out_proj: nn.Linear
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+        self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.dropout = nn.Dropout(dropout)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """`(..., embed_dim)` to `(..., num_heads, head_dim)`."""
+        return x.unflatten(-1, (self.num_heads, -1))
+
+    def project_out(self, context: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The output projection of context `(..., embed_dim)`, plus the residual of the same shape."""
+        weight, bias = self.out_proj.weight, self.out_proj.bias
+        if residual is not None and would_round(residual):
+            return residual + linear_act(context, weight, bias)
+        return linear_act(context, weight, bias, residual=residual)
+
+    def attend_heads(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        causal: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of projected heads, and the output projection.
+
+        Args:
+            query: `(..., q_len, num_heads, head_dim)`. key, value: `(..., k_len, num_heads, head_dim)`.
+            key_padding_mask: `(..., k_len)`. residual: `(..., q_len, embed_dim)`. The leading axes are the same.
+
+        Returns `(..., q_len, embed_dim)`.
+
+        Raises:
+            ValueError: shapes that do not go together.
+        """
+        if query.shape[:-3] != key.shape[:-3]:
+            raise ValueError(
+                f"queries and keys must have the same leading axes, got {tuple(query.shape[:-3])} and "
+                f"{tuple(key.shape[:-3])}"
+            )
+        if key_padding_mask is not None and key_padding_mask.shape != key.shape[:-2]:
+            raise ValueError(f"key_padding_mask must be {tuple(key.shape[:-2])}, got {tuple(key_padding_mask.shape)}")
+        context = attention_with_dropout(
+            _as_batch(query, 3),
+            _as_batch(key, 3),
+            _as_batch(value, 3),
+            self.dropout.p if self.training else 0.0,
+            key_padding_mask=None if key_padding_mask is None else _as_batch(key_padding_mask, 1),
+            causal=causal,
+        )
+        return self.project_out(context.view(*query.shape[:-2], self.embed_dim), residual)
+
+
+def _as_batch(x: Tensor, axes: int) -> Tensor:
+    """x with one axis before its last `axes` axes, whatever stood there."""
+    leading = x.dim() - axes
+    if leading == 1:
+        return x
+    return x[None] if leading == 0 else x.flatten(0, leading - 1)
+
+
+class _FusedAttention(MultiHeadAttention):
+    """The parameters of `torch.nn.MultiheadAttention`: `in_proj_weight` has those of queries, keys and values, in this
+    order, `embed_dim` rows each."""
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
+        super().__init__(embed_dim, num_heads, dropout)
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim)) if bias else None
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        self.out_proj.reset_parameters()
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+
+
+class SelfAttention(_FusedAttention):
+    """Self-attention within the last but one axis; queries, keys and values come from one product.
+
+    Replaces `torch.nn.MultiheadAttention` called with one tensor: the same state dict.
+
+    Args:
+        embed_dim: channels. num_heads: heads; must divide embed_dim. dropout: on the attention weights, when training.
+        bias: whether both projections have one.
+
+    Raises:
+        ValueError: num_heads does not divide embed_dim.
+    """
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x `(batch, tokens, dim)` to queries, keys and values, each a `(batch, tokens, heads, head_dim)` view."""
-        qkv = linear_act(x, self.qkv.weight, self.qkv.bias)
+        """x `(..., embed_dim)` to queries, keys and values, each a `(..., num_heads, head_dim)` view."""
+        qkv = linear_act(x, self.in_proj_weight, self.in_proj_bias)
         return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
 
     def forward(
@@ -37,40 +129,34 @@ class SelfAttention(nn.Module):
         causal: bool = False,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """x `(..., tokens, dim)`, any leading axes; key_padding_mask `(batch, tokens)`, nonzero for tokens; residual,
-        of x's shape, is added to the result."""
-        query, key, value = self.project(x.flatten(0, -3))
-        dropout = self.dropout.p if self.training else 0.0
-        context = attention_with_dropout(
-            query, key, value, dropout, key_padding_mask=key_padding_mask, causal=causal
-        ).view(x.shape)
-        return linear_act(context, self.out.weight, self.out.bias, residual=residual)
+        """x and result `(..., tokens, embed_dim)`, any leading axes or none; key_padding_mask `(..., tokens)`, nonzero
+        for tokens; causal lets a token see itself and those before it; residual, of x's shape, is added to the
+        result."""
+        return self.attend_heads(*self.project(x), key_padding_mask=key_padding_mask, causal=causal, residual=residual)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(_FusedAttention):
     """Attention of one sequence to another; the memory's keys and values come from one product.
 
+    Replaces `torch.nn.MultiheadAttention` called with a query and a memory: the same state dict.
+
     Args:
-        dim: channels of both. num_heads: heads; must divide dim. dropout: on the attention weights, when training.
+        embed_dim: channels of both. num_heads: heads; must divide embed_dim. dropout: on the attention weights, when
+            training. bias: whether the projections have one.
+
+    Raises:
+        ValueError: num_heads does not divide embed_dim.
     """
 
-    def __init__(self, dim: int, num_heads: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
-        self.num_heads = num_heads
-        self.dropout = nn.Dropout(dropout)
-        self.query = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.out = nn.Linear(dim, dim)
-
     def project_query(self, x: Tensor) -> Tensor:
-        """x `(batch, tokens, dim)` to `(batch, tokens, heads, head_dim)`."""
-        return linear_act(x, self.query.weight, self.query.bias).unflatten(-1, (self.num_heads, -1))
+        """x `(..., embed_dim)` to `(..., num_heads, head_dim)`."""
+        dim, bias = self.embed_dim, self.in_proj_bias
+        return self.split_heads(linear_act(x, self.in_proj_weight[:dim], None if bias is None else bias[:dim]))
 
     def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """memory `(batch, tokens, dim)` to keys and values, each a `(batch, tokens, heads, head_dim)` view."""
-        kv = linear_act(memory, self.kv.weight, self.kv.bias)
+        """memory `(..., embed_dim)` to keys and values, each a `(..., num_heads, head_dim)` view."""
+        dim, bias = self.embed_dim, self.in_proj_bias
+        kv = linear_act(memory, self.in_proj_weight[dim:], None if bias is None else bias[dim:])
         return kv.unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
 
     def forward(
@@ -81,8 +167,8 @@ class CrossAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """x `(batch, q_len, dim)`; memory `(batch, k_len, dim)`; key_padding_mask `(batch, k_len)`, 1 for tokens;
-        residual, of x's shape, is added to the result."""
+        """x and result `(..., q_len, embed_dim)`; memory `(..., k_len, embed_dim)`, with the same leading axes, any or
+        none; key_padding_mask `(..., k_len)`, nonzero for tokens; residual, of x's shape, is added to the result."""
         return self.attend(self.project_query(x), memory, key_padding_mask=key_padding_mask, residual=residual)
 
     def attend(
@@ -95,6 +181,4 @@ class CrossAttention(nn.Module):
     ) -> Tensor:
         """`forward` with the result of `project_query` in place of x."""
         key, value = self.project_memory(memory)
-        dropout = self.dropout.p if self.training else 0.0
-        context = attention_with_dropout(query, key, value, dropout, key_padding_mask=key_padding_mask)
-        return linear_act(context, self.out.weight, self.out.bias, residual=residual)
+        return self.attend_heads(query, key, value, key_padding_mask=key_padding_mask, residual=residual)

@@ -4,36 +4,53 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from mplug2_fast.nn.autocast import would_round
 from mplug2_fast.ops.linear_act import Activation
 from mplug2_fast.ops.mlp import mlp
 
 
 class MLP(nn.Module):
-    """Two linear layers with an activation between them.
+    """Two linear layers with an activation between them; the state dict is that of CLIP's `mlp`.
 
     Args:
-        dim: channels in and out. hidden: channels between. activation: `"gelu"` (erf), `"quick_gelu"` or `"none"`.
+        dim: channels in and out. hidden: channels between. activation: `"quick_gelu"`, `"gelu"` (erf) or `"none"`.
+        bias: whether the layers have one.
     """
 
-    def __init__(self, dim: int, hidden: int, activation: Activation = "gelu") -> None:
+    def __init__(self, dim: int, hidden: int, activation: Activation = "quick_gelu", bias: bool = True) -> None:
         super().__init__()
         self.activation: Activation = activation
-        self.fc = nn.Linear(dim, hidden)
-        self.proj = nn.Linear(hidden, dim)
+        self.c_fc = nn.Linear(dim, hidden, bias=bias)
+        self.c_proj = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor, *, norm: nn.LayerNorm | None = None, residual: bool = False) -> Tensor:
-        """x `(..., dim)`, through `norm` first where one is given; `residual` adds x to the result."""
+        """x and result `(..., dim)`, x through `norm` first where one is given; `residual` adds x to the result."""
         if norm is not None and (norm.weight is None or norm.bias is None):
             raise ValueError("norm must have a weight and a bias: apply another norm before the call")
-        return mlp(
-            x,
-            self.fc.weight,
-            self.fc.bias,
-            self.proj.weight,
-            self.proj.bias,
-            activation=self.activation,
-            norm_weight=None if norm is None else norm.weight,
-            norm_bias=None if norm is None else norm.bias,
-            eps=1e-5 if norm is None else norm.eps,
-            residual=residual,
-        )
+        return feed_forward(x, self.c_fc, self.c_proj, self.activation, norm=norm, residual=residual)
+
+
+def feed_forward(
+    x: Tensor,
+    fc: nn.Linear,
+    proj: nn.Linear,
+    activation: Activation,
+    *,
+    norm: nn.LayerNorm | None = None,
+    residual: bool = False,
+) -> Tensor:
+    """proj(activation(fc(norm(x)))), plus x where `residual` says so, of x `(..., dim)`."""
+    outside = residual and would_round(x)
+    out = mlp(
+        x,
+        fc.weight,
+        fc.bias,
+        proj.weight,
+        proj.bias,
+        activation=activation,
+        norm_weight=None if norm is None else norm.weight,
+        norm_bias=None if norm is None else norm.bias,
+        eps=1e-5 if norm is None else norm.eps,
+        residual=residual and not outside,
+    )
+    return x + out if outside else out

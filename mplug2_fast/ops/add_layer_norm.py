@@ -7,10 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mplug2_fast.ops import native
+from mplug2_fast.ops import gpu, native
 from mplug2_fast.ops.dispatch import Backend, Op
 from mplug2_fast.ops.layer_norm import SPEC as NORM
-from mplug2_fast.ops.layer_norm import check, norm_native, norm_reference, norm_torch
+from mplug2_fast.ops.layer_norm import (
+    check,
+    norm_backward_triton,
+    norm_native,
+    norm_reference,
+    norm_torch,
+    norm_triton,
+    triton_reasons,
+)
 from mplug2_fast.ops.layer_norm import make as make_norm
 from mplug2_fast.ops.spec import Spec, normal
 from mplug2_fast.ops.spec import upcast as in_float64
@@ -59,6 +67,17 @@ def run_native(x, update, weight, bias, eps, scale, return_sum):
     return out, x.new_empty(0) if total is None else total
 
 
+def run_triton(x, update, weight, bias, eps, scale, return_sum):
+    total = torch.empty_like(x, memory_format=torch.contiguous_format) if return_sum else None
+    out = norm_triton(x, update, weight, bias, eps, scale, total)
+    return out, x.new_empty(0) if total is None else total
+
+
+def backward_triton(grads, arguments, _, needs):
+    x, update, weight, bias, eps, scale, return_sum = arguments
+    return norm_backward_triton(grads if return_sum else grads[:1], x, update, weight, bias, eps, needs, scale)
+
+
 def fake(x, update, weight, bias, eps, scale, return_sum):
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     return out, torch.empty_like(out) if return_sum else x.new_empty(0)
@@ -95,6 +114,13 @@ OP = Op(
             run_native,
             lambda x, update, weight, bias, *_: native.reasons(x, update=update, weight=weight, bias=bias),
             devices=("cpu",),
+        ),
+        Backend(
+            "triton",
+            run_triton,
+            lambda x, update, *_: triton_reasons(x, update=update),
+            devices=gpu.DEVICES,
+            backward=backward_triton,
         ),
         Backend("torch", run_torch, differentiable=True),
     ],

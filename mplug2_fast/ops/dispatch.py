@@ -1,7 +1,9 @@
 """One operator, several backends: which one serves a call, why the others do not, and how torch sees the operator.
 
 A call outside of `torch.compile` that needs no gradient goes straight to its backend. All others go through
-`torch.ops.mplug2_fast`, where every operator is registered with a fake implementation and a backward.
+`torch.ops.mplug2_fast`, where every operator NAME is registered with a fake implementation and with a backward that
+knows nothing but the arguments. Where a backend has a backward of its own that wants more, NAME_train also returns what
+that backend saves; NAME_backward serves both.
 """
 
 from __future__ import annotations
@@ -42,7 +44,13 @@ class Backend:
         run: takes the operator's arguments, all of them, in order.
         not_supported_reasons: takes the same; why `run` cannot serve them, one sentence each, empty when it can.
         devices: device types that it is for; empty for any.
-        differentiable: whether autograd can follow `run`. If not, gradients are those of the recomputed formula.
+        differentiable: whether autograd can follow `run`. If not, gradients are those of `backward`, or without one
+            those of the recomputed formula.
+        backward: `(grads, arguments, saved, needs)` to the gradients of the differentiable arguments that `needs` asks
+            for, in order. `grads` are those of the results, None for zeros; `saved` is what `train` filled, the results
+            in front where the operator's backward reads them.
+        saved: takes the arguments; empty tensors for what `train` saves.
+        train: takes the arguments and those tensors, fills them, returns the results. None where nothing is saved.
     """
 
     name: str
@@ -50,6 +58,9 @@ class Backend:
     not_supported_reasons: Callable[..., Sequence[str]] = lambda *_: ()
     devices: tuple[str, ...] = ()
     differentiable: bool = False
+    backward: Callable[[list[Tensor | None], tuple[Any, ...], list[Tensor], list[bool]], list[Tensor]] | None = None
+    saved: Callable[..., list[Tensor]] | None = None
+    train: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +118,7 @@ class Op:
             operator has gradients. "reference" is added from the specification.
         fake: takes the arguments, returns empty tensors of the results' shapes, types and strides.
         autocast: whether floating-point arguments are cast under autocast, as for `F.linear`.
+        backward_reads_results: whether backends' own backwards are given the results of `train`.
     """
 
     def __init__(
@@ -117,8 +129,10 @@ class Op:
         fake: Callable[..., Any],
         *,
         autocast: bool = False,
+        backward_reads_results: bool = False,
     ) -> None:
         self.spec, self.name, self.autocast = spec, spec.name, autocast
+        self._fake, self._reads_results = fake, backward_reads_results
         reference = Backend("reference", spec.reference, differentiable=True)
         self.backends = {backend.name: backend for backend in (*backends, reference)}
         self._automatic = [backend for backend in self.backends.values() if backend.name != "reference"]
@@ -127,9 +141,16 @@ class Op:
         _LIBRARY.define(f"{self.name}{schema}")
         _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mplug2_fast::{self.name}", fake, lib=_LIBRARY)
-        if spec.differentiable:
-            self._register_backward(arguments, 1 if results == "Tensor" else results.count("Tensor"))
         self._torch_op = getattr(torch.ops.mplug2_fast, self.name).default
+        self._training_op = self._torch_op
+        self._saving = {backend.name for backend in backends if backend.train}
+        self._saving_devices = {device for backend in backends if backend.train for device in backend.devices}
+        if spec.differentiable:
+            self._results = results.count("Tensor")
+            self._wanted = [i for i, argument in enumerate(self._names) if argument in spec.differentiable]
+            self._register_backward(arguments.strip("()"))
+            if self._saving_devices:
+                self._register_training(arguments, results.strip("()"))
 
     # --- which backend
 
@@ -174,9 +195,15 @@ class Op:
             for argument in arguments:
                 if isinstance(argument, Tensor) and argument.device.type not in backend.devices:
                     return (f"it is for {' and '.join(backend.devices)}, not for {argument.device}",)
-        if needs_grad and not backend.differentiable:
+        if needs_grad and not backend.differentiable and backend.backward is None:
             return ("gradients are asked for, and it has no backward of its own",)
         return backend.not_supported_reasons(*arguments)
+
+    def _own_backward(self, arguments: tuple[Any, ...]) -> Backend | None:
+        """The first backend with a backward of its own that serves these arguments, whatever is forced: the forward
+        and the backward of a training step, and both under a compiler, come to the same answer."""
+        able = (b for b in self._automatic if b.backward is not None and not self._reasons(b, arguments, False))
+        return next(able, None)
 
     def _error(self, what: str, arguments: tuple[Any, ...]) -> BackendError:
         shown = ", ".join(
@@ -193,13 +220,27 @@ class Op:
     def __call__(self, *arguments: Any) -> Any:
         if self.autocast:
             arguments = _autocast(arguments)
-        if torch.compiler.is_compiling() or _seen_by_others(arguments):
-            return self._torch_op(*arguments)
+        if torch.compiler.is_compiling():
+            # What is forced while a graph is made is part of the graph.
+            saves = self._saving_devices and self._needs_grad(arguments) and self._saves(arguments, _forced_name())
+            return self._trained(arguments) if saves else self._torch_op(*arguments)
         needs_grad = self._needs_grad(arguments)
+        if _seen_by_others(arguments):
+            return self._torch_op(*arguments)
         backend = self.choose(arguments, needs_grad=needs_grad)
         if needs_grad and not backend.differentiable:
-            return self._torch_op(*arguments)
+            return self._trained(arguments) if backend.train else self._torch_op(*arguments)
         return backend.run(*arguments)
+
+    def _saves(self, arguments: tuple[Any, ...], forced: str | None) -> bool:
+        """Whether a backend that saves something for its backward may serve on this device."""
+        if forced is not None and forced not in self._saving:
+            return False
+        return any(isinstance(a, Tensor) and a.device.type in self._saving_devices for a in arguments)
+
+    def _trained(self, arguments: tuple[Any, ...]) -> Any:
+        *results, _ = self._training_op(*arguments)
+        return tuple(results) if len(results) > 1 else results[0]
 
     def public(self, arguments: _F) -> _F:
         """Makes the function that users call from one that checks its arguments and returns all of the operator's."""
@@ -223,58 +264,115 @@ class Op:
     def _run(self, *arguments: Any) -> Any:
         return self.choose(arguments).run(*arguments)
 
-    def _register_backward(self, arguments: str, results: int) -> None:
-        """The backward is an operator too, so that compilers need not look into it."""
+    def _register_backward(self, arguments: str) -> None:
+        """NAME_backward is an operator too, so that compilers need not look into it."""
         name = f"{self.name}_backward"
-        wanted = [index for index, argument in enumerate(self._names) if argument in self.spec.differentiable]
-        formula = self.backends["torch"].run
+        schema = f"{name}(Tensor?[] grads, {arguments}, bool[] needs, Tensor[]? saved=None) -> Tensor[]"
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(name, self._backward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"mplug2_fast::{name}", self._fake_backward, lib=_LIBRARY)
+        self._backward_op = getattr(torch.ops.mplug2_fast, name).default
+        self._register_autograd(self.name)
 
-        def recompute(grads: list[Tensor | None], *given: Any) -> list[Tensor]:
-            *values, needs = given
-            needed = [index for index, need in zip(wanted, needs, strict=True) if need]
-            with torch.enable_grad():
-                for index in needed:
-                    values[index] = values[index].detach().requires_grad_()
-                out = formula(*values)
-            outs = out if isinstance(out, tuple) else (out,)
-            pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.requires_grad]
-            leaves = [values[index] for index in needed]
-            found = torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
-            return [
-                torch.zeros_like(leaf, memory_format=torch.contiguous_format)
-                if grad is None
-                else grad.clone(memory_format=torch.contiguous_format)
-                for leaf, grad in zip(leaves, found, strict=True)
-            ]
+    def _backward(self, grads: list[Tensor | None], *given: Any) -> list[Tensor]:
+        count = len(self._names)
+        arguments, needs = list(given[:count]), given[count]
+        saved = given[count + 1] if len(given) > count + 1 else None  # what equals its default is not handed over
+        backend = self._own_backward(tuple(arguments))
+        if backend is None or backend.backward is None:
+            return self._recomputed(grads, arguments, needs)
+        if saved is None:
+            saved = self._save(backend, arguments) if backend.train or self._reads_results else []
+        return [_fresh(grad, grads) for grad in backend.backward(grads, tuple(arguments), saved, needs)]
 
-        def fake(grads: list[Tensor | None], *given: Any) -> list[Tensor]:
-            *values, needs = given
-            taken = [values[index] for index, need in zip(wanted, needs, strict=True) if need]
-            return [torch.empty_like(value, memory_format=torch.contiguous_format) for value in taken]
+    def _save(self, backend: Backend, arguments: Sequence[Any]) -> list[Tensor]:
+        """What `backend.backward` reads, by the forward once more."""
+        saved = [] if backend.saved is None else backend.saved(*arguments)
+        results = backend.train(*arguments, saved) if backend.train else backend.run(*arguments)
+        return [*_as_tuple(results), *saved] if self._reads_results else saved
 
-        _LIBRARY.define(f"{name}(Tensor?[] grads, {arguments.strip('()')}, bool[] needs) -> Tensor[]")
-        _LIBRARY.impl(name, recompute, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"mplug2_fast::{name}", fake, lib=_LIBRARY)
-        operator = getattr(torch.ops.mplug2_fast, name).default
+    def _recomputed(self, grads: list[Tensor | None], values: list[Any], needs: list[bool]) -> list[Tensor]:
+        """The gradients of PyTorch's formula."""
+        needed = self._asked_for(needs)
+        with torch.enable_grad():
+            for index in needed:
+                values[index] = values[index].detach().requires_grad_()
+            outs = _as_tuple(self.backends["torch"].run(*values))
+        pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.requires_grad]
+        leaves = [values[index] for index in needed]
+        found = torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
+        return [
+            torch.zeros_like(leaf, memory_format=torch.contiguous_format)
+            if grad is None
+            else grad.clone(memory_format=torch.contiguous_format)
+            for leaf, grad in zip(leaves, found, strict=True)
+        ]
+
+    def _fake_backward(self, grads: list[Tensor | None], *given: Any) -> list[Tensor]:
+        taken = [given[index] for index in self._asked_for(given[len(self._names)])]
+        return [torch.empty_like(value, memory_format=torch.contiguous_format) for value in taken]
+
+    def _asked_for(self, needs: list[bool]) -> list[int]:
+        """Positions of the arguments whose gradients are needed."""
+        return [index for index, need in zip(self._wanted, needs, strict=True) if need]
+
+    def _register_training(self, arguments: str, results: str) -> None:
+        name = f"{self.name}_train"
+        _LIBRARY.define(f"{name}{arguments} -> ({results}, Tensor[])")
+        _LIBRARY.impl(name, self._train, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"mplug2_fast::{name}", self._fake_train, lib=_LIBRARY)
+        self._training_op = getattr(torch.ops.mplug2_fast, name).default
+        self._register_autograd(name)
+
+    def _train(self, *arguments: Any) -> tuple[Any, ...]:
+        backend = self._own_backward(arguments)
+        if backend is None or backend.train is None:
+            return *_as_tuple(self._run(*arguments)), []
+        saved = [] if backend.saved is None else backend.saved(*arguments)
+        return *_as_tuple(backend.train(*arguments, saved)), saved
+
+    def _fake_train(self, *arguments: Any) -> tuple[Any, ...]:
+        backend = self._own_backward(arguments)
+        saves = backend is not None and backend.train is not None and backend.saved is not None
+        return *_as_tuple(self._fake(*arguments)), backend.saved(*arguments) if saves else []
+
+    def _register_autograd(self, name: str) -> None:
+        trains = name != self.name
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+            *results, saved = output if trains else (*_as_tuple(output), [])
+            if saved and self._reads_results:
+                saved = [*results, *saved]
+            tensors = [value for value in inputs if isinstance(value, Tensor)]
+            ctx.save_for_backward(*tensors, *saved)
             ctx.others = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+            ctx.set_materialize_grads(False)
 
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            saved = iter(ctx.saved_tensors)
-            values = [next(saved) if other is None else other[0] for other in ctx.others]
-            needs = [ctx.needs_input_grad[index] for index in wanted]
-            found = iter(operator(list(grads[:results]), *values, needs))
+            tensors = iter(ctx.saved_tensors)
+            values = [next(tensors) if other is None else other[0] for other in ctx.others]
+            needs = [ctx.needs_input_grad[index] for index in self._wanted]
+            found = iter(self._backward_op(list(grads[: self._results]), *values, needs, list(tensors) or None))
             result: list[Tensor | None] = [None] * len(values)
-            for index, need in zip(wanted, needs, strict=True):
-                if need:
-                    result[index] = next(found)
+            for index in self._asked_for(needs):
+                result[index] = next(found)
             return tuple(result)
 
-        torch.library.register_autograd(
-            f"mplug2_fast::{self.name}", backward, setup_context=setup_context, lib=_LIBRARY
-        )
+        torch.library.register_autograd(f"mplug2_fast::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def _as_tuple(results: Any) -> tuple[Any, ...]:
+    return tuple(results) if isinstance(results, (tuple, list)) else (results,)
+
+
+def _fresh(grad: Tensor, grads: list[Tensor | None]) -> Tensor:
+    """An operator must not return what it was given."""
+    return grad.clone() if any(grad is given for given in grads) else grad
+
+
+@torch.compiler.assume_constant_result
+def _forced_name() -> str | None:
+    return _forced.get()
 
 
 def warn_without_native(arguments: tuple[Any, ...]) -> None:

@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops import native
+from mplug2_fast.ops import gpu, native
 from mplug2_fast.ops.dispatch import Backend, Op
+from mplug2_fast.ops.rows import Rows, pair
 from mplug2_fast.ops.spec import Spec, normal
 from mplug2_fast.ops.spec import upcast as in_float64
+
+MAX_CHANNELS = 16384
+"""Of the Triton kernel."""
 
 
 def norm_reference(
@@ -59,13 +63,8 @@ def norm_native(
     if out.numel() == 0:
         return out
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    x, sizes, strides = native.rows(x)
-    update_strides = (0, 0)
-    if update is not None:
-        update, update_sizes, update_strides = native.rows(update)
-        if update_sizes != sizes:  # the rows of one of them cannot be told by the strides that tell the other's
-            x, update = x.contiguous(), update.contiguous()
-            (_, sizes, strides), update_strides = native.rows(x), native.rows(update)[2]
+    (x, sizes, strides), others = pair(x, update)
+    update, _, update_strides = (None, sizes, (0, 0)) if others is None else others
     native.module().layer_norm(
         native.isa(),
         x.dtype == torch.bfloat16,
@@ -83,6 +82,73 @@ def norm_native(
         native.address(total),
     )
     return out
+
+
+def norm_triton(
+    x: Tensor,
+    update: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float = 1.0,
+    total: Tensor | None = None,
+) -> Tensor:
+    """As `norm_native`."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if out.numel():
+        weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+        gpu.kernels("layer_norm").forward(*_pair(x, update), weight, bias, eps, out, scale, total)
+    return out
+
+
+def norm_backward_triton(
+    grads: list[Tensor | None],
+    x: Tensor,
+    update: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    needs: list[bool],
+    scale: float = 1.0,
+) -> list[Tensor]:
+    """The gradients that are needed of x, update where there is one, weight and bias.
+
+    Args:
+        grads: of the norm, and of the sum where there is one.
+    """
+    wants = dict(
+        zip(("x", "weight", "bias") if update is None else ("x", "update", "weight", "bias"), needs, strict=True)
+    )
+    made = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) if wants.get(n) else None for n in ("x", "update")
+    ]
+    grad, grad_total = (None if g is None else g.contiguous() for g in (*grads, None)[:2])
+    grad = torch.zeros_like(x, memory_format=torch.contiguous_format) if grad is None else grad
+    if x.numel():
+        weights = None if weight is None else weight.contiguous()
+        dweight, dbias = gpu.kernels("layer_norm").backward(
+            grad, grad_total, *_pair(x, update), weights, eps, *made, scale
+        )
+    else:
+        dweight = dbias = x.new_zeros(x.shape[-1:])
+    if wants["weight"]:
+        made.append(dweight.to(weight.dtype))
+    if wants["bias"]:
+        made.append(dbias.to(bias.dtype))
+    return [gradient for gradient in made if gradient is not None]
+
+
+def _pair(x: Tensor, update: Tensor | None) -> tuple[Rows, Rows | None]:
+    if not native.dense(x):
+        x = x.contiguous()
+    return pair(x, update if update is None or native.dense(update) else update.contiguous())
+
+
+def triton_reasons(x: Tensor, **others: Tensor) -> list[str]:
+    reasons = gpu.reasons(x, **others)
+    if x.shape[-1] > MAX_CHANNELS:
+        reasons.append(f"the Triton kernel holds a row in registers, up to {MAX_CHANNELS} channels, not {x.shape[-1]}")
+    return reasons
 
 
 SPEC = Spec(
@@ -132,6 +198,15 @@ OP = Op(
             lambda x, weight, bias, eps: norm_native(x, None, weight, bias, eps),
             lambda x, weight, bias, eps: native.reasons(x, weight=weight, bias=bias),
             devices=("cpu",),
+        ),
+        Backend(
+            "triton",
+            lambda x, weight, bias, eps: norm_triton(x, None, weight, bias, eps),
+            lambda x, *_: triton_reasons(x),
+            devices=gpu.DEVICES,
+            backward=lambda grads, arguments, _, needs: norm_backward_triton(
+                grads, arguments[0], None, *arguments[1:], needs
+            ),
         ),
         Backend("torch", norm_torch, differentiable=True),
     ],

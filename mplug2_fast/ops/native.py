@@ -79,18 +79,3 @@ def activation(name: str) -> Any:
 
 def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
-
-
-def rows(x: Tensor) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
-    """x as `(outer, inner, channels)` without a copy where two strides tell where its rows are: x or a copy that must
-    be kept alive, (outer, inner), and their strides."""
-    if x.is_contiguous():
-        count = x.numel() // x.shape[-1]
-        return x, (1, count), (0, x.shape[-1])
-    if x.dim() == 2:
-        return x, (1, x.shape[0]), (0, x.stride(0))
-    if x.dim() == 3:
-        return x, (x.shape[0], x.shape[1]), (x.stride(0), x.stride(1))
-    if x.dim() == 4 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)):
-        return x, (x.shape[0] * x.shape[1], x.shape[2]), (x.stride(1), x.stride(2))
-    return rows(x.contiguous())

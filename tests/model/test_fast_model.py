@@ -228,7 +228,7 @@ def test_large_on_meta_has_the_known_size():
 def test_fresh_temporal_modules_are_the_identity():
     model = mf.MPlug2ForCaptioning(SMALL)
     x = torch.randn(2, 4, 1 + SMALL.vision.num_patches, 64)
-    assert torch.equal(model.visual.blocks[0].temporal1(x), x)
+    assert torch.equal(model.visual.blocks[0].lmhra1(x), x)
 
 
 @pytest.mark.parametrize(

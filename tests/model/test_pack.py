@@ -45,3 +45,9 @@ def test_wide_weights_are_named_once(model):
     weights = list(model.wide_weights())
     assert len({id(weight) for weight in weights}) == len(weights)
     assert len(weights) < len([p for p in model.parameters() if p.ndim == 2])
+
+
+def test_every_product_of_a_vision_block_takes_a_packed_weight(model):
+    packed = {id(weight) for weight in model.wide_weights()}
+    for block in model.visual.blocks:
+        assert {id(p) for name, p in block.named_parameters() if p.ndim == 2 and "conv" not in name} <= packed

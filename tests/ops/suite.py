@@ -9,6 +9,7 @@ A test module derives a class from `OpSuite`, or from `DifferentiableOpSuite`, a
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import pytest
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mplug2_fast import ops
-from mplug2_fast.ops import native
+from mplug2_fast.ops import gpu, native
 from mplug2_fast.ops.dispatch import Op
 from mplug2_fast.ops.spec import Sizes
 from tests.tolerance import assert_close_enough
@@ -28,6 +29,19 @@ ISAS = (
     if native.available()
     else []
 )
+
+# Where the Triton kernels run: on a GPU if there is one, on the CPU in a process where Triton interprets them.
+CUDA = torch.cuda.is_available()
+TRITON_DEVICE = "cuda" if CUDA else "cpu" if gpu.INTERPRETED else None
+TRITON_DTYPES = DTYPES if CUDA else (torch.float32, torch.float16) if gpu.INTERPRETED else ()
+
+
+def device(backend: str | None) -> str:
+    return TRITON_DEVICE if backend == "triton" else "cpu"
+
+
+def served_by(backend: str | None) -> AbstractContextManager[None]:
+    return nullcontext() if backend is None else ops.use_backend(backend)
 
 
 def label(value: Any) -> str:
@@ -52,7 +66,7 @@ class OpSuite:
 
     def test_forward(self, sizes: Sizes, dtype: torch.dtype, backend: str, isa: Any, request, monkeypatch):
         self._prepare(backend, isa, request, monkeypatch)
-        given = self.op.spec.inputs(sizes, dtype)
+        given = self.op.spec.inputs(sizes, dtype, device(backend))
         expected = self.op.spec.reference(**given)
         exact = self.op.spec.reference(**given, upcast=True)
         with torch.no_grad(), ops.use_backend(backend):
@@ -65,10 +79,10 @@ class OpSuite:
             else:
                 assert_close_enough(ours, eager, true, self.op.spec.noise_floor[dtype], "forward")
 
-    def test_any_strides_of_any_argument(self):
+    def test_any_strides_of_any_argument(self, anywhere: str | None):
         """What lies in memory is not what is meant: every other element, axes stored backwards, one number for all."""
-        for sizes in self.op.spec.awkward:
-            given = self.op.spec.inputs(sizes)
+        for sizes in self.op.spec.awkward if anywhere is None or CUDA else self.op.spec.awkward[:4]:
+            given = self.op.spec.inputs(sizes, device=device(anywhere))
             for name, value in given.items():
                 if not isinstance(value, Tensor) or value.numel() == 0:
                     continue
@@ -79,13 +93,14 @@ class OpSuite:
                 else:  # of whole tensors that would make what the operator has to tell apart the same
                     layouts.append(value[:1].expand(value.shape))
                 for layout in layouts:
-                    expected = self.op(*{**given, name: layout.contiguous()}.values())
-                    actual = self.op(*{**given, name: layout}.values())
+                    with served_by(anywhere):
+                        expected = self.op(*{**given, name: layout.contiguous()}.values())
+                        actual = self.op(*{**given, name: layout}.values())
                     for one, other in zip(as_tuple(actual), as_tuple(expected), strict=True):
                         torch.testing.assert_close(one, other, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
 
-    def test_stays_in_a_compiled_graph(self):
-        given = self.op.spec.inputs(self.op.spec.awkward[1])
+    def test_stays_in_a_compiled_graph(self, anywhere: str | None):
+        given = self.op.spec.inputs(self.op.spec.awkward[1], device=device(anywhere))
         graphs = []
         torch._dynamo.reset()  # every operator goes through the same line, and there is a limit to recompiling it
 
@@ -94,21 +109,23 @@ class OpSuite:
             return graph.forward
 
         compiled = torch.compile(lambda *a: self.op(*a), fullgraph=True, backend=backend)
-        with torch.no_grad():
+        with torch.no_grad(), served_by(anywhere):
             actual, expected = compiled(*given.values()), self.op(*given.values())
         called = [node.target for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
         assert getattr(torch.ops.mplug2_fast, self.op.name).default in called
         for one, other in zip(as_tuple(actual), as_tuple(expected), strict=True):
             torch.testing.assert_close(one, other, equal_nan=True)
 
-    def test_opcheck(self, opcheck_dtype: torch.dtype):
+    def test_opcheck(self, opcheck_dtype: torch.dtype, opcheck_backend: str | None):
         """Schema, fake implementation, autograd registration, and ahead-of-time compilation with gradients."""
         for sizes in self.op.spec.awkward[:2]:
-            given = self.op.spec.inputs(sizes, opcheck_dtype)
+            given = self.op.spec.inputs(sizes, opcheck_dtype, device(opcheck_backend))
             for name in self.op.spec.differentiable:
                 if isinstance(given[name], Tensor):
                     given[name].requires_grad_()
-            torch.library.opcheck(getattr(torch.ops.mplug2_fast, self.op.name).default, tuple(given.values()))
+            with served_by(opcheck_backend):
+                for operator in {self.op._torch_op, self.op._training_op}:
+                    torch.library.opcheck(operator, tuple(given.values()))
 
     def test_never_falls_back(self, native_module):
         for sizes in self.op.spec.awkward:
@@ -127,13 +144,15 @@ class DifferentiableOpSuite(OpSuite):
     def test_gradients(self, sizes: Sizes, dtype: torch.dtype, gradient_backend: str, request, monkeypatch):
         """Against float64: of the torch formula, and of the native kernel, where the formula is computed again."""
         self._prepare(gradient_backend, None, request, monkeypatch)
-        given = self.op.spec.inputs(sizes, dtype)
+        given = self.op.spec.inputs(sizes, dtype, device(gradient_backend))
         exact = {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in given.items()}
 
         def forced(*arguments: Any) -> Any:
             with ops.use_backend(gradient_backend):
                 return self.op(*arguments)
 
+        if gradient_backend == "triton":
+            assert self.op._own_backward(tuple(given.values())) is self.op.backends["triton"]
         true = self._gradients(lambda *a: self.op.spec.reference(*a), exact)
         eager = self._gradients(lambda *a: self.op.spec.reference(*a), given)
         ours = self._gradients(forced, given)
@@ -150,7 +169,8 @@ class DifferentiableOpSuite(OpSuite):
         results = [out for out in as_tuple(function(*leaves.values())) if out.requires_grad]
         generator = torch.Generator().manual_seed(5)
         directions = [
-            torch.randn(out.shape, generator=generator).to(given_dtype(given)).to(out.dtype) for out in results
+            torch.randn(out.shape, generator=generator).to(out.device, given_dtype(given)).to(out.dtype)
+            for out in results
         ]
         torch.autograd.backward(results, directions)
         return {name: leaves[name].grad for name in self.op.spec.differentiable if isinstance(leaves[name], Tensor)}
@@ -169,15 +189,22 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     operator = getattr(metafunc.cls, "operator", None)
     if operator is None:
         return
-    names, cpu = metafunc.fixturenames, "cpu" in operator.op.backends
+    names, backends = metafunc.fixturenames, operator.op.backends
+    cpu, triton = "cpu" in backends, "triton" in backends and TRITON_DEVICE is not None
+    on_triton = [(dtype, "triton") for dtype in TRITON_DTYPES if triton]
     if "sizes" in names:
         metafunc.parametrize("sizes", operator.op.spec.awkward, ids=label)
     if "backend" in names:
-        native_ways = [(dtype, "cpu", isa) for dtype in native.DTYPES for isa in ISAS or [None]]
-        ways = [*(native_ways if cpu else []), *((dtype, "torch", None) for dtype in DTYPES)]
+        ways = [(dtype, "cpu", isa) for dtype in native.DTYPES for isa in ISAS or [None] if cpu]
+        ways += [(dtype, "torch", None) for dtype in DTYPES]
+        ways += [(*way, None) for way in on_triton]
         metafunc.parametrize(("dtype", "backend", "isa"), ways, ids=label)
     if "gradient_backend" in names:
-        ways = [*((dtype, "cpu") for dtype in native.DTYPES if cpu), *((dtype, "torch") for dtype in DTYPES)]
+        ways = [(dtype, "cpu") for dtype in native.DTYPES if cpu]
+        ways += [(dtype, "torch") for dtype in DTYPES] + on_triton
         metafunc.parametrize(("dtype", "gradient_backend"), ways, ids=label)
+    if "anywhere" in names:
+        metafunc.parametrize("anywhere", [None, "triton"] if triton else [None], ids=label)
     if "opcheck_dtype" in names:
-        metafunc.parametrize("opcheck_dtype", native.DTYPES, ids=label)
+        ways = [(dtype, None) for dtype in native.DTYPES] + on_triton[:1]
+        metafunc.parametrize(("opcheck_dtype", "opcheck_backend"), ways, ids=label)

@@ -17,6 +17,7 @@ def test_explain(native_module):
     explanation = ops.explain(ops.layer_norm, X)
     assert explanation.chosen == "cpu"
     assert explanation.reasons == {
+        "triton": ("it is for cuda, not for cpu",),
         "torch": ("cpu comes first",),
         "reference": ("it runs only where use_backend asks for it",),
     }
@@ -43,7 +44,7 @@ def test_explain_where_a_backend_is_forced(native_module):
     with ops.use_backend("triton"):
         explanation = ops.explain(ops.layer_norm, X)
     assert explanation.chosen is None
-    assert explanation.reasons["triton"] == ("this operator has no such backend",)
+    assert explanation.reasons["triton"] == ("it is for cuda, not for cpu",)
 
 
 def test_explain_needs_an_operator():

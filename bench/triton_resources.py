@@ -1,0 +1,155 @@
+"""What every Triton kernel takes of a GPU, found without one: compiled ahead of time, in every configuration, for the
+sizes at which the Large model calls it.
+
+    python -m bench.triton_resources          # writes bench/results/triton_resources.md
+
+Registers, shared memory, spills and the tensor-core instructions of a configuration are read from its machine code.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from mplug2_fast import ops
+from mplug2_fast.kernels._launch import Launch, record
+from mplug2_fast.kernels._tuning import Config
+
+RESULT = Path(__file__).parent / "results" / "triton_resources.md"
+CAPABILITIES = (80, 90, 100)
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Bytes that a program can have (CUDA C++ Programming Guide, technical specifications per compute capability)."""
+DTYPES = (torch.bfloat16, torch.float32)
+
+_TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|IMMA|UTC[A-Z]*MMA|UTMALDG)\b")
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """`shared` in bytes a program, `spilled` in bytes a thread, `instructions` by their number in the machine code."""
+
+    registers: int
+    shared: int
+    spilled: int
+    instructions: dict[str, int]
+
+
+def launches(name: str, dtype: torch.dtype, capability: int) -> Iterator[Launch]:
+    """Those of an operator, forward and backward, at the sizes of the Large model; each kernel once."""
+    op = ops.OPERATORS[name].op
+    backend, seen = op.backends["triton"], set()
+    for label, sizes in op.spec.models.items():
+        if not label.startswith("large"):
+            continue
+        given = tuple(op.spec.inputs(sizes, dtype, "meta").values())
+        with record(capability) as recorder:
+            results = backend.run(*given)
+            if backend.backward is not None:
+                saved = op._save(backend, given) if backend.train or op._reads_results else []
+                grads = [torch.empty_like(r) for r in (results if isinstance(results, tuple) else (results,))]
+                backend.backward(grads, given, saved, [isinstance(given[i], Tensor) for i in op._wanted])
+        for launch in recorder.launches:
+            signature, constants, _ = _signature(launch, launch.configs[0])
+            if (what := (launch.kernel, str(signature), str(constants))) not in seen:
+                seen.add(what)
+                yield launch
+
+
+def compiled(launch: Launch, config: Config, capability: int) -> Resources:
+    """The resources of one configuration, as the run time would compile it for these arguments."""
+    signature, constants, attributes = _signature(launch, config)
+    source = triton.compiler.ASTSource(launch.function, signature, constants, attributes)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    kernel = triton.compile(source, target=target, options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _USAGE.search(_cuobjdump("-res-usage", file.name))
+        found = _TENSOR_CORE.findall(_cuobjdump("-sass", file.name))
+    assert usage is not None, "cuobjdump tells no resources"
+    registers, stack, local = map(int, usage.groups())
+    instructions = {name: found.count(name) for name in sorted(set(found))}
+    return Resources(registers, kernel.metadata.shared, stack + local, instructions)
+
+
+def _cuobjdump(*arguments: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _signature(launch: Launch, config: Config) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[Any, Any]]:
+    """Types, constants and divisibilities of the arguments, as the run time finds them."""
+    types, constants, attributes = {}, {}, {}
+    given = {**launch.arguments, **launch.constants, **config.constants}
+    for index, name in enumerate(launch.function.arg_names):
+        value = given[name]
+        types[name] = _type(value) if name in launch.arguments else "constexpr"
+        if types[name] == "constexpr":
+            constants[(index,)] = value
+        elif isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return types, constants, attributes
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"*{_scalar(value.dtype)}"
+    if value is None or (value == 1 and isinstance(value, int) and not isinstance(value, bool)):
+        return "constexpr"
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "fp32"
+
+
+def _scalar(dtype: torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    special = {"bool": "i1", "uint8": "u8", "bfloat16": "bf16"}
+    return special.get(name) or name.replace("float", "fp").replace("int", "i")
+
+
+def rows() -> Iterator[str]:
+    for name, function in ops.OPERATORS.items():
+        if "triton" not in function.op.backends:
+            continue
+        for dtype in DTYPES:
+            for capability in CAPABILITIES:
+                for launch in launches(name, dtype, capability):
+                    for config in launch.configs:
+                        found = compiled(launch, config, capability)
+                        instructions = ", ".join(f"{n} {count}" for n, count in found.instructions.items()) or "–"
+                        yield (
+                            f"| {name} | {launch.kernel} | {_scalar(dtype)} | {capability} | {config} | "
+                            f"{found.registers} | {found.shared / 1024:.1f} | {found.spilled} | {instructions} |"
+                        )
+
+
+def main() -> None:
+    lines = [
+        "# What the Triton kernels take of a GPU",
+        "",
+        f"Compiled ahead of time by Triton {triton.__version__}, as at the sizes of the Large model. Registers are a "
+        "thread's, shared memory (KiB) a program's, spilled bytes a thread's; HMMA, HGMMA and UTC…MMA are tensor-core "
+        "instructions of compute capability 8.0, 9.0 and 10.0, UTMALDG loads by the tensor memory accelerator.",
+        "",
+        "| operator | kernel | dtype | for | configuration | registers | shared | spilled | instructions |",
+        "| --- | --- | --- | ---: | --- | ---: | ---: | ---: | --- |",
+    ]
+    RESULT.write_text("\n".join([*lines, *rows()]) + "\n")
+    print(f"wrote {RESULT}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""mPLUG-2's vision block."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mplug2_fast.nn.attention import SelfAttention
+from mplug2_fast.nn.layer_norm import LayerNorm
+from mplug2_fast.nn.local_temporal import LocalTemporal
+from mplug2_fast.nn.mlp import MLP
+
+
+class TemporalBlock(nn.Module):
+    """Local temporal module, attention within each frame, local temporal module, MLP; pre-norm.
+
+    Replaces the released `ResidualAttentionBlock`, and CLIP's without temporal modules: the same state dict. Fresh
+    temporal modules compute nothing.
+
+    Args:
+        d_model: channels. n_head: heads; must divide d_model. mlp_ratio: channels inside the MLP, times d_model.
+        reduction: d_model // reduction channels inside the temporal modules. kernel_size: their frames, odd.
+        eps: of all layer norms. temporal: False leaves the temporal modules out.
+
+    Source: mPLUG-2 (arXiv 2302.00402), section 3.2.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_head: int,
+        *,
+        mlp_ratio: int = 4,
+        reduction: int = 2,
+        kernel_size: int = 3,
+        eps: float = 1e-5,
+        temporal: bool = True,
+    ) -> None:
+        super().__init__()
+        self.lmhra1 = LocalTemporal(d_model, reduction, kernel_size, eps) if temporal else None
+        self.lmhra2 = LocalTemporal(d_model, reduction, kernel_size, eps) if temporal else None
+        self.attn = SelfAttention(d_model, n_head)
+        self.ln_1 = LayerNorm(d_model, eps=eps)
+        self.mlp = MLP(d_model, mlp_ratio * d_model, "quick_gelu")
+        self.ln_2 = LayerNorm(d_model, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x and result: `(..., frames, 1 + patches, d_model)`, any leading axes or none."""
+        x = _over_time(self.lmhra1, x)
+        x = self.attn(self.ln_1(x), residual=x)
+        x = _over_time(self.lmhra2, x)
+        return self.mlp(x, norm=self.ln_2, residual=True)
+
+
+def _over_time(module: nn.Module | None, x: Tensor) -> Tensor:
+    """The module, which takes one leading axis, on x of any."""
+    if module is None:
+        return x
+    if x.dim() == 4:
+        return module(x)
+    return module(x[None] if x.dim() == 3 else x.flatten(0, -4)).view(x.shape)

@@ -1,0 +1,55 @@
+"""What the Triton kernels ask of tensors, and where they are found."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton runs its kernels as Python on the CPU, for tests; decided before it is imported."""
+
+DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+
+
+@functools.cache
+def error() -> str | None:
+    """Why there are no Triton kernels here, with the remedy; None where they can be had."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    try:
+        importlib.import_module("triton")
+        importlib.import_module("mplug2_fast.kernels")
+    except Exception as found:
+        return (
+            f"the Triton kernels cannot be imported ({type(found).__name__}: {found}): reinstall triton or mplug2_fast"
+        )
+    return None
+
+
+def kernels(stem: str) -> ModuleType:
+    """The module of the operator's kernels."""
+    return importlib.import_module(f"mplug2_fast.kernels.{stem}")
+
+
+def reasons(x: Tensor, **others: Tensor | None) -> list[str]:
+    """Why Triton kernels cannot serve: no triton, a type that they don't compute in, or several types. `x` and the
+    others are arguments of the operator; None counts for nothing."""
+    if found := error():
+        return [found]
+    why = []
+    if x.dtype not in DTYPES:
+        why.append(f"Triton kernels are for float32, bfloat16 and float16, not {x.dtype}")
+    if INTERPRETED and x.dtype == torch.bfloat16:
+        why.append("Triton's interpreter computes wrongly in bfloat16")
+    for name, other in others.items():
+        if other is not None and other.dtype != x.dtype:
+            why.append(f"{name} is {other.dtype}, the first argument {x.dtype}")
+    return why

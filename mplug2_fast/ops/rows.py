@@ -1,0 +1,33 @@
+"""The rows of a tensor, as kernels are told where they lie."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+Rows = tuple[Tensor, tuple[int, int], tuple[int, int]]
+"""A tensor, its rows as (outer, inner), and the strides of both; the channels lie side by side."""
+
+
+def rows(x: Tensor) -> Rows:
+    """x as `(outer, inner, channels)` without a copy where two strides tell where its rows are: x or a copy that must
+    be kept alive, (outer, inner), and their strides."""
+    if x.is_contiguous():
+        count = x.numel() // x.shape[-1]
+        return x, (1, count), (0, x.shape[-1])
+    if x.dim() == 2:
+        return x, (1, x.shape[0]), (0, x.stride(0))
+    if x.dim() == 3:
+        return x, (x.shape[0], x.shape[1]), (x.stride(0), x.stride(1))
+    if x.dim() == 4 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)):
+        return x, (x.shape[0] * x.shape[1], x.shape[2]), (x.stride(1), x.stride(2))
+    return rows(x.contiguous())
+
+
+def pair(x: Tensor, other: Tensor | None) -> tuple[Rows, Rows | None]:
+    """The rows of two tensors of one shape, in the same (outer, inner)."""
+    if other is None:
+        return rows(x), None
+    mine, others = rows(x), rows(other)
+    if mine[1] != others[1]:  # the rows of one of them cannot be told by the strides that tell the other's
+        mine, others = rows(x.contiguous()), rows(other.contiguous())
+    return mine, others

@@ -1,0 +1,38 @@
+"""The Triton kernels, forward and backward, under Triton's interpreter: the operators' own tests, with "triton" as the
+backend. The interpreter is chosen before Triton is imported, so each operator's tests are a process of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mplug2_fast import ops
+from mplug2_fast.ops import gpu
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", [name for name, function in ops.OPERATORS.items() if "triton" in function.op.backends])
+def test_operator(name):
+    pytest.importorskip("triton")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        f"tests/ops/test_{name}.py",
+        "-k",
+        "triton",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
+    assert " passed" in done.stdout
+
+
+def test_this_process_does_not_interpret():
+    assert not gpu.INTERPRETED
