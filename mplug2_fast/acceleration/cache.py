@@ -8,7 +8,8 @@ every step. Nothing but their values tells that these continue an earlier call, 
 - the prefixes with those of the last call. Each row looks for the row of which it is the continuation (the beam search
   reorders beams), and takes that row's keys, values and results.
 
-A call with another memory, or with prefixes that continue nothing, drops what was kept.
+A call with another memory, or with prefixes that continue nothing, drops what was kept. Of one that starts with more
+than a token only what is small is kept: it may be no generation.
 """
 
 from __future__ import annotations
@@ -110,8 +111,7 @@ class Session:
             videos, index = _different_rows(memory, visible)
         else:
             videos = seen.videos
-        version = -1 if memory.is_inference() else memory._version
-        self._seen = _Seen(weakref.ref(memory), version, videos, index)
+        self._seen = _Seen(weakref.ref(memory), written(memory), videos, index)
         return videos, index
 
 
@@ -124,8 +124,8 @@ class Call:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.videos: Videos | None = None
-        self.masks: dict[int, tuple[Tensor, Any]] = {}
-        self._given: tuple[Any, Any] = (None, None)
+        self.masks: dict[tuple[int, int], tuple[Tensor, Any]] = {}
+        self._given: tuple[Any, ...] = ()
         self._index: tuple[int, ...] = ()
         self._parents: list[int] | None = None
         self._searched = False
@@ -140,8 +140,8 @@ class Call:
         """`Session.find`, done once; None for a second memory within one call."""
         if self.videos is None:
             self.videos, self._index = self.session.find(memory, visible)
-            self._given = (memory, visible)
-        elif memory is not self._given[0] or not _equal(visible, self._given[1]):
+            self._given = (memory, written(memory), visible)
+        elif memory is not self._given[0] or written(memory) != self._given[1] or not _equal(visible, self._given[2]):
             return None
         return self.videos, self._index
 
@@ -165,6 +165,16 @@ class Call:
         before = None if record.visible is None else record.visible[parents]
         now = None if visible is None else visible[:, :length]
         return parents if _equal(now, before) else None
+
+    def is_generation(self, x: Tensor) -> bool:
+        """Whether it looks like one, and it pays to keep what is large: x `(rows, tokens, channels)` is one token long, or
+        continues the last call. Whole sentences, as for a loss, mostly come alone."""
+        return x.shape[1] == 1 or self._parents is not None
+
+
+def written(tensor: Tensor) -> int:
+    """How often a tensor was written to; -1 for those of inference mode, for which torch does not count."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def versions(module: nn.Module) -> tuple[Any, ...] | None:
@@ -202,9 +212,7 @@ def _match(memory: Tensor, videos: Videos) -> tuple[int, ...] | None:
     known = videos.memory
     if memory.shape[1:] != known.shape[1:] or memory.dtype != known.dtype or memory.device != known.device:
         return None
-    alike = (_fingerprint(memory)[:, None] == videos.fingerprint[None]).all(dim=-1)
-    if not bool(alike.any(dim=1).all()):
-        return None
+    alike = (_fingerprint(memory)[:, None] == videos.fingerprint[None]).all(dim=-1).cpu()
     index = [_equal_row(row, known, like.nonzero()) for row, like in zip(memory, alike, strict=True)]
     return None if None in index else tuple(index)  # type: ignore[arg-type]
 
@@ -214,6 +222,7 @@ def _different_rows(memory: Tensor, visible: Tensor | None) -> tuple[Videos, tup
     alike = (fingerprint[:, None] == fingerprint[None]).all(dim=-1)
     if visible is not None:
         alike &= (visible[:, None] == visible[None]).all(dim=-1)
+    alike = alike.cpu()
     different: list[int] = []
     index = []
     for row in range(memory.shape[0]):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mplug2_fast.acceleration import trial
 from mplug2_fast.acceleration.basic import ACTIVATIONS
-from mplug2_fast.acceleration.cache import Call, Record, versions
+from mplug2_fast.acceleration.cache import Call, Record, versions, written
 from mplug2_fast.acceleration.products import product
 from mplug2_fast.acceleration.structure import has, require, require_children, require_linear, require_norm
 from mplug2_fast.acceleration.swap import Kind, State, Unserved, Unsuitable, original_forward
@@ -112,7 +112,7 @@ def _continue(
 ) -> Tensor:
     """The logits of all tokens of x `(rows, tokens, channels)`; only the newest are computed where its rows continue
     those of the last call."""
-    weights = (*weights, *((e.data_ptr(), -1 if e.is_inference() else e._version) for e in embeddings))
+    weights = (*weights, *((e.data_ptr(), written(e)) for e in embeddings))
     record = call.videos.records.get(id(head))
     parents = call.parents(record, x, None, None) if record is not None and record.weights == weights else None
     if parents is None:
@@ -120,7 +120,7 @@ def _continue(
     else:
         new = _logits(head, found, x[:, record.x.shape[1] :], *embeddings)
         out = torch.cat([record.out[parents], new], dim=1)
-    if out.numel() * out.element_size() <= _MAX_LOGITS_BYTES:
+    if call.is_generation(x) and out.numel() * out.element_size() <= _MAX_LOGITS_BYTES:
         call.videos.records[id(head)] = Record(weights, x.clone(), out.clone())
     else:
         call.videos.records.pop(id(head), None)

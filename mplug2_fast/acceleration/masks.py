@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mplug2_fast.acceleration.cache import written
 from mplug2_fast.acceleration.swap import Unserved
 
 _NEVER = -9000.0  # released self-attention masks add -1e4, cross-attention masks more
@@ -19,7 +20,9 @@ class Mask(NamedTuple):
     causal: bool = False
 
 
-def understand(mask: Tensor | None, queries: int, keys: int, known: dict[int, tuple[Tensor, Mask]] | None) -> Mask:
+def understand(
+    mask: Tensor | None, queries: int, keys: int, known: dict[tuple[int, int], tuple[Tensor, Mask]] | None
+) -> Mask:
     """An additive mask `(batch, 1, 1 or queries, keys)` of zeros and large negatives. Raises `Unserved` for others.
 
     Args:
@@ -27,11 +30,12 @@ def understand(mask: Tensor | None, queries: int, keys: int, known: dict[int, tu
     """
     if mask is None:
         return Mask()
-    if known is not None and id(mask) in known:
-        return known[id(mask)][1]
+    key = (id(mask), written(mask))
+    if known is not None and key in known:
+        return known[key][1]
     found = _look(mask, queries, keys)
     if known is not None:
-        known[id(mask)] = (mask, found)
+        known[key] = (mask, found)
     return found
 
 

@@ -36,7 +36,7 @@ def decode(
     if record is not None and record.weights != weights:
         record = None
     parents = call.parents(record, x, visible, index)
-    if parents is None:
+    if parents is None or len(record.kept) == 2:
         keys, values = (t.transpose(1, 2).contiguous() for t in cross.key_value(videos.memory))
     else:
         keys, values = record.kept[2:]
@@ -50,7 +50,8 @@ def decode(
     out = feed_forward(out)
     if parents is not None:
         out = torch.cat([record.out[parents], out], dim=1)
-    videos.records[id(layer)] = Record(weights, x.clone(), out.clone(), (key, value, keys, values), visible, index)
+    kept = (key, value, keys, values) if call.is_generation(x) else (key, value)
+    videos.records[id(layer)] = Record(weights, x.clone(), out.clone(), kept, visible, index)
     return out, *(t.transpose(1, 2).clone() for t in (key, value))
 
 

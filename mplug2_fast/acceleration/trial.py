@@ -23,12 +23,12 @@ _POOL = 1048573  # prime: no two rows of a longer tensor are alike
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
 
 
 def padding(batch: int, keys: int) -> Tensor:
     """An additive mask `(batch, 1, 1, keys)` that hides the last key of the last row."""
-    mask = torch.zeros(batch, 1, 1, keys)
+    mask = torch.zeros(batch, 1, 1, keys, device="cpu")
     mask[-1, ..., -1] = -10000.0
     return mask
 
@@ -45,7 +45,12 @@ def conditions(module: nn.Module) -> Iterator[None]:
             part.training = False
             part._parameters.update({k: substitutes.of(v) for k, v in part._parameters.items() if v is not None})
             part._buffers.update({k: _on_cpu(v) for k, v in part._buffers.items() if v is not None})
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        with (
+            torch.device("cpu"),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            torch.autocast("cpu", enabled=False),
+        ):
             yield
     finally:
         for part, mode, (parameters, buffers) in zip(parts, training, tensors, strict=True):
