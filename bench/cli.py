@@ -3,6 +3,7 @@
     python bench/run.py                       # the base model: minutes on a CPU
     python bench/run.py --quick               # the tiny model: about a minute, most of it compiling the peer
     python bench/run.py --preset large --dtype float32,bfloat16 --json results.json
+    python bench/run.py --accelerate          # instead: the reference before and after mplug2_fast.accelerate
     python bench/run.py --scaling             # instead: charts of the fast model's time and memory against its sizes
 
 Every implementation runs in a process of its own, on the same seeded weights; runs take turns and medians count.
@@ -58,6 +59,11 @@ def parse(arguments: list[str] | None = None) -> tuple[Plan, Path | None]:
         help="frozen packs the weights of every layer into a graph of its own: faster on a CPU, longer to compile; "
         "uncompiled needs no compiler (default: frozen on a CPU; compiled on CUDA and with --quick)",
     )
+    add(
+        "--accelerate",
+        action="store_true",
+        help="instead of the fast model and the peer: the reference after mplug2_fast.accelerate",
+    )
     add("--quick", action="store_true", help="the tiny model, few repeats")
     add("--video", type=Path, help="input file, or .npy of uint8 frames (default: a bundled clip)")
     add("--json", type=Path, metavar="FILE", help="write the results here")
@@ -103,6 +109,8 @@ def parse(arguments: list[str] | None = None) -> tuple[Plan, Path | None]:
         parser.error("--peer frozen is for the CPU")
     if options.scaling and (options.json or options.level):
         parser.error("--scaling times captioning and writes to --output: leave --json and --level out")
+    if options.accelerate and (options.scaling or options.peer):
+        parser.error("--accelerate times the reference before and after: leave --scaling and --peer out")
     if options.scaling and not plots.available():
         parser.error("--scaling draws with matplotlib, which is not installed: pip install matplotlib")
     wanted = listed(options.level, flops.LEVELS, flops.LEVELS)
@@ -117,9 +125,10 @@ def parse(arguments: list[str] | None = None) -> tuple[Plan, Path | None]:
         batch=options.batch,
         repeats=repeats,
         threads=threads,
-        peer=None if options.no_peer else peer,
+        peer=None if options.no_peer or options.accelerate else peer,
         reference_steps=reference_steps,
         quick=options.quick,
+        accelerate=options.accelerate,
         video=options.video,
     )
     return plan, options.output if options.scaling else options.json

@@ -10,6 +10,7 @@ from torch import Tensor
 from bench.peer import Peer
 from bench.weights import fill
 from mplug2_fast import MPlug2Config
+from mplug2_fast.acceleration import accelerate
 from mplug2_fast.model import MPlug2ForCaptioning
 from mplug2_fast.ops import explain, layer_norm
 from mplug2_fast.reference import MPlug2ForCaptioning as ReferenceForCaptioning
@@ -68,6 +69,16 @@ class Reference(Implementation):
 
     def captioning(self, video: Tensor) -> Tensor:
         return self.model.generate(video, **self.generation).scores[:, 0]
+
+
+class Accelerated(Reference):
+    """The reference after `mplug2_fast.accelerate`."""
+
+    def prepare(self) -> None:
+        accelerate(self.model)
+        weight = self.model.visn_emb_norm.weight
+        served = explain(layer_norm, weight.new_zeros(1, weight.shape[0])).chosen
+        self.backend = "native, oneDNN" if served == "cpu" else "PyTorch"
 
 
 class Fast(Implementation):
@@ -133,6 +144,7 @@ class Uncompiled(Compiled):
 
 IMPLEMENTATIONS: dict[str, type[Implementation]] = {
     "reference": Reference,
+    "accelerated": Accelerated,
     "fast": Fast,
     "compiled": Compiled,
     "frozen": Frozen,

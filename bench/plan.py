@@ -23,6 +23,7 @@ class Plan:
         peer: `"frozen"`, `"compiled"`, `"uncompiled"`, or None to leave the peer out.
         threads: of every worker, on the CPU.
         reference_steps: decoding steps that the reference is timed at; `steps`, or fewer.
+        accelerate: whether the reference, accelerated in place, takes the fast model's place.
     """
 
     preset: str
@@ -38,6 +39,7 @@ class Plan:
     peer: str | None
     reference_steps: int
     quick: bool = False
+    accelerate: bool = False
     video: Path | None = None
 
     @property
@@ -65,7 +67,10 @@ class Plan:
             words += [f"--{option}", str(getattr(self, option))]
         if self.reference_steps < self.steps:
             words += ["--reference-steps", str(self.reference_steps)]
-        words += ["--peer", self.peer] if self.peer else ["--no-peer"]
+        if self.accelerate:
+            words.append("--accelerate")
+        else:
+            words += ["--peer", self.peer] if self.peer else ["--no-peer"]
         return shlex.join(words + (["--video", self.video.name] if self.video else []))
 
     def groups(self, available: int) -> list[tuple[str, ...]]:
@@ -92,7 +97,8 @@ class Plan:
         )
         yield reference
         for dtype in dtypes:
-            fast = replace(reference, implementation="fast", dtype=dtype, steps=self.steps)
+            kind = "accelerated" if self.accelerate else "fast"
+            fast = replace(reference, implementation=kind, dtype=dtype, steps=self.steps)
             yield fast
             if self.peer:
                 yield replace(fast, implementation=self.peer)

@@ -12,7 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 MISSING = "–"
-BASELINES = {"reference": "reference", "fast": "fast", "compiled": "compiled peer", "uncompiled": "peer, not compiled"}
+BASELINES = {
+    "reference": "reference",
+    "accelerated": "reference, accelerated",
+    "fast": "fast",
+    "compiled": "compiled peer",
+    "uncompiled": "peer, not compiled",
+}
 
 
 def _shown(form: Callable[[Any], str]) -> Callable[[Any], str]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mplug2_fast import checkpoint, kernels, model, nn, ops, reference, tasks, text, video
+    from mplug2_fast import acceleration, checkpoint, kernels, model, nn, ops, reference, tasks, text, video
+    from mplug2_fast.acceleration import accelerate, accelerated, restore
     from mplug2_fast.checkpoint import from_pretrained, load_released, released_state_dict
     from mplug2_fast.config import MPlug2Config
     from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error, VideoError
@@ -32,8 +33,11 @@ _EXPORTS = {
     "released_state_dict": "mplug2_fast.checkpoint",
     "from_pretrained": "mplug2_fast.checkpoint",
     "load_video": "mplug2_fast.video",
+    "accelerate": "mplug2_fast.acceleration",
+    "accelerated": "mplug2_fast.acceleration",
+    "restore": "mplug2_fast.acceleration",
 }
-_MODULES = ("checkpoint", "kernels", "model", "nn", "ops", "reference", "tasks", "text", "video")
+_MODULES = ("acceleration", "checkpoint", "kernels", "model", "nn", "ops", "reference", "tasks", "text", "video")
 
 __all__ = [
     "CheckpointError",
@@ -45,6 +49,9 @@ __all__ = [
     "MPlug2ForQuestionAnswering",
     "VideoError",
     "__version__",
+    "accelerate",
+    "accelerated",
+    "acceleration",
     "checkpoint",
     "from_pretrained",
     "kernels",
@@ -55,6 +62,7 @@ __all__ = [
     "ops",
     "reference",
     "released_state_dict",
+    "restore",
     "tasks",
     "text",
     "video",

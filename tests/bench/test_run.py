@@ -1,6 +1,7 @@
 """The benchmark as it is called, at its smallest."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,19 @@ def test_impossible_options(options, words, capsys):
         cli.parse(options)
     assert stopped.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_the_reference_before_and_after_it_is_accelerated(tmp_path):
+    target = tmp_path / "results.json"
+    options = ["--quick", "--accelerate", "--level", "captioning", "--repeats", "1", "--steps", "3", "--frames", "2"]
+    assert cli.main([*options, "--json", str(target)]) == 0
+    rows = [row for row in json.loads(target.read_text())["rows"] if row["level"] != "loading"]
+    assert [row["implementation"] for row in rows] == ["reference", "accelerated"]
+    assert rows[1]["x_reference"] == pytest.approx(rows[0]["seconds"] / rows[1]["seconds"])
+    assert rows[1]["relative_error"] < 1e-4
+    assert "--accelerate" in rows[1]["command"]
+    assert "--no-peer" not in rows[1]["command"]
+    cli.parse(shlex.split(rows[1]["command"])[2:])
 
 
 def test_a_video_that_cannot_be_read_is_one_line(tmp_path, capsys):

@@ -1,0 +1,174 @@
+"""BERT's attention, post-norm, under the names that BERT's checkpoints gave its parts.
+
+Implementations differ in the arguments and results of these modules. The names of arguments tell what those are; trials
+tell what is returned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mplug2_fast.acceleration import trial
+from mplug2_fast.acceleration.masks import Mask, understand
+from mplug2_fast.acceleration.products import product
+from mplug2_fast.acceleration.structure import (
+    Signature,
+    dropout_of,
+    has,
+    require,
+    require_children,
+    require_dropout,
+    require_linear,
+    require_norm,
+)
+from mplug2_fast.acceleration.swap import Kind, State, Unserved
+from mplug2_fast.ops import add_layer_norm, attention_with_dropout, layer_norm
+
+
+class Projections:
+    """An attention module `self` and `output`, as functions of tensors."""
+
+    def __init__(self, attention: Any) -> None:
+        self.inner, self.output = attention.self, attention.output
+        self.heads = _heads(self.inner)
+
+    def _project(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        return product(x, linear.weight, linear.bias).unflatten(-1, (self.heads, -1))
+
+    def query(self, x: Tensor) -> Tensor:
+        """`(batch, tokens, channels)` to `(batch, tokens, heads, head_dim)`."""
+        return self._project(self.inner.query, x)
+
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._project(self.inner.key, x), self._project(self.inner.value, x)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
+        return attention_with_dropout(
+            query, key, value, dropout_of(self.inner), key_padding_mask=mask.visible, causal=mask.causal
+        )
+
+    @property
+    def dropout(self) -> float:
+        """The larger of its dropouts' probabilities, as things are."""
+        return max(dropout_of(self.inner), dropout_of(self.output))
+
+    def finish(self, context: Tensor, residual: Tensor) -> Tensor:
+        """The projection of what was attended to, residual, layer norm."""
+        return add_norm(self.output, residual, product, context, self.output.dense.weight, self.output.dense.bias)
+
+
+def add_norm(output: Any, residual: Tensor, sublayer: Any, *args: Any) -> Tensor:
+    """layer_norm(residual + dropout(sublayer(*args))), where a sublayer can add the residual itself."""
+    norm, dropout = output.LayerNorm, dropout_of(output)
+    if dropout > 0:
+        update = F.dropout(sublayer(*args), dropout)
+        return add_layer_norm(residual.to(update.dtype), update, norm.weight, norm.bias, eps=norm.eps)
+    return layer_norm(sublayer(*args, residual=residual), norm.weight, norm.bias, eps=norm.eps)
+
+
+def _heads(inner: nn.Module) -> int:
+    return int(getattr(inner, "num_attention_heads", getattr(inner, "num_heads", 0)))
+
+
+def require_bert_attention(module: nn.Module, name: str) -> None:
+    """Raises `Unsuitable` where the parts of an attention module are not those of BERT."""
+    attention = module.get_submodule(name)
+    prefix = f"{name}." if name else ""
+    for part in ("self.query", "self.key", "self.value", "output.dense"):
+        require_linear(module, prefix + part)
+    require_norm(module, f"{prefix}output.LayerNorm")
+    inner, output = attention.self, attention.output
+    kind = getattr(inner, "position_embedding_type", None) or "absolute"
+    require(kind == "absolute", f"{prefix}self has relative position embeddings ({kind})")
+    require_children(inner, {"query", "key", "value", "dropout"})  # type: ignore[arg-type]
+    require_children(output, {"dense", "LayerNorm", "dropout"})  # type: ignore[arg-type]
+    for part in (inner, output):
+        require_dropout(part)  # type: ignore[arg-type]
+    heads = _heads(inner)  # type: ignore[arg-type]
+    require(heads > 0, f"{prefix}self does not tell its number of heads")
+    require(inner.query.weight.shape[0] % heads == 0, f"{prefix}self has heads that do not divide its channels")
+
+
+def require_unsaved(attention: Any) -> None:
+    if getattr(attention.self, "save_attention", False):
+        raise Unserved("it saves its attention (save_attention)")
+
+
+# --- what a module returns
+
+
+def result_forms(out: Tensor, key: Tensor, value: Tensor) -> dict[str, Any]:
+    """The forms in which implementations return a result, with keys and values `(batch, heads, tokens, head_dim)`."""
+    return {
+        "tensor": out,
+        "(tensor,)": (out,),
+        "(tensor, keys, values)": (out, key, value),
+        "(tensor, (keys, values))": (out, (key, value)),
+    }
+
+
+def form_of(expected: Any, result: tuple[Tensor, Tensor, Tensor]) -> str | None:
+    """The form in which `expected` is the result; None where it is another result."""
+    return next((name for name, form in result_forms(*result).items() if trial.agree(expected, form)), None)
+
+
+@dataclass(frozen=True)
+class FoundAttention:
+    signature: Signature
+    form: str
+
+
+class BertAttention(Kind):
+    """Self- or cross-attention with its output layer."""
+
+    @staticmethod
+    def looks_like(module: nn.Module) -> bool:
+        if not has(module, "self", "output"):
+            return False
+        return has(module.self, "query", "key", "value") and has(module.output, "dense", "LayerNorm")
+
+    @staticmethod
+    def recognise(module: nn.Module) -> FoundAttention:
+        require_children(module, {"self", "output"})
+        require_bert_attention(module, "")
+        signature = Signature.of(module.forward)
+        width, other = module.self.query.in_features, module.self.key.in_features
+        forms = set()
+        with trial.conditions(module):
+            x, memory = trial.random(2, 3, width), trial.random(2, 5, other, seed=1)
+            calls = []
+            if "memory" in signature.roles:
+                mask = "memory_mask" if "memory_mask" in signature.roles else "mask"
+                calls.append(signature.arguments(x=x, memory=memory, **{mask: trial.padding(2, 5)}))
+            if width == other:
+                own = {"memory": x} if "memory" in signature.roles and "memory_mask" not in signature.roles else {}
+                calls.append(signature.arguments(x=x, mask=trial.padding(2, 3), **own))
+            for call in calls:
+                expected = trial.outcome(type(module).forward, module, **call)
+                forms.add(form_of(expected, _attention(module, signature.bind((), call))))
+        require(
+            None not in forms and len(forms) == 1, "on a trial input it computes something else than BERT's attention"
+        )
+        return FoundAttention(signature, forms.pop())
+
+    @staticmethod
+    def forward(module: Any, state: State, *args: Any, **kwargs: Any) -> Any:
+        require_unsaved(module)
+        found = state.found
+        out, key, value = _attention(module, found.signature.bind(args, kwargs))
+        return result_forms(out, key, value)[found.form]
+
+
+def _attention(module: Any, bound: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    x, memory = bound["x"], bound.get("memory")
+    mask = bound["memory_mask"] if memory is not None and "memory_mask" in bound else bound.get("mask")
+    memory = x if memory is None else memory
+    understood = understand(mask, x.shape[1], memory.shape[1], None)
+    projections = Projections(module)
+    key, value = projections.key_value(memory)
+    out = projections.finish(projections.attend(projections.query(x), key, value, understood), x)
+    return out.to(x.dtype), key.transpose(1, 2), value.transpose(1, 2)

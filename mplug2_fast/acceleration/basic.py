@@ -1,0 +1,198 @@
+"""Layer norms, linear layers, multi-head attention and CLIP's MLP, as PyTorch has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mplug2_fast.acceleration import trial
+from mplug2_fast.acceleration.products import keep_packed, product
+from mplug2_fast.acceleration.structure import has, is_plain, require, require_linear, require_one_axis
+from mplug2_fast.acceleration.swap import Kind, State, Unserved
+from mplug2_fast.ops import attention_with_dropout, layer_norm, mlp
+from mplug2_fast.ops.linear_act import EAGER, Activation
+
+ACTIVATIONS = {name: EAGER[name] for name in ("quick_gelu", "gelu")}
+
+
+class LayerNorm(Kind):
+    """`torch.nn.LayerNorm` over the last axis, by `ops.layer_norm`."""
+
+    @staticmethod
+    def looks_like(module: nn.Module) -> bool:
+        return isinstance(module, nn.LayerNorm)
+
+    @staticmethod
+    def recognise(module: nn.Module) -> None:
+        assert isinstance(module, nn.LayerNorm)
+        require(is_plain(module, nn.LayerNorm), "its class replaces LayerNorm's forward")
+        require_one_axis(module)
+
+    @staticmethod
+    def forward(module: Any, state: State, input: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.float()
+        return layer_norm(input, module.weight, module.bias, eps=module.eps)
+
+
+class Linear(Kind):
+    """`torch.nn.Linear`, by `ops.linear_act` where no gradient is wanted."""
+
+    @staticmethod
+    def looks_like(module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear)
+
+    @staticmethod
+    def recognise(module: nn.Module) -> None:
+        require(is_plain(module, nn.Linear), "its class replaces Linear's forward")
+        require_linear(module, "")
+
+    @staticmethod
+    def forward(module: Any, state: State, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return F.linear(input, module.weight, module.bias)
+        return product(input, module.weight, module.bias)
+
+
+@dataclass(frozen=True)
+class FoundMLP:
+    activation: Activation
+
+
+class MLP(Kind):
+    """A `torch.nn.Sequential` of linear layer, QuickGELU or GELU, and linear layer, by `ops.mlp`."""
+
+    @staticmethod
+    def looks_like(module: nn.Module) -> bool:
+        return isinstance(module, nn.Sequential) and has(module, "c_fc", "c_proj") and len(module) == 3
+
+    @staticmethod
+    def recognise(module: nn.Module) -> FoundMLP:
+        assert isinstance(module, nn.Sequential)
+        require(is_plain(module, nn.Sequential), "its class replaces Sequential's forward")
+        require(list(module._modules)[::2] == ["c_fc", "c_proj"], "its parts are in another order")
+        for name in ("c_fc", "c_proj"):
+            require_linear(module, name)
+        with trial.conditions(module):
+            return FoundMLP(trial.activation_of(module[1], ACTIVATIONS))  # type: ignore[arg-type]
+
+    @staticmethod
+    def forward(module: Any, state: State, input: Tensor) -> Tensor:
+        return run_mlp(input, module.c_fc, module.c_proj, state.found.activation)
+
+
+def run_mlp(
+    x: Tensor,
+    fc: nn.Linear,
+    proj: nn.Linear,
+    activation: Activation,
+    norm: nn.LayerNorm | None = None,
+    add: bool = False,
+) -> Tensor:
+    """`ops.mlp` with the parameters of modules; `add` adds x."""
+    for weight in (fc.weight, proj.weight):
+        keep_packed(weight, x.numel() // x.shape[-1])
+    return mlp(
+        x,
+        fc.weight,
+        fc.bias,
+        proj.weight,
+        proj.bias,
+        activation=activation,
+        norm_weight=None if norm is None else norm.weight,
+        norm_bias=None if norm is None else norm.bias,
+        eps=1e-5 if norm is None else norm.eps,
+        residual=add,
+    )
+
+
+def require_attention(module: nn.MultiheadAttention) -> None:
+    """Raises `Unsuitable` for a `torch.nn.MultiheadAttention` with options that the operators lack."""
+    require(module.in_proj_weight is not None, "its keys or values have channels of their own (kdim, vdim)")
+    require(module.bias_k is None and module.bias_v is None, "it adds a bias to keys and values (add_bias_kv)")
+    require(not module.add_zero_attn, "it adds a zero to keys and values (add_zero_attn)")
+    require_linear(module, "out_proj")
+
+
+def attend(
+    module: nn.MultiheadAttention, query: Tensor, key: Tensor, residual: Tensor | None = None, **masks: Any
+) -> Tensor:
+    """Attention of `query` to `key`, both `(batch, tokens, channels)`, with the module's parameters."""
+    heads, width = module.num_heads, module.embed_dim
+    weight, bias = module.in_proj_weight, module.in_proj_bias
+    if key is query:
+        q, k, v = product(query, weight, bias).unflatten(-1, (3, heads, -1)).unbind(-3)
+    else:
+        none = bias is None
+        q = product(query, weight[:width], None if none else bias[:width]).unflatten(-1, (heads, -1))
+        k, v = product(key, weight[width:], None if none else bias[width:]).unflatten(-1, (2, heads, -1)).unbind(-3)
+    context = attention_with_dropout(q, k, v, module.dropout if module.training else 0.0, **masks)
+    return product(context, module.out_proj.weight, module.out_proj.bias, residual=residual)
+
+
+class MultiheadAttention(Kind):
+    """`torch.nn.MultiheadAttention` without the matrix of scores, by `ops.attention`."""
+
+    @staticmethod
+    def looks_like(module: nn.Module) -> bool:
+        return isinstance(module, nn.MultiheadAttention)
+
+    @staticmethod
+    def recognise(module: nn.Module) -> None:
+        assert isinstance(module, nn.MultiheadAttention)
+        require(is_plain(module, nn.MultiheadAttention), "its class replaces MultiheadAttention's forward")
+        require_attention(module)
+
+    @staticmethod
+    def forward(
+        module: Any,
+        state: State,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        if need_weights:
+            raise Unserved("it was asked for the weights of attention (need_weights)")
+        if value is not key or query.dim() != 3:
+            raise Unserved("it was called with values that are not the keys, or without a batch")
+        if key_padding_mask is not None and key_padding_mask.dtype is not torch.bool:
+            raise Unserved(f"it was called with a key_padding_mask of {key_padding_mask.dtype}")
+        causal, tokens = attn_mask is not None, 1 if module.batch_first else 0
+        if causal and not is_triangle(attn_mask, query.shape[tokens], key.shape[tokens]):
+            raise Unserved("it was called with an attn_mask that is not the causal one")
+        visible = None if key_padding_mask is None else ~key_padding_mask
+        if visible is not None and not bool(visible[:, 0].all()):
+            raise Unserved("the first token is padding")
+        if module.batch_first:
+            return attend(module, query, key, key_padding_mask=visible, causal=causal), None
+        first = query.transpose(0, 1)
+        out = attend(
+            module, first, first if key is query else key.transpose(0, 1), key_padding_mask=visible, causal=causal
+        )
+        return laid_out_like(query, out), None
+
+
+def is_triangle(mask: Tensor, queries: int, keys: int) -> bool:
+    """Whether an attn_mask `(queries, keys)`, boolean or additive, hides exactly the keys after each query."""
+    if tuple(mask.shape) != (queries, keys) or queries != keys:
+        return False
+    hidden = mask if mask.dtype is torch.bool else mask.isneginf()
+    kept = mask if mask.dtype is torch.bool else mask.masked_fill(hidden, 0)
+    later = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).triu(1)
+    return torch.equal(hidden, later) and (mask.dtype is torch.bool or not bool(kept.any()))
+
+
+def laid_out_like(given: Tensor, out: Tensor) -> Tensor:
+    """out `(batch, tokens, channels)` as `(tokens, batch, channels)`, in memory as `given` is: what came batch-first in
+    disguise goes on so, and nothing is copied from one block to the next."""
+    out = out.transpose(0, 1)
+    return out if given.transpose(0, 1).is_contiguous() else out.contiguous()

@@ -1,0 +1,119 @@
+"""The released vision block: CLIP's residual attention block with two local temporal modules."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from mplug2_fast.acceleration import trial
+from mplug2_fast.acceleration.basic import ACTIVATIONS, attend, laid_out_like, require_attention, run_mlp
+from mplug2_fast.acceleration.products import keep_packed
+from mplug2_fast.acceleration.structure import has, require, require_children, require_linear, require_norm
+from mplug2_fast.acceleration.swap import Kind, Matrices, State, Unserved, Unsuitable
+from mplug2_fast.ops import layer_norm, local_temporal
+from mplug2_fast.ops.linear_act import Activation
+
+_CHILDREN = {"lmhra1", "lmhra2", "attn", "ln_1", "mlp", "ln_2", "drop_path"}
+_WITHOUT_EFFECT = {"use_checkpoint"}
+
+
+@dataclass(frozen=True)
+class FoundBlock:
+    """frames: the argument that tells how many frames there are, and what it is where it is not given."""
+
+    activation: Activation
+    frames: str
+    default: Any
+
+
+class TemporalBlock(Kind):
+    """Local temporal module, attention within each frame, local temporal module, MLP; batch-first in memory."""
+
+    @staticmethod
+    def looks_like(module: nn.Module) -> bool:
+        return has(module, "lmhra1", "lmhra2", "attn", "ln_1", "mlp", "ln_2")
+
+    @staticmethod
+    def recognise(module: nn.Module) -> FoundBlock:
+        require_children(module, _CHILDREN)
+        require(getattr(module, "attn_mask", None) is None, "its attention has a mask (attn_mask)")
+        require(isinstance(module.attn, nn.MultiheadAttention), "attn is not a MultiheadAttention")
+        require_attention(module.attn)
+        for name in ("ln_1", "ln_2"):
+            require_norm(module, name)
+        for name in ("lmhra1", "lmhra2"):
+            _require_temporal(module, name)
+        require(has(module.mlp, "c_fc", "c_proj"), "mlp has no c_fc and c_proj")
+        for name in ("mlp.c_fc", "mlp.c_proj"):
+            require_linear(module, name)
+        require(len(module.mlp._modules) == 3, "mlp has other parts than c_fc, an activation and c_proj")
+        frames = list(inspect.signature(module.forward).parameters.values())[1:2]
+        require(bool(frames), "its forward takes no number of frames")
+        width = module.ln_1.normalized_shape[0]
+        with trial.conditions(module):
+            activation = trial.activation_of(list(module.mlp.children())[1], ACTIVATIONS)
+            found = FoundBlock(activation, frames[0].name, frames[0].default)
+            for count in (1, 3):
+                x = trial.random(5, 2 * count, width, seed=count)
+                expected = trial.outcome(type(module).forward, module, x, count)
+                if not trial.agree(expected, run(module, found, Matrices(), x, count), without=x):
+                    raise Unsuitable("on a trial input it computes something else than the released block")
+        return found
+
+    @staticmethod
+    def forward(module: Any, state: State, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        found = state.found
+        frames = args[0] if args else kwargs.pop(found.frames, found.default)
+        if len(args) > 2 or kwargs.keys() - _WITHOUT_EFFECT or not isinstance(frames, int):
+            raise Unserved("it was called with arguments that are not known")
+        if module.training and not isinstance(module._modules.get("drop_path"), (nn.Identity, type(None))):
+            raise Unserved("it drops paths in training")
+        return run(module, found, state.matrices, x, frames)
+
+
+def _require_temporal(module: nn.Module, name: str) -> None:
+    temporal = module.get_submodule(name)
+    require(has(temporal, "ln", "down_proj", "conv", "up_proj"), f"{name} has no ln, down_proj, conv and up_proj")
+    width = require_norm(temporal, "ln").normalized_shape[0]
+    down, conv, up = (temporal.get_submodule(part) for part in ("down_proj", "conv", "up_proj"))
+    inner = down.weight.shape[0]
+    shapes = {"down_proj": (down, (inner, width, 1, 1, 1)), "up_proj": (up, (width, inner, 1, 1, 1))}
+    shapes["conv"] = (conv, (inner, 1, conv.weight.shape[2], 1, 1))
+    for part, (convolution, shape) in shapes.items():
+        fits = isinstance(convolution, nn.Conv3d) and tuple(convolution.weight.shape) == shape
+        require(fits and convolution.bias is not None, f"{name}.{part} is not the convolution that it should be")
+
+
+def run(block: Any, found: FoundBlock, matrices: Matrices, x: Tensor, frames: int) -> Tensor:
+    """The block on x `(1 + patches, batch·frames, channels)`."""
+    tokens, rows, width = x.shape
+    if rows % frames:
+        raise Unserved(f"{rows} rows are not a multiple of {frames} frames")
+    h = x.transpose(0, 1).reshape(rows // frames, frames, tokens, width)
+    h = _temporal(block.lmhra1, matrices, h).view(rows, tokens, width)
+    normed = layer_norm(h, block.ln_1.weight, block.ln_1.bias, eps=block.ln_1.eps)
+    h = attend(block.attn, normed, normed, residual=h)
+    h = _temporal(block.lmhra2, matrices, h.view(rows // frames, frames, tokens, width)).view(rows, tokens, width)
+    h = run_mlp(h, block.mlp.c_fc, block.mlp.c_proj, found.activation, norm=block.ln_2, add=True)
+    return laid_out_like(x, h.to(x.dtype))
+
+
+def _temporal(module: Any, matrices: Matrices, x: Tensor) -> Tensor:
+    down, up = (matrices.of(convolution.weight) for convolution in (module.down_proj, module.up_proj))
+    for weight in (down, up):
+        keep_packed(weight, x.numel() // x.shape[-1])
+    return local_temporal(
+        x,
+        module.ln.weight,
+        module.ln.bias,
+        down,
+        module.down_proj.bias,
+        module.conv.weight[:, 0, :, 0, 0],
+        module.conv.bias,
+        up,
+        module.up_proj.bias,
+        eps=module.ln.eps,
+    )

@@ -1,0 +1,250 @@
+"""What a decoder remembers from one call to the next, and how it finds out that it may use it.
+
+Released generation calls the decoder with the whole prefix of all beams, and with the memory tiled over the beams, at
+every step. Nothing but their values tells that these continue an earlier call, and so the values are compared:
+
+- the memory's rows with those of the last call. Each different one is a video, whose cross-attention keys and values
+  are kept once;
+- the prefixes with those of the last call. Each row looks for the row of which it is the continuation (the beam search
+  reorders beams), and takes that row's keys, values and results.
+
+A call with another memory, or with prefixes that continue nothing, drops what was kept. Of one that starts with more
+than a token only what is small is kept: it may be no generation.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_FINGERPRINT_TOKENS, _FINGERPRINT_CHANNELS = 64, 4
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one layer, or the head, computed in the last call, for all its rows and tokens.
+
+    Attributes:
+        weights: what its parameters were, see `versions`.
+        x, out: input and result, `(rows, tokens, ...)`; copies, since callers may write to theirs.
+        kept: further tensors of the layer's own.
+        visible: `(rows, tokens)`, which tokens are not padding; None for all.
+        index: the video of each row; None where a memory plays no part.
+    """
+
+    weights: tuple[Any, ...]
+    x: Tensor
+    out: Tensor
+    kept: tuple[Tensor, ...] = ()
+    visible: Tensor | None = None
+    index: tuple[int, ...] | None = None
+
+
+@dataclass
+class Videos:
+    """The different rows of a memory.
+
+    Attributes:
+        memory: `(videos, tokens, channels)`. visible: `(videos, tokens)`, or None for all.
+        records: by layer.
+    """
+
+    memory: Tensor
+    visible: Tensor | None
+    fingerprint: Tensor
+    records: dict[int, Record] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """The memory of the last call: its tensor, how often that was written to, and what was found in it."""
+
+    source: weakref.ref[Tensor]
+    version: int
+    videos: Videos
+    index: tuple[int, ...]
+
+    def is_of(self, memory: Tensor) -> bool:
+        return self.source() is memory and not memory.is_inference() and memory._version == self.version
+
+
+class Session:
+    """The caches of one decoder."""
+
+    def __init__(self) -> None:
+        self._seen: _Seen | None = None  # replaced as a whole: another thread may call the decoder
+
+    def drop(self) -> None:
+        self._seen = None
+
+    @property
+    def is_empty(self) -> bool:
+        return self._seen is None
+
+    def __reduce__(self) -> Any:  # copies and pickles of a decoder start without
+        return (Session, ())
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """One call of the decoder, in which layers and head may use what is kept."""
+        token = _current.set(Call(self))
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+    def find(self, memory: Tensor, visible: Tensor | None) -> tuple[Videos, tuple[int, ...]]:
+        """The videos of a tiled memory `(rows, tokens, channels)`, and which of them each row is."""
+        seen = self._seen
+        if seen is not None:
+            index = seen.index if seen.is_of(memory) else _match(memory, seen.videos)
+            if index is None or not _same_padding(visible, seen.videos.visible, index):
+                self._seen = seen = None
+        if seen is None:
+            videos, index = _different_rows(memory, visible)
+        else:
+            videos = seen.videos
+        self._seen = _Seen(weakref.ref(memory), written(memory), videos, index)
+        return videos, index
+
+
+_current: ContextVar[Call | None] = ContextVar("mplug2_fast_decoder_call", default=None)
+
+
+class Call:
+    """What is known within one call of a decoder: the same memory and mask go to every layer of it."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.videos: Videos | None = None
+        self.masks: dict[tuple[int, int], tuple[Tensor, Any]] = {}
+        self._given: tuple[Any, ...] = ()
+        self._index: tuple[int, ...] = ()
+        self._parents: list[int] | None = None
+        self._searched = False
+
+    @staticmethod
+    def current(session: Session | None) -> Call | None:
+        """The call under way, if it is one of that session and may use caches."""
+        call = _current.get()
+        return call if call is not None and call.session is session and not torch.is_grad_enabled() else None
+
+    def find(self, memory: Tensor, visible: Tensor | None) -> tuple[Videos, tuple[int, ...]] | None:
+        """`Session.find`, done once; None for a second memory within one call."""
+        if self.videos is None:
+            self.videos, self._index = self.session.find(memory, visible)
+            self._given = (memory, written(memory), visible)
+        elif memory is not self._given[0] or written(memory) != self._given[1] or not _equal(visible, self._given[2]):
+            return None
+        return self.videos, self._index
+
+    def parents(self, record: Record | None, x: Tensor, visible: Tensor | None, index: Any) -> list[int] | None:
+        """For each row of x `(rows, tokens, channels)` the row of the record that it continues; None if one does not.
+
+        The rows that the first layer finds are those of all others, which only check them: beams that are alike so far
+        must not be mixed up.
+        """
+        if not self._searched:
+            self._searched = True
+            self._parents = None if record is None else _search(record, x, index)
+        parents = self._parents
+        if parents is None or record is None or record.x.shape[1] >= x.shape[1]:
+            return None
+        length = record.x.shape[1]
+        if not torch.equal(x[:, :length], record.x[parents]):
+            return None
+        if index is not None and index != tuple(record.index[parent] for parent in parents):
+            return None
+        before = None if record.visible is None else record.visible[parents]
+        now = None if visible is None else visible[:, :length]
+        return parents if _equal(now, before) else None
+
+    def is_generation(self, x: Tensor) -> bool:
+        """Whether it looks like one, and it pays to keep what is large: x `(rows, tokens, channels)` is one token long, or
+        continues the last call. Whole sentences, as for a loss, mostly come alone."""
+        return x.shape[1] == 1 or self._parents is not None
+
+
+def written(tensor: Tensor) -> int:
+    """How often a tensor was written to; -1 for those of inference mode, for which torch does not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def versions(module: nn.Module) -> tuple[Any, ...] | None:
+    """What tells whether a module's parameters change: where they are, and how often they were written to. None where
+    torch does not count that. Writing through `.data` is not counted either."""
+    parameters = list(module.parameters())
+    if any(parameter.is_inference() for parameter in parameters):
+        return None
+    devices = sorted({parameter.device.type for parameter in parameters})
+    casts = [torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None for device in devices]
+    return (*casts, *((parameter.data_ptr(), parameter._version) for parameter in parameters))
+
+
+def _search(record: Record, x: Tensor, index: Any) -> list[int] | None:
+    """A row of the record for each row of x that begins like it and reads the same video, found by a few channels."""
+    length = record.x.shape[1]
+    if length >= x.shape[1] or record.x.shape[2] != x.shape[2] or record.x.dtype != x.dtype:
+        return None
+    few = slice(None, None, max(1, x.shape[2] // _FINGERPRINT_CHANNELS))
+    new, old = x[:, :length, few].flatten(1), record.x[:, :, few].flatten(1)
+    alike = (new[:, None] == old[None]).all(dim=-1)
+    if index is not None:
+        rows, known = (torch.tensor(i, device=x.device) for i in (index, record.index))
+        alike &= rows[:, None] == known[None]
+    return alike.int().argmax(dim=1).tolist() if bool(alike.any(dim=1).all()) else None
+
+
+def _fingerprint(memory: Tensor) -> Tensor:
+    """`(rows, few)`: some channels of some tokens, by which rows that differ are mostly told apart."""
+    tokens, channels = memory.shape[1] // _FINGERPRINT_TOKENS, memory.shape[2] // _FINGERPRINT_CHANNELS
+    return memory[:, :: max(1, tokens), :: max(1, channels)].flatten(1)
+
+
+def _match(memory: Tensor, videos: Videos) -> tuple[int, ...] | None:
+    known = videos.memory
+    if memory.shape[1:] != known.shape[1:] or memory.dtype != known.dtype or memory.device != known.device:
+        return None
+    alike = (_fingerprint(memory)[:, None] == videos.fingerprint[None]).all(dim=-1).cpu()
+    index = [_equal_row(row, known, like.nonzero()) for row, like in zip(memory, alike, strict=True)]
+    return None if None in index else tuple(index)  # type: ignore[arg-type]
+
+
+def _different_rows(memory: Tensor, visible: Tensor | None) -> tuple[Videos, tuple[int, ...]]:
+    fingerprint = _fingerprint(memory)
+    alike = (fingerprint[:, None] == fingerprint[None]).all(dim=-1)
+    if visible is not None:
+        alike &= (visible[:, None] == visible[None]).all(dim=-1)
+    alike = alike.cpu()
+    different: list[int] = []
+    index = []
+    for row in range(memory.shape[0]):
+        candidates = [i for i in different if alike[row, i]]
+        found = _equal_row(memory[row], memory, candidates)
+        if found is None:
+            different.append(row)
+        index.append(len(different) - 1 if found is None else different.index(found))
+    videos = Videos(memory[different], None if visible is None else visible[different], fingerprint[different])
+    return videos, tuple(index)
+
+
+def _equal_row(row: Tensor, rows: Tensor, candidates: Iterable[Any]) -> int | None:
+    return next((int(i) for i in candidates if torch.equal(row, rows[int(i)])), None)
+
+
+def _same_padding(visible: Tensor | None, known: Tensor | None, index: tuple[int, ...]) -> bool:
+    return _equal(visible, None if known is None else known[list(index)])
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two masks are the same; None stands for all ones."""
+    if a is None or b is None:
+        return all(mask is None or bool(mask.all()) for mask in (a, b))
+    return torch.equal(a, b)

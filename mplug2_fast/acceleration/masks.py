@@ -1,0 +1,58 @@
+"""Additive attention masks as BERT code makes them, turned back into what the operators take."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mplug2_fast.acceleration.cache import written
+from mplug2_fast.acceleration.swap import Unserved
+
+_NEVER = -9000.0  # released self-attention masks add -1e4, cross-attention masks more
+
+
+class Mask(NamedTuple):
+    """Which keys are seen: `visible` `(batch, keys)`, None for all; `causal`, query i sees keys up to i."""
+
+    visible: Tensor | None = None
+    causal: bool = False
+
+
+def understand(
+    mask: Tensor | None, queries: int, keys: int, known: dict[tuple[int, int], tuple[Tensor, Mask]] | None
+) -> Mask:
+    """An additive mask `(batch, 1, 1 or queries, keys)` of zeros and large negatives. Raises `Unserved` for others.
+
+    Args:
+        known: where masks that were looked at before are found again, by identity.
+    """
+    if mask is None:
+        return Mask()
+    key = (id(mask), written(mask))
+    if known is not None and key in known:
+        return known[key][1]
+    found = _look(mask, queries, keys)
+    if known is not None:
+        known[key] = (mask, found)
+    return found
+
+
+def _look(mask: Tensor, queries: int, keys: int) -> Mask:
+    if not mask.is_floating_point() or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[-1] != keys:
+        raise Unserved(f"an attention mask of {mask.dtype} {tuple(mask.shape)} is not known")
+    hidden = mask[:, 0] <= _NEVER
+    if not bool(((mask[:, 0] == 0) | hidden).all()):
+        raise Unserved("an attention mask holds more than zeros and large negatives")
+    seen = ~hidden  # (batch, 1 or queries, keys)
+    visible = seen[:, -1]
+    causal = False
+    if seen.shape[1] > 1:
+        triangle = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril()
+        causal = torch.equal(seen, visible[:, None] & triangle)
+        if not causal and not torch.equal(seen, visible[:, None].expand_as(seen)):
+            raise Unserved("an attention mask is neither causal nor the same for all queries")
+    if not bool((visible[:, 0] if causal else visible.any(dim=1)).all()):
+        raise Unserved("an attention mask leaves a query without any key")
+    return Mask(None if bool(visible.all()) else visible, causal)

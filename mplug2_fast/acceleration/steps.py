@@ -1,0 +1,85 @@
+"""A decoder's layer, one call after another: what earlier calls have computed is not computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mplug2_fast.acceleration.cache import Call, Record, Videos, versions
+from mplug2_fast.ops import attention, beam_attention
+
+if TYPE_CHECKING:
+    from mplug2_fast.acceleration.attention import Projections
+
+
+def decode(
+    call: Call,
+    layer: nn.Module,
+    own: Projections,
+    cross: Projections,
+    feed_forward: Callable[[Tensor], Tensor],
+    x: Tensor,
+    visible: Tensor | None,
+    memory: Tensor,
+    memory_visible: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(result, keys, values) of a causal layer for x `(rows, tokens, channels)` and memory `(rows, keys, channels)`, of
+    which each row is one of a few videos; None where nothing may be kept."""
+    weights, found = versions(layer), call.find(memory, memory_visible)
+    if weights is None or found is None:
+        return None
+    videos, index = found
+    record = videos.records.get(id(layer))
+    if record is not None and record.weights != weights:
+        record = None
+    parents = call.parents(record, x, visible, index)
+    if parents is None or len(record.kept) == 2:
+        keys, values = (t.transpose(1, 2).contiguous() for t in cross.key_value(videos.memory))
+    else:
+        keys, values = record.kept[2:]
+
+    new = x if parents is None else x[:, record.x.shape[1] :]
+    key, value = own.key_value(new)
+    if parents is not None:
+        key, value = (torch.cat([t[parents], n], dim=1) for t, n in zip(record.kept[:2], (key, value), strict=True))
+    out = own.finish(_attend_self(own.query(new), key, value, visible), new)
+    out = cross.finish(_attend(cross.query(out), keys, values, videos, index), out)
+    out = feed_forward(out)
+    if parents is not None:
+        out = torch.cat([record.out[parents], out], dim=1)
+    kept = (key, value, keys, values) if call.is_generation(x) else (key, value)
+    videos.records[id(layer)] = Record(weights, x.clone(), out.clone(), kept, visible, index)
+    return out, *(t.transpose(1, 2).clone() for t in (key, value))
+
+
+def _attend_self(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+    """Causal attention of the last tokens, query `(rows, new tokens, heads, head_dim)`, to all."""
+    tokens, new = key.shape[1], query.shape[1]
+    if new == 1:
+        return attention(query, key, value, key_padding_mask=visible)
+    # The operator wants as many queries as keys: those of earlier tokens are made up, and their results dropped.
+    query = torch.cat([torch.zeros_like(key[:, : tokens - new]), query], dim=1)
+    return attention(query, key, value, key_padding_mask=visible, causal=True)[:, tokens - new :]
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, videos: Videos, index: tuple[int, ...]) -> Tensor:
+    """Cross-attention of query `(rows, tokens, heads, head_dim)` to the videos' keys and values `(videos, heads, keys,
+    head_dim)`, each read once for all of its rows."""
+    rows, tokens = query.shape[:2]
+    count = keys.shape[0]
+    if rows % count == 0 and index == tuple(row * count // rows for row in range(rows)):
+        side_by_side = query.reshape(count, rows // count * tokens, *query.shape[2:])
+        return beam_attention(side_by_side, keys, values, key_padding_mask=videos.visible).view(rows, tokens, -1)
+    out = query.new_empty(rows, tokens, query.shape[2] * query.shape[3])
+    for video in dict.fromkeys(index):
+        mine = [row for row, i in enumerate(index) if i == video]
+        mask = None if videos.visible is None else videos.visible[video : video + 1]
+        side_by_side = query[mine].flatten(0, 1)[None]
+        context = beam_attention(
+            side_by_side, keys[video : video + 1], values[video : video + 1], key_padding_mask=mask
+        )
+        out[mine] = context.view(len(mine), tokens, -1)
+    return out

@@ -1,0 +1,203 @@
+"""`accelerate` and what undoes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from mplug2_fast import nn as fast_nn
+from mplug2_fast.acceleration.attention import BertAttention
+from mplug2_fast.acceleration.basic import MLP, LayerNorm, Linear, MultiheadAttention
+from mplug2_fast.acceleration.blocks import TemporalBlock
+from mplug2_fast.acceleration.cache import Session
+from mplug2_fast.acceleration.decoder import PredictionHead, TextDecoder
+from mplug2_fast.acceleration.layers import BertLayer
+from mplug2_fast.acceleration.report import Entry, Report
+from mplug2_fast.acceleration.swap import (
+    STATE,
+    Kind,
+    Swapped,
+    Unsuitable,
+    hooked,
+    inner,
+    name_of,
+    swap,
+    unswap,
+)
+
+KINDS: tuple[type[Kind], ...] = (
+    TextDecoder,
+    PredictionHead,
+    TemporalBlock,
+    BertLayer,
+    BertAttention,
+    MultiheadAttention,
+    MLP,
+    LayerNorm,
+    Linear,
+)
+"""What is known, wholes before their parts."""
+
+_FAST = tuple(getattr(fast_nn, name) for name in fast_nn.__all__)
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Makes the modules of this instance that are known compute by `mplug2_fast.ops`, in place.
+
+    Modules are recognised by what they are made of and by what they compute on a small trial input with random
+    parameters, wherever they were imported from: those of the released mPLUG-2, of `mplug2_fast.reference`, and such
+    parts of any model. What else they do beside returning a result, such as printing, is not noticed. The instances
+    keep their parameters, children and hooks, and remain instances of their classes; classes, and other instances, do
+    not change. Calls that a module did not expect go to its own code, with a `RuntimeWarning`.
+
+    A text decoder that is called step by step with whole prefixes and a tiled memory, as the released beam search does,
+    keeps keys and values between calls in evaluation mode without gradients: see `mplug2_fast.acceleration.cache`. On
+    a CPU, weights that many rows go through are kept a second time, in the layout of the processor's matrix products.
+    Both notice when weights change, other than through `.data`.
+
+    Returns a report of what became of each module. A model that is accelerated already stays as it is.
+    """
+    walk = _Walk()
+    walk.go(model)
+    return Report(tuple(walk.entries))
+
+
+def restore(model: nn.Module) -> None:
+    """Undoes `accelerate`: every module is what it was, with the parameters as they are now."""
+    for module in model.modules():
+        if isinstance(module, Swapped):
+            unswap(module)
+
+
+@contextmanager
+def accelerated(model: nn.Module) -> Iterator[Report]:
+    """A context in which the model is accelerated. What was so before remains so after it."""
+    walk = _Walk()
+    walk.go(model)
+    try:
+        yield Report(tuple(walk.entries))
+    finally:
+        walk.undo()
+
+
+class _Walk:
+    """One pass over a model."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self._swapped: list[nn.Module] = []
+        self._paths: dict[int, str] = {}
+        self._known: dict[Any, Any] = {}
+
+    def go(self, model: nn.Module) -> None:
+        try:
+            self._visit(model, "", None)
+        except BaseException:
+            self.undo()
+            raise
+
+    def undo(self) -> None:
+        for module in self._swapped:
+            if isinstance(module, Swapped):
+                unswap(module)
+
+    def _visit(self, module: nn.Module, path: str, session: Session | None) -> None:
+        if id(module) in self._paths:
+            self._report(module, path, f"it is {self._paths[id(module)]}, met before")
+            return
+        self._paths[id(module)] = path or "the model"
+        if isinstance(module, Swapped):
+            self._report_swapped(module, path, "already")
+            if module._mplug2_fast_kind is TextDecoder:
+                self._visit_children(module, path, vars(module)[STATE].session)
+            return
+        if isinstance(module, (*_FAST, torch.jit.ScriptModule)):
+            scripted = isinstance(module, torch.jit.ScriptModule)
+            self._report(module, path, "it is compiled by TorchScript" if scripted else "it is a fast module")
+            return
+        kind = next((kind for kind in KINDS if kind.looks_like(module)), None)
+        if kind is None:
+            children = list(module.children())
+            if not children and any(True for _ in module.parameters()):
+                self._report(module, path, "nothing faster is known for it")
+            self._visit_children(module, path, session)
+            return
+        try:
+            self._swap(module, path, kind, session)
+        except Unsuitable as reason:
+            self._report(module, path, str(reason))
+            if kind is not MultiheadAttention:  # its parts are never called
+                self._visit_children(module, path, session)
+
+    def _visit_children(self, module: nn.Module, path: str, session: Session | None) -> None:
+        for name, child in module._modules.items():
+            if child is not None:
+                self._visit(child, f"{path}.{name}" if path else name, session)
+
+    def _swap(self, module: nn.Module, path: str, kind: type[Kind], session: Session | None) -> None:
+        name = type(module).__name__
+        if "forward" in vars(module):
+            raise Unsuitable("its forward is replaced on the instance, as checkpoint wrappers do")
+        whole = kind is TextDecoder
+        parts = () if whole else inner(module)
+        for part in hooked(parts):
+            raise Unsuitable(f"a hook, or a forward of the instance's own, is on {name_of(part, module)}")
+        if any(isinstance(part, Swapped) for part in parts):
+            raise Unsuitable("parts of it are accelerated already: restore first")
+        found = self._recognise(module, kind)
+        session = Session() if whole else session
+        swap(module, kind, found, session)
+        self._swapped.append(module)
+        if not whole:
+            self._report_swapped(module, path)
+            return
+        place = len(self.entries)
+        self._visit_children(module, path, session)
+        layers = [m for m in module.modules() if isinstance(m, Swapped) and m._mplug2_fast_kind is BertLayer]
+        if layers:
+            self.entries.insert(place, Entry(path, name, type(module).__name__, "keeps keys and values between calls"))
+        else:
+            self._swapped.remove(module)
+            unswap(module)
+            self.entries.insert(place, Entry(path, name, None, "none of its layers is known"))
+
+    def _recognise(self, module: nn.Module, kind: type[Kind]) -> Any:
+        """`kind.recognise`, once for modules that are made alike."""
+        key = (kind, _make(module))
+        if key not in self._known:
+            try:
+                self._known[key] = kind.recognise(module)
+            except Unsuitable as reason:
+                self._known[key] = reason
+            except Exception as error:  # made in a way that recognition did not think of
+                self._known[key] = Unsuitable(f"it could not be looked at: {type(error).__name__}: {error}")
+        found = self._known[key]
+        if isinstance(found, Unsuitable):
+            raise found
+        return found
+
+    def _report(self, module: nn.Module, path: str, reason: str) -> None:
+        self.entries.append(Entry(path, type(module).__name__, None, reason))
+
+    def _report_swapped(self, module: nn.Module, path: str, reason: str = "") -> None:
+        original = module._mplug2_fast_original.__name__  # type: ignore[union-attr]
+        self.entries.append(Entry(path, original, type(module).__name__, reason))
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_PLAIN = (int, float, str, bool, type(None), list, tuple, set, dict)
+
+
+def _make(module: nn.Module) -> tuple[Any, ...]:
+    """What two modules that compute the same function, apart from the values of their parameters, have in common."""
+    made = []
+    for name, part in module.named_modules():
+        own = [(k, v) for k, v in vars(part).items() if k not in _OF_EVERY_MODULE]
+        attributes = tuple((k, repr(v) if isinstance(v, _PLAIN) else id(v)) for k, v in own)
+        tensors = tuple((k, tuple(p.shape)) for k, p in part._parameters.items() if p is not None)
+        made.append((name, type(part), attributes, tensors))
+    return tuple(made)
