@@ -13,17 +13,19 @@ if TYPE_CHECKING:
     from mplug2_fast.video.frames import load_video, read_frames
     from mplug2_fast.video.indices import frame_indices
     from mplug2_fast.video.pool import Clip, DecodePool
+    from mplug2_fast.video.reader import VideoReader
 
 _EXPORTS = {
     "Clip": "pool",
     "DecodePool": "pool",
+    "VideoReader": "reader",
     "Windows": "clips",
     "frame_indices": "indices",
     "load_video": "frames",
     "read_frames": "frames",
 }
 
-__all__ = ["Clip", "DecodePool", "Windows", "frame_indices", "load_video", "read_frames"]
+__all__ = ["Clip", "DecodePool", "VideoReader", "Windows", "frame_indices", "load_video", "read_frames"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mplug2_fast.errors import VideoError
 from mplug2_fast.ops.preprocess_frames import DTYPES, preprocess_frames
+from mplug2_fast.video.backends import check_backend
 from mplug2_fast.video.clips import ClipOptions, Windows
 from mplug2_fast.video.worker import Worker
 
@@ -70,13 +71,14 @@ class DecodePool:
         dtype: of the frames, normalised as the model takes them; torch.uint8 squashes only, leaving (T, image_size,
             image_size, 3) to `mplug2_fast.ops.preprocess_frames`, on a GPU for instance. Without `image_size`, frames
             are uint8 in any case.
-        backend: "pyav", or None for the same.
+        backend: "pyav" or "torchcodec"; None for "pyav": see `VideoReader`.
         windows: one clip a window rather than one a file.
         prefetch: clips that are decoded ahead, for each worker.
         threads: threads of each decoder; None shares the usable cores among the workers.
 
     Raises:
         ValueError: an option out of its range.
+        BackendError: there is no such backend, or it is not installed.
     """
 
     def __init__(
@@ -103,10 +105,8 @@ class DecodePool:
             raise ValueError(f"timeout must be a positive number of seconds, or None, not {timeout!r}")
         if dtype is not torch.uint8 and dtype not in DTYPES:
             raise ValueError(f"dtype must be torch.uint8, float32, bfloat16, float16 or float64, not {dtype}")
-        if backend not in (None, "pyav"):
-            raise ValueError(f"backend must be 'pyav' or None, not {backend!r}")
         threads = max(len(os.sched_getaffinity(0)) // num_workers, 1) if threads is None else threads
-        options = ClipOptions(num_frames, image_size, windows, threads)
+        options = ClipOptions(num_frames, image_size, windows, threads, check_backend(backend))
         self._image_size = image_size
         self._dtype = dtype
         self._ahead = num_workers * prefetch
