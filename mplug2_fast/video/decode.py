@@ -173,6 +173,11 @@ def scan_packets(name: str) -> Scan:
     return scan
 
 
+def rotation(name: str) -> int:
+    """Degrees by which the frames of a file are turned to be upright, counterclockwise."""
+    return next(_every_frame(name, 1)).rotation
+
+
 def _scan(name: str) -> Scan:
     """Reads all packets of the video stream without decoding them."""
     with _errors_of(name, "is corrupt: its packets cannot be read"), _open(name, 1) as (container, stream):

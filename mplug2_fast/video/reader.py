@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mplug2_fast.errors import VideoError
 from mplug2_fast.video.backends import check_backend, stream_frames
+from mplug2_fast.video.clip import Source, shown
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -45,7 +46,7 @@ class VideoReader:
 
     def __init__(
         self,
-        source: str | os.PathLike[str] | bytes,
+        source: Source,
         *,
         backend: str | None = None,
         image_size: int | None = None,
@@ -61,12 +62,12 @@ class VideoReader:
             self.close = weakref.finalize(self, os.close, descriptor)
             with open(descriptor, "wb", closefd=False) as file:
                 file.write(source)
-            self._name, self._shown = f"/proc/self/fd/{descriptor}", f"{len(source):,} bytes in memory"
+            self._name, self._shown = f"/proc/self/fd/{descriptor}", shown(source)
         else:
             self.close = weakref.finalize(self, lambda: None)
             self._name = self._shown = os.fsdecode(source)
         with self._errors():
-            self._scan = scan_packets(self._name)
+            self.scan = scan_packets(self._name)
 
     def __enter__(self) -> Self:
         return self
@@ -85,12 +86,12 @@ class VideoReader:
         from mplug2_fast.video.decode import count_frames
 
         with self._errors():
-            return count_frames(self._name, self._scan, self._threads)
+            return count_frames(self._name, self.scan, self._threads)
 
     @property
     def fps(self) -> float | None:
         """Frames a second on average, as the container tells; None if it does not."""
-        return self._scan.fps
+        return self.scan.fps
 
     @property
     def duration(self) -> float | None:
@@ -98,12 +99,20 @@ class VideoReader:
         return self.num_frames / self.fps if self.fps else None
 
     @cached_property
+    def rotation(self) -> int:
+        """Degrees by which frames are turned to be upright, counterclockwise; 0 for most."""
+        from mplug2_fast.video.decode import rotation
+
+        with self._errors():
+            return rotation(self._name)
+
+    @cached_property
     def size(self) -> tuple[int, int]:
         """Height and width of the first frame, upright, as it is in the file."""
         from mplug2_fast.video.decode import stream_scanned
 
         with self._errors():
-            first = next(stream_scanned(self._name, self._scan, [0], threads=1, image_size=None))
+            first = next(stream_scanned(self._name, self.scan, [0], threads=1, image_size=None))
         return first.shape[:2]
 
     def frames(self, indices: Sequence[int]) -> Tensor:
@@ -157,7 +166,7 @@ class VideoReader:
                 raise IndexError(f"{self._shown}: has {self.num_frames:,} frames: there is no frame {index:,}")
         with self._errors():
             yield from stream_frames(
-                self.backend, self._name, self._scan, indices, threads=self._threads, image_size=self._image_size
+                self.backend, self._name, self.scan, indices, threads=self._threads, image_size=self._image_size
             )
 
     @contextmanager
