@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mplug2_fast.config import MPlug2Config
     from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error, VideoError
     from mplug2_fast.model import GenerationOutput, MPlug2ForCaptioning, MPlug2ForQuestionAnswering
+    from mplug2_fast.tasks import Answerer, Captioner
     from mplug2_fast.video import load_video
 
 # The public names, each with the module that it is imported from when it is first asked for.
@@ -32,10 +33,14 @@ _EXPORTS = {
     "released_state_dict": "mplug2_fast.checkpoint",
     "from_pretrained": "mplug2_fast.checkpoint",
     "load_video": "mplug2_fast.video",
+    "Answerer": "mplug2_fast.tasks",
+    "Captioner": "mplug2_fast.tasks",
 }
 _MODULES = ("checkpoint", "kernels", "model", "nn", "ops", "reference", "tasks", "text", "video")
 
 __all__ = [
+    "Answerer",
+    "Captioner",
     "CheckpointError",
     "ConfigError",
     "GenerationOutput",

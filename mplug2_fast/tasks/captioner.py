@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from mplug2_fast.config import Task
-from mplug2_fast.tasks.base import Alternative, Paths, Result, VideoTask
+from mplug2_fast.tasks.base import Alternative, Paths, Result, VideoTask, Words
 
 
 class Captioner(VideoTask):
@@ -37,10 +37,20 @@ class Captioner(VideoTask):
             ConfigError: options that contradict one another or the model.
             MPlug2Error: the device ran out of memory.
         """
+        return self.run(paths, self.words(num_beams, num_return, min_length, max_length))
+
+    def words(
+        self,
+        num_beams: int | None = None,
+        num_return: int = 1,
+        min_length: int | None = None,
+        max_length: int | None = None,
+    ) -> Words:
+        """What turns image_embeds into captions, with the options of `caption`. Raises `ConfigError`."""
         options = self.generation_options(num_beams, num_return, min_length, max_length)
         prompt = self.model.config.generation.prompt
 
-        def words(image_embeds: Tensor) -> list[Alternative]:
+        def words(image_embeds: Tensor) -> list[list[Alternative]]:
             return self.texts(self.model.generate(image_embeds=image_embeds, **options), prompt)
 
-        return self.run(paths, words)
+        return words
