@@ -1,5 +1,36 @@
-"""Video files and still images to the frames that the model sees."""
+"""Video files and still images to the frames that the model sees.
 
-from mplug2_fast.video.frames import frame_indices, load_video, read_frames
+A process that only decodes has no need of torch, so names are imported when they are first asked for.
+"""
 
-__all__ = ["frame_indices", "load_video", "read_frames"]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mplug2_fast.video.clips import Windows
+    from mplug2_fast.video.frames import load_video, read_frames
+    from mplug2_fast.video.indices import frame_indices
+    from mplug2_fast.video.pool import Clip, DecodePool
+
+_EXPORTS = {
+    "Clip": "pool",
+    "DecodePool": "pool",
+    "Windows": "clips",
+    "frame_indices": "indices",
+    "load_video": "frames",
+    "read_frames": "frames",
+}
+
+__all__ = ["Clip", "DecodePool", "Windows", "frame_indices", "load_video", "read_frames"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(f"mplug2_fast.video.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module 'mplug2_fast.video' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
