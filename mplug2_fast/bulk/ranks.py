@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -46,9 +47,8 @@ class Ranks:
 
     def __enter__(self) -> Self:
         if self.size > 1:
-            import torch.distributed
-
-            torch.distributed.init_process_group("gloo", rank=self.rank, world_size=self.size, timeout=_PATIENCE)
+            with _talking() as distributed:
+                distributed.init_process_group("gloo", rank=self.rank, world_size=self.size, timeout=_PATIENCE)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -70,22 +70,37 @@ class Ranks:
         """What `make` gives to the first of the programs, in all of them; an `MPlug2Error` there is one everywhere."""
         if self.size == 1:
             return make()
-        import torch.distributed
-
         made: list[Any] = [None, None]
         if self.rank == 0:
             try:
                 made[0] = make()
             except MPlug2Error as error:
                 made[1] = error
-        torch.distributed.broadcast_object_list(made, src=0)
+        with _talking() as distributed:
+            distributed.broadcast_object_list(made, src=0)
         if made[1] is not None:
             raise made[1]
         return made[0]
 
-    def wait(self) -> None:
-        """Wait until all programs have come here."""
-        if self.size > 1:
-            import torch.distributed
+    def gather(self, value: _T) -> list[_T]:
+        """The values of all programs, once each has one."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        with _talking() as distributed:
+            distributed.all_gather_object(values, value)
+        return values
 
-            torch.distributed.barrier()
+
+@contextmanager
+def _talking() -> Iterator[Any]:
+    """torch.distributed; what it raises when another program is gone becomes one line."""
+    import torch.distributed
+
+    try:
+        yield torch.distributed
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MPlug2Error(
+            f"another program of this run is gone ({reason}): the same command, started again, goes on"
+        ) from error

@@ -60,8 +60,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of a run: lines and how many of them are errors, those of earlier runs included; then of this one
-    program the videos that it finished, its seconds, and those in which the model computed."""
+    """What became of a run: lines and how many of them are errors, those of earlier runs included; then, of this one,
+    the videos that were finished, the seconds, and those in which the model computed, on average over the programs."""
 
     lines: int = 0
     failed: int = 0
@@ -118,7 +118,7 @@ def run(
         else:
             with Journal(_part(output, ranks.rank), work.key, settings) as journal:
                 result = _work_off(work, videos, journal, plan, ranks.rank, decoding or Decoding(), started)
-        ranks.wait()
+        results = ranks.gather(result)
 
         def close_output() -> tuple[int, int]:
             journal = opened[0]
@@ -128,7 +128,13 @@ def run(
             return len(keys), sum(journal.done[key] for key in keys)
 
         lines, failed = ranks.first_makes(close_output)
-        return replace(result, lines=lines, failed=failed)
+        return Summary(
+            lines,
+            failed,
+            videos=sum(result.videos for result in results),
+            seconds=max(result.seconds for result in results),
+            model_seconds=sum(result.model_seconds for result in results) / len(results),
+        )
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def features(
                 out.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ConfigError(f"{out}: the features cannot be written there: {error.strerror}") from error
-            captioner = load(Captioner, checkpoint, dtype, ranks.device(device))
+            captioner = load(Captioner, checkpoint, dtype, ranks.device(device), quietly=ranks.rank > 0)
             return bulk.Features(captioner, options.frames_of(captioner), kind.value, format.value, out)
 
         run_bulk(work, lambda: bulk.find_videos(videos), str(out / INDEX), options, "features")

@@ -87,7 +87,7 @@ def caption(
         from mplug2_fast import bulk
 
         def work(ranks: Ranks, sources: Sources) -> Work:
-            captioner = load(Captioner, checkpoint, dtype, ranks.device(device))
+            captioner = load(Captioner, checkpoint, dtype, ranks.device(device), quietly=ranks.rank > 0)
             return bulk.Caption(captioner, bulk_options.frames_of(captioner), captioner.generation_options(**searching))
 
         run_bulk(work, lambda: bulk.find_videos(files), out, bulk_options, "captions")
@@ -168,7 +168,7 @@ def answer(
             return bulk.ask_all(bulk.find_videos(files), question)
 
         def work(ranks: Ranks, sources: Sources) -> Work:
-            answerer = load(Answerer, checkpoint, dtype, ranks.device(device))
+            answerer = load(Answerer, checkpoint, dtype, ranks.device(device), quietly=ranks.rank > 0)
             asked = dict.fromkeys(question.text for video in sources.videos for question in video.questions)
             for text in asked:
                 answerer.check_question(text)
@@ -181,9 +181,9 @@ def answer(
         run_bulk(work, find, out, bulk_options, "answers")
 
 
-def load(task: Any, checkpoint: str | None, dtype: Dtype, device: str) -> Any:
+def load(task: Any, checkpoint: str | None, dtype: Dtype, device: str, *, quietly: bool = False) -> Any:
     """A task with the model of a checkpoint."""
-    if checkpoint is None:
+    if checkpoint is None and not quietly:
         note("note: this is the tiny model that ships, which knows moving shapes only; --checkpoint takes another")
     with waiting("loading the model"):
         return task(checkpoint, dtype=dtype.value, device=device)
