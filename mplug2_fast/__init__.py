@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mplug2_fast import bulk, checkpoint, kernels, model, nn, ops, reference, tasks, text, video
+    from mplug2_fast import bulk, checkpoint, kernels, model, nn, ops, ray, reference, tasks, text, video
     from mplug2_fast.checkpoint import from_pretrained, load_released, released_state_dict
     from mplug2_fast.config import MPlug2Config
     from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error, VideoError
@@ -36,7 +36,7 @@ _EXPORTS = {
     "Answerer": "mplug2_fast.tasks",
     "Captioner": "mplug2_fast.tasks",
 }
-_MODULES = ("bulk", "checkpoint", "kernels", "model", "nn", "ops", "reference", "tasks", "text", "video")
+_MODULES = ("bulk", "checkpoint", "kernels", "model", "nn", "ops", "ray", "reference", "tasks", "text", "video")
 
 __all__ = [
     "Answerer",
@@ -59,6 +59,7 @@ __all__ = [
     "model",
     "nn",
     "ops",
+    "ray",
     "reference",
     "released_state_dict",
     "tasks",

@@ -101,9 +101,7 @@ class Features(Work[Row]):
     """Features: a row a clip, in shards, and a line a video in the index.
 
     Args:
-        kind: "vision", the tokens of the vision encoder, (1 + T·L, width), T frames of L patches after the class
-            token, which is averaged over the frames; "universal", the same after the universal layers, as the decoder
-            reads them, (1 + T·L, hidden_size); "pooled", the class token of those, (hidden_size,).
+        kind: see `features_of`.
         format: of the shards; they have the model's dtype.
         folder: where they go.
     """
@@ -130,15 +128,9 @@ class Features(Work[Row]):
     def begin(self, rank: int) -> None:
         self._shards = Shards(self._folder, rank, self._format)
 
-    @torch.inference_mode()
     def compute(self, frames: Tensor, videos: Sequence[Source]) -> tuple[list[Row], dict[str, float]]:
-        model, weights = self.task.model, self.weights
         started = time.perf_counter()
-        frames = frames.to(weights.device, weights.dtype)
-        features = model.visual(frames) if self._kind == "vision" else model.encode_video(frames)
-        if self._kind == "pooled":
-            features = features[:, 0]
-        features = features.cpu()
+        features = features_of(self.task.model, frames, self._kind)
         seconds = {"encode": time.perf_counter() - started}
         # Each row has memory of its own: a view would keep the whole batch.
         return [self._shards.add(row.clone()) for row in features], seconds
@@ -173,6 +165,21 @@ class Features(Work[Row]):
         for path in self._folder.iterdir():
             if _SHARD_NAME.fullmatch(path.name) and path.name not in named:
                 path.unlink()
+
+
+@torch.inference_mode()
+def features_of(model: torch.nn.Module, frames: Tensor, kind: Kind) -> Tensor:
+    """The features of clips `(B, 3, T, H, W)`, on the CPU, in the model's dtype.
+
+    Returns:
+        "vision": `(B, 1 + T'·L, width)`, the tokens of the vision encoder: the class token, averaged over T' frames,
+        and L patches of each. "universal": `(B, 1 + T'·L, hidden_size)`, the same after the universal layers, as the
+        decoder reads them. "pooled": `(B, hidden_size)`, the class token of those.
+    """
+    weights = next(model.parameters())
+    frames = frames.to(weights.device, weights.dtype)
+    features = model.visual(frames) if kind == "vision" else model.encode_video(frames)
+    return (features[:, 0] if kind == "pooled" else features).cpu()
 
 
 def read_features(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:

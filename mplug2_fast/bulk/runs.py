@@ -14,7 +14,7 @@ import hashlib
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -173,28 +173,47 @@ def _work_off(
     """Decode, compute and write what is planned."""
     progress = started(plan) if started is not None else lambda videos, failed: None
     begun = time.perf_counter()
-    computing = 0.0
+    model_seconds = 0.0
     count = 0
     work.begin(rank)
+    for step in steps(work, videos, _decoded(work, videos, plan, decoding)):
+        new = {number for number in step.lines if any(key not in journal.done for key in work.keys(videos[number]))}
+        work.write([line for number in sorted(step.lines) for line in step.lines[number]], journal)
+        model_seconds += step.seconds
+        count += len(new)
+        progress(len(new), len(new & step.failed))
+    work.flush(journal)
+    return Summary(videos=count, seconds=time.perf_counter() - begun, model_seconds=model_seconds)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What came of a batch: the lines of the videos that it finished, by their numbers; which of those failed; and the
+    seconds in which the model computed."""
+
+    lines: dict[int, list[Line]]
+    failed: set[int]
+    seconds: float
+
+
+def steps(work: Work[Any], videos: Sequence[Source], batches: Iterable[Batch]) -> Iterator[Step]:
+    """Compute batches of the videos."""
     unfinished: dict[int, Finished[Any]] = {}
-    for batch in _decoded(work, videos, plan, decoding):
-        before = time.perf_counter()
-        outcomes, seconds = _computed(work, batch.clips, videos)
-        computing += time.perf_counter() - before
-        lines: dict[int, list[Line]] = {clip.index: work.error_lines(videos[clip.index], clip) for clip in batch.failed}
-        for number in lines:
-            unfinished.pop(number, None)
+    for batch in batches:
+        begun = time.perf_counter()
+        outcomes, stages = _computed(work, batch.clips, videos)
+        seconds = time.perf_counter() - begun
+        lines: dict[int, list[Line]] = {}
+        for clip in batch.failed:
+            unfinished.pop(clip.index, None)
+            lines[clip.index] = work.error_lines(videos[clip.index], clip)
+        failed = set(lines)
         for clip, outcome in zip(batch.clips, outcomes, strict=True):
             video = unfinished.setdefault(clip.index, Finished(videos[clip.index]))
-            video.add(clip, outcome, {stage: taken / len(outcomes) for stage, taken in seconds.items()})
+            video.add(clip, outcome, {stage: taken / len(outcomes) for stage, taken in stages.items()})
             if clip.last:
                 lines[clip.index] = work.lines(unfinished.pop(clip.index))
-        new = [number for number in lines if any(key not in journal.done for key in work.keys(videos[number]))]
-        work.write([line for number in sorted(lines) for line in lines[number]], journal)
-        count += len(new)
-        progress(len(new), len({clip.index for clip in batch.failed}.intersection(new)))
-    work.flush(journal)
-    return Summary(videos=count, seconds=time.perf_counter() - begun, model_seconds=computing)
+        yield Step(lines, failed, seconds)
 
 
 def _decoded(work: Work[Any], videos: Sequence[Source], plan: Plan, decoding: Decoding) -> Iterator[Batch]:
@@ -202,15 +221,7 @@ def _decoded(work: Work[Any], videos: Sequence[Source], plan: Plan, decoding: De
     numbers = [number for group in plan.groups for number in group]
     if not numbers:
         return
-    workers = DecodePool(
-        decoding.num_workers,
-        timeout=decoding.timeout,
-        num_frames=work.frames.count,
-        image_size=work.image_size,
-        dtype=work.weights.dtype,
-        windows=work.frames.windows,
-    )
-    with Ahead() as ahead, workers as pool:
+    with Ahead() as ahead, pool_for(work, decoding) as pool:
         clips: Iterator[Clip] = (
             replace(clip, index=numbers[clip.index]) for clip in pool.clips(videos[number].path for number in numbers)
         )
@@ -218,6 +229,18 @@ def _decoded(work: Work[Any], videos: Sequence[Source], plan: Plan, decoding: De
             yield from ahead.of(batches_of_windows(clips, plan.batch_size))
         else:
             yield from ahead.of(batches_of_videos(clips, plan.groups))
+
+
+def pool_for(work: Work[Any], decoding: Decoding) -> DecodePool:
+    """The processes that decode the clips that a work computes."""
+    return DecodePool(
+        decoding.num_workers,
+        timeout=decoding.timeout,
+        num_frames=work.frames.count,
+        image_size=work.image_size,
+        dtype=work.weights.dtype,
+        windows=work.frames.windows,
+    )
 
 
 def _computed(work: Work[Any], clips: list[Clip], videos: Sequence[Source]) -> tuple[list[Any], dict[str, float]]:
