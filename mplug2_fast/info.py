@@ -30,7 +30,8 @@ OPTIONAL_PACKAGES = ("triton", "flash_attn", "xformers")
 def collect() -> dict[str, Any]:
     """The report as nested dicts, lists and plain values, ready for JSON.
 
-    Keys: `mplug2_fast`, `python`, `system`, `cpu`, `memory`, `torch`, `cuda`, `packages`, `native`, `triton_kernels`.
+    Keys: `mplug2_fast`, `python`, `system`, `cpu`, `memory`, `torch`, `cuda`, `packages`, `decoders`, `native`,
+    `triton_kernels`.
     Sizes are in bytes.
     """
     parts: dict[str, Callable[[], Any]] = {
@@ -42,6 +43,7 @@ def collect() -> dict[str, Any]:
         "torch": _torch,
         "cuda": _cuda,
         "packages": _packages,
+        "decoders": _decoders,
         "native": _native,
         "triton_kernels": _triton_kernels,
     }
@@ -150,6 +152,13 @@ def _cuda_device(index: int) -> dict[str, Any]:
 
 def _packages() -> dict[str, str]:
     return {name: _guarded(lambda name=name: _version(name)) for name in REQUIRED_PACKAGES + OPTIONAL_PACKAGES}
+
+
+def _decoders() -> dict[str, str]:
+    """The libraries that decode videos: their versions, or why one is not available."""
+    from mplug2_fast.video.backends import versions
+
+    return versions()
 
 
 def _version(name: str) -> str:

@@ -17,7 +17,19 @@ import torch
 import mplug2_fast
 from mplug2_fast import _native, info
 
-PARTS = ["mplug2_fast", "python", "system", "cpu", "memory", "torch", "cuda", "packages", "native", "triton_kernels"]
+PARTS = [
+    "mplug2_fast",
+    "python",
+    "system",
+    "cpu",
+    "memory",
+    "torch",
+    "cuda",
+    "packages",
+    "decoders",
+    "native",
+    "triton_kernels",
+]
 
 
 def broken(*_: object, **__: object) -> None:

@@ -35,8 +35,10 @@ class Answerer(VideoTask):
         num_return: int = 1,
         min_length: int | None = None,
         max_length: int | None = None,
+        num_workers: int = 0,
+        timeout: float | None = 60.0,
     ) -> Iterator[Result]:
-        """One `Result` a file, in the order of the files, each as soon as it is ready.
+        """One `Result` a file, each as soon as it is ready; in the order of the files, unless worker processes decode.
 
         Args:
             paths: one file or several, each asked the same question.
@@ -44,6 +46,7 @@ class Answerer(VideoTask):
             candidates: the answers to choose from; None writes an answer freely, by beam search.
             num_beams, min_length, max_length: of the beam search, as in `Captioner.caption`; not with candidates.
             num_return: how many answers a file, at most `num_beams`, or at most the number of candidates.
+            num_workers, timeout: processes that decode, as in `Captioner.caption`.
 
         Raises:
             ConfigError: a question or candidates that the model cannot read, or options that contradict one another.
@@ -51,7 +54,11 @@ class Answerer(VideoTask):
         """
         self.check_question(question)
         ask = self.asker(candidates, num_beams, num_return, min_length, max_length)
-        return self.run(paths, lambda image_embeds: ask(image_embeds, [question] * len(image_embeds)))
+
+        def words(image_embeds: Tensor) -> list[list[Alternative]]:
+            return ask(image_embeds, [question] * len(image_embeds))
+
+        return self.run(paths, words, num_workers, timeout)
 
     def asker(
         self,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +20,10 @@ from mplug2_fast.devices import pick_device, pick_dtype
 from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error
 from mplug2_fast.outputs import GenerationOutput
 from mplug2_fast.text import Tokenizer
-from mplug2_fast.video import load_video
+from mplug2_fast.video import DecodePool, load_video
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-_T = TypeVar("_T")
 
 TINY_MODEL = Path(__file__).parents[1] / "data" / "tiny"
 """The model that ships: it knows the clips of examples/moving_shapes and nothing else."""
@@ -57,6 +55,15 @@ class Result:
     alternatives: tuple[Alternative, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     error: str | None = None
+
+
+class _Decoded(NamedTuple):
+    """A file's video `(1, 3, T, H, W)`, or the reason why there is none, and the seconds that decoding took."""
+
+    path: str
+    video: Tensor | None
+    seconds: float
+    error: str | None
 
 
 Words = Callable[[Tensor], list[list[Alternative]]]
@@ -108,10 +115,11 @@ class VideoTask:
         """The same as the constructor with the path of a checkpoint."""
         return cls(path, dtype=dtype, device=device)
 
-    def run(self, paths: Paths, words: Words) -> Iterator[Result]:
-        """One `Result` a path, in order."""
-        for path, decoded in _one_ahead(self._decode, _each(paths)):
-            video, decoding, error = decoded.result()
+    def run(self, paths: Paths, words: Words, num_workers: int = 0, timeout: float | None = 60.0) -> Iterator[Result]:
+        """One `Result` a path; see `Captioner.caption`."""
+        files = _each(paths)
+        decoded = self._decoded_by_workers(files, num_workers, timeout) if num_workers else self._decoded(files)
+        for path, video, decoding, error in decoded:
             if video is None:
                 yield Result(path, seconds={"decode": decoding}, error=error)
             else:
@@ -142,16 +150,38 @@ class VideoTask:
         found = words(image_embeds)
         return found, time.perf_counter() - started
 
-    def _decode(self, path: str) -> tuple[Tensor | None, float, str | None]:
-        """(video, seconds, None) of a good file, (None, seconds, reason) of a bad one."""
+    def _decoded(self, paths: Iterable[PathLike]) -> Iterator[_Decoded]:
+        """The files in order; while one is consumed, the next is decoded in a thread."""
+        pending: deque[Future[_Decoded]] = deque()
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as pool:
+            for path in paths:
+                pending.append(pool.submit(self._decode, os.fspath(path)))
+                if len(pending) > 1:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+
+    def _decode(self, path: str) -> _Decoded:
         started = time.perf_counter()
         vision = self.model.config.vision
         video, error = None, None
         try:
             video = load_video(path, num_frames=vision.num_frames, image_size=vision.image_size)[None]
         except (MPlug2Error, OSError, ValueError, RuntimeError, MemoryError) as problem:
-            error = _one_line(str(problem) or type(problem).__name__).removeprefix(f"{_one_line(path)}: ")
-        return video, time.perf_counter() - started, error
+            error = _reason(problem, path)
+        return _Decoded(path, video, time.perf_counter() - started, error)
+
+    def _decoded_by_workers(
+        self, paths: Iterable[PathLike], num_workers: int, timeout: float | None
+    ) -> Iterator[_Decoded]:
+        """The files as worker processes have them ready."""
+        vision, dtype = self.model.config.vision, next(self.model.parameters()).dtype
+        sizes = {"num_frames": vision.num_frames, "image_size": vision.image_size}
+        with DecodePool(num_workers, timeout=timeout, dtype=dtype, **sizes) as pool:
+            for clip in pool.clips(os.fspath(path) for path in paths):
+                video = None if clip.frames is None else clip.frames[None]
+                error = None if clip.error is None else _reason(clip.error, clip.source)
+                yield _Decoded(clip.source, video, clip.seconds, error)
 
     def generation_options(
         self, num_beams: int | None, num_return: int, min_length: int | None, max_length: int | None
@@ -193,20 +223,13 @@ def _load(
     return model, Tokenizer.from_vocab(vocabulary_path(path), vocab_size=model.config.text.vocab_size)
 
 
-def _one_ahead(work: Callable[[str], _T], paths: Iterable[PathLike]) -> Iterator[tuple[str, Future[_T]]]:
-    """(path, future of `work(path)`) in order; while one is consumed, the next is worked on in a thread."""
-    pending: deque[tuple[str, Future[_T]]] = deque()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as pool:
-        for path in paths:
-            name = os.fspath(path)
-            pending.append((name, pool.submit(work, name)))
-            if len(pending) > 1:
-                yield pending.popleft()
-        yield from pending
-
-
 def _each(paths: Paths) -> Iterable[PathLike]:
     return [paths] if isinstance(paths, (str, os.PathLike)) else paths
+
+
+def _reason(problem: Exception, path: str) -> str:
+    """What an error says, on one line and without the path."""
+    return _one_line(str(problem) or type(problem).__name__).removeprefix(f"{_one_line(path)}: ")
 
 
 def _one_line(text: str) -> str:

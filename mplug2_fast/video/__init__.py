@@ -9,21 +9,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mplug2_fast.video.clip import Clip
     from mplug2_fast.video.clips import Windows
+    from mplug2_fast.video.dali import DaliLoader
     from mplug2_fast.video.frames import load_video, read_frames
     from mplug2_fast.video.indices import frame_indices
-    from mplug2_fast.video.pool import Clip, DecodePool
+    from mplug2_fast.video.pool import DecodePool
+    from mplug2_fast.video.reader import VideoReader
 
 _EXPORTS = {
-    "Clip": "pool",
+    "Clip": "clip",
+    "DaliLoader": "dali",
     "DecodePool": "pool",
+    "VideoReader": "reader",
     "Windows": "clips",
     "frame_indices": "indices",
     "load_video": "frames",
     "read_frames": "frames",
 }
 
-__all__ = ["Clip", "DecodePool", "Windows", "frame_indices", "load_video", "read_frames"]
+__all__ = ["Clip", "DaliLoader", "DecodePool", "VideoReader", "Windows", "frame_indices", "load_video", "read_frames"]
 
 
 def __getattr__(name: str) -> Any:

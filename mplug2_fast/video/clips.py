@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
+from mplug2_fast.video.backends import stream_frames
 from mplug2_fast.video.indices import frame_indices
 
 
@@ -42,6 +44,7 @@ class ClipOptions:
     image_size: int | None
     windows: Windows | None
     threads: int
+    backend: str
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,10 @@ def clips_of(path: str | os.PathLike[str], options: ClipOptions) -> Iterator[Dec
     Raises:
         VideoError: the file cannot be turned into frames. Windows before the damage may have come out by then.
     """
-    from mplug2_fast.video.decode import decode_frames, iterate_frames
-
     decoding = {"threads": options.threads, "image_size": options.image_size}
     if options.windows is not None:
-        for window in _windows(iterate_frames(path, **decoding), options.windows):
-            yield DecodedClip(*window, backend="pyav")
+        for window in _windows(_all_frames(path, options.backend, decoding), options.windows):
+            yield DecodedClip(*window, backend=options.backend)
         return
     indices: list[int] = []
 
@@ -74,8 +75,30 @@ def clips_of(path: str | os.PathLike[str], options: ClipOptions) -> Iterator[Dec
         indices[:] = frame_indices(total, options.num_frames)
         return indices
 
-    frames = decode_frames(path, choose, **decoding)
-    yield DecodedClip(frames, indices, window=0, last=True, backend="pyav")
+    frames = _chosen_frames(path, choose, options.backend, decoding)
+    yield DecodedClip(frames, indices, window=0, last=True, backend=options.backend)
+
+
+def _chosen_frames(
+    path: str | os.PathLike[str], choose: Callable[[int], list[int]], backend: str, decoding: dict[str, Any]
+) -> list[np.ndarray]:
+    from mplug2_fast.video.decode import decode_frames, scan_packets
+
+    if backend == "pyav":
+        return decode_frames(path, choose, **decoding)
+    name = os.fsdecode(path)
+    scan = scan_packets(name)
+    return list(stream_frames(backend, name, scan, choose(scan.shown), **decoding))
+
+
+def _all_frames(path: str | os.PathLike[str], backend: str, decoding: dict[str, Any]) -> Iterator[np.ndarray]:
+    from mplug2_fast.video.decode import iterate_frames, scan_packets
+
+    if backend == "pyav":
+        return iterate_frames(path, **decoding)
+    name = os.fsdecode(path)
+    scan = scan_packets(name)
+    return stream_frames(backend, name, scan, list(range(scan.shown)), **decoding)
 
 
 def _windows(frames: Iterator[np.ndarray], windows: Windows) -> Iterator[tuple[list[np.ndarray], list[int], int, bool]]:

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
 from mplug2_fast.errors import VideoError
 from mplug2_fast.video.files import reason_not_readable
 from mplug2_fast.video.matroska import DamagedError, find_blocks
+from mplug2_fast.video.pixels import squash
 from mplug2_fast.video.seek import (
     CannotSeekError,
     PacketInfo,
@@ -78,8 +79,15 @@ def decode_frames(
         VideoError: the file cannot be read or decoded, or the chosen frames differ in size.
     """
     name = os.fsdecode(path)
-    scan = scan_packets(name)
-    threads = _usual_threads() if threads is None else threads
+    return decode_scanned(
+        name, scan_packets(name), choose, may_seek=may_seek, threads=usual_threads(threads), image_size=image_size
+    )
+
+
+def decode_scanned(
+    name: str, scan: Scan, choose: Choice, *, may_seek: bool = True, threads: int, image_size: int | None
+) -> list[np.ndarray]:
+    """`decode_frames` of a file whose packets are known."""
     indices = choose(max(scan.shown, 1))
     plan = plan_segments(scan, indices, _threads(scan.codec, threads)) if may_seek else None
     if plan is not None:
@@ -87,7 +95,7 @@ def decode_frames(
         convert = _Converter(name, image_size)
         try:
             with _open(name, threads) as (container, stream):
-                found = decode_segments(container, stream, scan, segments, convert)
+                found = dict(decode_segments(container, stream, scan, segments, convert))
             return [found[time] for time in times]
         except (CannotSeekError, av.FFmpegError):
             pass  # decoding everything tells whether the file is at fault
@@ -100,6 +108,38 @@ def decode_frames(
     return [found[index] for index in indices]
 
 
+def stream_scanned(
+    name: str, scan: Scan, indices: list[int], *, threads: int, image_size: int | None
+) -> Iterator[np.ndarray]:
+    """The frames with these indices, in ascending order, as they are decoded: none is held.
+
+    Raises:
+        VideoError: as in `decode_frames`, perhaps after frames that were good; or there are fewer frames.
+    """
+    plan = plan_segments(scan, indices, _threads(scan.codec, threads)) if indices else None
+    convert = _Converter(name, image_size)
+    done = 0
+    if plan is not None:
+        segments, times = plan
+        with suppress(CannotSeekError, av.FFmpegError), _open(name, threads) as (container, stream):
+            for time, pixels in decode_segments(container, stream, scan, segments, convert):
+                while done < len(times) and times[done] == time:
+                    yield pixels
+                    done += 1
+            if done == len(times):
+                return
+    count = 0
+    for frame in _every_frame(name, threads):
+        if indices[done : done + 1] == [count]:
+            pixels = convert(frame)
+            while indices[done : done + 1] == [count]:
+                yield pixels
+                done += 1
+        count += 1
+    if done < len(indices):
+        raise _error(name, f"has only {count:,} frames: there is no frame {indices[done]:,}")
+
+
 def iterate_frames(
     path: str | os.PathLike[str], *, threads: int | None = None, image_size: int | None = None
 ) -> Iterator[np.ndarray]:
@@ -110,8 +150,13 @@ def iterate_frames(
     name = os.fsdecode(path)
     scan_packets(name)
     convert = _Converter(name, image_size)
-    for frame in _every_frame(name, _usual_threads() if threads is None else threads):
+    for frame in _every_frame(name, usual_threads(threads)):
         yield convert(frame)
+
+
+def count_frames(name: str, scan: Scan, threads: int) -> int:
+    """The number of frames: what the packets tell where they can be trusted, or what decoding everything gives."""
+    return scan.shown if scan.one_frame_a_packet else sum(1 for _ in _every_frame(name, threads))
 
 
 def scan_packets(name: str) -> Scan:
@@ -128,11 +173,21 @@ def scan_packets(name: str) -> Scan:
     return scan
 
 
+def rotation(name: str) -> int:
+    """Degrees by which the frames of a file are turned to be upright, counterclockwise."""
+    return next(_every_frame(name, 1)).rotation
+
+
 def _scan(name: str) -> Scan:
     """Reads all packets of the video stream without decoding them."""
     with _errors_of(name, "is corrupt: its packets cannot be read"), _open(name, 1) as (container, stream):
         codec = stream.codec_context.codec.canonical_name
-        scan = Scan(container.format.name, codec)
+        scan = Scan(
+            container.format.name,
+            codec,
+            fps=None if stream.average_rate is None else float(stream.average_rate),
+            seconds_a_tick=None if stream.time_base is None else float(stream.time_base),
+        )
         blocks = _blocks(name) if scan.format == "matroska,webm" else {}
         tracks = set()
         for packet in container.demux(stream):
@@ -200,15 +255,13 @@ class _Converter:
         if len(self._sizes) > 1:
             sizes = " and ".join(f"{width}x{height}" for height, width in sorted(self._sizes))
             raise _error(self._name, f"frames change size within the video ({sizes})")
-        return pixels if self._image_size is None else _squash(pixels, self._image_size)
+        return pixels if self._image_size is None else squash(pixels, self._image_size)
 
 
-def _squash(pixels: np.ndarray, size: int) -> np.ndarray:
-    rows, columns = (np.arange(size) * length // size for length in pixels.shape[:2])
-    return pixels.take(rows, axis=0).take(columns, axis=1)
-
-
-def _usual_threads() -> int:
+def usual_threads(threads: int | None) -> int:
+    """The number given, or as many as torch takes."""
+    if threads is not None:
+        return threads
     import torch
 
     return torch.get_num_threads()

@@ -10,15 +10,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mplug2_fast.errors import VideoError
 from mplug2_fast.ops.preprocess_frames import DTYPES, preprocess_frames
+from mplug2_fast.video.backends import check_backend
+from mplug2_fast.video.clip import Clip, Source, check_source, shown
 from mplug2_fast.video.clips import ClipOptions, Windows
 from mplug2_fast.video.worker import Worker
 
@@ -27,32 +28,9 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-Source = str | os.PathLike[str] | bytes
-
 # A Python that cannot import numpy and PyAV in this time never will.
 _START_LIMIT = 120.0
 _START_TRIES = 3
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Frames of a file, or the reason why there are none.
-
-    `frames` is (3, T, image_size, image_size) of the pool's dtype, normalised, or (T, height, width, 3), uint8; None if
-    there is an `error`. `indices` are the frames' numbers in the video. `window` is the number of the window in the
-    file, and `last` tells whether it is the last that comes of the file: always, unless windows were asked for. After
-    an error nothing comes of the file; windows before it may have.
-    """
-
-    index: int
-    source: Source
-    frames: Tensor | None = None
-    error: VideoError | None = None
-    indices: list[int] = field(default_factory=list)
-    backend: str | None = None
-    seconds: float = 0.0
-    window: int = 0
-    last: bool = True
 
 
 class DecodePool:
@@ -70,13 +48,14 @@ class DecodePool:
         dtype: of the frames, normalised as the model takes them; torch.uint8 squashes only, leaving (T, image_size,
             image_size, 3) to `mplug2_fast.ops.preprocess_frames`, on a GPU for instance. Without `image_size`, frames
             are uint8 in any case.
-        backend: "pyav", or None for the same.
+        backend: "pyav" or "torchcodec"; None for "pyav": see `VideoReader`.
         windows: one clip a window rather than one a file.
         prefetch: clips that are decoded ahead, for each worker.
         threads: threads of each decoder; None shares the usable cores among the workers.
 
     Raises:
         ValueError: an option out of its range.
+        BackendError: there is no such backend, or it is not installed.
     """
 
     def __init__(
@@ -103,10 +82,8 @@ class DecodePool:
             raise ValueError(f"timeout must be a positive number of seconds, or None, not {timeout!r}")
         if dtype is not torch.uint8 and dtype not in DTYPES:
             raise ValueError(f"dtype must be torch.uint8, float32, bfloat16, float16 or float64, not {dtype}")
-        if backend not in (None, "pyav"):
-            raise ValueError(f"backend must be 'pyav' or None, not {backend!r}")
         threads = max(len(os.sched_getaffinity(0)) // num_workers, 1) if threads is None else threads
-        options = ClipOptions(num_frames, image_size, windows, threads)
+        options = ClipOptions(num_frames, image_size, windows, threads, check_backend(backend))
         self._image_size = image_size
         self._dtype = dtype
         self._ahead = num_workers * prefetch
@@ -153,9 +130,7 @@ class DecodePool:
                 while more and self._supervisor.wants_files():
                     if more := (following := next(numbered, None)) is not None:
                         index, source = following
-                        if not isinstance(source, (str, bytes, os.PathLike)):
-                            raise TypeError(f"a source is a path or the bytes of a file, not {type(source).__name__}")
-                        waiting[index] = source
+                        waiting[index] = check_source(source)
                         self._supervisor.add(index, source)
                 answer = self._supervisor.take(more) if waiting else None
                 if answer is not None:
@@ -170,8 +145,7 @@ class DecodePool:
     def _clip(self, index: int, source: Source, answer: dict[str, Any]) -> Clip:
         seconds = answer["seconds"]
         if "error" in answer:
-            name = f"{len(source):,} bytes in memory" if isinstance(source, bytes) else os.fsdecode(source)
-            return Clip(index, source, error=VideoError(f"{name}: {answer['error']}"), seconds=seconds)
+            return Clip(index, source, error=VideoError(f"{shown(source)}: {answer['error']}"), seconds=seconds)
         memory, shape = answer["memory"], answer["shape"]
         size = int(np.prod(shape))
         indices = np.frombuffer(memory, np.int64, offset=size).tolist()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import mplug2_fast as mf
+from mplug2_fast.errors import BackendError
 from mplug2_fast.ops import preprocess_frames
 from mplug2_fast.video import DecodePool, Windows, frame_indices, load_video, read_frames
 from tests.video.clips import decode_all, moving_frames, write_video
@@ -284,12 +285,13 @@ def test_misuse(clips):
         ({"threads": 0}, "threads must be"),
         ({"timeout": 0}, "timeout must be a positive number"),
         ({"dtype": torch.int32}, "dtype must be"),
-        ({"backend": "magic"}, "backend must be"),
     ],
 )
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         DecodePool(**{"num_workers": 1, **options})
+    with pytest.raises(BackendError, match="there is no video backend 'magic': choose one of pyav, torchcodec"):
+        DecodePool(1, backend="magic")
     for name in ("length", "stride"):
         with pytest.raises(ValueError, match=f"{name} of the windows must be"):
             Windows(**{name: 0})
