@@ -232,14 +232,16 @@ def _decoded(work: Work[Any], videos: Sequence[Source], plan: Plan, decoding: De
 
 
 def pool_for(work: Work[Any], decoding: Decoding) -> DecodePool:
-    """The processes that decode the clips that a work computes."""
+    """The processes that decode the clips that a work computes; on a CPU with one thread each, beside the model's."""
+    device, dtype = work.weights.device, work.weights.dtype
     return DecodePool(
         decoding.num_workers,
         timeout=decoding.timeout,
         num_frames=work.frames.count,
         image_size=work.image_size,
-        dtype=work.weights.dtype,
+        dtype=dtype,
         windows=work.frames.windows,
+        threads=1 if device.type == "cpu" else None,
     )
 
 
