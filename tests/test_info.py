@@ -45,6 +45,8 @@ def test_the_report_of_this_machine() -> None:
     assert found["torch"]["version"] == torch.__version__
     assert found["torch"]["threads"] == torch.get_num_threads()
     assert found["packages"]["torch"] == importlib.metadata.version("torch")
+    assert found["decoders"]["pyav"] == importlib.metadata.version("av")
+    assert set(found["decoders"]) == {"pyav", "torchcodec", "dali"}
     assert found["cpu"]["usable_cores"] == len(os.sched_getaffinity(0))
     assert 0 < found["memory"]["available"] <= found["memory"]["total"]
     assert found["native"]["available"] == (_native.native() is not None)

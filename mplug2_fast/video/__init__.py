@@ -12,23 +12,37 @@ if TYPE_CHECKING:
     from mplug2_fast.video.clip import Clip
     from mplug2_fast.video.clips import Windows
     from mplug2_fast.video.dali import DaliLoader
+    from mplug2_fast.video.dataset import ClipDataset
     from mplug2_fast.video.frames import load_video, read_frames
-    from mplug2_fast.video.indices import frame_indices
+    from mplug2_fast.video.indices import frame_indices, random_frame_indices
     from mplug2_fast.video.pool import DecodePool
     from mplug2_fast.video.reader import VideoReader
 
 _EXPORTS = {
     "Clip": "clip",
+    "ClipDataset": "dataset",
     "DaliLoader": "dali",
     "DecodePool": "pool",
     "VideoReader": "reader",
     "Windows": "clips",
     "frame_indices": "indices",
     "load_video": "frames",
+    "random_frame_indices": "indices",
     "read_frames": "frames",
 }
 
-__all__ = ["Clip", "DaliLoader", "DecodePool", "VideoReader", "Windows", "frame_indices", "load_video", "read_frames"]
+__all__ = [
+    "Clip",
+    "ClipDataset",
+    "DaliLoader",
+    "DecodePool",
+    "VideoReader",
+    "Windows",
+    "frame_indices",
+    "load_video",
+    "random_frame_indices",
+    "read_frames",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -23,10 +24,21 @@ def frame_indices(total: int, num_frames: int) -> list[int]:
     Raises:
         ValueError: either number is below 1.
     """
+    indices = [(first + end - 1) // 2 for first, end in _intervals(total, num_frames)]
+    return indices + indices[-1:] * (num_frames - len(indices))
+
+
+def random_frame_indices(total: int, num_frames: int, generator: np.random.Generator) -> list[int]:
+    """The frames of a video that the released pipeline takes in training: a random one of each interval.
+
+    Arguments, result and errors are those of `frame_indices`, whose intervals these are.
+    """
+    indices = [int(generator.integers(first, end)) for first, end in _intervals(total, num_frames)]
+    return indices + indices[-1:] * (num_frames - len(indices))
+
+
+def _intervals(total: int, num_frames: int) -> Iterator[tuple[int, int]]:
     for name, number in (("total", total), ("num_frames", num_frames)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, not {number}")
-    taken = min(num_frames, total)
-    bounds = np.linspace(0, total, taken + 1).astype(int).tolist()
-    indices = [(first + end - 1) // 2 for first, end in pairwise(bounds)]
-    return indices + indices[-1:] * (num_frames - taken)
+    return pairwise(np.linspace(0, total, min(num_frames, total) + 1).astype(int).tolist())

@@ -171,7 +171,7 @@ class _Task:
     index: int
     source: Source
     run: int
-    since: float | None
+    since: float | None = None
 
 
 class _Answer(NamedTuple):
@@ -288,23 +288,27 @@ class _Supervisor(threading.Thread):
             room = self._ahead - len(self._ready)
             room -= sum(task is not None and task.since is not None for task in self._tasks.values())
             begun = [worker for worker, task in self._tasks.items() if task is not None and task.since is None]
-            for worker in begun[: max(room, 0)]:
-                self._tasks[worker].since = time.monotonic()
-                self._tell(worker, worker.proceed)
-            room -= len(begun)
             idle = [worker for worker, task in self._tasks.items() if task is None]
-            for worker in idle[: max(room, 0)]:
-                if not self._files:
-                    break
+            begin = idle[: max(min(room - len(begun), len(self._files)), 0)]
+            for worker in begin:
                 index, source = self._files.popleft()
+                self._tasks[worker] = _Task(index, source, self._run)
                 self._changed.notify_all()
-                self._tasks[worker] = _Task(index, source, self._run, time.monotonic())
-                self._tell(worker, lambda worker=worker, source=source: worker.start(source))
+        for worker in begun[: max(room, 0)] + begin:
+            self._order(worker, self._tasks[worker], begin=worker in begin)
 
-    @staticmethod
-    def _tell(worker: Worker, message: Any) -> None:
-        with contextlib.suppress(ConnectionError):  # it died idle; listening finds out
-            message()
+    def _order(self, worker: Worker, task: _Task, *, begin: bool) -> None:
+        task.since = time.monotonic()
+        try:
+            if begin:
+                worker.start(task.source)
+            else:
+                worker.proceed()
+        except ConnectionError:
+            pass  # it died idle: listening finds out
+        except OSError as error:  # the file's name or its bytes are too large to send
+            self._tasks[worker] = None
+            self._hand_over(task, {"error": f"cannot be handed to a decoder: {error.strerror}", "seconds": 0.0})
 
     def _listen(self) -> None:
         for key, _ in self._selector.select(self._seconds_left()):

@@ -1,7 +1,5 @@
 """DALI's pipeline, on the CPU where there is no GPU: the frames of PyAV, and nothing invented."""
 
-import struct
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,7 @@ from mplug2_fast.errors import BackendError
 from mplug2_fast.ops.preprocess_frames import STD
 from mplug2_fast.video import DaliLoader, VideoReader, backends, dali, frame_indices, load_video
 from mplug2_fast.video.seek import Scan
-from tests.video.clips import decode_all, moving_frames, write_video
+from tests.video.clips import decode_all, moving_frames, turn, write_video
 from tests.video.test_frames import real_clips
 
 REASON = backends.reason_not_available("dali")
@@ -163,14 +161,6 @@ def test_a_video_that_is_turned_is_left_to_pyav(tmp_path):
     (clip,) = DaliLoader("cpu", num_frames=2, image_size=16).clips([path])
     assert clip.passed_by == "DALI does not turn frames upright"
     assert torch.equal(clip.frames, load_video(path, 2, 16))
-
-
-def turn(path):
-    """Has an mp4 file ask for a rotation, as phones do, in the matrix of its track."""
-    data = bytearray(path.read_bytes())
-    matrix = data.index(b"tkhd") + 44
-    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
-    path.write_bytes(data)
 
 
 @needs_dali

@@ -92,6 +92,13 @@ def test_errors_are_those_of_decoding_here(clips, tmp_path):
     assert found[len(bad) + 1].error is None
 
 
+def test_a_path_without_end_costs_nothing_else(clips):
+    with DecodePool(1, num_frames=2, image_size=8) as pool:
+        found = by_index(pool.clips(["x" * 1_000_000, clips[0]]))
+    assert str(found[0].error).endswith("x: cannot be handed to a decoder: Message too long")
+    assert found[1].error is None
+
+
 @pytest.mark.parametrize(
     ("length", "stride"), [(16, 16), (4, 4), (5, 2), (1, 1), (3, 7), (30, 1), (40, 7), (7, 23), (2, 28), (2, 29)]
 )

@@ -13,7 +13,7 @@ from mplug2_fast import VideoError
 from mplug2_fast.errors import BackendError
 from mplug2_fast.ops import preprocess_frames
 from mplug2_fast.video import DecodePool, VideoReader, Windows, backends, frame_indices, load_video
-from tests.video.clips import decode_all, moving_frames, write_video
+from tests.video.clips import decode_all, moving_frames, turn, write_video
 
 CLIPS = [
     ("mp4", "libx264", 30),
@@ -62,6 +62,17 @@ def test_frames_are_squashed_as_they_are_for_the_model(tmp_path):
     assert frames.shape == (4, 24, 24, 3)
     assert torch.equal(preprocess_frames(frames, 24), load_video(path, 4, 24))
     assert VideoReader(path, image_size=24).frames([]).shape == (0, 24, 24, 3)
+
+
+@pytest.mark.parametrize("backend", ["pyav", pytest.param("torchcodec", marks=needs("torchcodec"))])
+def test_frames_are_upright(tmp_path, backend):
+    path = write_video(tmp_path / "clip.mp4", "libx265", moving_frames(10))
+    lying = VideoReader(path, backend=backend).frames([3, 7])
+    turn(path)
+    reader = VideoReader(path, backend=backend)
+    assert reader.rotation == -90
+    assert reader.size == (96, 80)
+    assert torch.equal(reader.frames([3, 7]), lying.rot90(-1, (1, 2)))
 
 
 def test_what_is_not_there(tmp_path):
