@@ -63,14 +63,14 @@ def overlap(folder: Path, files: int, size: int, repeats: int) -> dict[str, Any]
 
     from mplug2_fast import bulk
     from mplug2_fast.bulk.memory import MAX_BATCH
-    from mplug2_fast.bulk.runs import pool_for
+    from mplug2_fast.bulk.runs import decoder_for
 
     work = _work()
     videos = bulk.find_videos(_clips(folder, files, size)).videos
     decoding = bulk.Decoding(num_workers=1)
 
     def decode() -> list[Any]:
-        with pool_for(work, decoding) as pool:
+        with decoder_for(work, decoding) as pool:
             return sorted(pool.clips(video.path for video in videos), key=lambda clip: clip.index)
 
     clips = torch.stack([clip.frames for clip in decode()]).split(MAX_BATCH["cpu"])

@@ -28,7 +28,7 @@ import numpy as np
 
 from mplug2_fast.bulk.batches import batches_of_videos
 from mplug2_fast.bulk.journal import Line
-from mplug2_fast.bulk.runs import Decoding, pool_for, steps
+from mplug2_fast.bulk.runs import Decoding, decoder_for, steps
 from mplug2_fast.bulk.sources import Question, Source
 from mplug2_fast.bulk.work import Answer, Caption, Frames, Work
 from mplug2_fast.errors import ConfigError
@@ -45,7 +45,7 @@ class _Step:
 
     def __init__(self, work: Work[Any], num_workers: int, timeout: float | None) -> None:
         self._work = work
-        self._pool = pool_for(work, Decoding(num_workers, timeout))
+        self._pool = decoder_for(work, Decoding(num_workers, timeout))
         self._pool.__enter__()
 
     def __del__(self) -> None:

@@ -130,6 +130,8 @@ def test_features(folder: Path, tmp_path: Path) -> None:
         (["caption", "none.txt", "--out", "OUT"], "none.txt: the list cannot be read"),
         (["answer", "--questions", "q.jsonl"], "--questions: only with --out"),
         (["answer", "x.mp4", "--question", "?", "--out", "OUT"], "the question is empty"),
+        (["caption", "x.mp4", "--decoder", "pyav"], "--decoder: only with --out"),
+        (["caption", "x.mp4", "--out", "OUT", "--decoder", "dali", "--timeout", "9"], "DALI decodes in this process"),
         (["features", "x.mp4", "--out", "OUT", "--format", "npy", "--dtype", "bfloat16"], "npy files know no bfloat16"),
     ],
 )

@@ -1,6 +1,6 @@
 """A bulk run: videos are decoded in other processes, batched, computed, and become lines of a journal.
 
-    sources -> DecodePool -> batches, in a thread -> Work.compute -> Finished videos -> lines -> Journal
+    sources -> DecodePool or DaliLoader -> batches, in a thread -> Work.compute -> Finished videos -> lines -> Journal
 
 Of several programs each has every so many-th batch and a journal of its own, a part, beside the output. The first one
 holds the output's lock, moves parts that an earlier run left into the output at the beginning, and those of this run at
@@ -15,7 +15,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -29,7 +29,7 @@ from mplug2_fast.bulk.ranks import Ranks
 from mplug2_fast.bulk.sources import Source
 from mplug2_fast.bulk.work import Finished, Work
 from mplug2_fast.errors import ConfigError, MPlug2Error
-from mplug2_fast.video import Clip, DecodePool
+from mplug2_fast.video import Clip, DaliLoader, DecodePool
 
 _LINES_AT_ONCE = 1000
 
@@ -39,10 +39,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How files are decoded: worker processes, and the seconds after which a clip is given up, None for no limit."""
+    """How files are decoded: in worker processes, with the seconds after which a clip is given up, None for no limit.
+
+    `backend` is "pyav", "torchcodec" or "dali", which decodes in this process, on the GPU, and without a time limit.
+    """
 
     num_workers: int = 1
     timeout: float | None = 60.0
+    backend: str = "pyav"
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ def run(
     """
     ranks = ranks or Ranks({})
     output = os.fspath(output)
-    settings = work.settings()
+    decoding = decoding or Decoding()
+    settings = {**work.settings(), "decoder": decoding.backend}
     size = batch_size(work.bytes_of_clip(), work.weights.device, batch_memory)
     with ExitStack() as stack:
         opened: list[Journal] = []
@@ -114,10 +119,10 @@ def run(
             raise ConfigError("the programs of this run see different files: all need the same folders and lists")
         plan = _plan(work, shared, ranks)
         if ranks.rank == 0:
-            result = _work_off(work, videos, opened[0], plan, ranks.rank, decoding or Decoding(), started)
+            result = _work_off(work, videos, opened[0], plan, ranks.rank, decoding, started)
         else:
             with Journal(_part(output, ranks.rank), work.key, settings) as journal:
-                result = _work_off(work, videos, journal, plan, ranks.rank, decoding or Decoding(), started)
+                result = _work_off(work, videos, journal, plan, ranks.rank, decoding, started)
         results = ranks.gather(result)
 
         def close_output() -> tuple[int, int]:
@@ -221,9 +226,10 @@ def _decoded(work: Work[Any], videos: Sequence[Source], plan: Plan, decoding: De
     numbers = [number for group in plan.groups for number in group]
     if not numbers:
         return
-    with Ahead() as ahead, pool_for(work, decoding) as pool:
+    with Ahead() as ahead, decoder_for(work, decoding) as decoder:
         clips: Iterator[Clip] = (
-            replace(clip, index=numbers[clip.index]) for clip in pool.clips(videos[number].path for number in numbers)
+            replace(clip, index=numbers[clip.index])
+            for clip in decoder.clips(videos[number].path for number in numbers)
         )
         if work.frames.windows is not None:
             yield from ahead.of(batches_of_windows(clips, plan.batch_size))
@@ -231,17 +237,26 @@ def _decoded(work: Work[Any], videos: Sequence[Source], plan: Plan, decoding: De
             yield from ahead.of(batches_of_videos(clips, plan.groups))
 
 
-def pool_for(work: Work[Any], decoding: Decoding) -> DecodePool:
-    """The processes that decode the clips that a work computes; on a CPU with one thread each, beside the model's."""
-    device, dtype = work.weights.device, work.weights.dtype
+def decoder_for(work: Work[Any], decoding: Decoding) -> AbstractContextManager[DecodePool | DaliLoader]:
+    """What decodes the clips that a work computes, to be entered; on a CPU with one thread each, beside the model's.
+
+    Raises:
+        ConfigError: DALI decodes no windows.
+        BackendError: there is no such backend here.
+    """
+    device = work.weights.device
+    options = {"num_frames": work.frames.count, "image_size": work.image_size, "dtype": work.weights.dtype}
+    if decoding.backend == "dali":
+        if work.frames.windows is not None:
+            raise ConfigError("DALI decodes no windows: take the decoder pyav or torchcodec for them")
+        return nullcontext(DaliLoader(device, **options))
     return DecodePool(
         decoding.num_workers,
         timeout=decoding.timeout,
-        num_frames=work.frames.count,
-        image_size=work.image_size,
-        dtype=dtype,
+        backend=decoding.backend,
         windows=work.frames.windows,
         threads=1 if device.type == "cpu" else None,
+        **options,
     )
 
 

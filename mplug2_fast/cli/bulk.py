@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from mplug2_fast.cli.console import BAD_INPUT, note, shown
+from mplug2_fast.cli.options import Decoder
 from mplug2_fast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class BulkOptions:
     num_workers: int | None = None
     timeout: float | None = None
     batch_memory: float | None = None
+    decoder: Decoder | None = None
 
     def require_none(self) -> None:
         """Raises `ConfigError` for an option that is given, where there is no `--out`."""
@@ -53,12 +55,14 @@ class BulkOptions:
         return Frames(self.windows, Windows(self.windows, self.stride or self.windows))
 
     def decoding(self, device: str) -> Decoding:
-        """Worker processes and their time limit."""
+        """What decodes on a machine with such a device. Raises `ConfigError` for options that do not go together."""
         from mplug2_fast.bulk import Decoding
 
+        if self.decoder is Decoder.dali and (self.num_workers or self.timeout):
+            raise ConfigError("--num-workers and --timeout: DALI decodes in this process; not with --decoder dali")
         programs = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = self.num_workers or _usual_workers(device, len(os.sched_getaffinity(0)) // programs)
-        return Decoding(workers, self.timeout or 60.0)
+        return Decoding(workers, self.timeout or 60.0, (self.decoder or Decoder.pyav).value)
 
     def batch_bytes(self) -> int | None:
         """The memory of a batch in bytes."""

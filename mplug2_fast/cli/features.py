@@ -13,6 +13,7 @@ from mplug2_fast.cli.console import reporting
 from mplug2_fast.cli.options import (
     BatchMemoryOption,
     CheckpointOption,
+    DecoderOption,
     DeviceOption,
     Dtype,
     DtypeOption,
@@ -65,6 +66,7 @@ def features(
     num_workers: WorkersOption = None,
     timeout: TimeoutOption = None,
     batch_memory: BatchMemoryOption = None,
+    decoder: DecoderOption = None,
 ) -> None:
     """Compute features of videos and images.
 
@@ -72,7 +74,7 @@ def features(
     and started again with the same command, it goes on.
     """
     with reporting():
-        options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory)
+        options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder)
         from mplug2_fast import bulk
         from mplug2_fast.bulk.features import INDEX
         from mplug2_fast.tasks import Captioner

@@ -49,6 +49,19 @@ StrideOption = Annotated[
 WorkersOption = Annotated[
     int | None, typer.Option(min=1, help="Processes that decode.  [default: by the number of cores]")
 ]
+
+
+class Decoder(str, Enum):
+    """The names that `--decoder` knows."""
+
+    pyav = "pyav"
+    torchcodec = "torchcodec"
+    dali = "dali"
+
+
+DecoderOption = Annotated[
+    Decoder | None, typer.Option(help="dali decodes on the GPU, without --num-workers and --timeout.  [default: pyav]")
+]
 TimeoutOption = Annotated[
     float | None,
     typer.Option(metavar="SECONDS", min=0.1, help="The most that decoding a clip may take.  [default: 60]"),

@@ -18,6 +18,7 @@ from mplug2_fast.cli.options import (
     BatchMemoryOption,
     BeamsOption,
     CheckpointOption,
+    DecoderOption,
     DeviceOption,
     Dtype,
     DtypeOption,
@@ -60,6 +61,7 @@ def caption(
     num_workers: WorkersOption = None,
     timeout: TimeoutOption = None,
     batch_memory: BatchMemoryOption = None,
+    decoder: DecoderOption = None,
 ) -> None:
     """Caption videos and images.
 
@@ -70,7 +72,7 @@ def caption(
     any moment and started again with the same command, it goes on.
     """
     with reporting():
-        bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory)
+        bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder)
         from mplug2_fast.tasks import Captioner
 
         searching = {
@@ -127,6 +129,7 @@ def answer(
     num_workers: WorkersOption = None,
     timeout: TimeoutOption = None,
     batch_memory: BatchMemoryOption = None,
+    decoder: DecoderOption = None,
 ) -> None:
     """Answer a question about videos and images.
 
@@ -141,7 +144,7 @@ def answer(
     if bool(files) == (questions is not None):
         raise typer.BadParameter("give files with --question; --questions names them itself")
     with reporting():
-        bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory)
+        bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder)
         choices = [*(candidate or ()), *_lines(candidates)] if candidate or candidates else None
         from mplug2_fast.tasks import Answerer
 

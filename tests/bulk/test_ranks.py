@@ -85,7 +85,7 @@ def test_parts_that_were_left_are_taken_in_by_one_program(captioner, clips: list
     bulk.run(work, videos(clips), whole, batch_memory=budget(work, 1))
     lines = [json.loads(line) for line in whole.read_text().splitlines()]
     for rank in (1, 3):
-        with Journal(runs._part(str(out), rank), work.key, work.settings()) as part:
+        with Journal(runs._part(str(out), rank), work.key, {**work.settings(), "decoder": "pyav"}) as part:
             part.append(lines[rank - 1 : rank + 1])
     (tmp_path / "a.jsonl.part-other").touch()
     summary = bulk.run(work, videos(clips), out, batch_memory=budget(work, 1))
@@ -98,7 +98,7 @@ def test_a_part_that_is_still_being_written_keeps_others_out(captioner, clips: l
     work = bulk.Caption(captioner, FRAMES, OPTIONS)
     out = str(tmp_path / "a.jsonl")
     with (
-        Journal(runs._part(out, 1), work.key, work.settings()),
+        Journal(runs._part(out, 1), work.key, {**work.settings(), "decoder": "pyav"}),
         pytest.raises(ConfigError, match="part-00001: another run is writing to it"),
     ):
         bulk.run(work, videos(clips), out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,8 +16,9 @@ import torch
 import mplug2_fast as mf
 from mplug2_fast import bulk
 from mplug2_fast.bulk import features, runs
-from mplug2_fast.errors import ConfigError, MPlug2Error
+from mplug2_fast.errors import BackendError, ConfigError, MPlug2Error
 from mplug2_fast.video import Clip, DecodePool, Windows, load_video
+from mplug2_fast.video.backends import reason_not_available
 from tests.bulk.files import mixed_files, write_clip
 
 OPTIONS = {"num_beams": 2, "num_return": 2, "min_length": 1, "max_length": 6}
@@ -142,6 +144,32 @@ def test_answers_are_those_of_one_file_at_a_time(
     assert [line["error"] for line in found if "none" in line["path"]] == ["no such file"]
 
 
+@pytest.mark.parametrize("backend", ["torchcodec", "dali"])
+def test_other_decoders(captioner: mf.Captioner, tmp_path: Path, backend: str) -> None:
+    paths = [str(write_clip(tmp_path / f"{seed}.webm", "libvpx-vp9", seed)) for seed in range(3)]
+    work = bulk.Caption(captioner, FRAMES, OPTIONS)
+    decoding = bulk.Decoding(backend=backend)
+    if reason := reason_not_available(backend):
+        with pytest.raises(BackendError, match=re.escape(reason)):
+            bulk.run(work, videos(paths), tmp_path / "a.jsonl", decoding=decoding)
+        return
+    bulk.run(work, videos(paths), tmp_path / "a.jsonl", decoding=decoding)
+    assert {line["decoder"] for line in lines(tmp_path / "a.jsonl")} == {backend}
+    assert [line["path"] for line in lines(tmp_path / "a.jsonl")] == paths
+    with pytest.raises(ConfigError, match=f"decoder was '{backend}' and is 'pyav'"):
+        bulk.run(work, videos(paths), tmp_path / "a.jsonl")
+
+
+def test_dali_decodes_no_windows(captioner: mf.Captioner, clips: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="DALI decodes no windows"):
+        bulk.run(
+            bulk.Caption(captioner, WINDOWS, OPTIONS),
+            videos(clips),
+            tmp_path / "a.jsonl",
+            decoding=bulk.Decoding(backend="dali"),
+        )
+
+
 # --- broken, hanging, dying -------------------------------------------------------------------------------------------
 
 
@@ -183,6 +211,7 @@ def test_a_worker_that_hangs_or_dies_costs_a_file(
     assert all(error.startswith(reason) for error in failed)
 
 
+@pytest.mark.filterwarnings("ignore:.*too many for cpu")
 def test_a_batch_that_is_too_large_goes_in_halves(
     captioner: mf.Captioner, clips: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
