@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +41,45 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     import torch
 
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         if given.soak:
             measured = soak(Path(folder), given.soak)
         else:
             measured = overlap(Path(folder), given.files, given.size, given.repeats)
+    torch.set_num_threads(threads)
     from bench import machine
 
     of, versions = machine.describe()
-    measured |= {"machine": of, "versions": versions, "command": " ".join(["python bench/bulk.py", *sys.argv[1:]])}
+    command = " ".join(["python bench/bulk.py", *(sys.argv[1:] if arguments is None else arguments)])
+    measured |= {"machine": of, "versions": versions, "command": command}
     path = given.out or RESULTS / ("bulk-soak.json" if given.soak else "bulk.json")
     path.write_text(json.dumps(measured, indent=2) + "\n")
     print(json.dumps({name: measured[name] for name in measured if name not in ("machine", "versions", "samples")}))
     return 0
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The results in words, and on what they were measured."""
+    of, versions = results["machine"], results["versions"]
+    where = f"{of['cpu']}, {of['cores']} cores, torch {versions['torch']}: `{results['command']}`"
+    if "model_share" in results:
+        seconds = ", ".join(f"{name} {taken:.2f} s" for name, taken in results["seconds"].items())
+        told = (
+            f"{results['files']:,} clips of {results['size']} px, medians of {results['repeats']}: {seconds}. "
+            f"The run takes {results['ratio']:.2f} × the slower half (at most {BAR} is wanted: "
+            f"{'met' if results['met'] else 'missed'}); the model computes {results['model_share']:.0%} of its time."
+        )
+    else:
+        first, last, growth = (results[name] for name in ("after_a_tenth", "at_the_end", "growth_bytes_per_file"))
+        parts = [
+            f"the {name} {first[part] / 1e6:.1f} MB after {first['files']:,} files and {last[part] / 1e6:.1f} MB at the "
+            f"end, {growth[part]:,.0f} bytes a file"
+            for part, name in (("run", "run has"), ("decoding", "decoding process"))
+        ]
+        told = f"Of {results['files']:,} files, {results['failed']:,} of them broken: {'; '.join(parts)}."
+    return f"{told}\n{where}\n"
 
 
 def overlap(folder: Path, files: int, size: int, repeats: int) -> dict[str, Any]:

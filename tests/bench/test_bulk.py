@@ -15,6 +15,7 @@ def test_decoding_and_the_model_alone_and_together(tmp_path):
     assert found["met"] == (found["ratio"] <= bulk.BAR)
     assert 0 < found["model_share"] < 1
     assert found["machine"]["cores"] > 0
+    assert "5 clips of 32 px, medians of 1: decoding " in bulk.markdown(found)
 
 
 def test_memory_is_sampled_to_the_end(tmp_path):
@@ -23,4 +24,5 @@ def test_memory_is_sampled_to_the_end(tmp_path):
     assert (found["files"], found["failed"]) == (60, 6)
     assert found["at_the_end"]["files"] == 60
     assert all(sample["run"] > 10**7 for sample in found["samples"])
+    assert bulk.markdown(found).startswith("Of 60 files, 6 of them broken: the run has ")
     assert max(sample["decoding"] for sample in found["samples"]) > 10**6
