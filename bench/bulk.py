@@ -74,7 +74,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     else:
         first, last, growth = (results[name] for name in ("after_a_tenth", "at_the_end", "growth_bytes_per_file"))
         parts = [
-            f"the {name} {first[part] / 1e6:.1f} MB after {first['files']:,} files and {last[part] / 1e6:.1f} MB at the "
+            f"the {name} {first[part] / 1e6:.1f} MB after {first['files']:,} files, {last[part] / 1e6:.1f} MB at the "
             f"end, {growth[part]:,.0f} bytes a file"
             for part, name in (("run", "run has"), ("decoding", "decoding process"))
         ]

@@ -1,5 +1,5 @@
-"""Writes measured results into the README and docs/bulk.md, between `<!-- bench:NAME -->` and `<!-- /bench -->`, and what the operators
-say of themselves into docs/operators.md.
+"""Writes measured results into the README and docs/bulk.md, between `<!-- bench:NAME -->` and `<!-- /bench -->`, and
+what the operators say of themselves into docs/operators.md.
 
     python bench/render.py            # rewrite the tables from bench/results/NAME.json
     python bench/render.py --check    # exit with status 1 if a file is not what the results and operators say

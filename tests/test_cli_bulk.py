@@ -64,7 +64,7 @@ def test_captions_of_a_folder(folder: Path, tmp_path: Path) -> None:
         "note: named again and done once: 1",
         "note: videos that were finished before: 3; left to do: 1",
     ]
-    assert told(again)[2].startswith(f"{out}: 3 captions, 1 failed; 1 videos in ")
+    assert told(again)[2].startswith(f"{out}: 3 captions, 1 failed; 1 video in ")
     assert [line["error"] for line in lines(out)] == [None, None, None, "no such file"]
 
     done = run("caption", folder, folder / "none.mp4", "--out", out, *SEARCH)

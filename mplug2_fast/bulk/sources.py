@@ -119,6 +119,10 @@ def _asked(line: str, where: str) -> tuple[str, Question]:
     for name in ("path", "question"):
         if not isinstance(fields.get(name), str) or not fields[name].strip():
             raise ConfigError(f"{where}: the object needs a {name!r} that is a text")
+    try:
+        os.fsencode(fields["path"])
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where}: no file can have this 'path': {error.reason}") from error
     identity = fields.get("id")
     if isinstance(identity, bool) or not isinstance(identity, (str, int, type(None))):
         raise ConfigError(f"{where}: the 'id' must be a text or an integer")

@@ -195,7 +195,8 @@ def _summarised(summary: Summary, out: str, unit: str) -> str:
         return f"{told}; nothing was left to do"
     rate = summary.videos / summary.seconds
     share = summary.model_seconds / summary.seconds
-    taken = f"{summary.videos:,} videos in {_duration(summary.seconds)}, {rate:.1f} a second"
+    videos = f"{summary.videos:,} video{'' if summary.videos == 1 else 's'}"
+    taken = f"{videos} in {_duration(summary.seconds)}, {rate:.1f} a second"
     return f"{told}; {taken}, the model computing {share:.0%} of the time"
 
 

@@ -118,6 +118,7 @@ def test_questions_are_gathered_by_video(tmp_path: Path) -> None:
         ("[]", "line 2: this is not a JSON object"),
         ({"question": "what?"}, "line 2: the object needs a 'path' that is a text"),
         ({"path": "a", "question": 3}, "line 2: the object needs a 'question' that is a text"),
+        ({"path": "\ud800.mp4", "question": "what?"}, "line 2: no file can have this 'path'"),
         ({"path": " ", "question": "what?"}, "needs a 'path'"),
         ({"path": "a", "question": "what?", "id": 1.5}, "the 'id' must be a text or an integer"),
         ({"path": "a", "question": "what?", "id": True}, "the 'id' must be"),
