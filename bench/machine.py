@@ -50,11 +50,6 @@ def commit() -> str | None:
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
-def available_memory() -> int:
-    """Bytes that can be had without swapping."""
-    return info.collect()["memory"]["available"]
-
-
 def keep_freed_memory() -> None:
     """Has glibc keep what is freed. As it starts it gives large blocks back to the system, which then clears each of
     their pages anew: half of the time of an operator that does little, and more or less of it by what ran before."""

@@ -109,6 +109,11 @@ def _memory() -> dict[str, int]:
     return memory
 
 
+def available_memory() -> int:
+    """Bytes that can be had without swapping."""
+    return _memory()["available"]
+
+
 def _torch() -> dict[str, Any]:
     import torch
 

@@ -220,7 +220,11 @@ class _Supervisor(threading.Thread):
     def take(self, more: bool) -> _Answer | None:
         """The next answer; waits for it, or if there are `more` files, until some are wanted."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._failure or (more and self.wants_files()))
+            self._changed.wait_for(
+                lambda: self._ready or self._failure or self._closed or (more and self.wants_files())
+            )
+            if self._closed:
+                raise RuntimeError("the DecodePool was closed while its clips were being iterated")
             if not self._ready and not self._failure:
                 return None
             if self._failure:
@@ -240,6 +244,7 @@ class _Supervisor(threading.Thread):
     def close(self) -> None:
         with self._changed:
             self._closed = True
+            self._changed.notify_all()
         self._wake()
         self.join()
 
