@@ -1,4 +1,5 @@
 # make demo | test | lint | bench | sanitize: each sets up .venv first, with nothing needed but Python 3.10 or later.
+# make gpu-check runs with what is installed: PyTorch for CUDA, and pytest.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -9,7 +10,7 @@ CLIPS := $(wildcard examples/moving_shapes/clips/*.mp4)
 MOVING := examples/moving_shapes/clips/red_square_moves_left.mp4
 FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test lint bench sanitize gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -40,6 +41,9 @@ sanitize: $(INSTALLED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 MPLUG2_FAST_NATIVE=required \
 		$(BIN)/python -m pytest --numprocesses auto --override-ini "pythonpath=$(SANITIZED)/package ." tests/ops
+
+gpu-check:
+	$(PYTHON) bench/gpu_check.py
 
 clean:
 	rm -rf $(VENV) build

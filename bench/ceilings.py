@@ -19,8 +19,10 @@ GPU_SHAPES = (*LARGE_SHAPES, (8192, 8192, 8192))
 def measure(device: str, dtypes: list[str], *, quick: bool = False) -> dict[str, Any]:
     """Per dtype the best GEMM rate in GFLOP/s, the operator and the shape that gave it; copy bandwidth in GB/s."""
     shapes = GPU_SHAPES if device.startswith("cuda") else QUICK_SHAPES if quick else LARGE_SHAPES
-    rates = {dtype: gemm(device, getattr(torch, dtype), shapes, repeats=2 if quick else 4) for dtype in dtypes}
-    return {"gemm": rates, "copy_gb_per_second": copy_bandwidth(device, 1 << 26 if quick else 1 << 28)}
+    # A GPU needs a while to raise its clocks, and little time for all of this.
+    repeats, size = (30, 1 << 31) if device.startswith("cuda") else (2, 1 << 26) if quick else (4, 1 << 28)
+    rates = {dtype: gemm(device, getattr(torch, dtype), shapes, repeats) for dtype in dtypes}
+    return {"gemm": rates, "copy_gb_per_second": copy_bandwidth(device, size)}
 
 
 def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
@@ -88,9 +90,10 @@ def timed(run: Callable[[], Any], device: str) -> float:
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
+    with torch.cuda.device(device):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
     return begin.elapsed_time(end) / 1e3

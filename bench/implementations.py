@@ -86,7 +86,7 @@ class Fast(Implementation):
 
     def build(self, config: MPlug2Config, dtype: torch.dtype, device: str) -> MPlug2ForCaptioning:
         served = explain(layer_norm, torch.zeros(1, 1, dtype=dtype, device=device)).chosen
-        self.backend = "native, oneDNN" if served == "cpu" else "PyTorch"
+        self.backend = {"cpu": "native, oneDNN", "triton": "Triton, PyTorch"}.get(served or "", "PyTorch")
         return MPlug2ForCaptioning(config, device="meta", dtype=dtype).to_empty(device=device).eval()
 
     def prepare(self) -> None:

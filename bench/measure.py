@@ -16,6 +16,7 @@ from bench import ceilings, inputs, machine
 from bench.plan import Plan
 from bench.rows import Row, tabulate
 from bench.workers import Client, Spec, WorkerError
+from mplug2_fast.info import available_memory
 from mplug2_fast.ops import explain, preprocess_frames
 
 # A reference that is this slow is neither warmed up nor repeated: its first run counts.
@@ -64,7 +65,7 @@ def run(plan: Plan, progress: Progress) -> tuple[dict[str, Any], list[str]]:
             )
         torch.save(video.expand(plan.batch, *video.shape).contiguous(), Path(exchange) / "video.pt")
         rows += measure_loading(plan)
-        groups = plan.groups(machine.available_memory())
+        groups = plan.groups(available_memory())
         if len(groups) > 1:
             notes.append("Memory does not hold all workers at once: dtypes were measured one after another.")
         with start_ceilings(plan) as client:

@@ -1,5 +1,5 @@
-"""Writes measured results into the README, between `<!-- bench:NAME -->` and `<!-- /bench -->`, and what the operators
-say of themselves into docs/operators.md.
+"""Writes measured results into the README and docs/bulk.md, between `<!-- bench:NAME -->` and `<!-- /bench -->`, and
+what the operators say of themselves into docs/operators.md.
 
     python bench/render.py            # rewrite the tables from bench/results/NAME.json
     python bench/render.py --check    # exit with status 1 if a file is not what the results and operators say
@@ -24,14 +24,17 @@ if __name__ == "__main__":
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
 OPERATORS = ROOT / "docs/operators.md"
+BULK = ROOT / "docs/bulk.md"
 BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The table, what it was measured on, and the command."""
-    from bench import table
+    from bench import bulk, table
     from bench.ops import table as operators
 
+    if "rows" not in results:
+        return bulk.markdown(results)
     if "op" in results["rows"][0]:
         return operators.markdown(results)
     rows, meaning = table.marked(results["rows"])
@@ -94,7 +97,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     stale = []
-    for path, render_text in ((options.readme, lambda old: render(old, options.results)), (OPERATORS, operators_page)):
+
+    def measured(old: str) -> str:
+        return render(old, options.results)
+
+    for path, render_text in ((options.readme, measured), (BULK, measured), (OPERATORS, operators_page)):
         present = path.read_text() if path.exists() else ""
         wanted = render_text(present)
         if wanted != present:

@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 
 from mplug2_fast import ops
-from mplug2_fast.kernels._launch import Launch, record
+from mplug2_fast.kernels._launch import Launch, Tiles, record
 from mplug2_fast.kernels._tuning import Config
 
 RESULT = Path(__file__).parent / "results" / "triton_resources.md"
@@ -94,7 +94,7 @@ def _signature(launch: Launch, config: Config) -> tuple[dict[str, str], dict[tup
     given = {**launch.arguments, **launch.constants, **config.constants}
     for index, name in enumerate(launch.function.arg_names):
         value = given[name]
-        types[name] = _type(value) if name in launch.arguments else "constexpr"
+        types[name] = _type(value, given) if name in launch.arguments else "constexpr"
         if types[name] == "constexpr":
             constants[(index,)] = value
         elif isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
@@ -102,9 +102,11 @@ def _signature(launch: Launch, config: Config) -> tuple[dict[str, str], dict[tup
     return types, constants, attributes
 
 
-def _type(value: Any) -> str:
+def _type(value: Any, constants: dict[str, Any]) -> str:
     if isinstance(value, Tensor):
         return f"*{_scalar(value.dtype)}"
+    if isinstance(value, Tiles):
+        return f"tensordesc<{_scalar(value.matrix.dtype)}{value.shape(constants)}>"
     if value is None or (value == 1 and isinstance(value, int) and not isinstance(value, bool)):
         return "constexpr"
     if isinstance(value, bool):

@@ -38,7 +38,7 @@ class Worker:
 
     def _synchronize(self) -> None:
         if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
 
     def _input(self, level: str) -> Tensor:
         return torch.load(self.exchange / f"{INPUTS[level]}.pt").to(self.device, self.dtype)
@@ -84,7 +84,7 @@ def relative_error(value: Tensor, expected: Tensor) -> float | None:
 def reset_peak_memory(device: str) -> bool:
     """False where the system cannot tell a process's peak memory, as in some sandboxes."""
     if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
         return True
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -96,7 +96,7 @@ def reset_peak_memory(device: str) -> bool:
 def peak_memory(device: str) -> int:
     """Bytes since the last reset: of the allocator on CUDA, resident in the whole process on the CPU."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mplug2_fast.kernels import _tuning
 from mplug2_fast.kernels._tuning import Config
@@ -24,6 +25,18 @@ Configs = Sequence[Config] | Callable[[Mapping[str, Any], int], Sequence[Config]
 Grid = Callable[[Mapping[str, Any]], tuple[int, ...]]
 
 _recorder: ContextVar[Recorder | None] = ContextVar("mplug2_fast_launches", default=None)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A matrix that a kernel takes as a tensor descriptor, for the tensor memory accelerator to read and write in
+    blocks: a dense last axis, rows 16-byte aligned, and the constants of the launch that tell a block's shape."""
+
+    matrix: Tensor
+    block: tuple[str, ...]
+
+    def shape(self, constants: Mapping[str, Any]) -> list[int]:
+        return [constants[name] for name in self.block]
 
 
 @dataclass(frozen=True)
@@ -98,7 +111,8 @@ class Kernel:
             key: what the best configuration depends on, beside the types of the arguments and the constants. Sizes
                 belong here, rounded, so that not every length is tuned anew.
         """
-        device = next(a.device for a in arguments if isinstance(a, Tensor))
+        tensors = [a.matrix if isinstance(a, Tiles) else a for a in arguments if isinstance(a, (Tensor, Tiles))]
+        device = tensors[0].device
         configs = self._configs(constants, device)
         if recorder := _recorder.get():
             names = [name for name in self.function.arg_names if name not in constants]
@@ -109,14 +123,17 @@ class Kernel:
         def launch(config: Config) -> None:
             meta = {**constants, **config.constants}
             options = {} if interpreted() else {"num_warps": config.num_warps, "num_stages": config.num_stages}
-            self.function[grid(meta)](*arguments, **meta, **options)
+            described = [
+                TensorDescriptor.from_tensor(a.matrix, a.shape(meta)) if isinstance(a, Tiles) else a for a in arguments
+            ]
+            self.function[grid(meta)](*described, **meta, **options)
 
         # A launch goes to the current device, wherever its tensors are.
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
             if device.type != "cuda" or len(configs) == 1:
                 launch(configs[0])
                 return
-            types = tuple(str(a.dtype).removeprefix("torch.") for a in arguments if isinstance(a, Tensor))
+            types = tuple(str(t.dtype).removeprefix("torch.") for t in tensors)
             launch(_tuning.best(self, configs, device, (*types, *constants.items(), *key), launch))
 
     def _configs(self, constants: Mapping[str, Any], device: torch.device) -> Sequence[Config]:

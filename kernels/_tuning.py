@@ -1,4 +1,5 @@
-"""Which configuration of a kernel is best on a device: tried once, kept in a file of that device, read from then on.
+"""Which configuration of a kernel is best on a device, and whether PyTorch is faster than the best of them: tried once,
+kept in a file of that device, read from then on.
 
 The files lie in `$MPLUG2_FAST_TUNING`, or in `mplug2_fast/tuning` below the user's cache folder: one a device, JSON,
 made to be read and edited. `MPLUG2_FAST_TUNING=off` tries nothing and takes each kernel's first configuration.
@@ -56,19 +57,18 @@ def best(
 
     Nothing is tried while a CUDA graph is captured: the first configuration serves then.
     """
-    where = folder()
-    if where is None:
+    table = _table(device)
+    if table is None:
         return configs[0]
-    table = _table(where / f"{_device_name(device)}.json")
-    entry = f"{kernel.name} {_source(kernel.function)} {' '.join(map(str, key))}"
-    if (known := table.get(entry)) is not None:
-        return known
+    entry = _entry(kernel.name, [kernel.function], key)
+    if (known := table.get(entry, "constants", "num_warps", "num_stages")) is not None:
+        return Config(*known)
     if torch.cuda.is_current_stream_capturing():
         return configs[0]
-    times = {}
+    times = []
     for config in configs:
         try:
-            times[config_key(config)] = triton.testing.do_bench(lambda c=config: launch(c), warmup=5, rep=20), config
+            times.append((triton.testing.do_bench(lambda c=config: launch(c), warmup=5, rep=20), config))
         except triton.runtime.errors.OutOfResources:  # more shared memory or registers than this GPU has
             continue
     if not times:
@@ -76,13 +76,45 @@ def best(
             f"none of the {len(configs)} configurations of {kernel.name} fits {torch.cuda.get_device_name(device)}: "
             "use_backend('torch') computes without it"
         )
-    milliseconds, chosen = min(times.values(), key=lambda pair: pair[0])
-    table.put(entry, chosen, milliseconds)
+    milliseconds, chosen = min(times, key=lambda pair: pair[0])
+    table.put(entry, {**asdict(chosen), "milliseconds": round(milliseconds, 5)})
     return chosen
 
 
-def config_key(config: Config) -> str:
-    return json.dumps(asdict(config), sort_keys=True)
+class Race:
+    """An operator's kernels against PyTorch's way to the same results, for operators that PyTorch is fast at.
+
+    Args:
+        name: the operator's.
+        functions: the kernels, each decorated with `triton.jit`.
+    """
+
+    def __init__(self, name: str, *functions: Any) -> None:
+        self.name, self.functions = name, functions
+
+    def run(
+        self, device: torch.device, key: tuple[Any, ...], ours: Callable[[], Any], torchs: Callable[[], Any]
+    ) -> None:
+        """Times both and writes down what they took, once a key; not while a CUDA graph is captured."""
+        table = _table(device)
+        if table is None or table.get(self._entry(key)) is not None or torch.cuda.is_current_stream_capturing():
+            return
+        times = {
+            name: triton.testing.do_bench(way, warmup=5, rep=20) for name, way in (("triton", ours), ("torch", torchs))
+        }
+        table.put(self._entry(key), {f"{name}_milliseconds": round(time, 5) for name, time in times.items()})
+
+    def lost(self, device: torch.device, key: tuple[Any, ...]) -> str | None:
+        """That PyTorch was faster, with the figures; None where it was not, or nothing was timed. Times nothing."""
+        table = _table(device)
+        known = None if table is None else table.get(self._entry(key), "triton_milliseconds", "torch_milliseconds")
+        if known is None or known[0] <= known[1]:
+            return None
+        ours, torchs = known
+        return f"tuning found PyTorch's own operators faster at about these sizes: {torchs:g} ms against {ours:g}"
+
+    def _entry(self, key: tuple[Any, ...]) -> str:
+        return _entry(f"{self.name} against PyTorch", self.functions, key)
 
 
 class Table:
@@ -92,13 +124,19 @@ class Table:
         self.path, self._lock = path, threading.Lock()
         self._entries = self._read()
 
-    def get(self, entry: str) -> Config | None:
+    def get(self, entry: str, *fields: str) -> tuple[Any, ...] | None:
+        """The entry's fields; None where there is no such entry."""
         found = self._entries.get(entry)
-        return None if found is None else Config(found["constants"], found["num_warps"], found["num_stages"])
+        if found is None:
+            return None
+        try:
+            return tuple(found[name] for name in fields)
+        except (KeyError, TypeError) as error:
+            raise self._error(f"{entry!r} has no {error}") from error
 
-    def put(self, entry: str, config: Config, milliseconds: float) -> None:
+    def put(self, entry: str, fields: Mapping[str, Any]) -> None:
         with self._lock:
-            self._entries = {**self._read(), entry: {**asdict(config), "milliseconds": round(milliseconds, 5)}}
+            self._entries = {**self._read(), entry: fields}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".part", delete=False) as file:
                 json.dump(self._entries, file, indent=1, sort_keys=True)
@@ -110,10 +148,24 @@ class Table:
         try:
             return json.loads(self.path.read_text())
         except ValueError as error:
-            raise ValueError(f"{self.path} is not what tuning wrote ({error}): correct it or delete it") from error
+            raise self._error(str(error)) from error
+
+    def _error(self, what: str) -> ValueError:
+        return ValueError(f"{self.path} is not what tuning wrote ({what}): correct it or delete it")
 
 
-_table = functools.cache(Table)
+_open = functools.cache(Table)
+
+
+def _table(device: torch.device) -> Table | None:
+    """Of the device; None where nothing is tuned."""
+    where = folder()
+    return None if where is None or device.type != "cuda" else _open(where / f"{_device_name(device)}.json")
+
+
+def _entry(name: str, functions: Sequence[Any], key: tuple[Any, ...]) -> str:
+    """Names the kernels' texts too: another text may have another best configuration."""
+    return " ".join([name, *map(_source, functions), *map(str, key)])
 
 
 @functools.cache
@@ -123,5 +175,5 @@ def _device_name(device: torch.device) -> str:
 
 @functools.cache
 def _source(function: Any) -> str:
-    """A hash of the kernel's text and of all that it calls: another text may have another best configuration."""
+    """A hash of a kernel's text and of all that it calls."""
     return function.cache_key[:12]

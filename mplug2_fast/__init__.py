@@ -11,12 +11,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mplug2_fast import acceleration, checkpoint, kernels, model, nn, ops, reference, tasks, text, video
+    from mplug2_fast import (
+        acceleration,
+        bulk,
+        checkpoint,
+        kernels,
+        model,
+        nn,
+        ops,
+        ray,
+        reference,
+        tasks,
+        text,
+        video,
+    )
     from mplug2_fast.acceleration import accelerate, accelerated, restore
     from mplug2_fast.checkpoint import from_pretrained, load_released, released_state_dict
     from mplug2_fast.config import MPlug2Config
     from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error, VideoError
     from mplug2_fast.model import GenerationOutput, MPlug2ForCaptioning, MPlug2ForQuestionAnswering
+    from mplug2_fast.tasks import Answerer, Captioner
     from mplug2_fast.video import load_video
 
 # The public names, each with the module that it is imported from when it is first asked for.
@@ -36,10 +50,27 @@ _EXPORTS = {
     "accelerate": "mplug2_fast.acceleration",
     "accelerated": "mplug2_fast.acceleration",
     "restore": "mplug2_fast.acceleration",
+    "Answerer": "mplug2_fast.tasks",
+    "Captioner": "mplug2_fast.tasks",
 }
-_MODULES = ("acceleration", "checkpoint", "kernels", "model", "nn", "ops", "reference", "tasks", "text", "video")
+_MODULES = (
+    "acceleration",
+    "bulk",
+    "checkpoint",
+    "kernels",
+    "model",
+    "nn",
+    "ops",
+    "ray",
+    "reference",
+    "tasks",
+    "text",
+    "video",
+)
 
 __all__ = [
+    "Answerer",
+    "Captioner",
     "CheckpointError",
     "ConfigError",
     "GenerationOutput",
@@ -52,6 +83,7 @@ __all__ = [
     "accelerate",
     "accelerated",
     "acceleration",
+    "bulk",
     "checkpoint",
     "from_pretrained",
     "kernels",
@@ -60,6 +92,7 @@ __all__ = [
     "model",
     "nn",
     "ops",
+    "ray",
     "reference",
     "released_state_dict",
     "restore",

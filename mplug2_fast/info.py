@@ -24,13 +24,14 @@ from mplug2_fast._native import native_error
 SIMD_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
 
 REQUIRED_PACKAGES = ("torch", "numpy", "av", "safetensors", "tokenizers", "typer", "rich")
-OPTIONAL_PACKAGES = ("triton", "flash_attn", "xformers")
+OPTIONAL_PACKAGES = ("triton", "flash_attn", "xformers", "apex")
 
 
 def collect() -> dict[str, Any]:
     """The report as nested dicts, lists and plain values, ready for JSON.
 
-    Keys: `mplug2_fast`, `python`, `system`, `cpu`, `memory`, `torch`, `cuda`, `packages`, `native`, `triton_kernels`.
+    Keys: `mplug2_fast`, `python`, `system`, `cpu`, `memory`, `torch`, `cuda`, `packages`, `decoders`, `native`,
+    `triton_kernels`.
     Sizes are in bytes.
     """
     parts: dict[str, Callable[[], Any]] = {
@@ -42,6 +43,7 @@ def collect() -> dict[str, Any]:
         "torch": _torch,
         "cuda": _cuda,
         "packages": _packages,
+        "decoders": _decoders,
         "native": _native,
         "triton_kernels": _triton_kernels,
     }
@@ -107,6 +109,11 @@ def _memory() -> dict[str, int]:
     return memory
 
 
+def available_memory() -> int:
+    """Bytes that can be had without swapping."""
+    return _memory()["available"]
+
+
 def _torch() -> dict[str, Any]:
     import torch
 
@@ -147,11 +154,23 @@ def _packages() -> dict[str, str]:
     return {name: _guarded(lambda name=name: _version(name)) for name in REQUIRED_PACKAGES + OPTIONAL_PACKAGES}
 
 
+def _decoders() -> dict[str, str]:
+    """The libraries that decode videos: their versions, or why one is not available."""
+    from mplug2_fast.video.backends import versions
+
+    return versions()
+
+
 def _version(name: str) -> str:
     """The version, and whether the package imports: a compiled one that was built for another torch does not."""
     if importlib.util.find_spec(name) is None:
         return "not installed" + ("" if name in OPTIONAL_PACKAGES else f": pip install {name}")
     version = _guarded(lambda: importlib.metadata.version(name.replace("_", "-")))
+    if name == "apex":
+        from mplug2_fast.ops import apex
+
+        if not apex.is_nvidias():
+            return f"{version}, which is PyPI's and another project than NVIDIA's: not used"
     error = _import_error(name)
     return version if error is None else f"{version}, but it cannot be imported: {error}"
 

@@ -1,16 +1,49 @@
 """Settings that every test runs under, and what tests in many places need."""
 
 import os
+import time
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from mplug2_fast._native import native, native_error
 
+DEADLINE = float(os.environ.get("MPLUG2_FAST_DEADLINE", "inf"))
+"""Seconds of the Unix time after which no test begins, so that there is a report of those before."""
+GPU_REQUIRED = os.environ.get("MPLUG2_FAST_GPU") == "required"
 
-def pytest_configure() -> None:
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", 'gpu: skipped without a CUDA device; with MPLUG2_FAST_GPU="required" skipping it is a failure'
+    )
     if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: more threads would only get in each other's way
         torch.set_num_threads(1)
+
+
+def needs_gpu(item: pytest.Item) -> bool:
+    """By its marker, or as a test of a Triton kernel, whose backend is among its parameters."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    return item.get_closest_marker("gpu") is not None or "triton" in map(str, parameters.values())
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if time.time() > DEADLINE:
+        item.session.shouldstop = "the time for all tests is up"
+        pytest.fail("not run: the time for all tests is up", pytrace=False)
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Turns skips into failures where a GPU is required."""
+    outcome = yield
+    report = outcome.get_result()
+    if GPU_REQUIRED and report.skipped and not hasattr(report, "wasxfail") and needs_gpu(item):
+        why = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome, report.longrepr = "failed", f"MPLUG2_FAST_GPU is required, and this was not run: {why}"
 
 
 @pytest.fixture(scope="session")

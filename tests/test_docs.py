@@ -16,10 +16,7 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize(("code", "output"), EXAMPLES)
-def test_examples_print_what_stands_below_them(code, output, capsys, monkeypatch, request):
-    if "TemporalBlock" in code:
-        reason = "LocalTemporal does not have the released names"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=RuntimeError, strict=True))
+def test_examples_print_what_stands_below_them(code, output, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     exec(compile(code, "<docs>", "exec"), {"__name__": "__docs__"})
     assert capsys.readouterr().out == (output or "")

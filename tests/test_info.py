@@ -17,7 +17,19 @@ import torch
 import mplug2_fast
 from mplug2_fast import _native, info
 
-PARTS = ["mplug2_fast", "python", "system", "cpu", "memory", "torch", "cuda", "packages", "native", "triton_kernels"]
+PARTS = [
+    "mplug2_fast",
+    "python",
+    "system",
+    "cpu",
+    "memory",
+    "torch",
+    "cuda",
+    "packages",
+    "decoders",
+    "native",
+    "triton_kernels",
+]
 
 
 def broken(*_: object, **__: object) -> None:
@@ -33,6 +45,8 @@ def test_the_report_of_this_machine() -> None:
     assert found["torch"]["version"] == torch.__version__
     assert found["torch"]["threads"] == torch.get_num_threads()
     assert found["packages"]["torch"] == importlib.metadata.version("torch")
+    assert found["decoders"]["pyav"] == importlib.metadata.version("av")
+    assert set(found["decoders"]) == {"pyav", "torchcodec", "dali"}
     assert found["cpu"]["usable_cores"] == len(os.sched_getaffinity(0))
     assert 0 < found["memory"]["available"] <= found["memory"]["total"]
     assert found["native"]["available"] == (_native.native() is not None)

@@ -47,6 +47,20 @@ def test_import_alone_loads_nothing_else():
     assert done.stdout.split() == ["mplug2_fast"]
 
 
+def test_import_touches_neither_cuda_nor_triton():
+    code = """
+import sys
+import torch
+before = set(sys.modules)
+import mplug2_fast.kernels
+from mplug2_fast import cli, model, nn, ops, reference, tasks, video
+loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(torch.cuda.is_initialized(), sorted(loaded & {"triton", "apex", "flash_attn", "xformers"}))
+"""
+    done = run_python(code)
+    assert done.stdout == "False []\n", done.stderr
+
+
 def test_reading_a_video_without_pyav_says_what_is_missing():
     done = run_python("import mplug2_fast\nmplug2_fast.load_video('clip.mp4')", refused=["av"])
     assert "ImportError: reading video files needs PyAV: pip install av" in done.stderr

@@ -15,6 +15,7 @@ from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error, VideoE
 from mplug2_fast.tasks import Answerer, Captioner, Result, base
 from mplug2_fast.tasks import answerer as answering
 from mplug2_fast.text import Tokenizer
+from tests.bulk.files import write_clip
 
 TEXT = "a video of the red blue square circle moves left right up what does do color is it yes no"
 VOCABULARY = ["[PAD]", *(f"[unused{i}]" for i in range(1, 100)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", *TEXT.split()]
@@ -183,6 +184,18 @@ def test_results_come_one_by_one_and_no_file_is_read_too_early(loaded: list[str]
     assert len(loaded) <= 2
 
 
+def test_worker_processes_find_the_same(captioner: Captioner, tmp_path: Path) -> None:
+    files = [write_clip(tmp_path / f"{seed}.mp4", "mpeg4", seed) for seed in range(4)]
+    paths = [*files, tmp_path / "missing  file.mp4"]
+    here = {result.path: result for result in captioner.caption(paths)}
+    there = {result.path: result for result in captioner.caption(iter(paths), num_workers=2, timeout=120)}
+    assert len(there) == 5
+    for path, result in here.items():
+        assert (there[path].text, there[path].error) == (result.text, result.error)
+        assert list(there[path].seconds) == list(result.seconds)
+    assert there[str(paths[-1])].error == "no such file"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -314,6 +327,21 @@ def test_both_tasks_load_a_question_answering_checkpoint(loaded: list[str], fold
     assert read.tokenizer.vocab_size == len(VOCABULARY)
     assert next(read.caption("one.mp4")).alternatives == next(captioner.caption("one.mp4")).alternatives
     assert Answerer.from_pretrained(folder).model.task == "question_answering"
+
+
+def test_a_checkpoint_and_a_model_are_two_ways_to_begin(
+    loaded: list[str], folder: Path, captioner: Captioner, tokenizer: Tokenizer
+) -> None:
+    read = mf.Captioner(folder, device="cpu", dtype="bfloat16")
+    assert next(read.model.parameters()).dtype == torch.bfloat16
+    assert mf.Captioner(str(folder)).model.task == "captioning"
+    for arguments, options, message in (
+        ((captioner.model,), {}, "give that too"),
+        ((captioner.model, tokenizer), {"dtype": "bfloat16"}, "a model has its dtype and device"),
+        ((folder, tokenizer), {}, "a checkpoint brings its own vocabulary"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            mf.Captioner(*arguments, **options)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])

@@ -1,4 +1,4 @@
-"""The compiled peer of an operator: PyTorch's formula, its weights frozen into the graph and packed."""
+"""The compiled peer of an operator: PyTorch's formula, on the CPU with its weights frozen into the graph and packed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class Peer(nn.Module):
 
 def prepare(formula: Callable[..., Any], arguments: Arguments) -> Callable[..., Any]:
     """A callable of the tensors that are no weights, compiled on its first call."""
-    torch._inductor.config.freezing = True
+    tensors = (value for value in arguments.values() if isinstance(value, torch.Tensor))
+    torch._inductor.config.freezing = next(tensors).device.type == "cpu"
     torch._dynamo.reset()
     return torch.compile(Peer(formula, arguments).eval(), dynamic=False)
 

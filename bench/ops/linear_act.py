@@ -3,13 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-from bench.ops.baseline import Arguments, Baseline, at_least
-from mplug2_fast.ops import onednn
+from bench.ops.baseline import Arguments, Baseline, at_least, linear
 
 
 def product(arguments: Arguments) -> Callable[[], Any]:
     x, weight, bias = (arguments[name] for name in ("x", "weight", "bias"))
-    return lambda: onednn.linear(x, weight, bias)
+    return lambda: linear(x, weight, bias)
 
 
 BASELINES = (Baseline("GEMM", product, at_least(0.95)),)

@@ -7,6 +7,7 @@ import math
 import shlex
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from torch import Tensor
 from bench import ceilings, machine
 from bench.ops import compiled
 from bench.ops.baseline import Arguments
+from bench.ops.clock import Clock, clock
 from mplug2_fast import ops
 
 # Rotated so that none is in the cache when its turn comes.
@@ -30,12 +32,13 @@ class OpRow:
     """One operator at one size in one dtype. None is what does not apply.
 
     Attributes:
+        milliseconds: of one call that finds nothing in the cache; on CUDA without the time of launching it.
         spread: half the distance between the quartiles, over the median.
         gb_per_second: bytes that have to be read and written at least, over the time.
         x_eager: how many times faster than the specification's plain eager code in the same dtype.
         x_torch: than PyTorch's own operators. x_compiled: than those compiled, weights frozen and packed.
         baseline, x_baseline: what the operator is held against, and how many times faster it is than that.
-        target: what is meant to be reached, with met or missed; against the baseline, or as it says.
+        target: what is meant to be reached on a CPU, with met or missed; against the baseline, or as it says.
         relative_error: against the eager code in float32.
     """
 
@@ -58,15 +61,15 @@ class OpRow:
 
 
 def run(
-    names: list[str], preset: str, dtypes: list[str], threads: int, progress: Any, *, compile: bool
+    names: list[str], preset: str, dtypes: list[str], device: str, threads: int, progress: Any, *, compile: bool
 ) -> dict[str, Any]:
-    """The results as they are written to JSON."""
+    """The results as they are written to JSON. What cannot be measured is among the `failed`, with the reason."""
     torch.set_num_threads(threads)
     machine.keep_freed_memory()
     described, versions = machine.describe()
     described["threads"] = threads
-    best = ceilings.measure("cpu", dtypes)
-    rows = []
+    best = ceilings.measure(device, dtypes)
+    rows, failed = [], []
     for name in names:
         sizes = {key: value for key, value in ops.OPERATORS[name].op.spec.models.items() if key.startswith(preset)}
         for key in sizes:
@@ -74,19 +77,27 @@ def run(
                 what = f"{name} · {key} · {dtype}"
                 progress.begin(what)
                 start = time.perf_counter()
-                rows.append(asdict(measure(name, key, getattr(torch, dtype), compile=compile)))
+                try:
+                    rows.append(asdict(measure(name, key, getattr(torch, dtype), device, compile=compile)))
+                except Exception as error:
+                    traceback.print_exception(error)
+                    failed.append(
+                        {"op": name, "sizes": key, "dtype": dtype, "error": f"{type(error).__name__}: {error}"}
+                    )
                 progress.finished(what, time.perf_counter() - start)
-    best = ceilings.merge(best, ceilings.measure("cpu", dtypes))
-    return {"machine": described, "versions": versions, "ceilings": best, "rows": rows}
+    best = ceilings.merge(best, ceilings.measure(device, dtypes))
+    described["device"] = device
+    return {"machine": described, "versions": versions, "ceilings": best, "rows": rows, "failed": failed}
 
 
 @torch.no_grad()
-def measure(name: str, key: str, dtype: torch.dtype, *, compile: bool) -> OpRow:
+def measure(name: str, key: str, dtype: torch.dtype, device: str = "cpu", *, compile: bool) -> OpRow:
+    timer = clock(device)
     operator, module = ops.OPERATORS[name], importlib.import_module(f"bench.ops.{name}")
     spec, op = operator.op.spec, operator.op
-    first = spec.inputs(spec.models[key], dtype)
-    copies = min(8, max(1, math.ceil(ROTATED_BYTES / max(spec.bytes(first, ()), 1))))
-    given = [first, *(spec.inputs(spec.models[key], dtype, seed=seed) for seed in range(1, copies))]
+    first = spec.inputs(spec.models[key], dtype, device)
+    copies = min(8, max(1, math.ceil(ROTATED_BYTES / max(spec.bytes(first, ()), 1)))) if timer.rotates else 1
+    given = [first, *(spec.inputs(spec.models[key], dtype, device, seed) for seed in range(1, copies))]
     for argument in first:  # one set of weights for all, packed as the model packs them
         if argument.endswith("weight"):
             for other in given[1:]:
@@ -108,7 +119,8 @@ def measure(name: str, key: str, dtype: torch.dtype, *, compile: bool) -> OpRow:
         ways["compiled"] = lambda a: partial(peer, *compiled.inputs(a))
     for baseline in module.BASELINES:
         ways[baseline.name] = baseline.prepare
-    seconds = take_turns({way: [prepare(arguments) for arguments in given] for way, prepare in ways.items()})
+    prepared = {way: [prepare(arguments) for arguments in given] for way, prepare in ways.items()}
+    seconds = take_turns(prepared, timer)
     median = {way: statistics.median(times) for way, times in seconds.items()}
     label = str(dtype).removeprefix("torch.")
     low, _, high = statistics.quantiles(seconds["ours"], n=4)
@@ -127,10 +139,13 @@ def measure(name: str, key: str, dtype: torch.dtype, *, compile: bool) -> OpRow:
         x_compiled=ratio.get("compiled"),
         baseline=None if baseline is None else baseline.name,
         x_baseline=None if baseline is None else ratio[baseline.name],
-        target="; ".join(targets(module, dtype, ratio)) or None,
+        target="; ".join(targets(module, dtype, ratio)) or None if device == "cpu" else None,
         relative_error=error,
         backend=op.explain(*first.values()).chosen or "",
-        command=shlex.join(["python", "bench/run.py", "--ops", name, "--preset", key.split(",")[0], "--dtype", label]),
+        command=shlex.join(
+            ["python", "bench/run.py", "--ops", name, "--preset", key.split(",")[0], "--dtype", label]
+            + (["--device", device] if device != "cpu" else [])
+        ),
     )
 
 
@@ -144,23 +159,23 @@ def targets(module: Any, dtype: torch.dtype, ratio: dict[str, float]) -> Iterato
             yield f"≥ {target[dtype]:g}× {name}: {met}"
 
 
-def take_turns(ways: dict[str, list[Callable[[], Any]]]) -> dict[str, list[float]]:
+def take_turns(ways: dict[str, list[Callable[[], Any]]], timer: Clock) -> dict[str, list[float]]:
     """Seconds of every call, way by way, each in its turn with the next of its inputs."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
     slowest = 0.0
-    for runs in ways.values():
+    for way, runs in ways.items():
         for call in runs:  # warm-up, and the compiler's time
             call()
-        start = time.perf_counter()
-        runs[0]()
-        slowest += time.perf_counter() - start
+        first = timer(runs[0])
+        if first > timer.slow:
+            seconds[way].append(first)
+        else:
+            slowest += first
     rounds = min(MOST, max(FEWEST, int(SECONDS * len(ways) / slowest)))
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    repeated = [way for way in ways if not seconds[way]]
     for turn in range(rounds):
-        for way, runs in ways.items():
-            call = runs[turn % len(runs)]
-            start = time.perf_counter()
-            call()
-            seconds[way].append(time.perf_counter() - start)
+        for way in repeated:
+            seconds[way].append(timer(ways[way][turn % len(ways[way])]))
     return seconds
 
 

@@ -3,17 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-from bench.ops.baseline import Arguments, Baseline, at_least
-from mplug2_fast.ops import onednn
+from bench.ops.baseline import Arguments, Baseline, at_least, linear
 
 
 def products(arguments: Arguments) -> Callable[[], Any]:
     x, fc_weight, fc_bias, proj_weight, proj_bias = list(arguments.values())[:5]
-    hidden = onednn.linear(x, fc_weight, fc_bias)
+    hidden = linear(x, fc_weight, fc_bias)
 
     def run() -> None:
-        onednn.linear(x, fc_weight, fc_bias)
-        onednn.linear(hidden, proj_weight, proj_bias)
+        linear(x, fc_weight, fc_bias)
+        linear(hidden, proj_weight, proj_bias)
 
     return run
 

@@ -38,7 +38,9 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 def title(results: Mapping[str, Any]) -> str:
     machine, versions = results["machine"], results["versions"]
-    return f"operators · {machine['cpu']}, {machine['threads']} threads · torch {versions['torch']}"
+    cuda = machine.get("device", "cpu").startswith("cuda")
+    where = machine["gpu"] if cuda else f"{machine['cpu']}, {machine['threads']} threads"
+    return f"operators · {where} · torch {versions['torch']}"
 
 
 def markdown(results: Mapping[str, Any]) -> str:

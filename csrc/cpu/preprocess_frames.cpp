@@ -8,13 +8,13 @@ namespace {
 // Fetching from the table beats computing: the work is bound by memory, two IEEE divisions a value cost as much as the
 // fetch even sixteen at a time, and gather instructions are slower than plain loads.
 template <typename Element>
-void preprocess(const FramesView& frames, std::int64_t size, const Element* table, Element* output, int threads) {
+void preprocess(const FramesView& frames, std::int64_t size, const PixelsLayout& layout, const Element* table,
+                Element* output, int threads) {
     std::vector<std::int64_t> columns(size);
     for (std::int64_t x = 0; x < size; ++x) {
         columns[x] = x * frames.width / size * frames.column_stride;
     }
-    const std::int64_t* offsets = columns.data();
-    const std::int64_t rows = frames.frames * size;
+    const std::int64_t rows = frames.frames * size, side = layout.side;
     const std::int64_t green = frames.channel_stride, blue = 2 * frames.channel_stride;
 
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
@@ -22,35 +22,39 @@ void preprocess(const FramesView& frames, std::int64_t size, const Element* tabl
         const std::int64_t frame = row / size, y = row % size;
         const std::uint8_t* source =
             frames.data + frame * frames.frame_stride + y * frames.height / size * frames.row_stride;
-        Element* red_row = output + row * size;
-        Element* green_row = red_row + rows * size;
-        Element* blue_row = green_row + rows * size;
-        for (std::int64_t x = 0; x < size; ++x) {
-            const std::uint8_t* pixel = source + offsets[x];
-            red_row[x] = table[pixel[0]];
-            green_row[x] = table[256 + pixel[green]];
-            blue_row[x] = table[512 + pixel[blue]];
+        Element* red_row = output + frame * layout.frame_stride + y / side * layout.band_stride + y % side * side;
+        for (const std::int64_t* offsets = columns.data(); offsets != columns.data() + size; offsets += side) {
+            Element* green_row = red_row + layout.channel_stride;
+            Element* blue_row = green_row + layout.channel_stride;
+            for (std::int64_t x = 0; x < side; ++x) {
+                const std::uint8_t* pixel = source + offsets[x];
+                red_row[x] = table[pixel[0]];
+                green_row[x] = table[256 + pixel[green]];
+                blue_row[x] = table[512 + pixel[blue]];
+            }
+            red_row += layout.patch_stride;
         }
     }
 }
 
+template <typename Element>
+bool preprocess_as(const FramesView& frames, std::int64_t size, const PixelsLayout& layout, const void* table,
+                   void* output, int threads) {
+    preprocess(frames, size, layout, static_cast<const Element*>(table), static_cast<Element*>(output), threads);
+    return true;
+}
+
 }  // namespace
 
-bool preprocess_frames(const FramesView& frames, std::int64_t size, const void* table, std::int64_t element_size,
-                       void* output, int threads) {
+bool preprocess_frames(const FramesView& frames, std::int64_t size, const PixelsLayout& layout, const void* table,
+                       std::int64_t element_size, void* output, int threads) {
     switch (element_size) {
         case 2:
-            preprocess(frames, size, static_cast<const std::uint16_t*>(table), static_cast<std::uint16_t*>(output),
-                       threads);
-            return true;
+            return preprocess_as<std::uint16_t>(frames, size, layout, table, output, threads);
         case 4:
-            preprocess(frames, size, static_cast<const std::uint32_t*>(table), static_cast<std::uint32_t*>(output),
-                       threads);
-            return true;
+            return preprocess_as<std::uint32_t>(frames, size, layout, table, output, threads);
         case 8:
-            preprocess(frames, size, static_cast<const std::uint64_t*>(table), static_cast<std::uint64_t*>(output),
-                       threads);
-            return true;
+            return preprocess_as<std::uint64_t>(frames, size, layout, table, output, threads);
         default:
             return false;
     }

@@ -5,33 +5,48 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mplug2_fast.cli.bulk import BulkOptions, run_bulk
 from mplug2_fast.cli.console import BAD_INPUT, emit, note, reporting, shown, waiting
 from mplug2_fast.cli.options import (
+    VIDEOS_HELP,
+    BatchMemoryOption,
     BeamsOption,
     CheckpointOption,
+    DecoderOption,
     DeviceOption,
     Dtype,
     DtypeOption,
-    Files,
+    FramesOption,
     JsonOption,
     MaxLengthOption,
     MinLengthOption,
+    OutOption,
     ReturnOption,
+    StrideOption,
+    TimeoutOption,
+    Videos,
+    WindowsOption,
+    WorkersOption,
 )
 from mplug2_fast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mplug2_fast.tasks import Result
+    from mplug2_fast.bulk import Ranks, Sources, Work
+    from mplug2_fast.tasks import Answerer, Result
+
+MOST_WORDS = 20
+"""Of those that the model does not know, named in a note."""
 
 
 def caption(
-    files: Files,
+    files: Videos,
+    out: OutOption = None,
     checkpoint: CheckpointOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
@@ -40,25 +55,56 @@ def caption(
     min_length: MinLengthOption = None,
     max_length: MaxLengthOption = None,
     as_json: JsonOption = False,
+    frames: FramesOption = None,
+    windows: WindowsOption = None,
+    stride: StrideOption = None,
+    num_workers: WorkersOption = None,
+    timeout: TimeoutOption = None,
+    batch_memory: BatchMemoryOption = None,
+    decoder: DecoderOption = None,
 ) -> None:
     """Caption videos and images.
 
     Prints a line for each file, in their order: its name, a tab, and the caption. A file that cannot be read gets
     a line on standard error, and the exit status is 2 once the others are done.
+
+    With --out the results go to a file, one JSON object a video, and PATH may be a folder or a .txt list too. Killed at
+    any moment and started again with the same command, it goes on.
     """
     with reporting():
+        bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder)
         from mplug2_fast.tasks import Captioner
 
-        captioner = _load(Captioner, checkpoint, dtype, device)
-        results = captioner.caption(
-            files, num_beams=num_beams, num_return=num_return, min_length=min_length, max_length=max_length
-        )
-        _print(results, files, as_json)
+        searching = {
+            "num_beams": num_beams,
+            "num_return": num_return,
+            "min_length": min_length,
+            "max_length": max_length,
+        }
+        if out is None:
+            bulk_options.require_none()
+            captioner = load(Captioner, checkpoint, dtype, device)
+            _print(captioner.caption(files, **searching), files, as_json)
+            return
+        from mplug2_fast import bulk
+
+        def work(ranks: Ranks, sources: Sources) -> Work:
+            captioner = load(Captioner, checkpoint, dtype, ranks.device(device), quietly=ranks.rank > 0)
+            return bulk.Caption(captioner, bulk_options.frames_of(captioner), captioner.generation_options(**searching))
+
+        run_bulk(work, lambda: bulk.find_videos(files), out, bulk_options, "captions")
 
 
 def answer(
-    files: Files,
-    question: Annotated[str, typer.Option(metavar="TEXT", help="The question, asked about each file.")],
+    files: Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help=VIDEOS_HELP)] = None,
+    question: Annotated[str | None, typer.Option(metavar="TEXT", help="The question, asked about each file.")] = None,
+    questions: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSONL",
+            help="With --out: the videos and questions, each an object with path, question, perhaps id.",
+        ),
+    ] = None,
     candidate: Annotated[
         list[str] | None,
         typer.Option(
@@ -68,6 +114,7 @@ def answer(
     candidates: Annotated[
         Path | None, typer.Option(metavar="PATH", help="A text file of answers to choose from, one a line.")
     ] = None,
+    out: OutOption = None,
     checkpoint: CheckpointOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
@@ -76,36 +123,81 @@ def answer(
     min_length: MinLengthOption = None,
     max_length: MaxLengthOption = None,
     as_json: JsonOption = False,
+    frames: FramesOption = None,
+    windows: WindowsOption = None,
+    stride: StrideOption = None,
+    num_workers: WorkersOption = None,
+    timeout: TimeoutOption = None,
+    batch_memory: BatchMemoryOption = None,
+    decoder: DecoderOption = None,
 ) -> None:
     """Answer a question about videos and images.
 
     Prints a line for each file, in their order: its name, a tab, and the answer. A file that cannot be read gets
     a line on standard error, and the exit status is 2 once the others are done.
+
+    With --out the results go to a file, one JSON object a question, and PATH may be a folder or a .txt list too. Killed
+    at any moment and started again with the same command, it goes on.
     """
+    if (question is None) == (questions is None):
+        raise typer.BadParameter("give either --question or, with --out, --questions")
+    if bool(files) == (questions is not None):
+        raise typer.BadParameter("give files with --question; --questions names them itself")
     with reporting():
+        bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder)
         choices = [*(candidate or ()), *_lines(candidates)] if candidate or candidates else None
         from mplug2_fast.tasks import Answerer
 
-        answerer = _load(Answerer, checkpoint, dtype, device)
-        results = answerer.answer(
-            files,
-            question,
-            choices,
-            num_beams=num_beams,
-            num_return=num_return,
-            min_length=min_length,
-            max_length=max_length,
-        )
-        if unknown := answerer.unknown_words(question):
-            note(f"note: the model does not know these words of the question: {', '.join(unknown)}")
-        _print(results, files, as_json, question=question)
+        searching = {
+            "num_beams": num_beams,
+            "num_return": num_return,
+            "min_length": min_length,
+            "max_length": max_length,
+        }
+        if out is None:
+            bulk_options.require_none()
+            if question is None:
+                raise ConfigError("--questions: only with --out, which names the file that the results go to")
+            answerer = load(Answerer, checkpoint, dtype, device)
+            results = answerer.answer(files, question, choices, **searching)
+            _note_unknown_words(answerer, [question])
+            _print(results, files, as_json, question=question)
+            return
+        from mplug2_fast import bulk
+
+        def find() -> Sources:
+            if questions is not None:
+                return bulk.read_questions(questions)
+            return bulk.ask_all(bulk.find_videos(files), question)
+
+        def work(ranks: Ranks, sources: Sources) -> Work:
+            answerer = load(Answerer, checkpoint, dtype, ranks.device(device), quietly=ranks.rank > 0)
+            asked = dict.fromkeys(question.text for video in sources.videos for question in video.questions)
+            for text in asked:
+                answerer.check_question(text)
+            if ranks.rank == 0:
+                _note_unknown_words(answerer, asked)
+            if choices is None:
+                searching.update(answerer.generation_options(**searching))
+            return bulk.Answer(answerer, bulk_options.frames_of(answerer), choices, searching)
+
+        run_bulk(work, find, out, bulk_options, "answers")
 
 
-def _load(task: Any, checkpoint: str | None, dtype: Dtype, device: str) -> Any:
-    if checkpoint is None:
+def load(task: Any, checkpoint: str | None, dtype: Dtype, device: str, *, quietly: bool = False) -> Any:
+    """A task with the model of a checkpoint."""
+    if checkpoint is None and not quietly:
         note("note: this is the tiny model that ships, which knows moving shapes only; --checkpoint takes another")
     with waiting("loading the model"):
-        return task.from_pretrained(checkpoint, dtype=dtype.value, device=device)
+        return task(checkpoint, dtype=dtype.value, device=device)
+
+
+def _note_unknown_words(answerer: Answerer, questions: Iterable[str]) -> None:
+    unknown = list(dict.fromkeys(word for question in questions for word in answerer.unknown_words(question)))
+    if unknown:
+        more = f" and {len(unknown) - MOST_WORDS} more" if len(unknown) > MOST_WORDS else ""
+        told = f"{', '.join(unknown[:MOST_WORDS])}{more}"
+        note(f"note: the model does not know these words of the question: {told}")
 
 
 def _lines(path: Path | None) -> list[str]:

@@ -16,7 +16,7 @@ from mplug2_fast.model.decoder import Memory, TextDecoder
 from mplug2_fast.model.encoders import FusionEncoder, TextEncoder, UniversalLayers
 from mplug2_fast.model.vision import VisionTransformer
 from mplug2_fast.modes import in_eval_mode
-from mplug2_fast.nn import LayerNorm, SelfAttention
+from mplug2_fast.nn import LayerNorm, LocalTemporal, SelfAttention
 from mplug2_fast.ops import pack_weight, unpack_weight
 from mplug2_fast.ops.linear_act import linear_act
 from mplug2_fast.outputs import GenerationOutput
@@ -91,6 +91,8 @@ class _MPlug2(nn.Module):
                 yield module.weight
             elif isinstance(module, SelfAttention):
                 yield module.in_proj_weight
+            elif isinstance(module, LocalTemporal):
+                yield from (module.down_proj.weight, module.up_proj.weight)
 
     def pack(self) -> Self:
         """Keeps copies of the vision encoder's weights in the layout of the CPU's matrix products, for inference.

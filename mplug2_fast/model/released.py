@@ -21,12 +21,8 @@ def affine(module: nn.Linear | nn.LayerNorm, name: str, get: Get) -> Views:
 
 
 def local_temporal(module: LocalTemporal, name: str, get: Get) -> Views:
-    yield from affine(module.norm, f"{name}.ln", get)
-    for linear, part in ((module.down, "down_proj"), (module.up, "up_proj")):
-        yield f"{name}.{part}.weight", get(linear.weight)[:, :, None, None, None]
-        yield f"{name}.{part}.bias", get(linear.bias)
-    yield f"{name}.conv.weight", get(module.conv_weight)[:, None, :, None, None]
-    yield f"{name}.conv.bias", get(module.conv_bias)
+    for key, parameter in module.named_parameters():
+        yield f"{name}.{key}", get(parameter)
 
 
 def vision(module: VisionTransformer, get: Get) -> Views:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mplug2_fast.ops import gpu, native
+from mplug2_fast.ops import apex, gpu, native
 from mplug2_fast.ops.dispatch import Backend, Op
 from mplug2_fast.ops.layer_norm import SPEC as NORM
 from mplug2_fast.ops.layer_norm import (
@@ -59,6 +59,16 @@ def make(generator: torch.Generator, *, return_sum: bool = True, scale: float = 
 def run_torch(x, update, weight, bias, eps, scale, return_sum):
     total = torch.add(x, update, alpha=scale).contiguous()
     return norm_torch(total, weight, bias, eps), total if return_sum else x.new_empty(0)
+
+
+def run_apex(x, update, weight, bias, eps, scale, return_sum):
+    total = torch.add(x, update, alpha=scale).contiguous()
+    return apex.layer_norm(total, weight, bias, eps), total if return_sum else x.new_empty(0)
+
+
+def apex_reasons(x, update, weight, bias, *_):
+    reasons = apex.reasons(x, weight, bias)
+    return reasons if update.dtype == x.dtype else [*reasons, f"update is {update.dtype}, x is {x.dtype}"]
 
 
 def run_native(x, update, weight, bias, eps, scale, return_sum):
@@ -122,6 +132,7 @@ OP = Op(
             devices=gpu.DEVICES,
             backward=backward_triton,
         ),
+        Backend("apex", run_apex, apex_reasons, devices=("cuda",), differentiable=True),
         Backend("torch", run_torch, differentiable=True),
     ],
     fake=fake,

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops import native
+from mplug2_fast.ops import attention_packages, gpu, native
 from mplug2_fast.ops.dispatch import Backend, Op
 from mplug2_fast.ops.spec import Spec, normal
 from mplug2_fast.ops.spec import upcast as in_float64
 
 MAX_HEAD_DIM = 256
 """Of the native kernel."""
+MAX_TRITON_HEAD_DIM = 128
+"""Of the Triton kernels: 256 channels would leave no room for tiles."""
 
 
 def attention_reference(
@@ -148,6 +151,71 @@ def native_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     return reasons
 
 
+def attention_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    causal: bool,
+    saved: Sequence[Tensor] = (),
+) -> Tensor:
+    """`saved`: where training leaves log2 Σ exp."""
+    out = query.new_empty(query.shape[0], query.shape[1], query.shape[2] * query.shape[3])
+    query, key, value = map(side_by_side, (query, key, value))
+    gpu.kernels("attention").forward(query, key, value, as_bytes(key_padding_mask), causal, out, *saved)
+    return out
+
+
+def attention_backward_triton(
+    grads: list[Tensor | None],
+    arguments: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    causal: bool,
+    saved: list[Tensor],
+    needs: list[bool],
+    tokens_first: Callable[[Tensor], Tensor] = lambda memory: memory,
+) -> list[Tensor]:
+    """From the gradient of the result to those that are needed of query, key and value.
+
+    Args:
+        saved: the result, and what `attention_triton` left.
+        tokens_first: views keys and values as `(batch, tokens, heads, head_dim)`.
+    """
+    query, key, value, key_padding_mask = arguments
+    made = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
+    out, logsum = saved
+    grad = torch.zeros_like(out) if grads[0] is None else grads[0].contiguous()
+    query, key, value = map(side_by_side, (query, tokens_first(key), tokens_first(value)))
+    dkey, dvalue = map(tokens_first, made[1:]) if any(needs[1:]) else (None, None)
+    gpu.kernels("attention").backward(
+        query, key, value, as_bytes(key_padding_mask), causal, out, logsum, grad, made[0], dkey, dvalue
+    )
+    return [gradient for gradient, need in zip(made, needs, strict=True) if need]
+
+
+def saved_triton(query: Tensor, *_: Any) -> list[Tensor]:
+    batch, q_len, heads, _ = query.shape
+    return [query.new_empty(batch, heads, q_len, dtype=torch.float32)]
+
+
+def side_by_side(tensor: Tensor) -> Tensor:
+    """The tensor, its last axis copied together where it is not dense."""
+    return tensor if native.dense(tensor) else tensor.contiguous()
+
+
+def as_bytes(key_padding_mask: Tensor | None) -> Tensor | None:
+    """Zero for padding."""
+    return None if key_padding_mask is None else key_padding_mask.bool().view(torch.uint8)
+
+
+def triton_reasons(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> list[str]:
+    reasons = gpu.reasons(query, key=key, value=value)
+    if query.shape[-1] > MAX_TRITON_HEAD_DIM:
+        reasons.append(
+            f"the Triton kernels are for heads of up to {MAX_TRITON_HEAD_DIM} channels, not {query.shape[-1]}"
+        )
+    return reasons
+
+
 def flops(query: Tensor, key: Tensor, causal: bool = False, **_: Any) -> int:
     scores = query.numel() * key.shape[1]
     return 2 * scores if causal else 4 * scores
@@ -196,10 +264,36 @@ OP = Op(
         Backend(
             "cpu", attention_native, lambda query, key, value, *_: native_reasons(query, key, value), devices=("cpu",)
         ),
+        Backend(
+            "triton",
+            attention_triton,
+            triton_reasons,
+            devices=gpu.DEVICES,
+            backward=lambda grads, arguments, saved, needs: attention_backward_triton(
+                grads, arguments[:4], arguments[4], saved, needs
+            ),
+            saved=saved_triton,
+            train=attention_triton,
+        ),
+        Backend(
+            "flash_attn",
+            attention_packages.flash_attn,
+            attention_packages.flash_attn_reasons,
+            devices=("cuda",),
+            differentiable=True,
+        ),
+        Backend(
+            "xformers",
+            attention_packages.xformers,
+            attention_packages.xformers_reasons,
+            devices=("cuda",),
+            differentiable=True,
+        ),
         Backend("torch", attention_torch, differentiable=True),
     ],
     fake=lambda query, *_: query.new_empty(query.shape[0], query.shape[1], query.shape[2] * query.shape[3]),
     autocast=True,
+    backward_reads_results=True,
 )
 
 

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops.attention import attention_native, attention_reference, attention_torch, check, native_reasons
+from mplug2_fast.ops import gpu
+from mplug2_fast.ops.attention import (
+    as_bytes,
+    attention_backward_triton,
+    attention_native,
+    attention_reference,
+    attention_torch,
+    check,
+    native_reasons,
+    saved_triton,
+    side_by_side,
+    triton_reasons,
+)
 from mplug2_fast.ops.attention import make as make_attention
 from mplug2_fast.ops.dispatch import Backend, Op
 from mplug2_fast.ops.spec import Spec
@@ -40,6 +53,20 @@ def run_torch(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tenso
 
 def run_native(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> Tensor:
     return attention_native(query, key.transpose(1, 2), value.transpose(1, 2), key_padding_mask)
+
+
+def run_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    saved: Sequence[Tensor] = (),
+) -> Tensor:
+    """`saved`: where training leaves log2 Σ exp."""
+    out = query.new_empty(query.shape[0], query.shape[1], query.shape[2] * query.shape[3])
+    query, key, value = map(side_by_side, (query, key.transpose(1, 2), value.transpose(1, 2)))
+    gpu.kernels("beam_attention").forward(query, key, value, as_bytes(key_padding_mask), out, *saved)
+    return out
 
 
 SPEC = Spec(
@@ -76,10 +103,22 @@ OP = Op(
     "(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask) -> Tensor",
     [
         Backend("cpu", run_native, lambda query, key, value, _: native_reasons(query, key, value), devices=("cpu",)),
+        Backend(
+            "triton",
+            run_triton,
+            triton_reasons,
+            devices=gpu.DEVICES,
+            backward=lambda grads, arguments, saved, needs: attention_backward_triton(
+                grads, arguments, False, saved, needs, tokens_first=lambda memory: memory.transpose(1, 2)
+            ),
+            saved=saved_triton,
+            train=run_triton,
+        ),
         Backend("torch", run_torch, differentiable=True),
     ],
     fake=lambda query, *_: query.new_empty(query.shape[0], query.shape[1], query.shape[2] * query.shape[3]),
     autocast=True,
+    backward_reads_results=True,
 )
 
 

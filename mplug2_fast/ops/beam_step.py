@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mplug2_fast.ops import native
+from mplug2_fast.ops import gpu, native
 from mplug2_fast.ops.dispatch import Backend, Op
 from mplug2_fast.ops.spec import Spec, normal
 from mplug2_fast.ops.spec import upcast as in_float64
@@ -16,6 +16,9 @@ Step = tuple[Tensor, Tensor, Tensor, Tensor]
 
 IMPOSSIBLE = -1e20
 """Log-probability of the end token before its time, as released."""
+
+MAX_BEAMS, MAX_VOCABULARY = 32, 1 << 17
+"""Of the Triton kernel."""
 
 
 def length_penalty(step: int) -> float:
@@ -73,8 +76,7 @@ def run_torch(logits: Tensor, cumulative: Tensor, step: int, min_length: int, en
 
 def run_native(logits: Tensor, cumulative: Tensor, step: int, min_length: int, end_token_id: int) -> Step:
     batch, beams, vocabulary = logits.shape
-    scores, total = (cumulative.new_empty(batch, beams) for _ in range(2))
-    origin, tokens = (cumulative.new_empty(batch, beams, dtype=torch.long) for _ in range(2))
+    scores, total, origin, tokens = fake(logits, cumulative)
     cumulative = cumulative.contiguous()
     native.module().beam_step(
         native.isa(),
@@ -92,6 +94,22 @@ def run_native(logits: Tensor, cumulative: Tensor, step: int, min_length: int, e
         tokens.data_ptr(),
     )
     return scores, total, origin, tokens
+
+
+def run_triton(logits: Tensor, cumulative: Tensor, step: int, min_length: int, end_token_id: int) -> Step:
+    results = fake(logits, cumulative)
+    if logits.shape[0]:
+        blocked = end_token_id if step < min_length else -1
+        gpu.kernels("beam_step").beam_step(logits, cumulative, length_penalty(step), blocked, *results)
+    return results
+
+
+def triton_reasons(logits: Tensor, *_: Any) -> list[str]:
+    reasons = gpu.reasons(logits)
+    for name, size, most in zip(("beams", "words"), logits.shape[1:], (MAX_BEAMS, MAX_VOCABULARY), strict=True):
+        if size > most:
+            reasons.append(f"the Triton kernel holds candidates in registers, of up to {most} {name}, not {size}")
+    return reasons
 
 
 def fake(logits: Tensor, cumulative: Tensor, *_: Any) -> Step:
@@ -116,6 +134,8 @@ SPEC = Spec(
             for step, least in ((0, 0), (1, 4), (7, 4))
         ),
         {"batch": 2, "beams": 3, "vocabulary": 1021, "first": True},
+        {"batch": 2, "beams": 2, "vocabulary": 2500, "step": 1, "min_length": 4},
+        {"batch": 1, "beams": 32, "vocabulary": 1100},
         {"batch": 2, "beams": 3, "vocabulary": 40, "strided": True},
         {"batch": 0, "beams": 3, "vocabulary": 40},
     ),
@@ -138,6 +158,7 @@ OP = Op(
             lambda logits, *_: native.reasons(logits),
             devices=("cpu",),
         ),
+        Backend("triton", run_triton, triton_reasons, devices=gpu.DEVICES),
         Backend("torch", run_torch),
     ],
     fake=fake,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mplug2_fast import _native
 from mplug2_fast.errors import BackendError
+from mplug2_fast.ops import packages
 from mplug2_fast.ops.spec import Spec
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -31,7 +32,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _forced: ContextVar[str | None] = ContextVar("mplug2_fast_backend", default=None)
 _strict: ContextVar[bool] = ContextVar("mplug2_fast_strict", default=False)
 
-BACKENDS = ("cpu", "triton", "torch", "reference")
+BACKENDS = ("cpu", "triton", *packages.BACKENDS, "torch", "reference")
 """Names of backends, in the order in which dispatch tries those that an operator has; "reference" only if forced."""
 
 
@@ -51,6 +52,8 @@ class Backend:
             in front where the operator's backward reads them.
         saved: takes the arguments; empty tensors for what `train` saves.
         train: takes the arguments and those tensors, fills them, returns the results. None where nothing is saved.
+        slower_reasons: takes whether gradients are asked for, and the arguments; why a backend after this one is
+            faster, though `run` could serve. Counts where none is forced.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Backend:
     backward: Callable[[list[Tensor | None], tuple[Any, ...], list[Tensor], list[bool]], list[Tensor]] | None = None
     saved: Callable[..., list[Tensor]] | None = None
     train: Callable[..., Any] | None = None
+    slower_reasons: Callable[..., Sequence[str]] = lambda *_: ()
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Within the context, of this thread or task alone, every operator runs on this backend, or raises `BackendError`.
 
     Args:
-        name: "cpu" (native kernels and oneDNN), "triton", "torch" (PyTorch's operators, anywhere) or "reference"
-            (plain eager code).
+        name: "cpu" (native kernels and oneDNN), "triton", "flash_attn", "xformers" or "apex" (those packages, where
+            they are installed), "torch" (PyTorch's operators, anywhere) or "reference" (plain eager code).
 
     Raises:
         ValueError: there is no such backend.
@@ -160,6 +164,8 @@ class Op:
         forced, needs_grad = _forced.get(), self._needs_grad(arguments)
         for backend in self.backends.values():
             why = self._reasons(backend, arguments, needs_grad and forced is None)
+            if not why and forced is None:
+                why = backend.slower_reasons(needs_grad, *arguments)
             if not why and chosen is None and (forced == backend.name or (not forced and backend.name != "reference")):
                 chosen = backend.name
             else:
@@ -176,13 +182,18 @@ class Op:
             if backend is not None and not self._reasons(backend, arguments, False):
                 return backend
             raise self._error(f"{self.name} cannot run on the backend {forced!r}", arguments)
+        outrun = False
         for backend in self._automatic:
-            if not self._reasons(backend, arguments, needs_grad):
-                if _strict.get() and backend is not self._made_for(arguments):
-                    raise self._error(f"{self.name} would fall back to {backend.name!r}", arguments)
-                if backend.name != "cpu":
-                    warn_without_native(arguments)
-                return backend
+            if self._reasons(backend, arguments, needs_grad):
+                continue
+            if backend.slower_reasons(needs_grad, *arguments):
+                outrun = True
+                continue
+            if _strict.get() and not outrun and backend is not self._made_for(arguments):
+                raise self._error(f"{self.name} would fall back to {backend.name!r}", arguments)
+            if backend.name != "cpu":
+                warn_without_native(arguments)
+            return backend
         raise self._error(f"{self.name} has no backend for this call", arguments)
 
     def _made_for(self, arguments: tuple[Any, ...]) -> Backend:
@@ -288,6 +299,8 @@ class Op:
     def _save(self, backend: Backend, arguments: Sequence[Any]) -> list[Tensor]:
         """What `backend.backward` reads, by the forward once more."""
         saved = [] if backend.saved is None else backend.saved(*arguments)
+        if not saved and not self._reads_results:
+            return []
         results = backend.train(*arguments, saved) if backend.train else backend.run(*arguments)
         return [*_as_tuple(results), *saved] if self._reads_results else saved
 
@@ -370,9 +383,13 @@ def _fresh(grad: Tensor, grads: list[Tensor | None]) -> Tensor:
     return grad.clone() if any(grad is given for given in grads) else grad
 
 
-@torch.compiler.assume_constant_result
 def _forced_name() -> str | None:
     return _forced.get()
+
+
+# As torch.compiler.assume_constant_result does, which imports the whole compiler first, and Triton: half of the time of
+# importing this package.
+_forced_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def warn_without_native(arguments: tuple[Any, ...]) -> None:

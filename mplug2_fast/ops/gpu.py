@@ -39,16 +39,23 @@ def kernels(stem: str) -> ModuleType:
     return importlib.import_module(f"mplug2_fast.kernels.{stem}")
 
 
-def reasons(x: Tensor, **others: Tensor | None) -> list[str]:
-    """Why Triton kernels cannot serve: no triton, a type that they don't compute in, or several types. `x` and the
-    others are arguments of the operator; None counts for nothing."""
+def dtype_reasons(dtype: torch.dtype) -> list[str]:
+    """Why Triton kernels cannot serve: no triton, or a type that they don't compute in."""
     if found := error():
         return [found]
-    why = []
-    if x.dtype not in DTYPES:
-        why.append(f"Triton kernels are for float32, bfloat16 and float16, not {x.dtype}")
-    if INTERPRETED and x.dtype == torch.bfloat16:
-        why.append("Triton's interpreter computes wrongly in bfloat16")
+    if dtype not in DTYPES:
+        return [f"Triton kernels are for float32, bfloat16 and float16, not {dtype}"]
+    if INTERPRETED and dtype == torch.bfloat16:
+        return ["Triton's interpreter computes wrongly in bfloat16"]
+    return []
+
+
+def reasons(x: Tensor, **others: Tensor | None) -> list[str]:
+    """Why Triton kernels cannot serve: as `dtype_reasons` of x, or several types. `x` and the others are arguments of
+    the operator; None counts for nothing."""
+    if found := error():
+        return [found]
+    why = dtype_reasons(x.dtype)
     for name, other in others.items():
         if other is not None and other.dtype != x.dtype:
             why.append(f"{name} is {other.dtype}, the first argument {x.dtype}")

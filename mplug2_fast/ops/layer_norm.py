@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops import gpu, native
+from mplug2_fast.ops import apex, gpu, native
 from mplug2_fast.ops.dispatch import Backend, Op
 from mplug2_fast.ops.rows import Rows, pair
 from mplug2_fast.ops.spec import Spec, normal
@@ -207,6 +207,13 @@ OP = Op(
             backward=lambda grads, arguments, _, needs: norm_backward_triton(
                 grads, arguments[0], None, *arguments[1:], needs
             ),
+        ),
+        Backend(
+            "apex",
+            apex.layer_norm,
+            lambda x, weight, bias, _: apex.reasons(x, weight, bias),
+            devices=("cuda",),
+            differentiable=True,
         ),
         Backend("torch", norm_torch, differentiable=True),
     ],

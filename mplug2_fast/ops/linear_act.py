@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops import native, onednn
+from mplug2_fast.ops import gpu, native, onednn
 from mplug2_fast.ops.dispatch import Backend, Op
+from mplug2_fast.ops.rows import Rows
+from mplug2_fast.ops.rows import rows as rows_of
 from mplug2_fast.ops.spec import Spec, normal
 from mplug2_fast.ops.spec import upcast as in_float64
 
@@ -115,6 +117,92 @@ def not_supported_reasons(x, weight, bias, activation, residual) -> list[str]:
     return onednn.not_supported_reasons(x, weight, bias, residual)
 
 
+def run_triton(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    if out.numel():
+
+        def ours() -> None:
+            gpu.kernels("linear_act").forward(*_kernel_arguments(x, weight, bias, activation, residual), out)
+
+        ours()
+        gpu.kernels("linear_act").AGAINST_TORCH.run(
+            x.device,
+            _race(x, weight, bias, activation, residual),
+            ours,
+            lambda: run_torch(x, weight, bias, activation, residual),
+        )
+    return out
+
+
+def train_triton(x, weight, bias, activation, residual, saved: list[Tensor]) -> Tensor:
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    if out.numel():
+        gpu.kernels("linear_act").apply(*_kernel_arguments(x, weight, bias, activation, residual), out, *saved)
+    return out
+
+
+def saved_triton(x, weight, bias, activation, residual) -> list[Tensor]:
+    """x @ weight.T + bias, where the gradient of an activation needs it."""
+    return [] if activation == "none" else [x.new_empty(*x.shape[:-1], weight.shape[0])]
+
+
+def backward_triton(
+    grads: list[Tensor | None], arguments: tuple[Any, ...], saved: list[Tensor], needs: list[bool]
+) -> list[Tensor]:
+    x, weight, bias, activation, _ = arguments
+    wants_x, wants_weight, wants_bias, wants_residual = needs
+    outputs = weight.shape[0]
+    grad = x.new_zeros(*x.shape[:-1], outputs) if grads[0] is None else grads[0].contiguous()
+    dz, dbias = grad.view(-1, outputs), None
+    if saved and dz.numel() and (wants_x or wants_weight or wants_bias):
+        given, dz = dz, torch.empty_like(dz)
+        dbias = gpu.kernels("linear_act").backward(
+            given, saved[0].view(-1, outputs), activation, dz, None, wants_bias=wants_bias
+        )
+    elif wants_bias:
+        dbias = dz.sum(dim=0, dtype=torch.float32)
+    made = []
+    if wants_x:
+        made.append((dz @ weight).view(x.shape))
+    if wants_weight:
+        made.append(dz.t() @ x.reshape(-1, x.shape[-1]))
+    if wants_bias:
+        made.append(dbias.to(bias.dtype))
+    if wants_residual:
+        made.append(grad)
+    return made
+
+
+def _kernel_arguments(
+    x, weight, bias, activation, residual
+) -> tuple[Rows, Tensor, Tensor | None, Activation, Rows | None]:
+    x, weight, residual = (t if t is None or native.dense(t) else t.contiguous() for t in (x, weight, residual))
+    bias = None if bias is None else bias.contiguous()
+    return rows_of(x), weight, bias, activation, None if residual is None else rows_of(residual)
+
+
+def triton_reasons(x, weight, bias, activation, residual) -> list[str]:
+    reasons = gpu.reasons(x, weight=weight, bias=bias, residual=residual)
+    if weight.numel() == 0:
+        reasons.append("there is nothing to multiply")
+    return reasons
+
+
+def slower_reasons(needs_grad: bool, x, weight, bias, activation, residual) -> list[str]:
+    """That which holds for all sizes, and what tuning found, which timed the forward alone."""
+    kernels = gpu.kernels("linear_act")
+    why = kernels.slower(x.dtype, activation, residual is not None)
+    if why is None and not needs_grad:
+        why = kernels.AGAINST_TORCH.lost(x.device, _race(x, weight, bias, activation, residual))
+    return [] if why is None else [why]
+
+
+def _race(x, weight, bias, activation, residual) -> tuple[Any, ...]:
+    """What the faster way depends on; rows as the next power of two."""
+    rows = 1 << (x.numel() // x.shape[-1] - 1).bit_length()
+    return x.dtype, rows, *weight.shape, activation, bias is not None, residual is not None
+
+
 SPEC = Spec(
     name="linear_act",
     axes={
@@ -142,6 +230,8 @@ SPEC = Spec(
     models={
         "base": {"rows": (1, 16, 197), "inputs": 768, "outputs": 3072, "activation": "gelu"},
         "large": {"rows": (1, 16, 257), "inputs": 1024, "outputs": 4096, "activation": "gelu"},
+        "large, step": {"rows": (1, 5), "inputs": 1024, "outputs": 1024, "residual": True},
+        "large, steps of 32 videos": {"rows": (32, 5), "inputs": 1024, "outputs": 1024, "residual": True},
     },
     flops=lambda x, weight, **_: 2 * x.numel() * weight.shape[0],
     differentiable=("x", "weight", "bias", "residual"),
@@ -152,6 +242,16 @@ OP = Op(
     "(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual) -> Tensor",
     [
         Backend("cpu", run_cpu, not_supported_reasons, devices=("cpu",)),
+        Backend(
+            "triton",
+            run_triton,
+            triton_reasons,
+            devices=gpu.DEVICES,
+            backward=backward_triton,
+            saved=saved_triton,
+            train=train_triton,
+            slower_reasons=slower_reasons,
+        ),
         Backend("torch", run_torch, differentiable=True),
     ],
     fake=lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]),

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops import native, onednn
+from mplug2_fast.ops import gpu, native, onednn
 from mplug2_fast.ops.dispatch import Backend, Op
 from mplug2_fast.ops.layer_norm import check as check_norm
 from mplug2_fast.ops.layer_norm import norm_native, norm_reference, norm_torch
+from mplug2_fast.ops.layer_norm import triton_reasons as norm_reasons
 from mplug2_fast.ops.linear_act import EAGER, FEW_ROWS, QUICK_GELU_SCALE, Activation, few_rows, has_few_rows_kernel
 from mplug2_fast.ops.linear_act import check as check_linear
+from mplug2_fast.ops.rows import rows as rows_of
 from mplug2_fast.ops.spec import Spec, normal
 from mplug2_fast.ops.spec import upcast as in_float64
 
@@ -125,6 +127,85 @@ def not_supported_reasons(x, fc_weight, fc_bias, proj_weight, proj_bias, activat
     return onednn.not_supported_reasons(x, fc_weight, fc_bias, proj_weight, proj_bias, norm_weight, norm_bias)
 
 
+def run_triton(x: Tensor, *others: Any) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if out.numel():
+
+        def ours() -> None:
+            gpu.kernels("mlp").forward(*_kernel_arguments(x, *others), out)
+
+        ours()
+        gpu.kernels("mlp").AGAINST_TORCH.run(x.device, _race(x, *others), ours, lambda: run_torch(x, *others))
+    return out
+
+
+def train_triton(x, *others_and_saved: Any) -> Tensor:
+    *others, saved = others_and_saved
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if out.numel():
+        gpu.kernels("mlp").forward(*_kernel_arguments(x, *others), out, saved[0].flatten(0, -2))
+    return out
+
+
+def saved_triton(x, fc_weight, *_) -> list[Tensor]:
+    """What goes into the activation, from which the backward computes the hidden channels again."""
+    return [x.new_empty(*x.shape[:-1], fc_weight.shape[0])]
+
+
+def backward_triton(
+    grads: list[Tensor | None], arguments: tuple[Any, ...], saved: list[Tensor], needs: list[bool]
+) -> list[Tensor]:
+    x, channels = arguments[0], arguments[0].shape[-1]
+    tensors = dict(zip(SPEC.differentiable, (*arguments[:5], *arguments[6:8]), strict=True))
+    wanted = [name for name, need in zip(tensors, needs, strict=True) if need]
+    if x.numel() == 0:
+        return [torch.zeros_like(tensors[name], memory_format=torch.contiguous_format) for name in wanted]
+    grad = torch.zeros_like(x) if grads[0] is None else grads[0]
+    _, *others = _kernel_arguments(x, *arguments[1:])
+    made = gpu.kernels("mlp").backward(
+        grad.reshape(-1, channels).contiguous(),
+        x.reshape(-1, channels).contiguous(),
+        *others,
+        saved[0].flatten(0, -2),
+        set(wanted),
+    )
+    return [made[name].to(tensors[name].dtype).view(tensors[name].shape) for name in wanted]
+
+
+def _kernel_arguments(
+    x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps, residual
+) -> tuple[Any, ...]:
+    x, fc_weight, proj_weight = (t if native.dense(t) else t.contiguous() for t in (x, fc_weight, proj_weight))
+    fc_bias, proj_bias, norm_weight, norm_bias = (
+        None if t is None else t.contiguous() for t in (fc_bias, proj_bias, norm_weight, norm_bias)
+    )
+    return (
+        rows_of(x), fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps, residual
+    )  # fmt: skip
+
+
+def triton_reasons(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, *_) -> list[str]:
+    if norm_weight is not None and (reasons := norm_reasons(x)):
+        return reasons
+    return gpu.reasons(x, fc_weight=fc_weight, fc_bias=fc_bias, proj_weight=proj_weight, proj_bias=proj_bias)
+
+
+def slower_reasons(needs_grad: bool, x, *others: Any) -> list[str]:
+    """That neither product gains by being fused, or what tuning found, which timed the forward alone."""
+    kernels, activation, residual = gpu.kernels("mlp"), others[4], others[8]
+    why = kernels.slower(x.dtype, activation, residual)
+    if why is None and not needs_grad:
+        why = kernels.AGAINST_TORCH.lost(x.device, _race(x, *others))
+    return [] if why is None else [why]
+
+
+def _race(x, fc_weight, *others: Any) -> tuple[Any, ...]:
+    """What the faster way depends on; rows as the next power of two."""
+    rows = 1 << (x.numel() // x.shape[-1] - 1).bit_length()
+    kinds = (o is not None if o is None or isinstance(o, Tensor) else o for o in others)
+    return x.dtype, rows, *fc_weight.shape, *kinds
+
+
 def flops(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, **_: Any) -> int:
     return 2 * (x.numel() * fc_weight.shape[0] + x.numel() // x.shape[-1] * proj_weight.numel())
 
@@ -169,6 +250,16 @@ OP = Op(
     "Tensor? norm_weight, Tensor? norm_bias, float eps, bool residual) -> Tensor",
     [
         Backend("cpu", run_cpu, not_supported_reasons, devices=("cpu",)),
+        Backend(
+            "triton",
+            run_triton,
+            triton_reasons,
+            devices=gpu.DEVICES,
+            backward=backward_triton,
+            saved=saved_triton,
+            train=train_triton,
+            slower_reasons=slower_reasons,
+        ),
         Backend("torch", run_torch, differentiable=True),
     ],
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),

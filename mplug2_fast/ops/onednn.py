@@ -23,7 +23,7 @@ class _Packed:
 
     def __init__(self, weight: Tensor, rows: int) -> None:
         # Held, so that no other tensor can come to lie at its address.
-        self.source, self.version = weight.detach(), weight._version
+        self.source, self.version = weight.detach().flatten(1), weight._version
         self.tensor = torch.ops.mkldnn._reorder_linear_weight(self.source.contiguous(), rows)
 
     def is_of(self, weight: Tensor) -> bool:
@@ -33,6 +33,7 @@ class _Packed:
             and weight._version == self.version
             and weight.dtype == source.dtype
             and weight.shape == source.shape
+            and weight.stride() == source.stride()
         )
 
     def __reduce__(self) -> Any:  # copies and pickles of the weight are not packed
@@ -53,7 +54,11 @@ def not_supported_reasons(x: Tensor, *parameters: Tensor | None) -> list[str]:
 
 
 def pack(weight: Tensor, rows: int) -> None:
-    """Keeps a packed copy beside a `(out_features, in_features)` weight, for products with about this many rows.
+    """Keeps a packed copy beside a weight, for products with about this many rows.
+
+    Args:
+        weight: `(out_features, in_features)`, or with more axes, as of a convolution, whose product is that of
+            `weight.flatten(1)`.
 
     It is used as long as the weight stays the same tensor with the same values, and does not show in state dicts.
     Writing through `weight.data` goes unnoticed by torch: call `unpack` first. A weight that was made in inference mode
@@ -69,14 +74,18 @@ def unpack(weight: Tensor) -> None:
 
 
 def packed(weight: Tensor) -> Tensor | None:
-    """The packed copy of a weight; None where there is none, or where the weight has changed since."""
-    kept = getattr(weight, _ATTRIBUTE, None)
-    if kept is None:
-        return None
-    if not kept.is_of(weight):
-        unpack(weight)
-        return None
-    return kept.tensor
+    """The packed copy of a weight, or of the one that it is a view of; None where there is none, or where the weight
+    has changed since."""
+    if weight.dim() != 2:
+        weight = weight.flatten(1)
+    for holder in (weight, weight._base):
+        kept = None if holder is None else getattr(holder, _ATTRIBUTE, None)
+        if kept is not None:
+            if kept.is_of(weight):
+                return kept.tensor
+            if not kept.is_of(holder.flatten(1)):  # else another part of it is asked for
+                unpack(holder)
+    return None
 
 
 def linear(

@@ -1,11 +1,11 @@
 """From files to words: captions of videos and images, and answers to questions about them.
 
-    captioner = Captioner.from_pretrained("mplug2_caption.pth", dtype="bfloat16")
+    captioner = Captioner("mplug2_caption.pth", dtype="bfloat16")
     for result in captioner.caption(["a.mp4", "b.mkv"]):
         print(result.path, result.text or result.error)
 
 One bad file never stops the others: its `Result` carries an `error`. The next file is decoded in a thread while the
-model works on the current one.
+model works on the current one, or in worker processes. Runs over very many files are `mplug2_fast.bulk`'s.
 """
 
 from mplug2_fast.tasks.answerer import Answerer

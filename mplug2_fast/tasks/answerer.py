@@ -16,6 +16,9 @@ MAX_CANDIDATES = 128
 
 MAX_QUESTION_WORDS = 50
 
+Asker = Callable[[Tensor, Sequence[str]], list[list[Alternative]]]
+"""From image_embeds `(B, S, D)` and a question for each to the answers to each, best first."""
+
 
 class Answerer(VideoTask):
     """Answers to a question about video and image files."""
@@ -32,8 +35,10 @@ class Answerer(VideoTask):
         num_return: int = 1,
         min_length: int | None = None,
         max_length: int | None = None,
+        num_workers: int = 0,
+        timeout: float | None = 60.0,
     ) -> Iterator[Result]:
-        """One `Result` a file, in the order of the files, each as soon as it is ready.
+        """One `Result` a file, each as soon as it is ready; in the order of the files, unless worker processes decode.
 
         Args:
             paths: one file or several, each asked the same question.
@@ -41,54 +46,70 @@ class Answerer(VideoTask):
             candidates: the answers to choose from; None writes an answer freely, by beam search.
             num_beams, min_length, max_length: of the beam search, as in `Captioner.caption`; not with candidates.
             num_return: how many answers a file, at most `num_beams`, or at most the number of candidates.
+            num_workers, timeout: processes that decode, as in `Captioner.caption`.
 
         Raises:
             ConfigError: a question or candidates that the model cannot read, or options that contradict one another.
             MPlug2Error: the device ran out of memory.
         """
-        asked = self._question(question)
+        self.check_question(question)
+        ask = self.asker(candidates, num_beams, num_return, min_length, max_length)
+
+        def words(image_embeds: Tensor) -> list[list[Alternative]]:
+            return ask(image_embeds, [question] * len(image_embeds))
+
+        return self.run(paths, words, num_workers, timeout)
+
+    def asker(
+        self,
+        candidates: Sequence[str] | None = None,
+        num_beams: int | None = None,
+        num_return: int = 1,
+        min_length: int | None = None,
+        max_length: int | None = None,
+    ) -> Asker:
+        """What turns image_embeds and questions into answers, with the options of `answer`. Raises `ConfigError`."""
         if candidates is not None:
             searching = {"num_beams": num_beams, "min_length": min_length, "max_length": max_length}
             given = [name for name, value in searching.items() if value is not None]
             require(not given, f"{', '.join(given)}: of no use when the answer is chosen from candidates")
-            return self.run(paths, self._chooser(asked, candidates, num_return))
+            return self._chooser(candidates, num_return)
         options = self.generation_options(num_beams, num_return, min_length, max_length)
 
-        def words(image_embeds: Tensor) -> list[Alternative]:
-            ids, mask = (tensor.to(image_embeds.device) for tensor in asked)
+        def ask(image_embeds: Tensor, questions: Sequence[str]) -> list[list[Alternative]]:
+            ids, mask = (tensor.to(image_embeds.device) for tensor in self.tokenizer.encode_questions(questions))
             found = self.model.generate(image_embeds=image_embeds, question_ids=ids, question_mask=mask, **options)
             return self.texts(found)
 
-        return self.run(paths, words)
+        return ask
 
-    def _chooser(
-        self, asked: tuple[Tensor, Tensor], candidates: Sequence[str], num_return: int
-    ) -> Callable[[Tensor], list[Alternative]]:
-        """What turns image_embeds into the best of the candidates."""
-        inputs = [*asked, *self._candidates(candidates)]
+    def _chooser(self, candidates: Sequence[str], num_return: int) -> Asker:
+        """What turns image_embeds and questions into the best of the candidates."""
+        answers = self._candidates(candidates)
         count = len(candidates)
         require(1 <= num_return <= count, f"num_return must be from 1 to the {count} candidates, got {num_return}")
         k = min(count, max(MAX_CANDIDATES, num_return))
 
-        def words(image_embeds: Tensor) -> list[Alternative]:
-            tensors = [tensor.to(image_embeds.device) for tensor in inputs]
+        def ask(image_embeds: Tensor, questions: Sequence[str]) -> list[list[Alternative]]:
+            asked = self.tokenizer.encode_questions(questions)
+            tensors = [tensor.to(image_embeds.device) for tensor in (*asked, *answers)]
             indices, probabilities = self.model.rank_answers(None, *tensors, k, image_embeds=image_embeds)
-            best = zip(indices[0].tolist(), probabilities[0].tolist(), strict=True)
-            return [Alternative(candidates[i], probability) for i, probability in best][:num_return]
+            best = zip(indices[:, :num_return].tolist(), probabilities[:, :num_return].tolist(), strict=True)
+            return [[Alternative(candidates[i], p) for i, p in zip(*row, strict=True)] for row in best]
 
-        return words
+        return ask
 
     def unknown_words(self, question: str) -> list[str]:
         """The words of a question that the model's vocabulary lacks: to the model they all look the same."""
         return self.tokenizer.unknown_words(clean_question(question))
 
-    def _question(self, question: str) -> tuple[Tensor, Tensor]:
+    def check_question(self, question: str) -> None:
+        """Raises `ConfigError` for a question that the model cannot read."""
         words = len(question.split())
         require(bool(clean_question(question).strip()), "the question is empty")
         require(words <= MAX_QUESTION_WORDS, f"the question has {words} words, at most {MAX_QUESTION_WORDS} are read")
-        ids, mask = self.tokenizer.encode_questions([question])
+        ids, _ = self.tokenizer.encode_questions([question])
         self._require_positions("the question", ids)
-        return ids, mask
 
     def _candidates(self, candidates: Sequence[str]) -> tuple[Tensor, Tensor]:
         require(not isinstance(candidates, str), "candidates must be a list of answers, not one text")

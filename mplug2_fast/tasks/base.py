@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +20,10 @@ from mplug2_fast.devices import pick_device, pick_dtype
 from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error
 from mplug2_fast.outputs import GenerationOutput
 from mplug2_fast.text import Tokenizer
-from mplug2_fast.video import load_video
+from mplug2_fast.video import DecodePool, load_video
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-_T = TypeVar("_T")
 
 TINY_MODEL = Path(__file__).parents[1] / "data" / "tiny"
 """The model that ships: it knows the clips of examples/moving_shapes and nothing else."""
@@ -59,15 +57,53 @@ class Result:
     error: str | None = None
 
 
+class _Decoded(NamedTuple):
+    """A file's video `(1, 3, T, H, W)`, or the reason why there is none, and the seconds that decoding took."""
+
+    path: str
+    video: Tensor | None
+    seconds: float
+    error: str | None
+
+
+Words = Callable[[Tensor], list[list[Alternative]]]
+"""From image_embeds `(B, S, D)` to the texts of each of the B videos, best first."""
+
+
 class VideoTask:
     """A model, its tokenizer, and the loop over files that both tasks share."""
 
     task: ClassVar[Task]
 
-    def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
-        """Use a model that is already there, with the tokenizer that it was trained with."""
-        self.model = model
-        self.tokenizer = tokenizer
+    def __init__(
+        self,
+        checkpoint: PathLike | torch.nn.Module | None = None,
+        tokenizer: Tokenizer | None = None,
+        *,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        """Load a checkpoint of any form that `mplug2_fast.from_pretrained` reads, or use a model that is there already.
+
+        Args:
+            checkpoint: the checkpoint; None takes the tiny model that ships. A `vocab.txt` in a directory is the
+                vocabulary, otherwise it is that of bert-base-uncased. A model is used as it is.
+            tokenizer: with a model, and only then: the one that it was trained with.
+            dtype: a dtype or its name; None or "auto": see `pick_dtype`. Not with a model.
+            device: a device or its name; None or "auto": see `pick_device`. Not with a model.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be read, or is not one of this task.
+            ConfigError: no such device or dtype, a vocabulary that does not fit the model, or arguments that do not go
+                together.
+        """
+        if isinstance(checkpoint, torch.nn.Module):
+            require(tokenizer is not None, "a model comes with the tokenizer that it was trained with: give that too")
+            require(dtype is None and device is None, "a model has its dtype and device: convert it before")
+            self.model, self.tokenizer = checkpoint, tokenizer
+        else:
+            require(tokenizer is None, "a checkpoint brings its own vocabulary: give a tokenizer only with a model")
+            self.model, self.tokenizer = _load(checkpoint, self.task, dtype, device)
 
     @classmethod
     def from_pretrained(
@@ -76,67 +112,76 @@ class VideoTask:
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
     ) -> Self:
-        """Load a checkpoint of any form that `mplug2_fast.from_pretrained` reads.
+        """The same as the constructor with the path of a checkpoint."""
+        return cls(path, dtype=dtype, device=device)
 
-        Args:
-            path: the checkpoint; None takes the tiny model that ships. A `vocab.txt` in a directory is the vocabulary,
-                otherwise it is that of bert-base-uncased.
-            dtype: a dtype or its name; None or "auto": see `pick_dtype`.
-            device: a device or its name; None or "auto": see `pick_device`.
-
-        Raises:
-            CheckpointError: the checkpoint cannot be read, or is not one of this task.
-            ConfigError: no such device or dtype, or a vocabulary that does not fit the model.
-        """
-        device = pick_device(device)
-        dtype = pick_dtype(dtype, device)
-        if path is None and not TINY_MODEL.exists():
-            raise CheckpointError(f"{TINY_MODEL}: the tiny model is not there: reinstall, or name a checkpoint")
-        path = TINY_MODEL if path is None else Path(path)
-        model = from_pretrained(path, task=cls.task, dtype=dtype, device=device)
-        tokenizer = Tokenizer.from_vocab(vocabulary_path(path), vocab_size=model.config.text.vocab_size)
-        return cls(model, tokenizer)
-
-    def run(self, paths: Paths, words: Callable[[Tensor], list[Alternative]]) -> Iterator[Result]:
-        """One `Result` a path, in order; `words` turns image_embeds `(1, S, D)` into texts, best first."""
-        for path, decoded in _one_ahead(self._decode, _as_list(paths)):
-            video, decoding, error = decoded.result()
+    def run(self, paths: Paths, words: Words, num_workers: int = 0, timeout: float | None = 60.0) -> Iterator[Result]:
+        """One `Result` a path; see `Captioner.caption`."""
+        files = _each(paths)
+        decoded = self._decoded_by_workers(files, num_workers, timeout) if num_workers else self._decoded(files)
+        for path, video, decoding, error in decoded:
             if video is None:
                 yield Result(path, seconds={"decode": decoding}, error=error)
             else:
-                found, encoding, generating = self._words(video, words)
+                try:
+                    image_embeds, encoding = self.encode(video)
+                    (found,), generating = self.say(image_embeds, words)
+                except torch.OutOfMemoryError as problem:
+                    device = next(self.model.parameters()).device
+                    remedy = "use a smaller dtype, fewer beams, or the CPU"
+                    raise MPlug2Error(f"{device} ran out of memory: {remedy}") from problem
                 seconds = {"decode": decoding, "encode": encoding, "generate": generating}
                 yield Result(path, *found[0], tuple(found), seconds)
 
     @torch.inference_mode()
-    def _words(
-        self, video: Tensor, words: Callable[[Tensor], list[Alternative]]
-    ) -> tuple[list[Alternative], float, float]:
-        """(texts, seconds of encoding, seconds of generating) of a video `(1, 3, T, H, W)`."""
+    def encode(self, videos: Tensor) -> tuple[Tensor, float]:
+        """Videos `(B, 3, T, H, W)`, anywhere, to image_embeds `(B, S, D)` on the model's device, and the seconds."""
         weights = next(self.model.parameters())
         started = time.perf_counter()
-        try:
-            image_embeds = self.model.encode_video(video.to(weights.device, weights.dtype))
-            if weights.is_cuda:
-                torch.cuda.synchronize(weights.device)
-            encoded = time.perf_counter()
-            found = words(image_embeds)
-        except torch.OutOfMemoryError as error:
-            raise MPlug2Error(
-                f"{weights.device} ran out of memory: use a smaller dtype, fewer beams, or the CPU"
-            ) from error
-        return found, encoded - started, time.perf_counter() - encoded
+        image_embeds = self.model.encode_video(videos.to(weights.device, weights.dtype))
+        if weights.is_cuda:
+            torch.cuda.synchronize(weights.device)
+        return image_embeds, time.perf_counter() - started
 
-    def _decode(self, path: str) -> tuple[Tensor | None, float, str | None]:
-        """(video, seconds, None) of a good file, (None, seconds, reason) of a bad one."""
+    @torch.inference_mode()
+    def say(self, image_embeds: Tensor, words: Words) -> tuple[list[list[Alternative]], float]:
+        """What `words` makes of image_embeds `(B, S, D)`, and the seconds that it took."""
+        started = time.perf_counter()
+        found = words(image_embeds)
+        return found, time.perf_counter() - started
+
+    def _decoded(self, paths: Iterable[PathLike]) -> Iterator[_Decoded]:
+        """The files in order; while one is consumed, the next is decoded in a thread."""
+        pending: deque[Future[_Decoded]] = deque()
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as pool:
+            for path in paths:
+                pending.append(pool.submit(self._decode, os.fspath(path)))
+                if len(pending) > 1:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+
+    def _decode(self, path: str) -> _Decoded:
         started = time.perf_counter()
         vision = self.model.config.vision
         video, error = None, None
         try:
             video = load_video(path, num_frames=vision.num_frames, image_size=vision.image_size)[None]
         except (MPlug2Error, OSError, ValueError, RuntimeError, MemoryError) as problem:
-            error = _one_line(str(problem) or type(problem).__name__).removeprefix(f"{_one_line(path)}: ")
-        return video, time.perf_counter() - started, error
+            error = _reason(problem, path)
+        return _Decoded(path, video, time.perf_counter() - started, error)
+
+    def _decoded_by_workers(
+        self, paths: Iterable[PathLike], num_workers: int, timeout: float | None
+    ) -> Iterator[_Decoded]:
+        """The files as worker processes have them ready."""
+        vision, dtype = self.model.config.vision, next(self.model.parameters()).dtype
+        sizes = {"num_frames": vision.num_frames, "image_size": vision.image_size}
+        with DecodePool(num_workers, timeout=timeout, dtype=dtype, **sizes) as pool:
+            for clip in pool.clips(os.fspath(path) for path in paths):
+                video = None if clip.frames is None else clip.frames[None]
+                error = None if clip.error is None else _reason(clip.error, clip.source)
+                yield _Decoded(clip.source, video, clip.seconds, error)
 
     def generation_options(
         self, num_beams: int | None, num_return: int, min_length: int | None, max_length: int | None
@@ -153,26 +198,38 @@ class VideoTask:
         require(0 <= shortest <= longest, f"min_length must be from 0 to max_length, {longest}; got {shortest}")
         return {"num_beams": beams, "num_return": num_return, "min_length": shortest, "max_length": longest}
 
-    def texts(self, output: GenerationOutput, prompt: str = "") -> list[Alternative]:
-        """The hypotheses of a batch of one, without the rows that only pad."""
-        rows = zip(output.sequences[0].tolist(), output.scores[0].tolist(), strict=True)
-        return [Alternative(self.tokenizer.decode_caption(ids, prompt), score) for ids, score in rows if ids[0] >= 0]
+    def texts(self, output: GenerationOutput, prompt: str = "") -> list[list[Alternative]]:
+        """The hypotheses of each video, without the rows that only pad."""
+        return [
+            [
+                Alternative(self.tokenizer.decode_caption(ids, prompt), score)
+                for ids, score in zip(sequences, scores, strict=True)
+                if ids[0] >= 0
+            ]
+            for sequences, scores in zip(output.sequences.tolist(), output.scores.tolist(), strict=True)
+        ]
 
 
-def _one_ahead(work: Callable[[str], _T], paths: Sequence[PathLike]) -> Iterator[tuple[str, Future[_T]]]:
-    """(path, future of `work(path)`) in order; while one is consumed, the next is worked on in a thread."""
-    pending: deque[tuple[str, Future[_T]]] = deque()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as pool:
-        for path in paths:
-            name = os.fspath(path)
-            pending.append((name, pool.submit(work, name)))
-            if len(pending) > 1:
-                yield pending.popleft()
-        yield from pending
+def _load(
+    path: PathLike | None, task: Task, dtype: str | torch.dtype | None, device: str | torch.device | None
+) -> tuple[torch.nn.Module, Tokenizer]:
+    """The model of a checkpoint and its tokenizer."""
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    if path is None and not TINY_MODEL.exists():
+        raise CheckpointError(f"{TINY_MODEL}: the tiny model is not there: reinstall, or name a checkpoint")
+    path = TINY_MODEL if path is None else Path(path)
+    model = from_pretrained(path, task=task, dtype=dtype, device=device)
+    return model, Tokenizer.from_vocab(vocabulary_path(path), vocab_size=model.config.text.vocab_size)
 
 
-def _as_list(paths: Paths) -> list[PathLike]:
-    return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+def _each(paths: Paths) -> Iterable[PathLike]:
+    return [paths] if isinstance(paths, (str, os.PathLike)) else paths
+
+
+def _reason(problem: Exception, path: str) -> str:
+    """What an error says, on one line and without the path."""
+    return _one_line(str(problem) or type(problem).__name__).removeprefix(f"{_one_line(path)}: ")
 
 
 def _one_line(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from mplug2_fast.config import Task
-from mplug2_fast.tasks.base import Alternative, Paths, Result, VideoTask
+from mplug2_fast.tasks.base import Alternative, Paths, Result, VideoTask, Words
 
 
 class Captioner(VideoTask):
@@ -24,23 +24,38 @@ class Captioner(VideoTask):
         num_return: int = 1,
         min_length: int | None = None,
         max_length: int | None = None,
+        num_workers: int = 0,
+        timeout: float | None = 60.0,
     ) -> Iterator[Result]:
-        """One `Result` a file, in the order of the files, each as soon as it is ready.
+        """One `Result` a file, each as soon as it is ready; in the order of the files, unless worker processes decode.
 
         Args:
             paths: one file or several; an image is a video of one frame.
             num_beams: beams of the search; None takes the model's default, as for the lengths.
             num_return: how many captions a file, at most `num_beams`.
             min_length, max_length: of the caption, in tokens, the end token included and [CLS] not.
+            num_workers: processes that decode, in which a file that takes its decoder down costs only itself; 0 decodes
+                in a thread.
+            timeout: seconds that decoding a file may take in a worker process; None for no limit.
 
         Raises:
             ConfigError: options that contradict one another or the model.
             MPlug2Error: the device ran out of memory.
         """
+        return self.run(paths, self.words(num_beams, num_return, min_length, max_length), num_workers, timeout)
+
+    def words(
+        self,
+        num_beams: int | None = None,
+        num_return: int = 1,
+        min_length: int | None = None,
+        max_length: int | None = None,
+    ) -> Words:
+        """What turns image_embeds into captions, with the options of `caption`. Raises `ConfigError`."""
         options = self.generation_options(num_beams, num_return, min_length, max_length)
         prompt = self.model.config.generation.prompt
 
-        def words(image_embeds: Tensor) -> list[Alternative]:
+        def words(image_embeds: Tensor) -> list[list[Alternative]]:
             return self.texts(self.model.generate(image_embeds=image_embeds, **options), prompt)
 
-        return self.run(paths, words)
+        return words

@@ -1,5 +1,55 @@
-"""Video files and still images to the frames that the model sees."""
+"""Video files and still images to the frames that the model sees.
 
-from mplug2_fast.video.frames import frame_indices, load_video, read_frames
+A process that only decodes has no need of torch, so names are imported when they are first asked for.
+"""
 
-__all__ = ["frame_indices", "load_video", "read_frames"]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mplug2_fast.video.clip import Clip
+    from mplug2_fast.video.clips import Windows
+    from mplug2_fast.video.dali import DaliLoader
+    from mplug2_fast.video.dataset import ClipDataset
+    from mplug2_fast.video.frames import load_video, read_frames
+    from mplug2_fast.video.indices import frame_indices, random_frame_indices
+    from mplug2_fast.video.pool import DecodePool
+    from mplug2_fast.video.reader import VideoReader
+
+_EXPORTS = {
+    "Clip": "clip",
+    "ClipDataset": "dataset",
+    "DaliLoader": "dali",
+    "DecodePool": "pool",
+    "VideoReader": "reader",
+    "Windows": "clips",
+    "frame_indices": "indices",
+    "load_video": "frames",
+    "random_frame_indices": "indices",
+    "read_frames": "frames",
+}
+
+__all__ = [
+    "Clip",
+    "ClipDataset",
+    "DaliLoader",
+    "DecodePool",
+    "VideoReader",
+    "Windows",
+    "frame_indices",
+    "load_video",
+    "random_frame_indices",
+    "read_frames",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(f"mplug2_fast.video.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module 'mplug2_fast.video' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
-import torch
 
 from mplug2_fast.errors import VideoError
 from mplug2_fast.video.files import reason_not_readable
 from mplug2_fast.video.matroska import DamagedError, find_blocks
+from mplug2_fast.video.pixels import squash
 from mplug2_fast.video.seek import (
     CannotSeekError,
     PacketInfo,
@@ -54,50 +54,140 @@ _DECODER_OPTIONS = {"mjpeg": {"err_detect": "explode"}}
 _ONE_THREAD = frozenset(("h264", "mpeg4", "rv30", "rv40"))
 
 
-def decode_frames(path: str | os.PathLike[str], choose: Choice, *, may_seek: bool = True) -> list[np.ndarray]:
+def decode_frames(
+    path: str | os.PathLike[str],
+    choose: Choice,
+    *,
+    may_seek: bool = True,
+    threads: int | None = None,
+    image_size: int | None = None,
+) -> list[np.ndarray]:
     """The chosen frames of a video or image file.
 
     Args:
         path: the file.
         choose: from the number of frames to the indices to take.
         may_seek: False decodes everything.
+        threads: for decoding; None takes as many as torch does.
+        image_size: height and width that each frame is squashed to as soon as it is decoded, by the rule of
+            `mplug2_fast.ops.preprocess_frames`; None leaves them as they are.
 
     Returns:
         one array for each index, (height, width, 3), uint8, RGB, upright.
 
     Raises:
-        VideoError: the file cannot be read or decoded.
+        VideoError: the file cannot be read or decoded, or the chosen frames differ in size.
     """
     name = os.fsdecode(path)
-    if reason := reason_not_readable(name):
-        raise _error(name, reason)
-    scan = _scan(name)
-    if not scan.packets:
-        raise _error(name, "has no frames")
+    return decode_scanned(
+        name, scan_packets(name), choose, may_seek=may_seek, threads=usual_threads(threads), image_size=image_size
+    )
+
+
+def decode_scanned(
+    name: str, scan: Scan, choose: Choice, *, may_seek: bool = True, threads: int, image_size: int | None
+) -> list[np.ndarray]:
+    """`decode_frames` of a file whose packets are known."""
     indices = choose(max(scan.shown, 1))
-    plan = plan_segments(scan, indices, _threads(scan.codec)) if may_seek else None
+    plan = plan_segments(scan, indices, _threads(scan.codec, threads)) if may_seek else None
     if plan is not None:
         segments, times = plan
+        convert = _Converter(name, image_size)
         try:
-            with _open(name) as (container, stream):
-                found = decode_segments(container, stream, scan, segments, _Converter())
+            with _open(name, threads) as (container, stream):
+                found = dict(decode_segments(container, stream, scan, segments, convert))
             return [found[time] for time in times]
         except (CannotSeekError, av.FFmpegError):
             pass  # decoding everything tells whether the file is at fault
-    count, found = _decode_all(name, indices)
+    count, found = _decode_all(name, indices, threads, image_size)
     if count != scan.shown:
         indices = choose(count)
-        _, found = _decode_all(name, indices)
+        _, found = _decode_all(name, indices, threads, image_size)
         if not found.keys() >= set(indices):
             raise _error(name, "does not decode to the same frames twice")
     return [found[index] for index in indices]
 
 
+def stream_scanned(
+    name: str, scan: Scan, indices: list[int], *, threads: int, image_size: int | None
+) -> Iterator[np.ndarray]:
+    """The frames with these indices, in ascending order, as they are decoded: none is held.
+
+    Raises:
+        VideoError: as in `decode_frames`, perhaps after frames that were good; or there are fewer frames.
+    """
+    plan = plan_segments(scan, indices, _threads(scan.codec, threads)) if indices else None
+    convert = _Converter(name, image_size)
+    done = 0
+    if plan is not None:
+        segments, times = plan
+        with suppress(CannotSeekError, av.FFmpegError), _open(name, threads) as (container, stream):
+            for time, pixels in decode_segments(container, stream, scan, segments, convert):
+                while done < len(times) and times[done] == time:
+                    yield pixels
+                    done += 1
+            if done == len(times):
+                return
+    count = 0
+    for frame in _every_frame(name, threads):
+        if indices[done : done + 1] == [count]:
+            pixels = convert(frame)
+            while indices[done : done + 1] == [count]:
+                yield pixels
+                done += 1
+        count += 1
+    if done < len(indices):
+        raise _error(name, f"has only {count:,} frames: there is no frame {indices[done]:,}")
+
+
+def iterate_frames(
+    path: str | os.PathLike[str], *, threads: int | None = None, image_size: int | None = None
+) -> Iterator[np.ndarray]:
+    """Every frame of a file in order, as it is decoded: the arguments, arrays and errors of `decode_frames`.
+
+    An error may come after frames that were good.
+    """
+    name = os.fsdecode(path)
+    scan_packets(name)
+    convert = _Converter(name, image_size)
+    for frame in _every_frame(name, usual_threads(threads)):
+        yield convert(frame)
+
+
+def count_frames(name: str, scan: Scan, threads: int) -> int:
+    """The number of frames: what the packets tell where they can be trusted, or what decoding everything gives."""
+    return scan.shown if scan.one_frame_a_packet else sum(1 for _ in _every_frame(name, threads))
+
+
+def scan_packets(name: str) -> Scan:
+    """All packets of a file that is whole as far as can be told without decoding.
+
+    Raises:
+        VideoError: it is not, or has no packets.
+    """
+    if reason := reason_not_readable(name):
+        raise _error(name, reason)
+    scan = _scan(name)
+    if not scan.packets:
+        raise _error(name, "has no frames")
+    return scan
+
+
+def rotation(name: str) -> int:
+    """Degrees by which the frames of a file are turned to be upright, counterclockwise."""
+    return next(_every_frame(name, 1)).rotation
+
+
 def _scan(name: str) -> Scan:
     """Reads all packets of the video stream without decoding them."""
-    with _errors_of(name, "is corrupt: its packets cannot be read"), _open(name) as (container, stream):
+    with _errors_of(name, "is corrupt: its packets cannot be read"), _open(name, 1) as (container, stream):
         codec = stream.codec_context.codec.canonical_name
-        scan = Scan(container.format.name, codec)
+        scan = Scan(
+            container.format.name,
+            codec,
+            fps=None if stream.average_rate is None else float(stream.average_rate),
+            seconds_a_tick=None if stream.time_base is None else float(stream.time_base),
+        )
         blocks = _blocks(name) if scan.format == "matroska,webm" else {}
         tracks = set()
         for packet in container.demux(stream):
@@ -124,39 +214,65 @@ def _blocks(name: str) -> dict[int, int]:
         raise _error(name, f"is corrupt: {error}") from None
 
 
-def _decode_all(name: str, indices: Sequence[int]) -> tuple[int, dict[int, np.ndarray]]:
+def _decode_all(
+    name: str, indices: Sequence[int], threads: int, image_size: int | None
+) -> tuple[int, dict[int, np.ndarray]]:
     """The number of frames in the file, and those with these indices."""
     wanted, found, count = set(indices), {}, 0
-    convert = _Converter()
-    with _errors_of(name, "is corrupt: it cannot be decoded"), _open(name) as (container, stream):
+    convert = _Converter(name, image_size)
+    for frame in _every_frame(name, threads):
+        if count in wanted:
+            found[count] = convert(frame)
+        count += 1
+    return count, found
+
+
+def _every_frame(name: str, threads: int) -> Iterator[av.VideoFrame]:
+    empty = True
+    with _errors_of(name, "is corrupt: it cannot be decoded"), _open(name, threads) as (container, stream):
         for frame in container.decode(stream):
             if frame.is_corrupt:
                 raise _error(name, "is corrupt: the decoder reports a damaged frame")
-            if count in wanted:
-                found[count] = convert(frame)
-            count += 1
-    if count == 0:
+            empty = False
+            yield frame
+    if empty:
         raise _error(name, "has no frames")
-    return count, found
 
 
 class _Converter:
     """From decoded frames to upright RGB arrays; what it sets up for a size and pixel format serves the next frame."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, image_size: int | None) -> None:
+        self._name = name
+        self._image_size = image_size
+        self._sizes: set[tuple[int, int]] = set()
         self._reformatter = VideoReformatter()
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
         pixels = self._reformatter.reformat(frame, format="rgb24").to_ndarray()
-        return np.rot90(pixels, round(frame.rotation / 90))
+        pixels = np.rot90(pixels, round(frame.rotation / 90))
+        self._sizes.add(pixels.shape[:2])
+        if len(self._sizes) > 1:
+            sizes = " and ".join(f"{width}x{height}" for height, width in sorted(self._sizes))
+            raise _error(self._name, f"frames change size within the video ({sizes})")
+        return pixels if self._image_size is None else squash(pixels, self._image_size)
 
 
-def _threads(codec: str) -> int:
-    return 1 if codec in _ONE_THREAD else torch.get_num_threads()
+def usual_threads(threads: int | None) -> int:
+    """The number given, or as many as torch takes."""
+    if threads is not None:
+        return threads
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _threads(codec: str, threads: int) -> int:
+    return 1 if codec in _ONE_THREAD else threads
 
 
 @contextmanager
-def _open(name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+def _open(name: str, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The file and its video stream, ready to decode."""
     not_readable = "is not a video or image that can be read"
     with _errors_of(name, not_readable):
@@ -172,7 +288,7 @@ def _open(name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
             raise _error(name, "has a video stream of an unknown codec")
         stream.codec_context.options = _DECODER_OPTIONS.get(stream.codec_context.name, {})
         stream.thread_type = "AUTO"
-        stream.codec_context.thread_count = _threads(stream.codec_context.codec.canonical_name)
+        stream.codec_context.thread_count = _threads(stream.codec_context.codec.canonical_name, threads)
         yield container, stream
 
 

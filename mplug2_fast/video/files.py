@@ -6,6 +6,7 @@ container knows, so its own account of its length is compared with the file's, a
 
 from __future__ import annotations
 
+import mmap
 import os
 import stat
 from typing import BinaryIO
@@ -91,8 +92,11 @@ def _end_of_matroska(head: bytes) -> int:
 
 def _end_of_gif(file: BinaryIO) -> int:
     """The position after the trailer, or one beyond the end of the file where that comes first."""
-    file.seek(0)
-    data = file.read()
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return _end_of_gif_data(data)
+
+
+def _end_of_gif_data(data: mmap.mmap) -> int:
     beyond = len(data) + 1
 
     def after_colours(flags: int, position: int) -> int:

@@ -1,41 +1,15 @@
-"""Which frames of a video the model sees, and their pixels."""
+"""The pixels that the model sees of a video."""
 
 from __future__ import annotations
 
 import os
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mplug2_fast.errors import VideoError
 from mplug2_fast.ops.preprocess_frames import preprocess_frames
-
-
-def frame_indices(total: int, num_frames: int) -> list[int]:
-    """The frames of a video that the released pipeline takes at test time.
-
-    The video is cut into `num_frames` intervals of nearly equal length and the middle frame of each is taken:
-    (first + last) // 2. A video with fewer frames gives all of them and repeats the last.
-
-    Args:
-        total: number of frames in the video, at least 1.
-        num_frames: number of frames to take, at least 1.
-
-    Returns:
-        `num_frames` indices from 0 to `total - 1`, in ascending order.
-
-    Raises:
-        ValueError: either number is below 1.
-    """
-    for name, number in (("total", total), ("num_frames", num_frames)):
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, not {number}")
-    taken = min(num_frames, total)
-    bounds = np.linspace(0, total, taken + 1).astype(int).tolist()
-    indices = [(first + end - 1) // 2 for first, end in pairwise(bounds)]
-    return indices + indices[-1:] * (num_frames - taken)
+from mplug2_fast.video.indices import frame_indices
 
 
 def read_frames(path: str | os.PathLike[str], num_frames: int) -> Tensor:
@@ -58,14 +32,7 @@ def read_frames(path: str | os.PathLike[str], num_frames: int) -> Tensor:
     """
     if num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, not {num_frames}")
-    from mplug2_fast.video.decode import decode_frames
-
-    frames = decode_frames(path, lambda total: frame_indices(total, num_frames))
-    shapes = {frame.shape[:2] for frame in frames}
-    if len(shapes) > 1:
-        sizes = " and ".join(f"{width}x{height}" for height, width in sorted(shapes))
-        raise VideoError(f"{os.fspath(path)}: frames change size within the video ({sizes})")
-    return torch.from_numpy(np.stack(frames))
+    return torch.from_numpy(np.stack(_decode(path, num_frames, None)))
 
 
 def load_video(path: str | os.PathLike[str], num_frames: int = 16, image_size: int = 224) -> Tensor:
@@ -84,4 +51,12 @@ def load_video(path: str | os.PathLike[str], num_frames: int = 16, image_size: i
         ValueError: `num_frames` or `image_size` is below 1.
         ImportError: PyAV is not installed.
     """
-    return preprocess_frames(read_frames(path, num_frames), image_size)
+    if num_frames < 1 or image_size < 1:
+        raise ValueError(f"num_frames and image_size must be at least 1, not {num_frames} and {image_size}")
+    return preprocess_frames(torch.from_numpy(np.stack(_decode(path, num_frames, image_size))), image_size)
+
+
+def _decode(path: str | os.PathLike[str], num_frames: int, image_size: int | None) -> list[np.ndarray]:
+    from mplug2_fast.video.decode import decode_frames
+
+    return decode_frames(path, lambda total: frame_indices(total, num_frames), image_size=image_size)

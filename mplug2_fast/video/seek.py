@@ -13,12 +13,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame
     from av.container import InputContainer
     from av.video.stream import VideoStream
+
+_T = TypeVar("_T")
 
 # One packet is one frame, with its own time, in these containers and codecs.
 _FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
@@ -38,7 +40,7 @@ class CannotSeekError(Exception):
     """The file does not decode in parts as its packets promise; nothing is wrong with decoding it whole."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PacketInfo:
     """What one packet says of itself."""
 
@@ -57,11 +59,31 @@ class Scan:
     packets: list[PacketInfo] = field(default_factory=list)
     changes: bool = False
     """Whether the decoder's parameters change within the stream."""
+    fps: float | None = None
+    """The average rate that the container tells."""
+    seconds_a_tick: float | None = None
+    """The unit of presentation times."""
 
     @property
     def shown(self) -> int:
         """Number of packets whose frame is shown: as a rule the number of frames."""
         return sum(packet.shown for packet in self.packets)
+
+    @property
+    def one_frame_a_packet(self) -> bool:
+        """Whether each packet gives one frame, told by its time, and the first is a start: as far as packets tell."""
+        packets = self.packets
+        times = [packet.pts for packet in packets]
+        return bool(
+            self.format in _FORMATS
+            and self.codec in _CODECS
+            and not self.changes
+            and all(packet.shown for packet in packets)
+            and None not in times
+            and len(set(times)) == len(times)
+            and packets[0].fresh_start
+            and times[0] == min(times)
+        )
 
 
 @dataclass(frozen=True)
@@ -99,19 +121,10 @@ def is_shown(packet: Packet, codec: str) -> bool:
 
 def plan_segments(scan: Scan, indices: Sequence[int], threads: int) -> tuple[list[Segment], list[int]] | None:
     """The parts to decode for the frames with these indices, and the time of each frame; None to decode everything."""
+    if not scan.one_frame_a_packet:
+        return None
     packets = scan.packets
     times = [packet.pts for packet in packets]
-    if (
-        scan.format not in _FORMATS
-        or scan.codec not in _CODECS
-        or scan.changes
-        or not all(packet.shown for packet in packets)
-        or any(time is None for time in times)
-        or len(set(times)) < len(times)
-        or not packets[0].fresh_start
-        or times[0] != min(times)
-    ):
-        return None
     order = sorted(range(len(packets)), key=times.__getitem__)
     starts = [position for position, packet in enumerate(packets) if packet.fresh_start]
     parts: dict[int, list[int]] = {}
@@ -133,29 +146,29 @@ def decode_segments(
     stream: VideoStream,
     scan: Scan,
     segments: Sequence[Segment],
-    convert: Callable[[VideoFrame], Any],
-) -> dict[int, Any]:
-    """The converted frames at the segments' times.
+    convert: Callable[[VideoFrame], _T],
+) -> Iterator[tuple[int, _T]]:
+    """The segments' times, in ascending order, and the converted frames.
 
     Raises:
-        CannotSeekError: packets or frames are not those that were expected.
+        CannotSeekError: packets or frames are not those that were expected; frames that came before are right.
         av.FFmpegError: a packet cannot be decoded.
     """
     positions = {packet.pts: position for position, packet in enumerate(scan.packets)}
-    found = {}
     for segment in segments:
-        shown = []
+        start = scan.packets[segment.first].pts
+        expected = sorted(p.pts for p in scan.packets[segment.first : segment.last + 1] if p.pts >= start)
+        wanted, shown = set(segment.times), 0
         for frame in _decode_segment(container, stream, scan, segment, positions):
             if frame.is_corrupt:
                 raise CannotSeekError("a frame is damaged")
-            shown.append(frame.pts)
-            if frame.pts in segment.times:
-                found[frame.pts] = convert(frame)
-        start = scan.packets[segment.first].pts
-        expected = sorted(p.pts for p in scan.packets[segment.first : segment.last + 1] if p.pts >= start)
-        if shown != expected:
-            raise CannotSeekError("frames and packets have different times")
-    return found
+            if expected[shown : shown + 1] != [frame.pts]:
+                raise CannotSeekError("frames and packets have different times")
+            shown += 1
+            if frame.pts in wanted:
+                yield frame.pts, convert(frame)
+        if shown != len(expected):
+            raise CannotSeekError("frames are missing")
 
 
 def _decode_segment(

@@ -12,6 +12,8 @@ from bench.triton_resources import CAPABILITIES, DTYPES, RESULT, SHARED_LIMIT, c
 NAMES = [name for name, function in ops.OPERATORS.items() if "triton" in function.op.backends]
 # Those whose products belong on tensor cores.
 PRODUCTS = {"attention", "beam_attention", "linear_act", "local_temporal", "mlp"}
+# Those whose tiles the tensor memory accelerator moves.
+DESCRIBED = {"linear_act", "mlp"}
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -30,3 +32,7 @@ def test_no_spills(name: str, dtype: torch.dtype, capability: int):
             instructions |= found.instructions.keys()
     if name in PRODUCTS and dtype == torch.bfloat16:
         assert any("MMA" in instruction for instruction in instructions), "no tensor-core instruction"
+    if name in DESCRIBED and dtype == torch.bfloat16 and capability >= 90:
+        assert "UTMALDG" in instructions
+    if name in DESCRIBED and dtype == torch.bfloat16 and capability == 90:
+        assert "HGMMA" in instructions

@@ -50,4 +50,4 @@ def test_wide_weights_are_named_once(model):
 def test_every_product_of_a_vision_block_takes_a_packed_weight(model):
     packed = {id(weight) for weight in model.wide_weights()}
     for block in model.visual.blocks:
-        assert {id(p) for name, p in block.named_parameters() if p.ndim == 2 and "conv" not in name} <= packed
+        assert {id(p) for name, p in block.named_parameters() if p.ndim > 1 and ".conv." not in name} <= packed

@@ -58,7 +58,7 @@ def test_local_temporal_starts_as_the_identity_and_learns():
     module, x = LocalTemporal(16, reduction=4, kernel_size=5), torch.randn(2, 6, 5, 16)
     assert torch.equal(module(x), x)
     module(x).square().sum().backward()
-    assert module.up.weight.grad.norm() > 0
+    assert module.up_proj.weight.grad.norm() > 0
     with pytest.raises(ValueError, match="odd"):
         LocalTemporal(16, kernel_size=4)
 

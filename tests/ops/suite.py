@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mplug2_fast import ops
-from mplug2_fast.ops import gpu, native
+from mplug2_fast.ops import gpu, native, packages
 from mplug2_fast.ops.dispatch import Op
 from mplug2_fast.ops.spec import Sizes
 from tests.tolerance import assert_close_enough
@@ -37,6 +37,8 @@ TRITON_DTYPES = DTYPES if CUDA else (torch.float32, torch.float16) if gpu.INTERP
 
 
 def device(backend: str | None) -> str:
+    if backend in packages.BACKENDS:
+        return "cuda"
     return TRITON_DEVICE if backend == "triton" else "cpu"
 
 
@@ -184,25 +186,35 @@ def given_dtype(given: dict[str, Any]) -> torch.dtype:
     return next(v.dtype for v in given.values() if isinstance(v, Tensor) and v.is_floating_point())
 
 
+def with_sizes(op: Op, ways: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Every way with all awkward sizes; that of a package, which is free to refuse, with those that it serves."""
+
+    def served(sizes: Sizes, dtype: torch.dtype, backend: str, *_: Any) -> bool:
+        if backend not in packages.BACKENDS:
+            return True
+        given = op.spec.inputs(sizes, dtype, device(backend))
+        return not op._reasons(op.backends[backend], tuple(given.values()), False)
+
+    return [(sizes, *way) for sizes in op.spec.awkward for way in ways if served(sizes, *way)]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Hooked up in conftest.py: parameters from the operator's specification."""
     operator = getattr(metafunc.cls, "operator", None)
     if operator is None:
         return
-    names, backends = metafunc.fixturenames, operator.op.backends
-    cpu, triton = "cpu" in backends, "triton" in backends and TRITON_DEVICE is not None
+    names, op = metafunc.fixturenames, operator.op
+    cpu, triton = "cpu" in op.backends, "triton" in op.backends and TRITON_DEVICE is not None
     on_triton = [(dtype, "triton") for dtype in TRITON_DTYPES if triton]
-    if "sizes" in names:
-        metafunc.parametrize("sizes", operator.op.spec.awkward, ids=label)
+    on_packages = [(dtype, name) for name in packages.BACKENDS if name in op.backends and CUDA for dtype in DTYPES]
+    others = [*((dtype, "torch") for dtype in DTYPES), *on_triton, *on_packages]
     if "backend" in names:
         ways = [(dtype, "cpu", isa) for dtype in native.DTYPES for isa in ISAS or [None] if cpu]
-        ways += [(dtype, "torch", None) for dtype in DTYPES]
-        ways += [(*way, None) for way in on_triton]
-        metafunc.parametrize(("dtype", "backend", "isa"), ways, ids=label)
+        ways += [(*way, None) for way in others]
+        metafunc.parametrize(("sizes", "dtype", "backend", "isa"), with_sizes(op, ways), ids=label)
     if "gradient_backend" in names:
-        ways = [(dtype, "cpu") for dtype in native.DTYPES if cpu]
-        ways += [(dtype, "torch") for dtype in DTYPES] + on_triton
-        metafunc.parametrize(("dtype", "gradient_backend"), ways, ids=label)
+        ways = [(dtype, "cpu") for dtype in native.DTYPES if cpu] + others
+        metafunc.parametrize(("sizes", "dtype", "gradient_backend"), with_sizes(op, ways), ids=label)
     if "anywhere" in names:
         metafunc.parametrize("anywhere", [None, "triton"] if triton else [None], ids=label)
     if "opcheck_dtype" in names:

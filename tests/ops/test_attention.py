@@ -3,23 +3,100 @@ import torch
 
 from mplug2_fast import ops
 from mplug2_fast.ops.attention import attention_with_dropout
-from tests.ops.suite import DifferentiableOpSuite
+from tests.ops.suite import TRITON_DEVICE, DifferentiableOpSuite, device
+
+TRITON = ["triton"] if TRITON_DEVICE else []
 
 
 class TestSpecification(DifferentiableOpSuite):
     operator = ops.attention
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+def random(backend, *shape):
+    return torch.randn(shape, device=device(backend))
+
+
+@pytest.mark.parametrize("backend", ["cpu", *TRITON, "torch", "reference"])
 def test_a_query_that_sees_no_key_gets_zeros(backend, native_module):
-    query, key, value = (torch.randn(2, 3, 2, 16) for _ in range(3))
-    mask = torch.tensor([[0, 0, 0], [0, 1, 1]])
+    query, key, value = (random(backend, 2, 3, 2, 16) for _ in range(3))
+    mask = torch.tensor([[0, 0, 0], [0, 1, 1]], device=query.device)
     with ops.use_backend(backend):
         assert not ops.attention(query, key, value, key_padding_mask=mask)[0].any()
         causal = ops.attention(query, key, value, key_padding_mask=mask, causal=True)
     assert not causal[0].any()
     assert not causal[1, 0].any()
     assert causal[1, 1:].abs().min() > 0
+
+
+@pytest.mark.parametrize("backend", [*TRITON, "torch"])
+@pytest.mark.parametrize("length", [5, 70])
+def test_gradients_of_padding_and_of_a_query_that_sees_no_key_are_zeros(backend, length):
+    leaves = [random(backend, 2, length, 2, 16).requires_grad_() for _ in range(3)]
+    mask = torch.ones(2, length, dtype=torch.bool, device=leaves[0].device)
+    mask[0], mask[1, 0] = False, False
+    query, *memory = leaves
+    key, value = (tensor.masked_fill(~mask[:, :, None, None], torch.nan) for tensor in memory)
+    with ops.use_backend(backend):
+        out = ops.attention(query, key, value, key_padding_mask=mask, causal=True)
+    padded = torch.autograd.grad(out.square().sum(), [query, key, value])
+    for gradient in padded:
+        assert not gradient[0].any()
+        assert not gradient[1, 0].any()
+        assert gradient[1, 2:-1].abs().min() > 0
+    with ops.use_backend("reference"):
+        other = ops.attention(*leaves, key_padding_mask=mask, causal=True)
+    for gradient, expected in zip(padded, torch.autograd.grad(other.square().sum(), leaves), strict=True):
+        torch.testing.assert_close(gradient, expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("backend", [*TRITON, "torch"])
+def test_gradients_that_are_asked_for(backend):
+    tensors = [random(backend, 1, 9, 2, 16) for _ in range(3)]
+    with ops.use_backend(backend):
+        every = torch.autograd.grad(
+            ops.attention(*(leaves := [t.clone().requires_grad_() for t in tensors])).square().sum(), leaves
+        )
+        for index, expected in enumerate(every):
+            leaf = tensors[index].clone().requires_grad_()
+            out = ops.attention(*tensors[:index], leaf, *tensors[index + 1 :])
+            (found,) = torch.autograd.grad(out.square().sum(), [leaf])
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("backend", "name"), [*((b, "attention_train") for b in TRITON), ("torch", "attention")])
+def test_training_under_compile(backend, name):
+    """What the backward reads comes out of the graph's one operator: the forward is not computed twice."""
+    query, key, value = (random(backend, 2, 17, 2, 16).requires_grad_() for _ in range(3))
+    mask = torch.ones(2, 17, dtype=torch.bool, device=query.device)
+    mask[1, 9:] = False
+    called = []
+
+    def compiler(graph, inputs):
+        called.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def loss(query, key, value):
+        return ops.attention(query * 2, key, value, key_padding_mask=mask, causal=True).square().mean()
+
+    torch._dynamo.reset()
+    with ops.use_backend(backend):
+        compiled = torch.compile(loss, fullgraph=True, backend=compiler)(query, key, value)
+        found = torch.autograd.grad(compiled, [query, key, value])
+        eager = loss(query, key, value)
+        expected = torch.autograd.grad(eager, [query, key, value])
+    assert getattr(torch.ops.mplug2_fast, name).default in called
+    torch.testing.assert_close((compiled, found), (eager, expected))
+
+
+def test_what_the_triton_kernels_do_not_serve():
+    pytest.importorskip("triton")
+    reasons = ops.attention.op.backends["triton"].not_supported_reasons
+    query, wide = torch.randn(1, 3, 2, 16), torch.randn(1, 3, 2, 136)
+    assert reasons(wide, wide, wide, None, False) == ["the Triton kernels are for heads of up to 128 channels, not 136"]
+    assert reasons(query, query.half(), query, None, False) == [
+        "key is torch.float16, the first argument torch.float32"
+    ]
+    assert not reasons(query, query, query, None, False)
 
 
 def test_threads_do_not_change_the_result(native_module):
@@ -35,10 +112,15 @@ def test_threads_do_not_change_the_result(native_module):
     assert torch.equal(results[0], results[2])
 
 
-def test_no_keys(native_module):
-    query, nothing = torch.randn(2, 3, 2, 16), torch.randn(2, 0, 2, 16)
-    with ops.use_backend("cpu"):
-        assert not ops.attention(query, nothing, nothing).any()
+@pytest.mark.parametrize("backend", ["cpu", *TRITON])
+def test_no_keys(backend, native_module):
+    query, nothing = random(backend, 2, 3, 2, 16).requires_grad_(), random(backend, 2, 0, 2, 16).requires_grad_()
+    with ops.use_backend(backend):
+        out = ops.attention(query, nothing, nothing)
+        assert not out.any()
+        out.sum().backward()
+    assert not query.grad.any()
+    assert nothing.grad.shape == nothing.shape
 
 
 def test_dropout():

@@ -18,6 +18,7 @@ def test_explain(native_module):
     assert explanation.chosen == "cpu"
     assert explanation.reasons == {
         "triton": ("it is for cuda, not for cpu",),
+        "apex": ("it is for cuda, not for cpu",),
         "torch": ("cpu comes first",),
         "reference": ("it runs only where use_backend asks for it",),
     }

@@ -4,17 +4,20 @@ from torch.nn import functional as F
 
 from mplug2_fast import ops
 from mplug2_fast.ops.local_temporal import temporal_conv
-from tests.ops.suite import DifferentiableOpSuite
+from tests.ops.suite import TRITON_DEVICE, DifferentiableOpSuite, device
+
+BACKENDS = ["cpu", "torch", "reference", *(["triton"] if TRITON_DEVICE else [])]
 
 
 class TestSpecification(DifferentiableOpSuite):
     operator = ops.local_temporal
 
 
-@pytest.fixture(params=["cpu", "torch", "reference"])
+@pytest.fixture(params=BACKENDS)
 def run(request, native_module):
     """The operator on one backend, with other arguments where they are given."""
-    given = ops.local_temporal.op.spec.inputs({"batch": 2, "frames": 4, "patches": 9, "channels": 16, "inner": 8})
+    sizes = {"batch": 2, "frames": 4, "patches": 9, "channels": 16, "inner": 8}
+    given = ops.local_temporal.op.spec.inputs(sizes, device=device(request.param))
 
     def call(**changes):
         with ops.use_backend(request.param):
@@ -48,7 +51,9 @@ def test_temporal_conv(frames, kernel):
     x, weight, bias = torch.randn(2, frames, 3, 4), torch.randn(4, kernel), torch.randn(4)
     flat = x.permute(0, 2, 3, 1).reshape(6, 4, frames)
     expected = F.conv1d(flat, weight[:, None], bias, padding=kernel // 2, groups=4)
-    torch.testing.assert_close(temporal_conv(x, weight, bias), expected.view(2, 3, 4, frames).permute(0, 3, 1, 2))
+    expected = expected.view(2, 3, 4, frames).permute(0, 3, 1, 2)
+    torch.testing.assert_close(temporal_conv(x, weight, bias), expected)
+    torch.testing.assert_close(temporal_conv(x, weight, None), expected - bias)
 
 
 def test_bad_arguments(run):
@@ -58,3 +63,64 @@ def test_bad_arguments(run):
         run(down_weight=torch.randn(8, 15))
     with pytest.raises(ValueError, match="x must be"):
         run(x=torch.randn(4, 10, 16))
+    with pytest.raises(ValueError, match="activation is 'relu': it must be one of none, gelu, quick_gelu"):
+        run(activation="relu")
+    with pytest.raises(ValueError, match="norm_bias is given without a norm_weight"):
+        run(norm_weight=None)
+
+
+def test_without_class_token_every_token_is_a_patch(run):
+    patches = run.given["x"][:, :, 1:]
+    torch.testing.assert_close(run(x=patches, class_token=False), run()[:, :, 1:])
+
+
+def test_without_residual_the_class_token_still_passes_by(run):
+    x, update = run.given["x"], run(residual=False)
+    assert torch.equal(update[:, :, 0], x[:, :, 0])
+    torch.testing.assert_close(update[:, :, 1:], (run() - x)[:, :, 1:])
+
+
+@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "reference"])
+def test_no_patches_at_all(backend, native_module):
+    sizes = {"batch": 2, "frames": 4, "patches": 0, "channels": 16, "inner": 8}
+    given = ops.local_temporal.op.spec.inputs(sizes, device=device(backend))
+    with ops.use_backend(backend):
+        assert torch.equal(ops.local_temporal(**given), given["x"])
+        assert ops.local_temporal(**{**given, "x": given["x"][:, :, 1:], "class_token": False}).shape == (2, 4, 0, 16)
+
+
+@pytest.mark.skipif(TRITON_DEVICE is None, reason="no GPU, and Triton does not interpret")
+class TestTriton:
+    @pytest.mark.parametrize(("frames", "kernel"), [(16, 3), (31, 5), (100, 3), (128, 9)])
+    def test_many_frames(self, frames, kernel):
+        sizes = {"batch": 2, "frames": frames, "patches": 2, "channels": 20, "inner": 8, "kernel": kernel}
+        given = ops.local_temporal.op.spec.inputs(sizes, device=TRITON_DEVICE)
+        leaves = {n: v.requires_grad_() if isinstance(v, torch.Tensor) else v for n, v in given.items()}
+        results, gradients = [], []
+        for backend in ("triton", "torch"):
+            with ops.use_backend(backend):
+                results.append(ops.local_temporal.op(*leaves.values()))
+            tensors = [v for v in leaves.values() if isinstance(v, torch.Tensor)]
+            gradients.append(torch.autograd.grad(results[-1].square().sum(), tensors))
+        torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+        for ours, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+    def test_more_frames_than_a_tile_has_are_torchs(self):
+        given = ops.local_temporal.op.spec.inputs(
+            {"batch": 1, "frames": 129, "patches": 1, "channels": 8, "inner": 4}, device=TRITON_DEVICE
+        )
+        explanation = ops.explain(ops.local_temporal, **given)
+        assert "up to 128, not 129" in str(explanation)
+
+    def test_statistics_of_rows_far_from_zero(self):
+        """A norm that subtracted squares would have nothing left of them."""
+        sizes = {"batch": 1, "frames": 2, "patches": 5, "channels": 200, "inner": 8}
+        given = ops.local_temporal.op.spec.inputs(sizes, device=TRITON_DEVICE)
+        given["x"] = given["x"] + 1000
+        with ops.use_backend("triton"):
+            ours = ops.local_temporal(
+                **given,
+            )
+        exact = ops.local_temporal.op.spec.reference(**given, upcast=True)
+        assert (ours - given["x"] - (exact - given["x"])).abs().max() < 2e-3

@@ -45,9 +45,9 @@ def whole_decodes(monkeypatch):
     names = []
     original = decode._decode_all
 
-    def recording(name, indices):
+    def recording(name, *rest):
         names.append(name)
-        return original(name, indices)
+        return original(name, *rest)
 
     monkeypatch.setattr(decode, "_decode_all", recording)
     return names

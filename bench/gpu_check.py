@@ -1,0 +1,353 @@
+"""Tests and measures everything on a GPU, with what is on the machine: no network, no make.
+
+    python bench/gpu_check.py                       # or make gpu-check
+    python bench/gpu_check.py --only tests,sanitizer
+    python bench/gpu_check.py --only peer --budget 900    # the model beside its compiled peer, which takes minutes
+
+Steps are an installation of this checkout, the tests with GPU tests required, compute-sanitizer over a small run, and
+the benchmarks of the operators and of the model. Each has a share of the time, and later ones run although an earlier
+one fails. Logs, JUnit, JSON and a summary are left in $OUT, or in bench/results/gpu. The exit status is 1 if a step
+failed. Outside a git checkout MPLUG2_FAST_COMMIT names the commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    # A script's own folder is on the path; the packages are one above.
+    sys.path[0] = str(ROOT)
+
+BUDGET = 520.0
+"""Seconds for all steps: under nine minutes with what stopping them takes."""
+STOPPING, REPORTING = 5.0, 25.0
+SHARES = {"install": 60, "tests": 230, "sanitizer": 55, "ops": 75, "model": 95, "peer": 300}
+DEFAULT = ("tests", "sanitizer", "ops", "model")
+GROUPS = {"bench": ("ops", "model")}
+
+LATE = "the time for all tests is up"
+"""What tests/conftest.py says of a test that it does not run any more."""
+
+# Tests that cannot do without a package, which may be missing where there is no network.
+NEEDS = {
+    "av": (
+        "tests/video",
+        "tests/test_cli.py",
+        "tests/examples/test_generator.py::test_an_encoded_clip_looks_as_it_was_drawn",
+        "tests/examples/test_moving_shapes.py::test_frames_become_pixels_as_load_video_makes_them",
+    ),
+    "skvideo": ("tests/video/test_frames.py",),
+}
+# Those that use the GPU come first, should the time not suffice for all.
+FIRST = ("tests/gpu", "tests/ops", "tests/nn", "tests/model", "tests/golden")
+PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "setuptools", "av")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that ran: its exit status, None where its time was up."""
+
+    status: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A step: status is "passed", "failed" or "left out"; `note` tells why, or what was found."""
+
+    name: str
+    status: str
+    seconds: float = 0.0
+    command: str = ""
+    note: str = ""
+
+
+# (command, log file, limit in seconds, variables added to the environment)
+Run = Callable[[Sequence[str], Path, float, Mapping[str, str]], Finished]
+
+
+def run_command(command: Sequence[str], log: Path, limit: float, variables: Mapping[str, str]) -> Finished:
+    """Runs in the checkout. At the limit the command is interrupted, so that it may write what it has, and then killed
+    with all that it started."""
+    start = time.monotonic()
+    with log.open("a") as output:
+        output.write(f"$ {shlex.join(command)}\n")
+        output.flush()
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status: int | None = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            status = None
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOPPING)
+        finally:
+            _kill_group(process)
+    return Finished(status, time.monotonic() - start)
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@dataclass
+class Check:
+    """The steps, with a folder for what they leave and a way to run commands."""
+
+    out: Path
+    run: Run = run_command
+
+    def step(self, name: str, limit: float) -> Outcome:
+        start = time.monotonic()
+        try:
+            outcome = getattr(self, name)(limit)
+        except Exception as error:  # a step that cannot even begin must not take the others with it
+            outcome = Outcome(name, "failed", note=f"{type(error).__name__}: {error}")
+        return replace(outcome, seconds=round(time.monotonic() - start, 1))
+
+    def _command(self, name: str, command: Sequence[str], limit: float, **variables: str) -> Outcome:
+        finished = self.run(command, self.out / f"{name}.log", limit, variables)
+        status = "passed" if finished.status == 0 else "failed"
+        note = "" if finished.status == 0 else f"exit status {finished.status}, see {name}.log"
+        if finished.status is None:
+            note = f"stopped after {limit:.0f} s, see {name}.log"
+        return Outcome(name, status, command=shlex.join(command), note=note)
+
+    def install(self, limit: float) -> Outcome:
+        """With pip, from what is installed; where that fails as the package's folders need it, the native module built
+        by hand."""
+        pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "-e", "."]
+        outcome = self._command("install", pip, limit)
+        if outcome.status == "passed":
+            return replace(outcome, note="pip, editable")
+        link = ROOT / "mplug2_fast" / "kernels"
+        if not link.exists():
+            link.symlink_to(Path("..") / "kernels")
+        build = str(ROOT / "build" / "gpu-check")
+        steps = (
+            ["cmake", "-S", str(ROOT), "-B", build, f"-DPython_EXECUTABLE={sys.executable}"],
+            ["cmake", "--build", build, "--parallel"],
+            ["cmake", "--install", build, "--prefix", str(ROOT)],
+        )
+        built = all(self._command("install", step, limit).status == "passed" for step in steps)
+        native = "the native module was built by hand" if built else "WITHOUT the native module"
+        note = f"pip could not ({outcome.note}): kernels is linked into mplug2_fast, {native}"
+        return replace(outcome, status="passed", note=note)
+
+    def tests(self, limit: float) -> Outcome:
+        report, missing = self.out / "tests.xml", list(missing_tests())
+        # What is named is collected, whatever --ignore says.
+        present = [path for path in ordered_tests() if path not in {test for _, test in missing}]
+        command = [sys.executable, "-m", "pytest", *present, "-v", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        if _found("xdist"):
+            command += ["--numprocesses", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
+        if _found("pytest_timeout"):
+            command += ["--timeout", "100"]
+        command += [f"--{'deselect' if '::' in test else 'ignore'}={test}" for _, test in missing]
+        # pytest-xdist writes no report when it is interrupted: the tests are told when to end.
+        deadline = time.time() + max(limit - REPORTING, 0.8 * limit)
+        variables = {"MPLUG2_FAST_GPU": "required", "MPLUG2_FAST_DEADLINE": str(deadline)}
+        outcome = self._command("tests", command, limit, MPLUG2_FAST_TUNING="off", **variables)
+        notes = [outcome.note, summary_of(report)]
+        notes += [f"without {package}: {test}" for package, test in missing]
+        return replace(outcome, note="; ".join(filter(None, notes)))
+
+    def sanitizer(self, limit: float) -> Outcome:
+        tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+        if tool is None:
+            return Outcome("sanitizer", "left out", note="compute-sanitizer is not installed")
+        command = [tool, "--tool", "memcheck", "--target-processes", "application-only", "--error-exitcode", "9"]
+        command += [sys.executable, "-m", "bench.gpu_memcheck"]
+        # An allocation of its own for every tensor, so that what lies beyond it is nobody's.
+        variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "MPLUG2_FAST_TUNING": "off"}
+        return self._command("sanitizer", command, limit, **variables)
+
+    def ops(self, limit: float) -> Outcome:
+        return self._bench("ops", ["--ops", "--no-peer"], limit)
+
+    def model(self, limit: float) -> Outcome:
+        return self._bench("model", ["--preset", "large", "--dtype", "bfloat16", "--no-peer"], limit)
+
+    def peer(self, limit: float) -> Outcome:
+        return self._bench("peer", ["--preset", "large", "--dtype", "bfloat16"], limit)
+
+    def _bench(self, name: str, options: Sequence[str], limit: float) -> Outcome:
+        target = self.out / f"{name}.json"
+        command = [sys.executable, "bench/run.py", *options, "--device", "cuda", "--json", str(target)]
+        return self._command(name, command, limit, MPLUG2_FAST_TUNING=str(self.out / "tuning"))
+
+
+def _found(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def ordered_tests() -> list[str]:
+    """All folders and files of tests, without one that holds another: pytest would go by the alphabet then."""
+    files = sorted(
+        {*(ROOT / "tests").glob("test_*.py"), *(path.parent for path in (ROOT / "tests").glob("*/test_*.py"))}
+    )
+    return list(dict.fromkeys([*FIRST, *(path.relative_to(ROOT).as_posix() for path in files)]))
+
+
+def missing_tests() -> Iterator[tuple[str, str]]:
+    """(package, test) for tests that are left out for want of a package."""
+    seen = set()
+    for package, tests in NEEDS.items():
+        for test in tests:
+            if not _found(package) and not any(test.startswith(other) for other in seen):
+                seen.add(test)
+                yield package, test
+
+
+def summary_of(report: Path) -> str:
+    """What pytest's JUnit file says: the numbers, and the first tests that failed when there was time for them."""
+    if not report.exists():
+        return "no report was written"
+    suites = ElementTree.parse(report).getroot().findall("testsuite")
+    number = {
+        key: sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")
+    }
+    cases = [case for suite in suites for case in suite.iter("testcase")]
+    reasons = [(case, reason) for case in cases for kind in ("failure", "error") for reason in case.findall(kind)]
+    late = [case for case, reason in reasons if LATE in reason.get("message", "")]
+    bad = [case for case, _ in reasons if case not in late]
+    text = ", ".join(f"{count} {key}" for key, count in number.items())
+    names = ", ".join(f"{case.get('classname')}::{case.get('name')}" for case in bad[:20])
+    text += f", {len(late)} of the errors for want of time" if late else ""
+    return text + (f" ({names}{', …' if len(bad) > 20 else ''})" if bad else "")
+
+
+def no_gpu() -> str | None:
+    """Why there is nothing to check on this machine."""
+    try:
+        import torch
+    except ImportError as error:
+        return f"torch cannot be imported: {error}"
+    if torch.cuda.is_available():
+        return None
+    built = "is built without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda} sees no device"
+    return f"no GPU: this torch ({torch.__version__}) {built}"
+
+
+def describe() -> dict[str, Any]:
+    """Date, card, driver, versions and commit; what cannot be found out is "unknown"."""
+    import torch
+
+    from bench import machine
+
+    def told(*command: str) -> str:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        except (OSError, subprocess.SubprocessError):
+            return "unknown"
+        return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "unknown"
+
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    smi = told("nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader")
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": machine.commit() or "unknown",
+        "card": torch.cuda.get_device_name(0),
+        "capability": ".".join(map(str, torch.cuda.get_device_capability(0))),
+        "cards": torch.cuda.device_count(),
+        "driver": smi.split(",")[0],
+        "cuda": torch.version.cuda,
+        "nvcc": told("nvcc", "--version"),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "packages": {package: version(package) for package in PACKAGES},
+    }
+
+
+def write(out: Path, described: Mapping[str, Any], outcomes: Sequence[Outcome]) -> None:
+    """summary.json and summary.md, after every step, so that there is one whatever happens."""
+    steps = [asdict(outcome) for outcome in outcomes]
+    (out / "summary.json").write_text(json.dumps({**described, "steps": steps}, indent=1) + "\n")
+    packages = ", ".join(f"{name} {version}" for name, version in described["packages"].items())
+    lines = [
+        f"# {described['card']}, {described['date']}",
+        "",
+        f"Commit {described['commit']}; driver {described['driver']}, CUDA {described['cuda']}, "
+        f"Python {described['python']}; {packages}.",
+        "",
+        "| step | status | seconds | |",
+        "| --- | --- | ---: | --- |",
+        *(f"| {o.name} | {o.status} | {o.seconds:.0f} | {o.note.replace('|', '/')} |" for o in outcomes),
+    ]
+    (out / "summary.md").write_text("\n".join(lines) + "\n")
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[list[str], float]:
+    """The steps after the installation, and the seconds for all."""
+    parser = argparse.ArgumentParser(
+        prog="bench/gpu_check.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = [name for name in SHARES if name != "install"]
+    parser.add_argument(
+        "--only", metavar="STEP[,STEP]", default=",".join(DEFAULT), help=f"{', '.join([*known, *GROUPS])}"
+    )
+    parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds for all steps (default: {BUDGET:.0f})")
+    options = parser.parse_args(arguments)
+    chosen = [step for name in options.only.split(",") for step in GROUPS.get(name, (name,))]
+    for name in chosen:
+        if name not in known:
+            parser.error(f"no such step {name!r}: choose from {', '.join([*known, *GROUPS])}")
+    return [name for name in known if name in chosen], options.budget
+
+
+def main(arguments: Sequence[str] | None = None, run: Run = run_command) -> int:
+    chosen, budget = parse(arguments)
+    if reason := no_gpu():
+        print(reason, file=sys.stderr)
+        return 1
+    out = Path(os.environ.get("OUT") or ROOT / "bench" / "results" / "gpu").resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    check, end = Check(out, run), time.monotonic() + budget
+    described, outcomes = describe(), list[Outcome]()
+    steps = ["install", *chosen]
+    for index, name in enumerate(steps):
+        share = SHARES[name] / sum(SHARES[later] for later in steps[index:])
+        outcome = check.step(name, max(1.0, share * (end - time.monotonic())))
+        outcomes.append(outcome)
+        write(out, described, outcomes)
+        print(f"{name}: {outcome.status}, {outcome.seconds:.0f} s. {outcome.note}", flush=True)
+    return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,444 @@
+"""Local temporal modules: norm, down-projection, convolution over time and activation in one launch, the up-projection
+with the residual in another.
+
+A tile of the first launch is all frames of a few positions, so the convolution finds the frames that it wants in the
+tile's own registers. Only the inner activations, half as wide as x, lie in memory between the launches. A tile's rows
+are read twice, for their statistics and as they are multiplied; the second time they come from the L2 cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mplug2_fast.kernels._launch import Kernel, interpreted, power_of_2
+from mplug2_fast.kernels._tuning import Config
+
+QUICK_GELU_SCALE = tl.constexpr(1.702)
+
+
+@triton.jit
+def _activated(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu":
+        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "quick_gelu":
+        z = z / (1.0 + tl.exp(z * -QUICK_GELU_SCALE))
+    return z
+
+
+@triton.jit
+def _slope(z, ACTIVATION: tl.constexpr):
+    """The derivative of the activation."""
+    if ACTIVATION == "none":
+        return tl.full(z.shape, 1.0, tl.float32)
+    if ACTIVATION == "gelu":
+        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    sigmoid = 1.0 / (1.0 + tl.exp(z * -QUICK_GELU_SCALE))
+    return sigmoid * (1.0 + z * QUICK_GELU_SCALE * (1.0 - sigmoid))
+
+
+@triton.jit
+def _statistics(
+    x, channels, eps, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr
+):  # fmt: skip
+    """Mean and 1 / standard deviation `(ROWS, 1)` of the rows at the pointers x `(ROWS, 1)`, in one pass: each column
+    of the blocks keeps the mean and the squared deviations of its own values (Welford), and those are joined."""
+    column = tl.arange(0, BLOCK_K)[None, :]
+    mean = tl.zeros((ROWS, BLOCK_K), tl.float32)
+    spread = tl.zeros((ROWS, BLOCK_K), tl.float32)
+    for first in tl.range(0, channels, BLOCK_K, num_stages=STAGES):
+        if EVEN_K:
+            value = tl.load(x + first + column).to(tl.float32)
+            delta = value - mean
+        else:
+            there = first + column < channels
+            value = tl.load(x + first + column, there, 0.0).to(tl.float32)
+            delta = tl.where(there, value - mean, 0.0)
+        mean += delta * (1.0 / (first // BLOCK_K + 1))
+        spread += delta * (value - mean)
+    count = tl.cdiv(channels - column, BLOCK_K)
+    joined = tl.sum(mean * count, axis=1, keep_dims=True) / channels
+    apart = mean - joined
+    variance = tl.sum(spread + count * apart * apart, axis=1, keep_dims=True) / channels
+    return joined, 1.0 / tl.sqrt(variance + eps)
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right half of a tile's columns: what comes after a product is done with one after the other, so
+    that registers suffice for large tiles."""
+    rows: tl.constexpr = tile.shape[0]
+    half: tl.constexpr = tile.shape[1] // 2
+    return tile.reshape(rows, 2, half).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _convolve(
+    tile, there, first_column, weight, bias, out, frames, inner,
+    FRAMES: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """act(conv(tile)) to the rows at the pointers out `(rows, 1)` that are there. The frames of a position are
+    neighbouring rows of the tile."""
+    ROWS: tl.constexpr = tile.shape[0]
+    COLUMNS: tl.constexpr = tile.shape[1]
+    column = first_column + tl.arange(0, COLUMNS)
+    inside = column < inner
+    tile = tile.reshape(ROWS // FRAMES, FRAMES, COLUMNS)
+    time = tl.arange(0, FRAMES)[None, :, None]
+    z = tl.zeros(tile.shape, tl.float32)
+    for tap in tl.static_range(KERNEL):
+        if tap - KERNEL // 2 < FRAMES and KERNEL // 2 - tap < FRAMES:
+            seen = tile
+            if tap != KERNEL // 2:
+                other = time + (tap - KERNEL // 2)
+                index = tl.minimum(tl.maximum(other, 0), FRAMES - 1).broadcast_to(tile.shape)
+                seen = tl.where((other >= 0) & (other < frames), tl.gather(tile, index, axis=1), 0.0)
+            taps = tl.load(weight + column * KERNEL + tap, inside, 0.0).to(tl.float32)
+            z += seen.to(tl.float32) * taps[None, None, :]
+    if HAS_BIAS:
+        z += tl.load(bias + column, inside, 0.0).to(tl.float32)[None, None, :]
+    z = _activated(z, ACTIVATION).reshape(ROWS, COLUMNS)
+    tl.store(out + column[None, :], z, there[:, None] & inside[None, :])
+
+
+@triton.jit
+def local_temporal_down(
+    x, norm_weight, norm_bias, down_weight, down_bias, conv_weight, conv_bias, h, out,
+    positions, frames, patches, channels, inner, x_batch, x_frame, x_token, out_tokens, eps,
+    FRAMES: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_NORM_BIAS: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_CONV_BIAS: tl.constexpr, SAVES_H: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN_K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """act(conv(down(norm(x)))) of x's patches into out, whose frames have `out_tokens` tokens; down(norm(x)) into h.
+
+    Rows of a tile run through the frames of one position after the other. What lies outside of x is read from its last
+    frame or position and not written.
+    """
+    POSITIONS: tl.constexpr = ROWS // FRAMES
+    blocks = tl.cdiv(inner, BLOCK_N)
+    row = tl.arange(0, ROWS)
+    position = tl.program_id(0) // blocks * POSITIONS + row // FRAMES
+    frame = row % FRAMES
+    there = (position < positions) & (frame < frames)
+    position = tl.minimum(position, positions - 1)
+    video, patch = (position // patches).to(tl.int64), (position % patches).to(tl.int64)
+    x_frames = tl.minimum(frame, frames - 1).to(tl.int64)
+    x += (video * x_batch + x_frames * x_frame + patch * x_token)[:, None]
+    first_column = tl.program_id(0) % blocks * BLOCK_N
+    column = first_column + tl.arange(0, BLOCK_N)
+    inside = column < inner
+    column_inside = tl.minimum(column, inner - 1)
+    down_weight += column_inside.to(tl.int64)[None, :] * channels
+    channel = tl.arange(0, BLOCK_K)
+
+    if HAS_NORM:
+        mean, rstd = _statistics(x, channels, eps, ROWS, BLOCK_K, EVEN_K, STAGES)
+    product = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for first in range(0, channels, BLOCK_K):
+        at = first + channel
+        if EVEN_K:
+            value = tl.load(x + at[None, :])
+            weight = tl.load(down_weight + at[:, None])
+        else:
+            value = tl.load(x + at[None, :], at[None, :] < channels, 0.0)
+            weight = tl.load(down_weight + at[:, None], at[:, None] < channels, 0.0)
+        if HAS_NORM:
+            gamma = tl.load(norm_weight + at, at < channels, 0.0).to(tl.float32)
+            normed = (value.to(tl.float32) - mean) * rstd * gamma[None, :]
+            if HAS_NORM_BIAS:
+                normed += tl.load(norm_bias + at, at < channels, 0.0).to(tl.float32)[None, :]
+            value = normed.to(x.dtype.element_ty)
+        product = tl.dot(value, weight, product, input_precision=PRECISION)
+    if HAS_DOWN_BIAS:
+        product += tl.load(down_bias + column, inside, 0.0).to(tl.float32)[None, :]
+    product = product.to(x.dtype.element_ty)
+
+    mask = there[:, None] & inside[None, :]
+    if SAVES_H:
+        at_h = ((video * frames + frame) * patches + patch) * inner
+        tl.store(h + at_h[:, None] + column[None, :], product, mask)
+    out += (((video * frames + frame) * out_tokens + patch) * inner)[:, None]
+    left, right = _halves(product)
+    _convolve(
+        left, there, first_column, conv_weight, conv_bias, out, frames, inner,
+        FRAMES, KERNEL, ACTIVATION, HAS_CONV_BIAS,
+    )  # fmt: skip
+    _convolve(
+        right, there, first_column + BLOCK_N // 2, conv_weight, conv_bias, out, frames, inner,
+        FRAMES, KERNEL, ACTIVATION, HAS_CONV_BIAS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _add(
+    product, bias, x, out, row, first_column, rows, tokens, channels,
+    CLASS_TOKEN: tl.constexpr, RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """x + product + bias, x alone for class tokens. x: pointers to rows."""
+    column = first_column + tl.arange(0, product.shape[1])
+    inside = column < channels
+    if HAS_BIAS:
+        product += tl.load(bias + column, inside, 0.0).to(tl.float32)[None, :]
+    mask = (row < rows)[:, None] & inside[None, :]
+    is_class = (row % tokens == 0)[:, None]
+    if RESIDUAL or CLASS_TOKEN:
+        wanted = mask if RESIDUAL else mask & is_class
+        before = tl.load(x + column[None, :], wanted, 0.0).to(tl.float32)
+        if RESIDUAL:
+            product += before
+        if CLASS_TOKEN:
+            product = tl.where(is_class, before, product)
+    tl.store(out + row.to(tl.int64)[:, None] * channels + column[None, :], product, mask)
+
+
+@triton.jit
+def local_temporal_up(
+    a, weight, bias, x, out, rows, frames, tokens, channels, inner, x_batch, x_frame, x_token,
+    CLASS_TOKEN: tl.constexpr, RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x + a @ weight.T + bias, x alone for class tokens, whose rows of a may hold anything."""
+    blocks = tl.cdiv(channels, BLOCK_N)
+    row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
+    first_column = tl.program_id(0) % blocks * BLOCK_N
+    column = first_column + tl.arange(0, BLOCK_N)
+    at = tl.arange(0, BLOCK_K)
+    a += tl.minimum(row, rows - 1).to(tl.int64)[:, None] * inner + at[None, :]
+    weight += tl.minimum(column, channels - 1).to(tl.int64)[None, :] * inner + at[:, None]
+    product = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for first in range(0, inner, BLOCK_K):
+        if EVEN_K:
+            product = tl.dot(tl.load(a + first), tl.load(weight + first), product, input_precision=PRECISION)
+        else:
+            there = first + at < inner
+            left = tl.load(a + first, there[None, :], 0.0)
+            right = tl.load(weight + first, there[:, None], 0.0)
+            product = tl.dot(left, right, product, input_precision=PRECISION)
+    frame = row // tokens
+    video, token = (frame // frames).to(tl.int64), (row % tokens).to(tl.int64)
+    x += (video * x_batch + (frame % frames).to(tl.int64) * x_frame + token * x_token)[:, None]
+    left, right = _halves(product)
+    _add(left, bias, x, out, row, first_column, rows, tokens, channels, CLASS_TOKEN, RESIDUAL, HAS_BIAS)
+    first_column += BLOCK_N // 2
+    _add(right, bias, x, out, row, first_column, rows, tokens, channels, CLASS_TOKEN, RESIDUAL, HAS_BIAS)
+
+
+@triton.jit
+def _frame(x, video, frame, frames, token, tokens, column, inner, patch, LEFT_OUT: tl.constexpr):
+    """The patches' rows of another frame in float32, zero outside of the clip. `video` counts frames; x lacks the first
+    LEFT_OUT tokens of each."""
+    rows = (video + frame) * (tokens - LEFT_OUT) + token - LEFT_OUT
+    seen = (patch & (frame >= 0) & (frame < frames))[:, None] & (column < inner)[None, :]
+    return tl.load(x + rows[:, None] * inner + column[None, :], seen, 0.0).to(tl.float32)
+
+
+@triton.jit
+def local_temporal_backward(
+    h, da, conv_weight, conv_bias, a, dh, sums, positions, frames, tokens, inner,
+    FRAMES: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr, HAS_CONV_BIAS: tl.constexpr,
+    CLASS_TOKEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """From h, the down-projection's result, and the gradient of a = act(z), z = conv(h): a, dh, and this tile's part of
+    the gradients of conv_weight, conv_bias and down_bias, `(KERNEL + 2, inner)`.
+
+    da, a and dh have rows for class tokens, h has not; those of a and dh are filled with zeros. Neighbouring frames are
+    those of the same tile, so what is read again lies in the first-level cache.
+    """
+    HALF: tl.constexpr = KERNEL // 2
+    tile = tl.program_id(0)
+    row = tl.arange(0, ROWS)
+    position = tile * (ROWS // FRAMES) + row // FRAMES
+    frame = row % FRAMES
+    there = (position < positions) & (frame < frames)
+    video, token = (position // tokens).to(tl.int64) * frames, position % tokens
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (column < inner)[None, :]
+    patch = there
+    if CLASS_TOKEN:
+        patch = there & (token > 0)
+    bias = tl.zeros((1, BLOCK), tl.float32)
+    if HAS_CONV_BIAS:
+        bias = tl.load(conv_bias + column[None, :], inside, 0.0).to(tl.float32)
+    taps = conv_weight + column[None, :] * KERNEL
+    sums += tile.to(tl.int64) * (KERNEL + 2) * inner + column[None, :]
+    at = ((video + frame) * tokens + token)[:, None] * inner + column[None, :]
+
+    gradient = tl.zeros((ROWS, BLOCK), tl.float32)
+    for step in tl.static_range(KERNEL):
+        now = frame + (step - HALF)
+        z = tl.zeros((ROWS, BLOCK), tl.float32) + bias
+        for tap in tl.static_range(KERNEL):
+            seen = _frame(h, video, now + (tap - HALF), frames, token, tokens, column, inner, patch, CLASS_TOKEN)
+            z += seen * tl.load(taps + tap, inside, 0.0).to(tl.float32)
+        dz = _frame(da, video, now, frames, token, tokens, column, inner, patch, 0) * _slope(z, ACTIVATION)
+        # z of `now` takes h of `frame` with the tap that lies as far on the other side.
+        gradient += dz * tl.load(taps + (KERNEL - 1 - step), inside, 0.0).to(tl.float32)
+        if step == HALF:
+            tl.store(a + at, tl.where(patch[:, None], _activated(z, ACTIVATION), 0.0), there[:, None] & inside)
+            for tap in tl.static_range(KERNEL):
+                seen = _frame(h, video, now + (tap - HALF), frames, token, tokens, column, inner, patch, CLASS_TOKEN)
+                tl.store(sums + tap * inner, tl.sum(dz * seen, axis=0, keep_dims=True), inside)
+            tl.store(sums + KERNEL * inner, tl.sum(dz, axis=0, keep_dims=True), inside)
+    tl.store(dh + at, gradient, there[:, None] & inside)
+    tl.store(sums + (KERNEL + 1) * inner, tl.sum(gradient, axis=0, keep_dims=True), inside)
+
+
+def _down_configs(constants, capability) -> list[Config]:
+    if constants["PRECISION"] == "ieee":
+        tiles = [(64, 64, 32, 4, 2), (128, 32, 32, 4, 2)]
+    elif constants["PRECISION"] == "tf32":
+        tiles = [(64, 64, 32, 4, 3), (128, 64, 32, 8, 3)]
+    else:
+        tiles = [
+            (64, 256, 64, 8, 3),
+            (64, 128, 64, 4, 3),
+            (128, 128, 64, 8, 3),
+            (128, 256, 64, 8, 3),
+            (128, 64, 64, 8, 3),
+        ]
+    return [
+        Config({"ROWS": rows, "BLOCK_N": columns, "BLOCK_K": depth, "STAGES": stages}, warps, stages)
+        for rows, columns, depth, warps, stages in tiles
+        if rows >= constants["FRAMES"]
+    ]
+
+
+def _up_configs(constants, capability) -> list[Config]:
+    if constants["PRECISION"] == "ieee":
+        tiles = [(64, 64, 32, 4, 2)]
+    elif constants["PRECISION"] == "tf32":
+        tiles = [(64, 64, 32, 4, 3), (128, 128, 32, 8, 3)]
+    else:
+        tiles = [
+            (128, 128, 64, 8, 3),
+            (128, 128, 64, 4, 3),
+            (128, 256, 64, 8, 3),
+            (64, 128, 64, 4, 4),
+            (64, 64, 64, 4, 4),
+        ]
+    return [
+        Config({"ROWS": rows, "BLOCK_N": columns, "BLOCK_K": depth}, warps, stages)
+        for rows, columns, depth, warps, stages in tiles
+    ]
+
+
+def _backward_configs(constants, capability) -> list[Config]:
+    return [Config({"BLOCK": block}, warps) for block, warps in ((64, 4), (128, 8), (32, 4))]
+
+
+_down = Kernel(local_temporal_down, _down_configs, Config({"ROWS": 128, "BLOCK_N": 64, "BLOCK_K": 32, "STAGES": 1}))
+_up = Kernel(local_temporal_up, _up_configs, Config({"ROWS": 128, "BLOCK_N": 64, "BLOCK_K": 64}))
+_backward = Kernel(local_temporal_backward, _backward_configs, Config({"BLOCK": 64}))
+
+
+def forward(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    eps: float,
+    activation: str,
+    class_token: bool,
+    residual: bool,
+    out: Tensor,
+    h: Tensor | None = None,
+) -> None:
+    """The operator's result into `out`; the down-projection's into `h`.
+
+    Args:
+        x: `(batch, frames, tokens, channels)`, any strides but those of channels, which are dense.
+        out: of x's shape. h: `(batch, frames, patches, inner)`. Both, and all parameters, are contiguous.
+    """
+    batch, frames, tokens, channels = x.shape
+    inner, kernel = conv_weight.shape
+    first, rows = int(class_token), batch * frames * tokens
+    positions = batch * (tokens - first)
+    precision = _precision(x.dtype)
+    # With rows for class tokens, so that the second product runs through all rows of x.
+    a = x.new_empty(batch, frames, tokens, inner)
+    if positions:
+        _down(
+            lambda meta: (
+                triton.cdiv(positions, meta["ROWS"] // meta["FRAMES"]) * triton.cdiv(inner, meta["BLOCK_N"]),
+            ),
+            x[:, :, first:], _or(norm_weight, x), _or(norm_bias, x), down_weight, _or(down_bias, x), conv_weight,
+            _or(conv_bias, x), _or(h, a), a[:, :, first:],
+            positions, frames, tokens - first, channels, inner, *x.stride()[:3], tokens, eps,
+            key=(power_of_2(positions), frames, channels, inner),
+            FRAMES=power_of_2(frames),
+            KERNEL=kernel,
+            ACTIVATION=activation,
+            HAS_NORM=norm_weight is not None,
+            HAS_NORM_BIAS=norm_bias is not None,
+            HAS_DOWN_BIAS=down_bias is not None,
+            HAS_CONV_BIAS=conv_bias is not None,
+            SAVES_H=h is not None,
+            PRECISION=precision,
+            EVEN_K=channels % 64 == 0,
+        )  # fmt: skip
+    _up(
+        lambda meta: (triton.cdiv(rows, meta["ROWS"]) * triton.cdiv(channels, meta["BLOCK_N"]),),
+        a, up_weight, _or(up_bias, x), x, out, rows, frames, tokens, channels, inner, *x.stride()[:3],
+        key=(power_of_2(rows), channels, inner),
+        CLASS_TOKEN=class_token,
+        RESIDUAL=residual,
+        HAS_BIAS=up_bias is not None,
+        PRECISION=precision,
+        EVEN_K=inner % 64 == 0,
+    )  # fmt: skip
+
+
+def backward(
+    h: Tensor,
+    da: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    activation: str,
+    class_token: bool,
+    a: Tensor,
+    dh: Tensor,
+) -> Tensor:
+    """From the down-projection's result and the gradient of what the up-projection takes, into `a` what that was and
+    into `dh` the gradient of h, zeros in the rows of class tokens.
+
+    Args:
+        h: `(batch, frames, patches, inner)`. da, a, dh: `(batch, frames, tokens, inner)`. All contiguous.
+
+    Returns the gradients of conv_weight, a row a tap, conv_bias and down_bias, `(kernel + 2, inner)` in float32.
+    """
+    batch, frames, tokens, inner = da.shape
+    kernel, positions = conv_weight.shape[1], batch * tokens
+    rows = max(128 if interpreted() else 32, power_of_2(frames))
+    tiles = triton.cdiv(positions, rows // power_of_2(frames))
+    sums = h.new_empty((tiles, kernel + 2, inner), dtype=torch.float32)
+    _backward(
+        lambda meta: (tiles, triton.cdiv(inner, meta["BLOCK"])),
+        h, da, conv_weight, _or(conv_bias, h), a, dh, sums, positions, frames, tokens, inner,
+        key=(power_of_2(positions), frames, inner),
+        FRAMES=power_of_2(frames),
+        ROWS=rows,
+        KERNEL=kernel,
+        ACTIVATION=activation,
+        HAS_CONV_BIAS=conv_bias is not None,
+        CLASS_TOKEN=class_token,
+    )  # fmt: skip
+    return sums.sum(dim=0)
+
+
+def _precision(dtype: torch.dtype) -> str | None:
+    if dtype != torch.float32:
+        return None
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """An address for an argument that is not read."""
+    return other if tensor is None else tensor

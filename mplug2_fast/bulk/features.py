@@ -1,0 +1,230 @@
+"""Features of videos, in shards that are written whole, with an index that names only what is there.
+
+A folder of features has an `index.jsonl`, with a line for each video, and shards, each a `.safetensors` or `.npy` file
+with one array `(rows, ...)` named "features". A line's `features` tell where the rows of its clips are:
+`[{"shard": "features-0000-000000.npy", "rows": [0, 3]}]`, the last row not included, in the order of the clips.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from mplug2_fast.bulk.journal import Journal, Line, read_lines, write_whole
+from mplug2_fast.bulk.memory import clip_bytes
+from mplug2_fast.bulk.sources import Source
+from mplug2_fast.bulk.work import Finished, Frames, Work
+from mplug2_fast.errors import ConfigError
+from mplug2_fast.tasks import Captioner
+
+Kind = Literal["vision", "universal", "pooled"]
+Format = Literal["safetensors", "npy"]
+
+INDEX = "index.jsonl"
+SHARD_BYTES = 256 * 2**20
+SHARD_SECONDS = 60.0
+"""A shard that is not full is written after this time: what a killed run has to compute again takes no longer."""
+
+_SHARD_NAME = re.compile(r"features-\d{4}-\d{6}\.(safetensors|npy)(\.tmp)?")
+
+
+class Row(NamedTuple):
+    """Where the features of a clip are, or will be."""
+
+    shard: str
+    row: int
+
+
+class Shards:
+    """Writes features to shards, one after another.
+
+    Args:
+        folder: where. rank: keeps the shards of programs apart that write to one folder.
+        format: of the shards. max_bytes, max_seconds: when a shard is written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        format: Format,
+        *,
+        max_bytes: int = SHARD_BYTES,
+        max_seconds: float = SHARD_SECONDS,
+    ) -> None:
+        self._folder = folder
+        self._prefix = f"features-{rank:04d}-"
+        self._format = format
+        self._max_bytes, self._max_seconds = max_bytes, max_seconds
+        there = [int(path.name[len(self._prefix) :].partition(".")[0]) for path in folder.glob(f"{self._prefix}*")]
+        self._number = max(there, default=-1) + 1
+        self._rows: list[Tensor] = []
+        self._bytes = 0
+        self._since = time.monotonic()
+
+    def add(self, features: Tensor) -> Row:
+        """Keep the features of a clip for the shard that is being filled."""
+        if not self._rows:
+            self._since = time.monotonic()
+        self._rows.append(features)
+        self._bytes += features.nbytes
+        return Row(self._name(), len(self._rows) - 1)
+
+    def is_due(self) -> bool:
+        """Whether it is time to write the shard."""
+        late = time.monotonic() - self._since >= self._max_seconds
+        return bool(self._rows) and (late or self._bytes >= self._max_bytes)
+
+    def write(self) -> None:
+        """Write what there is as a shard."""
+        if self._rows:
+            features = torch.stack(self._rows)
+            write_whole(self._folder / self._name(), _encoded(features, self._format))
+            self._number += 1
+            self._rows, self._bytes = [], 0
+
+    def _name(self) -> str:
+        return f"{self._prefix}{self._number:06d}.{self._format}"
+
+
+class Features(Work[Row]):
+    """Features: a row a clip, in shards, and a line a video in the index.
+
+    Args:
+        kind: see `features_of`.
+        format: of the shards; they have the model's dtype.
+        folder: where they go.
+    """
+
+    command = "features"
+
+    def __init__(self, task: Captioner, frames: Frames, kind: Kind, format: Format, folder: Path) -> None:
+        super().__init__(task, frames)
+        for name, value, known in (("kind", kind, get_args(Kind)), ("format", format, get_args(Format))):
+            if value not in known:
+                raise ConfigError(f"there is no {name} of features {value!r}: choose {', '.join(known)}")
+        if format == "npy" and self.weights.dtype == torch.bfloat16:
+            raise ConfigError("npy files know no bfloat16: take safetensors, or the dtype float16 or float32")
+        self._kind, self._format, self._folder = kind, format, folder
+        self._shards: Shards | None = None
+        self._lines: list[Line] = []
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "kind": self._kind, "format": self._format}
+
+    def bytes_of_clip(self) -> int:
+        return clip_bytes(self.task.model.config, num_frames=self.frames.length, itemsize=self.weights.itemsize)
+
+    def begin(self, rank: int) -> None:
+        self._shards = Shards(self._folder, rank, self._format)
+
+    def compute(self, frames: Tensor, videos: Sequence[Source]) -> tuple[list[Row], dict[str, float]]:
+        started = time.perf_counter()
+        features = features_of(self.task.model, frames, self._kind)
+        seconds = {"encode": time.perf_counter() - started}
+        # Each row has memory of its own: a view would keep the whole batch.
+        return [self._shards.add(row.clone()) for row in features], seconds
+
+    def keys(self, video: Source) -> list[Hashable]:
+        return [video.path]
+
+    def key(self, line: Line) -> Hashable:
+        line["features"]
+        return line["path"]
+
+    def lines(self, finished: Finished[Row]) -> list[Line]:
+        return [{"path": finished.video.path, "features": _ranges(finished.outcomes), **self._ending(finished)}]
+
+    def no_lines(self, video: Source) -> list[Line]:
+        return [{"path": video.path, "features": []}]
+
+    def write(self, lines: list[Line], journal: Journal) -> None:
+        """Lines wait for the shards that they name."""
+        self._lines += lines
+        if self._shards.is_due():
+            self.flush(journal)
+
+    def flush(self, journal: Journal) -> None:
+        self._shards.write()
+        journal.append(self._lines)
+        self._lines = []
+
+    def tidy(self, journal: Journal) -> None:
+        """Remove shards that no line names: a run was killed before it wrote the line, or while it wrote the shard."""
+        named = {piece["shard"] for line in read_lines(journal.path) for piece in line["features"]}
+        for path in self._folder.iterdir():
+            if _SHARD_NAME.fullmatch(path.name) and path.name not in named:
+                path.unlink()
+
+
+@torch.inference_mode()
+def features_of(model: torch.nn.Module, frames: Tensor, kind: Kind) -> Tensor:
+    """The features of clips `(B, 3, T, H, W)`, on the CPU, in the model's dtype.
+
+    Returns:
+        "vision": `(B, 1 + T'·L, width)`, the tokens of the vision encoder: the class token, averaged over T' frames,
+        and L patches of each. "universal": `(B, 1 + T'·L, hidden_size)`, the same after the universal layers, as the
+        decoder reads them. "pooled": `(B, hidden_size)`, the class token of those.
+    """
+    weights = next(model.parameters())
+    frames = frames.to(weights.device, weights.dtype)
+    features = model.visual(frames) if kind == "vision" else model.encode_video(frames)
+    return (features[:, 0] if kind == "pooled" else features).cpu()
+
+
+def read_features(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
+    """The features of each video in a folder, (clips, ...), as `mplug2-fast features` wrote them; one shard at a time.
+
+    Videos that had an error are left out.
+    """
+    folder = Path(folder)
+    load: Callable[[str], Tensor] = _Loader(folder)
+    for line in read_lines(folder / INDEX):
+        if line["error"] is None:
+            pieces = [load(piece["shard"])[slice(*piece["rows"])] for piece in line["features"]]
+            yield line["path"], torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+
+class _Loader:
+    """Reads shards, and keeps the one that was read last."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._name: str | None = None
+
+    def __call__(self, name: str) -> Tensor:
+        if name != self._name:
+            path = self._folder / name
+            is_npy = name.endswith(".npy")
+            self._features = torch.from_numpy(np.load(path)) if is_npy else load_file(path)["features"]
+            self._name = name
+        return self._features
+
+
+def _encoded(features: Tensor, format: Format) -> bytes:
+    if format == "safetensors":
+        return save({"features": features})
+    file = io.BytesIO()
+    np.save(file, features.numpy())
+    return file.getvalue()
+
+
+def _ranges(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows that follow one another in a shard are one piece."""
+    pieces: list[dict[str, Any]] = []
+    for shard, row in rows:
+        if pieces and pieces[-1]["shard"] == shard and pieces[-1]["rows"][1] == row:
+            pieces[-1]["rows"][1] = row + 1
+        else:
+            pieces.append({"shard": shard, "rows": [row, row + 1]})
+    return pieces

@@ -1,0 +1,296 @@
+"""A bulk run: videos are decoded in other processes, batched, computed, and become lines of a journal.
+
+    sources -> DecodePool or DaliLoader -> batches, in a thread -> Work.compute -> Finished videos -> lines -> Journal
+
+Of several programs each has every so many-th batch and a journal of its own, a part, beside the output. The first one
+holds the output's lock, moves parts that an earlier run left into the output at the beginning, and those of this run at
+the end.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+
+from mplug2_fast.bulk.batches import Ahead, Batch, batches_of_videos, batches_of_windows, in_groups
+from mplug2_fast.bulk.journal import Journal, Line, read_lines, remove_journal
+from mplug2_fast.bulk.memory import batch_size
+from mplug2_fast.bulk.ranks import Ranks
+from mplug2_fast.bulk.sources import Source
+from mplug2_fast.bulk.work import Finished, Work
+from mplug2_fast.errors import ConfigError, MPlug2Error
+from mplug2_fast.video import Clip, DaliLoader, DecodePool
+
+_LINES_AT_ONCE = 1000
+
+Progress = Callable[[int, int], None]
+"""Called with the number of videos that were finished, and that of the failed among them."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How files are decoded: in worker processes, with the seconds after which a clip is given up, None for no limit.
+
+    `backend` is "pyav", "torchcodec" or "dali", which decodes in this process, on the GPU, and without a time limit.
+    """
+
+    num_workers: int = 1
+    timeout: float | None = 60.0
+    backend: str = "pyav"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one program does of a run: groups of numbers of videos, and how many clips share a batch.
+
+    `left` is how many videos it has to finish, `finished` how many of the whole run were finished before.
+    """
+
+    groups: list[list[int]]
+    batch_size: int
+    left: int
+    finished: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What became of a run: lines and how many of them are errors, those of earlier runs included; then, of this one,
+    the videos that were finished, the seconds, and those in which the model computed, on average over the programs."""
+
+    lines: int = 0
+    failed: int = 0
+    videos: int = 0
+    seconds: float = 0.0
+    model_seconds: float = 0.0
+
+
+def run(
+    work: Work[Any],
+    videos: Sequence[Source],
+    output: str | os.PathLike[str],
+    *,
+    decoding: Decoding | None = None,
+    batch_memory: int | None = None,
+    ranks: Ranks | None = None,
+    started: Callable[[Plan], Progress] | None = None,
+) -> Summary:
+    """Do the work on the videos, or what is left of it, and write the lines to the output.
+
+    Args:
+        work: what is done. videos: each once. output: the journal.
+        decoding: see `Decoding`.
+        batch_memory: bytes that a batch may take; None takes what the run began with, or else a share of what is free.
+        ranks: the programs that share the work, entered; None for this one alone.
+        started: called when it is known what there is to do; gives what to call with each progress.
+
+    Raises:
+        ConfigError: the output is not this run's, is being written to, or cannot be.
+        MPlug2Error: the results cannot be written, or one clip alone is too large for the device.
+    """
+    ranks = ranks or Ranks({})
+    output = os.fspath(output)
+    decoding = decoding or Decoding()
+    settings = {**work.settings(), "decoder": decoding.backend}
+    size = batch_size(work.bytes_of_clip(), work.weights.device, batch_memory)
+    with ExitStack() as stack:
+        opened: list[Journal] = []
+
+        def open_output() -> _Shared:
+            journal = stack.enter_context(Journal(output, work.key, settings, {"batch_size": size}))
+            opened.append(journal)
+            _take_in_parts(journal, work, settings)
+            work.tidy(journal)
+            kept = journal.choices["batch_size"] if batch_memory is None else size
+            done = bytes(all(key in journal.done for key in work.keys(video)) for video in videos)
+            return _Shared(_digest(videos), done, kept)
+
+        shared = ranks.first_makes(open_output)
+        if shared.videos != _digest(videos):
+            raise ConfigError("the programs of this run see different files: all need the same folders and lists")
+        plan = _plan(work, shared, ranks)
+        if ranks.rank == 0:
+            result = _work_off(work, videos, opened[0], plan, ranks.rank, decoding, started)
+        else:
+            with Journal(_part(output, ranks.rank), work.key, settings) as journal:
+                result = _work_off(work, videos, journal, plan, ranks.rank, decoding, started)
+        results = ranks.gather(result)
+
+        def close_output() -> tuple[int, int]:
+            journal = opened[0]
+            if ranks.size > 1:
+                _take_in_parts(journal, work, settings)
+            keys = [key for video in videos for key in work.keys(video)]
+            return len(keys), sum(journal.done[key] for key in keys)
+
+        lines, failed = ranks.first_makes(close_output)
+        return Summary(
+            lines,
+            failed,
+            videos=sum(result.videos for result in results),
+            seconds=max(result.seconds for result in results),
+            model_seconds=sum(result.model_seconds for result in results) / len(results),
+        )
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What the first program tells the others."""
+
+    videos: str
+    """A digest of the list."""
+    done: bytes
+    """One for each video: whether all of its lines are there."""
+    batch_size: int
+
+
+def _plan(work: Work[Any], shared: _Shared, ranks: Ranks) -> Plan:
+    """What this program does. A group in which anything is left is computed in full: see `batches`."""
+    done = shared.done
+    together = 1 if work.frames.windows is not None else shared.batch_size
+    groups = [
+        list(group)
+        for number, group in enumerate(in_groups(len(done), together))
+        if number % ranks.size == ranks.rank and not all(done[video] for video in group)
+    ]
+    left = sum(not done[video] for group in groups for video in group)
+    return Plan(groups, shared.batch_size, left, len(done) - sum(not finished for finished in done))
+
+
+def _work_off(
+    work: Work[Any],
+    videos: Sequence[Source],
+    journal: Journal,
+    plan: Plan,
+    rank: int,
+    decoding: Decoding,
+    started: Callable[[Plan], Progress] | None,
+) -> Summary:
+    """Decode, compute and write what is planned."""
+    progress = started(plan) if started is not None else lambda videos, failed: None
+    begun = time.perf_counter()
+    model_seconds = 0.0
+    count = 0
+    work.begin(rank)
+    for step in steps(work, videos, _decoded(work, videos, plan, decoding)):
+        new = {number for number in step.lines if any(key not in journal.done for key in work.keys(videos[number]))}
+        work.write([line for number in sorted(step.lines) for line in step.lines[number]], journal)
+        model_seconds += step.seconds
+        count += len(new)
+        progress(len(new), len(new & step.failed))
+    work.flush(journal)
+    return Summary(videos=count, seconds=time.perf_counter() - begun, model_seconds=model_seconds)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What came of a batch: the lines of the videos that it finished, by their numbers; which of those failed; and the
+    seconds in which the model computed."""
+
+    lines: dict[int, list[Line]]
+    failed: set[int]
+    seconds: float
+
+
+def steps(work: Work[Any], videos: Sequence[Source], batches: Iterable[Batch]) -> Iterator[Step]:
+    """Compute batches of the videos."""
+    unfinished: dict[int, Finished[Any]] = {}
+    for batch in batches:
+        begun = time.perf_counter()
+        outcomes, stages = _computed(work, batch.clips, videos)
+        seconds = time.perf_counter() - begun
+        lines: dict[int, list[Line]] = {}
+        for clip in batch.failed:
+            unfinished.pop(clip.index, None)
+            lines[clip.index] = work.error_lines(videos[clip.index], clip)
+        failed = set(lines)
+        for clip, outcome in zip(batch.clips, outcomes, strict=True):
+            video = unfinished.setdefault(clip.index, Finished(videos[clip.index]))
+            video.add(clip, outcome, {stage: taken / len(outcomes) for stage, taken in stages.items()})
+            if clip.last:
+                lines[clip.index] = work.lines(unfinished.pop(clip.index))
+        yield Step(lines, failed, seconds)
+
+
+def _decoded(work: Work[Any], videos: Sequence[Source], plan: Plan, decoding: Decoding) -> Iterator[Batch]:
+    """The batches of a plan."""
+    numbers = [number for group in plan.groups for number in group]
+    if not numbers:
+        return
+    with Ahead() as ahead, decoder_for(work, decoding) as decoder:
+        clips: Iterator[Clip] = (
+            replace(clip, index=numbers[clip.index])
+            for clip in decoder.clips(videos[number].path for number in numbers)
+        )
+        if work.frames.windows is not None:
+            yield from ahead.of(batches_of_windows(clips, plan.batch_size))
+        else:
+            yield from ahead.of(batches_of_videos(clips, plan.groups))
+
+
+def decoder_for(work: Work[Any], decoding: Decoding) -> AbstractContextManager[DecodePool | DaliLoader]:
+    """What decodes the clips that a work computes, to be entered; on a CPU with one thread each, beside the model's.
+
+    Raises:
+        ConfigError: DALI decodes no windows.
+        BackendError: there is no such backend here.
+    """
+    device = work.weights.device
+    options = {"num_frames": work.frames.count, "image_size": work.image_size, "dtype": work.weights.dtype}
+    if decoding.backend == "dali":
+        if work.frames.windows is not None:
+            raise ConfigError("DALI decodes no windows: take the decoder pyav or torchcodec for them")
+        return nullcontext(DaliLoader(device, **options))
+    return DecodePool(
+        decoding.num_workers,
+        timeout=decoding.timeout,
+        backend=decoding.backend,
+        windows=work.frames.windows,
+        threads=1 if device.type == "cpu" else None,
+        **options,
+    )
+
+
+def _computed(work: Work[Any], clips: list[Clip], videos: Sequence[Source]) -> tuple[list[Any], dict[str, float]]:
+    """What comes of each clip, and the seconds by stage; a batch that is too large for the device goes in halves."""
+    if not clips:
+        return [], {}
+    try:
+        return work.compute(torch.stack([clip.frames for clip in clips]), [videos[clip.index] for clip in clips])
+    except torch.OutOfMemoryError as error:
+        device = work.weights.device
+        if len(clips) == 1:
+            raise MPlug2Error(f"{device} ran out of memory for one clip: use a smaller dtype or fewer beams") from error
+    warnings.warn(f"{len(clips)} clips at a time are too many for {device}: see --batch-memory", stacklevel=2)
+    torch.cuda.empty_cache()
+    half = len(clips) // 2
+    (first, one), (second, two) = _computed(work, clips[:half], videos), _computed(work, clips[half:], videos)
+    return first + second, {stage: one[stage] + two[stage] for stage in one}
+
+
+def _take_in_parts(journal: Journal, work: Work[Any], settings: dict[str, Any]) -> None:
+    """Move the lines of all parts beside a journal into it."""
+    for path in sorted(glob.glob(f"{glob.escape(journal.path)}.part-[0-9]*[0-9]")):
+        with Journal(path, work.key, settings):
+            lines = read_lines(path)
+            while some := list(islice(lines, _LINES_AT_ONCE)):
+                journal.append(some)
+            journal.sync()
+            remove_journal(path)
+
+
+def _part(output: str, rank: int) -> str:
+    return f"{output}.part-{rank:05d}"
+
+
+def _digest(videos: Sequence[Source]) -> str:
+    return hashlib.sha256(repr(videos).encode("utf-8", "surrogatepass")).hexdigest()

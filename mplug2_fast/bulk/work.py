@@ -1,0 +1,298 @@
+"""What a bulk run does with each batch, and the lines that it writes: one class for each command."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from mplug2_fast.bulk.journal import Journal, Line
+from mplug2_fast.bulk.memory import clip_bytes
+from mplug2_fast.bulk.sources import Source
+from mplug2_fast.tasks import Alternative, Answerer, Captioner
+from mplug2_fast.video import Windows
+
+if TYPE_CHECKING:
+    from mplug2_fast.tasks.base import VideoTask
+    from mplug2_fast.video import Clip
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Which frames of a video make a clip: `count` spread over it, or windows over all of it."""
+
+    count: int
+    windows: Windows | None = None
+
+    @property
+    def length(self) -> int:
+        """Frames of a clip."""
+        return self.count if self.windows is None else self.windows.length
+
+    def settings(self) -> dict[str, Any]:
+        """For the settings of a journal."""
+        if self.windows is None:
+            return {"frames": self.count, "windows": None}
+        return {"frames": None, "windows": [self.windows.length, self.windows.stride]}
+
+
+@dataclass
+class Finished(Generic[_T]):
+    """A video of which everything is computed: what came of each clip, in their order, and the seconds it took."""
+
+    video: Source
+    outcomes: list[_T] = field(default_factory=list)
+    indices: list[list[int]] = field(default_factory=list)
+    backend: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, clip: Clip, outcome: _T, seconds: dict[str, float]) -> None:
+        """One clip more."""
+        self.outcomes.append(outcome)
+        self.indices.append(clip.indices)
+        self.backend = clip.backend
+        for stage, taken in {"decode": clip.seconds, **seconds}.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + taken
+
+
+class Work(ABC, Generic[_T]):
+    """From batches of clips to lines.
+
+    Args:
+        task: the model. frames: of a clip.
+    """
+
+    command: str
+
+    def __init__(self, task: VideoTask, frames: Frames) -> None:
+        self.task = task
+        self.frames = frames
+
+    @property
+    def weights(self) -> Tensor:
+        """One of the model's: it knows the device and the dtype."""
+        return next(self.task.model.parameters())
+
+    @property
+    def image_size(self) -> int:
+        return self.task.model.config.vision.image_size
+
+    def settings(self) -> dict[str, Any]:
+        """What the lines depend on, apart from the videos."""
+        return {
+            "command": self.command,
+            "model": fingerprint(self.task.model),
+            "dtype": str(self.weights.dtype).removeprefix("torch."),
+            **self.frames.settings(),
+        }
+
+    def begin(self, rank: int) -> None:
+        """Make ready to write, as one of several programs; called once, before anything is computed."""
+
+    def write(self, lines: list[Line], journal: Journal) -> None:
+        """Write lines, or keep them until `flush`."""
+        journal.append(lines)
+
+    def flush(self, journal: Journal) -> None:
+        """Write everything that was kept."""
+
+    def tidy(self, journal: Journal) -> None:
+        """Remove what a killed run left behind; called before any `begin`."""
+
+    @abstractmethod
+    def bytes_of_clip(self) -> int:
+        """The memory that a clip takes in a batch."""
+
+    @abstractmethod
+    def compute(self, frames: Tensor, videos: Sequence[Source]) -> tuple[list[_T], dict[str, float]]:
+        """What comes of each clip, and the seconds by stage that the batch took.
+
+        Args:
+            frames: `(B, 3, T, H, W)`, normalised, on the CPU. videos: those that the clips are of.
+
+        Raises:
+            torch.OutOfMemoryError: the batch is too large.
+        """
+
+    @abstractmethod
+    def keys(self, video: Source) -> list[Hashable]:
+        """The keys of the lines that a video gives."""
+
+    @abstractmethod
+    def key(self, line: Line) -> Hashable:
+        """The key of a line. Raises `KeyError` or `TypeError` for one that is none of this work's."""
+
+    @abstractmethod
+    def lines(self, finished: Finished[_T]) -> list[Line]:
+        """The lines of a video, without `error`."""
+
+    @abstractmethod
+    def no_lines(self, video: Source) -> list[Line]:
+        """The lines of a video that has an error, without that."""
+
+    def error_lines(self, video: Source, clip: Clip) -> list[Line]:
+        """The lines of a video that could not be decoded."""
+        reason = " ".join(str(clip.error).removeprefix(f"{video.path}: ").split())
+        ending = {"frames": [], "decoder": None, "seconds": _rounded({"decode": clip.seconds}), "error": reason}
+        return [{**line, **ending} for line in self.no_lines(video)]
+
+    def _ending(self, finished: Finished[_T]) -> Line:
+        """The fields that every good line ends with."""
+        indices = finished.indices if self.frames.windows is not None else finished.indices[0]
+        return {
+            "frames": indices,
+            "decoder": finished.backend,
+            "seconds": _rounded(finished.seconds),
+            "error": None,
+        }
+
+
+class _Words(Work[_T]):
+    """Work that ends in texts."""
+
+    def __init__(self, task: VideoTask, frames: Frames, options: dict[str, Any]) -> None:
+        super().__init__(task, frames)
+        self._options = options
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), **self._options}
+
+    def bytes_of_clip(self) -> int:
+        options = {name: self._options[name] or 1 for name in ("num_beams", "max_length")}
+        return clip_bytes(
+            self.task.model.config, num_frames=self.frames.length, itemsize=self.weights.itemsize, **options
+        )
+
+    def _texts(self, per_clip: list[list[Alternative]]) -> Line:
+        """The fields for the texts of one clip, or of each window."""
+        if self.frames.windows is not None:
+            return {"windows": [_best_first(found) for found in per_clip]}
+        return _best_first(per_clip[0])
+
+    def _no_texts(self) -> Line:
+        return {"windows": []} if self.frames.windows is not None else _best_first([])
+
+
+class Caption(_Words[list[Alternative]]):
+    """Captions: a line a video.
+
+    Args:
+        options: of `Captioner.words`, as `VideoTask.generation_options` fills them in.
+    """
+
+    command = "caption"
+
+    def __init__(self, task: Captioner, frames: Frames, options: dict[str, Any]) -> None:
+        super().__init__(task, frames, options)
+        self._words = task.words(**options)
+
+    def compute(self, frames: Tensor, videos: Sequence[Source]) -> tuple[list[list[Alternative]], dict[str, float]]:
+        image_embeds, encoding = self.task.encode(frames)
+        found, generating = self.task.say(image_embeds, self._words)
+        return found, {"encode": encoding, "generate": generating}
+
+    def keys(self, video: Source) -> list[Hashable]:
+        return [video.path]
+
+    def key(self, line: Line) -> Hashable:
+        return line["path"]
+
+    def lines(self, finished: Finished[list[Alternative]]) -> list[Line]:
+        return [{"path": finished.video.path, **self._texts(finished.outcomes), **self._ending(finished)}]
+
+    def no_lines(self, video: Source) -> list[Line]:
+        return [{"path": video.path, **self._no_texts()}]
+
+
+class Answer(_Words[list[list[Alternative]]]):
+    """Answers: a line for each question about a video, which is decoded and encoded once for all of them.
+
+    Args:
+        candidates: to choose from; None writes answers freely.
+        options: of `Answerer.asker`.
+    """
+
+    command = "answer"
+
+    def __init__(
+        self, task: Answerer, frames: Frames, candidates: Sequence[str] | None, options: dict[str, Any]
+    ) -> None:
+        super().__init__(task, frames, options)
+        self._candidates = candidates
+        self._ask = task.asker(candidates, **options)
+
+    def settings(self) -> dict[str, Any]:
+        chosen_from = None if self._candidates is None else _digest("\n".join(self._candidates).encode())
+        return {**super().settings(), "candidates": chosen_from}
+
+    def compute(
+        self, frames: Tensor, videos: Sequence[Source]
+    ) -> tuple[list[list[list[Alternative]]], dict[str, float]]:
+        image_embeds, encoding = self.task.encode(frames)
+        asked = [(clip, question.text) for clip, video in enumerate(videos) for question in video.questions]
+        found: list[list[list[Alternative]]] = [[] for _ in videos]
+        generating = 0.0
+        for start in range(0, len(asked), len(videos)):  # as many at a time as there is memory for
+            clips, questions = zip(*asked[start : start + len(videos)], strict=True)
+            chosen = image_embeds[torch.tensor(clips, device=image_embeds.device)]
+            answers, seconds = self.task.say(chosen, lambda embeds, questions=questions: self._ask(embeds, questions))
+            generating += seconds
+            for clip, answer in zip(clips, answers, strict=True):
+                found[clip].append(answer)
+        return found, {"encode": encoding, "generate": generating}
+
+    def keys(self, video: Source) -> list[Hashable]:
+        return [(video.path, question.text, question.id) for question in video.questions]
+
+    def key(self, line: Line) -> Hashable:
+        return (line["path"], line["question"], line.get("id"))
+
+    def lines(self, finished: Finished[list[list[Alternative]]]) -> list[Line]:
+        ending = self._ending(finished)
+        heads = self._heads(finished.video)
+        return [
+            {**head, **self._texts([answers[number] for answers in finished.outcomes]), **ending}
+            for number, head in enumerate(heads)
+        ]
+
+    def no_lines(self, video: Source) -> list[Line]:
+        return [{**head, **self._no_texts()} for head in self._heads(video)]
+
+    @staticmethod
+    def _heads(video: Source) -> list[Line]:
+        return [
+            {"path": video.path, "question": question.text, **({} if question.id is None else {"id": question.id})}
+            for question in video.questions
+        ]
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A short text that tells models apart: a digest of their sizes and of the first numbers of each weight."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, weight in sorted(model.named_parameters()):
+        first = weight.detach().flatten()[:16].float().cpu()
+        digest.update(name.encode() + first.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _best_first(found: list[Alternative]) -> Line:
+    """A text with its score, and the alternatives; numbers that JSON does not know become null."""
+    alternatives = [{"text": text, "score": score if math.isfinite(score) else None} for text, score in found]
+    best = alternatives[0] if alternatives else {"text": None, "score": None}
+    return {**best, "alternatives": alternatives}
+
+
+def _rounded(seconds: dict[str, float]) -> dict[str, float]:
+    return {stage: round(taken, 6) for stage, taken in seconds.items()}

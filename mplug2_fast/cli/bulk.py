@@ -1,0 +1,207 @@
+"""What the commands share that write their results to a file: options, progress, the summary and the exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from mplug2_fast.cli.console import BAD_INPUT, note, shown
+from mplug2_fast.cli.options import Decoder
+from mplug2_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mplug2_fast.bulk import Decoding, Frames, Plan, Ranks, Sources, Summary, Work
+    from mplug2_fast.tasks.base import VideoTask
+
+SECONDS_BETWEEN_NOTES = 30.0
+
+
+@dataclass(frozen=True)
+class BulkOptions:
+    """The options that only runs with `--out` have; None where they are not given."""
+
+    frames: int | None = None
+    windows: int | None = None
+    stride: int | None = None
+    num_workers: int | None = None
+    timeout: float | None = None
+    batch_memory: float | None = None
+    decoder: Decoder | None = None
+
+    def require_none(self) -> None:
+        """Raises `ConfigError` for an option that is given, where there is no `--out`."""
+        given = [f"--{field.name.replace('_', '-')}" for field in fields(self) if getattr(self, field.name) is not None]
+        if given:
+            raise ConfigError(f"{', '.join(given)}: only with --out, which names the file that the results go to")
+
+    def frames_of(self, task: VideoTask) -> Frames:
+        """The clips that they describe. Raises `ConfigError` for options that contradict one another."""
+        from mplug2_fast.bulk import Frames
+        from mplug2_fast.video import Windows
+
+        if self.windows is None:
+            if self.stride is not None:
+                raise ConfigError("--stride: only with --windows")
+            return Frames(self.frames or task.model.config.vision.num_frames)
+        if self.frames is not None:
+            raise ConfigError("--frames and --windows: a clip is one or the other")
+        return Frames(self.windows, Windows(self.windows, self.stride or self.windows))
+
+    def decoding(self, device: str) -> Decoding:
+        """What decodes on a machine with such a device. Raises `ConfigError` for options that do not go together."""
+        from mplug2_fast.bulk import Decoding
+
+        if self.decoder is Decoder.dali and (self.num_workers or self.timeout):
+            raise ConfigError("--num-workers and --timeout: DALI decodes in this process; not with --decoder dali")
+        programs = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = self.num_workers or _usual_workers(device, len(os.sched_getaffinity(0)) // programs)
+        return Decoding(workers, self.timeout or 60.0, (self.decoder or Decoder.pyav).value)
+
+    def batch_bytes(self) -> int | None:
+        """The memory of a batch in bytes."""
+        return None if self.batch_memory is None else int(self.batch_memory * 2**30)
+
+
+def run_bulk(
+    make_work: Callable[[Ranks, Sources], Work[Any]],
+    find: Callable[[], Sources],
+    out: str,
+    options: BulkOptions,
+    unit: str,
+) -> None:
+    """Do the work on all videos, with progress on standard error, and exit with a status of 2 if any failed."""
+    from mplug2_fast import bulk
+
+    sources = find()
+    with bulk.Ranks() as ranks:
+        work = make_work(ranks, sources)
+        first = ranks.rank == 0
+        if first:
+            _note_what_is_left_out(sources)
+        with _progress(ranks) as started:
+            summary = bulk.run(
+                work,
+                sources.videos,
+                out,
+                decoding=options.decoding(work.weights.device.type),
+                batch_memory=options.batch_bytes(),
+                ranks=ranks,
+                started=started,
+            )
+    if first:
+        note(_summarised(summary, out, unit))
+        if summary.failed:
+            raise typer.Exit(BAD_INPUT)
+
+
+def _note_what_is_left_out(sources: Sources) -> None:
+    if sources.repeated:
+        note(f"note: named again and done once: {sources.repeated:,}")
+    if sources.passed_over:
+        note(f"note: files in folders passed over, no videos or images by their names: {sources.passed_over:,}")
+    for folder in sources.empty:
+        note(f"note: {shown(folder)}: there are no videos or images in this folder")
+
+
+def _usual_workers(device: str, cores: int) -> int:
+    """A GPU waits for what many cores decode; a CPU has the cores to itself but for few."""
+    return max(1, min(cores - 1, 16) if device == "cuda" else cores // 8)
+
+
+@contextmanager
+def _progress(ranks: Ranks) -> Iterator[Callable[[Plan], Callable[[int, int], None]]]:
+    """What `bulk.run` calls when it has started: a bar where somebody looks, otherwise a line now and then."""
+    if ranks.rank:
+        yield lambda plan: lambda videos, failed: None
+    elif sys.stderr.isatty():
+        with _bar() as bar:
+            yield lambda plan: _Bar(bar, plan)
+    else:
+        yield _Notes
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("videos, {task.fields[failed]} failed, {task.fields[rate]:.1f}/s,"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=Console(stderr=True),
+    )
+
+
+class _Bar:
+    """A progress bar."""
+
+    def __init__(self, bar: Any, plan: Plan) -> None:
+        self._bar = bar
+        self._task = bar.add_task("", total=plan.left, failed=0, rate=0.0)
+        self._failed = 0
+        self._rate = _Rate()
+
+    def __call__(self, videos: int, failed: int) -> None:
+        self._failed += failed
+        self._bar.update(self._task, advance=videos, failed=self._failed, rate=self._rate(videos))
+
+
+class _Notes:
+    """Lines on standard error, at the beginning and now and then."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._total = plan.left
+        self._done = self._failed = 0
+        self._rate = _Rate()
+        self._last = time.monotonic()
+        if plan.finished:
+            note(f"note: videos that were finished before: {plan.finished:,}; left to do: {plan.left:,}")
+
+    def __call__(self, videos: int, failed: int) -> None:
+        self._done += videos
+        self._failed += failed
+        rate = self._rate(videos)
+        if time.monotonic() - self._last >= SECONDS_BETWEEN_NOTES:
+            self._last = time.monotonic()
+            left = _duration((self._total - self._done) / rate) if rate else "?"
+            note(f"{self._done:,} of {self._total:,} videos, {self._failed:,} failed, {rate:.1f}/s, {left} left")
+
+
+class _Rate:
+    """Videos a second since the start."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._videos = 0
+
+    def __call__(self, videos: int) -> float:
+        self._videos += videos
+        return self._videos / max(time.monotonic() - self._started, 1e-9)
+
+
+def _summarised(summary: Summary, out: str, unit: str) -> str:
+    good = summary.lines - summary.failed
+    told = f"{shown(out)}: {good:,} {unit}, {summary.failed:,} failed"
+    if not summary.videos:
+        return f"{told}; nothing was left to do"
+    rate = summary.videos / summary.seconds
+    share = summary.model_seconds / summary.seconds
+    videos = f"{summary.videos:,} video{'' if summary.videos == 1 else 's'}"
+    taken = f"{videos} in {_duration(summary.seconds)}, {rate:.1f} a second"
+    return f"{told}; {taken}, the model computing {share:.0%} of the time"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,90 @@
+"""`mplug2-fast features`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mplug2_fast.cli.bulk import BulkOptions, run_bulk
+from mplug2_fast.cli.console import reporting
+from mplug2_fast.cli.options import (
+    BatchMemoryOption,
+    CheckpointOption,
+    DecoderOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    FramesOption,
+    StrideOption,
+    TimeoutOption,
+    Videos,
+    WindowsOption,
+    WorkersOption,
+)
+from mplug2_fast.cli.words import load
+from mplug2_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mplug2_fast.bulk import Ranks, Sources, Work
+
+
+class Kind(str, Enum):
+    """The names that `--kind` knows."""
+
+    vision = "vision"
+    universal = "universal"
+    pooled = "pooled"
+
+
+class Format(str, Enum):
+    """The names that `--format` knows."""
+
+    safetensors = "safetensors"
+    npy = "npy"
+
+
+def features(
+    videos: Videos,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder that the features go to.")],
+    kind: Annotated[
+        Kind,
+        typer.Option(
+            help="vision: tokens of the vision encoder; universal: after the universal layers, as the decoder reads "
+            "them; pooled: the class token of those."
+        ),
+    ] = Kind.universal,
+    format: Annotated[Format, typer.Option(help="Of the shards.")] = Format.safetensors,
+    checkpoint: CheckpointOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    frames: FramesOption = None,
+    windows: WindowsOption = None,
+    stride: StrideOption = None,
+    num_workers: WorkersOption = None,
+    timeout: TimeoutOption = None,
+    batch_memory: BatchMemoryOption = None,
+    decoder: DecoderOption = None,
+) -> None:
+    """Compute features of videos and images.
+
+    Writes shards, and index.jsonl with a line for each file: where its features are, or its error. Killed at any moment
+    and started again with the same command, it goes on.
+    """
+    with reporting():
+        options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder)
+        from mplug2_fast import bulk
+        from mplug2_fast.bulk.features import INDEX
+        from mplug2_fast.tasks import Captioner
+
+        def work(ranks: Ranks, sources: Sources) -> Work:
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"{out}: the features cannot be written there: {error.strerror}") from error
+            captioner = load(Captioner, checkpoint, dtype, ranks.device(device), quietly=ranks.rank > 0)
+            return bulk.Features(captioner, options.frames_of(captioner), kind.value, format.value, out)
+
+        run_bulk(work, lambda: bulk.find_videos(videos), str(out / INDEX), options, "features")

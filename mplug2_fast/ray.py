@@ -1,0 +1,153 @@
+"""Steps for Ray Data: captions of the videos that a column names, and answers to questions about them.
+
+    import ray
+    from mplug2_fast.ray import Captions
+
+    videos = ray.data.from_items([{"path": path} for path in paths])
+    captions = videos.map_batches(
+        Captions,
+        fn_constructor_kwargs={"checkpoint": "mplug2_msrvtt_caption.pth"},
+        batch_size=32,
+        concurrency=8,
+        num_gpus=1,
+    )
+    captions.write_parquet("captions")
+
+Each is the step of a bulk run: worker processes decode, a file that is broken or takes too long costs only itself and
+has an `error`, and the model computes a batch at a time. Ray does the rest. Nothing here imports it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mplug2_fast.bulk.batches import batches_of_videos
+from mplug2_fast.bulk.journal import Line
+from mplug2_fast.bulk.runs import Decoding, decoder_for, steps
+from mplug2_fast.bulk.sources import Question, Source
+from mplug2_fast.bulk.work import Answer, Caption, Frames, Work
+from mplug2_fast.errors import ConfigError
+from mplug2_fast.tasks import Answerer, Captioner
+from mplug2_fast.tasks.base import VideoTask
+
+Columns = dict[str, Any]
+
+_USUAL = {"num_beams": None, "num_return": 1, "min_length": None, "max_length": None}
+
+
+class _Step:
+    """From a batch of columns to the same columns and those of the results."""
+
+    def __init__(self, work: Work[Any], num_workers: int, timeout: float | None) -> None:
+        self._work = work
+        self._pool = decoder_for(work, Decoding(num_workers, timeout))
+        self._pool.__enter__()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_pool"):
+            self._pool.__exit__(None, None, None)
+
+    def _lines(self, videos: Sequence[Source]) -> list[Line]:
+        """The line of each video."""
+        clips = self._pool.clips(video.path for video in videos)
+        found: dict[int, list[Line]] = {}
+        for step in steps(self._work, videos, batches_of_videos(clips, [range(len(videos))])):
+            found |= step.lines
+        return [found[number][0] for number in range(len(videos))]
+
+
+class Captions(_Step):
+    """Adds `text`, `score`, `decoder`, `error`, and as JSON `alternatives`, `frames` and `seconds`.
+
+    Args:
+        checkpoint, dtype, device: as for `Captioner`. num_frames: of a clip; None takes the model's.
+        num_workers, timeout: processes that decode, and the seconds that they may take for a file.
+        options: of `Captioner.caption`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        *,
+        dtype: str | None = None,
+        device: str | None = None,
+        num_frames: int | None = None,
+        num_workers: int = 1,
+        timeout: float | None = 60.0,
+        **options: int,
+    ) -> None:
+        task = Captioner(checkpoint, dtype=dtype, device=device)
+        filled = task.generation_options(**_searching(options))
+        super().__init__(Caption(task, _frames(task, num_frames), filled), num_workers, timeout)
+
+    def __call__(self, batch: Columns) -> Columns:
+        """A batch with a column `path`."""
+        return batch | _columns(self._lines([Source(str(path)) for path in batch["path"]]))
+
+
+class Answers(_Step):
+    """As `Captions`, for a column `question`, or for one question about all.
+
+    Args:
+        question: asked about each video; None takes the column. candidates: to choose from, or None.
+        options: of `Answerer.answer`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        *,
+        question: str | None = None,
+        candidates: Sequence[str] | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        num_frames: int | None = None,
+        num_workers: int = 1,
+        timeout: float | None = 60.0,
+        **options: int,
+    ) -> None:
+        task = Answerer(checkpoint, dtype=dtype, device=device)
+        filled = _searching(options)
+        if candidates is None:
+            filled = task.generation_options(**filled)
+        self._question = question
+        super().__init__(Answer(task, _frames(task, num_frames), candidates, filled), num_workers, timeout)
+
+    def __call__(self, batch: Columns) -> Columns:
+        """A batch with a column `path`, and perhaps one `question`."""
+        questions = batch["question"] if self._question is None else [self._question] * len(batch["path"])
+        for question in dict.fromkeys(questions):
+            self._work.task.check_question(question)
+        asked = zip(batch["path"], questions, strict=True)
+        videos = [Source(str(path), (Question(str(question)),)) for path, question in asked]
+        return batch | _columns(self._lines(videos))
+
+
+def _frames(task: VideoTask, num_frames: int | None) -> Frames:
+    return Frames(num_frames or task.model.config.vision.num_frames)
+
+
+def _searching(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a search, all of them."""
+    if unknown := options.keys() - _USUAL:
+        raise ConfigError(f"{', '.join(sorted(unknown))}: not known; there are {', '.join(_USUAL)}")
+    return _USUAL | options
+
+
+def _columns(lines: Sequence[Line]) -> Columns:
+    """Texts that are not there are None, numbers NaN; what has parts is JSON."""
+    scores = [math.nan if line["score"] is None else line["score"] for line in lines]
+    return {
+        "text": np.array([line["text"] for line in lines], dtype=object),
+        "score": np.array(scores, dtype=np.float64),
+        **{
+            name: np.array([json.dumps(line[name]) for line in lines], dtype=object)
+            for name in ("alternatives", "frames", "seconds")
+        },
+        **{name: np.array([line[name] for line in lines], dtype=object) for name in ("decoder", "error")},
+    }

@@ -1,0 +1,84 @@
+"""The libraries that decode: which are installed, and which of them may decode a file.
+
+PyAV decodes everything, tells damage, and is always there; what it gives is the truth that the others are held to. The
+others are used where they are asked for, and refuse what they are known to get wrong in silence.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator
+
+import numpy as np
+
+from mplug2_fast.errors import BackendError, VideoError
+from mplug2_fast.video.seek import Scan
+
+_INSTALL = {
+    "pyav": "pip install av",
+    "torchcodec": "pip install torchcodec (0.11 to 0.13 for torch without CUDA), which needs FFmpeg's libraries",
+    "dali": "pip install mplug2-fast[dali-cuda13], or [dali-cuda12]",
+}
+_MODULES = {"pyav": "av", "torchcodec": "torchcodec.decoders", "dali": "nvidia.dali"}
+READER_BACKENDS = ("pyav", "torchcodec")
+"""Those that give frames on the host; DALI gives clips: see `mplug2_fast.video.DaliLoader`."""
+
+
+def reason_not_available(backend: str) -> str | None:
+    """Why a library cannot be used, and what to do about it; None if it can."""
+    module = _MODULES[backend]
+    try:
+        if importlib.util.find_spec(module) is None:
+            return f"not installed: {_INSTALL[backend]}"
+    except ModuleNotFoundError:  # of the package around the module
+        return f"not installed: {_INSTALL[backend]}"
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever a library that does not fit throws
+        return f"cannot be imported ({' '.join(str(error).split())[:300]}): {_INSTALL[backend]}"
+    return None
+
+
+def versions() -> dict[str, str]:
+    """The version of each library, or why it is not available."""
+    return {backend: reason_not_available(backend) or _version(backend) for backend in _MODULES}
+
+
+def _version(backend: str) -> str:
+    module = importlib.import_module(_MODULES[backend].removesuffix(".decoders"))
+    return str(module.__version__)
+
+
+def check_backend(backend: str | None) -> str:
+    """The backend for frames on the host: the one that is asked for, PyAV for None.
+
+    Raises:
+        BackendError: there is none of this name, or it is not available.
+    """
+    backend = "pyav" if backend is None else backend
+    if backend not in READER_BACKENDS:
+        raise BackendError(f"there is no video backend {backend!r}: choose one of {', '.join(READER_BACKENDS)}")
+    if reason := reason_not_available(backend):
+        raise BackendError(f"the video backend {backend} is {reason}")
+    return backend
+
+
+def stream_frames(
+    backend: str, name: str, scan: Scan, indices: list[int], *, threads: int, image_size: int | None
+) -> Iterator[np.ndarray]:
+    """The frames with these indices, in ascending order, as they are decoded; arrays as of `decode_frames`.
+
+    Raises:
+        VideoError: the file cannot be decoded, or not by this backend; perhaps after frames that were good.
+    """
+    if backend == "pyav":
+        from mplug2_fast.video.decode import stream_scanned
+
+        return stream_scanned(name, scan, indices, threads=threads, image_size=image_size)
+    from mplug2_fast.video import torchcodec
+
+    if reason := torchcodec.reason_not_served(scan):
+        raise VideoError(f"{name}: torchcodec may not decode it: {reason}; the backend pyav does")
+    return torchcodec.stream_frames(name, scan, indices, threads=threads, image_size=image_size)

@@ -1,0 +1,194 @@
+"""A process that decodes: what runs in it, and the handle by which another process drives it.
+
+It is a Python of its own rather than a fork (threads and locks of the parent stay out of it) and does not import the
+parent's main module (a script needs no `if __name__ == "__main__"`). It imports numpy and PyAV only, so that replacing
+one is cheap.
+
+Messages go over a socket that keeps their bounds. The parent sends a job, then asks for each further clip; the worker
+answers with JSON and, for a clip, a file descriptor of anonymous memory that holds the frames. That memory belongs to
+whoever holds the descriptor: however a process ends, nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from typing import Any
+
+import numpy as np
+
+from mplug2_fast.errors import VideoError
+from mplug2_fast.video.clips import ClipOptions, DecodedClip, Windows, clips_of
+
+_NEXT = b"N"
+_JOB, _JOB_IN_MEMORY = b"P", b"M"
+_DYING_LIMIT = 5.0
+_MAX_MESSAGE = 1 << 16
+_MAX_REASON = 1 << 12
+
+
+class Worker:
+    """The parent's handle of a worker process, which starts with it."""
+
+    def __init__(self, options: ClipOptions) -> None:
+        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; from mplug2_fast.video.worker import main; "
+            f"main({theirs.fileno()}, {os.getpid()}, {json.dumps(dataclasses.asdict(options))!r})"
+        )
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def start(self, source: bytes | str | os.PathLike[str]) -> None:
+        """Begin with a file: a path, or the bytes of the file itself. Its first clip, or an error, is the answer."""
+        if isinstance(source, bytes):
+            memory = os.memfd_create("video")
+            try:
+                with open(memory, "wb", closefd=False) as file:
+                    file.write(source)
+                socket.send_fds(self.socket, [_JOB_IN_MEMORY], [memory])
+            finally:
+                os.close(memory)
+        else:
+            self.socket.send(_JOB + os.fsencode(source))
+
+    def proceed(self) -> None:
+        """Ask for the next clip of the file."""
+        self.socket.send(_NEXT)
+
+    def receive(self) -> dict[str, Any] | None:
+        """The answer that is waiting, with `memory`, a buffer, where it has frames; None if the process is gone."""
+        try:
+            message, descriptors, _, _ = socket.recv_fds(self.socket, _MAX_MESSAGE, 1)
+        except ConnectionError:
+            return None
+        if not message:
+            return None
+        answer = json.loads(message)
+        for descriptor in descriptors:
+            answer["memory"] = mmap.mmap(descriptor, 0)
+            os.close(descriptor)
+        return answer
+
+    def end(self) -> str:
+        """Kill the process if it is still there, and tell how it ended."""
+        self.socket.close()
+        self._process.kill()
+        try:
+            status = self._process.wait(_DYING_LIMIT)
+        except subprocess.TimeoutExpired:  # it waits for a disk or a network, and is gone when that answers
+            return "it cannot even be killed"
+        if status >= 0:
+            return f"it left with status {status}"
+        name = signal.Signals(-status).name
+        return f"{name}, as when memory runs out" if -status == signal.SIGKILL else name
+
+
+def main(descriptor: int, parent: int, options: str) -> None:
+    """Serves one parent until that is gone."""
+    connection = socket.socket(fileno=descriptor)
+    fields = json.loads(options)
+    windows = fields.pop("windows")
+    _be_expendable(parent)
+    try:
+        import mplug2_fast.video.decode  # noqa: F401  (so that the first file does not pay for it, or fail by it)
+    except Exception:
+        connection.send(json.dumps({"failed": traceback.format_exc()[-_MAX_REASON:]}).encode())
+        return
+    with contextlib.suppress(ConnectionError, EOFError):  # the parent is gone
+        _serve(connection, ClipOptions(**fields, windows=windows and Windows(**windows)))
+
+
+def _be_expendable(parent: int) -> None:
+    """Never outlive the parent, leave Ctrl-C to it, and be the one that goes when the machine runs out of memory."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        sys.exit()
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("800")
+    except OSError:
+        pass  # not every sandbox has it
+
+
+def _serve(connection: socket.socket, options: ClipOptions) -> None:
+    connection.send(b"{}")
+    message, descriptors = _receive(connection)
+    while True:
+        path = message[1:] if message[:1] == _JOB else f"/proc/self/fd/{descriptors[0]}".encode()
+        message, following = _run_job(connection, path, options)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        descriptors = following
+
+
+def _run_job(connection: socket.socket, path: bytes, options: ClipOptions) -> tuple[bytes, list[int]]:
+    """Sends what comes of a file as it is asked for, until another message than that comes, which it returns."""
+    name = os.fsdecode(path)
+    started = time.monotonic()
+    try:
+        for clip in clips_of(name, options):
+            _send_clip(connection, clip, time.monotonic() - started)
+            message, descriptors = _receive(connection)
+            if message != _NEXT:
+                return message, descriptors
+            started = time.monotonic()
+    except ConnectionError:
+        raise
+    except Exception as error:
+        reason = str(error) if isinstance(error, VideoError) else f"{type(error).__name__}: {error}"
+        answer = {"error": reason.removeprefix(f"{name}: ")[:_MAX_REASON], "seconds": time.monotonic() - started}
+        connection.send(json.dumps(answer).encode())
+    return _receive(connection)
+
+
+def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
+    message, descriptors, _, _ = socket.recv_fds(connection, _MAX_MESSAGE, 1)
+    if not message:
+        raise EOFError
+    return message, descriptors
+
+
+def _send_clip(connection: socket.socket, clip: DecodedClip, seconds: float) -> None:
+    """The frames go into shared memory, their indices behind them."""
+    shape = (len(clip.frames), *clip.frames[0].shape)
+    indices = np.array(clip.indices, dtype=np.int64)
+    size = int(np.prod(shape))
+    descriptor = os.memfd_create("clip")
+    try:
+        os.ftruncate(descriptor, size + indices.nbytes)
+        with mmap.mmap(descriptor, 0) as memory:
+            pixels = np.frombuffer(memory, np.uint8, size).reshape(shape)
+            np.stack(clip.frames, out=pixels)
+            memory[size:] = indices.tobytes()
+            del pixels  # a view keeps the memory from being closed
+        answer = {
+            "shape": shape,
+            "window": clip.window,
+            "last": clip.last,
+            "backend": clip.backend,
+            "seconds": seconds,
+        }
+        socket.send_fds(connection, [json.dumps(answer).encode()], [descriptor])
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,284 @@
+"""The check on a GPU, with a stand-in for what it runs."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu_check, gpu_memcheck
+from bench.gpu_check import Check, Finished
+from mplug2_fast import ops
+
+ROOT = Path(__file__).parents[2]
+DESCRIBED = {
+    "date": "2030-01-01T00:00:00+00:00",
+    "commit": "abc",
+    "card": "A Card",
+    "driver": "1.2",
+    "cuda": "13.0",
+    "python": "3.12",
+    "packages": {"torch": "2.11"},
+}
+JUNIT = """<testsuites><testsuite tests="4" failures="1" errors="1" skipped="1">
+<testcase classname="tests.ops" name="good"/><testcase classname="tests.ops" name="bad"><failure>no</failure></testcase>
+<testcase classname="tests.ops" name="other"><skipped/></testcase><testcase classname="tests.ops" name="late">
+<error message="failed on setup with &quot;not run: the time for all tests is up&quot;"/></testcase>
+</testsuite></testsuites>"""
+
+
+class Runner:
+    """Remembers what it was asked to run; ends with the status of the log's name, 0 for others."""
+
+    def __init__(self, **statuses):
+        self.statuses, self.commands, self.limits, self.variables = statuses, {}, {}, {}
+
+    def __call__(self, command, log, limit, variables):
+        log.write_text("log")
+        name = log.stem
+        self.commands.setdefault(name, []).append(list(command))
+        self.limits.setdefault(name, limit)
+        self.variables[name] = dict(variables)
+        return Finished(self.statuses.get(name, 0), 1.0)
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """As if there were one."""
+    monkeypatch.setattr(gpu_check, "no_gpu", lambda: None)
+    monkeypatch.setattr(gpu_check, "describe", lambda: DESCRIBED)
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path=None: f"/bin/{name}")
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    return tmp_path / "out"
+
+
+def test_without_a_gpu_it_says_so_in_one_line():
+    done = subprocess.run(
+        [sys.executable, "bench/gpu_check.py"],
+        cwd=ROOT,
+        env={**gpu_check.os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("no GPU: this torch")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_all_steps_pass(gpu, capsys):
+    runner = Runner()
+    assert gpu_check.main([], runner) == 0
+    assert list(runner.commands) == ["install", "tests", "sanitizer", "ops", "model"]
+    assert sum(runner.limits.values()) > gpu_check.BUDGET  # what a step leaves goes to those after it
+    assert runner.limits["install"] < gpu_check.BUDGET / 5
+    assert runner.limits["model"] > gpu_check.BUDGET - 10
+    summary = json.loads((gpu / "summary.json").read_text())
+    assert summary["card"] == "A Card"
+    assert {step["name"]: step["status"] for step in summary["steps"]} == dict.fromkeys(runner.commands, "passed")
+    assert "| model | passed | 0 |" in (gpu / "summary.md").read_text()
+    assert "install: passed" in capsys.readouterr().out
+
+
+def test_a_step_that_fails_stops_no_other(gpu):
+    runner = Runner(tests=1, sanitizer=None)
+    assert gpu_check.main([], runner) == 1
+    assert list(runner.commands) == ["install", "tests", "sanitizer", "ops", "model"]
+    steps = {step["name"]: step for step in json.loads((gpu / "summary.json").read_text())["steps"]}
+    assert (steps["tests"]["status"], steps["ops"]["status"]) == ("failed", "passed")
+    assert "exit status 1, see tests.log" in steps["tests"]["note"]
+    assert steps["sanitizer"]["status"] == "failed"
+    assert "stopped after" in steps["sanitizer"]["note"]
+
+
+def test_a_step_that_cannot_begin_stops_no_other(gpu):
+    def run(command, log, limit, variables):
+        if log.stem == "ops":
+            raise FileNotFoundError("python")
+        return Finished(0, 1.0)
+
+    assert gpu_check.main(["--only", "bench"], run) == 1
+    steps = {step["name"]: step for step in json.loads((gpu / "summary.json").read_text())["steps"]}
+    assert steps["ops"]["note"] == "FileNotFoundError: python"
+    assert steps["model"]["status"] == "passed"
+
+
+def test_steps_can_be_chosen(gpu, capsys):
+    runner = Runner()
+    gpu_check.main(["--only", "bench,tests"], runner)
+    assert list(runner.commands) == ["install", "tests", "ops", "model"]
+    runner = Runner()
+    gpu_check.main(["--only", "peer", "--budget", "900"], runner)
+    assert list(runner.commands) == ["install", "peer"]
+    assert runner.limits["peer"] > 800
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--only", "dance"], runner)
+    assert "no such step 'dance': choose from tests, sanitizer, ops, model, peer, bench" in capsys.readouterr().err
+
+
+def test_gpu_tests_are_required_and_what_is_left_out_is_listed(tmp_path, monkeypatch):
+    def found(package):
+        return package != "av"
+
+    monkeypatch.setattr(gpu_check, "_found", found)
+    (tmp_path / "tests.xml").write_text(JUNIT)
+    runner = Runner(tests=1)
+    outcome = Check(tmp_path, runner).step("tests", 100)
+    (command,) = runner.commands["tests"]
+    assert command[:4] == [sys.executable, "-m", "pytest", "tests/gpu"]
+    assert "tests/video" not in command
+    assert "tests/bench" in command
+    assert any(part.startswith("--deselect=tests/examples/test_generator.py::") for part in command)
+    assert runner.variables["tests"].keys() == {"MPLUG2_FAST_GPU", "MPLUG2_FAST_TUNING", "MPLUG2_FAST_DEADLINE"}
+    assert time.time() < float(runner.variables["tests"]["MPLUG2_FAST_DEADLINE"]) < time.time() + 100
+    found = "4 tests, 1 failures, 1 errors, 1 skipped, 1 of the errors for want of time (tests.ops::bad)"
+    assert found in outcome.note
+    assert "without av: tests/video" in outcome.note
+    assert "skvideo" not in outcome.note
+
+
+def test_tests_that_need_a_package_are_named_as_they_are():
+    for tests in gpu_check.NEEDS.values():
+        for test in tests:
+            path, _, name = test.partition("::")
+            assert (ROOT / path).exists(), path
+            assert not name or f"def {name}(" in (ROOT / path).read_text()
+
+
+def test_the_rest_is_collected_without_those_packages(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "_found", lambda package: package not in gpu_check.NEEDS)
+    (tmp_path / "refuse.py").write_text(
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {tuple(gpu_check.NEEDS)!r}:\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+    )
+    runner = Runner()
+    Check(tmp_path, runner).step("tests", 100)
+    (command,) = runner.commands["tests"]
+    named = [part for part in command if part.startswith(("tests/", "--ignore", "--deselect"))]
+    arguments = ["-p", "refuse", "--collect-only", "-q", "-p", "no:cacheprovider", *named]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *arguments],
+        cwd=ROOT,
+        env={**gpu_check.os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    collected = [line for line in done.stdout.splitlines() if "::" in line]
+    assert collected[0].startswith("tests/gpu/")
+    assert len(set(collected)) == len(collected)
+    assert not any(line.startswith(("tests/video", "tests/test_cli")) for line in collected)
+
+
+def test_where_pip_cannot_install_the_folders_are_arranged(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    for folder in ("kernels", "mplug2_fast"):
+        (tmp_path / folder).mkdir()
+    runner = Runner(install=1)
+    outcome = Check(tmp_path, runner).step("install", 10)
+    assert outcome.status == "passed"
+    assert "WITHOUT the native module" in outcome.note
+    assert (tmp_path / "mplug2_fast" / "kernels").resolve() == tmp_path / "kernels"
+    assert [command[0] for command in runner.commands["install"]] == [sys.executable, "cmake"]
+
+
+def test_no_sanitizer_is_no_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path=None: None)
+    outcome = Check(tmp_path, Runner()).step("sanitizer", 10)
+    assert (outcome.status, outcome.note) == ("left out", "compute-sanitizer is not installed")
+
+
+def test_a_command_that_takes_too_long_is_stopped_with_all_that_it_started(tmp_path):
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+    start = time.monotonic()
+    finished = gpu_check.run_command([sys.executable, "-c", code], tmp_path / "log", 1.0, {})
+    assert finished.status is None
+    assert time.monotonic() - start < 60
+
+
+def test_a_command_has_its_variables_and_its_log(tmp_path):
+    command = [sys.executable, "-c", "import os; print(os.environ['SOME']); raise SystemExit(3)"]
+    assert gpu_check.run_command(command, tmp_path / "log", 60.0, {"SOME": "value"}).status == 3
+    assert "\nvalue\n" in (tmp_path / "log").read_text()
+
+
+def test_why_there_is_nothing_to_check(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert gpu_check.no_gpu().endswith("for CUDA 13.0 sees no device")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert gpu_check.no_gpu().endswith("is built without CUDA")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpu_check.no_gpu() is None
+
+
+def test_the_machine_is_described_whatever_is_missing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A Card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("MPLUG2_FAST_COMMIT", "abc")
+    found = gpu_check.describe()
+    assert (found["card"], found["capability"], found["driver"], found["commit"]) == ("A Card", "9.0", "unknown", "abc")
+    assert found["packages"]["torch"] == importlib.metadata.version("torch")
+    assert DESCRIBED.keys() <= found.keys()
+
+
+def test_the_small_run_for_the_sanitizer(capsys, monkeypatch):
+    monkeypatch.setattr(gpu_memcheck, "MOST", 1)
+    gpu_memcheck.main("cpu")
+    assert capsys.readouterr().out.count("\n") == 2 * len(ops.OPERATORS)
+    sizes = gpu_memcheck.chosen(ops.layer_norm.op)
+    assert len(sizes) == 1
+
+
+def test_after_the_deadline_no_test_begins(tmp_path):
+    (tmp_path / "test_it.py").write_text("def test_it(): pass\n")
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    report = tmp_path / "report.xml"
+    for deadline, what in (
+        ("1", "1 tests, 0 failures, 1 errors, 0 skipped, 1 of the errors for want of time"),
+        ("inf", ""),
+    ):
+        subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path), f"--junitxml={report}"],
+            cwd=tmp_path,
+            env={**gpu_check.os.environ, "MPLUG2_FAST_DEADLINE": deadline},
+            capture_output=True,
+            check=False,
+        )
+        assert gpu_check.summary_of(report) == (what or "1 tests, 0 failures, 0 errors, 0 skipped")
+
+
+def test_a_skip_is_a_failure_where_a_gpu_is_required(tmp_path):
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.gpu\n"
+        "def test_marked(): pytest.skip('why not')\n"
+        "@pytest.mark.parametrize('backend', ['triton'])\n"
+        "def test_triton(backend): pytest.skip('why not')\n"
+        "def test_other(): pytest.skip('why not')\n"
+    )
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    for required, words in (("", "3 skipped"), ("required", "1 skipped")):
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
+            cwd=tmp_path,
+            env={**gpu_check.os.environ, "MPLUG2_FAST_GPU": required},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert words in done.stdout
+        assert (done.returncode == 0) == (not required), done.stdout
+    assert "MPLUG2_FAST_GPU is required, and this was not run" in done.stdout

@@ -1,0 +1,225 @@
+"""The journal: whole lines only, one program at a time, and never somebody else's file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mplug2_fast.bulk.journal import Journal, read_lines, remove_journal, settings_file, write_whole
+from mplug2_fast.errors import ConfigError, MPlug2Error
+
+SETTINGS = {"command": "caption", "num_beams": 5, "windows": (16, 8)}
+
+
+def line(path: str, error: str | None = None, **more: object) -> dict:
+    return {"path": path, "error": error, **more}
+
+
+def journal(path: Path, settings: dict | None = None, **choices: int) -> Journal:
+    return Journal(path, lambda line: line["path"], SETTINGS if settings is None else settings, choices)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+def test_lines_are_appended_and_known_when_it_is_opened_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with journal(path) as opened:
+        assert opened.done == {}
+        opened.append([line("a"), line("b", "is empty")])
+        opened.append([])
+        assert len(lines(path)) == 2  # before it is closed
+        assert opened.done == {"a": False, "b": True}
+    with journal(path) as opened:
+        assert opened.done == {"a": False, "b": True}
+        opened.append([line("a", text="another"), line("c"), line("c", text="twice at once")])
+    assert lines(path) == [line("a"), line("b", "is empty"), line("c")] == list(read_lines(path))
+
+
+def test_names_of_any_bytes(tmp_path: Path) -> None:
+    names = ["ä\udcff.mp4", "a\nb\t.mp4", "\u2028.mp4", "a\0b"]
+    with journal(tmp_path / "a.jsonl") as opened:
+        opened.append(line(name) for name in names)
+    with journal(tmp_path / "a.jsonl") as opened:
+        assert list(opened.done) == names
+    assert len((tmp_path / "a.jsonl").read_bytes().split(b"\n")) == 5
+
+
+def test_a_file_that_ends_anywhere_is_repaired(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with journal(path) as opened:
+        opened.append([line("a"), line("b", text="ä")])
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for size in range(1, len(whole) + 1):
+        path.write_bytes(whole[:size])
+        with journal(path) as opened:
+            assert list(opened.done) == ["a", "b"][: whole[:size].count(b"\n")]
+            assert path.stat().st_size in (0, first, len(whole))
+            opened.append([line("a"), line("b", text="ä")])
+        assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("hole", [b"\0" * 100, b'{"path": "b", "er\0\0\0\0\n', b"\0\0\n\0"])
+def test_what_a_machine_without_power_left_is_cut_off(tmp_path: Path, hole: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    with journal(path) as opened:
+        opened.append([line("a")])
+    whole = path.read_bytes()
+    path.write_bytes(whole + hole + b'{"path": "c", "error": null}\n')
+    with journal(path) as opened:
+        assert list(opened.done) == ["a"]
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("alien", [b"hello\n", b"[1]\n", b'{"path": "b"}\n', b"3\n"])
+def test_a_line_that_is_something_else_is_left_alone(tmp_path: Path, alien: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    with journal(path) as opened:
+        opened.append([line("a")])
+    data = path.read_bytes() + alien + b'{"path": "c", "error": null}\n'
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"a\.jsonl, line 2: this is not a result"):
+        journal(path)
+    assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize("data", [b"hello", b"a video\n", b'{"path": "a", "error": null}\n'])
+def test_a_file_that_no_run_began_is_left_alone(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "a.mp4"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"a\.mp4 is there already, and .*a\.mp4\.run, which a run keeps"):
+        journal(path)
+    assert path.read_bytes() == data
+    Path(settings_file(str(path))).write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read: name another output"):
+        journal(path)
+    assert path.read_bytes() == data
+
+
+def test_settings_may_not_change_while_there_are_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    other = {**SETTINGS, "num_beams": 3}
+    journal(path).close()
+    with journal(path, other) as opened:  # there are none yet
+        opened.append([line("a")])
+    with pytest.raises(ConfigError, match=r"begun with other options: num_beams was 3 and is 5\. Take those, or name"):
+        journal(path)
+    with pytest.raises(ConfigError, match="kind was None and is 'pooled'"):
+        journal(path, {**other, "kind": "pooled"})
+    path.unlink()
+    journal(path).close()
+
+
+def test_choices_stay_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with journal(path, batch_size=4) as opened:
+        assert opened.choices == {"batch_size": 4}
+        opened.append([line("a")])
+    with journal(path, batch_size=8) as opened:
+        assert opened.choices == {"batch_size": 4}
+
+
+def test_the_second_of_two_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    program = f"""
+from tests.bulk.test_journal import journal, Path
+try:
+    journal(Path({str(path)!r}))
+except Exception as error:
+    print(error)
+else:
+    print("opened")
+"""
+
+    def other() -> str:
+        root = str(Path(__file__).parents[2])
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout.strip()
+
+    with journal(path) as opened:
+        opened.append([line("a")])
+        with pytest.raises(ConfigError, match="another run is writing to it"):
+            journal(path)
+        assert other() == f"{path}: another run is writing to it: wait for it, or name another output"
+    assert other() == "opened"
+
+
+def test_a_file_that_was_replaced_while_its_lock_was_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl"
+    monkeypatch.setattr("fcntl.flock", lambda *_: path.unlink())
+    with pytest.raises(ConfigError, match="another run"):
+        journal(path)
+
+
+def test_places_where_nothing_can_be_written(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, reason in (
+        (tmp_path / "none" / "a.jsonl", "No such file or directory"),
+        (tmp_path, "Is a directory"),
+        (tmp_path / "pipe", "is not a regular file"),
+        (Path("/dev/null"), "is not a regular file"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            journal(path)
+    with pytest.raises(MPlug2Error, match="cannot be written: No such file"):
+        write_whole(tmp_path / "none" / "a", b"")
+
+
+def test_a_full_disk_costs_no_line_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    write = os.write
+    with journal(path) as opened:
+        opened.append([line("a")])
+
+        def full(file: int, data: bytes) -> int:
+            monkeypatch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            return write(file, data[:10])
+
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(MPlug2Error, match=r"a\.jsonl: the results cannot be written: No space left"):
+            opened.append([line("b"), line("c")])
+        assert list(opened.done) == ["a"]
+    monkeypatch.undo()
+    with journal(path) as opened:
+        assert list(opened.done) == ["a"]
+        opened.append([line("b")])
+    assert [found["path"] for found in lines(path)] == ["a", "b"]
+
+
+def test_short_writes_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    with journal(tmp_path / "a.jsonl") as opened:
+        monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:7]))
+        opened.append([line("a"), line("b")])
+    assert lines(tmp_path / "a.jsonl") == [line("a"), line("b")]
+
+
+def test_lines_reach_the_disk_at_least_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, synced = [100.0], []
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with journal(tmp_path / "a.jsonl") as opened:
+        monkeypatch.setattr(os, "fsync", synced.append)
+        for path, seconds, count in (("a", 0.0, 0), ("b", 0.6, 0), ("c", 0.6, 1), ("d", 0.6, 1), ("e", 5.0, 2)):
+            now[0] += seconds
+            opened.append([line(path)])
+            assert len(synced) == count
+    assert len(synced) == 3
+
+
+def test_what_is_written_whole_and_what_is_removed(tmp_path: Path) -> None:
+    write_whole(tmp_path / "a", b"one")
+    write_whole(tmp_path / "a", b"two")
+    assert (tmp_path / "a").read_bytes() == b"two"
+    path = tmp_path / "b.jsonl"
+    with journal(path):
+        remove_journal(str(path))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

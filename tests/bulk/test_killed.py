@@ -1,0 +1,53 @@
+"""Runs that are killed with SIGKILL, over and over: every input has one line at the end, and the right one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.bulk.files import mixed_files
+
+PROGRAM = Path(__file__).with_name("killed.py")
+
+
+def results(path: Path) -> list[dict]:
+    """The lines without their times."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def run(folder: Path, paths: list[str], output: Path, kills: int, seed: int) -> list[int]:
+    (folder / "paths").write_text("\n".join(paths))
+    command = [sys.executable, str(PROGRAM), str(folder / "paths"), str(output), str(kills), str(seed)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return [int(count) for count in done.stdout.split()]
+
+
+def test_200_files_20_of_them_broken_killed_at_10_moments(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    paths, broken = mixed_files(tmp_path / "files", good=180, broken=20)
+    seed = random.SystemRandom().randrange(2**32)
+    killed_at = run(tmp_path, paths, tmp_path / "killed.jsonl", kills=10, seed=seed)
+    assert len(killed_at) == 10
+    assert killed_at == sorted(killed_at), f"lines got lost, seed {seed}"
+    assert killed_at[-1] < 200
+
+    found = results(tmp_path / "killed.jsonl")
+    assert len(found) == 200, f"seed {seed}"
+    assert {line["path"] for line in found} == set(paths), f"seed {seed}"
+    assert {line["path"] for line in found if line["error"] is not None} == broken
+    assert all((line["text"] is None) == (line["path"] in broken) for line in found)
+
+    run(tmp_path, paths, tmp_path / "whole.jsonl", kills=0, seed=0)
+    by_path = [sorted(lines, key=lambda line: line["path"]) for lines in (found, results(tmp_path / "whole.jsonl"))]
+    assert by_path[0] == by_path[1], f"seed {seed}"  # to the last digit of every score
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith("killed")} == {
+        "killed.jsonl",
+        "killed.jsonl.run",
+    }

@@ -1,0 +1,100 @@
+"""The steps for Ray Data: alone, and on a Ray that runs here."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mplug2_fast as mf
+from mplug2_fast.errors import ConfigError
+from mplug2_fast.ray import Answers, Captions
+from tests.bulk.files import write_clip
+
+OPTIONS = {"num_beams": 2, "max_length": 6}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("clips")
+    clips = [str(write_clip(folder / f"{seed}.mp4", "mpeg4", seed)) for seed in range(4)]
+    return [*clips[:2], str(folder / "missing.mp4"), *clips[2:]]
+
+
+def check_captions(rows: list[dict], paths: list[str]) -> None:
+    by_path = {row["path"]: row for row in rows}
+    assert sorted(by_path) == sorted(paths)
+    for expected in mf.Captioner(device="cpu").caption(paths, **OPTIONS):
+        row = by_path[expected.path]
+        assert (row["text"], row["error"]) == (expected.text, expected.error)
+        if expected.error is None:
+            assert row["score"] == pytest.approx(expected.score, abs=1e-4)
+            assert json.loads(row["alternatives"])[0]["text"] == row["text"]
+            assert json.loads(row["frames"]) == [0, 1, 3, 4]
+            assert (row["decoder"], list(json.loads(row["seconds"]))) == ("pyav", ["decode", "encode", "generate"])
+        else:
+            assert math.isnan(row["score"])
+            assert (json.loads(row["alternatives"]), row["decoder"]) == ([], None)
+
+
+def rows_of(columns: dict) -> list[dict]:
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def test_captions(paths: list[str]) -> None:
+    step = Captions(device="cpu", **OPTIONS)
+    rows = []
+    for batch in (paths[:3], paths[3:], []):  # one after the other, from the same processes
+        rows += rows_of(step({"path": np.array(batch, dtype=object), "more": np.arange(len(batch))}))
+    assert [row["more"] for row in rows] == [0, 1, 2, 0, 1]
+    check_captions(rows, paths)
+
+
+def test_answers(paths: list[str]) -> None:
+    answerer = mf.Answerer(device="cpu")
+    questions = ["what color is it?", "what does it do?", "what?", "what is the shape?", "what does it do?"]
+    for options, choices in ((OPTIONS, None), ({}, ["red", "moves up"])):
+        step = Answers(device="cpu", candidates=choices, **options)
+        rows = rows_of(step({"path": np.array(paths), "question": np.array(questions)}))
+        for row, path, question in zip(rows, paths, questions, strict=True):
+            (expected,) = answerer.answer(path, question, choices, **options)
+            assert (row["path"], row["question"], row["text"]) == (path, question, expected.text)
+            assert row["error"] == expected.error
+    (row,) = rows_of(Answers(device="cpu", question="what does it do?")({"path": np.array(paths[:1])}))
+    (expected,) = answerer.answer(paths[0], "what does it do?")
+    assert row["text"] == expected.text
+    with pytest.raises(ConfigError, match="the question is empty"):
+        Answers(device="cpu", question="?")({"path": np.array(paths[:1])})
+
+
+def test_options_that_are_not_known() -> None:
+    with pytest.raises(ConfigError, match="temperature: not known; there are num_beams, num_return"):
+        Captions(device="cpu", temperature=1)
+
+
+def test_on_a_local_ray(paths: list[str]) -> None:
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("pyarrow")
+    variables = {"PYTHONPATH": str(Path(__file__).parents[1]), "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        object_store_memory=80 * 2**20,
+        runtime_env={"env_vars": variables},
+    )
+    try:
+        videos = ray.data.from_items([{"path": path} for path in paths])
+        found = videos.map_batches(
+            Captions, fn_constructor_kwargs={"device": "cpu", **OPTIONS}, batch_size=2, concurrency=1
+        )
+        check_captions(found.take_all(), paths)
+    finally:
+        ray.shutdown()
