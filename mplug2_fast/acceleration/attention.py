@@ -167,7 +167,7 @@ def _attention(module: Any, bound: dict[str, Any]) -> tuple[Tensor, Tensor, Tens
     x, memory = bound["x"], bound.get("memory")
     mask = bound["memory_mask"] if memory is not None and "memory_mask" in bound else bound.get("mask")
     memory = x if memory is None else memory
-    understood = understand(mask, x.shape[1], memory.shape[1], None)
+    understood = understand(mask, x, memory, None)
     projections = Projections(module)
     key, value = projections.key_value(memory)
     out = projections.finish(projections.attend(projections.query(x), key, value, understood), x)

@@ -167,8 +167,8 @@ class Call:
         return parents if _equal(now, before) else None
 
     def is_generation(self, x: Tensor) -> bool:
-        """Whether it looks like one, and it pays to keep what is large: x `(rows, tokens, channels)` is one token long, or
-        continues the last call. Whole sentences, as for a loss, mostly come alone."""
+        """Whether it looks like one, so that keeping what is large pays: x `(rows, tokens, channels)` is one token
+        long, or continues the last call. Whole sentences, as for a loss, mostly come alone."""
         return x.shape[1] == 1 or self._parents is not None
 
 

@@ -29,6 +29,7 @@ from mplug2_fast.acceleration.masks import Mask, understand
 from mplug2_fast.acceleration.steps import decode
 from mplug2_fast.acceleration.structure import (
     Signature,
+    dropout_of,
     has,
     require,
     require_children,
@@ -182,8 +183,8 @@ def _layer(
     elif use == "connected attention":
         x, memory, mask = torch.cat([memory, x], dim=1), None, _joined(memory_mask, mask)
     known = None if call is None else call.masks
-    seen = understand(mask, x.shape[1], x.shape[1], known)
-    memory_seen = Mask() if memory is None else understand(memory_mask, x.shape[1], memory.shape[1], known)
+    seen = understand(mask, x, x, known)
+    memory_seen = Mask() if memory is None else understand(memory_mask, x, memory, known)
 
     def feed_forward(x: Tensor) -> Tensor:
         return add_norm(module.output, x, _mlp, x, module, activation)
@@ -193,7 +194,8 @@ def _layer(
         x, key, value = attend_self(own, x, seen)
         return feed_forward(x), key.transpose(1, 2), value.transpose(1, 2)
     cross = Projections(module.crossattention)
-    if call is not None and (seen.causal or x.shape[1] == 1) and not max(own.dropout, cross.dropout):
+    dropout = max(own.dropout, cross.dropout, dropout_of(module.output))
+    if call is not None and (seen.causal or x.shape[1] == 1) and x.numel() > 0 and dropout == 0:
         step = decode(call, module, own, cross, feed_forward, x, seen.visible, memory, memory_seen.visible)
         if step is not None:
             return step

@@ -13,6 +13,10 @@ from mplug2_fast.acceleration.swap import Unserved
 _NEVER = -9000.0  # released self-attention masks add -1e4, cross-attention masks more
 
 
+Known = dict[tuple[int, int], tuple[Tensor, "Mask"]]
+"""Masks that were looked at before, by identity and by how often they were written to."""
+
+
 class Mask(NamedTuple):
     """Which keys are seen: `visible` `(batch, keys)`, None for all; `causal`, query i sees keys up to i."""
 
@@ -20,27 +24,29 @@ class Mask(NamedTuple):
     causal: bool = False
 
 
-def understand(
-    mask: Tensor | None, queries: int, keys: int, known: dict[tuple[int, int], tuple[Tensor, Mask]] | None
-) -> Mask:
-    """An additive mask `(batch, 1, 1 or queries, keys)` of zeros and large negatives. Raises `Unserved` for others.
+def understand(mask: Tensor | None, x: Tensor, memory: Tensor, known: Known | None) -> Mask:
+    """A mask `(batch or 1, 1, 1 or queries, keys)` of zeros and large negatives, to add. Raises `Unserved` for others.
 
     Args:
-        known: where masks that were looked at before are found again, by identity.
+        x: `(batch, queries, channels)`. memory: `(batch, keys, channels)`.
+        known: where masks are found again.
     """
+    if x.dim() != 3 or memory.dim() != 3 or x.shape[0] != memory.shape[0]:
+        raise Unserved(f"inputs {tuple(x.shape)} and {tuple(memory.shape)} are not of one batch")
     if mask is None:
         return Mask()
     key = (id(mask), written(mask))
     if known is not None and key in known:
         return known[key][1]
-    found = _look(mask, queries, keys)
+    found = _look(mask, x.shape[0], x.shape[1], memory.shape[1])
     if known is not None:
         known[key] = (mask, found)
     return found
 
 
-def _look(mask: Tensor, queries: int, keys: int) -> Mask:
-    if not mask.is_floating_point() or mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[-1] != keys:
+def _look(mask: Tensor, batch: int, queries: int, keys: int) -> Mask:
+    shapes = [(rows, 1, some, keys) for rows in (1, batch) for some in (1, queries)]
+    if not mask.is_floating_point() or tuple(mask.shape) not in shapes:
         raise Unserved(f"an attention mask of {mask.dtype} {tuple(mask.shape)} is not known")
     hidden = mask[:, 0] <= _NEVER
     if not bool(((mask[:, 0] == 0) | hidden).all()):
@@ -55,4 +61,4 @@ def _look(mask: Tensor, queries: int, keys: int) -> Mask:
             raise Unserved("an attention mask is neither causal nor the same for all queries")
     if not bool((visible[:, 0] if causal else visible.any(dim=1)).all()):
         raise Unserved("an attention mask leaves a query without any key")
-    return Mask(None if bool(visible.all()) else visible, causal)
+    return Mask(None if bool(visible.all()) else visible.expand(batch, -1), causal)

@@ -221,6 +221,16 @@ def test_without_the_causal_mask(plain, fast):
         check(plain, fast, ids[:, :length], memory, is_decoder=False)
 
 
+def test_a_memory_for_all_rows_is_left_to_the_original(plain, fast):
+    memory, ids = random(1, KEYS, WIDTH), words(4, 3)
+    with pytest.warns(RuntimeWarning, match="not of one batch"):
+        check(plain, fast, ids, memory)
+
+
+def test_no_rows(fast):
+    assert call(fast, words(0, 3), random(0, KEYS, WIDTH)).logits.shape == (0, 3, WORDS)
+
+
 def test_results_and_inputs_that_the_caller_writes_to(plain, fast):
     memory, ids = tiled(2), words(6, 1)
     kept = []

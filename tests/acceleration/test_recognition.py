@@ -253,6 +253,8 @@ def test_layers_in_all_their_modes(index, decoder):
     calls += [] if decoder else [(x, mask), (x,)]
     # A layer that is not universal is left to itself in this mode, which is not for it.
     calls += [(x, mask, None, memory, memory_mask, None, False, "v_module")] if index else []
+    causal = torch.full((1, 1, 4, 4), -10000.0).triu(1)  # for all rows
+    calls.append((x, causal, None, memory, memory_mask[1:]))
     expected = [module(*call) for call in calls]
     assert reason(module) == ""
     for call, outputs in zip(calls, expected, strict=True):
@@ -269,6 +271,7 @@ def test_calls_of_a_layer_that_are_left_to_it():
         "past_key_value": {"past_key_value": past},
         "head_mask": {"head_mask": torch.ones(2, 1, 1)},
         "zeros and large negatives": {"attention_mask": bias},
+        "not known": {"attention_mask": torch.zeros(2, 2, 4, 4)},
         "neither causal": {"attention_mask": torch.zeros(2, 1, 4, 4).masked_fill(torch.eye(4) > 0, -1e4)},
         "without any key": {"attention_mask": torch.full((2, 1, 1, 4), -10000.0)},
         "was not tried: no memory, mode fusion": {"mode": "fusion"},
@@ -448,6 +451,7 @@ def test_decoder_whose_layers_are_not_known():
     assert outcomes["text_decoder.bert.encoder.layer.0.attention"].replacement == "FastBertAttention"
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 def test_what_is_fast_already_is_left():
     report = mf.accelerate(nn.ModuleDict({"a": mf.nn.LayerNorm(8), "b": torch.jit.script(nn.LayerNorm(8))}))
     assert [entry.reason for entry in report.entries] == ["it is a fast module", "it is compiled by TorchScript"]

@@ -65,13 +65,14 @@ def test_dropout_drops():
     assert torch.equal(model.encode_video(video), model.encode_video(video))
 
 
-def test_dropout_alone_in_training_mode():
+@pytest.mark.parametrize("where", ["", "attention.self.", "crossattention.output.", "layer.1.output."])
+def test_dropout_alone_in_training_mode(where):
     """As for estimates of uncertainty: every call draws anew, for all tokens."""
-    config = SMALL.replace(hidden_dropout_prob=0.5)
+    config = SMALL.replace(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     model = pair(config)[0]
     mf.accelerate(model)
-    for module in model.text_decoder.modules():
-        module.training = isinstance(module, torch.nn.Dropout)
+    for name, module in model.text_decoder.named_modules():
+        module.training = name.endswith(f"{where}dropout")
     ids, mask = random_text(config, 2, 6, padded=False)
     memory = torch.randn(2, 9, config.text.hidden_size)
     with torch.no_grad():
