@@ -97,11 +97,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     stale = []
-
-    def measured(old: str) -> str:
-        return render(old, options.results)
-
-    for path, render_text in ((options.readme, measured), (BULK, measured), (OPERATORS, operators_page)):
+    pages = (
+        (options.readme, lambda old: render(old, options.results)),
+        (BULK, lambda old: render(old, RESULTS)),
+        (OPERATORS, operators_page),
+    )
+    for path, render_text in pages:
         present = path.read_text() if path.exists() else ""
         wanted = render_text(present)
         if wanted != present:

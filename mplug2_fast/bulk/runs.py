@@ -117,6 +117,10 @@ def run(
         shared = ranks.first_makes(open_output)
         if shared.videos != _digest(videos):
             raise ConfigError("the programs of this run see different files: all need the same folders and lists")
+        if not os.path.exists(output):
+            raise ConfigError(
+                f"{output}: the first program's output is not to be seen here: all need one folder for it"
+            )
         plan = _plan(work, shared, ranks)
         if ranks.rank == 0:
             result = _work_off(work, videos, opened[0], plan, ranks.rank, decoding, started)
@@ -163,7 +167,7 @@ def _plan(work: Work[Any], shared: _Shared, ranks: Ranks) -> Plan:
         if number % ranks.size == ranks.rank and not all(done[video] for video in group)
     ]
     left = sum(not done[video] for group in groups for video in group)
-    return Plan(groups, shared.batch_size, left, len(done) - sum(not finished for finished in done))
+    return Plan(groups, shared.batch_size, left, sum(done))
 
 
 def _work_off(
@@ -293,4 +297,7 @@ def _part(output: str, rank: int) -> str:
 
 
 def _digest(videos: Sequence[Source]) -> str:
-    return hashlib.sha256(repr(videos).encode("utf-8", "surrogatepass")).hexdigest()
+    digest = hashlib.sha256()
+    for video in videos:
+        digest.update(repr(video).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

@@ -174,7 +174,10 @@ def answer(
             answerer = load(Answerer, checkpoint, dtype, ranks.device(device), quietly=ranks.rank > 0)
             asked = dict.fromkeys(question.text for video in sources.videos for question in video.questions)
             for text in asked:
-                answerer.check_question(text)
+                try:
+                    answerer.check_question(text)
+                except ConfigError as error:
+                    raise ConfigError(f"{text!r}: {error}") from error
             if ranks.rank == 0:
                 _note_unknown_words(answerer, asked)
             if choices is None:

@@ -1,6 +1,6 @@
 """A program that starts a bulk run again and again and kills it, and at last lets it finish.
 
-    python tests/bulk/killed.py PATHS_FILE OUTPUT KILLS SEED
+    python tests/bulk/killed.py caption|features PATHS_FILE OUTPUT KILLS SEED
 
 The model is loaded once: each run is a fork, which is a process like any other to SIGKILL. Prints how many lines there
 were at each kill.
@@ -20,17 +20,22 @@ import torch
 
 import mplug2_fast as mf
 from mplug2_fast import bulk
+from mplug2_fast.bulk.features import Shards
 
 
-def main(paths_file: str, output: str, kills: int, seed: int) -> None:
+def main(command: str, paths_file: str, output: str, kills: int, seed: int) -> None:
     torch.set_num_threads(1)  # threads do not survive a fork
     moments = random.Random(seed)
     paths = Path(paths_file).read_text().split("\n")
     captioner = mf.Captioner(device="cpu")
     options = captioner.generation_options(2, 1, None, 6)
+    Shards.is_due = lambda shards: len(shards._rows) >= 7  # many small ones
 
     def run() -> None:
-        work = bulk.Caption(captioner, bulk.Frames(4), options)
+        if command == "caption":
+            work = bulk.Caption(captioner, bulk.Frames(4), options)
+        else:
+            work = bulk.Features(captioner, bulk.Frames(4), "universal", "safetensors", Path(output).parent)
         bulk.run(work, bulk.find_videos(paths).videos, output, batch_memory=6 * work.bytes_of_clip())
 
     killed = []
@@ -67,4 +72,4 @@ def lines(output: str) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(*sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5]))

@@ -84,9 +84,9 @@ def test_parts_that_were_left_are_taken_in_by_one_program(captioner, clips: list
     whole, out = tmp_path / "whole.jsonl", tmp_path / "a.jsonl"
     bulk.run(work, videos(clips), whole, batch_memory=budget(work, 1))
     lines = [json.loads(line) for line in whole.read_text().splitlines()]
-    for rank in (1, 3):
+    for rank, finished in ((1, lines[:2]), (3, lines[1:4])):  # one line is in both
         with Journal(runs._part(str(out), rank), work.key, {**work.settings(), "decoder": "pyav"}) as part:
-            part.append(lines[rank - 1 : rank + 1])
+            part.append(finished)
     (tmp_path / "a.jsonl.part-other").touch()
     summary = bulk.run(work, videos(clips), out, batch_memory=budget(work, 1))
     assert (summary.lines, summary.videos) == (5, 1)
@@ -135,3 +135,19 @@ def test_who_a_program_is(monkeypatch: pytest.MonkeyPatch) -> None:
         bulk.Ranks({"RANK": "0", "WORLD_SIZE": "2"})
     with pytest.raises(ConfigError, match="must be numbers"):
         bulk.Ranks({**TORCHRUN, "RANK": "first"})
+
+
+def test_programs_that_do_not_see_the_same_are_refused(captioner, clips: list[str], tmp_path: Path) -> None:
+    class Second(bulk.Ranks):
+        """Hears from the first program what it is given."""
+
+        def first_makes(self, make: object) -> runs._Shared:
+            return self.shared
+
+    second = Second(TORCHRUN)
+    work = bulk.Caption(captioner, FRAMES, OPTIONS)
+    for digest, message in (("other", "see different files"), (runs._digest(videos(clips)), "is not to be seen here")):
+        second.shared = runs._Shared(digest, bytes(5), 2)
+        with pytest.raises(ConfigError, match=message):
+            bulk.run(work, videos(clips), tmp_path / "a.jsonl", ranks=second)
+    assert list(tmp_path.iterdir()) == []
