@@ -95,6 +95,10 @@ def attend(
 
     Returns the result in float32, and (BLOCK_M,) log2 Σ exp, -inf for a query that sees no key.
     """
+    if PRECISION is not None:
+        # In float32 queries are scaled instead of scores, so that the heaviest key weighs 1 and not 1 less a rounding.
+        q *= scale
+        scale = 1.0
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -334,7 +338,8 @@ def _tiles(*sizes: tuple[int, int, int, int]) -> list[Config]:
     return [Config({"BLOCK_M": m, "BLOCK_N": n, "TAIL": 32}, warps, stages) for m, n, warps, stages in sizes]
 
 
-_INTERPRETED = Config({"BLOCK_M": 32, "BLOCK_N": 64, "TAIL": 32})
+# Several blocks and several steps of the tail within a hundred keys.
+_INTERPRETED = Config({"BLOCK_M": 32, "BLOCK_N": 32, "TAIL": 16})
 _forward = Kernel(attention_forward, _forward_configs, _INTERPRETED)
 _backward_query = Kernel(attention_backward_query, _query_configs, _INTERPRETED)
 _backward_key = Kernel(attention_backward_key, _key_configs, _INTERPRETED)

@@ -100,7 +100,7 @@ def _configs(constants: Mapping[str, Any], capability: int) -> list[Config]:
     return [Config({"BLOCK_N": keys, "TAIL": tail}, warps, stages) for keys, warps, stages in tiles]
 
 
-_part = Kernel(beam_attention_part, _configs, Config({"BLOCK_N": 64, "TAIL": 32}))
+_part = Kernel(beam_attention_part, _configs, Config({"BLOCK_N": 32, "TAIL": 16}))
 _merge = Kernel(beam_attention_merge, [Config(num_warps=4)], Config())
 
 
