@@ -45,16 +45,7 @@ class TemporalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x and result: `(..., frames, 1 + patches, d_model)`, any leading axes or none."""
-        x = _over_time(self.lmhra1, x)
+        x = x if self.lmhra1 is None else self.lmhra1(x)
         x = self.attn(self.ln_1(x), residual=x)
-        x = _over_time(self.lmhra2, x)
+        x = x if self.lmhra2 is None else self.lmhra2(x)
         return self.mlp(x, norm=self.ln_2, residual=True)
-
-
-def _over_time(module: nn.Module | None, x: Tensor) -> Tensor:
-    """The module, which takes one leading axis, on x of any."""
-    if module is None:
-        return x
-    if x.dim() == 4:
-        return module(x)
-    return module(x[None] if x.dim() == 3 else x.flatten(0, -4)).view(x.shape)
