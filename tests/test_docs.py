@@ -1,4 +1,7 @@
-"""Code on the pages of docs/ runs, and prints what stands below it; links lead somewhere."""
+"""Code on the pages of docs/ runs, and prints what stands below it; links lead somewhere.
+
+What is fenced as `python` runs from nothing; what is fenced as `py` is a part of something.
+"""
 
 import re
 from pathlib import Path
