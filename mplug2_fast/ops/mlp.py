@@ -56,17 +56,18 @@ def make(
     activation: Activation = "quick_gelu",
     normed: bool = True,
     residual: bool = True,
+    biases: bool = True,
     strided: bool = False,
 ) -> dict[str, Any]:
     return {
         "x": normal(generator, *rows, channels * (1 + strided))[..., :channels],
         "fc_weight": normal(generator, hidden, channels, scale=channels**-0.5),
-        "fc_bias": normal(generator, hidden),
+        "fc_bias": normal(generator, hidden) if biases else None,
         "proj_weight": normal(generator, channels, hidden, scale=hidden**-0.5),
-        "proj_bias": normal(generator, channels),
+        "proj_bias": normal(generator, channels) if biases else None,
         "activation": activation,
         "norm_weight": normal(generator, channels) if normed else None,
-        "norm_bias": normal(generator, channels) if normed else None,
+        "norm_bias": normal(generator, channels) if normed and biases else None,
         "eps": 1e-5,
         "residual": residual,
     }
@@ -234,6 +235,7 @@ SPEC = Spec(
         {"rows": (1,), "channels": 33, "hidden": 7},
         {"rows": (80,), "channels": 33, "hidden": 7, "strided": True},
         {"rows": (9, 9), "channels": 16, "hidden": 20, "strided": True, "activation": "gelu"},
+        {"rows": (5, 3), "channels": 24, "hidden": 16, "biases": False},
         {"rows": (0,), "channels": 12, "hidden": 40},
     ),
     models={

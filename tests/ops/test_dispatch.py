@@ -1,6 +1,7 @@
 """Which backend serves a call, and how that is told and forced."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,6 +88,32 @@ def test_strict_turns_a_fallback_into_an_error(native_module):
         with pytest.raises(BackendError, match="layer_norm would fall back to 'torch'"):
             ops.layer_norm(HALF)
     ops.layer_norm(HALF)
+
+
+class TestFaster:
+    """A backend that could serve leaves a call to a later one that is faster."""
+
+    @pytest.fixture(autouse=True)
+    def _outrun(self, monkeypatch, native_module):
+        op = ops.layer_norm.op
+        slower = replace(op.backends["cpu"], slower_reasons=lambda needs_grad, x, *_: ["slow"] if len(x) == 3 else [])
+        monkeypatch.setitem(op.backends, "cpu", slower)
+        monkeypatch.setattr(op, "_automatic", [b for b in op.backends.values() if b.name != "reference"])
+
+    def test_explain(self):
+        explanation = ops.explain(ops.layer_norm, X)
+        assert explanation.chosen == "torch"
+        assert explanation.reasons["cpu"] == ("slow",)
+        assert ops.explain(ops.layer_norm, X[:2]).chosen == "cpu"
+
+    def test_it_is_no_fallback(self):
+        with ops.strict():
+            ops.layer_norm(X)
+
+    def test_it_can_be_forced(self):
+        with ops.use_backend("cpu"):
+            assert ops.explain(ops.layer_norm, X).chosen == "cpu"
+            ops.layer_norm(X)
 
 
 def test_without_the_native_module_torch_serves(monkeypatch):

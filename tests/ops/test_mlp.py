@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from mplug2_fast import ops
-from tests.ops.suite import DifferentiableOpSuite
+from mplug2_fast.ops import gpu
+from mplug2_fast.ops.mlp import SPEC
+from tests.ops.suite import TRITON_DEVICE, DifferentiableOpSuite
 
 
 class TestSpecification(DifferentiableOpSuite):
@@ -28,3 +30,80 @@ def test_the_input_is_left_alone():
 def test_shapes_that_do_not_go_together():
     with pytest.raises(ValueError, match=r"proj_weight must have shape \(12, 40\)"):
         ops.mlp(torch.randn(3, 12), torch.randn(40, 12), None, torch.randn(40, 12), None, activation="gelu")
+
+
+def given(**changes):
+    """Arguments for the operator."""
+    made = {"rows": (2, 9), "channels": 24, "hidden": 40, **changes}
+    return SPEC.inputs(made, device=TRITON_DEVICE or "cpu")
+
+
+def gradients(arguments, backend, wanted):
+    with ops.use_backend(backend):
+        out = ops.mlp.op(*arguments.values())
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return torch.autograd.grad(out, [arguments[name] for name in wanted], direction)
+
+
+@pytest.mark.skipif(TRITON_DEVICE is None, reason="no GPU, and Triton does not interpret")
+class TestTriton:
+    @pytest.mark.parametrize("normed", [True, False])
+    @pytest.mark.parametrize("activation", ["none", "gelu"])
+    def test_triton_gradients_of_some_arguments_alone(self, activation, normed):
+        """As where the others are frozen."""
+        for wanted in (*([name] for name in SPEC.differentiable), ["x", "norm_bias"], ["fc_bias", "proj_weight"]):
+            arguments = given(activation=activation, normed=normed)
+            wanted = [name for name in wanted if arguments[name] is not None]
+            for name in wanted:
+                arguments[name].requires_grad_()
+            found = [gradients(arguments, backend, wanted) for backend in ("triton", "reference")] if wanted else []
+            for one, other in zip(*found, strict=True):
+                torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+    def test_triton_saves_one_tensor(self):
+        """The hidden channels before their activation."""
+        arguments = given()
+        arguments["x"].requires_grad_()
+        kept = []
+        with ops.use_backend("triton"), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda t: t):
+            ops.mlp.op(*arguments.values())
+        given_ones = {a.data_ptr() for a in arguments.values() if isinstance(a, torch.Tensor)}
+        assert [t.shape for t in kept if t is not None and t.data_ptr() not in given_ones] == [(2, 9, 40)]
+
+    def test_triton_trains_in_a_compiled_graph(self):
+        arguments, seen = given(), []
+        leaves = {name: arguments[name].requires_grad_() for name in SPEC.differentiable}
+
+        def loss(leaves):
+            return (ops.mlp.op(*{**arguments, **leaves}.values()) * 3).square().mean()
+
+        def backend(graph, _):
+            seen.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+            return graph.forward
+
+        with ops.use_backend("triton"):
+            expected = torch.autograd.grad(loss(leaves), leaves.values())
+            for kind in (backend, "aot_eager"):
+                torch._dynamo.reset()
+                compiled = torch.compile(loss, fullgraph=True, backend=kind)
+                for one, other in zip(torch.autograd.grad(compiled(leaves), leaves.values()), expected, strict=True):
+                    torch.testing.assert_close(one, other)
+        assert torch.ops.mplug2_fast.mlp_train.default in seen
+
+
+@pytest.mark.parametrize(
+    ("dtype", "activation", "residual", "expected"),
+    [
+        (torch.bfloat16, "gelu", False, None),
+        (torch.bfloat16, "none", True, None),
+        (torch.bfloat16, "none", False, "there is nothing to fuse"),
+        (torch.float32, "gelu", True, "float32 without TF32"),
+    ],
+)
+def test_where_neither_product_gains_pytorch_is_preferred(dtype, activation, residual, expected):
+    pytest.importorskip("triton")
+    if gpu.INTERPRETED:
+        pytest.skip("nothing is known to be faster under the interpreter")
+    sizes = {"rows": (4,), "channels": 8, "hidden": 16, "activation": activation, "residual": residual}
+    why = ops.mlp.op.backends["triton"].slower_reasons(False, *SPEC.inputs(sizes, dtype).values())
+    assert [reason[: len(expected)] for reason in why] == [expected] if expected else why == []
