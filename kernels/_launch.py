@@ -145,3 +145,8 @@ class Kernel:
 def power_of_2(size: int, at_least: int = 1) -> int:
     """The least power of two that is not below `size`."""
     return max(at_least, triton.next_power_of_2(max(1, size)))
+
+
+def given(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """An address for an argument that is not read."""
+    return other if tensor is None else tensor

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mplug2_fast.kernels._launch import Kernel, power_of_2
+from mplug2_fast.kernels._launch import Kernel, given, power_of_2
+from mplug2_fast.kernels._product import precision_of
 from mplug2_fast.kernels._tuning import Config
 
 
@@ -417,14 +418,11 @@ def strides(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> t
 
 
 def constants(query: Tensor, mask: Tensor | None) -> dict[str, Any]:
-    precision = None
-    if query.dtype == torch.float32:
-        precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
     return {
         "HEAD_DIM": query.shape[-1],
         "BLOCK_D": power_of_2(query.shape[-1], 16),
         "HAS_MASK": mask is not None,
-        "PRECISION": precision,
+        "PRECISION": precision_of(query.dtype),
     }
 
 
@@ -436,8 +434,3 @@ def sizes(query: Tensor, key: Tensor) -> tuple[int, ...]:
 def scale(query: Tensor) -> float:
     """Of scores that powers of 2 are taken of."""
     return query.shape[-1] ** -0.5 * math.log2(math.e)
-
-
-def given(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """An address for an argument that is not read."""
-    return other if tensor is None else tensor

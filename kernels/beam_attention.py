@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mplug2_fast.kernels._launch import Kernel, multiprocessors, power_of_2
+from mplug2_fast.kernels._launch import Kernel, given, multiprocessors, power_of_2
 from mplug2_fast.kernels._tuning import Config
-from mplug2_fast.kernels.attention import attend, constants, given, load_rows, scale, sizes, small, store_rows, strides
+from mplug2_fast.kernels.attention import attend, constants, load_rows, scale, sizes, small, store_rows, strides
 
 _WAVES = 3
 """Programs a multiprocessor: enough loads in flight to saturate memory."""

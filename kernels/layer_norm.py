@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mplug2_fast.kernels._launch import Kernel, multiprocessors, power_of_2
+from mplug2_fast.kernels._launch import Kernel, given, multiprocessors, power_of_2
 from mplug2_fast.kernels._tuning import Config
 
 Rows = tuple[Tensor, tuple[int, int], tuple[int, int]]
@@ -130,7 +130,7 @@ def forward(
     other, _, other_strides = (tensor, sizes, (0, 0)) if update is None else update
     _forward(
         lambda meta: (triton.cdiv(rows, meta["ROWS"]),),
-        tensor, other, _or(weight, tensor), _or(bias, tensor), out, _or(total, out),
+        tensor, other, given(weight, tensor), given(bias, tensor), out, given(total, out),
         rows, sizes[1], channels, *strides, *other_strides, scale, eps,
         key=(power_of_2(rows), channels),
         HAS_UPDATE=update is not None,
@@ -161,7 +161,7 @@ def backward(
     dweight, dbias = grad.new_empty((2, programs, channels), dtype=torch.float32).unbind()
     _backward(
         lambda meta: (programs,),
-        grad, _or(grad_total, grad), tensor, other, _or(weight, tensor), _or(dx, grad), _or(dupdate, grad),
+        grad, given(grad_total, grad), tensor, other, given(weight, tensor), given(dx, grad), given(dupdate, grad),
         dweight, dbias, rows, sizes[1], channels, *strides, *other_strides, scale, eps,
         key=(power_of_2(rows), channels),
         HAS_TOTAL=grad_total is not None,
@@ -172,8 +172,3 @@ def backward(
         BLOCK=power_of_2(channels, 16),
     )  # fmt: skip
     return dweight.sum(dim=0), dbias.sum(dim=0)
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """An address for an argument that is not read."""
-    return other if tensor is None else tensor

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mplug2_fast.kernels._launch import Kernel, Tiles, capability, interpreted, multiprocessors, power_of_2
+from mplug2_fast.kernels._launch import Kernel, Tiles, capability, given, interpreted, multiprocessors, power_of_2
+from mplug2_fast.kernels._product import activate, halves, precision_of, slope
 from mplug2_fast.kernels._tuning import Config, Race
 from mplug2_fast.kernels.layer_norm import Rows, _offsets
 
@@ -25,32 +26,6 @@ to SOME_ROWS, tiles of 128 rows would be too few to occupy every multiprocessor.
 
 GROUP = 8
 """Rows of tiles that are worked through column by column."""
-
-
-@triton.jit
-def _activated(z, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "gelu":
-        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    elif ACTIVATION == "quick_gelu":
-        z = z / (1.0 + tl.exp(-1.702 * z))
-    return z
-
-
-@triton.jit
-def _slope(z, ACTIVATION: tl.constexpr):
-    """The derivative of the activation."""
-    if ACTIVATION == "gelu":
-        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
-    sigmoid = 1.0 / (1.0 + tl.exp(-1.702 * z))
-    return sigmoid * (1.0 + 1.702 * z * (1.0 - sigmoid))
-
-
-@triton.jit
-def _halves(tile):
-    """The left and the right half of a tile's columns."""
-    rows: tl.constexpr = tile.shape[0]
-    half: tl.constexpr = tile.shape[1] // 2
-    return tile.reshape(rows, 2, half).permute(0, 2, 1).split()
 
 
 @triton.jit
@@ -71,7 +46,7 @@ def _finish(
             z.store([first_row, first_column], product.to(z.dtype))
         else:
             tl.store(z + dense, product, mask)
-    product = _activated(product, ACTIVATION)
+    product = activate(product, ACTIVATION)
     if HAS_RESIDUAL:
         offsets = _offsets(row, residual_inner, residual_outer, residual_row)[:, None] + column[None, :]
         product += tl.load(residual + offsets, mask, 0.0).to(tl.float32)
@@ -118,10 +93,10 @@ def linear_act_forward(
         if BLOCK_N == SLICE:
             slices = (product,)
         elif BLOCK_N == 2 * SLICE:
-            slices = _halves(product)
+            slices = halves(product)
         else:
-            left, right = _halves(product)
-            slices = _halves(left) + _halves(right)
+            left, right = halves(product)
+            slices = halves(left) + halves(right)
         for index in tl.static_range(BLOCK_N // SLICE):
             _finish(
                 slices[index], bias, residual, out, z, first_row, first_column + index * SLICE, rows,
@@ -147,10 +122,10 @@ def activation_backward(
         mask = (row < rows) & (column < columns)
         offsets = row.to(tl.int64) * columns + column
         value = tl.load(z + offsets, mask, 0.0).to(tl.float32)
-        result = tl.load(grad + offsets, mask, 0.0).to(tl.float32) * _slope(value, ACTIVATION)
+        result = tl.load(grad + offsets, mask, 0.0).to(tl.float32) * slope(value, ACTIVATION)
         tl.store(dz + offsets, result, mask)
         if WANTS_ACTIVATED:
-            tl.store(activated + offsets, _activated(value, ACTIVATION), mask)
+            tl.store(activated + offsets, activate(value, ACTIVATION), mask)
         sums += result
     if WANTS_BIAS:
         tl.store(dbias + program * columns + column, tl.sum(sums, axis=0, keep_dims=True), column < columns)
@@ -252,9 +227,9 @@ def forward(
     rows, (outputs, inputs) = sizes[0] * sizes[1], weight.shape
     added, added_sizes, added_strides = (out, (1, rows), (0, outputs)) if residual is None else residual
     saves_z = z is not None
-    out, z = out.view(rows, outputs), _or(z, out).view(rows, outputs)
+    out, z = out.view(rows, outputs), given(z, out).view(rows, outputs)
     matrices = [_matrix(x), weight, out, z]
-    precision = _precision(tensor.dtype)
+    precision = precision_of(tensor.dtype)
     described = (
         precision != "ieee" and capability(tensor.device) not in range(1, 90) and all(map(_describable, matrices))
     )
@@ -276,7 +251,7 @@ def forward(
 
     kernel(
         grid,
-        operands[0], operands[1], _or(bias, weight), *operands[2:],
+        operands[0], operands[1], given(bias, weight), *operands[2:],
         rows, sizes[1], *strides, weight.stride(0), added_sizes[1], *added_strides,
         key=(power_of_2(rows),),
         INPUTS=inputs,
@@ -305,7 +280,7 @@ def apply(
         forward(x, weight, bias, activation, residual, out, z)
         return
     outputs, inputs = weight.shape
-    rows, product, out = _strided(x).reshape(-1, inputs), _or(z, out).view(-1, outputs), out.view(-1, outputs)
+    rows, product, out = _strided(x).reshape(-1, inputs), given(z, out).view(-1, outputs), out.view(-1, outputs)
     if bias is None:
         torch.mm(rows, weight.t(), out=product)
     else:
@@ -328,19 +303,13 @@ def backward(
     dbias = grad.new_empty((programs if wants_bias else 1, outputs), dtype=torch.float32)
     _backward(
         lambda meta: (triton.cdiv(outputs, meta["BLOCK"]), programs),
-        grad, z, dz, _or(activated, dz), dbias, rows, outputs,
+        grad, z, dz, given(activated, dz), dbias, rows, outputs,
         key=(power_of_2(rows), outputs),
         ACTIVATION=activation,
         WANTS_ACTIVATED=activated is not None,
         WANTS_BIAS=wants_bias,
     )  # fmt: skip
     return dbias.sum(dim=0) if wants_bias else None
-
-
-def _precision(dtype: torch.dtype) -> str | None:
-    if dtype != torch.float32:
-        return None
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def _matrix(x: Rows) -> Tensor | None:
@@ -367,7 +336,3 @@ def _describable(matrix: Tensor | None) -> bool:
         return False
     row = matrix.stride(0)
     return row >= matrix.shape[1] and row * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    return other if tensor is None else tensor

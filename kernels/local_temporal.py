@@ -13,30 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mplug2_fast.kernels._launch import Kernel, interpreted, power_of_2
+from mplug2_fast.kernels._launch import Kernel, given, interpreted, power_of_2
+from mplug2_fast.kernels._product import activate, halves, precision_of, slope
 from mplug2_fast.kernels._tuning import Config
-
-QUICK_GELU_SCALE = tl.constexpr(1.702)
-
-
-@triton.jit
-def _activated(z, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "gelu":
-        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    elif ACTIVATION == "quick_gelu":
-        z = z / (1.0 + tl.exp(z * -QUICK_GELU_SCALE))
-    return z
-
-
-@triton.jit
-def _slope(z, ACTIVATION: tl.constexpr):
-    """The derivative of the activation."""
-    if ACTIVATION == "none":
-        return tl.full(z.shape, 1.0, tl.float32)
-    if ACTIVATION == "gelu":
-        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
-    sigmoid = 1.0 / (1.0 + tl.exp(z * -QUICK_GELU_SCALE))
-    return sigmoid * (1.0 + z * QUICK_GELU_SCALE * (1.0 - sigmoid))
 
 
 @triton.jit
@@ -66,15 +45,6 @@ def _statistics(
 
 
 @triton.jit
-def _halves(tile):
-    """The left and the right half of a tile's columns: what comes after a product is done with one after the other, so
-    that registers suffice for large tiles."""
-    rows: tl.constexpr = tile.shape[0]
-    half: tl.constexpr = tile.shape[1] // 2
-    return tile.reshape(rows, 2, half).permute(0, 2, 1).split()
-
-
-@triton.jit
 def _convolve(
     tile, there, first_column, weight, bias, out, frames, inner,
     FRAMES: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -99,7 +69,7 @@ def _convolve(
             z += seen.to(tl.float32) * taps[None, None, :]
     if HAS_BIAS:
         z += tl.load(bias + column, inside, 0.0).to(tl.float32)[None, None, :]
-    z = _activated(z, ACTIVATION).reshape(ROWS, COLUMNS)
+    z = activate(z, ACTIVATION).reshape(ROWS, COLUMNS)
     tl.store(out + column[None, :], z, there[:, None] & inside[None, :])
 
 
@@ -161,7 +131,7 @@ def local_temporal_down(
         at_h = ((video * frames + frame) * patches + patch) * inner
         tl.store(h + at_h[:, None] + column[None, :], product, mask)
     out += (((video * frames + frame) * out_tokens + patch) * inner)[:, None]
-    left, right = _halves(product)
+    left, right = halves(product)
     _convolve(
         left, there, first_column, conv_weight, conv_bias, out, frames, inner,
         FRAMES, KERNEL, ACTIVATION, HAS_CONV_BIAS,
@@ -220,7 +190,7 @@ def local_temporal_up(
     frame = row // tokens
     video, token = (frame // frames).to(tl.int64), (row % tokens).to(tl.int64)
     x += (video * x_batch + (frame % frames).to(tl.int64) * x_frame + token * x_token)[:, None]
-    left, right = _halves(product)
+    left, right = halves(product)
     _add(left, bias, x, out, row, first_column, rows, tokens, channels, CLASS_TOKEN, RESIDUAL, HAS_BIAS)
     first_column += BLOCK_N // 2
     _add(right, bias, x, out, row, first_column, rows, tokens, channels, CLASS_TOKEN, RESIDUAL, HAS_BIAS)
@@ -273,11 +243,11 @@ def local_temporal_backward(
         for tap in tl.static_range(KERNEL):
             seen = _frame(h, video, now + (tap - HALF), frames, token, tokens, column, inner, patch, CLASS_TOKEN)
             z += seen * tl.load(taps + tap, inside, 0.0).to(tl.float32)
-        dz = _frame(da, video, now, frames, token, tokens, column, inner, patch, 0) * _slope(z, ACTIVATION)
+        dz = _frame(da, video, now, frames, token, tokens, column, inner, patch, 0) * slope(z, ACTIVATION)
         # z of `now` takes h of `frame` with the tap that lies as far on the other side.
         gradient += dz * tl.load(taps + (KERNEL - 1 - step), inside, 0.0).to(tl.float32)
         if step == HALF:
-            tl.store(a + at, tl.where(patch[:, None], _activated(z, ACTIVATION), 0.0), there[:, None] & inside)
+            tl.store(a + at, tl.where(patch[:, None], activate(z, ACTIVATION), 0.0), there[:, None] & inside)
             for tap in tl.static_range(KERNEL):
                 seen = _frame(h, video, now + (tap - HALF), frames, token, tokens, column, inner, patch, CLASS_TOKEN)
                 tl.store(sums + tap * inner, tl.sum(dz * seen, axis=0, keep_dims=True), inside)
@@ -363,7 +333,7 @@ def forward(
     inner, kernel = conv_weight.shape
     first, rows = int(class_token), batch * frames * tokens
     positions = batch * (tokens - first)
-    precision = _precision(x.dtype)
+    precision = precision_of(x.dtype)
     # With rows for class tokens, so that the second product runs through all rows of x.
     a = x.new_empty(batch, frames, tokens, inner)
     if positions:
@@ -371,8 +341,8 @@ def forward(
             lambda meta: (
                 triton.cdiv(positions, meta["ROWS"] // meta["FRAMES"]) * triton.cdiv(inner, meta["BLOCK_N"]),
             ),
-            x[:, :, first:], _or(norm_weight, x), _or(norm_bias, x), down_weight, _or(down_bias, x), conv_weight,
-            _or(conv_bias, x), _or(h, a), a[:, :, first:],
+            x[:, :, first:], given(norm_weight, x), given(norm_bias, x), down_weight, given(down_bias, x), conv_weight,
+            given(conv_bias, x), given(h, a), a[:, :, first:],
             positions, frames, tokens - first, channels, inner, *x.stride()[:3], tokens, eps,
             key=(power_of_2(positions), frames, channels, inner),
             FRAMES=power_of_2(frames),
@@ -388,7 +358,7 @@ def forward(
         )  # fmt: skip
     _up(
         lambda meta: (triton.cdiv(rows, meta["ROWS"]) * triton.cdiv(channels, meta["BLOCK_N"]),),
-        a, up_weight, _or(up_bias, x), x, out, rows, frames, tokens, channels, inner, *x.stride()[:3],
+        a, up_weight, given(up_bias, x), x, out, rows, frames, tokens, channels, inner, *x.stride()[:3],
         key=(power_of_2(rows), channels, inner),
         CLASS_TOKEN=class_token,
         RESIDUAL=residual,
@@ -423,7 +393,7 @@ def backward(
     sums = h.new_empty((tiles, kernel + 2, inner), dtype=torch.float32)
     _backward(
         lambda meta: (tiles, triton.cdiv(inner, meta["BLOCK"])),
-        h, da, conv_weight, _or(conv_bias, h), a, dh, sums, positions, frames, tokens, inner,
+        h, da, conv_weight, given(conv_bias, h), a, dh, sums, positions, frames, tokens, inner,
         key=(power_of_2(positions), frames, inner),
         FRAMES=power_of_2(frames),
         ROWS=rows,
@@ -433,14 +403,3 @@ def backward(
         CLASS_TOKEN=class_token,
     )  # fmt: skip
     return sums.sum(dim=0)
-
-
-def _precision(dtype: torch.dtype) -> str | None:
-    if dtype != torch.float32:
-        return None
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """An address for an argument that is not read."""
-    return other if tensor is None else tensor

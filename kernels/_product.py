@@ -1,0 +1,45 @@
+"""What kernels with products share: activations, slices of a tile, precision."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+QUICK_GELU_SCALE = tl.constexpr(1.702)
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu":
+        z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "quick_gelu":
+        z = z / (1.0 + tl.exp(z * -QUICK_GELU_SCALE))
+    return z
+
+
+@triton.jit
+def slope(z, ACTIVATION: tl.constexpr):
+    """The derivative of the activation."""
+    if ACTIVATION == "none":
+        return tl.full(z.shape, 1.0, tl.float32)
+    if ACTIVATION == "gelu":
+        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    sigmoid = 1.0 / (1.0 + tl.exp(z * -QUICK_GELU_SCALE))
+    return sigmoid * (1.0 + z * QUICK_GELU_SCALE * (1.0 - sigmoid))
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right half of a tile's columns: what comes after a product is done with one after the other, so
+    that registers suffice for large tiles."""
+    rows: tl.constexpr = tile.shape[0]
+    half: tl.constexpr = tile.shape[1] // 2
+    return tile.reshape(rows, 2, half).permute(0, 2, 1).split()
+
+
+def precision_of(dtype: torch.dtype) -> str | None:
+    """Of products of that type: float32 is float32 unless PyTorch is told to use TF32."""
+    if dtype != torch.float32:
+        return None
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
