@@ -304,8 +304,12 @@ class _Supervisor(threading.Thread):
                 worker.start(task.source)
             else:
                 worker.proceed()
-        except ConnectionError:
-            pass  # it died idle: listening finds out
+        except ConnectionError:  # it died before, as listening will find out: a file that it never saw is not to blame
+            if begin:
+                self._tasks[worker] = None
+                with self._changed:
+                    if task.run == self._run:
+                        self._files.appendleft((task.index, task.source))
         except OSError as error:  # the file's name or its bytes are too large to send
             self._tasks[worker] = None
             self._hand_over(task, {"error": f"cannot be handed to a decoder: {error.strerror}", "seconds": 0.0})
