@@ -161,6 +161,12 @@ def test_a_file_that_was_replaced_while_its_lock_was_waited_for(
         journal(path)
 
 
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
+    with pytest.raises(ConfigError, match=r"a\.jsonl cannot be locked \(No locks available\)"):
+        journal(tmp_path / "a.jsonl")
+
+
 def test_places_where_nothing_can_be_written(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path, reason in (
