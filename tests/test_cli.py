@@ -299,7 +299,7 @@ def test_version() -> None:
 def test_help_imports_nothing_heavy() -> None:
     program = (
         "import sys; from typer.testing import CliRunner; from mplug2_fast.cli import app\n"
-        "for command in ([], ['caption'], ['answer'], ['convert'], ['inspect'], ['info']):\n"
+        "for command in ([], ['caption'], ['answer'], ['features'], ['convert'], ['inspect'], ['info']):\n"
         "    assert CliRunner().invoke(app, [*command, '--help']).exit_code == 0\n"
         "print(sorted({'torch', 'numpy', 'av', 'tokenizers', 'safetensors'} & set(sys.modules)))"
     )

@@ -212,7 +212,14 @@ def _open_locked(path: str) -> int:
     try:
         if not stat.S_ISREG(os.fstat(file).st_mode):
             raise ConfigError(f"{path} is not a regular file: a run that can be taken up again needs one")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be locked ({error.strerror}): name an output on a file system that has locks"
+            ) from error
         # Whoever held the lock until now may have removed the file.
         if not os.path.exists(path) or not os.path.samestat(os.stat(path), os.fstat(file)):
             raise BlockingIOError(errno.EAGAIN, "it was replaced")

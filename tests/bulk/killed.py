@@ -1,9 +1,9 @@
 """A program that starts a bulk run again and again and kills it, and at last lets it finish.
 
-    python tests/bulk/killed.py caption|features PATHS_FILE OUTPUT KILLS SEED
+    python tests/bulk/killed.py caption|features PATHS_FILE OUTPUT KILLS SEED WHOLE
 
-The model is loaded once: each run is a fork, which is a process like any other to SIGKILL. Prints how many lines there
-were at each kill.
+The model is loaded once: each run is a fork, which is a process like any other to SIGKILL. At the end a run that is not
+killed writes to WHOLE. Prints how many lines there were at each kill.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mplug2_fast import bulk
 from mplug2_fast.bulk.features import Shards
 
 
-def main(command: str, paths_file: str, output: str, kills: int, seed: int) -> None:
+def main(command: str, paths_file: str, output: str, kills: int, seed: int, whole: str) -> None:
     torch.set_num_threads(1)  # threads do not survive a fork
     moments = random.Random(seed)
     paths = Path(paths_file).read_text().split("\n")
@@ -31,7 +31,7 @@ def main(command: str, paths_file: str, output: str, kills: int, seed: int) -> N
     options = captioner.generation_options(2, 1, None, 6)
     Shards.is_due = lambda shards: len(shards._rows) >= 7  # many small ones
 
-    def run() -> None:
+    def run(output: str) -> None:
         if command == "caption":
             work = bulk.Caption(captioner, bulk.Frames(4), options)
         else:
@@ -43,7 +43,7 @@ def main(command: str, paths_file: str, output: str, kills: int, seed: int) -> N
         before = lines(output)
         process = os.fork()
         if process == 0:
-            run()
+            run(output)
             os._exit(0)
         # Anywhere: before the first line, between two lines, in the middle of decoding, computing or writing. Each run
         # may do its share of what is left, so that there is something to kill for the last of them.
@@ -56,7 +56,8 @@ def main(command: str, paths_file: str, output: str, kills: int, seed: int) -> N
         _, status = os.waitpid(process, 0)
         assert os.WIFSIGNALED(status), "the run came to its end"
         killed.append(lines(output))
-    run()
+    run(output)
+    run(whole)
     print(*killed)
 
 
@@ -72,4 +73,4 @@ def lines(output: str) -> int:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5]))
+    main(*sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5]), sys.argv[6])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -128,20 +126,23 @@ def test_choices_stay_as_they_were(tmp_path: Path) -> None:
 
 def test_the_second_of_two_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    program = f"""
-from tests.bulk.test_journal import journal, Path
-try:
-    journal(Path({str(path)!r}))
-except Exception as error:
-    print(error)
-else:
-    print("opened")
-"""
 
     def other() -> str:
-        root = str(Path(__file__).parents[2])
-        command = [sys.executable, "-c", program]
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout.strip()
+        """What another process is told."""
+        ours, theirs = os.pipe()
+        process = os.fork()
+        if process == 0:
+            try:
+                journal(path).close()
+                os.write(theirs, b"opened")
+            except ConfigError as error:
+                os.write(theirs, str(error).encode())
+            finally:
+                os._exit(0)
+        os.close(theirs)
+        os.waitpid(process, 0)
+        with open(ours) as told:
+            return told.read()
 
     with journal(path) as opened:
         opened.append([line("a")])
@@ -158,6 +159,12 @@ def test_a_file_that_was_replaced_while_its_lock_was_waited_for(
     monkeypatch.setattr("fcntl.flock", lambda *_: path.unlink())
     with pytest.raises(ConfigError, match="another run"):
         journal(path)
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
+    with pytest.raises(ConfigError, match=r"a\.jsonl cannot be locked \(No locks available\)"):
+        journal(tmp_path / "a.jsonl")
 
 
 def test_places_where_nothing_can_be_written(tmp_path: Path) -> None:

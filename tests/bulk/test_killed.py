@@ -23,10 +23,11 @@ def results(path: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
-def run(command: str, folder: Path, paths: list[str], output: Path, kills: int, seed: int) -> list[int]:
+def run(command: str, folder: Path, paths: list[str], output: Path, kills: int, seed: int, whole: Path) -> list[int]:
     """How many lines there were each time that it was killed."""
     (folder / "paths").write_text("\n".join(paths))
     program = [sys.executable, str(PROGRAM), command, str(folder / "paths"), str(output), str(kills), str(seed)]
+    program.append(str(whole))
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(program, capture_output=True, text=True, check=False, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr
@@ -37,7 +38,8 @@ def test_200_files_20_of_them_broken_killed_at_10_moments(tmp_path: Path) -> Non
     (tmp_path / "files").mkdir()
     paths, broken = mixed_files(tmp_path / "files", good=180, broken=20)
     seed = random.SystemRandom().randrange(2**32)
-    killed_at = run("caption", tmp_path, paths, tmp_path / "killed.jsonl", kills=10, seed=seed)
+    whole = tmp_path / "whole.jsonl"
+    killed_at = run("caption", tmp_path, paths, tmp_path / "killed.jsonl", 10, seed, whole)
     assert len(killed_at) == 10
     assert killed_at == sorted(killed_at), f"lines got lost, seed {seed}"
     assert killed_at[-1] < 200
@@ -48,8 +50,7 @@ def test_200_files_20_of_them_broken_killed_at_10_moments(tmp_path: Path) -> Non
     assert {line["path"] for line in found if line["error"] is not None} == broken
     assert all((line["text"] is None) == (line["path"] in broken) for line in found)
 
-    run("caption", tmp_path, paths, tmp_path / "whole.jsonl", kills=0, seed=0)
-    by_path = [sorted(lines, key=lambda line: line["path"]) for lines in (found, results(tmp_path / "whole.jsonl"))]
+    by_path = [sorted(lines, key=lambda line: line["path"]) for lines in (found, results(whole))]
     assert by_path[0] == by_path[1], f"seed {seed}"  # to the last digit of every score
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith("killed")} == {
         "killed.jsonl",
@@ -62,14 +63,14 @@ def test_features_of_a_run_that_is_killed(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     paths, broken = mixed_files(tmp_path / "files", good=54, broken=6)
     seed = random.SystemRandom().randrange(2**32)
-    run("features", tmp_path, paths, tmp_path / "killed" / "index.jsonl", kills=5, seed=seed)
-    run("features", tmp_path, paths, tmp_path / "whole" / "index.jsonl", kills=0, seed=0)
+    killed, whole = (tmp_path / name / "index.jsonl" for name in ("killed", "whole"))
+    run("features", tmp_path, paths, killed, 5, seed, whole)
 
-    lines = results(tmp_path / "killed" / "index.jsonl")
+    lines = results(killed)
     assert sorted(line["path"] for line in lines) == sorted(paths), f"seed {seed}"
     assert {line["path"] for line in lines if line["error"] is not None} == broken
     named = {piece["shard"] for line in lines for piece in line["features"]}
     assert {path.name for path in (tmp_path / "killed").iterdir()} == {*named, "index.jsonl", "index.jsonl.run"}
-    killed, whole = (dict(bulk.read_features(tmp_path / name)) for name in ("killed", "whole"))
+    killed, whole = (dict(bulk.read_features(index.parent)) for index in (killed, whole))
     assert killed.keys() == whole.keys() == set(paths) - broken
     assert all(torch.equal(killed[path], whole[path]) for path in whole), f"seed {seed}"
