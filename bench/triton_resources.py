@@ -76,7 +76,8 @@ def compiled(launch: Launch, config: Config, capability: int) -> Resources:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _USAGE.search(_cuobjdump("-res-usage", file.name))
-        found = _TENSOR_CORE.findall(_cuobjdump("-sass", file.name))
+        products = "mma" in kernel.asm["ptx"]  # no need to disassemble the others, which takes long
+        found = _TENSOR_CORE.findall(_cuobjdump("-sass", file.name)) if products else []
     assert usage is not None, "cuobjdump tells no resources"
     registers, stack, local = map(int, usage.groups())
     instructions = {name: found.count(name) for name in sorted(set(found))}
