@@ -21,13 +21,8 @@ from mplug2_fast.kernels._tuning import Config, Race
 from mplug2_fast.kernels.layer_norm import Rows, _offsets
 
 FEW_ROWS, SOME_ROWS = 16, 1024
-<<<<<<< HEAD
-"""Up to FEW_ROWS the work is reading the weight: a FLOP a row for each byte, where a GPU has some 200. Up to SOME_ROWS,
-tiles of 128 rows would be too few to occupy every multiprocessor."""
-=======
 """Up to FEW_ROWS the work is reading the weight: one FLOP a row for each byte, where a GPU has some 200. Up to
 SOME_ROWS, tiles of 128 rows would be too few to occupy every multiprocessor."""
->>>>>>> gemm
 
 GROUP = 8
 """Rows of tiles that are worked through column by column."""
