@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# More of pyproject.toml's optional dependencies, for tests that are skipped without: make test EXTRAS=,ray,dali-cuda13
+EXTRAS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
@@ -56,5 +58,5 @@ $(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(FORMATTED)
 		{ echo "python3 -m venv does not work; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[test,dev]' $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[test,dev$(EXTRAS)]' $(TORCH)
 	touch $@

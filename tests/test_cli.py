@@ -122,7 +122,10 @@ def test_json_is_one_object_a_line(checkpoint: str, clips: list[str], bad_files:
     result = run("caption", clips[0], bad_files[0], "--checkpoint", checkpoint, "--json", "--num-return", "2")
     good, bad = (json.loads(line) for line in result.stdout.splitlines())
     (expected,) = Captioner.from_pretrained(checkpoint).caption(clips[0], num_return=2)
-    assert list(good) == ["path", "text", "score", "alternatives", "seconds", "error"] == list(bad)
+    fields = ["path", "text", "score", "alternatives", "frames", "decoder", "seconds", "error"]
+    assert list(good) == fields == list(bad)
+    assert (good["frames"], good["decoder"]) == (list(expected.frames), "pyav")
+    assert (bad["frames"], bad["decoder"]) == ([], None)
     assert (good["path"], good["text"], good["error"]) == (clips[0], expected.text, None)
     assert good["score"] == pytest.approx(expected.score, abs=1e-5)
     assert good["alternatives"][0] == {"text": good["text"], "score": good["score"]}
@@ -210,11 +213,11 @@ def test_wrong_usage(arguments: list[str]) -> None:
 def test_warnings_are_one_line_on_standard_error(
     checkpoint: str, clips: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load(*_: object, **__: object) -> torch.Tensor:
+    def load(*_: object, **__: object) -> tuple[torch.Tensor, list[int]]:
         warnings.warn("something\nis slow", RuntimeWarning, stacklevel=2)
-        return torch.zeros(3, 4, 32, 32)
+        return torch.zeros(3, 4, 32, 32), [0, 1, 2, 3]
 
-    monkeypatch.setattr(base, "load_video", load)
+    monkeypatch.setattr(base, "load_clip", load)
     result = run("caption", clips[0], "--checkpoint", checkpoint)
     assert (result.exit_code, result.stderr) == (0, "warning: something is slow\n")
     assert len(rows(result)) == 1

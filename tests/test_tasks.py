@@ -54,14 +54,14 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """No files: names become noise, and names with `bad` in them cannot be read. Lists what was asked for."""
     asked: list[str] = []
 
-    def load(path: str, num_frames: int, image_size: int) -> torch.Tensor:
+    def load(path: str, num_frames: int, image_size: int) -> tuple[torch.Tensor, list[int]]:
         assert (num_frames, image_size) == (4, 32)
         asked.append(path)
         if "bad" in path:
             raise VideoError(f"{path}: is truncated:\n it has 3 bytes of 4")
-        return pixels(path)
+        return pixels(path), [1, 3, 5, 7]
 
-    monkeypatch.setattr(base, "load_video", load)
+    monkeypatch.setattr(base, "load_clip", load)
     return asked
 
 
@@ -84,7 +84,7 @@ def test_captions_are_what_the_model_generates(
         assert [text for text, _ in result.alternatives] == [text for text, _ in expected]
         assert [score for _, score in result.alternatives] == pytest.approx([score for _, score in expected], abs=1e-5)
         assert (result.text, result.score) == result.alternatives[0]
-        assert result.error is None
+        assert (result.frames, result.decoder, result.error) == ((1, 3, 5, 7), "pyav", None)
         assert list(result.seconds) == ["decode", "encode", "generate"]
         assert min(result.seconds.values()) >= 0
     assert results[0].alternatives != results[1].alternatives
@@ -131,7 +131,7 @@ def test_bad_files_do_not_stop_the_others(loaded: list[str], captioner: Captione
 def test_what_else_a_file_can_cause(
     monkeypatch: pytest.MonkeyPatch, captioner: Captioner, problem: Exception, reason: str
 ) -> None:
-    monkeypatch.setattr(base, "load_video", _raiser(problem))
+    monkeypatch.setattr(base, "load_clip", _raiser(problem))
     (result,) = captioner.caption("x.mp4")
     assert reason in result.error
 
@@ -145,7 +145,7 @@ def test_the_reason_does_not_repeat_an_awkward_file_name(loaded: list[str], capt
 def test_errors_of_the_program_are_not_taken_for_bad_files(
     monkeypatch: pytest.MonkeyPatch, captioner: Captioner
 ) -> None:
-    monkeypatch.setattr(base, "load_video", _raiser(TypeError("a bug")))
+    monkeypatch.setattr(base, "load_clip", _raiser(TypeError("a bug")))
     with pytest.raises(TypeError, match="a bug"):
         list(captioner.caption("x.mp4"))
 
@@ -160,17 +160,17 @@ def _raiser(problem: Exception) -> Callable[..., torch.Tensor]:
 def test_the_next_file_is_decoded_while_the_model_works(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
     second_started = threading.Event()
 
-    def load(path: str, **_: int) -> torch.Tensor:
+    def load(path: str, **_: int) -> tuple[torch.Tensor, list[int]]:
         if path == "two.mp4":
             second_started.set()
-        return torch.zeros(3, 4, 32, 32)
+        return torch.zeros(3, 4, 32, 32), [0, 1, 2, 3]
 
     class Waiting(FixedModel):
         def encode_video(self, video: torch.Tensor) -> torch.Tensor:
             assert second_started.wait(timeout=240), "the second file was not decoded in the meantime"
             return super().encode_video(video)
 
-    monkeypatch.setattr(base, "load_video", load)
+    monkeypatch.setattr(base, "load_clip", load)
     results = Captioner(Waiting(CONFIG, [["red"]]), tokenizer).caption(["one.mp4", "two.mp4", "three.mp4"])
     assert [result.text for result in results] == ["red"] * 3
 

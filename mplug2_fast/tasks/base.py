@@ -20,7 +20,8 @@ from mplug2_fast.devices import pick_device, pick_dtype
 from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error
 from mplug2_fast.outputs import GenerationOutput
 from mplug2_fast.text import Tokenizer
-from mplug2_fast.video import DecodePool, load_video
+from mplug2_fast.video import DecodePool
+from mplug2_fast.video.frames import load_clip
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,7 +45,8 @@ class Result:
     """What came out for one file: a text, or an error.
 
     `score` is the length-normalised log probability of a generated text, or the probability of a given candidate
-    among the candidates. `alternatives` are the `num_return` best, best first, the text itself included.
+    among the candidates. `alternatives` are the `num_return` best, best first, the text itself included. `frames` are
+    the indices of the frames that the model saw, and `decoder` is what decoded them.
     `seconds` has the wall time of each stage: `decode` (file to pixels), `encode` (pixels to visual tokens) and
     `generate` (tokens to words).
     """
@@ -53,17 +55,22 @@ class Result:
     text: str | None = None
     score: float | None = None
     alternatives: tuple[Alternative, ...] = ()
+    frames: tuple[int, ...] = ()
+    decoder: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     error: str | None = None
 
 
 class _Decoded(NamedTuple):
-    """A file's video `(1, 3, T, H, W)`, or the reason why there is none, and the seconds that decoding took."""
+    """A file's video `(1, 3, T, H, W)`, or the reason why there is none, and the seconds that decoding took; the
+    indices of its frames, and what decoded them."""
 
     path: str
     video: Tensor | None
     seconds: float
     error: str | None
+    frames: tuple[int, ...] = ()
+    decoder: str | None = None
 
 
 Words = Callable[[Tensor], list[list[Alternative]]]
@@ -119,7 +126,7 @@ class VideoTask:
         """One `Result` a path; see `Captioner.caption`."""
         files = _each(paths)
         decoded = self._decoded_by_workers(files, num_workers, timeout) if num_workers else self._decoded(files)
-        for path, video, decoding, error in decoded:
+        for path, video, decoding, error, frames, decoder in decoded:
             if video is None:
                 yield Result(path, seconds={"decode": decoding}, error=error)
             else:
@@ -131,7 +138,7 @@ class VideoTask:
                     remedy = "use a smaller dtype, fewer beams, or the CPU"
                     raise MPlug2Error(f"{device} ran out of memory: {remedy}") from problem
                 seconds = {"decode": decoding, "encode": encoding, "generate": generating}
-                yield Result(path, *found[0], tuple(found), seconds)
+                yield Result(path, *found[0], tuple(found), frames, decoder, seconds)
 
     @torch.inference_mode()
     def encode(self, videos: Tensor) -> tuple[Tensor, float]:
@@ -164,12 +171,11 @@ class VideoTask:
     def _decode(self, path: str) -> _Decoded:
         started = time.perf_counter()
         vision = self.model.config.vision
-        video, error = None, None
         try:
-            video = load_video(path, num_frames=vision.num_frames, image_size=vision.image_size)[None]
+            video, frames = load_clip(path, num_frames=vision.num_frames, image_size=vision.image_size)
         except (MPlug2Error, OSError, ValueError, RuntimeError, MemoryError) as problem:
-            error = _reason(problem, path)
-        return _Decoded(path, video, time.perf_counter() - started, error)
+            return _Decoded(path, None, time.perf_counter() - started, _reason(problem, path))
+        return _Decoded(path, video[None], time.perf_counter() - started, None, tuple(frames), "pyav")
 
     def _decoded_by_workers(
         self, paths: Iterable[PathLike], num_workers: int, timeout: float | None
@@ -181,7 +187,7 @@ class VideoTask:
             for clip in pool.clips(os.fspath(path) for path in paths):
                 video = None if clip.frames is None else clip.frames[None]
                 error = None if clip.error is None else _reason(clip.error, clip.source)
-                yield _Decoded(clip.source, video, clip.seconds, error)
+                yield _Decoded(clip.source, video, clip.seconds, error, tuple(clip.indices), clip.backend)
 
     def generation_options(
         self, num_beams: int | None, num_return: int, min_length: int | None, max_length: int | None

@@ -32,7 +32,7 @@ def read_frames(path: str | os.PathLike[str], num_frames: int) -> Tensor:
     """
     if num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, not {num_frames}")
-    return torch.from_numpy(np.stack(_decode(path, num_frames, None)))
+    return torch.from_numpy(np.stack(_decode(path, num_frames, None)[0]))
 
 
 def load_video(path: str | os.PathLike[str], num_frames: int = 16, image_size: int = 224) -> Tensor:
@@ -51,12 +51,26 @@ def load_video(path: str | os.PathLike[str], num_frames: int = 16, image_size: i
         ValueError: `num_frames` or `image_size` is below 1.
         ImportError: PyAV is not installed.
     """
+    return load_clip(path, num_frames, image_size)[0]
+
+
+def load_clip(path: str | os.PathLike[str], num_frames: int = 16, image_size: int = 224) -> tuple[Tensor, list[int]]:
+    """As `load_video`, and the indices of its frames."""
     if num_frames < 1 or image_size < 1:
         raise ValueError(f"num_frames and image_size must be at least 1, not {num_frames} and {image_size}")
-    return preprocess_frames(torch.from_numpy(np.stack(_decode(path, num_frames, image_size))), image_size)
+    frames, indices = _decode(path, num_frames, image_size)
+    return preprocess_frames(torch.from_numpy(np.stack(frames)), image_size), indices
 
 
-def _decode(path: str | os.PathLike[str], num_frames: int, image_size: int | None) -> list[np.ndarray]:
+def _decode(
+    path: str | os.PathLike[str], num_frames: int, image_size: int | None
+) -> tuple[list[np.ndarray], list[int]]:
     from mplug2_fast.video.decode import decode_frames
 
-    return decode_frames(path, lambda total: frame_indices(total, num_frames), image_size=image_size)
+    indices: list[int] = []
+
+    def choose(total: int) -> list[int]:
+        indices[:] = frame_indices(total, num_frames)
+        return indices
+
+    return decode_frames(path, choose, image_size=image_size), indices

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mplug2_fast import ops
@@ -16,7 +17,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("name", [name for name, function in ops.OPERATORS.items() if "triton" in function.op.backends])
 def test_operator(name):
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
+    if triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip("Triton 3.6's interpreter does not work with NumPy 2.4")
     command = [
         sys.executable,
         "-m",
