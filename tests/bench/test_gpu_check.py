@@ -177,7 +177,7 @@ def test_the_rest_is_collected_without_those_packages(monkeypatch, tmp_path):
     collected = [line for line in done.stdout.splitlines() if "::" in line]
     assert collected[0].startswith("tests/gpu/")
     assert len(set(collected)) == len(collected)
-    assert not any(line.startswith(("tests/video", "tests/test_cli")) for line in collected)
+    assert not any(line.startswith(("tests/video", "tests/bulk", "tests/test_cli")) for line in collected)
 
 
 def test_where_pip_cannot_install_the_folders_are_arranged(tmp_path, monkeypatch):
