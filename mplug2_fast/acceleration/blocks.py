@@ -12,7 +12,7 @@ from mplug2_fast.acceleration import trial
 from mplug2_fast.acceleration.basic import ACTIVATIONS, attend, laid_out_like, require_attention, run_mlp
 from mplug2_fast.acceleration.products import keep_packed
 from mplug2_fast.acceleration.structure import has, require, require_children, require_linear, require_norm
-from mplug2_fast.acceleration.swap import Kind, Matrices, State, Unserved, Unsuitable
+from mplug2_fast.acceleration.swap import Kind, State, Unserved, Unsuitable
 from mplug2_fast.ops import layer_norm, local_temporal
 from mplug2_fast.ops.linear_act import Activation
 
@@ -59,7 +59,7 @@ class TemporalBlock(Kind):
             for count in (1, 3):
                 x = trial.random(5, 2 * count, width, seed=count)
                 expected = trial.outcome(type(module).forward, module, x, count)
-                if not trial.agree(expected, run(module, found, Matrices(), x, count), without=x):
+                if not trial.agree(expected, run(module, found, x, count), without=x):
                     raise Unsuitable("on a trial input it computes something else than the released block")
         return found
 
@@ -71,7 +71,7 @@ class TemporalBlock(Kind):
             raise Unserved("it was called with arguments that are not known")
         if module.training and not isinstance(module._modules.get("drop_path"), (nn.Identity, type(None))):
             raise Unserved("it drops paths in training")
-        return run(module, found, state.matrices, x, frames)
+        return run(module, found, x, frames)
 
 
 def _require_temporal(module: nn.Module, name: str) -> None:
@@ -87,33 +87,32 @@ def _require_temporal(module: nn.Module, name: str) -> None:
         require(fits and convolution.bias is not None, f"{name}.{part} is not the convolution that it should be")
 
 
-def run(block: Any, found: FoundBlock, matrices: Matrices, x: Tensor, frames: int) -> Tensor:
+def run(block: Any, found: FoundBlock, x: Tensor, frames: int) -> Tensor:
     """The block on x `(1 + patches, batch·frames, channels)`."""
     tokens, rows, width = x.shape
     if rows % frames:
         raise Unserved(f"{rows} rows are not a multiple of {frames} frames")
     h = x.transpose(0, 1).reshape(rows // frames, frames, tokens, width)
-    h = _temporal(block.lmhra1, matrices, h).view(rows, tokens, width)
+    h = _temporal(block.lmhra1, h).view(rows, tokens, width)
     normed = layer_norm(h, block.ln_1.weight, block.ln_1.bias, eps=block.ln_1.eps)
     h = attend(block.attn, normed, normed, residual=h)
-    h = _temporal(block.lmhra2, matrices, h.view(rows // frames, frames, tokens, width)).view(rows, tokens, width)
+    h = _temporal(block.lmhra2, h.view(rows // frames, frames, tokens, width)).view(rows, tokens, width)
     h = run_mlp(h, block.mlp.c_fc, block.mlp.c_proj, found.activation, norm=block.ln_2, add=True)
     return laid_out_like(x, h.to(x.dtype))
 
 
-def _temporal(module: Any, matrices: Matrices, x: Tensor) -> Tensor:
-    down, up = (matrices.of(convolution.weight) for convolution in (module.down_proj, module.up_proj))
-    for weight in (down, up):
-        keep_packed(weight, x.numel() // x.shape[-1])
+def _temporal(module: Any, x: Tensor) -> Tensor:
+    for convolution in (module.down_proj, module.up_proj):
+        keep_packed(convolution.weight, x.numel() // x.shape[-1])
     return local_temporal(
         x,
         module.ln.weight,
         module.ln.bias,
-        down,
+        module.down_proj.weight.flatten(1),
         module.down_proj.bias,
         module.conv.weight[:, 0, :, 0, 0],
         module.conv.bias,
-        up,
+        module.up_proj.weight.flatten(1),
         module.up_proj.bias,
         eps=module.ln.eps,
     )

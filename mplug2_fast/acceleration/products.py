@@ -14,7 +14,8 @@ MANY_ROWS = 512
 
 
 def keep_packed(weight: Tensor, rows: int) -> None:
-    """Packs a `(out_features, in_features)` weight for inference on a CPU, where that pays and is not yet done."""
+    """Packs a weight, a linear layer's or a 1×1×1 convolution's, for inference on a CPU, where that pays and is not yet
+    done."""
     if rows < MANY_ROWS or torch.compiler.is_compiling() or torch.is_grad_enabled() or weight.device.type != "cpu":
         return
     if not torch.is_autocast_enabled("cpu") and packed(weight) is None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mplug2_fast.acceleration.cache import Session
 from mplug2_fast.ops import unpack_weight
@@ -30,25 +30,6 @@ class Unserved(Exception):
     """Why a swapped module leaves a call to the original's code."""
 
 
-class Matrices:
-    """1×1×1 convolutions' weights as matrices: views that last, so that packed copies can be kept with them."""
-
-    def __init__(self) -> None:
-        self._kept: dict[int, Tensor] = {}
-
-    def of(self, weight: Tensor) -> Tensor:
-        """weight `(out, in, 1, 1, 1)` as `(out, in)`."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return weight.flatten(1)
-        kept = self._kept.get(id(weight))
-        if kept is None or kept.data_ptr() != weight.data_ptr() or kept.dtype != weight.dtype:
-            kept = self._kept[id(weight)] = weight.detach().flatten(1)
-        return kept
-
-    def __reduce__(self) -> Any:
-        return (Matrices, ())
-
-
 @dataclass
 class State:
     """What a swapped module keeps.
@@ -62,7 +43,6 @@ class State:
     found: Any
     parts: tuple[nn.Module, ...]
     session: Session | None = None
-    matrices: Matrices = field(default_factory=Matrices)
 
 
 class Kind:
