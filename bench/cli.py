@@ -1,151 +1,266 @@
-"""Times captioning and its parts: the released algorithm, the fast model, and a compiled peer.
+"""How fast it is, against the released algorithm, eager PyTorch, torch.compile and what else is installed.
 
-    python bench/run.py                       # the base model: minutes on a CPU
-    python bench/run.py --quick               # the tiny model: about a minute, most of it compiling the peer
-    python bench/run.py --preset large --dtype float32,bfloat16 --json results.json
-    python bench/run.py --accelerate          # instead: the reference before and after mplug2_fast.accelerate
-    python bench/run.py --scaling             # instead: charts of the fast model's time and memory against its sizes
+    python bench/run.py                                     # everything at Base sizes: minutes on a CPU
+    python bench/run.py --quick                             # everything, small: under two minutes
+    python bench/run.py --level ops --only attention,mlp --sizes large --direction forward,backward --dtype bfloat16
+    python bench/run.py --level model --preset large --dtype bfloat16,float32 --json large.json
+    python bench/run.py --quick --compare old.json --fail-if-slower 10%
+    python bench/run.py --waterfall --preset large          # from the released algorithm to ours, a technique a row
+    python bench/run.py --scaling --preset large            # time and memory against frames, batch, resolution, beams
 
-Every implementation runs in a process of its own, on the same seeded weights; runs take turns and medians count.
+Every ratio is of runs that took turns; results are checked, and a wrong one is shown as wrong. The exit status is 1 if
+a result is wrong, a row could not be measured, or --fail-if-slower found a regression; 2 for options that cannot be.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
 
 import torch
 
-from bench import flops, measure, plots, scaling, table
-from bench.plan import Plan
-from bench.render import RESULTS
+from bench import ceilings, compare, fork, measure, packages, plots, runner, scaling, table, waterfall
+from bench.clock import MODES
+from bench.plan import TASKS, Plan
+from bench.roofline import under
+from bench.row import DIRECTIONS, LEVELS, Key, Results, Row
+from bench.runner import Progress, Settings
+from bench.selection import SIZES, Selection
+from bench.turns import Budget
 from bench.workers import WorkerError
 from mplug2_fast import MPlug2Config
 from mplug2_fast.devices import DTYPES, pick_device
 from mplug2_fast.errors import MPlug2Error
 
-
-def parse(arguments: list[str] | None = None) -> tuple[Plan, Path | None]:
-    """The plan and the file for JSON, or a `Sweep` and its folder. Exits with status 2 on options that cannot be."""
-    parser = argparse.ArgumentParser(
-        prog="bench/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--preset", choices=("tiny", "base", "large"), help="sizes of the model (default: base; with --quick tiny)")
-    add("--dtype", action="append", metavar="DTYPE[,DTYPE]", help=f"{', '.join(DTYPES)} (default: float32)")
-    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    add("--level", action="append", metavar="LEVEL[,LEVEL]", help=f"{', '.join(flops.LEVELS)} (default: all)")
-    add("--frames", type=int, help="frames of the video (default: the preset's)")
-    add("--beams", type=int, default=5, help="beams of the search (default: 5)")
-    add("--steps", type=int, default=15, help="decoding steps, exactly as many are run (default: 15)")
-    add("--batch", type=int, default=1, help="copies of the video (default: 1)")
-    add(
-        "--repeats",
-        type=int,
-        help="timed runs of each, of which the median counts (default: 5; with --quick 9; with --scaling 3)",
-    )
-    add(
-        "--threads",
-        type=int,
-        help="of each process, on the CPU (default: all cores; 1 for tiny, which has no work for more)",
-    )
-    add("--reference-steps", type=int, metavar="N", help="time the reference at N decoding steps; the table says so")
-    add("--no-peer", action="store_true", help="leave the compiled peer out")
-    add(
-        "--peer",
-        choices=("frozen", "compiled", "uncompiled"),
-        help="frozen packs the weights of every layer into a graph of its own: faster on a CPU, longer to compile; "
-        "uncompiled needs no compiler (default: frozen on a CPU; compiled on CUDA and with --quick)",
-    )
-    add(
-        "--accelerate",
-        action="store_true",
-        help="instead of the fast model and the peer: the reference after mplug2_fast.accelerate",
-    )
-    add("--quick", action="store_true", help="the tiny model, few repeats")
-    add("--video", type=Path, help="input file, or .npy of uint8 frames (default: a bundled clip)")
-    add("--json", type=Path, metavar="FILE", help="write the results here")
-    add(
-        "--scaling",
-        action="store_true",
-        help="captioning with the fast model against frames, batch, resolution and beams, one varied at a time from "
-        "the sizes given: scaling-PRESET-DTYPE.png, .csv and .json; with --quick at fewer points",
-    )
-    add("--output", type=Path, metavar="FOLDER", default=RESULTS, help="of --scaling (default: bench/results)")
-    options = parser.parse_args(arguments)
-
-    def listed(values: list[str] | None, known: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
-        names = tuple(dict.fromkeys(name for value in values or default for name in value.split(",")))
-        for name in names:
-            if name not in known:
-                parser.error(f"no such choice {name!r}: choose from {', '.join(known)}")
-        return names
-
-    preset = options.preset or ("tiny" if options.quick else "base")
-    config = MPlug2Config.preset(preset)
-    repeats = options.repeats or (3 if options.scaling else 9 if options.quick else 5)
-    threads = (1 if preset == "tiny" else torch.get_num_threads()) if options.threads is None else options.threads
-    reference_steps = options.reference_steps or options.steps
-    frames = config.vision.num_frames if options.frames is None else options.frames
-    positive = {
-        "frames": frames,
-        "beams": options.beams,
-        "batch": options.batch,
-        "repeats": repeats,
-        "threads": threads,
-    }
-    for name, value in positive.items():
-        if value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
-    if not 1 <= options.steps <= config.text.max_position_embeddings:
-        parser.error(f"--steps must be from 1 to {config.text.max_position_embeddings}, got {options.steps}")
-    if not 1 <= reference_steps <= options.steps:
-        parser.error(f"--reference-steps must be from 1 to the {options.steps} of --steps, got {reference_steps}")
-    device = str(pick_device(options.device))
-    peer = options.peer or ("compiled" if options.quick or device != "cpu" else "frozen")
-    if peer == "frozen" and device != "cpu":
-        parser.error("--peer frozen is for the CPU")
-    if options.scaling and (options.json or options.level):
-        parser.error("--scaling times captioning and writes to --output: leave --json and --level out")
-    if options.accelerate and (options.scaling or options.peer):
-        parser.error("--accelerate times the reference before and after: leave --scaling and --peer out")
-    if options.scaling and not plots.available():
-        parser.error("--scaling draws with matplotlib, which is not installed: pip install matplotlib")
-    wanted = listed(options.level, flops.LEVELS, flops.LEVELS)
-    plan = (scaling.Sweep if options.scaling else Plan)(
-        preset=preset,
-        dtypes=listed(options.dtype, tuple(DTYPES), ("float32",)),
-        device=device,
-        levels=tuple(level for level in flops.LEVELS if level in wanted),
-        frames=frames,
-        beams=options.beams,
-        steps=options.steps,
-        batch=options.batch,
-        repeats=repeats,
-        threads=threads,
-        peer=None if options.no_peer or options.accelerate else peer,
-        reference_steps=reference_steps,
-        quick=options.quick,
-        accelerate=options.accelerate,
-        video=options.video,
-    )
-    return plan, options.output if options.scaling else options.json
+QUICK = Budget(seconds=0.4, most=200)
 
 
 def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser()
+    options = parser.parse_args(arguments)
     try:
-        plan, target = parse(arguments)
+        check(options, parser)
         with table.TerminalProgress() as progress:
-            if isinstance(plan, scaling.Sweep):
-                print(*scaling.run(plan, target, progress), sep="\n")
-                return 0
-            results, notes = measure.run(plan, progress)
-    except (MPlug2Error, WorkerError) as error:
+            return run(options, progress)
+    except (MPlug2Error, WorkerError, fork.ChildError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    table.show(results, notes)
-    if target is not None:
-        target.write_text(json.dumps(results, indent=1) + "\n")
-    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bench/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("what").add_argument
+    add("--level", type=names(LEVELS), default=LEVELS, help=f"{', '.join(LEVELS)} (default: all)")
+    add("--only", type=names(), default=(), help="names of operators, modules, tasks (default: all)")
+    add("--preset", choices=("tiny", "base", "large"), help="of modules and models (default: base; --quick: tiny)")
+    add("--sizes", type=names(SIZES), help=f"of operators: {', '.join(SIZES)} (default: the preset's)")
+    add("--dtype", type=names(tuple(DTYPES)), default=("float32",), help=f"{', '.join(DTYPES)} (default: float32)")
+    add("--direction", type=names(DIRECTIONS), default=("forward",), help=f"{', '.join(DIRECTIONS)} (default: forward)")
+    add("--quick", action="store_true", help="small sizes, few repeats")
+    add("--waterfall", action="store_true", help="instead: from the released algorithm to ours, a technique a row")
+    add("--scaling", action="store_true", help="instead: time and memory as sizes grow: a chart, CSV and JSON")
+    add("--accelerate", action="store_true", help="instead: the reference before and after mplug2_fast.accelerate")
+
+    add = parser.add_argument_group("how").add_argument
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--threads", type=int, help="on the CPU (default: all cores; 1 for the tiny model)")
+    add(
+        "--mode",
+        choices=MODES,
+        default="cold",
+        help="operators and modules: inputs in the cache or not, or a CUDA graph (default: cold)",
+    )
+    add("--no-compile", action="store_true", help="leave torch.compile out, which takes most of the time")
+    add("--no-memory", action="store_true", help="leave the peak memory of operators and modules out")
+    add(
+        "--peer",
+        choices=("frozen", "compiled"),
+        help="how the model's peer is compiled: frozen packs its weights: "
+        "faster on a CPU, longer to compile (default: frozen on a CPU; compiled on CUDA and with --quick)",
+    )
+    add("--repeats", type=int, help="timed runs of a model (default: 5; --quick: 9; --scaling: 3)")
+
+    add = parser.add_argument_group("sizes of the model's work").add_argument
+    add("--frames", type=int, help="of the video (default: the preset's)")
+    add("--beams", type=int, default=5, help="of the search (default: 5)")
+    add("--steps", type=int, default=15, help="of decoding, exactly as many are run (default: 15)")
+    add("--batch", type=int, default=1, help="copies of the video (default: 1)")
+    add("--reference-steps", type=int, metavar="N", help="time the reference at N steps; the notes say so")
+    add("--video", type=Path, help="a file, or .npy of uint8 frames (default: a bundled clip)")
+
+    add = parser.add_argument_group("results").add_argument
+    add("--json", type=Path, metavar="FILE", help="write them here")
+    add("--csv", type=Path, metavar="FILE", help="and here")
+    add("--pictures", type=Path, metavar="FOLDER", help="draw the roofline, or the waterfall, here")
+    add("--output", type=Path, metavar="FOLDER", default=Path(), help="of --scaling (default: here)")
+    add("--compare", type=Path, metavar="OLD", help="print what changed since these results")
+    add(
+        "--fail-if-slower",
+        type=limit,
+        metavar="PERCENT",
+        help="exit with 1 if a row got slower by more, against its "
+        "baselines; what looks slower is measured again first",
+    )
+    return parser
+
+
+def names(known: tuple[str, ...] | None = None):
+    """A parser of NAME[,NAME]."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        chosen = tuple(dict.fromkeys(text.split(",")))
+        for name in chosen:
+            if known is not None and name not in known:
+                raise argparse.ArgumentTypeError(f"no such choice {name!r}: choose from {', '.join(known)}")
+        return chosen
+
+    return parse
+
+
+def limit(text: str) -> float:
+    try:
+        return compare.parse_limit(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Fills in defaults. Exits with status 2 on options that cannot be."""
+    options.preset = options.preset or ("tiny" if options.quick else "base")
+    options.sizes = options.sizes or ("quick" if options.quick or options.preset == "tiny" else options.preset,)
+    config = MPlug2Config.preset(options.preset)
+    options.frames = config.vision.num_frames if options.frames is None else options.frames
+    options.repeats = options.repeats or (3 if options.scaling else 9 if options.quick else 5)
+    options.reference_steps = options.reference_steps or options.steps
+    for name in ("frames", "beams", "batch", "repeats"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads must be at least 1, got {options.threads}")
+    if not 1 <= options.steps <= config.text.max_position_embeddings:
+        parser.error(f"--steps must be from 1 to {config.text.max_position_embeddings}, got {options.steps}")
+    if not 1 <= options.reference_steps <= options.steps:
+        parser.error(
+            f"--reference-steps must be from 1 to the {options.steps} of --steps, got {options.reference_steps}"
+        )
+    options.device = str(pick_device(options.device))
+    if options.mode == "graph" and options.device == "cpu":
+        parser.error("--mode graph needs --device cuda")
+    if options.peer == "frozen" and options.device != "cpu":
+        parser.error("--peer frozen is for the CPU")
+    if options.waterfall + options.scaling + options.accelerate > 1:
+        parser.error("--waterfall, --scaling and --accelerate are runs of their own: choose one")
+    if (options.scaling or options.pictures) and not plots.available():
+        parser.error("pictures are drawn with matplotlib, which is not installed: pip install matplotlib")
+    if options.fail_if_slower is not None and options.compare is None:
+        parser.error("--fail-if-slower needs the results to compare with: --compare OLD")
+
+
+def run(options: argparse.Namespace, progress: Progress) -> int:
+    if options.scaling:
+        print(*scaling.run(plan(options, scaling.Sweep), options.output, progress), sep="\n")
+        return 0
+    if options.waterfall:
+        found = waterfall.run(plan(options), progress)
+        waterfall.show(found)
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
+        if options.pictures:
+            plots.waterfall(found, options.pictures / "waterfall.png")
+        return 0
+    old = Results.read(options.compare) if options.compare else None
+    results = measure_levels(options, progress)
+    table.show(results)
+    if options.json:
+        results.write(options.json)
+    if options.csv:
+        table.write_csv(results, options.csv)
+    if options.pictures:
+        plots.roofline(results, options.pictures / "roofline.png")
+    slower = against(old, results, options, progress) if old else 0
+    for what, why in results.failed.items():
+        print(f"error: {what}: {why}", file=sys.stderr)
+    wrong = [row for row in results.rows if not row.correct]
+    for row in wrong:
+        print(f"error: {row.key} is wrong: {table.error(row)}: {row.command}", file=sys.stderr)
+    return 1 if wrong or results.failed or slower else 0
+
+
+def against(old: Results, new: Results, options: argparse.Namespace, progress: Progress) -> int:
+    """Prints what changed; the number of regressions that --fail-if-slower counts."""
+    if options.fail_if_slower is None:
+        compare.show(compare.compare(old, new))
+        return 0
+    found = compare.gate(old, new, options.fail_if_slower, lambda key: again(key, options, progress))
+    compare.show(found)
+    return len(compare.regressions(found, options.fail_if_slower))
+
+
+def measure_levels(options: argparse.Namespace, progress: Progress) -> Results:
+    """All levels that were asked for, one after the other, as one run."""
+    parts = []
+    levels = ("model",) if options.accelerate else options.level
+    if cases := [key for level in levels if level != "model" for key in keys(level, options)]:
+        parts.append(runner.run(cases, settings(options), progress))
+        parts[-1].notes += packages.reasons()
+    if "model" in levels and (tasks := [task for task in TASKS if not options.only or task in options.only]):
+        parts.append(measure.run(plan(options, tasks=tasks), progress))
+    if not parts:
+        raise ValueError(f"nothing is called {', '.join(options.only)} in {', '.join(levels)}")
+    return together(parts)
+
+
+def together(parts: list[Results]) -> Results:
+    """One run of several levels, all under the best ceilings that any of them saw."""
+    whole = parts[0]
+    for part in parts[1:]:
+        whole.ceilings = ceilings.merge(whole.ceilings, part.ceilings)
+        whole.rows += part.rows
+        whole.failed |= part.failed
+        whole.notes += part.notes
+    whole.rows = [under(row, whole.ceilings) for row in whole.rows]
+    return whole
+
+
+def keys(level: str, options: argparse.Namespace) -> list[Key]:
+    selection = Selection(
+        options.preset,
+        options.dtype,
+        options.device,
+        options.direction,
+        options.sizes,
+        options.only,
+        options.quick,
+    )
+    return importlib.import_module(f"bench.{level}.cases").keys(selection)
+
+
+def settings(options: argparse.Namespace) -> Settings:
+    return Settings(
+        threads=options.threads or torch.get_num_threads(),
+        compile=not options.no_compile,
+        mode=options.mode,
+        budget=QUICK if options.quick else Budget(),
+        memory=not options.no_memory,
+        quick=options.quick,
+        apart=options.device == "cpu",
+    )
+
+
+def again(key: Key, options: argparse.Namespace, progress: Progress) -> Row:
+    """The row of a key, measured once more."""
+    if key.level == "model":
+        chosen = argparse.Namespace(**{**vars(options), "dtype": (key.dtype,)})
+        results = measure.run(plan(chosen, tasks=(key.name,)), progress)
+    else:
+        results = runner.run([key], settings(options), progress)
+    return results[key]
+
+
+def plan(options: argparse.Namespace, kind: type[Plan] = Plan, **others: Any) -> Plan:
+    raise NotImplementedError

@@ -1,0 +1,181 @@
+"""From keys to rows: every case is built and timed in a process of its own, and its memory measured in another."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+
+from bench import ceilings, fork, machine, memory, turns
+from bench.case import OURS, Agreement
+from bench.clock import clock
+from bench.roofline import place
+from bench.row import Baseline, Key, Results, Row
+from bench.turns import Budget, Turns
+
+
+class Progress(Protocol):
+    def begin(self, what: str) -> None: ...
+
+    def finished(self, what: str, seconds: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How cases are measured.
+
+    Attributes:
+        compile: whether torch.compile is among the baselines.
+        mode: of `bench.clock.MODES`.
+        memory: whether peak memory is measured, in one more process.
+        quick: smaller ceilings.
+        apart: whether every case has a process of its own; on CUDA, where starting one takes long and the allocator
+            tells the memory, all share this one.
+    """
+
+    threads: int
+    compile: bool = True
+    mode: str = "cold"
+    budget: Budget = field(default_factory=Budget)
+    memory: bool = True
+    quick: bool = False
+    apart: bool = True
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the process of a case sends back."""
+
+    turns: Turns
+    agreement: Agreement
+    flop: int
+    bytes: int
+    backend: str
+
+
+def build(key: Key, *, compile: bool) -> Any:
+    """The case of a key, by the module of its level."""
+    return importlib.import_module(f"bench.{key.level}.cases").build(key, compile=compile)
+
+
+def time_case(key: Key, settings: Settings) -> Measured:
+    prepare(settings)
+    timer = clock(key.device, settings.mode)
+    case = build(key, compile=settings.compile)
+    agreement = case.agreement()
+    ways = {way: calls() if timer.rotates else calls()[:1] for way, calls in case.ways.items()}
+    return Measured(turns.take(ways, timer, settings.budget), agreement, case.flop, case.bytes, case.backend)
+
+
+def weigh_case(key: Key, settings: Settings) -> tuple[int, int] | None:
+    """(peak bytes, those that were not held before) of one call; None where the system cannot tell."""
+    torch.set_num_threads(settings.threads)
+    case = build(key, compile=False)
+    first = case.ways[OURS]()[0]
+    given = first.before()
+    memory.give_back()
+    before = memory.held(key.device)
+    if not memory.reset_peak(key.device):
+        return None
+    result = first.run(*given)
+    if key.device.startswith("cuda"):
+        torch.cuda.synchronize(key.device)
+    peak = memory.peak(key.device)
+    del result
+    return peak, max(peak - before, 0)
+
+
+def prepare(settings: Settings) -> None:
+    torch.set_num_threads(settings.threads)
+    machine.keep_freed_memory()
+
+
+def measure_ceilings(device: str, dtypes: list[str], settings: Settings) -> dict[str, Any]:
+    prepare(settings)
+    return ceilings.measure(device, dtypes, quick=settings.quick)
+
+
+def run(keys: Iterable[Key], settings: Settings, progress: Progress) -> Results:
+    """Rows of all keys, in order. What cannot be measured is among the `failed`."""
+    keys = list(keys)
+    call: Callable[..., Any] = fork.call if settings.apart else (lambda function, *given: function(*given))
+    dtypes = list(dict.fromkeys(key.dtype for key in keys))
+    device = keys[0].device
+    described, versions = machine.describe()
+    described |= {"threads": settings.threads, "device": device}
+
+    def ceilings_now() -> dict[str, Any]:
+        return timed("ceilings", progress, lambda: call(measure_ceilings, device, dtypes, settings))
+
+    best, measured, failed = ceilings_now(), {}, {}
+    for key in keys:
+        try:
+            measured[key] = timed(f"{key.level} · {key}", progress, lambda key=key: measure(key, settings, call))
+        except Exception as error:
+            if not isinstance(error, fork.ChildError):
+                traceback.print_exception(error)
+            failed[f"{key.level} · {key}"] = f"{error if isinstance(error, fork.ChildError) else repr(error)}"
+    best = ceilings.merge(best, ceilings_now())
+    rows = [row(key, *found, best, settings) for key, found in measured.items()]
+    return Results(described, versions, best, rows, failed)
+
+
+def measure(key: Key, settings: Settings, call: Callable[..., Any] = fork.call) -> tuple[Measured, Any]:
+    """Times, and (peak, added) bytes or None."""
+    timed_case = call(time_case, key, settings)
+    return timed_case, call(weigh_case, key, settings) if settings.memory else None
+
+
+def timed(what: str, progress: Progress, work: Callable[[], Any]) -> Any:
+    progress.begin(what)
+    start = time.perf_counter()
+    result = work()
+    progress.finished(what, time.perf_counter() - start)
+    return result
+
+
+def row(key: Key, found: Measured, weighed: tuple[int, int] | None, best: Mapping[str, Any], settings: Settings) -> Row:
+    seconds, agreement = found.turns, found.agreement
+    placed = place(found.flop, found.bytes, seconds.median(), key.dtype, best)
+    baselines = {
+        way: Baseline(seconds.median(way), seconds.ratio(way), None, agreement.baselines.get(way))
+        for way in seconds.seconds
+        if way != OURS
+    }
+    if "reference" not in baselines and key.dtype == "float32" and "eager" in baselines:
+        baselines = {"reference": replace(baselines["eager"]), **baselines}  # eager float32 is the released form
+    return Row(
+        key=key,
+        seconds=seconds.median(),
+        spread=seconds.spread(),
+        runs=len(seconds.seconds[OURS]),
+        flop=found.flop or None,
+        bytes=found.bytes or None,
+        **placed._asdict(),
+        baselines=baselines,
+        peak_memory_bytes=weighed and weighed[0],
+        added_memory_bytes=weighed and weighed[1],
+        relative_error=agreement.ours,
+        allowed_error=agreement.allowed,
+        correct=agreement.ours <= agreement.allowed,
+        backend=found.backend,
+        command=command(key, settings),
+    )
+
+
+def command(key: Key, settings: Settings) -> str:
+    """The command that measures a row again."""
+    kind, *_ = key.sizes.split(",")
+    words = ["python", "bench/run.py", "--level", key.level, "--only", key.name]
+    words += ["--sizes" if key.level == "ops" else "--preset", kind, "--dtype", key.dtype]
+    words += ["--direction", key.direction, "--device", key.device]
+    words += ["--threads", str(settings.threads)] if key.device == "cpu" else []
+    words += ["--mode", settings.mode] if settings.mode != "cold" else []
+    words += [] if settings.compile else ["--no-compile"]
+    return shlex.join(words)

@@ -1,0 +1,70 @@
+"""Times several ways of doing one work in turns, A B C A B C, so that what disturbs the machine disturbs all alike."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bench.case import OURS, Call
+from bench.clock import Clock
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a case may take.
+
+    Attributes:
+        seconds: for each way. fewest, most: turns.
+        slow: seconds above which a baseline is timed once.
+    """
+
+    seconds: float = 1.5
+    fewest: int = 5
+    most: int = 300
+    slow: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Seconds of every way, turn by turn."""
+
+    seconds: Mapping[str, list[float]]
+
+    def median(self, way: str = OURS) -> float:
+        return statistics.median(self.seconds[way])
+
+    def spread(self, way: str = OURS) -> float:
+        """Half the distance between the quartiles, over the median; 0 for a single run."""
+        if len(self.seconds[way]) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds[way], n=4)
+        return (high - low) / 2 / self.median(way)
+
+    def ratio(self, way: str) -> float:
+        """How many times faster ours is: the median over the turns; of the medians where there are not as many."""
+        ours, other = self.seconds[OURS], self.seconds[way]
+        if len(ours) != len(other):
+            return statistics.median(other) / statistics.median(ours)
+        return statistics.median(b / a for a, b in zip(ours, other, strict=True))
+
+
+def take(ways: Mapping[str, list[Call]], clock: Clock, budget: Budget) -> Turns:
+    """Every way is warmed up on all of its inputs, which is also when it compiles, and then timed in turns."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    turn_takes = 0.0
+    for way, calls in ways.items():
+        for call in calls:
+            call()
+        first = clock(calls[0])
+        if first > min(clock.slow, budget.slow) and way != OURS:
+            seconds[way].append(first)
+        else:
+            turn_takes += first
+    turns = int(budget.seconds * len(ways) / max(turn_takes, 1e-9))
+    repeated = [way for way in ways if not seconds[way]]
+    for turn in range(min(budget.most, max(budget.fewest, turns))):
+        for way in repeated:
+            calls = ways[way]
+            seconds[way].append(clock(calls[turn % len(calls)]))
+    return Turns(seconds)
