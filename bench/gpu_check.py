@@ -197,13 +197,21 @@ class Check:
         return self._command("sanitizer", command, limit, **variables)
 
     def ops(self, limit: float) -> Outcome:
-        return self._bench("ops", ["--ops", "--no-peer"], limit)
+        return self._bench(
+            "ops", ["--level", "ops", "--sizes", "large", "--dtype", "bfloat16,float32", "--no-compile"], limit
+        )
 
     def model(self, limit: float) -> Outcome:
-        return self._bench("model", ["--preset", "large", "--dtype", "bfloat16", "--no-peer"], limit)
+        return self._bench(
+            "model",
+            ["--level", "model", "--only", "captioning", "--preset", "large", "--dtype", "bfloat16", "--no-compile"],
+            limit,
+        )
 
     def peer(self, limit: float) -> Outcome:
-        return self._bench("peer", ["--preset", "large", "--dtype", "bfloat16"], limit)
+        return self._bench(
+            "peer", ["--level", "model", "--only", "captioning", "--preset", "large", "--dtype", "bfloat16"], limit
+        )
 
     def _bench(self, name: str, options: Sequence[str], limit: float) -> Outcome:
         target = self.out / f"{name}.json"

@@ -1,1 +1,1 @@
-"""The benchmark of single operators, `python bench/run.py --ops`: a file each, with what it is held against."""
+"""Operators as cases of the benchmark: a file each, with what bounds it."""

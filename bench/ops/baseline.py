@@ -1,4 +1,4 @@
-"""What an operator is held against: something measured beside it, and how many times faster it is meant to be."""
+"""What bounds an operator: something measured beside it that does less."""
 
 from __future__ import annotations
 
@@ -22,19 +22,10 @@ class Baseline:
     Attributes:
         name: as the table shows it.
         prepare: from the operator's arguments to a callable that runs the baseline once.
-        target: dtype -> how many times as fast as the baseline the operator is meant to be on a CPU.
     """
 
     name: str
     prepare: Callable[[Arguments], Callable[[], Any]]
-    target: dict[torch.dtype, float]
-
-
-BOTH = (torch.float32, torch.bfloat16)
-
-
-def at_least(float32: float, bfloat16: float | None = None) -> dict[torch.dtype, float]:
-    return {torch.float32: float32, torch.bfloat16: float32 if bfloat16 is None else bfloat16}
 
 
 def copy_of(*names: str) -> Callable[[Arguments], Callable[[], Any]]:
@@ -56,13 +47,3 @@ def copy_of(*names: str) -> Callable[[Arguments], Callable[[], Any]]:
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The product alone, by the best that PyTorch has for the device."""
     return onednn.linear(x, weight, bias) if x.device.type == "cpu" else F.linear(x, weight, bias)
-
-
-def torch_backend(operator: Callable[..., Any]) -> Callable[[Arguments], Callable[[], Any]]:
-    """PyTorch's own operators, eager."""
-
-    def prepare(arguments: Arguments) -> Callable[[], Any]:
-        run, values = operator.op.backends["torch"].run, tuple(arguments.values())
-        return lambda: run(*values)
-
-    return prepare

@@ -2,4 +2,4 @@
 
 from bench.ops.baseline import Baseline, copy_of
 
-BASELINES = (Baseline("copy of the memory", copy_of("key", "value"), {}),)
+BASELINES = (Baseline("copy of the memory", copy_of("key", "value")),)

@@ -1,41 +1,76 @@
-"""The benchmark of single operators, at sizes that take no time."""
+"""Operators as cases of the benchmark, at sizes that take no time."""
 
-import contextlib
-import dataclasses
 import importlib
-import json
-import subprocess
-from collections import Counter
-from types import SimpleNamespace
+import math
 
 import pytest
 import torch
 
-from bench import ceilings
-from bench import machine as bench_machine
-from bench.ops import cli, clock, compiled, measure, table
+from bench.case import OURS
+from bench.ops import cases, compiled
+from bench.selection import Selection
 from mplug2_fast import ops
 
 
-@pytest.fixture
-def small(monkeypatch):
-    """The smallest sizes in place of the model's."""
-    for function in ops.OPERATORS.values():
-        spec = function.op.spec
-        monkeypatch.setattr(function.op, "spec", dataclasses.replace(spec, models={"large": spec.awkward[1]}))
-    monkeypatch.setattr(measure, "SECONDS", 0.01)
+def key_of(name, sizes, direction="forward", dtype="float32"):
+    selection = Selection("tiny", (dtype,), directions=(direction,), sizes=("awkward",), only=(name,))
+    return next(key for key in cases.keys(selection) if key.sizes == f"awkward, {cases.described(sizes)}")
 
 
-@pytest.mark.parametrize("name", ops.OPERATORS)
-def test_every_operator_has_a_row(name, small, native_module):
-    row = measure.measure(name, "large", torch.float32, compile=False)
-    assert (row.op, row.sizes, row.dtype, row.backend) == (name, "large", "float32", "cpu")
-    assert row.milliseconds > 0
-    assert row.relative_error < 1e-5
-    assert row.x_compiled is None
-    assert (row.baseline is None) == (row.x_baseline is None)
-    shown = [cell(dataclasses.asdict(row)) for cell in table.COLUMNS.values()]
-    assert all(isinstance(text, str) and text for text in shown)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "direction"),
+    [
+        (name, direction)
+        for name, function in ops.OPERATORS.items()
+        for direction in ("forward", "backward", "both")
+        if direction == "forward" or function.op.spec.differentiable
+    ],
+)
+def test_every_way_of_every_operator_runs_and_ours_is_right(name, direction, dtype):
+    spec = ops.OPERATORS[name].op.spec
+    case = cases.build(key_of(name, spec.awkward[1], direction, dtype), compile=False)
+    agreement = case.agreement()
+    assert agreement.ours <= agreement.allowed < math.inf
+    assert case.flop > 0
+    assert case.bytes > 0
+    expected = {OURS, "eager", "torch"} | ({"reference"} if dtype == "bfloat16" else set())
+    assert expected <= case.ways.keys()
+    numbers = {way: len(calls()) for way, calls in case.ways.items()}
+    assert len(set(numbers.values())) == 1
+    for calls in case.ways.values():
+        calls()[0]()
+
+
+def test_gradients_are_of_what_the_specification_names():
+    case = cases.build(key_of("layer_norm", ops.layer_norm.op.spec.awkward[1], "backward"), compile=False)
+    gradients = case.ways[OURS]()[0]()
+    assert [tuple(g.shape) for g in gradients] == [(2, 5, 7), (7,), (7,)]
+
+
+def test_inputs_lie_apart_and_share_their_weights():
+    spec = ops.linear_act.op.spec
+    first = spec.inputs(spec.awkward[1])
+    others = cases.rotated(spec, spec.awkward[1], first, torch.float32, "cpu")
+    assert len(others) == cases.MOST_INPUTS - 1
+    assert all(other["weight"] is first["weight"] for other in others)
+    assert not any(torch.equal(other["x"], first["x"]) for other in others)
+
+
+def test_sizes_of_an_operator():
+    sizes = cases.sizes_of(ops.layer_norm.op.spec)
+    assert sizes["quick"] == {"rows": (1, 2, 197), "channels": 768}
+    assert "awkward, rows 2×5, channels 7" in sizes
+    assert "awkward, rows 0, channels 16" not in sizes
+
+
+def test_selected_sizes_and_directions():
+    selection = Selection("large", ("float32", "bfloat16"), directions=("forward", "backward"), sizes=("large",))
+    keys = cases.keys(selection)
+    assert {key.sizes.split(",")[0] for key in keys} == {"large"}
+    assert {key.direction for key in keys if key.name == "beam_step"} == {"forward"}
+    assert {key.direction for key in keys if key.name == "mlp"} == {"forward", "backward"}
+    assert len(keys) == len(set(keys))
 
 
 def test_every_operator_has_its_file():
@@ -43,132 +78,8 @@ def test_every_operator_has_its_file():
         assert isinstance(importlib.import_module(f"bench.ops.{name}").BASELINES, tuple)
 
 
-def test_targets_are_judged():
-    module = importlib.import_module("bench.ops.local_temporal")
-    ratio = {"eager": 3.5, "compiled": 1.1}
-    assert list(measure.targets(module, torch.float32, ratio)) == ["≥ 3× eager: met", "≥ 1.2× compiled: missed"]
-
-
-def test_the_peer_takes_the_operators_arguments(small):
+def test_the_peer_takes_the_operators_arguments():
     op = ops.linear_act.op
     given = op.spec.inputs(op.spec.awkward[1])
     peer = compiled.Peer(op.backends["torch"].run, given)
     torch.testing.assert_close(peer(*compiled.inputs(given)), ops.linear_act(**given))
-
-
-def test_names_that_do_not_exist(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["--ops", "softmax"])
-    assert "no such choice 'softmax': choose from" in capsys.readouterr().err
-
-
-@pytest.fixture
-def device_log(monkeypatch):
-    """What a CUDA device would be asked to do, in order; time on it passes 2 ms an event."""
-    log, now = [], iter(range(1000))
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            self.at = next(now)
-            log.append("record")
-
-        def synchronize(self):
-            log.append("synchronize")
-
-        def elapsed_time(self, other):
-            return 2.0 * (other.at - self.at)
-
-    class Flushed:
-        def zero_(self):
-            log.append("flush")
-
-    empty = torch.empty
-    properties = SimpleNamespace(L2_cache_size=1 << 28)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("sleep"))
-    monkeypatch.setattr(
-        torch,
-        "empty",
-        lambda size, dtype, device: Flushed() if size >= 2 << 28 else empty(size, dtype=dtype, device=device),
-    )
-    return log
-
-
-def test_on_cuda_a_call_is_timed_between_events_with_a_cold_cache(device_log):
-    timer = clock.clock("cuda")
-    assert timer(lambda: device_log.append("call")) == pytest.approx(2e-3)
-    assert device_log == ["flush", "sleep", "record", "call", "record", "synchronize"]
-
-
-def test_ceilings_on_cuda_are_timed_between_events(device_log):
-    assert ceilings.timed(lambda: device_log.append("call"), "cuda:0") == pytest.approx(2e-3)
-    assert device_log == ["record", "call", "record", "synchronize"]
-
-
-def test_what_is_slow_is_timed_once():
-    class Timer(clock.CpuClock):
-        slow = 0.5
-
-        def __call__(self, call):
-            return call()
-
-    calls = Counter()
-
-    def way(name, seconds):
-        def call():
-            calls[name] += 1
-            return seconds
-
-        return [call]
-
-    seconds = measure.take_turns({"ours": way("ours", 0.1), "eager": way("eager", 0.6)}, Timer())
-    assert seconds["eager"] == [0.6]
-    assert calls["eager"] == 2
-    assert seconds["ours"] == [0.1] * 30
-
-
-def test_what_cannot_be_measured_is_told_and_the_rest_is_there(small, monkeypatch, tmp_path, capsys, native_module):
-    broken = dataclasses.replace(ops.layer_norm.op.backends["cpu"], run=lambda *_: 1 / 0)
-    monkeypatch.setattr(ops.layer_norm.op, "_automatic", [broken])
-    monkeypatch.setattr(
-        ceilings, "measure", lambda *_: {"gemm": {"float32": {"gflops": 1.0, "operator": "x"}}, "copy_gb_per_second": 1}
-    )
-    target = tmp_path / "ops.json"
-    options = ["--ops", "layer_norm,beam_step", "--dtype", "float32", "--no-peer", "--threads", "1"]
-    assert cli.main([*options, "--json", str(target)]) == 1
-    results = json.loads(target.read_text())
-    assert [row["op"] for row in results["rows"]] == ["beam_step"]
-    assert results["failed"] == [
-        {"op": "layer_norm", "sizes": "large", "dtype": "float32", "error": "ZeroDivisionError: division by zero"}
-    ]
-    assert "error: layer_norm, large, float32: ZeroDivisionError" in capsys.readouterr().err
-
-
-def test_a_device_that_is_not_there(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        cli.main(["--ops", "layer_norm", "--device", "cuda"])
-    assert "there is no CUDA device 0" in capsys.readouterr().err
-
-
-def test_the_title_names_the_device():
-    machine = {"cpu": "A CPU", "threads": 2, "gpu": "A GPU"}
-    assert table.title({"machine": machine, "versions": {"torch": "2"}}) == "operators · A CPU, 2 threads · torch 2"
-    results = {"machine": {**machine, "device": "cuda"}, "versions": {"torch": "2"}}
-    assert table.title(results) == "operators · A GPU · torch 2"
-
-
-def test_outside_a_checkout_the_environment_tells_the_commit(monkeypatch):
-    def missing(*_, **__):
-        raise FileNotFoundError("git")
-
-    monkeypatch.setattr(subprocess, "run", missing)
-    monkeypatch.delenv("MPLUG2_FAST_COMMIT", raising=False)
-    assert bench_machine.commit() is None
-    monkeypatch.setenv("MPLUG2_FAST_COMMIT", "abc")
-    assert bench_machine.commit() == "abc"
