@@ -35,7 +35,9 @@ from mplug2_fast import MPlug2Config
 from mplug2_fast.devices import DTYPES, pick_device
 from mplug2_fast.errors import MPlug2Error
 
-QUICK = Budget(seconds=0.4, most=200)
+QUICK = Budget(seconds=0.4, most=200, slow=0.2)
+# Compiling takes most of the time.
+QUICK_COMPILED = frozenset({"local_temporal", "TemporalBlock"})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -243,7 +245,7 @@ def keys(level: str, options: argparse.Namespace) -> list[Key]:
 def settings(options: argparse.Namespace) -> Settings:
     return Settings(
         threads=options.threads or torch.get_num_threads(),
-        compile=not options.no_compile,
+        compiled=frozenset() if options.no_compile else QUICK_COMPILED if options.quick else None,
         mode=options.mode,
         budget=QUICK if options.quick else Budget(),
         memory=not options.no_memory,

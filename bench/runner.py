@@ -31,7 +31,7 @@ class Settings:
     """How cases are measured.
 
     Attributes:
-        compile: whether torch.compile is among the baselines.
+        compiled: names of the works for which torch.compile is among the baselines; None for all.
         mode: of `bench.clock.MODES`.
         memory: whether peak memory is measured, in one more process.
         quick: smaller ceilings.
@@ -40,7 +40,7 @@ class Settings:
     """
 
     threads: int
-    compile: bool = True
+    compiled: frozenset[str] | None = None
     mode: str = "cold"
     budget: Budget = field(default_factory=Budget)
     memory: bool = True
@@ -67,7 +67,7 @@ def build(key: Key, *, compile: bool) -> Any:
 def time_case(key: Key, settings: Settings) -> Measured:
     prepare(settings)
     timer = clock(key.device, settings.mode)
-    case = build(key, compile=settings.compile)
+    case = build(key, compile=settings.compiled is None or key.name in settings.compiled)
     agreement = case.agreement()
     ways = {way: calls() if timer.rotates else calls()[:1] for way, calls in case.ways.items()}
     return Measured(turns.take(ways, timer, settings.budget), agreement, case.flop, case.bytes, case.backend)
@@ -177,5 +177,5 @@ def command(key: Key, settings: Settings) -> str:
     words += ["--direction", key.direction, "--device", key.device]
     words += ["--threads", str(settings.threads)] if key.device == "cpu" else []
     words += ["--mode", settings.mode] if settings.mode != "cold" else []
-    words += [] if settings.compile else ["--no-compile"]
+    words += ["--no-compile"] if settings.compiled is not None and key.name not in settings.compiled else []
     return shlex.join(words)
