@@ -91,13 +91,15 @@ class Comparison:
         changes: of the rows that both have, in the order of the newer run.
         gone, added: rows that only the older or only the newer run has.
         failed: rows of the older run that could not be measured in the newer one, or not again -> why.
-        notes: what makes the comparison doubtful.
+        again: rows that a gate measured again -> what every measurement said of their time, the first included.
+        notes: what makes the comparison doubtful, and what a gate measured again.
     """
 
     changes: list[Change]
     gone: list[Key] = field(default_factory=list)
     added: list[Key] = field(default_factory=list)
     failed: dict[Key, str] = field(default_factory=dict)
+    again: dict[Key, list[float | None]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -108,27 +110,6 @@ class Regression:
 
     def __str__(self) -> str:
         return f"{self.key}: {self.why}"
-
-
-@dataclass(frozen=True)
-class Gate:
-    """What a gate found.
-
-    Attributes:
-        comparison: with the last measurement of each row.
-        regressions: what every measurement says is slower, and what is wrong or failed.
-        again: rows that were measured again -> what every measurement said of their time, the first included.
-        notes: what was measured again and what could not be judged, in words.
-    """
-
-    comparison: Comparison
-    regressions: list[Regression]
-    again: dict[Key, list[float | None]]
-    notes: list[str]
-
-    @property
-    def passed(self) -> bool:
-        return not self.regressions
 
 
 def parse_limit(text: str) -> float:
@@ -180,10 +161,11 @@ def regressions(comparison: Comparison, limit: float) -> list[Regression]:
     return found + [Regression(key, f"cannot be measured any more: {why}") for key, why in comparison.failed.items()]
 
 
-def gate(old: Results, new: Results, limit: float, measure_again: Callable[[Key], Row], attempts: int = 3) -> Gate:
-    """Judges every row; one that looks slower is measured again and counts only if every measurement says so.
-
-    A row that became wrong, or that cannot be measured, counts at once.
+def gate(
+    old: Results, new: Results, limit: float, measure_again: Callable[[Key], Row], attempts: int = 3
+) -> Comparison:
+    """A comparison for `regressions` of the same limit: a row that looks slower is measured again, and remains slower
+    only if every measurement says so. A row that became wrong, or that cannot be measured, counts at once.
 
     Args:
         limit: how much longer a row may take, by its ratios.
@@ -214,8 +196,7 @@ def gate(old: Results, new: Results, limit: float, measure_again: Callable[[Key]
             notes.append(f"not judged: {change.key}: the runs have no baseline of it in common")
         if change.key not in failed:
             changes.append(change)
-    judged = replace(comparison, changes=changes, failed=failed)
-    return Gate(judged, regressions(judged, limit), again, notes)
+    return replace(comparison, changes=changes, failed=failed, again=again, notes=comparison.notes + notes)
 
 
 def show(comparison: Comparison, limit: float = LIMIT, console: Console | None = None) -> None:

@@ -27,12 +27,12 @@ def ways(op: str, arguments: Arguments) -> dict[str, Prepare]:
     return {name: prepare for name, prepare in _peers(op).items() if not _reason(name, op, arguments)}
 
 
-def reasons(op: str, arguments: Arguments) -> dict[str, str]:
+def why_not(op: str, arguments: Arguments) -> dict[str, str]:
     """Package that knows the operator -> why it does not serve these arguments."""
     return {name: reason for name in _peers(op) if (reason := _reason(name, op, arguments))}
 
 
-def notes(keys: Iterable[Key]) -> list[str]:
+def reasons(keys: Iterable[Key]) -> list[str]:
     """Which packages have no column among the operators of these keys, and why: a line for each reason."""
     operators: dict[tuple[str, str], list[str]] = {}
     asked = dict.fromkeys(
@@ -40,7 +40,7 @@ def notes(keys: Iterable[Key]) -> list[str]:
     )
     for op, dtype, device in asked:
         spec = ops.OPERATORS[op].op.spec
-        for name, reason in reasons(op, spec.inputs(spec.awkward[0], getattr(torch, dtype), device)).items():
+        for name, reason in why_not(op, spec.inputs(spec.awkward[0], getattr(torch, dtype), device)).items():
             of = operators.setdefault((name, reason), [])
             if op not in of:
                 of.append(op)

@@ -5,15 +5,15 @@ import io
 import math
 import random
 import statistics
-import time
 from functools import partial
 
 import pytest
-import torch
 from rich.console import Console
 
-from bench import compare
+from bench import compare, runner
 from bench.row import Baseline, Key, Results, Row
+from bench.runner import Settings
+from bench.turns import Budget
 from mplug2_fast import ops
 
 KEY = Key("ops", "layer_norm", "base", "forward", "float32", "cpu")
@@ -179,18 +179,22 @@ def test_the_table():
 # --- the gate
 
 
+def passed(found, limit=0.1):
+    return not compare.regressions(found, limit)
+
+
 def test_what_is_not_slower_is_not_measured_again():
     run = results(row({"eager": 2.0}))
-    assert compare.gate(run, run, 0.1, never).passed
+    assert passed(compare.gate(run, run, 0.1, never))
 
 
 def test_one_measurement_that_disagrees_is_enough():
     measured = iter([row({"eager": 1.0}), row({"eager": 2.0})])
     found = compare.gate(results(row({"eager": 2.0})), results(row({"eager": 1.0})), 0.1, lambda key: next(measured))
-    assert found.passed
+    assert passed(found)
     assert found.again == {KEY: [1.0, 1.0, 0.0]}
     assert found.notes == ["measured again: layer_norm · base · float32: +100%, then +100%, then +0% of time: same"]
-    assert found.comparison.changes[0].new.ratio("eager") == 2.0
+    assert found.changes[0].new.ratio("eager") == 2.0
 
 
 def test_what_every_measurement_says_counts():
@@ -202,25 +206,25 @@ def test_what_every_measurement_says_counts():
 
     found = compare.gate(results(row({"eager": 2.0})), results(row({"eager": 1.0})), 0.1, again, attempts=4)
     assert asked == [KEY] * 3
-    assert [str(each) for each in found.regressions] == [
+    assert [str(each) for each in compare.regressions(found, 0.1)] == [
         "layer_norm · base · float32: takes +100% of time: eager 2× → 1×"
     ]
 
 
 def test_what_is_wrong_is_not_measured_again():
     found = compare.gate(results(row({"eager": 2.0})), results(row({"eager": 2.0}, correct=False)), 0.1, never)
-    assert not found.passed
+    assert not passed(found)
 
 
 def test_what_turns_out_wrong_when_measured_again():
     old, new = results(row({"eager": 2.0})), results(row({"eager": 1.0}))
     found = compare.gate(old, new, 0.1, lambda key: row({"eager": 2.0}, correct=False))
-    assert found.regressions[0].why.startswith("was correct and is wrong")
+    assert compare.regressions(found, 0.1)[0].why.startswith("was correct and is wrong")
 
 
 def test_what_cannot_be_measured_again_is_a_regression():
     found = compare.gate(results(row({"eager": 2.0})), results(row({"eager": 1.0})), 0.1, never)
-    assert found.regressions[0].why.startswith("cannot be measured any more: AssertionError: ")
+    assert compare.regressions(found, 0.1)[0].why.startswith("cannot be measured any more: AssertionError: ")
     assert found.notes == ["measured again: layer_norm · base · float32: +100% of time: failed"]
 
 
@@ -260,8 +264,9 @@ class NoisyMachine:
                 ratios[name].append(turn[name] / turn["ours"])
         return row({name: statistics.median(each) for name, each in ratios.items()}, key)
 
-    def judge(self, old):
-        return compare.gate(old, results(self.measure(KEY)), 0.1, self.measure)
+    def passes(self, old):
+        """Whether the gate is passed."""
+        return passed(compare.gate(old, results(self.measure(KEY)), 0.1, self.measure))
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -269,7 +274,7 @@ class NoisyMachine:
 def test_on_a_noisy_machine_what_is_unchanged_passes_ten_times_in_a_row(seed, baselines):
     machine = NoisyMachine(seed, baselines)
     old = results(machine.measure(KEY))
-    assert all(machine.judge(old).passed for _ in range(10))
+    assert all(machine.passes(old) for _ in range(10))
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -277,7 +282,7 @@ def test_on_a_noisy_machine_what_is_slower_is_caught_each_of_ten_times(seed):
     machine = NoisyMachine(seed)
     old = results(machine.measure(KEY))
     machine.slowed = 1.25
-    assert not any(machine.judge(old).passed for _ in range(10))
+    assert not any(machine.passes(old) for _ in range(10))
 
 
 # --- an operator that is slowed down
@@ -307,30 +312,20 @@ def slowed(monkeypatch):
     return slow
 
 
+SETTINGS = Settings(threads=1, compile=False, budget=Budget(seconds=0.1, fewest=15))
+CEILINGS = {"gemm": {"float32": {"gflops": 1.0, "operator": ""}}, "copy_gb_per_second": 1.0}
+
+
 def measure(key):
-    """The row of a key, each way timed in its turn."""
-    spec, op = ops.layer_norm.op.spec, ops.layer_norm.op
-    arguments = tuple(spec.inputs(spec.models[key.sizes]).values())
-    ways = {"ours": op, "eager": spec.reference, "torch": op.backends["torch"].run}
-    taken = {name: [] for name in ways}
-    for _ in range(25):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way(*arguments)
-            taken[name].append(time.perf_counter() - start)
-    ratios = {
-        name: statistics.median(b / a for a, b in zip(taken["ours"], taken[name], strict=True))
-        for name in ("eager", "torch")
-    }
-    return row(ratios, key, seconds=statistics.median(taken["ours"]))
+    """The row of a key, measured in this process, where the operator is the slowed one."""
+    return runner.row(key, runner.time_case(key, SETTINGS), None, CEILINGS, SETTINGS)
 
 
 def test_an_operator_that_is_slowed_down_is_caught(small, slowed, native_module):
     old = results(measure(KEY))
-    judge = partial(compare.gate, old, limit=0.5, measure_again=measure)
-    assert judge(results(measure(KEY))).passed
+    gate = partial(compare.gate, old, limit=0.5, measure_again=measure)
+    assert passed(gate(results(measure(KEY))), 0.5)
     slowed()
-    found = judge(results(measure(KEY)))
-    assert [each.key for each in found.regressions] == [KEY]
+    found = gate(results(measure(KEY)))
+    assert [each.key for each in compare.regressions(found, 0.5)] == [KEY]
     assert len(found.again[KEY]) == 3
-    torch.testing.assert_close(ops.layer_norm(torch.ones(2, 4)), torch.zeros(2, 4))

@@ -61,14 +61,14 @@ def backends_for_any_device(monkeypatch):
 
 def test_without_a_gpu_no_package_has_a_column():
     assert packages.ways("attention", arguments("attention")) == {}
-    assert packages.reasons("layer_norm", arguments("layer_norm")) == dict.fromkeys(
+    assert packages.why_not("layer_norm", arguments("layer_norm")) == dict.fromkeys(
         ("apex", "liger_kernel"), "it is for cuda, not for cpu"
     )
 
 
 def test_an_operator_that_no_package_knows():
     given = arguments("beam_step")
-    assert (packages.ways("beam_step", given), packages.reasons("beam_step", given)) == ({}, {})
+    assert (packages.ways("beam_step", given), packages.why_not("beam_step", given)) == ({}, {})
 
 
 def test_attention_of_packages(stand_in, backends_for_any_device):
@@ -88,7 +88,7 @@ def test_attention_of_packages(stand_in, backends_for_any_device):
 def test_what_a_package_does_not_serve(stand_in, backends_for_any_device):
     stand_in("flash_attn", flash_attn_func=None)
     stand_in("xformers.ops")
-    found = packages.reasons("attention", arguments("attention", torch.float32))
+    found = packages.why_not("attention", arguments("attention", torch.float32))
     assert found["flash_attn"] == "flash_attn serves float16 and bfloat16, not torch.float32"
     assert packages.ways("attention", arguments("attention", torch.float32)) == {}
     masked = arguments("attention", batch=2, queries=5, keys=7, masked=True)
@@ -97,7 +97,7 @@ def test_what_a_package_does_not_serve(stand_in, backends_for_any_device):
 
 def test_a_package_that_is_not_installed(monkeypatch, nothing_cached, backends_for_any_device):
     monkeypatch.setitem(sys.modules, "xformers", None)
-    found = packages.reasons("attention", arguments("attention"))
+    found = packages.why_not("attention", arguments("attention"))
     assert "xformers" in found
     assert "pip install xformers" in found["xformers"]
 
@@ -110,21 +110,21 @@ def test_layer_norm_of_liger_kernel(stand_in):
     stand_in("liger_kernel.transformers", LigerLayerNorm=LigerLayerNorm)
     given = arguments("layer_norm", torch.float32)
     on_a_gpu = {**given, "x": given["x"].as_subclass(OnCuda)}
-    assert "liger_kernel" not in packages.reasons("layer_norm", on_a_gpu)
+    assert "liger_kernel" not in packages.why_not("layer_norm", on_a_gpu)
     run = packages.ways("layer_norm", on_a_gpu)["liger_kernel"](given)
     torch.testing.assert_close(run(), ops.layer_norm(given["x"], given["weight"], given["bias"], eps=given["eps"]))
     plain = {**on_a_gpu, "weight": None, "bias": None}
-    assert packages.reasons("layer_norm", plain)["liger_kernel"] == "its layer norm has a weight and a bias"
+    assert packages.why_not("layer_norm", plain)["liger_kernel"] == "its layer norm has a weight and a bias"
 
 
 def test_liger_kernel_that_is_not_installed(monkeypatch, nothing_cached):
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     given = arguments("layer_norm")
     given["x"] = given["x"].as_subclass(OnCuda)
-    assert "pip install liger-kernel" in packages.reasons("layer_norm", given)["liger_kernel"]
+    assert "pip install liger-kernel" in packages.why_not("layer_norm", given)["liger_kernel"]
 
 
-def test_the_notes_say_what_is_missing_once():
+def test_what_is_missing_is_said_once():
     keys = [
         key("layer_norm"),
         key("layer_norm", "float32"),
@@ -132,7 +132,7 @@ def test_the_notes_say_what_is_missing_once():
         key("attention", direction="backward"),
         key("attention", level="modules"),
     ]
-    assert packages.notes(keys) == [
+    assert packages.reasons(keys) == [
         "no column apex for layer_norm, add_layer_norm: it is for cuda, not for cpu",
         "no column liger_kernel for layer_norm: it is for cuda, not for cpu",
     ]
