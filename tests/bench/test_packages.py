@@ -1,0 +1,138 @@
+"""Packages that operators are compared with, with modules in their place: none is needed here."""
+
+import dataclasses
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from bench import packages
+from bench.row import Key
+from mplug2_fast import ops
+from mplug2_fast.ops import packages as installed
+
+
+def key(name, dtype="bfloat16", direction="forward", level="ops", device="cpu"):
+    return Key(level, name, "base", direction, dtype, device)
+
+
+def arguments(op, dtype=torch.bfloat16, **sizes):
+    spec = ops.OPERATORS[op].op.spec
+    return spec.inputs(sizes or spec.awkward[0], dtype)
+
+
+class OnCuda(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+
+@pytest.fixture
+def nothing_cached():
+    installed.error.cache_clear()
+    yield
+    installed.error.cache_clear()
+
+
+@pytest.fixture
+def stand_in(monkeypatch, nothing_cached):
+    def put(name, **members):
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            module = ModuleType(".".join(parts[:end]))
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        vars(module).update(members)
+
+    return put
+
+
+@pytest.fixture
+def backends_for_any_device(monkeypatch):
+    """Backends that are packages serve tensors of the CPU, too."""
+    for name in ("attention", "layer_norm"):
+        backends = ops.OPERATORS[name].op.backends
+        for package in set(installed.BACKENDS) & set(backends):
+            monkeypatch.setitem(backends, package, dataclasses.replace(backends[package], devices=()))
+
+
+def test_without_a_gpu_no_package_has_a_column():
+    assert packages.ways("attention", arguments("attention")) == {}
+    assert packages.why_not("layer_norm", arguments("layer_norm")) == dict.fromkeys(
+        ("apex", "liger_kernel"), "it is for cuda, not for cpu"
+    )
+
+
+def test_an_operator_that_no_package_knows():
+    given = arguments("beam_step")
+    assert (packages.ways("beam_step", given), packages.why_not("beam_step", given)) == ({}, {})
+
+
+def test_attention_of_packages(stand_in, backends_for_any_device):
+    def attention(query, key, value, causal=False, attn_bias=None):
+        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+    stand_in("flash_attn", flash_attn_func=attention)
+    stand_in("xformers.ops", memory_efficient_attention=attention)
+    given = arguments("attention", batch=2, queries=5, keys=7)
+    ways = packages.ways("attention", given)
+    assert list(ways) == ["flash_attn", "xformers"]
+    for prepare in ways.values():
+        torch.testing.assert_close(prepare(given)(), ops.attention(*list(given.values())[:3]), atol=0.02, rtol=0.02)
+
+
+def test_what_a_package_does_not_serve(stand_in, backends_for_any_device):
+    stand_in("flash_attn", flash_attn_func=None)
+    stand_in("xformers.ops")
+    found = packages.why_not("attention", arguments("attention", torch.float32))
+    assert found["flash_attn"] == "flash_attn serves float16 and bfloat16, not torch.float32"
+    assert packages.ways("attention", arguments("attention", torch.float32)) == {}
+    masked = arguments("attention", batch=2, queries=5, keys=7, masked=True)
+    assert list(packages.ways("attention", masked)) == []
+
+
+def test_a_package_that_is_not_installed(monkeypatch, nothing_cached, backends_for_any_device):
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    found = packages.why_not("attention", arguments("attention"))
+    assert "xformers" in found
+    assert "pip install xformers" in found["xformers"]
+
+
+def test_layer_norm_of_liger_kernel(stand_in):
+    class LigerLayerNorm(torch.nn.LayerNorm):
+        def __init__(self, hidden_size, eps):
+            super().__init__(hidden_size, eps)
+
+    stand_in("liger_kernel.transformers", LigerLayerNorm=LigerLayerNorm)
+    given = arguments("layer_norm", torch.float32)
+    on_a_gpu = {**given, "x": given["x"].as_subclass(OnCuda)}
+    assert "liger_kernel" not in packages.why_not("layer_norm", on_a_gpu)
+    run = packages.ways("layer_norm", on_a_gpu)["liger_kernel"](given)
+    torch.testing.assert_close(run(), ops.layer_norm(given["x"], given["weight"], given["bias"], eps=given["eps"]))
+    plain = {**on_a_gpu, "weight": None, "bias": None}
+    assert packages.why_not("layer_norm", plain)["liger_kernel"] == "its layer norm has a weight and a bias"
+
+
+def test_liger_kernel_that_is_not_installed(monkeypatch, nothing_cached):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    given = arguments("layer_norm")
+    given["x"] = given["x"].as_subclass(OnCuda)
+    assert "pip install liger-kernel" in packages.why_not("layer_norm", given)["liger_kernel"]
+
+
+def test_what_is_missing_is_said_once():
+    keys = [
+        key("layer_norm"),
+        key("layer_norm", "float32"),
+        key("add_layer_norm"),
+        key("attention", direction="backward"),
+        key("attention", level="modules"),
+    ]
+    assert packages.reasons(keys) == [
+        "no column apex for layer_norm, add_layer_norm: it is for cuda, not for cpu",
+        "no column liger_kernel for layer_norm: it is for cuda, not for cpu",
+    ]
