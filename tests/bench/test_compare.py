@@ -312,7 +312,7 @@ def slowed(monkeypatch):
     return slow
 
 
-SETTINGS = Settings(threads=1, compile=False, budget=Budget(seconds=0.1, fewest=15))
+SETTINGS = Settings(threads=1, compiled=frozenset(), budget=Budget(seconds=0.1, fewest=15))
 CEILINGS = {"gemm": {"float32": {"gflops": 1.0, "operator": ""}}, "copy_gb_per_second": 1.0}
 
 
