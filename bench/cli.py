@@ -24,9 +24,9 @@ import torch
 
 from bench import ceilings, compare, fork, measure, packages, plots, runner, scaling, table, waterfall
 from bench.clock import MODES
-from bench.plan import TASKS, Plan
+from bench.plan import BASELINES, TASKS, Plan
 from bench.roofline import under
-from bench.row import DIRECTIONS, LEVELS, Key, Results, Row
+from bench.row import COMPARED, DIRECTIONS, LEVELS, Key, Results, Row
 from bench.runner import Progress, Settings
 from bench.selection import SIZES, Selection
 from bench.turns import Budget
@@ -77,14 +77,19 @@ def make_parser() -> argparse.ArgumentParser:
         default="cold",
         help="operators and modules: inputs in the cache or not, or a CUDA graph (default: cold)",
     )
-    add("--no-compile", action="store_true", help="leave torch.compile out, which takes most of the time")
-    add("--no-memory", action="store_true", help="leave the peak memory of operators and modules out")
     add(
-        "--peer",
-        choices=("frozen", "compiled"),
-        help="how the model's peer is compiled: frozen packs its weights: "
-        "faster on a CPU, longer to compile (default: frozen on a CPU; compiled on CUDA and with --quick)",
+        "--baselines",
+        type=names(COMPARED),
+        default=COMPARED,
+        help=f"{', '.join(COMPARED)} (default: all that there are; without compiled it takes a fraction of the time)",
     )
+    add(
+        "--no-freeze",
+        action="store_true",
+        help="compile the model's peer without packing its weights, which on a CPU "
+        "is faster to compile and slower to run (--quick does)",
+    )
+    add("--no-memory", action="store_true", help="leave the peak memory of operators and modules out")
     add("--repeats", type=int, help="timed runs of a model (default: 5; --quick: 9; --scaling: 3)")
 
     add = parser.add_argument_group("sizes of the model's work").add_argument
@@ -153,8 +158,6 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     options.device = str(pick_device(options.device))
     if options.mode == "graph" and options.device == "cpu":
         parser.error("--mode graph needs --device cuda")
-    if options.peer == "frozen" and options.device != "cpu":
-        parser.error("--peer frozen is for the CPU")
     if options.waterfall + options.scaling + options.accelerate > 1:
         parser.error("--waterfall, --scaling and --accelerate are runs of their own: choose one")
     if (options.scaling or options.pictures) and not plots.available():
@@ -245,7 +248,8 @@ def keys(level: str, options: argparse.Namespace) -> list[Key]:
 def settings(options: argparse.Namespace) -> Settings:
     return Settings(
         threads=options.threads or torch.get_num_threads(),
-        compiled=frozenset() if options.no_compile else QUICK_COMPILED if options.quick else None,
+        baselines=options.baselines,
+        compiled=QUICK_COMPILED if options.quick else None,
         mode=options.mode,
         budget=QUICK if options.quick else Budget(),
         memory=not options.no_memory,
@@ -264,5 +268,19 @@ def again(key: Key, options: argparse.Namespace, progress: Progress) -> Row:
     return results[key]
 
 
-def plan(options: argparse.Namespace, kind: type[Plan] = Plan, **others: Any) -> Plan:
-    raise NotImplementedError
+def plan(options: argparse.Namespace, kind: type[Plan] = Plan, tasks: tuple[str, ...] = ("captioning",)) -> Plan:
+    sizes = ("frames", "beams", "steps", "batch", "repeats", "reference_steps")
+    return kind(
+        preset=options.preset,
+        dtypes=options.dtype,
+        device=options.device,
+        tasks=tasks,
+        **{name: getattr(options, name) for name in sizes},
+        threads=options.threads or (1 if options.preset == "tiny" else torch.get_num_threads()),
+        baselines=tuple(name for name in BASELINES if name in options.baselines),
+        freeze=options.device == "cpu" and not (options.quick or options.no_freeze),
+        compiled_tasks=("captioning",) if options.quick else TASKS,
+        quick=options.quick,
+        accelerate=options.accelerate,
+        video=options.video,
+    )

@@ -198,13 +198,35 @@ class Check:
 
     def ops(self, limit: float) -> Outcome:
         return self._bench(
-            "ops", ["--level", "ops", "--sizes", "large", "--dtype", "bfloat16,float32", "--no-compile"], limit
+            "ops",
+            [
+                "--level",
+                "ops",
+                "--sizes",
+                "large",
+                "--dtype",
+                "bfloat16,float32",
+                "--baselines",
+                "reference,eager,torch",
+            ],
+            limit,
         )
 
     def model(self, limit: float) -> Outcome:
         return self._bench(
             "model",
-            ["--level", "model", "--only", "captioning", "--preset", "large", "--dtype", "bfloat16", "--no-compile"],
+            [
+                "--level",
+                "model",
+                "--only",
+                "captioning",
+                "--preset",
+                "large",
+                "--dtype",
+                "bfloat16",
+                "--baselines",
+                "reference,eager",
+            ],
             limit,
         )
 

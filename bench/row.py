@@ -10,6 +10,8 @@ from typing import Any
 
 LEVELS = ("ops", "modules", "model", "video")
 DIRECTIONS = ("forward", "backward", "both")
+COMPARED = ("reference", "eager", "torch", "compiled", "xformers", "flash_attn", "apex", "liger_kernel")
+"""Baselines that do the same work. What merely bounds a work has a name of its own."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,5 @@ class Results:
 
 def names_of_baselines(rows: Iterable[Row]) -> list[str]:
     """Of all rows, each once, in the order in which they are shown."""
-    known = ["reference", "eager", "torch", "compiled"]
     found = dict.fromkeys(name for row in rows for name in row.baselines)
-    return [name for name in known if name in found] + [name for name in found if name not in known]
+    return [name for name in COMPARED if name in found] + [name for name in found if name not in COMPARED]

@@ -16,7 +16,7 @@ from bench import ceilings, fork, machine, memory, turns
 from bench.case import OURS, Agreement
 from bench.clock import clock
 from bench.roofline import place
-from bench.row import Baseline, Key, Results, Row
+from bench.row import COMPARED, Baseline, Key, Results, Row
 from bench.turns import Budget, Turns
 
 
@@ -31,7 +31,8 @@ class Settings:
     """How cases are measured.
 
     Attributes:
-        compiled: names of the works for which torch.compile is among the baselines; None for all.
+        baselines: of `bench.row.COMPARED`, those that are measured; what bounds a work always is.
+        compiled: names of the works for which torch.compile is among them; None for all.
         mode: of `bench.clock.MODES`.
         memory: whether peak memory is measured, in one more process.
         quick: smaller ceilings.
@@ -40,12 +41,18 @@ class Settings:
     """
 
     threads: int
+    baselines: tuple[str, ...] = COMPARED
     compiled: frozenset[str] | None = None
     mode: str = "cold"
     budget: Budget = field(default_factory=Budget)
     memory: bool = True
     quick: bool = False
     apart: bool = True
+
+    def of(self, key: Key) -> tuple[str, ...]:
+        """The baselines that are measured for a key."""
+        compiles = self.compiled is None or key.name in self.compiled
+        return tuple(name for name in self.baselines if name != "compiled" or compiles)
 
 
 @dataclass(frozen=True)
@@ -67,9 +74,14 @@ def build(key: Key, *, compile: bool) -> Any:
 def time_case(key: Key, settings: Settings) -> Measured:
     prepare(settings)
     timer = clock(key.device, settings.mode)
-    case = build(key, compile=settings.compiled is None or key.name in settings.compiled)
+    case = build(key, compile="compiled" in settings.of(key))
     agreement = case.agreement()
-    ways = {way: calls() if timer.rotates else calls()[:1] for way, calls in case.ways.items()}
+    wanted = set(settings.of(key))
+    if "reference" in wanted and key.dtype == "float32":
+        wanted.add("eager")  # which is the same
+    left_out = set(COMPARED) - wanted
+    prepared = {way: calls() for way, calls in case.ways.items() if way not in left_out}
+    ways = {way: calls if timer.rotates else calls[:1] for way, calls in prepared.items()}
     return Measured(turns.take(ways, timer, settings.budget), agreement, case.flop, case.bytes, case.backend)
 
 
@@ -177,5 +189,6 @@ def command(key: Key, settings: Settings) -> str:
     words += ["--direction", key.direction, "--device", key.device]
     words += ["--threads", str(settings.threads)] if key.device == "cpu" else []
     words += ["--mode", settings.mode] if settings.mode != "cold" else []
-    words += ["--no-compile"] if settings.compiled is not None and key.name not in settings.compiled else []
+    if settings.of(key) != COMPARED:
+        words += ["--baselines", ",".join(settings.of(key))]
     return shlex.join(words)

@@ -13,11 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bench import targets
-from bench.row import Results, Row, names_of_baselines
+from bench.row import COMPARED, Results, Row, names_of_baselines
 
 MISSING = "–"
-# Of these a column shows how many times faster the row is; what bounds a work has one column together.
-COMPARED = ("reference", "eager", "torch", "compiled", "xformers", "flash_attn", "apex", "liger_kernel")
 TEXT = ("work", "sizes", "dtype", "held against", "target", "backend")
 
 Column = Callable[[Row], str]
