@@ -36,6 +36,15 @@ def describe() -> tuple[dict[str, Any], dict[str, Any]]:
     return machine, versions
 
 
+def words(machine: dict[str, Any], versions: dict[str, Any]) -> str:
+    """The device that was measured, and its PyTorch: "AMD EPYC, 2 threads · torch 2.13.0+cpu"."""
+    where = machine.get("gpu")
+    if where is None:
+        count = machine.get("threads", machine["cores"])
+        where = f"{machine['cpu']}, {count} thread{'s' if count > 1 else ''}"
+    return f"{where} · torch {versions['torch']}"
+
+
 def commit() -> str | None:
     """The commit of this checkout, "+" behind it where files differ from it; outside a checkout what
     MPLUG2_FAST_COMMIT says, or None."""

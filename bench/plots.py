@@ -34,6 +34,10 @@ DEFAULT = {"color": "black", "marker": "o", "markersize": 10, "markerfacecolor":
 PROBLEM = {"color": "black", "marker": "x", "markersize": 7, "linestyle": "none", "clip_on": False}
 
 
+def draw(file: File) -> None:
+    raise NotImplementedError
+
+
 def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 

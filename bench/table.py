@@ -11,6 +11,9 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from bench import targets
+from bench.row import Results, names_of_baselines
+
 MISSING = "–"
 BASELINES = {
     "reference": "reference",
@@ -53,6 +56,32 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "relative error": lambda row: _shown(lambda v: "0" if v == 0 else f"{v:.0e}")(row["relative_error"]),
     "backend": lambda row: row["backend"],
 }
+
+
+def markdown(results: Results) -> str:
+    """The table alone."""
+    names = names_of_baselines(results.rows)
+    head = ["work", "time", "±", "TFLOP/s", "GB/s", "% of ceiling", *(f"× {name}" for name in names)]
+    head += ["peak memory", "relative error", "targets", "backend"]
+    lines = [head, [":---", *["---:"] * (len(head) - 3), ":---", ":---"]]
+    for row in results.rows:
+        percent = _shown(lambda v: f"{v:.0f}% {row.bound}")(row.percent_of_ceiling)  # noqa: B023
+        lines.append(
+            [
+                f"{row.key.level} · {row.key}",
+                f"{seconds(row.seconds)} s",
+                _shown(lambda v: f"{v:.0%}")(row.spread),
+                _shown(lambda v: f"{v:.3g}")(row.tflops),
+                _shown(lambda v: f"{v:.3g}")(row.gb_per_second),
+                percent,
+                *(_shown(ratio)(row.ratio(name)) for name in names),
+                _shown(lambda v: f"{v / 1e9:.2f} GB")(row.peak_memory_bytes),
+                _shown(lambda v: f"{v:.0e}")(row.relative_error),
+                "; ".join(f"{each.target.wanted}: {each.verdict}" for each in targets.of(row, results.ceilings)),
+                row.backend,
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def marked(rows: list[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:
