@@ -12,7 +12,6 @@ from bench.committed import File, Machine
 from bench.row import Baseline, Results
 from bench.targets import MET, MISSED, NOT_MEASURED, STATED, Judged, Target
 
-MISSING = "–"
 # For the targets of a device that no committed result is of.
 NOBODY = {"cpu": "a CPU", "cuda": "NVIDIA H200"}
 
@@ -59,9 +58,9 @@ def headline(found: Iterable[Machine]) -> str:
                     key.dtype,
                     _seconds(reference),
                     _seconds(compiled),
-                    f"{table.seconds(row.seconds)} s",
-                    _shown(table.ratio, row.ratio("reference")),
-                    _shown(table.ratio, row.ratio("compiled")),
+                    table.seconds(row.seconds),
+                    table.ratio(row.ratio("reference")),
+                    table.ratio(row.ratio("compiled")),
                     _shown(lambda v: f"{v:.0f}%", row.percent_of_ceiling if row.bound == "compute" else None),
                     _gigabytes(row.peak_memory_bytes),
                     _gigabytes(reference and reference.peak_memory_bytes),
@@ -98,8 +97,12 @@ def _target_table(judged: Mapping[str, list[Judged]]) -> str:
     lines = []
     for together in zip(*judged.values(), strict=True):
         target = together[0].target
-        lines.append((target.work, target.dtype, target.wanted, *map(str, together)))
+        lines.append((target.work, target.dtype, target.wanted, *map(_cell, together)))
     return _markdown(("work", "dtype", "wanted", *judged), lines, text=3)
+
+
+def _cell(judged: Judged) -> str:
+    return judged.verdict if judged.figure is None else f"{judged.figure}, {judged.verdict}"
 
 
 def _counted(judged: Mapping[str, list[Judged]], found: Iterable[Machine]) -> str:
@@ -170,8 +173,7 @@ def _picture(file: File, at: Path) -> str:
 
 
 def _rows(results: Results) -> list[str]:
-    parts = [table.markdown(results), f"{_measured(results.machine, results.versions)} {_ceilings(results.ceilings)}"]
-    parts += results.notes
+    parts = [table.markdown(results), _built(results.versions), *results.notes]
     if results.failed:
         parts.append("Could not be measured:\n\n" + "\n".join(f"- {key}: {why}" for key, why in results.failed.items()))
     return [*parts, _commands(row.command for row in results.rows)]
@@ -183,11 +185,11 @@ def _waterfall(results: Mapping[str, Any]) -> list[str]:
         (
             row["technique"],
             row["dtype"],
-            f"{table.seconds(row['seconds'])} s",
-            _shown(table.ratio, row["x_released"]),
-            _shown(table.ratio, row["x_previous"]),
+            table.seconds(row["seconds"]),
+            table.ratio(row["x_released"]),
+            table.ratio(row["x_previous"]),
             _gigabytes(row["peak_memory_bytes"]),
-            {True: "yes", False: "**no**", None: MISSING}[row["same_caption"]],
+            {True: "yes", False: "**no**", None: table.MISSING}[row["same_caption"]],
             _shown(lambda v: f"{v:.0e}", row["relative_error"]),
         )
         for row in results["rows"]
@@ -202,8 +204,8 @@ def _scaling(results: Mapping[str, Any]) -> list[str]:
         (
             row["axis"],
             f"{row['value']:,}",
-            row["problem"] or f"{table.seconds(row['seconds'])} s",
-            _shown(lambda v: f"{table.seconds(v)} s", row["expected_seconds"]),
+            row["problem"] or table.seconds(row["seconds"]),
+            _shown(table.seconds, row["expected_seconds"]),
             _gigabytes(row["peak_memory_bytes"]),
             str(row["runs"]),
         )
@@ -219,15 +221,11 @@ def _bulk(results: Mapping[str, Any]) -> list[str]:
 
 
 def _measured(described: Mapping[str, Any], versions: Mapping[str, Any]) -> str:
-    return f"{machine.words(described, versions)} · {versions['python']} · commit {versions.get('commit')}."
+    return f"{machine.words(described, versions)}. {_built(versions)}"
 
 
-def _ceilings(found: Mapping[str, Any]) -> str:
-    """What this very run could reach."""
-    rates = [
-        f"{dtype} {rate['gflops'] / 1e3:,.3g} TFLOP/s ({rate['operator']})" for dtype, rate in found["gemm"].items()
-    ]
-    return "; ".join(["Ceilings in this run: " + ", ".join(rates), f"copy {found['copy_gb_per_second']:,.0f} GB/s."])
+def _built(versions: Mapping[str, Any]) -> str:
+    return f"{versions['python']}; mplug2_fast {versions['mplug2_fast']}, commit {versions.get('commit')}."
 
 
 def _commands(commands: Iterable[str]) -> str:
@@ -246,11 +244,11 @@ def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]], text: int) ->
 
 
 def _shown(form: Callable[[Any], str], value: Any) -> str:
-    return MISSING if value is None else form(value)
+    return table.MISSING if value is None else form(value)
 
 
 def _seconds(baseline: Baseline | None) -> str:
-    return MISSING if baseline is None else f"{table.seconds(baseline.seconds)} s"
+    return table.MISSING if baseline is None else table.seconds(baseline.seconds)
 
 
 def _gigabytes(value: int | None) -> str:

@@ -1,137 +1,149 @@
-"""The table that a reader sees in the terminal, and progress while it is being measured."""
+"""Rows as a table, on the terminal and in Markdown, and progress while they are being measured."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+import csv
+import itertools
+from collections.abc import Callable
+from pathlib import Path
 
 from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from bench import targets
-from bench.row import Results, names_of_baselines
+from bench import machine, targets
+from bench.row import Results, Row, names_of_baselines
 
 MISSING = "–"
-BASELINES = {
-    "reference": "reference",
-    "accelerated": "reference, accelerated",
-    "fast": "fast",
-    "compiled": "compiled peer",
-    "uncompiled": "peer, not compiled",
-}
+# Of these a column shows how many times faster the row is; what bounds a work has one column together.
+COMPARED = ("reference", "eager", "torch", "compiled", "xformers", "flash_attn", "apex", "liger_kernel")
+TEXT = ("work", "sizes", "dtype", "held against", "target", "backend")
 
-
-def _shown(form: Callable[[Any], str]) -> Callable[[Any], str]:
-    return lambda value: MISSING if value is None else form(value)
+Column = Callable[[Row], str]
 
 
 def seconds(value: float) -> str:
-    return f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+    """With the unit that suits it."""
+    unit, factor = ("s", 1.0) if value >= 1 else ("ms", 1e3) if value >= 1e-3 else ("µs", 1e6)
+    return f"{figure(factor * value)} {unit}"
 
 
-def ratio(value: float) -> str:
+def ratio(value: float | None) -> str:
+    if value is None:
+        return MISSING
     return f"{value:.0f}×" if value >= 100 else f"{value:.1f}×" if value >= 10 else f"{value:.2f}×"
 
 
-def bound(row: Mapping[str, Any]) -> str:
-    """× reference; a lower bound where the reference was timed at fewer steps than this row."""
-    value = _shown(ratio)(row["x_reference"])
-    return f"≥ {value}" if row.get("at_least") else value
+def figure(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
-# Column heads and how each cell is written.
-COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "level": lambda row: row["level"],
-    "implementation": lambda row: BASELINES[row["implementation"]] + row.get("mark", ""),
-    "dtype": lambda row: row["dtype"],
-    "seconds": lambda row: seconds(row["seconds"]),
-    "GFLOP/s": lambda row: _shown(lambda v: f"{v:.3g}" if v < 100 else f"{v:,.0f}")(row["gflops"]),
-    "% of GEMM": lambda row: _shown(lambda v: f"{v:.0f}" if v >= 10 else f"{v:.2g}")(row["percent_of_ceiling"]),
-    "× reference": bound,
-    "× compiled peer": lambda row: _shown(ratio)(row["x_compiled"]),
-    "peak memory": lambda row: _shown(lambda v: f"{v / 1e9:.2f} GB")(row["peak_memory_bytes"]),
-    "relative error": lambda row: _shown(lambda v: "0" if v == 0 else f"{v:.0e}")(row["relative_error"]),
-    "backend": lambda row: row["backend"],
-}
+def work(row: Row) -> str:
+    return row.key.name + ("" if row.key.direction == "forward" else f", {row.key.direction}")
+
+
+def ceiling(row: Row) -> str:
+    return MISSING if row.percent_of_ceiling is None else f"{figure(row.percent_of_ceiling)} {row.bound}"
+
+
+def held(row: Row) -> str:
+    """Against what bounds the work."""
+    bounds = [f"{ratio(b.ratio)} {name}" for name, b in row.baselines.items() if name not in COMPARED]
+    return ", ".join(bounds) or MISSING
+
+
+def size(value: int) -> str:
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+
+
+def memory(row: Row) -> str:
+    """Of the whole, and the part that the call added."""
+    if row.peak_memory_bytes is None:
+        return MISSING
+    added = "" if row.added_memory_bytes is None else f" (+{size(row.added_memory_bytes)})"
+    return size(row.peak_memory_bytes) + added
+
+
+def error(row: Row) -> str:
+    if row.relative_error is None:
+        return MISSING if row.correct else "WRONG"
+    text = "0" if row.relative_error == 0 else f"{row.relative_error:.0e}"
+    return text if row.correct else f"WRONG: {text} > {row.allowed_error:.0e}"
+
+
+def target(row: Row) -> str:
+    return "; ".join(str(judged) for judged in targets.of(row)) or MISSING
+
+
+def columns(rows: list[Row]) -> dict[str, Column]:
+    """Heads, and how each cell is written; a baseline that no row has is left out."""
+    present = [name for name in names_of_baselines(rows) if name in COMPARED]
+    bounded = any(name not in COMPARED for row in rows for name in row.baselines)
+    all_columns: dict[str, Column | None] = {
+        "work": work,
+        "sizes": lambda row: row.key.sizes,
+        "dtype": lambda row: row.key.dtype,
+        "time": lambda row: seconds(row.seconds),
+        "±": lambda row: MISSING if row.spread is None else f"{100 * row.spread:.0f}%",
+        "TFLOP/s": lambda row: figure(row.tflops),
+        "GB/s": lambda row: figure(row.gb_per_second),
+        "% of ceiling": ceiling,
+        **{f"× {name}": lambda row, name=name: ratio(row.ratio(name)) for name in present},
+        "held against": held if bounded else None,
+        "target": target if any(targets.of(row) for row in rows) else None,
+        "peak memory": memory,
+        "relative error": error,
+        "backend": lambda row: row.backend,
+    }
+    return {head: cell for head, cell in all_columns.items() if cell is not None}
+
+
+def ceilings(results: Results) -> str:
+    found = results.ceilings
+    rates = [f"{dtype} {rate['gflops']:,.0f} GFLOP/s ({rate['operator']})" for dtype, rate in found["gemm"].items()]
+    return f"Ceilings, measured in this run: {', '.join(rates)}; copy {found['copy_gb_per_second']:,.0f} GB/s."
 
 
 def markdown(results: Results) -> str:
-    """The table alone."""
-    names = names_of_baselines(results.rows)
-    head = ["work", "time", "±", "TFLOP/s", "GB/s", "% of ceiling", *(f"× {name}" for name in names)]
-    head += ["peak memory", "relative error", "targets", "backend"]
-    lines = [head, [":---", *["---:"] * (len(head) - 3), ":---", ":---"]]
-    for row in results.rows:
-        percent = _shown(lambda v: f"{v:.0f}% {row.bound}")(row.percent_of_ceiling)  # noqa: B023
-        lines.append(
-            [
-                f"{row.key.level} · {row.key}",
-                f"{seconds(row.seconds)} s",
-                _shown(lambda v: f"{v:.0%}")(row.spread),
-                _shown(lambda v: f"{v:.3g}")(row.tflops),
-                _shown(lambda v: f"{v:.3g}")(row.gb_per_second),
-                percent,
-                *(_shown(ratio)(row.ratio(name)) for name in names),
-                _shown(lambda v: f"{v / 1e9:.2f} GB")(row.peak_memory_bytes),
-                _shown(lambda v: f"{v:.0e}")(row.relative_error),
-                "; ".join(f"{each.target.wanted}: {each.verdict}" for each in targets.of(row, results.ceilings)),
-                row.backend,
-            ]
-        )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def marked(rows: list[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str | None]:
-    """The rows, with a mark at a reference that did less work than the others, and the mark's meaning."""
-    names = {row["level"]: row["name"] for row in rows if row["implementation"] == "reference"}
-    less = {row["level"] for row in rows if names.get(row["level"], row["name"]) != row["name"]}
-    if not less:
-        return [dict(row) for row in rows], None
-    result = [
-        {**row, **({"mark": " *"} if row["implementation"] == "reference" else {"at_least": True})}
-        if row["level"] in less
-        else dict(row)
-        for row in rows
+    """The table and what it was measured on."""
+    shown = columns(results.rows)
+    lines = [
+        " | ".join(shown),
+        " | ".join(":---" if head in TEXT else "---:" for head in shown),
+        *(" | ".join(cell(row) for cell in shown.values()) for row in results.rows),
     ]
-    steps = next(names[level] for level in names if level in less)
-    return result, f"* Timed at fewer steps ({steps}); nothing is extrapolated: × reference is a lower bound."
+    return (
+        "\n".join(f"| {line} |" for line in lines)
+        + f"\n\n{machine.words(results.machine, results.versions)}. {ceilings(results)}\n"
+    )
 
 
-def title(results: Mapping[str, Any]) -> str:
-    """What was measured, on what."""
-    machine, versions = results["machine"], results["versions"]
-    name = next(row["name"] for row in results["rows"] if row["level"] != "loading")
-    where = machine["gpu"] if results["rows"][-1]["device"].startswith("cuda") else machine["cpu"]
-    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
-    return f"{name} · {where}, {threads} · torch {versions['torch']}"
+def show(results: Results) -> None:
+    """Prints the table on stdout, a level after the other, and below it how to measure each row again."""
+    console = Console(width=max(Console().width, 200))
+    for level, group in itertools.groupby(results.rows, lambda row: row.key.level):
+        rows = list(group)
+        shown = columns(rows)
+        table = Table(title=f"{level} · {machine.words(results.machine, results.versions)}", title_justify="left")
+        for head in shown:
+            table.add_column(head, justify="left" if head in TEXT else "right")
+        for row in rows:
+            style = None if row.correct else "bold red"
+            table.add_row(*(cell(row) for cell in shown.values()), style=style)
+        console.print(table)
+    for text in (ceilings(results), *results.notes, "Each row again:", *(row.command for row in results.rows)):
+        console.print(Text(text), soft_wrap=True)
 
 
-def ceilings(results: Mapping[str, Any]) -> str:
-    found = results["ceilings"]
-    rates = [f"{dtype} {rate['gflops']:,.0f} GFLOP/s ({rate['operator']})" for dtype, rate in found["gemm"].items()]
-    return f"Best GEMM in this run: {', '.join(rates)}; copy {found['copy_gb_per_second']:,.0f} GB/s."
-
-
-def show(results: Mapping[str, Any], notes: list[str]) -> None:
-    """Prints the table on stdout."""
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    rows, meaning = marked(results["rows"])
-    table = Table(title=title(results), title_justify="left")
-    for head in COLUMNS:
-        text = head in ("level", "implementation", "dtype", "backend")
-        table.add_column(head, justify="left" if text else "right")
-    level = None
-    for row in rows:
-        if level not in (None, row["level"]):
-            table.add_section()
-        level = row["level"]
-        table.add_row(*(cell(row) for cell in COLUMNS.values()))
-    console.print(table)
-    for note in filter(None, [meaning, ceilings(results), *notes]):
-        console.print(Text(note))
+def write_csv(results: Results, path: Path) -> None:
+    """A line a row, everything that the JSON has of it."""
+    rows = [row.flat() for row in results.rows]
+    heads = dict.fromkeys(head for row in rows for head in row)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(heads), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 class TerminalProgress:
