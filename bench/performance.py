@@ -47,7 +47,7 @@ def headline(found: Iterable[Machine]) -> str:
     head += ("% of GEMM ceiling", "peak memory", "of the reference", "of the peer")
     lines, notes = [], []
     for each in found:
-        for run, row in each.captioning():
+        for run, row in sorted(each.captioning(), key=lambda pair: (pair[1].key.sizes, pair[1].key.dtype)):
             reference, compiled = (row.baselines.get(name) for name in ("reference", "compiled"))
             key = row.key
             batch = next((part for part in key.sizes.split(", ") if part.startswith("batch ")), "batch 1")

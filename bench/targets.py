@@ -161,7 +161,9 @@ class Judged:
         return None if self.verdict == NOT_MEASURED else self.target.quantity.write(self.value, self.target.bound)
 
     def __str__(self) -> str:
-        """ "≥ 1.3× compiled: missed"."""
+        """ "≥ 1.3× compiled: missed"; where there is no bound, the figure."""
+        if self.verdict == STATED:
+            return f"{self.figure} {self.target.quantity.of}"
         return f"{self.target.wanted}: {self.verdict}"
 
 

@@ -88,7 +88,8 @@ def test_operators_are_held_against_what_bounds_them():
     assert verdicts(op("attention", ratios={"torch": 2.0})) == {"≥ 2.5× SDPA": MISSED}
     assert verdicts(op("attention", "float32", "large, universal", ratios={"torch": 2.0})) == {"≥ 1.3× SDPA": MET}
     assert verdicts(op("attention", sizes="base", ratios={"torch": 2.0})) == {}
-    assert list(verdicts(op("beam_attention", gb_per_second=16.5)).values()) == [STATED]
+    (stated,) = targets.of(op("beam_attention", gb_per_second=16.5))
+    assert (stated.verdict, stated.figure) == (STATED, "16.5 GB/s")
     on_gpu = op("beam_attention", device="cuda", percent_of_ceiling=85.0, bound="memory")
     assert verdicts(on_gpu) == {"≥ 80% of copy bandwidth": MET}
 
