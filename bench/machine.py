@@ -41,7 +41,7 @@ def words(machine: Mapping[str, Any], versions: Mapping[str, Any]) -> str:
     """The device that was measured, and its PyTorch: "AMD EPYC, 2 threads · torch 2.13.0+cpu"."""
     where = machine.get("gpu")
     if where is None or not str(machine.get("device", "cuda")).startswith("cuda"):
-        count = machine.get("threads", machine["cores"])
+        count = machine.get("threads") or machine["cores"]
         where = f"{machine['cpu']}, {count} thread{'s' if count > 1 else ''}"
     return f"{where} · torch {versions['torch']}"
 
