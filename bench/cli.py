@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from bench import flops, measure, plots, scaling, table
-from bench.committed import RESULTS
 from bench.plan import Plan
+from bench.render import RESULTS
 from bench.workers import WorkerError
 from mplug2_fast import MPlug2Config
 from mplug2_fast.devices import DTYPES, pick_device
