@@ -20,9 +20,9 @@ def page(found: Sequence[Machine], at: Path) -> str:
     """The whole page. Args: at: the folder of the page, from which pictures are named."""
     parts = [
         "# Performance",
-        "Written by `python bench/report.py` from [bench/results](../bench/results), which has a folder for each machine. "
-        "To add a run: `python bench/run.py --json bench/results/MACHINE/NAME.json`, with a name for the machine that its "
-        "readers know, then `python bench/report.py`. What the columns mean is told in "
+        "Written by `python bench/report.py` from [bench/results](../bench/results), which has a folder for each "
+        "machine. To add a run: `python bench/run.py --json bench/results/MACHINE/NAME.json`, with a name for the "
+        "machine that readers know, then `python bench/report.py`. What the columns mean is told in "
         "[bench/row.py](../bench/row.py), what is meant to be reached in [bench/targets.py](../bench/targets.py).",
         _contents(found),
         "## Targets",

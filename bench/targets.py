@@ -118,14 +118,12 @@ class Target:
     def is_for(self, row: Row) -> bool:
         """`sizes` are the whole of the row's at the level of operators, their beginning elsewhere."""
         key = row.key
-        parts = key.sizes.split(", ")
         same = (key.level, key.name, key.dtype, key.direction, key.device.split(":")[0])
-        sizes = key.sizes == self.sizes if self.level == "ops" else parts[0] == self.sizes
+        sizes = key.sizes == self.sizes if self.level == "ops" else key.sizes.split(", ")[0] == self.sizes
         return (
             same == (self.level, self.name, self.dtype, "forward", self.device)
             and sizes
             and (self.level == "ops" or _batch(row) == self.batch)
-            and "accelerated" not in parts
         )
 
     @property

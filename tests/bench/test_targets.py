@@ -59,9 +59,9 @@ def test_captioning_is_judged_by_its_ratios_its_share_and_its_memory():
     [
         {"sizes": "base, 16 frames, 5 beams, 15 steps"},
         {"sizes": "large, 16 frames, 5 beams, 15 steps, batch 8"},
-        {"sizes": "large, 16 frames, 5 beams, 15 steps, accelerated"},
+        {"name": "captioning, accelerated"},
         {"dtype": "float16"},
-        {"name": "question answering"},
+        {"name": "answering"},
         {"direction": "both"},
         {"device": "cuda", "dtype": "float32"},
     ],
