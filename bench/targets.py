@@ -98,8 +98,8 @@ class Target:
 
     Attributes:
         work: in words, for readers.
-        level, name, sizes, dtype, device: of the rows it is for, forward. `sizes` is how the row's begin; a row of
-            another batch than `batch`, or of a model that was accelerated in place, is none of them.
+        level, name, sizes, dtype, device: of the rows it is for, forward. `sizes` is all of an operator's, and how
+            others begin, which are of `batch` videos.
         bound: of the quantity; None where it is only to be stated.
         at_most: whether the bound is an upper one.
     """
@@ -116,15 +116,14 @@ class Target:
     batch: int = 1
 
     def is_for(self, row: Row) -> bool:
-        """`sizes` are the whole of the row's at the level of operators, their beginning elsewhere."""
         key = row.key
-        same = (key.level, key.name, key.dtype, key.direction, key.device.split(":")[0])
-        sizes = key.sizes == self.sizes if self.level == "ops" else key.sizes.split(", ")[0] == self.sizes
-        return (
-            same == (self.level, self.name, self.dtype, "forward", self.device)
-            and sizes
-            and (self.level == "ops" or _batch(row) == self.batch)
-        )
+        if (key.level, key.name, key.dtype, key.direction) != (self.level, self.name, self.dtype, "forward"):
+            return False
+        if key.device.split(":")[0] != self.device:
+            return False
+        if self.level == "ops":
+            return key.sizes == self.sizes
+        return key.sizes.split(", ")[0] == self.sizes and _batch(row) == self.batch
 
     @property
     def wanted(self) -> str:
