@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench import plots
 from bench.row import Results, Row
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,8 +39,7 @@ class File:
     def picture(self) -> Path | None:
         """Where its picture lies, beside it; None if there is nothing to draw."""
         if self.kind == "rows":
-            drawn = any(row.flop and row.bytes for row in self.held.rows)
-            return self.path.with_name(f"{self.name}-roofline.png") if drawn else None
+            return self.path.with_name(f"{self.name}-roofline.png") if plots.on_roofline(self.held.rows) else None
         return None if self.kind == "bulk" else self.path.with_suffix(".png")
 
     @property

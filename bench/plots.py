@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,16 +132,23 @@ def finish(axes: Axes, rows: list[Mapping[str, Any]], quantity: str, unit: float
     axes.set_ylim(0, 1.08 * axes.dataLim.y1 if axes.dataLim.y1 > 0 else 1)
 
 
-def roofline(results: Results, path: Path) -> None:
-    """Draws the rates of the rows under both ceilings of their run, against FLOP a byte.
+def on_roofline(rows: Iterable[Row]) -> list[Row]:
+    """Forward passes that count FLOP and bytes, but for sizes that are only awkward."""
+    return [
+        row
+        for row in rows
+        if row.flop and row.bytes and row.key.direction == "forward" and not row.key.sizes.startswith("awkward")
+    ]
 
-    Forward passes only, and rows that count both. A grey line joins a work's dtypes.
-    """
+
+def roofline(results: Results, path: Path) -> None:
+    """Draws the rates of `on_roofline` under both ceilings of their run, against FLOP a byte. A grey line joins a
+    work's dtypes."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for row in results.rows if row.flop and row.bytes and row.key.direction == "forward"]
+    rows = on_roofline(results.rows)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 5.8), layout="constrained")
         axes = figure.subplots()
@@ -152,7 +159,8 @@ def roofline(results: Results, path: Path) -> None:
         axes.grid(which="minor", visible=False)
         points = draw_works(axes, rows)
         draw_ceilings(axes, results, {row.key.dtype for row in rows}, points)
-        axes.set_title(machine.words(results.machine, results.versions), fontsize=10)
+        works = ", ".join([*dict.fromkeys(row.key.level for row in rows), *common_sizes(rows)])
+        axes.set_title(f"{works} · {machine.words(results.machine, results.versions)}", fontsize=10)
         axes.legend(loc="lower right", frameon=False)
         FigureCanvasAgg(figure).draw()  # what the labels must not cover gets its place
         label(axes, points)
@@ -174,13 +182,18 @@ def draw_works(axes: Axes, rows: list[Row]) -> dict[str, list[tuple[float, float
     return {name: sorted(points, key=lambda point: -point[1]) for name, points in works.items()}
 
 
+def common_sizes(rows: list[Row]) -> list[str]:
+    """The parts of the sizes that all rows have."""
+    first, *others = (row.key.sizes.split(", ") for row in rows)
+    return [part for part in first if all(part in other for other in others)]
+
+
 def short_names(rows: list[Row]) -> list[str]:
-    """Name and sizes, without the parts of the sizes that all rows have."""
-    parts = [row.key.sizes.split(", ") for row in rows]
-    common = set(parts[0]).intersection(*parts) if parts else set()
+    """Name and sizes, without what all rows have."""
+    common = common_sizes(rows)
     return [
-        ", ".join([row.key.name.replace("_", " "), *(part for part in sizes if part not in common)])
-        for row, sizes in zip(rows, parts, strict=True)
+        ", ".join([row.key.name.replace("_", " "), *(part for part in row.key.sizes.split(", ") if part not in common)])
+        for row in rows
     ]
 
 

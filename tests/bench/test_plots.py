@@ -121,12 +121,11 @@ def test_no_name_covers_another_or_a_mark(monkeypatch, tmp_path):
     assert not any(plots.area(a, b) for i, a in enumerate(places) for b in places[:i])
 
 
-def test_only_forward_passes_are_drawn(monkeypatch, tmp_path):
+def test_gradients_and_awkward_sizes_are_left_out():
     row = op("mlp", bytes=10**9)
-    seen = []
-    monkeypatch.setattr(plots, "label", lambda axes, works: seen.extend(works.values()))
-    plots.roofline(results(row, replace(row, key=replace(row.key, direction="both"))), tmp_path / "roofline.png")
-    assert [len(points) for points in seen] == [1]
+    others = [{"direction": "both"}, {"sizes": "awkward, rows 7"}]
+    assert plots.on_roofline([row, *(replace(row, key=replace(row.key, **other)) for other in others)]) == [row]
+    assert plots.on_roofline([op("attention")]) == []  # it counts no bytes
 
 
 def test_a_file_is_drawn_beside_itself(tmp_path):
