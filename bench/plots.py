@@ -143,12 +143,14 @@ def on_roofline(rows: Iterable[Row]) -> list[Row]:
 
 def roofline(results: Results, path: Path) -> None:
     """Draws the rates of `on_roofline` under both ceilings of their run, against FLOP a byte. A grey line joins a
-    work's dtypes."""
+    work's dtypes. Raises `ValueError` if there are none."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = on_roofline(results.rows)
+    if not rows:
+        raise ValueError("no row has a place on a roofline: none counts both FLOP and bytes")
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 5.8), layout="constrained")
         axes = figure.subplots()

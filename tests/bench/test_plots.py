@@ -125,7 +125,8 @@ def test_gradients_and_awkward_sizes_are_left_out():
     row = op("mlp", bytes=10**9)
     others = [{"direction": "both"}, {"sizes": "awkward, rows 7"}]
     assert plots.on_roofline([row, *(replace(row, key=replace(row.key, **other)) for other in others)]) == [row]
-    assert plots.on_roofline([op("attention")]) == []  # it counts no bytes
+    with pytest.raises(ValueError, match="none counts both"):
+        plots.roofline(results(op("attention")), Path("not written.png"))
 
 
 def test_a_file_is_drawn_beside_itself(tmp_path):
