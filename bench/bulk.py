@@ -1,7 +1,7 @@
 """Bulk runs: how well decoding hides behind the model, and whether memory stays flat over very many files.
 
-    python bench/bulk.py                  # decoding alone, the model alone, both: bench/results/bulk.json
-    python bench/bulk.py --soak 2000      # memory over 2,000 files: bench/results/bulk-soak.json
+    python bench/bulk.py                  # decoding alone, the model alone, both: bulk.json
+    python bench/bulk.py --soak 2000      # memory over 2,000 files: bulk-soak.json
 
 The tiny model captions clips of moving shapes, and each half has one core: one thread for the model, one process for
 decoding. The files are decoded, the model is run on clips that are decoded already, and the bulk run does both; all
@@ -26,7 +26,6 @@ if __name__ == "__main__":
     # A script's own folder is on the path; the packages are one above.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-RESULTS = Path(__file__).parent / "results"
 BAR = 1.15
 """The most that a bulk run may take, of what the slower half takes alone."""
 
@@ -37,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=256, help="pixels of a side of a clip")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--soak", type=int, metavar="FILES", help="measure memory over so many files instead")
-    parser.add_argument("--out", type=Path, help="the JSON file to write")
+    parser.add_argument("--out", type=Path, help="the JSON file to write (default: bulk.json or bulk-soak.json)")
     given = parser.parse_args(arguments)
     import torch
 
@@ -54,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     of, versions = machine.describe()
     command = " ".join(["python bench/bulk.py", *(sys.argv[1:] if arguments is None else arguments)])
     measured |= {"machine": of, "versions": versions, "command": command}
-    path = given.out or RESULTS / ("bulk-soak.json" if given.soak else "bulk.json")
+    path = given.out or Path("bulk-soak.json" if given.soak else "bulk.json")
     path.write_text(json.dumps(measured, indent=2) + "\n")
     print(json.dumps({name: measured[name] for name in measured if name not in ("machine", "versions", "samples")}))
     return 0

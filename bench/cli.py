@@ -185,7 +185,7 @@ def run(options: argparse.Namespace, progress: Progress) -> int:
         results.write(options.json)
     if options.csv:
         table.write_csv(results, options.csv)
-    if options.pictures:
+    if options.pictures and plots.on_roofline(results.rows):
         plots.roofline(results, options.pictures / "roofline.png")
     slower = against(old, results, options, progress) if old else 0
     for what, why in results.failed.items():

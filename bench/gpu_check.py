@@ -6,7 +6,7 @@
 
 Steps are an installation of this checkout, the tests with GPU tests required, compute-sanitizer over a small run, and
 the benchmarks of the operators and of the model. Each has a share of the time, and later ones run although an earlier
-one fails. Logs, JUnit, JSON and a summary are left in $OUT, or in bench/results/gpu. The exit status is 1 if a step
+one fails. Logs, JUnit, JSON and a summary are left in $OUT, or in build/gpu-check. The exit status is 1 if a step
 failed. Outside a git checkout MPLUG2_FAST_COMMIT names the commit.
 """
 
@@ -370,7 +370,7 @@ def main(arguments: Sequence[str] | None = None, run: Run = run_command) -> int:
     if reason := no_gpu():
         print(reason, file=sys.stderr)
         return 1
-    out = Path(os.environ.get("OUT") or ROOT / "bench" / "results" / "gpu").resolve()
+    out = Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check").resolve()
     out.mkdir(parents=True, exist_ok=True)
     check, end = Check(out, run), time.monotonic() + budget
     described, outcomes = describe(), list[Outcome]()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,15 @@ def describe() -> tuple[dict[str, Any], dict[str, Any]]:
         "commit": commit(),
     }
     return machine, versions
+
+
+def words(machine: Mapping[str, Any], versions: Mapping[str, Any]) -> str:
+    """The device that was measured, and its PyTorch: "AMD EPYC, 2 threads · torch 2.13.0+cpu"."""
+    where = machine.get("gpu")
+    if where is None or not str(machine.get("device", "cuda")).startswith("cuda"):
+        count = machine.get("threads") or machine["cores"]
+        where = f"{machine['cpu']}, {count} thread{'s' if count > 1 else ''}"
+    return f"{where} · torch {versions['torch']}"
 
 
 def commit() -> str | None:

@@ -79,8 +79,8 @@ class Row:
 
     key: Key
     seconds: float
-    spread: float
-    runs: int
+    spread: float | None
+    runs: int | None
     flop: int | None
     bytes: int | None
     tflops: float | None

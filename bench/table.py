@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from bench import targets
+from bench import machine, targets
 from bench.row import COMPARED, Results, Row, names_of_baselines
 
 MISSING = "–"
@@ -70,12 +71,12 @@ def error(row: Row) -> str:
     return text if row.correct else f"WRONG: {text} > {row.allowed_error:.0e}"
 
 
-def target(row: Row) -> str:
-    return "; ".join(str(judged) for judged in targets.of(row)) or MISSING
-
-
-def columns(rows: list[Row]) -> dict[str, Column]:
+def columns(rows: list[Row], ceilings: Mapping[str, Any]) -> dict[str, Column]:
     """Heads, and how each cell is written; a baseline that no row has is left out."""
+
+    def target(row: Row) -> str:
+        return "; ".join(str(judged) for judged in targets.of(row, ceilings)) or MISSING
+
     present = [name for name in names_of_baselines(rows) if name in COMPARED]
     bounded = any(name not in COMPARED for row in rows for name in row.baselines)
     all_columns: dict[str, Column | None] = {
@@ -83,27 +84,18 @@ def columns(rows: list[Row]) -> dict[str, Column]:
         "sizes": lambda row: row.key.sizes,
         "dtype": lambda row: row.key.dtype,
         "time": lambda row: seconds(row.seconds),
-        "±": lambda row: f"{100 * row.spread:.0f}%",
+        "±": lambda row: MISSING if row.spread is None else f"{100 * row.spread:.0f}%",
         "TFLOP/s": lambda row: figure(row.tflops),
         "GB/s": lambda row: figure(row.gb_per_second),
         "% of ceiling": ceiling,
         **{f"× {name}": lambda row, name=name: ratio(row.ratio(name)) for name in present},
         "held against": held if bounded else None,
-        "target": target if any(targets.of(row) for row in rows) else None,
+        "target": target if any(targets.of(row, ceilings) for row in rows) else None,
         "peak memory": memory,
         "relative error": error,
         "backend": lambda row: row.backend,
     }
     return {head: cell for head, cell in all_columns.items() if cell is not None}
-
-
-def where(results: Results) -> str:
-    """What it was measured on."""
-    machine, versions = results.machine, results.versions
-    cuda = str(machine.get("device", "cpu")).startswith("cuda")
-    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
-    device = machine["gpu"] if cuda else f"{machine['cpu']}, {threads}"
-    return f"{device} · torch {versions['torch']}"
 
 
 def ceilings(results: Results) -> str:
@@ -114,13 +106,16 @@ def ceilings(results: Results) -> str:
 
 def markdown(results: Results) -> str:
     """The table and what it was measured on."""
-    shown = columns(results.rows)
+    shown = columns(results.rows, results.ceilings)
     lines = [
         " | ".join(shown),
         " | ".join(":---" if head in TEXT else "---:" for head in shown),
         *(" | ".join(cell(row) for cell in shown.values()) for row in results.rows),
     ]
-    return "\n".join(f"| {line} |" for line in lines) + f"\n\n{where(results)}. {ceilings(results)}\n"
+    return (
+        "\n".join(f"| {line} |" for line in lines)
+        + f"\n\n{machine.words(results.machine, results.versions)}. {ceilings(results)}\n"
+    )
 
 
 def show(results: Results) -> None:
@@ -128,8 +123,8 @@ def show(results: Results) -> None:
     console = Console(width=max(Console().width, 200))
     for level, group in itertools.groupby(results.rows, lambda row: row.key.level):
         rows = list(group)
-        shown = columns(rows)
-        table = Table(title=f"{level} · {where(results)}", title_justify="left")
+        shown = columns(rows, results.ceilings)
+        table = Table(title=f"{level} · {machine.words(results.machine, results.versions)}", title_justify="left")
         for head in shown:
             table.add_column(head, justify="left" if head in TEXT else "right")
         for row in rows:

@@ -1,0 +1,243 @@
+"""What is meant to be reached, and whether a measurement reaches it.
+
+Every ratio is to a baseline of the same run, every share to a ceiling of the same run; absolute figures do not carry
+over from one machine to another. The one exception is a GPU's rate in captioning, which is meant for an NVIDIA H200:
+790 TFLOP/s of bfloat16 products, 4.3 TB/s of copies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bench.row import Results, Row
+
+Ceilings = Mapping[str, Any]
+MET, MISSED, STATED, NOT_MEASURED = "met", "missed", "stated", "not measured"
+H200_TFLOPS = 790
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A figure of a row.
+
+    Attributes:
+        unit: behind a figure: "×", "%", " GB".
+        of: what the figure is of: "reference", "of the GEMM ceiling".
+        read: from a row, and the ceilings of its run where they are at hand, to the figure; None where it is not there.
+        digits: behind the point.
+    """
+
+    unit: str
+    of: str
+    read: Callable[[Row, Ceilings], float | None]
+    digits: int = 0
+
+    def write(self, value: float, bound: float | None = None) -> str:
+        """With as many digits as it takes to be on the right side of the bound."""
+        digits = self.digits
+        while bound is not None and digits < 6 and _side(round(value, digits), bound) != _side(value, bound):
+            digits += 1
+        return f"{value:,.{digits}f}{self.unit}"
+
+
+def _side(value: float, bound: float) -> int:
+    return (value > bound) - (value < bound)
+
+
+def times(baseline: str, of: str | None = None) -> Quantity:
+    return Quantity("×", of or baseline, lambda row, _: row.ratio(baseline), 2)
+
+
+def share(baseline: str, of: str) -> Quantity:
+    """A ratio in percent: of work that bounds the row's from below, measured in turns with it."""
+
+    def read(row: Row, _: Ceilings) -> float | None:
+        ratio = row.ratio(baseline)
+        return None if ratio is None else 100 * ratio
+
+    return Quantity("%", of, read)
+
+
+def bounded(by: str, of: str) -> Quantity:
+    return Quantity("%", of, lambda row, _: row.percent_of_ceiling if row.bound == by else None)
+
+
+def _times_its_traffic(row: Row, ceilings: Ceilings) -> float | None:
+    if "copy_gb_per_second" in ceilings and row.gb_per_second:
+        return ceilings["copy_gb_per_second"] / row.gb_per_second
+    return 100 / row.percent_of_ceiling if row.bound == "memory" and row.percent_of_ceiling else None
+
+
+def _batch(row: Row) -> int:
+    sizes = [part.split() for part in row.key.sizes.split(", ")]
+    return next((int(words[1]) for words in sizes if words[0] == "batch" and len(words) == 2), 1)
+
+
+CEILING_SHARE = Quantity("%", "of the ceiling that binds", lambda row, _: row.percent_of_ceiling)
+GEMM_SHARE = bounded("compute", "of the GEMM ceiling")
+COPY_SHARE = bounded("memory", "of copy bandwidth")
+AGAINST_COPY = share("copy", "of copy bandwidth")
+TWO_GEMMS = share("two GEMMs", "of the two GEMMs alone")
+GEMM = share("GEMM", "of the GEMM alone")
+BANDWIDTH = Quantity(" GB/s", "of keys and values, each read once for all beams", lambda row, _: row.gb_per_second, 1)
+TRAFFIC = Quantity("×", "the time to read its weights and cache", _times_its_traffic, 2)
+REPLAY = Quantity("", "replay of a CUDA graph", lambda row, _: float("CUDA graph" in row.backend))
+PEAK = Quantity(
+    " GB", "peak memory", lambda row, _: None if row.peak_memory_bytes is None else row.peak_memory_bytes / 1e9, 2
+)
+RATE = Quantity(" TFLOP/s", f"({H200_TFLOPS} is the H200's GEMM ceiling)", lambda row, _: row.tflops)
+VIDEOS = Quantity("", "videos a second", lambda row, _: _batch(row) / row.seconds, 1)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One bar.
+
+    Attributes:
+        work: in words, for readers.
+        level, name, sizes, dtype, device: of the rows it is for, forward. `sizes` is all of an operator's, and how
+            others begin, which are of `batch` videos.
+        bound: of the quantity; None where it is only to be stated.
+        at_most: whether the bound is an upper one.
+    """
+
+    work: str
+    level: str
+    name: str
+    sizes: str
+    dtype: str
+    device: str
+    quantity: Quantity
+    bound: float | None
+    at_most: bool = False
+    batch: int = 1
+
+    def is_for(self, row: Row) -> bool:
+        key = row.key
+        if (key.level, key.name, key.dtype, key.direction) != (self.level, self.name, self.dtype, "forward"):
+            return False
+        if key.device.split(":")[0] != self.device:
+            return False
+        if self.level == "ops":
+            return key.sizes == self.sizes
+        return key.sizes.split(", ")[0] == self.sizes and _batch(row) == self.batch
+
+    @property
+    def wanted(self) -> str:
+        """ "≥ 1.3× compiled"."""
+        if self.bound is None:
+            return f"{self.quantity.unit.strip()} {self.quantity.of}".strip()
+        return f"{'≤' if self.at_most else '≥'} {self.bound:g}{self.quantity.unit} {self.quantity.of}"
+
+    def judge(self, row: Row, ceilings: Ceilings) -> Judged:
+        return Judged(self, self.quantity.read(row, ceilings))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A target and what was measured for it; None where nothing was."""
+
+    target: Target
+    value: float | None
+
+    @property
+    def verdict(self) -> str:
+        """One of "met", "missed", "stated" (there is no bound) and "not measured"."""
+        if self.value is None or math.isnan(self.value):
+            return NOT_MEASURED
+        bound = self.target.bound
+        if bound is None:
+            return STATED
+        return MET if (self.value <= bound if self.target.at_most else self.value >= bound) else MISSED
+
+    @property
+    def figure(self) -> str | None:
+        return None if self.verdict == NOT_MEASURED else self.target.quantity.write(self.value, self.target.bound)
+
+    def __str__(self) -> str:
+        """ "≥ 1.3× compiled: missed"; where there is no bound, the figure."""
+        if self.verdict == STATED:
+            return f"{self.figure} {self.target.quantity.of}"
+        return f"{self.target.wanted}: {self.verdict}"
+
+
+def of(row: Row, ceilings: Ceilings | None = None) -> list[Judged]:
+    """The targets that are for the row, judged. Without the ceilings of its run fewer can be."""
+    return [target.judge(row, ceilings or {}) for target in TARGETS if target.is_for(row)]
+
+
+def judge(runs: Iterable[Results], device: str) -> list[Judged]:
+    """Every target for "cpu" or "cuda", judged by the first row of the runs that has its figure."""
+    runs = list(runs)
+    judged = []
+    for target in TARGETS:
+        if target.device == device:
+            found = (target.judge(row, run.ceilings) for run in runs for row in run.rows if target.is_for(row))
+            judged.append(next((each for each in found if each.value is not None), Judged(target, None)))
+    return judged
+
+
+def _captioning() -> list[Target]:
+    def of(device: str, dtype: str, quantity: Quantity, bound: float, **more: Any) -> Target:
+        return Target("captioning end to end", "model", "captioning", "large", dtype, device, quantity, bound, **more)
+
+    return [
+        of("cpu", "bfloat16", times("reference"), 30),
+        of("cpu", "bfloat16", times("compiled"), 1.3),
+        of("cpu", "bfloat16", GEMM_SHARE, 80),
+        of("cpu", "bfloat16", PEAK, 3, at_most=True),
+        of("cpu", "float32", times("reference"), 16),
+        of("cpu", "float32", times("compiled"), 1.6),
+        of("cpu", "float32", PEAK, 5, at_most=True),
+        of("cuda", "bfloat16", RATE, 0.6 * H200_TFLOPS, batch=32),
+        of("cuda", "bfloat16", VIDEOS, 137, batch=32),
+        of("cuda", "bfloat16", times("compiled"), 1.3, batch=32),
+        of("cuda", "bfloat16", PEAK, 4, at_most=True),
+    ]
+
+
+def _operators() -> list[Target]:
+    targets = []
+
+    def add(work: str, name: str, sizes: str, quantity: Quantity, **bounds: float | None) -> None:
+        """Bounds by `cpu`, in both dtypes or in one; and by `cuda`, in bfloat16."""
+        for where, bound in bounds.items():
+            device, _, dtype = where.partition("_")
+            for each in [dtype] if dtype else ["bfloat16"] if device == "cuda" else ["float32", "bfloat16"]:
+                targets.append(Target(work, "ops", name, sizes, each, device, quantity, bound))
+
+    add("local temporal module", "local_temporal", "large", CEILING_SHARE, cuda=70)
+    add("local temporal module", "local_temporal", "large", times("eager"), cpu=3, cuda=4)
+    add("local temporal module", "local_temporal", "large", times("compiled"), cpu=1.2, cuda=1.5)
+    add("layer norm", "layer_norm", "large", AGAINST_COPY, cpu=80, cuda=85)
+    add("residual and layer norm", "add_layer_norm", "large", AGAINST_COPY, cpu=80, cuda=85)
+    add("MLP with activation", "mlp", "large", TWO_GEMMS, cpu=95, cuda=90)
+    for sizes in ("large", "large, step", "large, steps of 32 videos"):
+        work = f"linear layer with activation or residual{sizes.removeprefix('large')}"
+        add(work, "linear_act", sizes, GEMM, cpu=95)
+    for tokens, sizes in (("257", "large"), ("4097", "large, universal")):
+        work = f"attention, {tokens} tokens"
+        add(work, "attention", sizes, times("torch", "SDPA"), cpu_float32=1.3, cpu_bfloat16=2.5, cuda=1)
+    add("beam cross-attention, one step", "beam_attention", "large", BANDWIDTH, cpu=None)
+    add("beam cross-attention, one step", "beam_attention", "large", COPY_SHARE, cuda=80)
+    return targets
+
+
+def _steps() -> list[Target]:
+    def of(device: str, dtype: str, quantity: Quantity, bound: float, **more: Any) -> Target:
+        return Target(
+            "one decoding step, batch 1", "modules", "decoder step", "large", dtype, device, quantity, bound, **more
+        )
+
+    return [
+        of("cpu", "float32", TRAFFIC, 1.5, at_most=True),
+        of("cpu", "bfloat16", TRAFFIC, 1.5, at_most=True),
+        of("cuda", "bfloat16", TRAFFIC, 1.5, at_most=True),
+        of("cuda", "bfloat16", REPLAY, 1),
+    ]
+
+
+TARGETS = (*_captioning(), *_operators(), *_steps())
