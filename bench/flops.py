@@ -154,16 +154,16 @@ def decoding(config: MPlug2Config, memory: int, beams: int, steps: int) -> int:
 
 
 def training(config: MPlug2Config, frames: int, steps: int, batch: int) -> int:
-    """Three times the forward pass over `steps` tokens a caption, but for the gradient of the pixels; no update.
+    """Three times the forward pass, but for the gradient of the pixels; no update.
 
-    One beam decodes as many tokens as teacher forcing sees, and the prompt's are not scored. The latents change with
-    every step, so what they are to themselves is computed once a batch.
+    A caption has the prompt and `steps` tokens, of which only the latter are scored; one beam decodes as many as
+    teacher forcing sees. The latents change with every step, so what they are to themselves is computed once a batch.
     """
     text = config.text
     dim, latents, prompt = text.hidden_size, text.num_latents, config.generation.prompt_tokens
     forward = vision(config, frames) + universal(config, frames)
-    forward += decoding(config, visual_tokens(config, frames), 1, steps)
-    forward -= _linear(min(prompt, steps), dim, dim + text.vocab_size)
+    forward += decoding(config, visual_tokens(config, frames), 1, prompt + steps)
+    forward -= _linear(prompt, dim, dim + text.vocab_size)
     own = _linear(latents, dim, 5 * dim) + _attention(latents, latents, dim)
     return batch * (3 * forward - patches(config, frames)) + 3 * own
 

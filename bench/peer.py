@@ -106,7 +106,8 @@ class Peer(nn.Module):
         best, best_scores = sequences[:, 0].clone(), torch.full((batch,), -torch.inf, device=device)
         for step in range(max_length):
             at = steps[step : step + 1]
-            torch.compiler.cudagraph_mark_step_begin()
+            if device.type == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()
             scores, cumulative, parent, tokens = self.decoder.step(
                 sequences[:, :, step], at, origin, memory_mask, cumulative, penalties[step], end_bias[step]
             )
