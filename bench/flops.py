@@ -1,4 +1,4 @@
-"""How many floating-point operations a video needs, from the configuration alone.
+"""How many floating-point operations and bytes a task needs, from the configuration alone.
 
 Needed means: what no implementation can do without, whatever it really does. One multiply-add is 2 FLOP; layer norms,
 activations and softmaxes are not counted. The formulas are those of the matrix products, for batch 1.
@@ -6,9 +6,12 @@ activations and softmaxes are not counted. The formulas are those of the matrix 
 
 from __future__ import annotations
 
-from mplug2_fast.config import MPlug2Config
+from torch import nn
 
-LEVELS = ("vision", "universal", "decode", "captioning")
+from mplug2_fast.config import MPlug2Config
+from mplug2_fast.model import MPlug2ForQuestionAnswering
+
+TASKS = ("captioning", "answering", "features", "training", "vision", "universal", "decode")
 
 
 def _linear(rows: int, inputs: int, outputs: int) -> int:
@@ -85,10 +88,33 @@ def universal_last(config: MPlug2Config, frames: int) -> int:
     return self_attention + cross + 2 * _linear(tokens, dim, text.intermediate_size)
 
 
-def memory_keys_values(config: MPlug2Config, frames: int) -> int:
-    """The decoder's cross-attention keys and values, once a video."""
+def text_encoder(config: MPlug2Config, question: int) -> int:
+    """All layers over a question's tokens, the universal ones included: self-attention and FFN."""
+    return config.text.text_encoder_layers * _bert_layer(config, question)
+
+
+def fusion(config: MPlug2Config, frames: int, question: int) -> int:
+    """A question's tokens look at the visual tokens; connected layers run over both together."""
+    text, tokens = config.text, visual_tokens(config, frames)
+    dim = text.hidden_size
+    cross = _linear(question, dim, 2 * dim) + _linear(tokens, dim, 2 * dim) + _attention(question, tokens, dim)
+    return sum(
+        _bert_layer(config, tokens + question) if text.connected(n) else _bert_layer(config, question) + cross
+        for n in range(text.fusion_layers)
+    )
+
+
+def _bert_layer(config: MPlug2Config, tokens: int) -> int:
+    """Self-attention of tokens that all see one another, and FFN."""
     dim = config.text.hidden_size
-    return config.text.text_decode_layers * _linear(visual_tokens(config, frames), dim, 2 * dim)
+    mlp = 2 * _linear(tokens, dim, config.text.intermediate_size)
+    return _linear(tokens, dim, 4 * dim) + _attention(tokens, tokens, dim) + mlp
+
+
+def memory_keys_values(config: MPlug2Config, memory: int) -> int:
+    """The decoder's cross-attention keys and values of `memory` tokens, once a video."""
+    dim = config.text.hidden_size
+    return config.text.text_decode_layers * _linear(memory, dim, 2 * dim)
 
 
 def decoded_tokens(beams: int, steps: int) -> int:
@@ -105,11 +131,10 @@ def decoder_tokens(config: MPlug2Config, beams: int, steps: int) -> int:
     return text.text_decode_layers * (linear + scores)
 
 
-def cross_attention(config: MPlug2Config, frames: int, beams: int, steps: int) -> int:
-    """Scores of the decoded tokens against the visual tokens, and their product with the values."""
+def cross_attention(config: MPlug2Config, memory: int, beams: int, steps: int) -> int:
+    """Scores of the decoded tokens against the memory's, and their product with the values."""
     text = config.text
-    each = _attention(decoded_tokens(beams, steps), visual_tokens(config, frames), text.hidden_size)
-    return text.text_decode_layers * each
+    return text.text_decode_layers * _attention(decoded_tokens(beams, steps), memory, text.hidden_size)
 
 
 def head(config: MPlug2Config, beams: int, steps: int) -> int:
@@ -118,18 +143,120 @@ def head(config: MPlug2Config, beams: int, steps: int) -> int:
     return _linear(decoded_tokens(beams, steps), dim, dim + config.text.vocab_size)
 
 
-def needed(level: str, config: MPlug2Config, *, frames: int, beams: int, steps: int, batch: int = 1) -> int:
-    """FLOP that `level` (one of `LEVELS`) needs for `batch` videos."""
-    vision = sum(
-        part(config, frames)
-        for part in (patches, vision_projections, vision_scores, vision_mlp, local_temporal, visual_projection)
-    )
-    universal = universal_first(config, frames) + universal_last(config, frames)
-    decode = (
-        memory_keys_values(config, frames)
+def decoding(config: MPlug2Config, memory: int, beams: int, steps: int) -> int:
+    """A beam search over `memory` tokens."""
+    return (
+        memory_keys_values(config, memory)
         + decoder_tokens(config, beams, steps)
-        + cross_attention(config, frames, beams, steps)
+        + cross_attention(config, memory, beams, steps)
         + head(config, beams, steps)
     )
-    levels = {"vision": vision, "universal": universal, "decode": decode, "captioning": vision + universal + decode}
-    return batch * levels[level]
+
+
+def training(config: MPlug2Config, frames: int, steps: int, batch: int) -> int:
+    """Three times the forward pass, but for the gradient of the pixels; no update.
+
+    A caption has the prompt and `steps` tokens, of which only the latter are scored; one beam decodes as many as
+    teacher forcing sees. The latents change with every step, so what they are to themselves is computed once a batch.
+    """
+    text = config.text
+    dim, latents, prompt = text.hidden_size, text.num_latents, config.generation.prompt_tokens
+    forward = vision(config, frames) + universal(config, frames)
+    forward += decoding(config, visual_tokens(config, frames), 1, prompt + steps)
+    forward -= _linear(prompt, dim, dim + text.vocab_size)
+    own = _linear(latents, dim, 5 * dim) + _attention(latents, latents, dim)
+    return batch * (3 * forward - patches(config, frames)) + 3 * own
+
+
+def vision(config: MPlug2Config, frames: int) -> int:
+    """Video to visual tokens."""
+    parts = (patches, vision_projections, vision_scores, vision_mlp, local_temporal, visual_projection)
+    return sum(part(config, frames) for part in parts)
+
+
+def universal(config: MPlug2Config, frames: int) -> int:
+    """Visual tokens to image_embeds."""
+    return universal_first(config, frames) + universal_last(config, frames)
+
+
+def needed(
+    task: str, config: MPlug2Config, *, frames: int, beams: int, steps: int, batch: int = 1, question: int = 10
+) -> int:
+    """FLOP that `task` (one of `TASKS`) needs for `batch` videos; `question` is the tokens of a question."""
+    if task == "training":
+        return training(config, frames, steps, batch)
+    tokens, features = visual_tokens(config, frames), vision(config, frames) + universal(config, frames)
+    if task == "answering":
+        asked = text_encoder(config, question) + fusion(config, frames, question)
+        return batch * (features + asked + decoding(config, tokens + question, beams, steps))
+    decode = decoding(config, tokens, beams, steps)
+    tasks = {
+        "vision": vision(config, frames),
+        "universal": universal(config, frames),
+        "features": features,
+        "decode": decode,
+        "captioning": features + decode,
+    }
+    return batch * tasks[task]
+
+
+def needed_bytes(
+    task: str,
+    config: MPlug2Config,
+    element: int,
+    *,
+    frames: int,
+    beams: int,
+    steps: int,
+    batch: int = 1,
+    question: int = 10,
+) -> int:
+    """Bytes that `task` must move, in elements of `element` bytes: nothing that could stay in a cache is counted.
+
+    - weights once, of tables only the rows that are looked up: that is, nothing
+    - videos, hidden states that are an input or a result, and the tokens and scores that are found
+    - decoding: at every step the decoder's weights, but for those of the memory's keys and values, and all keys and
+      values: the memory's once for all beams of a video, each beam's own; all of them are written once
+    - training: weights and both moments of the optimizer, read and written, in float32
+    """
+    model, vision_config, text = MPlug2ForQuestionAnswering(config, device="meta"), config.vision, config.text
+    tokens = visual_tokens(config, frames)
+    video = batch * 3 * frames * vision_config.image_size**2 * element
+    states = batch * tokens * text.hidden_size * element
+    found = batch * ((steps + 1) * 8 + 4)
+    vision_weights = element * _parameters(model.visual, model.visual_projection, model.visual_projection_norm)
+    universal_weights = element * _parameters(model.universal, model.visual_norm)
+    weights = vision_weights + universal_weights
+    if task == "training":
+        captioner = model.captioner()
+        return 6 * 4 * _parameters(captioner) + video // element * 4 + batch * (steps + 1) * 8
+    if task == "answering":
+        asked = element * _parameters(model.text.layers, model.fusion)
+        decode = decoding_bytes(model, element, tokens + question, beams, steps, batch)
+        return video + weights + asked + decode + found + batch * question * 8
+    decode = decoding_bytes(model, element, tokens, beams, steps, batch) + found
+    tasks = {
+        "vision": video + vision_weights + states,
+        "universal": states + universal_weights + states,
+        "features": video + weights + states,
+        "decode": states + decode,
+        "captioning": video + weights + decode,
+    }
+    return tasks[task]
+
+
+def decoding_bytes(
+    model: MPlug2ForQuestionAnswering, element: int, memory: int, beams: int, steps: int, batch: int
+) -> int:
+    """Weights, keys and values of a beam search over `memory` tokens."""
+    decoder, dim = model.decoder, model.config.text.hidden_size
+    once = len(decoder.layers) * 2 * dim * (dim + 1)
+    tables = _parameters(decoder.embeddings.position, decoder.embeddings.token_type)
+    weights = once + steps * (_parameters(decoder) - once - tables)
+    memory_moved = (1 + steps) * memory
+    own_moved = sum((1 if step == 0 else beams) * (1 + step) for step in range(steps))
+    return element * (weights + batch * len(decoder.layers) * 2 * dim * (memory_moved + own_moved))
+
+
+def _parameters(*modules: nn.Module | None) -> int:
+    return sum(parameter.numel() for module in modules if module for parameter in module.parameters())

@@ -1,35 +1,64 @@
-"""The three implementations behind one interface: the levels of the benchmark as methods."""
+"""The implementations behind one interface: the tasks of the benchmark as methods."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bench.peer import Peer
 from bench.weights import fill
-from mplug2_fast import MPlug2Config
+from mplug2_fast import MPlug2Config, model, reference
 from mplug2_fast.acceleration import accelerate
-from mplug2_fast.model import MPlug2ForCaptioning
+from mplug2_fast.config import Task
 from mplug2_fast.ops import explain, layer_norm
-from mplug2_fast.reference import MPlug2ForCaptioning as ReferenceForCaptioning
+
+
+class NoInitialisation(TorchFunctionMode):
+    """Leaves out the random numbers that modules start with. Besides the time that they take, PyTorch imports its
+    compiler for them on the meta device, which shows in the memory of a process."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 class Implementation:
-    """A model with seeded weights on its device. Generation always runs exactly `steps` steps."""
+    """A model with seeded weights on its device, for one family of tasks (`bench.plan.FAMILIES`).
+
+    Generation always runs exactly `steps` steps. Training keeps its parameters in float32 and computes under autocast.
+    """
 
     backend: str
+    fused_optimizer = True
 
-    def __init__(self, config: MPlug2Config, dtype: torch.dtype, device: str, beams: int, steps: int) -> None:
-        self.beams, self.steps = beams, steps
-        self.model = self.build(config, dtype, device)
+    def __init__(
+        self, config: MPlug2Config, dtype: torch.dtype, device: str, beams: int, steps: int, family: str = "captioning"
+    ) -> None:
+        self.config, self.beams, self.steps = config, beams, steps
+        self.trains = family == "training"
+        self.weights_dtype = torch.float32 if self.trains else dtype
+        self.autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype != self.weights_dtype)
+        task: Task = "question_answering" if family == "answering" else "captioning"
+        with NoInitialisation():
+            self.model = self.build(task, device)
         fill(self.model.released_parameters())
         self.prepare()
+        if self.trains:
+            self.model.train().requires_grad_(True)
+            self.optimizer = torch.optim.AdamW(
+                self.model.parameters(), lr=2e-5, weight_decay=0.02, fused=self.fused_optimizer or None
+            )
         # min_length = max_length makes the end token impossible, so that every implementation does the same work.
         self.generation = {"num_beams": beams, "min_length": steps, "max_length": steps}
 
-    def build(self, config: MPlug2Config, dtype: torch.dtype, device: str) -> Any:
+    def build(self, task: Task, device: str) -> Any:
+        """The model in evaluation mode, its parameters uninitialised and of `weights_dtype`."""
         raise NotImplementedError
 
     def prepare(self) -> None:
@@ -43,22 +72,61 @@ class Implementation:
         """Visual tokens to image_embeds `(B, S, D)`."""
         raise NotImplementedError
 
+    def features(self, video: Tensor) -> Tensor:
+        """Video to image_embeds."""
+        return self.model.encode_video(video)
+
     def decode(self, embeds: Tensor) -> Tensor:
         """image_embeds to the score of each video's best sequence, `(B,)`."""
         raise NotImplementedError
 
     def captioning(self, video: Tensor) -> Tensor:
         """Video to the score of its best sequence, `(B,)`."""
-        raise NotImplementedError
+        return self.model.generate(video, **self.generation).scores[:, 0]
+
+    def answering(self, video: Tensor, question: Tensor, mask: Tensor) -> Tensor:
+        """Video and question to the score of the best answer, `(B,)`."""
+        out = self.model.generate(video, question_ids=question, question_mask=mask, **self.generation)
+        return out.scores[:, 0]
+
+    def loss(self, video: Tensor, caption: Tensor, mask: Tensor) -> Tensor:
+        return self.model(video, caption, mask)
+
+    def training(self, video: Tensor, caption: Tensor, mask: Tensor) -> Tensor:
+        """One step: loss, gradients, update. Returns the loss."""
+        with self.autocast:
+            loss = self.loss(video, caption, mask)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def gradients(self, video: Tensor, caption: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
+        """Of the loss without dropout, by released name; they stay until the next step."""
+        text = self.config.text
+        self.model.train(not (text.hidden_dropout_prob or text.attention_probs_dropout_prob))
+        with self.autocast:
+            loss = self.loss(video, caption, mask)
+        loss.backward()
+        self.model.train()
+        return self.released_gradients()
+
+    def released_gradients(self) -> Mapping[str, Tensor]:
+        return self.model.released_gradients()
 
 
 class Reference(Implementation):
     """The released algorithm, eager."""
 
     backend = "eager"
+    fused_optimizer = False
 
-    def build(self, config: MPlug2Config, dtype: torch.dtype, device: str) -> ReferenceForCaptioning:
-        return ReferenceForCaptioning(config, device="meta", dtype=dtype).to_empty(device=device).eval()
+    def build(self, task: Task, device: str) -> Any:
+        kinds = {
+            "captioning": reference.MPlug2ForCaptioning,
+            "question_answering": reference.MPlug2ForQuestionAnswering,
+        }
+        return kinds[task](self.config, device="meta", dtype=self.weights_dtype).to_empty(device=device).eval()
 
     def universal(self, visual: Tensor) -> Tensor:
         return self.model.visn_emb_norm(visual + self.model.text_encoder.v_module(visual))
@@ -67,8 +135,8 @@ class Reference(Implementation):
         out = self.model._beam_search(embeds, None, self.beams, self.steps, self.steps, 1)
         return out.scores[:, 0]
 
-    def captioning(self, video: Tensor) -> Tensor:
-        return self.model.generate(video, **self.generation).scores[:, 0]
+    def released_gradients(self) -> Mapping[str, Tensor]:
+        return {name: parameter.grad for name, parameter in self.model.named_parameters()}
 
 
 class Accelerated(Reference):
@@ -84,13 +152,15 @@ class Accelerated(Reference):
 class Fast(Implementation):
     """The fast model, as `mplug2_fast.model` runs it."""
 
-    def build(self, config: MPlug2Config, dtype: torch.dtype, device: str) -> MPlug2ForCaptioning:
-        served = explain(layer_norm, torch.zeros(1, 1, dtype=dtype, device=device)).chosen
+    def build(self, task: Task, device: str) -> Any:
+        served = explain(layer_norm, torch.zeros(1, 1, dtype=self.weights_dtype, device=device)).chosen
         self.backend = {"cpu": "native, oneDNN", "triton": "Triton, PyTorch"}.get(served or "", "PyTorch")
-        return MPlug2ForCaptioning(config, device="meta", dtype=dtype).to_empty(device=device).eval()
+        kinds = {"captioning": model.MPlug2ForCaptioning, "question_answering": model.MPlug2ForQuestionAnswering}
+        return kinds[task](self.config, device="meta", dtype=self.weights_dtype).to_empty(device=device).eval()
 
     def prepare(self) -> None:
-        self.model.pack()
+        if not self.trains:
+            self.model.pack()
 
     def universal(self, visual: Tensor) -> Tensor:
         return self.model.visual_norm(visual + self.model.universal(visual))
@@ -98,19 +168,14 @@ class Fast(Implementation):
     def decode(self, embeds: Tensor) -> Tensor:
         return self.model.generate(image_embeds=embeds, **self.generation).scores[:, 0]
 
-    def captioning(self, video: Tensor) -> Tensor:
-        return self.model.generate(video, **self.generation).scores[:, 0]
 
+class Eager(Implementation):
+    """The peer's code without compilation."""
 
-class Compiled(Implementation):
-    """The compiled peer."""
+    backend = "eager"
 
-    backend = "torch.compile"
-
-    def build(self, config: MPlug2Config, dtype: torch.dtype, device: str) -> Peer:
-        peer = Peer(config, device=device, dtype=dtype)
-        peer.compile()
-        return peer
+    def build(self, task: Task, device: str) -> Peer:
+        return Peer(self.config, task, device=device, dtype=self.weights_dtype)
 
     def universal(self, visual: Tensor) -> Tensor:
         return self.model.encode_universal(visual)
@@ -121,32 +186,43 @@ class Compiled(Implementation):
     def captioning(self, video: Tensor) -> Tensor:
         return self.decode(self.model.encode_video(video))
 
+    def answering(self, video: Tensor, question: Tensor, mask: Tensor) -> Tensor:
+        memory, memory_mask = self.model.encode_question(video, question, mask)
+        return self.model.decode(memory, self.beams, self.steps, self.steps, memory_mask)[1]
+
+    def loss(self, video: Tensor, caption: Tensor, mask: Tensor) -> Tensor:
+        return self.model.loss(video, caption)
+
+
+class Compiled(Eager):
+    """The compiled peer."""
+
+    backend = "torch.compile"
+
+    def build(self, task: Task, device: str) -> Peer:
+        peer = super().build(task, device)
+        peer.compile()
+        return peer
+
 
 class Frozen(Compiled):
     """The compiled peer with its weights frozen into the graphs and packed for the CPU: every layer has a graph."""
 
     backend = "torch.compile, frozen"
 
-    def build(self, config: MPlug2Config, dtype: torch.dtype, device: str) -> Peer:
+    def build(self, task: Task, device: str) -> Peer:
+        text = self.config.text
+        bert_layers = text.text_encoder_layers + text.num_uni_layer + text.fusion_layers
         torch._inductor.config.freezing = True
-        torch._dynamo.config.recompile_limit = 1 + max(config.vision.layers, config.text.text_decode_layers)
-        return super().build(config, dtype, device)
-
-
-class Uncompiled(Compiled):
-    """The peer's code without compilation, for machines without a compiler and for tests."""
-
-    backend = "eager"
-
-    def build(self, config: MPlug2Config, dtype: torch.dtype, device: str) -> Peer:
-        return Peer(config, device=device, dtype=dtype)
+        torch._dynamo.config.recompile_limit = 1 + max(self.config.vision.layers, text.text_decode_layers, bert_layers)
+        return super().build(task, device)
 
 
 IMPLEMENTATIONS: dict[str, type[Implementation]] = {
     "reference": Reference,
     "accelerated": Accelerated,
     "fast": Fast,
+    "eager": Eager,
     "compiled": Compiled,
     "frozen": Frozen,
-    "uncompiled": Uncompiled,
 }

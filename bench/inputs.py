@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mplug2_fast.config import CLS_TOKEN_ID, SEP_TOKEN_ID
 from mplug2_fast.errors import VideoError
 from mplug2_fast.ops import preprocess_frames
 from mplug2_fast.video import frame_indices, load_video
@@ -49,3 +50,14 @@ def load_array(path: Path, frames: int, image_size: int) -> Tensor:
     if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8 or not pixels.size:
         raise VideoError(f"{path}: holds {pixels.dtype} {pixels.shape}, not uint8 (frames, height, width, 3)")
     return preprocess_frames(torch.from_numpy(pixels[frame_indices(len(pixels), frames)]), image_size)
+
+
+def text(vocab_size: int, tokens: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Seeded ids that start with [CLS], and masks, `(batch, tokens)`: each row is a token shorter than the one before,
+    down to three quarters of the tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(SEP_TOKEN_ID + 1, vocab_size, (batch, tokens), generator=generator)
+    ids[:, 0] = CLS_TOKEN_ID
+    lengths = tokens - torch.arange(batch) % (tokens // 4 + 1)
+    mask = (torch.arange(tokens) < lengths[:, None]).long()
+    return ids * mask, mask

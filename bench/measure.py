@@ -5,24 +5,25 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from bench import ceilings, inputs, machine
-from bench.plan import Plan
-from bench.rows import Row, tabulate
+from bench.plan import QUESTION_TOKENS, Plan
+from bench.row import Results
+from bench.rows import tabulate
 from bench.workers import Client, Spec, WorkerError
 from mplug2_fast.info import available_memory
-from mplug2_fast.ops import explain, preprocess_frames
 
 # A reference that is this slow is neither warmed up nor repeated: its first run counts.
 SLOW_SECONDS = 5.0
-# What the reference has to compute first so that a level has its input.
-BEFORE = {"vision": (), "universal": ("vision",), "decode": ("vision", "universal"), "captioning": ()}
+# What the reference has to compute first so that a task has its input.
+BEFORE = {"universal": ("vision",), "decode": ("vision", "universal")}
 
 
 class Progress(Protocol):
@@ -33,55 +34,86 @@ class Progress(Protocol):
 
 @dataclass
 class Measured:
-    """The runs of one level by one worker."""
+    """The runs of one task by one worker."""
 
     backend: str
     seconds: list[float] = field(default_factory=list)
     peak_memory_bytes: int | None = None
+    added_memory_bytes: int | None = None
     relative_error: float | None = None
 
+    def warm_up(self, reply: dict[str, Any]) -> None:
+        """A run that is not timed. What a process first takes it may keep, so that no later run adds as much."""
+        if reply["added_memory_bytes"] is not None:
+            self.added_memory_bytes = max(self.added_memory_bytes or 0, reply["added_memory_bytes"])
+        if reply["relative_error"] is not None:
+            self.relative_error = reply["relative_error"]
+
     def add(self, reply: dict[str, Any]) -> None:
+        self.warm_up(reply)
         self.seconds.append(reply["seconds"])
         if reply["peak_memory_bytes"] is not None:
             self.peak_memory_bytes = max(self.peak_memory_bytes or 0, reply["peak_memory_bytes"])
-        self.relative_error = reply["relative_error"]
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
 
 
-def run(plan: Plan, progress: Progress) -> tuple[dict[str, Any], list[str]]:
-    """The results as they are written to JSON, and notes for the reader of the table."""
+def run(plan: Plan, progress: Progress) -> Results:
+    """All rows of the plan; what could not be measured is in `failed`, and a baseline that is missing in the notes."""
     described, versions = machine.describe()
     described["threads"] = plan.threads
-    rows: list[Row] = []
+    results = Results(described, versions, {})
     with tempfile.TemporaryDirectory() as exchange:
-        video, description = inputs.load(plan.video, plan.frames, plan.config.vision.image_size)
-        notes = [f"Input: {description}."]
-        if plan.preset == "tiny":
-            notes.append(
-                "The tiny model has next to no arithmetic: its times are the overheads of many small operators."
-            )
-        torch.save(video.expand(plan.batch, *video.shape).contiguous(), Path(exchange) / "video.pt")
-        rows += measure_loading(plan)
+        results.notes += [f"Input: {save_inputs(plan, Path(exchange))}.", *notes(plan)]
         groups = plan.groups(available_memory())
-        if len(groups) > 1:
-            notes.append("Memory does not hold all workers at once: dtypes were measured one after another.")
+        if len(groups) > len({family for family, _ in groups}):
+            results.notes.append("Memory does not hold all workers at once: dtypes were measured one after another.")
         with start_ceilings(plan) as client:
             best = measure_ceilings(client, progress)
-            measured = [Group(plan, dtypes, exchange, progress, notes).measure() for dtypes in groups]
-            best = ceilings.merge(best, measure_ceilings(client, progress))
+            measured = [Group(plan, *group, exchange, progress, results) for group in groups]
+            for group in measured:
+                group.measure()
+            results.ceilings = ceilings.merge(best, measure_ceilings(client, progress))
     for group in measured:
-        rows += tabulate(plan, group, best)
-    return {"machine": described, "versions": versions, "ceilings": best, "rows": [asdict(row) for row in rows]}, notes
+        results.rows += tabulate(plan, group.family, group.runs, results.ceilings)
+    order = [plan.key(task, dtype) for task in plan.tasks for dtype in plan.dtypes]
+    results.rows.sort(key=lambda row: order.index(row.key))
+    return results
+
+
+def save_inputs(plan: Plan, exchange: Path) -> str:
+    """Writes what the workers take in, and returns what it is."""
+    config = plan.config
+    video, description = inputs.load(plan.video, plan.frames, config.vision.image_size)
+    torch.save(video.expand(plan.batch, *video.shape).contiguous(), exchange / "video.pt")
+    lengths = {"question": QUESTION_TOKENS, "caption": 1 + config.generation.prompt_tokens + plan.steps}
+    for seed, (name, tokens) in enumerate(lengths.items()):
+        ids, mask = inputs.text(config.text.vocab_size, tokens, plan.batch, seed)
+        torch.save(ids, exchange / f"{name}.pt")
+        torch.save(mask, exchange / f"{name}_mask.pt")
+    return description
+
+
+def notes(plan: Plan) -> list[str]:
+    found = []
+    if plan.preset == "tiny":
+        found.append("The tiny model has next to no arithmetic: its times are the overheads of many small operators.")
+    less = ", ".join(task for task in plan.tasks if plan.reference_decodes_less(task))
+    if less:
+        found.append(
+            f"The reference was timed at {plan.reference_steps} of {plan.steps} steps: {less}. Its ratios are lower "
+            "bounds there, and results are not compared."
+        )
+    return found
 
 
 def start_ceilings(plan: Plan) -> Client:
     """The worker for ceilings: a process of its own, like everything that is compared with them."""
     dtypes = tuple(dict.fromkeys(("float32", *plan.dtypes)))
     spec = {"implementation": "ceilings", "device": plan.device, "threads": plan.threads, "dtypes": dtypes}
-    return Client({**spec, "quick": plan.quick}, "ceilings")
+    return Client({**spec, "quick": plan.quick}, "ceilings").ready()
 
 
 def measure_ceilings(client: Client, progress: Progress) -> dict[str, Any]:
@@ -92,84 +124,102 @@ def measure_ceilings(client: Client, progress: Progress) -> dict[str, Any]:
     return best
 
 
-def measure_loading(plan: Plan) -> list[Row]:
-    """One row for decoding the video file and preparing its frames, where there is a decoder."""
-    path = plan.video or inputs.DEFAULT_VIDEO
-    if path.suffix == ".npy" or not inputs.has_decoder():
-        return []
-    seconds = []
-    for _ in range(plan.repeats):
-        start = time.perf_counter()
-        inputs.load(path, plan.frames, plan.config.vision.image_size)
-        seconds.append(time.perf_counter() - start)
-    served = explain(preprocess_frames, torch.empty(1, 1, 1, 3, dtype=torch.uint8), 1)
-    backend = "PyAV, native" if served.chosen == "cpu" else "PyAV, PyTorch"
-    return [Row.of_loading(plan, statistics.median(seconds), backend)]
-
-
 class Group:
-    """Workers that are alive together: the reference, and the implementations in some dtypes."""
+    """Workers that are alive together: the reference, and the implementations of a family of tasks in some dtypes."""
 
     def __init__(
-        self, plan: Plan, dtypes: tuple[str, ...], exchange: str, progress: Progress, notes: list[str]
+        self, plan: Plan, family: str, dtypes: tuple[str, ...], exchange: str, progress: Progress, results: Results
     ) -> None:
-        self.plan, self.progress, self.notes = plan, progress, notes
-        self.specs = list(plan.specs(dtypes, exchange))
+        self.plan, self.family, self.progress, self.results = plan, family, progress, results
+        self.tasks = plan.tasks_of("reference", family)
+        self.specs = list(plan.specs(family, dtypes, exchange))
         self.clients: dict[Spec, Client] = {}
-        self.results: dict[Spec, dict[str, Measured]] = {}
+        self.runs: dict[Spec, dict[str, Measured]] = {}
+        self.gone: set[Spec] = set()
 
-    def measure(self) -> dict[Spec, dict[str, Measured]]:
-        """Runs by worker and level; a peer that fails is left out, with a note."""
+    def measure(self) -> None:
+        """Fills `runs`, but for the workers that fail; without the reference there are none."""
         with ExitStack() as stack:
+            for spec in self.specs:  # they start side by side
+                self.clients[spec] = stack.enter_context(Client.start(spec))
             for spec in self.specs:
-                self.progress.begin(f"{spec.label} · starting")
-                client = self.clients[spec] = stack.enter_context(Client.start(spec))
-                backend = client.call("describe")["backend"]
-                self.results[spec] = {level: Measured(backend) for level in self.plan.levels}
-            slow = self._first_runs_of_reference(self.specs[0])
+                self._try(spec, self._begin)
+            reference = self.specs[0]
+            slow = self._try(reference, self._first_runs_of_reference) or set()
             for spec in self.specs[1:]:
-                self._warm_up(spec)
+                self._try(spec, self._warm_up)
             for repeat in range(self.plan.repeats):
-                for level in self.plan.levels:
-                    for spec in self.results:
-                        if spec.implementation != "reference" or level not in slow:
-                            reply = self._once(spec, level, f"run {repeat + 1} of {self.plan.repeats}")
-                            self.results[spec][level].add(reply)
-        return self.results
+                for task in self.tasks:
+                    for spec in list(self.runs):
+                        if task in self.runs.get(spec, ()) and not (spec == reference and task in slow):
+                            self._try(spec, self._timed, task, f"run {repeat + 1} of {self.plan.repeats}")
 
-    def _once(self, spec: Spec, level: str, what: str) -> dict[str, Any]:
-        what = f"{level} · {spec.label} · {what}"
+    def _try(self, spec: Spec, do: Callable[..., Any], *arguments: Any) -> Any:
+        """`do(spec, *arguments)`, if the worker is still there; where that fails it is left out from then on."""
+        if spec not in self.gone:
+            try:
+                return do(spec, *arguments)
+            except WorkerError as error:
+                self._leave_out(spec, error)
+        return None
+
+    def _begin(self, spec: Spec) -> None:
+        what = f"{self.family} · {spec.label} · starting"
         self.progress.begin(what)
-        reply = self.clients[spec].call("run", level)
+        client = self.clients[spec].ready()
+        backend = client.call("describe")["backend"]
+        self.runs[spec] = {task: Measured(backend) for task in self.plan.tasks_of(spec.implementation, self.family)}
+
+    def _once(self, spec: Spec, task: str, what: str) -> dict[str, Any]:
+        what = f"{task} · {spec.label} · {what}"
+        self.progress.begin(what)
+        reply = self.clients[spec].call("run", task)
         self.progress.finished(what, reply["seconds"])
         return reply
 
+    def _timed(self, spec: Spec, task: str, what: str) -> None:
+        self.runs[spec][task].add(self._once(spec, task, what))
+
     def _first_runs_of_reference(self, reference: Spec) -> set[str]:
-        """Leaves the inputs of all levels behind. Returns the levels that were slow, and whose run counted."""
-        levels = self.plan.levels
-        before = [level for wanted in levels for level in BEFORE[wanted]]
+        """Leaves the inputs and results of all tasks behind. Returns the slow ones, whose run counted."""
+        before = [task for wanted in self.tasks for task in BEFORE.get(wanted, ())]
         slow = set()
-        for level in dict.fromkeys([*before, *levels]):
-            reply = self._once(reference, level, "first run")
-            if level in levels and reply["seconds"] > SLOW_SECONDS:
-                self.results[reference][level].add(reply)
-                slow.add(level)
+        self._compare_gradients(reference)
+        for task in dict.fromkeys([*before, *self.tasks]):
+            reply = self._once(reference, task, "first run")
+            if task in self.tasks and reply["seconds"] > SLOW_SECONDS:
+                self.runs[reference][task].add(reply)
+                slow.add(task)
         if slow:
-            named = ", ".join(level for level in levels if level in slow)
-            self.notes.append(
+            named = ", ".join(task for task in self.tasks if task in slow)
+            self.results.notes.append(
                 f"Timed once, without a warm-up, for it takes over {SLOW_SECONDS:g} s: reference, {named}."
             )
         return slow
 
     def _warm_up(self, spec: Spec) -> None:
-        try:
-            for level in self.plan.levels:
-                self._once(spec, level, "warming up")
-        except WorkerError as error:
-            if spec.implementation != self.plan.peer:
-                raise
-            self.notes.append(
-                f"The compiled peer is missing: {error}. On a CPU it needs a C++ compiler and Python's headers; "
-                "--peer uncompiled needs neither."
-            )
-            del self.results[spec]
+        self._compare_gradients(spec)
+        for task, measured in self.runs[spec].items():
+            measured.warm_up(self._once(spec, task, "warming up"))
+
+    def _compare_gradients(self, spec: Spec) -> None:
+        if "training" in self.runs[spec]:
+            self.progress.begin(f"training · {spec.label} · comparing gradients")
+            self.runs[spec]["training"].relative_error = self.clients[spec].call("compare_gradients")
+
+    def _leave_out(self, spec: Spec, error: WorkerError) -> None:
+        """Notes a baseline that is missing; without ours there is no row of that dtype, without the reference none."""
+        baseline = self.plan.baseline(spec.implementation)
+        if baseline in ("eager", "compiled"):
+            lost = [spec]
+            needs = " On a CPU it needs a C++ compiler and Python's headers." if baseline == "compiled" else ""
+            self.results.notes.append(f"The {baseline} peer is missing for {self.family}: {error}.{needs}")
+        else:
+            lost = self.specs if baseline else [other for other in self.specs[1:] if other.dtype == spec.dtype]
+            dtypes = dict.fromkeys(other.dtype for other in lost if other != self.specs[0])
+            for key in (self.plan.key(task, dtype) for task in self.tasks for dtype in dtypes):
+                self.results.failed[str(key)] = str(error)
+        for each in lost:
+            self.gone.add(each)
+            self.runs.pop(each, None)
+            self.clients[each].close()

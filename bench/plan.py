@@ -1,4 +1,4 @@
-"""What is to be measured, and which worker processes are needed for it."""
+"""What is to be measured at the level of the model, and which worker processes are needed for it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench import flops
+from bench.flops import TASKS
+from bench.row import Key
 from bench.workers import Spec
 from mplug2_fast import MPlug2Config
-from mplug2_fast.model import MPlug2ForCaptioning
+from mplug2_fast.model import MPlug2ForCaptioning, MPlug2ForQuestionAnswering
 
+BASELINES = ("reference", "eager", "compiled")
+# Tasks that share a process, for they need the same model in the same state.
+FAMILIES = {
+    "captioning": ("captioning", "features", "vision", "universal", "decode"),
+    "answering": ("answering",),
+    "training": ("training",),
+}
+DECODING = ("captioning", "answering", "decode")
+QUESTION_TOKENS = 10
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -20,24 +31,29 @@ class Plan:
     """A run of the benchmark.
 
     Attributes:
-        peer: `"frozen"`, `"compiled"`, `"uncompiled"`, or None to leave the peer out.
+        tasks: of `TASKS`, in the order of the rows.
         threads: of every worker, on the CPU.
+        baselines: of `BASELINES`. The reference runs in any case: the others are compared with it.
         reference_steps: decoding steps that the reference is timed at; `steps`, or fewer.
+        freeze: whether the compiled peer's weights are frozen and packed, on a CPU and not in training.
+        compiled_tasks: of the tasks, those that the peer is compiled for, which takes most of a quick run.
         accelerate: whether the reference, accelerated in place, takes the fast model's place.
     """
 
     preset: str
     dtypes: tuple[str, ...]
     device: str
-    levels: tuple[str, ...]
+    tasks: tuple[str, ...]
     frames: int
     beams: int
     steps: int
     batch: int
     repeats: int
     threads: int
-    peer: str | None
     reference_steps: int
+    baselines: tuple[str, ...] = BASELINES
+    freeze: bool = True
+    compiled_tasks: tuple[str, ...] = TASKS
     quick: bool = False
     accelerate: bool = False
     video: Path | None = None
@@ -46,59 +62,98 @@ class Plan:
     def config(self) -> MPlug2Config:
         return MPlug2Config.preset(self.preset)
 
-    def decodes_less(self, implementation: str, level: str) -> bool:
-        """Whether the implementation is timed at fewer decoding steps than the others."""
-        return implementation == "reference" and level in ("decode", "captioning") and self.reference_steps < self.steps
-
-    def name(self, implementation: str, level: str) -> str:
-        """The sizes of a row's work."""
-        steps = f"{self.reference_steps} of {self.steps}" if self.decodes_less(implementation, level) else self.steps
+    @property
+    def sizes(self) -> str:
+        """Of a row's work."""
         batch = f", batch {self.batch}" if self.batch > 1 else ""
-        return f"{self.preset}, {self.frames} frames, {self.beams} beams, {steps} steps{batch}"
+        return f"{self.preset}, {self.frames} frames, {self.beams} beams, {self.steps} steps{batch}"
 
-    def needed_flop(self, implementation: str, level: str) -> int:
-        steps = self.reference_steps if self.decodes_less(implementation, level) else self.steps
-        return flops.needed(level, self.config, frames=self.frames, beams=self.beams, steps=steps, batch=self.batch)
+    def key(self, task: str, dtype: str) -> Key:
+        name = f"{task}, accelerated" if self.accelerate else task
+        direction = "both" if task == "training" else "forward"
+        return Key("model", name, self.sizes, direction, dtype, self.device.split(":")[0])
 
-    def command(self, level: str, dtype: str) -> str:
+    def reference_decodes_less(self, task: str) -> bool:
+        """Whether the reference is timed at fewer decoding steps than the others: then it can be no faster than that,
+        and its results are others."""
+        return task in DECODING and self.reference_steps < self.steps
+
+    def needed_flop(self, task: str) -> int:
+        return flops.needed(task, self.config, **self._counted())
+
+    def needed_bytes(self, task: str, dtype: str) -> int:
+        return flops.needed_bytes(task, self.config, ELEMENT_BYTES[dtype], **self._counted())
+
+    def _counted(self) -> dict[str, int]:
+        sizes = {name: getattr(self, name) for name in ("frames", "beams", "steps", "batch")}
+        return {**sizes, "question": QUESTION_TOKENS}
+
+    def command(self, task: str, dtype: str) -> str:
         """The command that measures a row again."""
-        words = ["python", "bench/run.py", "--preset", self.preset, "--level", level, "--dtype", dtype]
+        words = ["python", "bench/run.py"]
+        words += ["--accelerate"] if self.accelerate else ["--level", "model"]
+        words += ["--only", task, "--preset", self.preset, "--dtype", dtype]
         for option in ("device", "frames", "beams", "steps", "batch", "repeats", "threads"):
             words += [f"--{option}", str(getattr(self, option))]
         if self.reference_steps < self.steps:
             words += ["--reference-steps", str(self.reference_steps)]
-        if self.accelerate:
-            words.append("--accelerate")
-        else:
-            words += ["--peer", self.peer] if self.peer else ["--no-peer"]
+        words += ["--baselines", ",".join(name for name in self.baselines if self.runs(name, task))]
+        if not self.freeze:
+            words.append("--no-freeze")
         return shlex.join(words + (["--video", self.video.name] if self.video else []))
 
-    def groups(self, available: int) -> list[tuple[str, ...]]:
-        """The dtypes whose workers are alive together: all, if `available` bytes allow, otherwise one after another.
+    def runs(self, baseline: str, task: str) -> bool:
+        return baseline in self.baselines and (baseline != "compiled" or task in self.compiled_tasks)
 
-        Each group has a reference of its own, so that what is compared is measured side by side.
-        """
-        if self.device != "cpu":
-            return [self.dtypes]
-        parameters = sum(p.numel() for p in MPlug2ForCaptioning(self.config, device="meta").parameters())
+    def tasks_of(self, implementation: str, family: str) -> tuple[str, ...]:
+        """What a worker is asked for."""
+        baseline = self.baseline(implementation)
+        wanted = [task for task in self.tasks if task in FAMILIES[family]]
+        return tuple(task for task in wanted if baseline in (None, "reference") or self.runs(baseline, task))
+
+    @staticmethod
+    def baseline(implementation: str) -> str | None:
+        """What an implementation is called in a row; None is ours."""
+        names = {"fast": None, "accelerated": None, "frozen": "compiled"}
+        return names.get(implementation, implementation)
+
+    def groups(self, available: int) -> list[tuple[str, tuple[str, ...]]]:
+        """(family, dtypes) of the workers that are alive together: all dtypes if `available` bytes allow, otherwise one
+        after another. A group has a reference of its own, so that what is compared is measured side by side."""
+        groups = []
+        for family in (family for family in FAMILIES if self.tasks_of("fast", family)):
+            together = self.device != "cpu" or self.resident_bytes(family) < 0.9 * available
+            groups += [(family, dtypes) for dtypes in ([self.dtypes] if together else [(d,) for d in self.dtypes])]
+        return groups
+
+    def resident_bytes(self, family: str) -> int:
+        """About what all workers of a family take together, and the one that computes in addition."""
+        kind = MPlug2ForQuestionAnswering if family == "answering" else MPlug2ForCaptioning
+        parameters = sum(p.numel() for p in kind(self.config, device="meta").parameters())
         process = 700 << 20  # libraries, and the compiler's in the peer
-        copies = 3 if self.peer == "frozen" else 2  # of the weights: the fast model's and the peer's
-        resident = sum(copies * parameters * ELEMENT_BYTES[dtype] + 2 * process for dtype in self.dtypes)
-        tokens = flops.visual_tokens(self.config, self.frames)
-        scores = self.batch * self.config.text.num_attention_heads * tokens**2 * 4
-        reference = parameters * 4 + process + 6 * scores
-        return [self.dtypes] if resident + reference < 0.9 * available else [(dtype,) for dtype in self.dtypes]
+        tokens, text = flops.visual_tokens(self.config, self.frames), self.config.text
+        working = 6 * self.batch * text.num_attention_heads * tokens**2 * 4  # the reference's scores
+        total = 0
+        for spec in self.specs(family, self.dtypes, ""):
+            copies = {"fast": 1.5, "accelerated": 1.5, "frozen": 2}.get(spec.implementation, 1)
+            each = ELEMENT_BYTES[spec.dtype] * copies
+            if family == "training":
+                each = 4 * 4  # with gradients and both moments of the optimizer
+            total += int(parameters * each) + process
+        if family == "training":
+            # About 40 values a channel and token are kept in every block for the backward pass.
+            working += self.batch * tokens * self.config.vision.width * self.config.vision.layers * 40 * 4
+        return total + working
 
-    def specs(self, dtypes: tuple[str, ...], exchange: str) -> Iterator[Spec]:
+    def specs(self, family: str, dtypes: tuple[str, ...], exchange: str) -> Iterator[Spec]:
         """The workers of a group, the reference first."""
         config = self.config.to_dict()
-        reference = Spec(
-            "reference", "float32", self.device, self.threads, config, self.beams, self.reference_steps, exchange
-        )
+        sizes = (self.device, self.threads, config, self.beams, self.reference_steps, exchange, family)
+        reference = Spec("reference", "float32", *sizes)
         yield reference
+        freeze = self.freeze and self.device == "cpu" and family != "training"
+        kinds = ["accelerated" if self.accelerate else "fast", "eager", "frozen" if freeze else "compiled"]
         for dtype in dtypes:
-            kind = "accelerated" if self.accelerate else "fast"
-            fast = replace(reference, implementation=kind, dtype=dtype, steps=self.steps)
-            yield fast
-            if self.peer:
-                yield replace(fast, implementation=self.peer)
+            for kind in kinds:
+                if self.tasks_of(kind, family):
+                    yield replace(reference, implementation=kind, dtype=dtype, steps=self.steps)

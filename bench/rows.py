@@ -1,94 +1,98 @@
-"""From runs to the rows of the table and of the JSON."""
+"""From runs to the rows of the model's level."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from bench import roofline
 from bench.plan import Plan
+from bench.row import Baseline, Row
 from bench.workers import Spec
 
 if TYPE_CHECKING:
     from bench.measure import Measured
 
-
-@dataclass(frozen=True)
-class Row:
-    """One line of results. None is what does not apply or was not measured.
-
-    Attributes:
-        name: the sizes of the work.
-        gflops: needed GFLOP a second; the same count for all implementations, whatever they really do.
-        percent_of_ceiling: of the best GEMM rate of the same dtype, measured in the same run.
-        x_reference, x_compiled: how many times faster than the float32 reference; than the peer in the same dtype.
-        peak_memory_bytes: of the whole process on the CPU, weights and libraries included; of the allocator on CUDA.
-        relative_error: against the float32 reference: of hidden states, and of sequence scores where it decodes.
-    """
-
-    level: str
-    name: str
-    implementation: str
-    dtype: str
-    device: str
-    seconds: float
-    gflops: float | None
-    percent_of_ceiling: float | None
-    x_reference: float | None
-    x_compiled: float | None
-    peak_memory_bytes: int | None
-    relative_error: float | None
-    backend: str
-    command: str
-
-    @classmethod
-    def of_loading(cls, plan: Plan, seconds: float, backend: str) -> Row:
-        """The row for loading the frames of the input file, on the CPU."""
-        return cls(
-            level="loading",
-            name=f"{plan.frames} frames of {plan.config.vision.image_size} pixels",
-            implementation="fast",
-            dtype="float32",
-            device="cpu",
-            seconds=seconds,
-            gflops=None,
-            percent_of_ceiling=None,
-            x_reference=None,
-            x_compiled=None,
-            peak_memory_bytes=None,
-            relative_error=None,
-            backend=backend,
-            command=plan.command(plan.levels[0], plan.dtypes[0]),
-        )
+Runs = Mapping[Spec, Mapping[str, "Measured"]]
+"""By worker and task."""
 
 
-def tabulate(plan: Plan, results: Mapping[Spec, Mapping[str, Measured]], ceilings: Mapping[str, Any]) -> list[Row]:
-    """The rows of one group of workers, by level, the reference first."""
-    rows = []
-    for level in plan.levels:
-        seconds = {(spec.implementation, spec.dtype): runs[level].median for spec, runs in results.items()}
-        reference = seconds["reference", "float32"]
-        for spec, runs in results.items():
-            measured, kind = runs[level], spec.implementation
-            peer = seconds.get((plan.peer or "", spec.dtype))
-            rate = plan.needed_flop(kind, level) / measured.median / 1e9
-            comparable = kind == "reference" or not plan.decodes_less("reference", level)
-            rows.append(
-                Row(
-                    level=level,
-                    name=plan.name(kind, level),
-                    implementation="compiled" if kind == "frozen" else kind,
-                    dtype=spec.dtype,
-                    device=spec.device,
-                    seconds=measured.median,
-                    gflops=rate,
-                    percent_of_ceiling=100 * rate / ceilings["gemm"][spec.dtype]["gflops"],
-                    x_reference=reference / measured.median,
-                    x_compiled=None if peer is None else peer / measured.median,
-                    peak_memory_bytes=measured.peak_memory_bytes,
-                    relative_error=measured.relative_error if comparable else None,
-                    backend=measured.backend,
-                    command=plan.command(level, spec.dtype),
-                )
-            )
-    return rows
+def tabulate(plan: Plan, family: str, results: Runs, ceilings: Mapping[str, Any]) -> list[Row]:
+    """The rows of one group of workers, by task and dtype."""
+    ours = {spec: runs for spec, runs in results.items() if plan.baseline(spec.implementation) is None}
+    return [
+        row(plan, task, spec.dtype, runs[task], baselines(plan, task, spec.dtype, results), ceilings)
+        for task in plan.tasks_of("fast", family)
+        for spec, runs in ours.items()
+    ]
+
+
+def baselines(plan: Plan, task: str, dtype: str, results: Runs) -> dict[str, Measured]:
+    """What the row of a task and dtype is compared with, in the order of `bench.plan.BASELINES`."""
+    found = {}
+    for spec, runs in results.items():
+        name = plan.baseline(spec.implementation)
+        if name and task in runs and (name == "reference" or spec.dtype == dtype):
+            found[name] = runs[task]
+    return found
+
+
+def row(
+    plan: Plan, task: str, dtype: str, ours: Measured, others: Mapping[str, Measured], ceilings: Mapping[str, Any]
+) -> Row:
+    flop, moved = plan.needed_flop(task), plan.needed_bytes(task, dtype)
+    tflops, gb_per_second, percent, bound = roofline.place(flop, moved, ours.median, dtype, ceilings)
+    judged = not plan.reference_decodes_less(task)
+    error = ours.relative_error if judged else None
+    allowed = allowed_error(task, dtype, others) if judged else None
+    return Row(
+        key=plan.key(task, dtype),
+        seconds=ours.median,
+        spread=spread(ours.seconds),
+        runs=len(ours.seconds),
+        flop=flop,
+        bytes=moved,
+        tflops=tflops,
+        gb_per_second=gb_per_second,
+        percent_of_ceiling=percent,
+        bound=bound,
+        baselines={name: baseline(ours, other, name, judged) for name, other in others.items()},
+        peak_memory_bytes=ours.peak_memory_bytes,
+        added_memory_bytes=ours.added_memory_bytes,
+        relative_error=error,
+        allowed_error=allowed,
+        correct=error is None or allowed is None or error <= allowed,
+        backend=ours.backend,
+        command=plan.command(task, dtype),
+    )
+
+
+def baseline(ours: Measured, other: Measured, name: str, judged: bool) -> Baseline:
+    compared = judged and name != "reference"
+    return Baseline(
+        seconds=other.median,
+        ratio=ratio(other.seconds, ours.seconds),
+        peak_memory_bytes=other.peak_memory_bytes,
+        relative_error=other.relative_error if compared else None,
+    )
+
+
+def ratio(others: Sequence[float], ours: Sequence[float]) -> float:
+    """The median over the turns; of what was timed once against the median of the others."""
+    if len(others) != len(ours):
+        return statistics.median(others) / statistics.median(ours)
+    return statistics.median(other / our for other, our in zip(others, ours, strict=True))
+
+
+def spread(seconds: Sequence[float]) -> float:
+    """Half the distance between the quartiles, over the median; 0 of a single run."""
+    if len(seconds) < 2:
+        return 0.0
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return (high - low) / 2 / median
+
+
+def allowed_error(task: str, dtype: str, others: Mapping[str, Measured]) -> float | None:
+    """None where nothing of the same dtype says what is usual in it."""
+    return None

@@ -19,8 +19,7 @@ def released_weight(name: str, shape: torch.Size, seed: int = 0) -> Tensor:
     Linear layers keep the variance of their input, norms are near the identity, and the word embeddings are large
     enough for the decoder to be sure of some words.
     """
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
-    noise = torch.rand(shape, generator=generator).sub_(0.5).mul_(math.sqrt(12))  # mean 0, variance 1
+    noise = seeded_noise(f"{seed}:{name}", *shape)
     if len(shape) == 1 and name.endswith(".weight"):
         return noise.mul_(0.1).add_(1.0)
     if "word_embeddings" in name or "position_embeddings" in name or "token_type_embeddings" in name:
@@ -32,6 +31,12 @@ def released_weight(name: str, shape: torch.Size, seed: int = 0) -> Tensor:
     if len(shape) == 1:
         return noise.mul_(0.1)
     return noise.mul_(1.0 / math.sqrt(math.prod(shape[1:])))
+
+
+def seeded_noise(name: str, *shape: int) -> Tensor:
+    """Mean 0, variance 1; a function of its arguments alone."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    return torch.rand(shape, generator=generator).sub_(0.5).mul_(math.sqrt(12))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""One process that holds one implementation and runs levels on request, one JSON line in, one JSON line out.
+"""One process that holds one implementation and runs tasks on request, one JSON line in, one JSON line out.
 
 Run as `python -m bench.worker SPEC`, with SPEC the JSON of `bench.workers.Spec`. Peak memory is its own that way.
 """
@@ -17,50 +17,85 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from bench import ceilings
+from bench import ceilings, gradients
+from bench.case import relative_error
 from bench.implementations import IMPLEMENTATIONS
 from mplug2_fast import MPlug2Config
 
-# What each level takes in, and by which name its result is left for the others.
-INPUTS = {"vision": "video", "universal": "visual", "decode": "embeds", "captioning": "video"}
-OUTPUTS = {"vision": "visual", "universal": "embeds", "decode": "decode_scores", "captioning": "captioning_scores"}
+# The files that each task takes in, and the one that it leaves for the others.
+INPUTS = {
+    "vision": ("video",),
+    "universal": ("visual",),
+    "decode": ("embeds",),
+    "captioning": ("video",),
+    "features": ("video",),
+    "answering": ("video", "question", "question_mask"),
+    "training": ("video", "caption", "caption_mask"),
+}
+OUTPUTS = {"vision": "visual", "universal": "embeds"}
 
 
 class Worker:
     def __init__(self, spec: dict[str, Any]) -> None:
         self.device = spec["device"]
-        self.dtype = getattr(torch, spec["dtype"])
         self.exchange = Path(spec["exchange"])
         self.is_reference = spec["implementation"] == "reference"
-        config = MPlug2Config.from_dict(spec["config"])
+        config, dtype = MPlug2Config.from_dict(spec["config"]), getattr(torch, spec["dtype"])
         kind = IMPLEMENTATIONS[spec["implementation"]]
-        self.implementation = kind(config, self.dtype, self.device, spec["beams"], spec["steps"])
+        self.implementation = kind(config, dtype, self.device, spec["beams"], spec["steps"], spec["family"])
+        gc.collect()
+        gc.freeze()  # the modules of PyTorch, which take a collection a quarter of a second
 
     def _synchronize(self) -> None:
         if self.device.startswith("cuda"):
             torch.cuda.synchronize(self.device)
 
-    def _input(self, level: str) -> Tensor:
-        return torch.load(self.exchange / f"{INPUTS[level]}.pt").to(self.device, self.dtype)
+    def _inputs(self, task: str) -> list[Tensor]:
+        inputs = [torch.load(self.exchange / f"{name}.pt").to(self.device) for name in INPUTS[task]]
+        dtype = self.implementation.weights_dtype
+        return [x.to(dtype) if x.is_floating_point() else x for x in inputs]
 
-    def run(self, level: str) -> dict[str, Any]:
-        """One run: seconds, peak bytes of this process with its weights, and the error against the reference."""
-        source = self._input(level)
+    def _target(self, task: str) -> Path:
+        return self.exchange / f"{OUTPUTS.get(task, f'{task}_result')}.pt"
+
+    def run(self, task: str) -> dict[str, Any]:
+        """One run: seconds; peak bytes of this process with its weights, and how much of it was not there before; the
+        error against the reference, None where there is nothing to compare with."""
+        inputs = self._inputs(task)
         gc.collect()
         known = reset_peak_memory(self.device)
+        before = peak_memory(self.device) if known else None
         self._synchronize()
         start = time.perf_counter()
-        with torch.no_grad():
-            output = getattr(self.implementation, level)(source)
+        if task == "training":
+            output = self.implementation.training(*inputs)
+        else:
+            with torch.no_grad():
+                output = getattr(self.implementation, task)(*inputs)
         self._synchronize()
         seconds = time.perf_counter() - start
         peak = peak_memory(self.device) if known else None
-        output = output.float().cpu()
-        target = self.exchange / f"{OUTPUTS[level]}.pt"
+        return {
+            "seconds": seconds,
+            "peak_memory_bytes": peak,
+            "added_memory_bytes": None if peak is None else peak - before,
+            "relative_error": None if task == "training" else self._error(task, output.float().cpu()),
+        }
+
+    def _error(self, task: str, output: Tensor) -> float | None:
+        target = self._target(task)
         if self.is_reference:
             torch.save(output, target)
-        error = relative_error(output, torch.load(target))
-        return {"seconds": seconds, "peak_memory_bytes": peak, "relative_error": error}
+        return relative_error(output, torch.load(target)) if target.exists() else None
+
+    def compare_gradients(self) -> float:
+        """The error of the gradients against the reference's, before any step."""
+        sketch = gradients.sketch(self.implementation.gradients(*self._inputs("training")))
+        self.implementation.optimizer.zero_grad()
+        target = self._target("training")
+        if self.is_reference:
+            torch.save(sketch, target)
+        return gradients.relative_error(sketch, torch.load(target))
 
     def describe(self) -> dict[str, Any]:
         return {"backend": self.implementation.backend}
@@ -72,13 +107,6 @@ class CeilingsWorker:
 
     def measure(self) -> dict[str, Any]:
         return ceilings.measure(self.spec["device"], self.spec["dtypes"], quick=self.spec["quick"])
-
-
-def relative_error(value: Tensor, expected: Tensor) -> float | None:
-    """Norm of the difference over the norm of what is expected; None where the shapes do not allow it."""
-    if value.shape != expected.shape:
-        return None
-    return float((value.double() - expected.double()).norm() / expected.double().norm())
 
 
 def reset_peak_memory(device: str) -> bool:

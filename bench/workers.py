@@ -19,7 +19,7 @@ class WorkerError(Exception):
 
 @dataclass(frozen=True)
 class Spec:
-    """What a worker holds: an implementation (or `"ceilings"`), its sizes, and the folder for inputs and results."""
+    """What a worker holds: an implementation of a family of tasks, its sizes, and the folder for inputs and results."""
 
     implementation: str
     dtype: str
@@ -29,6 +29,7 @@ class Spec:
     beams: int
     steps: int
     exchange: str
+    family: str = "captioning"
 
     @property
     def label(self) -> str:
@@ -36,7 +37,7 @@ class Spec:
 
 
 class Client:
-    """The driver's end of a worker process. Use as a context manager, or `close` it."""
+    """The driver's end of a worker process, which is still starting. Use as a context manager, or `close` it."""
 
     def __init__(self, spec: dict[str, Any], label: str) -> None:
         self.label = label
@@ -49,11 +50,15 @@ class Client:
             stderr=self.log,
             text=True,
         )
-        self._receive()
 
     @classmethod
     def start(cls, spec: Spec) -> Client:
         return cls(asdict(spec), spec.label)
+
+    def ready(self) -> Client:
+        """Waits until it has started. Raises `WorkerError` where it could not."""
+        self._receive()
+        return self
 
     def call(self, method: str, *arguments: Any) -> Any:
         """The result of a method of the worker. Raises `WorkerError` where it failed or died."""

@@ -1,9 +1,12 @@
 """The formulas against what is known of the Large model: 16 frames of 224 pixels, 5 beams, 15 steps; in GFLOP."""
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench import flops
-from mplug2_fast import MPlug2Config
+from mplug2_fast import MPlug2Config, reference
+from mplug2_fast.model import MPlug2ForCaptioning
 
 LARGE = MPlug2Config.preset("large")
 RUN = {"frames": 16, "beams": 5, "steps": 15}
@@ -20,9 +23,9 @@ RUN = {"frames": 16, "beams": 5, "steps": 15}
         (flops.visual_projection(LARGE, 16), 0, 0),
         (flops.universal_first(LARGE, 16), 19, 0),
         (flops.universal_last(LARGE, 16), 190, 0),
-        (flops.memory_keys_values(LARGE, 16), 206, 0),
+        (flops.memory_keys_values(LARGE, 4097), 206, 0),
         (flops.decoder_tokens(LARGE, 5, 15), 25, 0),
-        (flops.cross_attention(LARGE, 16, 5, 15), 14, 0),
+        (flops.cross_attention(LARGE, 4097, 5, 15), 14, 0),
         (flops.head(LARGE, 5, 15), 4.6, 1),
         (flops.needed("captioning", LARGE, **RUN), 3460, -1),
     ],
@@ -31,13 +34,75 @@ def test_large(part, expected, digits):
     assert round(part / 1e9, digits) == expected
 
 
-def test_captioning_is_the_sum_of_its_levels():
-    total = sum(flops.needed(level, LARGE, **RUN) for level in ("vision", "universal", "decode"))
-    assert flops.needed("captioning", LARGE, **RUN) == total
+def test_tasks_are_the_sums_of_their_parts():
+    need = {task: flops.needed(task, LARGE, **RUN) for task in flops.TASKS}
+    assert need["features"] == need["vision"] + need["universal"]
+    assert need["captioning"] == need["features"] + need["decode"]
 
 
-def test_batch_multiplies():
-    assert flops.needed("vision", LARGE, **RUN, batch=3) == 3 * flops.needed("vision", LARGE, **RUN)
+@pytest.mark.parametrize("task", [task for task in flops.TASKS if task != "training"])
+def test_batch_multiplies(task):
+    assert flops.needed(task, LARGE, **RUN, batch=3) == 3 * flops.needed(task, LARGE, **RUN)
+
+
+def counted(run):
+    """What PyTorch counts in the products of the reference, which for these parts does no more than is needed."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def test_question_answering_against_what_the_reference_does():
+    """Text encoder and fusion layers, one of them connected; all of them see whole sequences."""
+    config = MPlug2Config.preset("tiny").replace(stored_layers=4, fusion_layers=4, stride_layer=2)
+    model = reference.MPlug2ForQuestionAnswering(config, device="meta").eval()
+    ids, visual = torch.zeros(1, 7, dtype=torch.long, device="meta"), torch.empty(1, 65, 128, device="meta")
+    mask, seen = torch.ones_like(ids), torch.ones(1, 65, dtype=torch.long, device="meta")
+    assert flops.text_encoder(config, 7) == counted(lambda: model.text_encoder(ids, mask))
+    text = torch.empty(1, 7, 128, device="meta")
+    assert flops.visual_tokens(config, 4) == 65
+    assert flops.fusion(config, 4, 7) == counted(lambda: model.fusion_encoder(text, mask, visual, seen))
+    parts = flops.needed("features", config, **RUN) + flops.decoding(config, 257 + 7, 5, 15)
+    asked = flops.text_encoder(config, 7) + flops.fusion(config, 16, 7)
+    assert flops.needed("answering", config, **RUN, question=7) == parts + asked
+
+
+def test_training_against_what_the_reference_does():
+    """It does more: the last token of a caption goes through the decoder, all tokens see all, the prompt is scored, and
+    the latents' own part is computed for every video."""
+    config = MPlug2Config.preset("tiny")
+    model = reference.MPlug2ForCaptioning(config)
+    ids = torch.full((2, 9), 105)
+
+    def step():
+        model(torch.randn(2, 3, 4, 32, 32), ids, torch.ones_like(ids)).backward()
+
+    need = flops.training(config, 4, 8, 2)
+    assert need < counted(step) < 1.1 * need
+
+
+def test_bytes_of_decoding():
+    """0.42 GB of weights and 0.20 GB of the memory's keys and values a step, in two bytes."""
+    each = {**RUN, "steps": 1}
+    two = {**RUN, "steps": 2}
+    step = flops.needed_bytes("decode", LARGE, 2, **two) - flops.needed_bytes("decode", LARGE, 2, **each)
+    assert step / 1e9 == pytest.approx(0.42 + 0.20, abs=0.01)
+    assert flops.needed_bytes("decode", LARGE, 4, **RUN) / flops.needed_bytes("decode", LARGE, 2, **RUN) == (
+        pytest.approx(2, abs=1e-4)
+    )
+
+
+def test_bytes_of_the_other_tasks():
+    need = {task: flops.needed_bytes(task, LARGE, 2, **RUN) for task in flops.TASKS}
+    video, states = 2 * 3 * 16 * 224**2, 2 * 4097 * 1024
+    assert need["features"] == need["vision"] + need["universal"] - 2 * states
+    assert need["captioning"] == need["features"] + need["decode"] - 2 * states
+    assert need["features"] - video - states == pytest.approx(0.71e9 + 4 * 16.8e6, rel=0.05)
+    model = MPlug2ForCaptioning(LARGE, device="meta")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert need["training"] == pytest.approx(24 * parameters, rel=0.01)
+    assert need["answering"] > need["captioning"] + 2 * 12 * 1024**2 * LARGE.text.text_encoder_layers
+    assert flops.needed_bytes("features", LARGE, 2, **RUN, batch=2) - need["features"] == video + states
 
 
 def test_unequal_widths_are_projected():
