@@ -1,0 +1,98 @@
+"""A layer of the fusion encoder: a question against the visual tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bench import flops
+from bench.case import Case
+from bench.modules import forms
+from bench.modules.forms import Form, Work
+from bench.peer import Layer
+from bench.peer_weights import released_layer
+from bench.row import DIRECTIONS as DIRECTIONS
+from bench.row import Key
+from bench.weights import fill
+from mplug2_fast import MPlug2Config
+from mplug2_fast.nn import FusionLayer
+from mplug2_fast.ops import Explanation, attention, explain
+from mplug2_fast.reference.bert import BertLayer, cross_attention_mask, self_attention_mask
+
+QUESTION_TOKENS = 16
+
+
+def name(config: MPlug2Config) -> str:
+    """Of the first layer that runs."""
+    return f"fusion_encoder.encoder.layer.{config.text.stored_layers - config.text.fusion_layers}"
+
+
+class Ours(nn.Module):
+    """With a mask of the question, as the model calls it."""
+
+    def __init__(self, layer: FusionLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, text: Tensor, visual: Tensor) -> Tensor:
+        mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
+        return self.layer(text, key_padding_mask=mask, memory=visual)
+
+
+class Released(nn.Module):
+    def __init__(self, layer: BertLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, text: Tensor, visual: Tensor) -> Tensor:
+        text_mask, visual_mask = (torch.ones(x.shape[:2], dtype=torch.long, device=x.device) for x in (text, visual))
+        memory_mask = cross_attention_mask(visual_mask, text.dtype)
+        return self.layer(text, self_attention_mask(text_mask, text.dtype), visual, memory_mask)
+
+
+def shapes(config: MPlug2Config) -> list[tuple[int, ...]]:
+    dim = config.text.hidden_size
+    return [(1, QUESTION_TOKENS, dim), (1, flops.visual_tokens(config, config.vision.num_frames), dim)]
+
+
+def ours(config: MPlug2Config, device: str, dtype: torch.dtype) -> Form:
+    layer = FusionLayer.from_config(config.text).to(device, dtype)
+    return Form(Ours(layer), released(layer, config))
+
+
+def reference(config: MPlug2Config, device: str, dtype: torch.dtype) -> Form:
+    layer = BertLayer(config.text, cross_attention=True).to(device, dtype)
+    return Form(Released(layer), released(layer, config))
+
+
+def released(layer: nn.Module, config: MPlug2Config) -> dict[str, Tensor]:
+    """Of a layer whose own names are the released ones."""
+    weights = {f"{name(config)}.{key}": parameter.detach() for key, parameter in layer.named_parameters()}
+    fill(weights)
+    return weights
+
+
+def peer(config: MPlug2Config, device: str, dtype: torch.dtype) -> Form:
+    layer = Layer(config.text).to(device, dtype)
+    weights = dict(released_layer(layer, name(config)))
+    fill(weights)
+    return Form(layer, weights)
+
+
+def flop(config: MPlug2Config, with_gradients: bool) -> int:
+    dim, tokens = config.text.hidden_size, QUESTION_TOKENS
+    keys = flops.visual_tokens(config, config.vision.num_frames)
+    products = tokens * dim * (4 * dim + 2 * dim + 2 * config.text.intermediate_size) + keys * dim * 2 * dim
+    return 2 * products + 4 * tokens * (tokens + keys) * dim
+
+
+def main_operator(module: Ours, text: Tensor, visual: Tensor) -> Explanation:
+    query, key = (x.unflatten(-1, (module.layer.attention.num_heads, -1)) for x in (text, visual))
+    return explain(attention, query, key, key)
+
+
+WORK = Work(shapes, ours, reference, peer, flop, main_operator)
+
+
+def build(key: Key, *, compile: bool) -> Case:
+    return forms.build(WORK, key, compile=compile)
