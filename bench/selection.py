@@ -1,23 +1,31 @@
-"""What of a level is to be measured."""
+"""What the user asked to have measured."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bench.row import Key
+
+SIZES = ("quick", "base", "large", "awkward")
+
 
 @dataclass(frozen=True)
 class Selection:
-    """Attributes:
-    preset: "tiny", "base" or "large".
-    directions: of `bench.row.DIRECTIONS`; a work that has no such direction is passed over.
-    only: names of works; empty for all.
-    sizes: of the operators alone; empty for the preset's.
+    """The works of the levels that are measured in one process each.
+
+    Attributes:
+        preset: "tiny", "base" or "large": of modules and files.
+        sizes: of operators, of `SIZES`.
+        only: names; empty for all.
     """
 
     preset: str
-    dtypes: tuple[str, ...] = ("float32",)
+    dtypes: tuple[str, ...]
     device: str = "cpu"
     directions: tuple[str, ...] = ("forward",)
+    sizes: tuple[str, ...] = ("large",)
     only: tuple[str, ...] = ()
-    sizes: tuple[str, ...] = ()
     quick: bool = False
+
+    def wants(self, key: Key) -> bool:
+        return not self.only or key.name in self.only

@@ -17,14 +17,14 @@ MODULES = {
 
 def keys(selection: Selection) -> list[Key]:
     """By module, direction and dtype."""
-    return [
+    found = [
         Key("modules", name, selection.preset, direction, dtype, selection.device)
         for name, module in MODULES.items()
-        if not selection.only or name in selection.only
         for direction in selection.directions
         if direction in module.DIRECTIONS
         for dtype in selection.dtypes
     ]
+    return [key for key in found if selection.wants(key)]
 
 
 def build(key: Key, *, compile: bool) -> Case:

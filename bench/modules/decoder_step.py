@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bench import flops
 from bench.case import OURS, Agreement, Call, Case, agreement
 from bench.held import hold
-from bench.modules.forms import BACKENDS, bytes_of, config_of, frozen
+from bench.modules.forms import BACKENDS, compiling, config_of
 from bench.peer import Peer
 from bench.row import Key
 from mplug2_fast import MPlug2Config
@@ -59,9 +59,10 @@ class Step:
 
 class Ours(Step):
     def __init__(self, config: MPlug2Config, device: str, dtype: torch.dtype) -> None:
-        model = MPlug2ForCaptioning(config, device="meta", dtype=dtype).eval()
-        hold(model, device, "decoder")
-        self.decoder, self.norm, self.given = model.decoder, model.decoder.head_norm, Given(config, device)
+        self.model = MPlug2ForCaptioning(config, device="meta", dtype=dtype).eval()
+        hold(self.model, device, "decoder")
+        self.decoder, self.given = self.model.decoder, Given(config, device)
+        self.norm = self.decoder.head_norm
         self.memory = self.decoder.remember(self.given.memory.to(dtype))
         self.cache = self.decoder.new_cache(1, BEAMS, STEPS)
         for step in range(STEP):
@@ -79,17 +80,6 @@ class Ours(Step):
         )
         self.cache.reorder(origin.flatten(), STEP + 1)
         return scores
-
-    def bytes(self) -> int:
-        """All but the weights of the memory's projections and embeddings of other tokens, and the caches so far."""
-        decoder = self.decoder
-        tables = (decoder.embeddings.position, decoder.embeddings.token_type)
-        passed_over = [table.weight for table in tables]
-        for layer in decoder.layers:
-            dim = layer.cross.embed_dim
-            passed_over += [layer.cross.in_proj_weight[dim:], layer.cross.in_proj_bias[dim:]]
-        own = self.filled[..., : STEP + 1, :]
-        return bytes_of([*decoder.parameters(), *self.memory.keys, *self.memory.values, own]) - bytes_of(passed_over)
 
     def backend(self) -> str:
         memory, heads = self.memory, self.memory.keys[0].shape[1]
@@ -127,15 +117,16 @@ class OfPeer(Step):
         for step in range(STEP):
             self.at(step)
         if compile:
-            limit = 1 + config.text.text_decode_layers  # frozen, every layer is a graph of its own
             self.peer.compile()
-            with frozen(device == "cpu"), torch._dynamo.config.patch(recompile_limit=limit):
+            with compiling(freeze=device == "cpu", graphs=config.text.text_decode_layers):
                 self.run()
 
     def at(self, step: int) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
         tokens, at = self.given.sequences[:, :, step], self.steps[step : step + 1]
-        return self.decoder.step(tokens, at, self.origin, self.given.cumulative, self.penalties[step], self.end_bias)[0]
+        return self.decoder.step(
+            tokens, at, self.origin, None, self.given.cumulative, self.penalties[step], self.end_bias
+        )[0]
 
     def run(self) -> Tensor:
         return self.at(STEP)
@@ -155,13 +146,16 @@ def hidden_and_scores(step: Step) -> tuple[Tensor, Tensor]:
 
 def flop(config: MPlug2Config) -> int:
     """What one step more needs."""
-    frames = config.vision.num_frames
+    memory = flops.visual_tokens(config, config.vision.num_frames)
+    after, before = (flops.decoding(config, memory, BEAMS, steps) for steps in (STEP + 1, STEP))
+    return after - before
 
-    def until(steps: int) -> int:
-        tokens = flops.decoder_tokens(config, BEAMS, steps) + flops.head(config, BEAMS, steps)
-        return tokens + flops.cross_attention(config, frames, BEAMS, steps)
 
-    return until(STEP + 1) - until(STEP)
+def needed_bytes(model: MPlug2ForCaptioning, element: int) -> int:
+    """What one step more needs, in elements of `element` bytes."""
+    memory = flops.visual_tokens(model.config, model.config.vision.num_frames)
+    after, before = (flops.decoding_bytes(model, element, memory, BEAMS, steps, 1) for steps in (STEP + 1, STEP))
+    return after - before
 
 
 @torch.no_grad()
@@ -193,7 +187,7 @@ def build(key: Key, *, compile: bool) -> Case:
         key=key,
         ways={way: functools.partial(calls, way) for way in kinds},
         flop=flop(config),
-        bytes=ours.bytes(),
+        bytes=needed_bytes(ours.model, dtype.itemsize),
         agreement=agree,
         backend=ours.backend(),
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -92,7 +93,7 @@ def build(work: Work, key: Key, *, compile: bool) -> Case:
             made.module.forward = torch.compile(made.module.forward, **static, **tuned)
         ready = call_of(made, key.direction, given, grad.to(wide))
         if way == "compiled":
-            with frozen(not with_gradients and key.device == "cpu"):
+            with compiling(freeze=not with_gradients and key.device == "cpu"):
                 ready()
         return ready
 
@@ -164,14 +165,21 @@ def compared(call: Call, form: Form, inputs: int) -> list[list[Tensor]]:
     return [list(found[:inputs]), weights]
 
 
-def frozen(freezes: bool):
-    """For the first call of a compiled forward: its weights become constants of the graph, packed for the CPU."""
-    return torch._inductor.config.patch(freezing=freezes)
+@contextmanager
+def compiling(*, freeze: bool, graphs: int = 1) -> Iterator[None]:
+    """For the first call of what is compiled.
+
+    Args:
+        freeze: the weights become constants of the graph, packed for the CPU. graphs: of the same code.
+    """
+    torch._dynamo.reset()  # of other graphs of the same code
+    with torch._inductor.config.patch(freezing=freeze), torch._dynamo.config.patch(recompile_limit=1 + graphs):
+        yield
 
 
 def norm_of(tensors: Sequence[Tensor]) -> float:
     return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
 
 
-def bytes_of(tensors) -> int:
+def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)

@@ -7,24 +7,25 @@ from torch import Tensor, nn
 
 from bench import flops
 from bench.case import Case
+from bench.held import hold
 from bench.modules import forms
 from bench.modules.forms import Form, Work
-from bench.peer import Layer
-from bench.peer_weights import released_layer
+from bench.peer import Peer
 from bench.row import DIRECTIONS as DIRECTIONS
 from bench.row import Key
 from bench.weights import fill
 from mplug2_fast import MPlug2Config
 from mplug2_fast.nn import FusionLayer
 from mplug2_fast.ops import Explanation, attention, explain
+from mplug2_fast.reference import MPlug2ForQuestionAnswering as ReferenceForQuestionAnswering
 from mplug2_fast.reference.bert import BertLayer, cross_attention_mask, self_attention_mask
 
 QUESTION_TOKENS = 16
 
 
-def name(config: MPlug2Config) -> str:
-    """Of the first layer that runs."""
-    return f"fusion_encoder.encoder.layer.{config.text.stored_layers - config.text.fusion_layers}"
+def first(config: MPlug2Config) -> int:
+    """The index in a checkpoint of the first layer that runs."""
+    return config.text.stored_layers - config.text.fusion_layers
 
 
 class Ours(nn.Module):
@@ -57,33 +58,26 @@ def shapes(config: MPlug2Config) -> list[tuple[int, ...]]:
 
 def ours(config: MPlug2Config, device: str, dtype: torch.dtype) -> Form:
     layer = FusionLayer.from_config(config.text).to(device, dtype)
-    return Form(Ours(layer), released(layer, config))
+    name = f"fusion_encoder.encoder.layer.{first(config)}"
+    weights = {f"{name}.{key}": parameter.detach() for key, parameter in layer.named_parameters()}
+    fill(weights)
+    return Form(Ours(layer), weights)
 
 
 def reference(config: MPlug2Config, device: str, dtype: torch.dtype) -> Form:
-    layer = BertLayer(config.text, cross_attention=True).to(device, dtype)
-    return Form(Released(layer), released(layer, config))
-
-
-def released(layer: nn.Module, config: MPlug2Config) -> dict[str, Tensor]:
-    """Of a layer whose own names are the released ones."""
-    weights = {f"{name(config)}.{key}": parameter.detach() for key, parameter in layer.named_parameters()}
-    fill(weights)
-    return weights
+    model = ReferenceForQuestionAnswering(config, device="meta", dtype=dtype)
+    weights = hold(model, device, f"fusion_encoder.encoder.layer.{first(config)}")
+    return Form(Released(model.fusion_encoder.encoder.layer[str(first(config))]), weights)
 
 
 def peer(config: MPlug2Config, device: str, dtype: torch.dtype) -> Form:
-    layer = Layer(config.text).to(device, dtype)
-    weights = dict(released_layer(layer, name(config)))
-    fill(weights)
-    return Form(layer, weights)
+    model = Peer(config, "question_answering", device="meta", dtype=dtype)
+    weights = hold(model, device, "fusion.layers.0")
+    return Form(model.fusion.layers[0], weights)
 
 
 def flop(config: MPlug2Config, with_gradients: bool) -> int:
-    dim, tokens = config.text.hidden_size, QUESTION_TOKENS
-    keys = flops.visual_tokens(config, config.vision.num_frames)
-    products = tokens * dim * (4 * dim + 2 * dim + 2 * config.text.intermediate_size) + keys * dim * 2 * dim
-    return 2 * products + 4 * tokens * (tokens + keys) * dim
+    return flops.fusion(config.replace(fusion_layers=1), config.vision.num_frames, QUESTION_TOKENS)
 
 
 def main_operator(module: Ours, text: Tensor, visual: Tensor) -> Explanation:

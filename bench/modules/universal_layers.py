@@ -69,8 +69,8 @@ def peer(config: MPlug2Config, device: str, dtype: torch.dtype) -> Form:
 
 
 def flop(config: MPlug2Config, with_gradients: bool) -> int:
-    frames, text = config.vision.num_frames, config.text
-    needed = flops.universal_first(config, frames) + flops.universal_last(config, frames)
+    text = config.text
+    needed = flops.universal(config, config.vision.num_frames)
     if with_gradients:  # the latents' self-attention and queries are no constants then
         dim, latents = text.hidden_size, text.num_latents
         needed += 2 * latents * dim * 5 * dim + 4 * latents * latents * dim

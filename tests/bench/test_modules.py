@@ -14,13 +14,13 @@ KEYS = cases.keys(ALL)
 
 
 def test_keys():
-    assert [str(key) for key in cases.keys(Selection("large"))] == [
+    assert [str(key) for key in cases.keys(Selection("large", ("float32",)))] == [
         "TemporalBlock · large · float32",
         "universal layers · large · float32",
         "fusion layer · large · float32",
         "decoder step · large · float32",
     ]
-    only = Selection("base", only=("fusion layer", "attention"), directions=("forward", "both"))
+    only = Selection("base", ("float32",), only=("fusion layer", "attention"), directions=("forward", "both"))
     assert [(key.name, key.direction) for key in cases.keys(only)] == [
         ("fusion layer", "forward"),
         ("fusion layer", "both"),
@@ -59,7 +59,7 @@ def test_what_is_wrong_is_noticed(name, direction, monkeypatch):
 
 
 def test_a_step_can_be_repeated():
-    (key,) = cases.keys(Selection("tiny", only=("decoder step",)))
+    (key,) = cases.keys(Selection("tiny", ("float32",), only=("decoder step",)))
     case = cases.build(key, compile=False)
     for prepare in case.ways.values():
         (call,) = prepare()
@@ -78,7 +78,7 @@ def test_compiled(name, direction, monkeypatch):
         return function
 
     monkeypatch.setattr(torch, "compile", record)
-    for key in cases.keys(Selection("tiny", only=(name,), directions=(direction,))):
+    for key in cases.keys(Selection("tiny", ("float32",), only=(name,), directions=(direction,))):
         case = cases.build(key, compile=True)
         assert list(case.ways) == ["ours", "reference", "eager", "compiled"]
         assert not compiled
