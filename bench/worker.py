@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bench import ceilings
 from bench.implementations import IMPLEMENTATIONS
+from bench.waterfall_steps import StepWorker
 from mplug2_fast import MPlug2Config
 
 # What each level takes in, and by which name its result is left for the others.
@@ -103,10 +104,11 @@ def peak_memory(device: str) -> int:
 
 def serve(spec: dict[str, Any], requests: TextIO, replies: TextIO) -> None:
     """Answers `[method, *arguments]` with `{"ok": result}` or `{"error": text}` until the requests end."""
-    worker: Worker | CeilingsWorker | None = None
+    worker: Worker | CeilingsWorker | StepWorker | None = None
     try:
         torch.set_num_threads(spec["threads"])
-        worker = CeilingsWorker(spec) if spec["implementation"] == "ceilings" else Worker(spec)
+        kinds = {"ceilings": CeilingsWorker, "waterfall": StepWorker}
+        worker = kinds.get(spec["implementation"], Worker)(spec)
         answer: dict[str, Any] = {"ok": None}
     except Exception as error:
         answer = {"error": one_line(error)}
