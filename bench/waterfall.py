@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bench.plan import Plan
 
 # What takes longer is neither warmed up nor repeated: its first run counts.
-SLOW_SECONDS = 5.0
+SLOW_SECONDS = 30.0
 MISSING = "–"
 
 

@@ -99,9 +99,9 @@ class TiledDecoder(TextDecoder):
     def step(self, tokens: Tensor, step: int, cache: SelfAttentionCache, memory: Memory) -> Tensor:
         batch, beams = tokens.shape
         if step == 0:
-            keys, values = ([t.repeat_interleave(beams, dim=0) for t in part] for part in (memory.keys, memory.values))
-            self.tiled = Memory(keys, values, None)
-        return super().step(tokens.view(-1, 1), step, cache, self.tiled).view(batch, beams, -1)
+            for part in (memory.keys, memory.values):
+                part[:] = [t.repeat_interleave(beams, dim=0) for t in part]
+        return super().step(tokens.view(-1, 1), step, cache, memory).view(batch, beams, -1)
 
 
 def caching(sizes: Sizes) -> Caption:
