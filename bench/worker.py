@@ -20,6 +20,7 @@ from torch import Tensor
 from bench import ceilings, gradients
 from bench.case import relative_error
 from bench.implementations import IMPLEMENTATIONS
+from bench.waterfall_steps import StepWorker
 from mplug2_fast import MPlug2Config
 
 # The files that each task takes in, and the one that it leaves for the others.
@@ -131,10 +132,11 @@ def peak_memory(device: str) -> int:
 
 def serve(spec: dict[str, Any], requests: TextIO, replies: TextIO) -> None:
     """Answers `[method, *arguments]` with `{"ok": result}` or `{"error": text}` until the requests end."""
-    worker: Worker | CeilingsWorker | None = None
+    worker: Worker | CeilingsWorker | StepWorker | None = None
     try:
         torch.set_num_threads(spec["threads"])
-        worker = CeilingsWorker(spec) if spec["implementation"] == "ceilings" else Worker(spec)
+        kinds = {"ceilings": CeilingsWorker, "waterfall": StepWorker}
+        worker = kinds.get(spec["implementation"], Worker)(spec)
         answer: dict[str, Any] = {"ok": None}
     except Exception as error:
         answer = {"error": one_line(error)}

@@ -1,0 +1,193 @@
+"""One step of decoding with filled caches: all decoder layers, the word scores, the best beams, caches reordered."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from bench import flops
+from bench.case import OURS, Agreement, Call, Case, agreement
+from bench.held import hold
+from bench.modules.forms import BACKENDS, compiling, config_of
+from bench.peer import Peer
+from bench.row import Key
+from mplug2_fast import MPlug2Config
+from mplug2_fast.config import CLS_TOKEN_ID, SEP_TOKEN_ID
+from mplug2_fast.model import MPlug2ForCaptioning
+from mplug2_fast.ops import beam_attention, beam_step, explain
+from mplug2_fast.ops.spec import NOISE_FLOOR, normal
+from mplug2_fast.reference import MPlug2ForCaptioning as ReferenceForCaptioning
+
+DIRECTIONS = ("forward",)
+BEAMS, STEPS, STEP = 5, 15, 7
+"""The step in the middle of fifteen: the newest of eight tokens."""
+
+
+class Given:
+    """What all implementations start from.
+
+    Attributes:
+        memory: `(1, S, D)`, float32. sequences: `(1, BEAMS, STEP + 1)`, all different. cumulative: `(1, BEAMS)`.
+    """
+
+    def __init__(self, config: MPlug2Config, device: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        tokens = flops.visual_tokens(config, config.vision.num_frames)
+        self.memory = normal(generator, 1, tokens, config.text.hidden_size).to(device)
+        words = torch.randint(103, config.text.vocab_size, (1, BEAMS, STEP + 1), generator=generator)
+        words[:, :, 0] = CLS_TOKEN_ID
+        self.sequences = words.to(device)
+        self.cumulative = torch.linspace(-4, -8, BEAMS, device=device)[None]
+
+
+class Step:
+    """An implementation: `run` returns the scores of the best beams; `norm` yields the hidden states of their words.
+
+    Attributes:
+        before: brings the caches back to what they were.
+    """
+
+    norm: nn.Module
+    run: Callable[[], Tensor]
+
+    def before(self) -> tuple[()]:
+        return ()
+
+
+class Ours(Step):
+    def __init__(self, config: MPlug2Config, device: str, dtype: torch.dtype) -> None:
+        self.model = MPlug2ForCaptioning(config, device="meta", dtype=dtype).eval()
+        hold(self.model, device, "decoder")
+        self.decoder, self.given = self.model.decoder, Given(config, device)
+        self.norm = self.decoder.head_norm
+        self.memory = self.decoder.remember(self.given.memory.to(dtype))
+        self.cache = self.decoder.new_cache(1, BEAMS, STEPS)
+        for step in range(STEP):
+            self.decoder.step(self.given.sequences[:, :, step], step, self.cache, self.memory)
+        self.filled = self.cache.states.clone()
+
+    def before(self) -> tuple[()]:
+        self.cache.states.copy_(self.filled)
+        return ()
+
+    def run(self) -> Tensor:
+        logits = self.decoder.step(self.given.sequences[:, :, STEP], STEP, self.cache, self.memory)
+        scores, _, origin, _ = beam_step(
+            logits, self.given.cumulative, step=STEP, min_length=STEPS, end_token_id=SEP_TOKEN_ID
+        )
+        self.cache.reorder(origin.flatten(), STEP + 1)
+        return scores
+
+    def backend(self) -> str:
+        memory, heads = self.memory, self.memory.keys[0].shape[1]
+        query = memory.keys[0].new_empty(1, BEAMS, heads, memory.keys[0].shape[-1])
+        served = explain(beam_attention, query, memory.keys[0], memory.values[0]).chosen or ""
+        return BACKENDS.get(served, served)
+
+
+class Released(Step):
+    """The whole prefix once more, with the memory tiled over the beams."""
+
+    def __init__(self, config: MPlug2Config, device: str, dtype: torch.dtype) -> None:
+        model = ReferenceForCaptioning(config, device="meta", dtype=dtype).eval()
+        hold(model, device, "text_decoder")
+        self.decoder, self.norm = model.text_decoder, model.text_decoder.cls.predictions.transform
+        self.given = Given(config, device)
+        self.memory = self.given.memory.to(dtype)
+
+    def run(self) -> Tensor:
+        sequences, tiled = self.given.sequences[0], self.memory.repeat_interleave(BEAMS, dim=0)
+        logits = self.decoder(sequences, torch.ones_like(sequences), tiled, None)[:, -1]
+        return beam_step.op.spec.reference(logits[None], self.given.cumulative, STEP, STEPS, SEP_TOKEN_ID)[0]
+
+
+class OfPeer(Step):
+    def __init__(self, config: MPlug2Config, device: str, dtype: torch.dtype, *, compile: bool = False) -> None:
+        self.peer = Peer(config, device="meta", dtype=dtype)
+        hold(self.peer, device, "latents", "decoder")  # the latents tell the peer where it is
+        self.decoder, self.norm, self.given = self.peer.decoder, self.peer.decoder.head_norm, Given(config, device)
+        self.origin = torch.arange(BEAMS, device=device)
+        self.steps = torch.arange(STEPS, device=device)
+        self.penalties = ((6.0 + self.steps) / 6.0) ** 0.6
+        self.end_bias = torch.tensor(-1e20, device=device)
+        self.decoder.start(self.given.memory.to(dtype), BEAMS, STEPS)
+        for step in range(STEP):
+            self.at(step)
+        if compile:
+            self.peer.compile()
+            with compiling(freeze=device == "cpu", graphs=config.text.text_decode_layers):
+                self.run()
+
+    def at(self, step: int) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        tokens, at = self.given.sequences[:, :, step], self.steps[step : step + 1]
+        return self.decoder.step(
+            tokens, at, self.origin, None, self.given.cumulative, self.penalties[step], self.end_bias
+        )[0]
+
+    def run(self) -> Tensor:
+        return self.at(STEP)
+
+
+def hidden_and_scores(step: Step) -> tuple[Tensor, Tensor]:
+    """The hidden states `(BEAMS, D)` that the words are scored with, and the scores of the best beams."""
+    found: list[Tensor] = []
+    hook = step.norm.register_forward_hook(lambda module, inputs, out: found.append(out))
+    try:
+        step.before()
+        scores = step.run()
+    finally:
+        hook.remove()
+    return found[-1].reshape(BEAMS, -1, found[-1].shape[-1])[:, -1], scores
+
+
+def flop(config: MPlug2Config) -> int:
+    """What one step more needs."""
+    memory = flops.visual_tokens(config, config.vision.num_frames)
+    after, before = (flops.decoding(config, memory, BEAMS, steps) for steps in (STEP + 1, STEP))
+    return after - before
+
+
+def needed_bytes(model: MPlug2ForCaptioning, element: int) -> int:
+    """What one step more needs, in elements of `element` bytes."""
+    memory = flops.visual_tokens(model.config, model.config.vision.num_frames)
+    after, before = (flops.decoding_bytes(model, element, memory, BEAMS, steps, 1) for steps in (STEP + 1, STEP))
+    return after - before
+
+
+@torch.no_grad()
+def build(key: Key, *, compile: bool) -> Case:
+    config, dtype = config_of(key), getattr(torch, key.dtype)
+    kinds = {
+        OURS: lambda: Ours(config, key.device, dtype),
+        "reference": lambda: Released(config, key.device, torch.float32),
+        "eager": lambda: OfPeer(config, key.device, dtype),
+    }
+    if compile:
+        kinds["compiled"] = lambda: OfPeer(config, key.device, dtype, compile=True)
+
+    @functools.cache
+    @torch.no_grad()
+    def step(way: str) -> Step:
+        return kinds[way]()
+
+    @torch.no_grad()
+    def agree() -> Agreement:
+        ours, exact, eager = (hidden_and_scores(step(way)) for way in (OURS, "reference", "eager"))
+        return agreement(ours, exact, eager, NOISE_FLOOR[dtype])
+
+    def calls(way: str) -> list[Call]:
+        return [Call(torch.no_grad()(step(way).run), step(way).before)]
+
+    ours = step(OURS)
+    return Case(
+        key=key,
+        ways={way: functools.partial(calls, way) for way in kinds},
+        flop=flop(config),
+        bytes=needed_bytes(ours.model, dtype.itemsize),
+        agreement=agree,
+        backend=ours.backend(),
+    )

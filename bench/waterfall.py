@@ -1,0 +1,235 @@
+"""From the released algorithm to the fast model, one technique a row, each in a process of its own."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bench import inputs, machine
+from bench.waterfall_steps import techniques
+from bench.workers import Client
+from mplug2_fast.info import available_memory
+
+if TYPE_CHECKING:
+    from bench.plan import Plan
+
+# What takes longer is neither warmed up nor repeated: its first run counts.
+SLOW_SECONDS = 30.0
+MISSING = "–"
+
+
+class Progress(Protocol):
+    def begin(self, what: str) -> None: ...
+
+    def finished(self, what: str, seconds: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """A technique together with all those of the rows before it.
+
+    Attributes:
+        seconds: the median of `runs` runs.
+        x_released, x_previous: how many times faster than the first row, and than the row before.
+        peak_memory_bytes: of the whole process on a CPU, with no other weights than it uses; of the allocator on CUDA.
+        same_caption: whether the best caption has the tokens of the first row's. relative_error: of its score.
+    """
+
+    technique: str
+    seconds: float
+    runs: int
+    x_released: float
+    x_previous: float | None
+    peak_memory_bytes: int | None
+    same_caption: bool
+    relative_error: float
+    dtype: str
+
+
+def steps_of(plan: Plan) -> dict[str, tuple[str, str]]:
+    """Row -> its technique and dtype: all techniques in float32, then the narrow dtypes of the plan, or bfloat16."""
+    rows = {name: (name, "float32") for name in techniques(plan.device)}
+    last = list(rows)[-1]
+    narrow = [dtype for dtype in plan.dtypes if dtype != "float32"] or ["bfloat16"]
+    return rows | {dtype: (last, dtype) for dtype in narrow}
+
+
+def run(plan: Plan, progress: Progress) -> dict[str, Any]:
+    """The results as they are written to JSON."""
+    described, versions = machine.describe()
+    described |= {"threads": plan.threads, "device": plan.device}
+    with tempfile.TemporaryDirectory() as exchange:
+        video, description = inputs.load(plan.video, plan.frames, plan.config.vision.image_size)
+        torch.save(video.expand(plan.batch, *video.shape).contiguous(), Path(exchange) / "video.pt")
+        replies, notes = measure(plan, exchange, progress)
+    batch = f", batch {plan.batch}" if plan.batch > 1 else ""
+    return {
+        "machine": described,
+        "versions": versions,
+        "command": command(plan),
+        "sizes": f"{plan.preset}, {plan.frames} frames, {plan.beams} beams, {plan.steps} steps{batch}",
+        "rows": [asdict(row) for row in tabulate(steps_of(plan), replies)],
+        "notes": [f"Input: {description}.", *notes],
+    }
+
+
+def command(plan: Plan) -> str:
+    """The command that measures all rows again."""
+    words = ["python", "bench/run.py", "--waterfall", "--preset", plan.preset, "--dtype", ",".join(plan.dtypes)]
+    for option in ("device", "frames", "beams", "steps", "batch", "repeats", "threads"):
+        words += [f"--{option}", str(getattr(plan, option))]
+    return shlex.join(words + (["--video", plan.video.name] if plan.video else []))
+
+
+def measure(plan: Plan, exchange: str, progress: Progress) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+    """The runs of every row, and notes. Rows whose processes fit in memory together take turns."""
+    replies: dict[str, list[dict[str, Any]]] = {}
+    slow, alone = [], []
+    with ExitStack() as stack:
+        clients = {}
+
+        def once(name: str, client: Client, what: str) -> dict[str, Any]:
+            what = f"{name} · {what}"
+            progress.begin(what)
+            reply = client.call("run")
+            progress.finished(what, reply["seconds"])
+            return reply
+
+        def again(repeat: int, name: str, client: Client) -> None:
+            replies[name].append(once(name, client, f"run {repeat + 1} of {plan.repeats}"))
+
+        for name, (technique, dtype) in steps_of(plan).items():
+            progress.begin(f"{name} · starting")
+            client = stack.enter_context(start(plan, technique, dtype, exchange))
+            first = once(name, client, "first run")
+            replies[name] = []
+            if first["seconds"] > SLOW_SECONDS:
+                replies[name].append(first)
+                slow.append(name)
+                client.close()
+            elif available_memory() > 2 * (first["peak_memory_bytes"] or 0):
+                clients[name] = client
+            else:
+                for repeat in range(plan.repeats):
+                    again(repeat, name, client)
+                alone.append(name)
+                client.close()
+        for repeat in range(plan.repeats):
+            for name, client in clients.items():
+                again(repeat, name, client)
+    notes = []
+    if slow:
+        notes.append(f"Timed once, without a warm-up, for it takes over {SLOW_SECONDS:g} s: {'; '.join(slow)}.")
+    if alone:
+        notes.append(f"Memory does not hold all processes at once: not timed in turns: {'; '.join(alone)}.")
+    return replies, notes
+
+
+def start(plan: Plan, technique: str, dtype: str, exchange: str) -> Client:
+    sizes = {name: getattr(plan, name) for name in ("device", "threads", "beams", "steps")}
+    spec = {"implementation": "waterfall", "technique": technique, "dtype": dtype, "exchange": exchange, **sizes}
+    return Client({**spec, "config": plan.config.to_dict()}, f"{technique} {dtype}")
+
+
+def tabulate(steps: Mapping[str, tuple[str, str]], replies: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
+    names = list(steps)
+    exact = replies[names[0]][0]
+    rows = []
+    for index, name in enumerate(names):
+        runs = replies[name]
+        peaks = [run["peak_memory_bytes"] for run in runs if run["peak_memory_bytes"] is not None]
+        pairs = list(zip(runs[-1]["scores"], exact["scores"], strict=True))
+        rows.append(
+            Row(
+                technique=name,
+                seconds=statistics.median(run["seconds"] for run in runs),
+                runs=len(runs),
+                x_released=ratio(replies[names[0]], runs),
+                x_previous=ratio(replies[names[index - 1]], runs) if index else None,
+                peak_memory_bytes=max(peaks, default=None),
+                same_caption=runs[-1]["captions"] == exact["captions"],
+                relative_error=math.dist(*zip(*pairs, strict=True)) / math.hypot(*exact["scores"]),
+                dtype=steps[name][1],
+            )
+        )
+    return rows
+
+
+def ratio(slower: Sequence[Mapping[str, Any]], faster: Sequence[Mapping[str, Any]]) -> float:
+    """Of times: the median over the turns where both took as many, else that of the medians."""
+    before, after = ([run["seconds"] for run in runs] for runs in (slower, faster))
+    if len(before) == len(after):
+        return statistics.median(b / a for b, a in zip(before, after, strict=True))
+    return statistics.median(before) / statistics.median(after)
+
+
+def _times(value: float | None) -> str:
+    if value is None:
+        return MISSING
+    return f"{value:.0f}×" if value >= 100 else f"{value:.1f}×" if value >= 10 else f"{value:.2f}×"
+
+
+# Column heads and how each cell is written.
+COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "technique": lambda row: row["technique"],
+    "dtype": lambda row: row["dtype"],
+    "seconds": lambda row: f"{row['seconds']:.1f}" if row["seconds"] >= 10 else f"{row['seconds']:.3g}",
+    "× released": lambda row: _times(row["x_released"]),
+    "× row before": lambda row: _times(row["x_previous"]),
+    "peak memory": lambda row: (
+        MISSING if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e9:.2f} GB"
+    ),
+    "same caption": lambda row: "yes" if row["same_caption"] else "no",
+    "error of score": lambda row: "0" if row["relative_error"] == 0 else f"{row['relative_error']:.0e}",
+}
+TEXT = ("technique", "dtype", "same caption")
+
+
+def cells(results: Mapping[str, Any]) -> list[list[str]]:
+    """The text of all rows; each but the first adds to the one before."""
+    found = [[cell(row) for cell in COLUMNS.values()] for row in results["rows"]]
+    return [[f"{'+ ' if index else ''}{first}", *others] for index, (first, *others) in enumerate(found)]
+
+
+def title(results: Mapping[str, Any]) -> str:
+    described = results["machine"]
+    where = f"{described['cpu']}, {described['threads']} thread{'s' if described['threads'] > 1 else ''}"
+    if described["device"].startswith("cuda"):
+        where = described["gpu"]
+    return f"captioning, {results['sizes']} · {where} · torch {results['versions']['torch']}"
+
+
+def show(results: Mapping[str, Any]) -> None:
+    """Prints the table on stdout."""
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    table = Table(title=title(results), title_justify="left")
+    for head in COLUMNS:
+        table.add_column(head, justify="left" if head in TEXT else "right", no_wrap=head == "technique")
+    for row in cells(results):
+        table.add_row(*row)
+    console.print(table)
+    for note in results["notes"]:
+        console.print(Text(note))
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    lines = [
+        " | ".join(COLUMNS),
+        " | ".join(":---" if head in TEXT else "---:" for head in COLUMNS),
+        *(" | ".join(row) for row in cells(results)),
+    ]
+    table = "\n".join(f"| {line} |" for line in lines)
+    return f"{table}\n\n{' '.join([f'{title(results)}.', *results['notes']])} Again: `{results['command']}`\n"

@@ -1,0 +1,210 @@
+"""Captioning from the released algorithm to the fast model, one technique after the other: a worker holds one of them.
+
+Parts of the reference and of the fast model are put together, each with the weights that it uses and no others.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench import memory
+from bench.held import hold
+from mplug2_fast import MPlug2Config
+from mplug2_fast._native import native
+from mplug2_fast.model import MPlug2ForCaptioning
+from mplug2_fast.model.decoder import Memory, SelfAttentionCache, TextDecoder
+from mplug2_fast.ops import use_backend
+from mplug2_fast.outputs import GenerationOutput
+from mplug2_fast.reference import MPlug2ForCaptioning as ReferenceForCaptioning
+
+VISION = ("visual_encoder", "visn_fc", "visn_layer_norm")
+UNIVERSAL = ("text_encoder", "visn_emb_norm")
+FAST = ("visual", "visual_projection", "visual_projection_norm", "universal", "visual_norm", "decoder")
+
+Caption = Callable[[Tensor], GenerationOutput]
+"""From a video `(B, 3, T, H, W)`."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    config: MPlug2Config
+    dtype: torch.dtype
+    device: str
+    beams: int
+    steps: int
+
+    @property
+    def generation(self) -> dict[str, int]:
+        """min_length = max_length makes the end token impossible, so that every search takes all steps."""
+        return {"num_beams": self.beams, "min_length": self.steps, "max_length": self.steps}
+
+    def reference(self, *parts: str) -> ReferenceForCaptioning:
+        model = ReferenceForCaptioning(self.config, device="meta", dtype=self.dtype).eval()
+        hold(model, self.device, *parts)
+        return model
+
+    def fast(self, *parts: str) -> MPlug2ForCaptioning:
+        model = MPlug2ForCaptioning(self.config, device="meta", dtype=self.dtype).eval()
+        hold(model, self.device, *parts)
+        return model
+
+
+def released(sizes: Sizes) -> Caption:
+    model = sizes.reference(*VISION, *UNIVERSAL, "text_decoder")
+    return lambda video: model.generate(video, **sizes.generation)
+
+
+class Remembered(nn.Module):
+    """Keys or values of a memory that is tiled over the beams: computed once for all beams, then a copy for each."""
+
+    def __init__(self, linear: nn.Linear, beams: int) -> None:
+        super().__init__()
+        self.linear, self.beams = linear, beams
+        self.kept: Tensor | None = None
+
+    def forward(self, tiled: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = self.linear(tiled[:: self.beams]).repeat_interleave(self.beams, dim=0)
+        return self.kept
+
+
+def remembering(sizes: Sizes) -> Caption:
+    model = sizes.reference(*VISION, *UNIVERSAL, "text_decoder")
+    found = []
+    for layer in model.text_decoder.bert.encoder.layer.values():
+        attention = layer.crossattention.self
+        attention.key, attention.value = (Remembered(part, sizes.beams) for part in (attention.key, attention.value))
+        found += [attention.key, attention.value]
+
+    def caption(video: Tensor) -> GenerationOutput:
+        for part in found:
+            part.kept = None
+        return model.generate(video, **sizes.generation)
+
+    return caption
+
+
+class TiledDecoder(TextDecoder):
+    """Every beam has a copy of the memory's keys and values."""
+
+    def step(self, tokens: Tensor, step: int, cache: SelfAttentionCache, memory: Memory) -> Tensor:
+        batch, beams = tokens.shape
+        if step == 0:
+            for part in (memory.keys, memory.values):
+                part[:] = [t.repeat_interleave(beams, dim=0) for t in part]
+        return super().step(tokens.view(-1, 1), step, cache, memory).view(batch, beams, -1)
+
+
+def caching(sizes: Sizes) -> Caption:
+    encoder, model = sizes.reference(*VISION, *UNIVERSAL), sizes.fast("decoder")
+    model.decoder.__class__ = TiledDecoder
+    return with_torch(lambda video: model.generate(image_embeds=encoder.encode_video(video), **sizes.generation))
+
+
+def sharing(sizes: Sizes) -> Caption:
+    encoder, model = sizes.reference(*VISION, *UNIVERSAL), sizes.fast("decoder")
+    return with_torch(lambda video: model.generate(image_embeds=encoder.encode_video(video), **sizes.generation))
+
+
+def universal(sizes: Sizes) -> Caption:
+    encoder, model = sizes.reference(*VISION), sizes.fast("universal", "visual_norm", "decoder")
+
+    def caption(video: Tensor) -> GenerationOutput:
+        visual = encoder.encode_visual(video)
+        embeds = model.visual_norm.add(visual, model.universal(visual))
+        return model.generate(image_embeds=embeds, **sizes.generation)
+
+    return with_torch(caption)
+
+
+def vision(sizes: Sizes) -> Caption:
+    return with_torch(kernels(sizes))
+
+
+def products(sizes: Sizes) -> Caption:
+    sys.modules["mplug2_fast._C"] = None  # type: ignore[assignment]  # as if it were not installed
+    return kernels(sizes)
+
+
+def kernels(sizes: Sizes) -> Caption:
+    model = sizes.fast(*FAST)
+    return lambda video: model.generate(video, **sizes.generation)
+
+
+def packed(sizes: Sizes) -> Caption:
+    model = sizes.fast(*FAST).pack()
+    return lambda video: model.generate(video, **sizes.generation)
+
+
+def with_torch(caption: Caption) -> Caption:
+    """On PyTorch's operators alone."""
+
+    def run(video: Tensor) -> GenerationOutput:
+        with use_backend("torch"):
+            return caption(video)
+
+    return run
+
+
+ALGORITHM: dict[str, Callable[[Sizes], Caption]] = {
+    "released algorithm": released,
+    "keys and values of the video computed once": remembering,
+    "one token a step, with cached keys and values": caching,
+    "beams share the video's keys and values": sharing,
+    "universal layers without a score matrix": universal,
+    "vision encoder without permutations and copies": vision,
+}
+CPU: dict[str, Callable[[Sizes], Caption]] = {
+    "oneDNN products with activation and residual inside": products,
+    "own kernels": kernels,
+    "packed weights": packed,
+}
+CUDA: dict[str, Callable[[Sizes], Caption]] = {"own Triton kernels": kernels}
+
+
+def techniques(device: str) -> dict[str, Callable[[Sizes], Caption]]:
+    """Each with all those before it, in float32. Without the native module its kernels are left out."""
+    if device.startswith("cuda"):
+        return ALGORITHM | CUDA
+    return ALGORITHM | {name: make for name, make in CPU.items() if make is not kernels or native() is not None}
+
+
+class StepWorker:
+    """Captions the video of the exchange folder, with the techniques up to the one that the spec names."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.device, dtype = spec["device"], getattr(torch, spec["dtype"])
+        config = MPlug2Config.from_dict(spec["config"])
+        make = techniques(self.device)[spec["technique"]]
+        self.caption = make(Sizes(config, dtype, self.device, spec["beams"], spec["steps"]))
+        self.video = torch.load(Path(spec["exchange"]) / "video.pt").to(self.device, dtype)
+
+    def _synchronize(self) -> None:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+
+    @torch.no_grad()
+    def run(self) -> dict[str, Any]:
+        """One run: seconds, peak bytes of this process with its weights, and the best captions with their scores."""
+        gc.collect()
+        known = memory.reset_peak(self.device)
+        self._synchronize()
+        start = time.perf_counter()
+        out = self.caption(self.video)
+        self._synchronize()
+        seconds = time.perf_counter() - start
+        return {
+            "seconds": seconds,
+            "peak_memory_bytes": memory.peak(self.device) if known else None,
+            "captions": out.sequences[:, 0].tolist(),
+            "scores": out.scores[:, 0].tolist(),
+        }

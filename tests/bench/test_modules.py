@@ -1,0 +1,112 @@
+"""Every module in all its forms, at its smallest."""
+
+import pytest
+import torch
+
+from bench.modules import cases, decoder_step, fusion_layer, temporal_block, universal_layers
+from bench.selection import Selection
+from mplug2_fast import MPlug2Config
+from mplug2_fast.nn.attention import MultiHeadAttention
+
+TINY, LARGE = MPlug2Config.preset("tiny"), MPlug2Config.preset("large")
+ALL = Selection("tiny", dtypes=("float32", "bfloat16"), directions=("forward", "backward", "both"))
+KEYS = cases.keys(ALL)
+
+
+def test_keys():
+    assert [str(key) for key in cases.keys(Selection("large", ("float32",)))] == [
+        "TemporalBlock · large · float32",
+        "universal layers · large · float32",
+        "fusion layer · large · float32",
+        "decoder step · large · float32",
+    ]
+    only = Selection("base", ("float32",), only=("fusion layer", "attention"), directions=("forward", "both"))
+    assert [(key.name, key.direction) for key in cases.keys(only)] == [
+        ("fusion layer", "forward"),
+        ("fusion layer", "both"),
+    ]
+    assert len(KEYS) == 2 * (3 * 3 + 1)
+
+
+@pytest.mark.parametrize("key", KEYS, ids=str)
+def test_every_way_runs_and_ours_agrees(key):
+    case = cases.build(key, compile=False)
+    assert list(case.ways) == ["ours", "reference", "eager"]
+    for prepare in case.ways.values():
+        (call,) = prepare()
+        call()
+        call()
+    found = case.agreement()
+    assert found.ours <= found.allowed
+    assert found.allowed < {"float32": 2e-5, "bfloat16": 0.1}[key.dtype]
+    assert case.flop > 0
+    assert case.bytes > 0
+    assert case.backend
+
+
+@pytest.mark.parametrize("direction", ["forward", "both"])
+@pytest.mark.parametrize("name", list(cases.MODULES))
+def test_what_is_wrong_is_noticed(name, direction, monkeypatch):
+    right = MultiHeadAttention.project_out
+
+    def wrong(self, context, residual=None):
+        return right(self, 1.1 * context, residual)
+
+    monkeypatch.setattr(MultiHeadAttention, "project_out", wrong)
+    for key in cases.keys(Selection("tiny", dtypes=("bfloat16",), only=(name,), directions=(direction,))):
+        found = cases.build(key, compile=False).agreement()
+        assert found.ours > found.allowed
+
+
+def test_a_step_can_be_repeated():
+    (key,) = cases.keys(Selection("tiny", ("float32",), only=("decoder step",)))
+    case = cases.build(key, compile=False)
+    for prepare in case.ways.values():
+        (call,) = prepare()
+        first = call()
+        call()
+        assert torch.equal(call(), first)
+
+
+@pytest.mark.parametrize("direction", ["forward", "both"])
+@pytest.mark.parametrize("name", list(cases.MODULES))
+def test_compiled(name, direction, monkeypatch):
+    compiled = []
+
+    def record(function, **_):
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", record)
+    for key in cases.keys(Selection("tiny", ("float32",), only=(name,), directions=(direction,))):
+        case = cases.build(key, compile=True)
+        assert list(case.ways) == ["ours", "reference", "eager", "compiled"]
+        assert not compiled
+        case.ways["compiled"]()[0]()
+        assert compiled
+
+
+def test_needed_work_of_large():
+    assert temporal_block.flop(LARGE, False) == pytest.approx((828 + 104 + 1656 + 413) / 24 * 1e9, rel=1e-3)
+    assert universal_layers.flop(LARGE, False) == pytest.approx(209.5e9, rel=5e-3)
+    assert (
+        universal_layers.flop(LARGE, True) - universal_layers.flop(LARGE, False) == 2 * 50 * 5 * 2**20 + 4 * 2500 * 1024
+    )
+    # Keys and values of 4097 tokens are most of it.
+    assert fusion_layer.flop(LARGE, False) == pytest.approx(2 * 4097 * 2 * 2**20, rel=0.05)
+    # Of 71 tokens that go through the decoder in 15 steps, 5.
+    assert decoder_step.flop(LARGE) == pytest.approx((25 + 14 + 4.6) * 1e9 * 5 / 71, rel=0.02)
+
+
+def test_needed_bytes():
+    (step,) = cases.keys(Selection("tiny", dtypes=("bfloat16",), only=("decoder step",)))
+    text, tokens = TINY.text, 1 + 4 * 16
+    dim, layers = text.hidden_size, text.text_decode_layers
+    weights = layers * (6 * dim * dim + 2 * dim * text.intermediate_size) + dim * dim + text.vocab_size * dim
+    caches = layers * 2 * dim * (tokens + 5 * 8)
+    assert cases.build(step, compile=False).bytes == pytest.approx(2 * (weights + caches), rel=0.02)
+    block = [cases.build(key, compile=False) for key in KEYS if key.name == "TemporalBlock" and key.dtype == "float32"]
+    moved = 4 * 4 * 17 * 128
+    weights = block[0].bytes - 2 * moved
+    assert block[1].bytes == 2 * weights + 3 * moved
+    assert block[2].bytes == 2 * weights + 4 * moved

@@ -1,0 +1,152 @@
+"""The waterfall at its smallest: every row is the same function."""
+
+import json
+import shlex
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import held as held_module
+from bench import waterfall
+from bench.waterfall_steps import Sizes, StepWorker, techniques
+from mplug2_fast import MPlug2Config, _native
+from mplug2_fast._native import native
+from mplug2_fast.model import MPlug2ForCaptioning
+
+
+class Silent:
+    def begin(self, what):
+        pass
+
+    def finished(self, what, seconds):
+        pass
+
+
+PLAN = SimpleNamespace(
+    preset="tiny",
+    config=MPlug2Config.preset("tiny"),
+    dtypes=("float32",),
+    device="cpu",
+    frames=2,
+    beams=2,
+    steps=3,
+    batch=1,
+    repeats=2,
+    threads=1,
+    video=None,
+)
+
+
+@pytest.fixture(scope="module")
+def first_and_last():
+    """A run of few rows, each in its process."""
+    steps = waterfall.steps_of(PLAN)
+    chosen = {name: steps[name] for name in (next(iter(steps)), *list(steps)[-2:])}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(waterfall, "steps_of", lambda plan: chosen)
+        return waterfall.run(PLAN, Silent())
+
+
+@pytest.fixture(scope="module")
+def replies(tmp_path_factory):
+    """Of all rows, in this process."""
+    folder = tmp_path_factory.mktemp("exchange")
+    torch.save(torch.randn(1, 3, 2, 32, 32, generator=torch.Generator().manual_seed(0)), folder / "video.pt")
+    spec = {"device": "cpu", "beams": 2, "steps": 3, "exchange": str(folder), "config": PLAN.config.to_dict()}
+    found = {}
+    for name, (technique, dtype) in waterfall.steps_of(PLAN).items():
+        with pytest.MonkeyPatch.context() as patch:
+            if native() is not None:  # which one technique hides
+                patch.setitem(sys.modules, "mplug2_fast._C", native())
+            _native._load.cache_clear()
+            found[name] = [StepWorker({**spec, "technique": technique, "dtype": dtype}).run()]
+        _native._load.cache_clear()
+    return found
+
+
+def test_all_rows_give_the_first_ones_caption(replies):
+    rows = waterfall.tabulate(waterfall.steps_of(PLAN), replies)
+    assert [row.technique for row in rows] == [*techniques("cpu"), "bfloat16"]
+    assert [row.dtype for row in rows] == ["float32"] * (len(rows) - 1) + ["bfloat16"]
+    for row in rows[:-1]:
+        assert row.same_caption, row
+        assert row.relative_error < 1e-5, row
+    # Rounding may make another beam the best; where it does not, it is small.
+    assert rows[-1].relative_error < 0.02 or not rows[-1].same_caption
+    assert rows[-1].relative_error > 0
+    assert rows[0].relative_error == 0
+
+
+def test_a_run(first_and_last):
+    rows = first_and_last["rows"]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["seconds"] > 0
+        assert row["runs"] == 2 or (row["runs"] == 1 and row["seconds"] > waterfall.SLOW_SECONDS)
+        assert row["peak_memory_bytes"] is None or row["peak_memory_bytes"] > 50e6
+    assert (rows[0]["x_released"], rows[0]["x_previous"]) == (1, None)
+    assert rows[1]["x_released"] == rows[1]["x_previous"]
+    assert rows[1]["same_caption"]
+
+
+def test_json_table_and_markdown(first_and_last, capsys):
+    assert json.loads(json.dumps(first_and_last)) == first_and_last
+    assert {"machine", "versions", "command", "rows"} <= first_and_last.keys()
+    assert shlex.split(first_and_last["command"])[:3] == ["python", "bench/run.py", "--waterfall"]
+    waterfall.show(first_and_last)
+    shown = capsys.readouterr().out
+    text = waterfall.markdown(first_and_last)
+    for row in first_and_last["rows"]:
+        assert row["technique"] in shown
+        assert row["technique"] in text
+    assert "| + bfloat16 | bfloat16 |" in text
+    assert "| released algorithm | float32 |" in text
+
+
+@pytest.mark.parametrize("technique", list(techniques("cpu")))
+def test_a_row_holds_the_weights_that_it_uses(technique):
+    """Those of one captioning model."""
+    with pytest.MonkeyPatch.context() as patch:
+        held = []
+        patch.setattr(held_module, "fill", lambda weights: held.append(weights))
+        if native() is not None:
+            patch.setitem(sys.modules, "mplug2_fast._C", native())
+        techniques("cpu")[technique](Sizes(PLAN.config, torch.float32, "cpu", 2, 3))
+    names = [name for weights in held for name in weights]
+    whole = MPlug2ForCaptioning(PLAN.config, device="meta").released_parameters()
+    assert len(names) == len(set(names))
+    assert set(names) == set(whole)
+
+
+def runs(*seconds, caption=(1, 2), score=-1.0):
+    return [
+        {"seconds": value, "peak_memory_bytes": None, "captions": [list(caption)], "scores": [score]}
+        for value in seconds
+    ]
+
+
+def test_ratios_are_of_turns():
+    steps = {name: (name, "float32") for name in "abc"}
+    replies = {"a": runs(40.0), "b": runs(4.0, 8.0, 6.0), "c": runs(2.0, 2.0, 6.0, caption=(1, 3), score=-1.5)}
+    a, b, c = waterfall.tabulate(steps, replies)
+    assert (a.seconds, b.seconds, c.seconds) == (40, 6, 2)
+    assert b.x_previous == pytest.approx(40 / 6)
+    assert c.x_previous == 2.0  # the median of 2, 4 and 1
+    assert c.x_released == 20
+    assert (b.same_caption, c.same_caption) == (True, False)
+    assert c.relative_error == pytest.approx(0.5)
+    assert a.peak_memory_bytes is None
+
+
+def test_rows_of_cuda_and_without_the_native_module(monkeypatch):
+    names = list(techniques("cuda"))
+    assert names[-1] == "own Triton kernels"
+    assert "packed weights" not in names
+    if native() is not None:
+        assert len(techniques("cpu")) == len(names) + 2
+    monkeypatch.setattr("bench.waterfall_steps.native", lambda: None)
+    assert not any("own kernels" in name for name in techniques("cpu"))
+    plan = SimpleNamespace(device="cpu", dtypes=("float32", "float16"))
+    assert list(waterfall.steps_of(plan).values())[-1] == ("packed weights", "float16")
