@@ -21,6 +21,10 @@ from mplug2_fast.reference import MPlug2ForCaptioning as ReferenceForCaptioning
 from mplug2_fast.tasks.base import TINY_MODEL
 from mplug2_fast.video import load_video
 
+Load = Callable[..., Tensor]
+Generate = Callable[[Tensor], GenerationOutput]
+Texts = list[str | None]
+
 
 def build(key: Key, clips: Clips | BundledClips) -> Case:
     """One call captions all files, by the model that ships.
@@ -33,42 +37,37 @@ def build(key: Key, clips: Clips | BundledClips) -> Case:
     config, weights = captioner.model.config, next(captioner.model.parameters())
     sizes = {"num_frames": config.vision.num_frames, "image_size": config.vision.image_size}
 
-    def ours() -> list[str | None]:
+    def overlapped() -> Texts:
         return [result.text for result in captioner.caption(clips.paths)]
 
-    def generated(load: Callable[..., Tensor], generate: Callable[[Tensor], GenerationOutput]) -> list[Tensor]:
+    def generated(load: Load, generate: Generate) -> list[Tensor]:
         """The best sequence of each file."""
         return [generate(load(path, **sizes)[None]).sequences[0, 0] for path in clips.paths]
 
-    def one_after_another(
-        load: Callable[..., Tensor], generate: Callable[[Tensor], GenerationOutput]
-    ) -> list[str | None]:
+    def one_after_another(load: Load, generate: Generate) -> Texts:
         return [captioner.tokenizer.decode_caption(ids, config.generation.prompt) for ids in generated(load, generate)]
 
     def eager(video: Tensor) -> GenerationOutput:
         return captioner.model.generate(video.to(weights.device, weights.dtype))
 
-    model = reference_model(config, key.device)
-
-    def released(video: Tensor) -> GenerationOutput:
-        return model.generate(video.to(key.device))
-
-    ways = {
-        OURS: ours,
-        "reference": partial(one_after_another, decoding.reference, released),
-        "eager": partial(one_after_another, load_video, eager),
+    ways: dict[str, Callable[[], Callable[[], Texts]]] = {
+        OURS: lambda: overlapped,
+        "reference": lambda: partial(one_after_another, decoding.reference, released(config, key.device)),
+        "eager": lambda: partial(one_after_another, load_video, eager),
     }
 
     def agreement() -> Agreement:
-        exact = ways["reference"]()
-        errors = {way: 0.0 if run() == exact else math.inf for way, run in ways.items()}
+        texts = {way: prepare()() for way, prepare in ways.items()}
+        errors = {way: 0.0 if found == texts["reference"] else math.inf for way, found in texts.items()}
         return Agreement(errors.pop(OURS), 0.0, errors)
 
-    steps = [len(ids) - 1 for ids in generated(load_video, eager)]
-    flop = sum(needed(config, each) for each in steps)
-    served = ops.explain(ops.layer_norm, weights.new_zeros(1, 1)).chosen
     return Case(
-        key, {way: lambda run=run: [Call(run)] for way, run in ways.items()}, flop, 0, agreement, f"pyav, {served}"
+        key,
+        ways={way: lambda prepare=prepare: [Call(prepare())] for way, prepare in ways.items()},
+        flop=sum(needed(config, len(ids) - 1) for ids in generated(load_video, eager)),
+        bytes=0,
+        agreement=agreement,
+        backend=f"pyav, {ops.explain(ops.layer_norm, weights.new_zeros(1, 1)).chosen}",
     )
 
 
@@ -78,8 +77,8 @@ def needed(config: MPlug2Config, steps: int) -> int:
     return flops.needed("captioning", config, frames=frames, beams=beams, steps=steps)
 
 
-def reference_model(config: MPlug2Config, device: str) -> ReferenceForCaptioning:
+def released(config: MPlug2Config, device: str) -> Generate:
     """The released model in float32, with the weights that ship."""
     model = ReferenceForCaptioning(config, device="meta", dtype=torch.float32).to_empty(device=device).eval()
     load_released(model, load_file(TINY_MODEL / "model.safetensors"))
-    return model
+    return lambda video: model.generate(video.to(device))
