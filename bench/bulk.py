@@ -90,7 +90,7 @@ def overlap(folder: Path, files: int, size: int, repeats: int) -> dict[str, Any]
     from mplug2_fast.bulk.runs import decoder_for
 
     work = _work()
-    videos = bulk.find_videos(_clips(folder, files, size)).videos
+    videos = bulk.find_videos(write_clips(folder, files, size)).videos
     decoding = bulk.Decoding(num_workers=1)
 
     def decode() -> list[Any]:
@@ -135,7 +135,7 @@ def soak(folder: Path, files: int) -> dict[str, Any]:
     from mplug2_fast import bulk
 
     work = _work()
-    distinct = _clips(folder, 50, 128)
+    distinct = write_clips(folder, 50, 128)
     broken = folder / "broken.mp4"
     broken.write_bytes(Path(distinct[0]).read_bytes()[:2000])
     paths = []
@@ -176,19 +176,21 @@ def _work() -> Any:
     return bulk.Caption(captioner, frames, captioner.generation_options(None, 1, None, None))
 
 
-def _clips(folder: Path, count: int, size: int) -> list[str]:
-    """Clips of moving shapes, each of its own scene."""
+def write_clips(folder: Path, count: int, size: int, frames: int = 16) -> list[str]:
+    """Clips of moving shapes, each of its own scene; more frames make its motion slower."""
     import numpy as np
 
     from examples.moving_shapes.generator import held_out_scenes, render, write_clip
     from examples.moving_shapes.generator.render import CLIP_FRAMES, to_uint8
 
     scenes = held_out_scenes(count)
+    times = np.array_split(np.linspace(0, CLIP_FRAMES - 1, frames), -(-frames // CLIP_FRAMES))
     paths = []
     for number in range(count):
-        frames = to_uint8(render(scenes[number : number + 1], np.arange(CLIP_FRAMES), np.arange(size), size))[0]
+        scene = scenes[number : number + 1]
+        pixels = np.concatenate([to_uint8(render(scene, part, np.arange(size), size))[0] for part in times])
         paths.append(str(folder / f"clip {number:05d}.mp4"))
-        write_clip(paths[-1], frames)
+        write_clip(paths[-1], pixels)
     return paths
 
 

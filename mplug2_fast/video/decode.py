@@ -68,7 +68,7 @@ def decode_frames(
         path: the file.
         choose: from the number of frames to the indices to take.
         may_seek: False decodes everything.
-        threads: for decoding; None takes as many as torch does.
+        threads: for decoding and for conversion to RGB; None takes as many as torch does.
         image_size: height and width that each frame is squashed to as soon as it is decoded, by the rule of
             `mplug2_fast.ops.preprocess_frames`; None leaves them as they are.
 
@@ -92,7 +92,7 @@ def decode_scanned(
     plan = plan_segments(scan, indices, _threads(scan.codec, threads)) if may_seek else None
     if plan is not None:
         segments, times = plan
-        convert = _Converter(name, image_size)
+        convert = _Converter(name, image_size, threads)
         try:
             with _open(name, threads) as (container, stream):
                 found = dict(decode_segments(container, stream, scan, segments, convert))
@@ -117,7 +117,7 @@ def stream_scanned(
         VideoError: as in `decode_frames`, perhaps after frames that were good; or there are fewer frames.
     """
     plan = plan_segments(scan, indices, _threads(scan.codec, threads)) if indices else None
-    convert = _Converter(name, image_size)
+    convert = _Converter(name, image_size, threads)
     done = 0
     if plan is not None:
         segments, times = plan
@@ -149,8 +149,9 @@ def iterate_frames(
     """
     name = os.fsdecode(path)
     scan_packets(name)
-    convert = _Converter(name, image_size)
-    for frame in _every_frame(name, usual_threads(threads)):
+    threads = usual_threads(threads)
+    convert = _Converter(name, image_size, threads)
+    for frame in _every_frame(name, threads):
         yield convert(frame)
 
 
@@ -219,7 +220,7 @@ def _decode_all(
 ) -> tuple[int, dict[int, np.ndarray]]:
     """The number of frames in the file, and those with these indices."""
     wanted, found, count = set(indices), {}, 0
-    convert = _Converter(name, image_size)
+    convert = _Converter(name, image_size, threads)
     for frame in _every_frame(name, threads):
         if count in wanted:
             found[count] = convert(frame)
@@ -242,14 +243,15 @@ def _every_frame(name: str, threads: int) -> Iterator[av.VideoFrame]:
 class _Converter:
     """From decoded frames to upright RGB arrays; what it sets up for a size and pixel format serves the next frame."""
 
-    def __init__(self, name: str, image_size: int | None) -> None:
+    def __init__(self, name: str, image_size: int | None, threads: int) -> None:
         self._name = name
         self._image_size = image_size
+        self._threads = threads
         self._sizes: set[tuple[int, int]] = set()
         self._reformatter = VideoReformatter()
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        pixels = self._reformatter.reformat(frame, format="rgb24").to_ndarray()
+        pixels = self._reformatter.reformat(frame, format="rgb24", threads=self._threads).to_ndarray()
         pixels = np.rot90(pixels, round(frame.rotation / 90))
         self._sizes.add(pixels.shape[:2])
         if len(self._sizes) > 1:
