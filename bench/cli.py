@@ -25,9 +25,10 @@ import torch
 from bench import ceilings, compare, fork, measure, packages, plots, runner, scaling, table, waterfall
 from bench.clock import MODES
 from bench.plan import BASELINES, TASKS, Plan
+from bench.progress import Progress
 from bench.roofline import under
 from bench.row import COMPARED, DIRECTIONS, LEVELS, Key, Results, Row
-from bench.runner import Progress, Settings
+from bench.runner import Settings
 from bench.selection import SIZES, Selection
 from bench.turns import Budget
 from bench.workers import WorkerError
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         check(options, parser)
         with table.TerminalProgress() as progress:
             return run(options, progress)
-    except (MPlug2Error, WorkerError, fork.ChildError, ValueError) as error:
+    except (MPlug2Error, WorkerError, fork.ChildError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -202,19 +203,25 @@ def against(old: Results, new: Results, options: argparse.Namespace, progress: P
         compare.show(compare.compare(old, new))
         return 0
     found = compare.gate(old, new, options.fail_if_slower, lambda key: again(key, options, progress))
-    compare.show(found)
-    return len(compare.regressions(found, options.fail_if_slower))
+    compare.show(found, options.fail_if_slower)
+    regressions = compare.regressions(found, options.fail_if_slower)
+    for regression in regressions:
+        print(f"error: {regression}", file=sys.stderr)
+    return len(regressions)
 
 
 def measure_levels(options: argparse.Namespace, progress: Progress) -> Results:
     """All levels that were asked for, one after the other, as one run."""
     parts = []
     levels = ("model",) if options.accelerate else options.level
-    if cases := [key for level in levels if level != "model" for key in keys(level, options)]:
-        parts.append(runner.run(cases, settings(options), progress))
-        parts[-1].notes += packages.reasons()
-    if "model" in levels and (tasks := [task for task in TASKS if not options.only or task in options.only]):
-        parts.append(measure.run(plan(options, tasks=tasks), progress))
+    for level in levels:
+        if level == "model":
+            wanted = options.only or (("captioning",) if options.accelerate else TASKS)
+            if tasks := tuple(task for task in TASKS if task in wanted):
+                parts.append(measure.run(plan(options, tasks=tasks), progress))
+        elif cases := keys(level, options):
+            parts.append(runner.run(cases, settings(options, level), progress))
+            parts[-1].notes += packages.reasons(cases)
     if not parts:
         raise ValueError(f"nothing is called {', '.join(options.only)} in {', '.join(levels)}")
     return together(parts)
@@ -245,9 +252,9 @@ def keys(level: str, options: argparse.Namespace) -> list[Key]:
     return importlib.import_module(f"bench.{level}.cases").keys(selection)
 
 
-def settings(options: argparse.Namespace) -> Settings:
+def settings(options: argparse.Namespace, level: str) -> Settings:
     return Settings(
-        threads=options.threads or torch.get_num_threads(),
+        threads=options.threads or default_threads(level, options.preset),
         baselines=options.baselines,
         compiled=QUICK_COMPILED if options.quick else None,
         mode=options.mode,
@@ -264,7 +271,7 @@ def again(key: Key, options: argparse.Namespace, progress: Progress) -> Row:
         chosen = argparse.Namespace(**{**vars(options), "dtype": (key.dtype,)})
         results = measure.run(plan(chosen, tasks=(key.name,)), progress)
     else:
-        results = runner.run([key], settings(options), progress)
+        results = runner.run([key], settings(options, key.level), progress)
     return results[key]
 
 
@@ -276,11 +283,16 @@ def plan(options: argparse.Namespace, kind: type[Plan] = Plan, tasks: tuple[str,
         device=options.device,
         tasks=tasks,
         **{name: getattr(options, name) for name in sizes},
-        threads=options.threads or (1 if options.preset == "tiny" else torch.get_num_threads()),
-        baselines=tuple(name for name in BASELINES if name in options.baselines),
+        threads=options.threads or default_threads("model", options.preset),
+        baselines=("reference",) if options.accelerate else tuple(b for b in BASELINES if b in options.baselines),
         freeze=options.device == "cpu" and not (options.quick or options.no_freeze),
         compiled_tasks=("captioning",) if options.quick else TASKS,
         quick=options.quick,
         accelerate=options.accelerate,
         video=options.video,
     )
+
+
+def default_threads(level: str, preset: str) -> int:
+    """All cores; the tiny model has no work for more than one."""
+    return 1 if preset == "tiny" and level != "ops" else torch.get_num_threads()

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from bench import ceilings, inputs, machine
 from bench.plan import QUESTION_TOKENS, Plan
+from bench.progress import Progress
 from bench.row import Results
 from bench.rows import tabulate
 from bench.workers import Client, Spec, WorkerError
@@ -24,12 +25,6 @@ from mplug2_fast.info import available_memory
 SLOW_SECONDS = 5.0
 # What the reference has to compute first so that a task has its input.
 BEFORE = {"universal": ("vision",), "decode": ("vision", "universal")}
-
-
-class Progress(Protocol):
-    def begin(self, what: str) -> None: ...
-
-    def finished(self, what: str, seconds: float) -> None: ...
 
 
 @dataclass

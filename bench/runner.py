@@ -8,22 +8,17 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from bench import ceilings, fork, machine, memory, turns
 from bench.case import OURS, Agreement
 from bench.clock import clock
+from bench.progress import Progress
 from bench.roofline import place
 from bench.row import COMPARED, Baseline, Key, Results, Row
 from bench.turns import Budget, Turns
-
-
-class Progress(Protocol):
-    def begin(self, what: str) -> None: ...
-
-    def finished(self, what: str, seconds: float) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -177,12 +172,12 @@ def row(key: Key, found: Measured, weighed: tuple[int, int] | None, best: Mappin
         allowed_error=agreement.allowed,
         correct=agreement.ours <= agreement.allowed,
         backend=found.backend,
-        command=command(key, settings),
+        command=command(key, settings, tuple(name for name in baselines if name in COMPARED)),
     )
 
 
-def command(key: Key, settings: Settings) -> str:
-    """The command that measures a row again."""
+def command(key: Key, settings: Settings, baselines: tuple[str, ...]) -> str:
+    """The command that measures a row again, with these baselines unless all were asked for."""
     kind, *_ = key.sizes.split(",")
     words = ["python", "bench/run.py", "--level", key.level, "--only", key.name]
     words += ["--sizes" if key.level == "ops" else "--preset", kind, "--dtype", key.dtype]
@@ -190,5 +185,5 @@ def command(key: Key, settings: Settings) -> str:
     words += ["--threads", str(settings.threads)] if key.device == "cpu" else []
     words += ["--mode", settings.mode] if settings.mode != "cold" else []
     if settings.of(key) != COMPARED:
-        words += ["--baselines", ",".join(settings.of(key))]
+        words += ["--baselines", ",".join(baselines)]
     return shlex.join(words)

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from bench import flops, inputs, machine, plots
-from bench.measure import Measured, Progress
+from bench.measure import Measured
 from bench.plan import Plan
+from bench.progress import Progress
 from bench.workers import Client, Spec, WorkerError
 from mplug2_fast import MPlug2Config
 from mplug2_fast.errors import MPlug2Error

@@ -148,6 +148,8 @@ def write_csv(results: Results, path: Path) -> None:
 class TerminalProgress:
     """What is being measured, on stderr: a live line on a terminal, and a line for what took long."""
 
+    LONG_SECONDS = 2.0
+
     def __init__(self) -> None:
         self.console = Console(stderr=True)
         self.status = Status("", console=self.console)
@@ -164,4 +166,5 @@ class TerminalProgress:
         self.status.update(Text(what))
 
     def finished(self, what: str, seconds: float) -> None:
-        self.console.print(Text(f"{what}: {seconds:.3g} s"), highlight=False)
+        if seconds >= self.LONG_SECONDS:
+            self.console.print(Text(f"{what}: {seconds:.3g} s"), highlight=False)

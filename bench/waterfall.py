@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench import inputs, machine
+from bench.progress import Progress
 from bench.waterfall_steps import techniques
 from bench.workers import Client
 from mplug2_fast.info import available_memory
@@ -29,12 +30,6 @@ if TYPE_CHECKING:
 # What takes longer is neither warmed up nor repeated: its first run counts.
 SLOW_SECONDS = 30.0
 MISSING = "–"
-
-
-class Progress(Protocol):
-    def begin(self, what: str) -> None: ...
-
-    def finished(self, what: str, seconds: float) -> None: ...
 
 
 @dataclass(frozen=True)

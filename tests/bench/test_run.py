@@ -1,5 +1,6 @@
 """The benchmark as it is called, at its smallest."""
 
+import csv
 import json
 import shlex
 import subprocess
@@ -7,168 +8,169 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from bench import cli, table
-from bench.workers import Client, WorkerError
-from mplug2_fast import MPlug2Config
+from bench import cli, compare
+from bench.row import LEVELS, Results
 
 ROOT = Path(__file__).parents[2]
-ROW = [
-    *("level", "name", "implementation", "dtype", "device", "seconds", "gflops", "percent_of_ceiling", "x_reference"),
-    *("x_compiled", "peak_memory_bytes", "relative_error", "backend", "command"),
-]
+SMALL = ["--quick", "--baselines", "reference,eager", "--repeats", "1", "--steps", "3", "--frames", "2"]
+NAMES = ["layer_norm", "fusion layer", "captioning", "decoding"]
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """A finished run and its results. The reference decodes fewer steps than the others."""
-    target = tmp_path_factory.mktemp("bench") / "results.json"
-    options = ["--quick", "--peer", "uncompiled", "--repeats", "1", "--steps", "3", "--reference-steps", "2"]
+    """A finished run of one work of each level, with everything that it writes."""
+    folder = tmp_path_factory.mktemp("bench")
+    written = ["--json", str(folder / "run.json"), "--csv", str(folder / "run.csv"), "--pictures", str(folder)]
     done = subprocess.run(
-        [sys.executable, "bench/run.py", *options, "--frames", "2", "--json", str(target)],
+        [sys.executable, "bench/run.py", *SMALL, "--only", ",".join(NAMES), *written],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    return done, json.loads(target.read_text())
+    return done, folder
 
 
-def test_json(quick):
-    _, results = quick
-    assert list(results) == ["machine", "versions", "ceilings", "rows"]
-    assert {"cpu", "cores", "threads", "simd", "memory_bytes", "os", "gpu"} <= results["machine"].keys()
-    assert {"torch", "python", "mplug2_fast", "commit"} <= results["versions"].keys()
-    assert results["ceilings"]["gemm"]["float32"]["gflops"] > 0
-    assert results["ceilings"]["copy_gb_per_second"] > 0
-    assert all(list(row) == ROW for row in results["rows"])
-    kinds = ["reference", "fast", "uncompiled"]
-    expected = [(level, kind) for level in ("vision", "universal", "decode", "captioning") for kind in kinds]
-    assert [(row["level"], row["implementation"]) for row in results["rows"] if row["level"] != "loading"] == expected
+def test_every_level_has_its_rows(quick):
+    results = Results.read(quick[1] / "run.json")
+    assert [(row.key.level, row.key.name) for row in results.rows] == list(zip(LEVELS, NAMES, strict=True))
+    assert {"cpu", "cores", "threads", "simd", "memory_bytes", "os", "gpu"} <= results.machine.keys()
+    assert {"torch", "python", "mplug2_fast", "commit"} <= results.versions.keys()
+    assert results.failed == {}
+    for row in results.rows:
+        assert row.correct
+        assert row.ratio("reference") > 0
+        assert row.peak_memory_bytes is None or row.peak_memory_bytes > 50e6
+        assert row.backend
 
 
-def test_figures_agree_with_one_another(quick):
-    _, results = quick
-    ceiling = results["ceilings"]["gemm"]["float32"]["gflops"]
-    rows = {(row["level"], row["implementation"]): row for row in results["rows"]}
-    for (level, kind), row in rows.items():
-        if level == "loading":
-            continue
-        assert row["percent_of_ceiling"] == pytest.approx(100 * row["gflops"] / ceiling)
-        assert row["x_reference"] == pytest.approx(rows[level, "reference"]["seconds"] / row["seconds"])
-        assert row["x_compiled"] == pytest.approx(rows[level, "uncompiled"]["seconds"] / row["seconds"])
-        assert row["peak_memory_bytes"] > 50e6
-        if level in ("vision", "universal") or kind == "reference":
-            assert row["relative_error"] < 1e-4
+def test_shares_are_of_the_ceilings_of_the_whole_run(quick):
+    results = Results.read(quick[1] / "run.json")
+    rate, copy = results.ceilings["gemm"]["float32"]["gflops"] * 1e9, results.ceilings["copy_gb_per_second"] * 1e9
+    for row in results.rows:
+        least = max((row.flop or 0) / rate, (row.bytes or 0) / copy)
+        if least:
+            assert row.percent_of_ceiling == pytest.approx(100 * least / row.seconds)
+        else:
+            assert row.percent_of_ceiling is None
 
 
-def test_a_reference_at_fewer_steps_is_marked_and_compared_with_nothing(quick):
-    done, results = quick
-    for row in results["rows"]:
-        if row["level"] in ("decode", "captioning"):
-            steps = "2 of 3 steps" if row["implementation"] == "reference" else "3 steps"
-            assert row["name"] == f"tiny, 2 frames, 5 beams, {steps}"
-            assert row["relative_error"] == (0.0 if row["implementation"] == "reference" else None)
-            assert "--reference-steps 2" in row["command"]
-    assert "reference *" in done.stdout
-    assert "≥" in done.stdout
-    assert "2 of 3 steps" in done.stdout
+def test_csv_and_picture(quick):
+    with (quick[1] / "run.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == NAMES
+    assert float(rows[0]["reference"]) > 0
+    assert float(rows[0]["eager.seconds"]) > 0
+    assert (quick[1] / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_table_and_progress(quick):
+def test_the_table_says_it_all(quick):
     done, _ = quick
-    for word in ("× reference", "× compiled peer", "peak memory", "relative error", "% of GEMM", "peer, not compiled"):
+    for word in ("% of ceiling", "× reference", "× eager", "peak memory", "relative error", "held against", "GB/s"):
         assert word in done.stdout
-    assert "red_square_moves_left.mp4" in done.stdout or "no video: av is not installed" in done.stdout
-    assert "captioning · fast float32 · run 1 of 1" in done.stderr
+    assert "Each row again:" in done.stdout
+    assert "no column xformers" not in done.stdout  # layer norm is nothing that it does
 
 
-def test_full_steps_have_no_mark():
-    row = {"level": "decode", "implementation": "reference", "name": "tiny, 5 steps"}
-    rows, meaning = table.marked([row, {**row, "implementation": "fast"}])
-    assert meaning is None
-    assert rows == [row, {**row, "implementation": "fast"}]
+def test_every_row_names_the_command_that_measures_it_again(quick):
+    for row in Results.read(quick[1] / "run.json").rows:
+        options = cli.make_parser().parse_args(shlex.split(row.command)[2:])
+        cli.check(options, cli.make_parser())
+        if row.key.level == "model":
+            plan = cli.plan(options, tasks=options.only)
+            assert [plan.key(task, row.key.dtype) for task in plan.tasks] == [row.key]
+        else:
+            assert row.key in cli.keys(row.key.level, options)
 
 
-def test_defaults_and_lists():
-    plan, target = cli.parse([])
-    assert (plan.preset, plan.dtypes, plan.frames, plan.beams, plan.steps) == ("base", ("float32",), 16, 5, 15)
-    assert (plan.peer, target) == ("frozen", None)
-    plan, _ = cli.parse(["--quick", "--dtype", "bfloat16,float32", "--level", "decode", "--level", "vision"])
-    assert (plan.preset, plan.frames, plan.dtypes) == ("tiny", 4, ("bfloat16", "float32"))
-    assert plan.levels == ("vision", "decode")
-    assert plan.peer == "compiled"
-    assert cli.parse(["--no-peer"])[0].peer is None
+def test_compared_with_itself_nothing_changed(quick, capsys):
+    results = Results.read(quick[1] / "run.json")
+    compare.show(compare.compare(results, results))
+    assert capsys.readouterr().out.count("same") == len(NAMES)
+
+
+@pytest.mark.parametrize("slower", [False, True])
+def test_the_gate_decides_the_exit_status(slower, quick, tmp_path, monkeypatch, capsys):
+    old = json.loads((quick[1] / "run.json").read_text())
+    new = Results.read(quick[1] / "run.json")
+    for row in old["rows"]:
+        for baseline in row["baselines"].values():
+            baseline["ratio"] *= 1.5 if slower else 1.0
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(old))
+    monkeypatch.setattr(cli, "measure_levels", lambda *_: new)
+    monkeypatch.setattr(cli, "again", lambda key, *_: new[key])
+    assert cli.main(["--quick", "--compare", str(path), "--fail-if-slower", "10%"]) == slower
+    shown = capsys.readouterr()
+    assert ("slower" in shown.out) == slower
+    assert ("takes +50% of time" in shown.err) == slower
+
+
+def test_a_wrong_result_is_shown_and_fails_the_run(quick, monkeypatch, capsys):
+    values = json.loads((quick[1] / "run.json").read_text())
+    values["rows"][0] |= {"correct": False, "relative_error": 0.5}
+    path = quick[1] / "wrong.json"
+    path.write_text(json.dumps(values))
+    monkeypatch.setattr(cli, "measure_levels", lambda *_: Results.read(path))
+    assert cli.main(["--quick"]) == 1
+    shown = capsys.readouterr()
+    assert "WRONG" in shown.out
+    assert "layer_norm · quick · float32 is wrong" in shown.err
+
+
+def test_what_failed_fails_the_run(quick, monkeypatch, capsys):
+    results = Results.read(quick[1] / "run.json")
+    results.failed["ops · mlp"] = "it died"
+    monkeypatch.setattr(cli, "measure_levels", lambda *_: results)
+    assert cli.main(["--quick"]) == 1
+    assert "error: ops · mlp: it died" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--dtype", "float8"], "float8"),
-        (["--level", "vision,sound"], "sound"),
+        (["--dtype", "float8"], "no such choice 'float8'"),
+        (["--level", "ops,sound"], "no such choice 'sound'"),
         (["--steps", "600"], "512"),
         (["--steps", "3", "--reference-steps", "4"], "--reference-steps"),
         (["--frames", "0"], "--frames"),
+        (["--threads", "0"], "--threads"),
+        (["--mode", "graph"], "--mode graph needs --device cuda"),
+        (["--waterfall", "--scaling"], "choose one"),
+        (["--fail-if-slower", "10%"], "--compare OLD"),
+        (["--compare", "old.json", "--fail-if-slower", "ten"], "write 10% or 0.1"),
     ],
 )
 def test_impossible_options(options, words, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.parse(options)
+        cli.main(options)
     assert stopped.value.code == 2
     assert words in capsys.readouterr().err
 
 
-def test_the_reference_before_and_after_it_is_accelerated(tmp_path):
-    target = tmp_path / "results.json"
-    options = ["--quick", "--accelerate", "--level", "captioning", "--repeats", "1", "--steps", "3", "--frames", "2"]
-    assert cli.main([*options, "--json", str(target)]) == 0
-    rows = [row for row in json.loads(target.read_text())["rows"] if row["level"] != "loading"]
-    assert [row["implementation"] for row in rows] == ["reference", "accelerated"]
-    assert rows[1]["x_reference"] == pytest.approx(rows[0]["seconds"] / rows[1]["seconds"])
-    assert rows[1]["relative_error"] < 1e-4
-    assert "--accelerate" in rows[1]["command"]
-    assert "--no-peer" not in rows[1]["command"]
-    cli.parse(shlex.split(rows[1]["command"])[2:])
-
-
-def test_a_video_that_cannot_be_read_is_one_line(tmp_path, capsys):
-    assert cli.main(["--quick", "--video", str(tmp_path / "none.npy")]) == 2
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--level", "model", "--only", "captioning", "--video", "none.npy"], "none.npy"),
+        (["--level", "ops", "--only", "softmax"], "nothing is called softmax in ops"),
+        (["--compare", "none.json"], "none.json"),
+    ],
+)
+def test_what_cannot_be_is_one_line(options, words, capsys):
+    assert cli.main(["--quick", *options]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
-    assert "none.npy" in error
+    assert words in error
     assert len(error.splitlines()) == 1
 
 
-def test_memory_decides_what_runs_side_by_side():
-    plan, _ = cli.parse(["--preset", "large", "--dtype", "float32,bfloat16"])
-    assert plan.groups(32 << 30) == [("float32", "bfloat16")]
-    assert plan.groups(12 << 30) == [("float32",), ("bfloat16",)]
-
-
-def test_a_worker_that_fails_says_why(tmp_path):
-    config = MPlug2Config.preset("tiny").to_dict()
-    sizes = {
-        "dtype": "float32",
-        "device": "cpu",
-        "threads": 1,
-        "beams": 1,
-        "steps": 1,
-        "exchange": str(tmp_path),
-        "config": config,
-    }
-    with pytest.raises(WorkerError, match="slow float32: KeyError: 'slow'"):
-        Client({"implementation": "slow", **sizes}, "slow float32")
-    torch.save(torch.zeros(1, 3, 1, 16, 16), tmp_path / "video.pt")
-    with (
-        Client({"implementation": "fast", **sizes}, "fast float32") as client,
-        pytest.raises(WorkerError, match=r"fast float32: ValueError: .*32×32"),
-    ):
-        client.call("run", "vision")
-
-
-def test_a_worker_that_dies_is_noticed():
-    with Client({"implementation": "ceilings", "threads": 1}, "ceilings") as client:
-        client.process.kill()
-        with pytest.raises(WorkerError, match="ceilings: the process was killed"):
-            client.call("measure")
+def test_the_reference_before_and_after_it_is_accelerated(tmp_path):
+    target = tmp_path / "results.json"
+    options = ["--quick", "--accelerate", "--repeats", "1", "--steps", "3", "--frames", "2", "--json", str(target)]
+    assert cli.main(options) == 0
+    (row,) = Results.read(target).rows
+    assert row.key.name == "captioning, accelerated"
+    assert list(row.baselines) == ["reference"]
+    assert row.correct
+    assert "--accelerate" in row.command

@@ -60,7 +60,7 @@ def test_a_row_from_a_process_of_its_own(tmp_path, native_module):
 
 def test_the_command_measures_the_same_row():
     for key in cases.keys(Selection("large", ("bfloat16",), directions=("backward",), sizes=("large",))):
-        words = runner.command(key, SETTINGS).split()
+        words = runner.command(key, SETTINGS, ("eager",)).split()
         option = dict(zip(words[2::2], words[3::2], strict=False))
         selection = Selection(
             "large",
