@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
+
 from bench.case import Case
 from bench.row import Key
 from bench.selection import Selection
@@ -14,7 +16,8 @@ from bench.video.files import BundledClips, Clips, missing
 # What the files are, and whether --quick measures them.
 Files = dict[str, tuple[Callable[[], Clips | BundledClips], bool]]
 DECODING: Files = {
-    "16 frames of 256 px": (partial(Clips, 4, 16, 256), True),
+    "16 frames of 256 px": (partial(Clips, 4, 16, 256), False),
+    "120 frames of 256 px": (partial(Clips, 2, 120, 256), True),
     "240 frames of 360 px": (partial(Clips, 2, 240, 360), False),
 }
 CAPTIONING: Files = {
@@ -49,10 +52,14 @@ def notes() -> list[str]:
 def build(key: Key, *, compile: bool) -> Case:
     """Ours and "reference"; of captions also "eager". There is no compiled form of a program that decodes files.
 
+    From here on this process computes on one thread, whatever was asked for: the frames and the model are too small for
+    more, and threads that wait for one another take any time on a busy machine. Decoding beside the model has another.
+
     Raises `ImportError` where PyAV is not installed.
     """
     if why := missing():
         raise ImportError(why)
+    torch.set_num_threads(1)
     preset, files = key.sizes.split(", ", 1)
     if key.name == "decoding":
         return decoding.build(key, preset, DECODING[files][0]())
