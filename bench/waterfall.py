@@ -70,12 +70,11 @@ def run(plan: Plan, progress: Progress) -> dict[str, Any]:
         video, description = inputs.load(plan.video, plan.frames, plan.config.vision.image_size)
         torch.save(video.expand(plan.batch, *video.shape).contiguous(), Path(exchange) / "video.pt")
         replies, notes = measure(plan, exchange, progress)
-    batch = f", batch {plan.batch}" if plan.batch > 1 else ""
     return {
         "machine": described,
         "versions": versions,
         "command": command(plan),
-        "sizes": f"{plan.preset}, {plan.frames} frames, {plan.beams} beams, {plan.steps} steps{batch}",
+        "sizes": plan.sizes,
         "rows": [asdict(row) for row in tabulate(steps_of(plan), replies)],
         "notes": [f"Input: {description}.", *notes],
     }
@@ -136,7 +135,7 @@ def measure(plan: Plan, exchange: str, progress: Progress) -> tuple[dict[str, li
 def start(plan: Plan, technique: str, dtype: str, exchange: str) -> Client:
     sizes = {name: getattr(plan, name) for name in ("device", "threads", "beams", "steps")}
     spec = {"implementation": "waterfall", "technique": technique, "dtype": dtype, "exchange": exchange, **sizes}
-    return Client({**spec, "config": plan.config.to_dict()}, f"{technique} {dtype}")
+    return Client({**spec, "config": plan.config.to_dict()}, f"{technique} {dtype}").ready()
 
 
 def tabulate(steps: Mapping[str, tuple[str, str]], replies: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
@@ -200,11 +199,7 @@ def cells(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def title(results: Mapping[str, Any]) -> str:
-    described = results["machine"]
-    where = f"{described['cpu']}, {described['threads']} thread{'s' if described['threads'] > 1 else ''}"
-    if described["device"].startswith("cuda"):
-        where = described["gpu"]
-    return f"captioning, {results['sizes']} · {where} · torch {results['versions']['torch']}"
+    return f"captioning, {results['sizes']} · {machine.words(results['machine'], results['versions'])}"
 
 
 def show(results: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bench import memory
 from bench.held import hold
+from bench.implementations import NoInitialisation
 from mplug2_fast import MPlug2Config
 from mplug2_fast._native import native
 from mplug2_fast.model import MPlug2ForCaptioning
@@ -48,7 +49,8 @@ class Sizes:
         return {"num_beams": self.beams, "min_length": self.steps, "max_length": self.steps}
 
     def reference(self, *parts: str) -> ReferenceForCaptioning:
-        model = ReferenceForCaptioning(self.config, device="meta", dtype=self.dtype).eval()
+        with NoInitialisation():
+            model = ReferenceForCaptioning(self.config, device="meta", dtype=self.dtype).eval()
         hold(model, self.device, *parts)
         return model
 

@@ -3,15 +3,16 @@
 import json
 import shlex
 import sys
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bench import held as held_module
 from bench import waterfall
+from bench.plan import Plan
 from bench.waterfall_steps import Sizes, StepWorker, techniques
-from mplug2_fast import MPlug2Config, _native
+from mplug2_fast import _native
 from mplug2_fast._native import native
 from mplug2_fast.model import MPlug2ForCaptioning
 
@@ -24,18 +25,18 @@ class Silent:
         pass
 
 
-PLAN = SimpleNamespace(
+PLAN = Plan(
     preset="tiny",
-    config=MPlug2Config.preset("tiny"),
     dtypes=("float32",),
     device="cpu",
+    tasks=("captioning",),
     frames=2,
     beams=2,
     steps=3,
     batch=1,
     repeats=2,
     threads=1,
-    video=None,
+    reference_steps=3,
 )
 
 
@@ -148,5 +149,5 @@ def test_rows_of_cuda_and_without_the_native_module(monkeypatch):
         assert len(techniques("cpu")) == len(names) + 2
     monkeypatch.setattr("bench.waterfall_steps.native", lambda: None)
     assert not any("own kernels" in name for name in techniques("cpu"))
-    plan = SimpleNamespace(device="cpu", dtypes=("float32", "float16"))
+    plan = replace(PLAN, dtypes=("float32", "float16"))
     assert list(waterfall.steps_of(plan).values())[-1] == ("packed weights", "float16")
