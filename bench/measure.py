@@ -68,8 +68,9 @@ def run(plan: Plan, progress: Progress) -> Results:
         with start_ceilings(plan) as client:
             best = measure_ceilings(client, progress)
             measured = [Group(plan, *group, exchange, progress, results) for group in groups]
-            for group in measured:
-                group.measure()
+            # What is quick is small: all start while the first compile.
+            for alive in [measured] if plan.quick else [[group] for group in measured]:
+                measure(alive)
             results.ceilings = ceilings.merge(best, measure_ceilings(client, progress))
     for group in measured:
         results.rows += tabulate(plan, group.family, group.runs, results.ceilings)
@@ -104,6 +105,17 @@ def notes(plan: Plan) -> list[str]:
     return found
 
 
+def measure(groups: list[Group]) -> None:
+    """Nothing is timed before all have started and warmed up."""
+    with ExitStack() as stack:
+        for group in groups:
+            group.start(stack)
+        for group in groups:
+            group.prepare()
+        for group in groups:
+            group.take_turns()
+
+
 def start_ceilings(plan: Plan) -> Client:
     """The worker for ceilings: a process of its own, like everything that is compared with them."""
     dtypes = tuple(dict.fromkeys(("float32", *plan.dtypes)))
@@ -120,7 +132,12 @@ def measure_ceilings(client: Client, progress: Progress) -> dict[str, Any]:
 
 
 class Group:
-    """Workers that are alive together: the reference, and the implementations of a family of tasks in some dtypes."""
+    """Workers that are alive together: the reference, and the implementations of a family of tasks in some dtypes.
+
+    Attributes:
+        runs: by worker and task, without the workers that failed; without the reference there are none.
+        slow: tasks of which the reference's first run counted.
+    """
 
     def __init__(
         self, plan: Plan, family: str, dtypes: tuple[str, ...], exchange: str, progress: Progress, results: Results
@@ -131,32 +148,36 @@ class Group:
         self.clients: dict[Spec, Client] = {}
         self.runs: dict[Spec, dict[str, Measured]] = {}
         self.gone: set[Spec] = set()
+        self.slow: set[str] = set()
 
-    def measure(self) -> None:
-        """Fills `runs`, but for the workers that fail; without the reference there are none."""
-        with ExitStack() as stack:
-            for spec in self.specs:  # they start side by side
-                self.clients[spec] = stack.enter_context(Client.start(spec))
-            for spec in self.specs:
-                self._try(spec, self._begin)
-            reference = self.specs[0]
-            slow = self._try(reference, self._first_runs_of_reference) or set()
-            for spec in self.specs[1:]:
-                self._try(spec, self._warm_up)
-            for repeat in range(self.plan.repeats):
-                for task in self.tasks:
-                    for spec in list(self.runs):
-                        if task in self.runs.get(spec, ()) and not (spec == reference and task in slow):
-                            self._try(spec, self._timed, task, f"run {repeat + 1} of {self.plan.repeats}")
+    def start(self, stack: ExitStack) -> None:
+        """All side by side; what they do until they are ready is not timed."""
+        for spec in self.specs:
+            self.clients[spec] = stack.enter_context(Client.start(spec))
 
-    def _try(self, spec: Spec, do: Callable[..., Any], *arguments: Any) -> Any:
+    def prepare(self) -> None:
+        """First runs of all workers."""
+        for spec in self.specs:
+            self._try(spec, self._begin)
+        self._try(self.specs[0], self._first_runs_of_reference)
+        for spec in self.specs[1:]:
+            self._try(spec, self._warm_up)
+
+    def take_turns(self) -> None:
+        """The timed runs."""
+        for repeat in range(self.plan.repeats):
+            for task in self.tasks:
+                for spec in list(self.runs):
+                    if task in self.runs.get(spec, ()) and not (spec == self.specs[0] and task in self.slow):
+                        self._try(spec, self._timed, task, f"run {repeat + 1} of {self.plan.repeats}")
+
+    def _try(self, spec: Spec, do: Callable[..., None], *arguments: Any) -> None:
         """`do(spec, *arguments)`, if the worker is still there; where that fails it is left out from then on."""
         if spec not in self.gone:
             try:
-                return do(spec, *arguments)
+                do(spec, *arguments)
             except WorkerError as error:
                 self._leave_out(spec, error)
-        return None
 
     def _begin(self, spec: Spec) -> None:
         what = f"{self.family} · {spec.label} · starting"
@@ -175,22 +196,20 @@ class Group:
     def _timed(self, spec: Spec, task: str, what: str) -> None:
         self.runs[spec][task].add(self._once(spec, task, what))
 
-    def _first_runs_of_reference(self, reference: Spec) -> set[str]:
-        """Leaves the inputs and results of all tasks behind. Returns the slow ones, whose run counted."""
+    def _first_runs_of_reference(self, reference: Spec) -> None:
+        """Leaves the inputs and results of all tasks behind."""
         before = [task for wanted in self.tasks for task in BEFORE.get(wanted, ())]
-        slow = set()
         self._compare_gradients(reference)
         for task in dict.fromkeys([*before, *self.tasks]):
             reply = self._once(reference, task, "first run")
             if task in self.tasks and reply["seconds"] > SLOW_SECONDS:
                 self.runs[reference][task].add(reply)
-                slow.add(task)
-        if slow:
-            named = ", ".join(task for task in self.tasks if task in slow)
+                self.slow.add(task)
+        if self.slow:
+            named = ", ".join(task for task in self.tasks if task in self.slow)
             self.results.notes.append(
                 f"Timed once, without a warm-up, for it takes over {SLOW_SECONDS:g} s: reference, {named}."
             )
-        return slow
 
     def _warm_up(self, spec: Spec) -> None:
         self._compare_gradients(spec)

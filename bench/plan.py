@@ -97,12 +97,15 @@ class Plan:
             words += [f"--{option}", str(getattr(self, option))]
         if self.reference_steps < self.steps:
             words += ["--reference-steps", str(self.reference_steps)]
-        words += ["--baselines", ",".join(name for name in self.baselines if self.runs(name, task))]
-        if not self.freeze:
-            words.append("--no-freeze")
+        if not self.accelerate:
+            words += ["--baselines", ",".join(name for name in self.baselines if self.runs(name, task))]
+            words += [] if self.freeze else ["--no-freeze"]
         return shlex.join(words + (["--video", self.video.name] if self.video else []))
 
     def runs(self, baseline: str, task: str) -> bool:
+        """Whether a task has this baseline. The reference, accelerated, is compared with what it was."""
+        if self.accelerate:
+            return baseline == "reference"
         return baseline in self.baselines and (baseline != "compiled" or task in self.compiled_tasks)
 
     def tasks_of(self, implementation: str, family: str) -> tuple[str, ...]:

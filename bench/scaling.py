@@ -127,8 +127,6 @@ def measure(sweep: Sweep, dtype: str, progress: Progress) -> dict[Point, Measure
     """The runs of every point, or why there are none. Raises where the default point cannot be run."""
     results: dict[Point, Measured | str] = {}
     with tempfile.TemporaryDirectory() as exchange:
-        # Workers compare their scores with the reference's, which is not run here: nothing is like nothing.
-        torch.save(torch.empty(0), Path(exchange) / "captioning_scores.pt")
         for point in sweep.points():
             try:
                 results[point] = measure_point(sweep, dtype, point, exchange, progress)
@@ -146,7 +144,7 @@ def measure_point(sweep: Sweep, dtype: str, point: Point, exchange: str, progres
     what = f"{name(sweep, point)} · {spec.label}"
     progress.begin(f"{what} · starting")
     with Client.start(spec) as client:
-        measured = Measured(client.call("describe")["backend"])
+        measured = Measured(client.ready().call("describe")["backend"])
         save_video(sweep, replace(point, frames=sweep.axes()["frames"][0], batch=1), exchange)
         client.call("run", "captioning")
         save_video(sweep, point, exchange)
@@ -168,7 +166,7 @@ def save_video(sweep: Sweep, point: Point, exchange: str) -> None:
 def name(sweep: Sweep, point: Point) -> str:
     """The sizes of a point's work."""
     sizes = replace(sweep, frames=point.frames, batch=point.batch, beams=point.beams)
-    return f"{sizes.name('fast', 'captioning')}, {point.resolution} px"
+    return f"{sizes.sizes}, {point.resolution} px"
 
 
 def tabulate(sweep: Sweep, dtype: str, results: Mapping[Point, Measured | str]) -> list[Row]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from bench import cli, flops, plots, scaling
+from bench import flops, plots, scaling
 from bench.measure import Measured
 from bench.workers import WorkerError
 from mplug2_fast import MPlug2Config
@@ -22,23 +22,37 @@ class Silent:
         pass
 
 
-def sweep(*options):
-    return cli.parse(["--scaling", *options])[0]
+QUICK = {"preset": "tiny", "frames": 4, "quick": True}
+
+
+def sweep(preset="large", frames=16, repeats=3, **changes):
+    sizes = {"beams": 5, "steps": 15, "batch": 1, "reference_steps": 15, **changes}
+    return scaling.Sweep(
+        preset, ("float32",), "cpu", ("captioning",), frames=frames, repeats=repeats, threads=1, **sizes
+    )
+
+
+def reply(seconds):
+    memory = int(1e9 * seconds)
+    return {
+        "seconds": seconds,
+        "peak_memory_bytes": memory,
+        "added_memory_bytes": memory // 2,
+        "relative_error": None,
+    }
 
 
 def measured(seconds):
     found = Measured("native")
     for value in seconds:
-        found.add({"seconds": value, "peak_memory_bytes": int(1e9 * value), "relative_error": None})
+        found.add(reply(value))
     return found
 
 
-def test_a_quick_run(tmp_path, capfd):
-    options = ["--scaling", "--quick", "--repeats", "1", "--steps", "2", "--threads", "1"]
-    assert cli.main([*options, "--output", str(tmp_path / "new")]) == 0
+def test_a_quick_run(tmp_path):
+    written = scaling.run(sweep(**QUICK, repeats=1, steps=2), tmp_path / "new", Silent())
     stem = tmp_path / "new" / "scaling-tiny-float32"
-    written = [stem.with_suffix(kind) for kind in (".json", ".csv", ".png")]
-    assert capfd.readouterr().out.split() == [str(path) for path in written]
+    assert written == [stem.with_suffix(kind) for kind in (".json", ".csv", ".png")]
     assert written[2].read_bytes().startswith(PNG)
 
     results = json.loads(written[0].read_text())
@@ -68,8 +82,7 @@ def test_a_quick_run(tmp_path, capfd):
 
 
 def test_points_of_large():
-    plan = sweep("--preset", "large")
-    assert plan.repeats == 3
+    plan = sweep()
     assert plan.axes() == {
         "frames": [4, 8, 16, 32, 64],
         "batch": [1, 2, 4, 8],
@@ -82,7 +95,7 @@ def test_points_of_large():
 
 
 def test_a_default_point_between_the_others_is_among_them():
-    plan = sweep("--quick", "--frames", "6", "--beams", "3")
+    plan = sweep("tiny", 6, quick=True, beams=3)
     assert plan.axes()["frames"] == [4, 6, 8]
     assert plan.axes()["beams"] == [1, 3, 5]
 
@@ -98,7 +111,7 @@ def test_a_point_that_cannot_be_run_is_a_row(tmp_path, monkeypatch):
     # One and a half times 32 pixels is no whole number of such patches.
     odd = MPlug2Config.preset("tiny").replace(patch_size=32)
     monkeypatch.setattr(scaling.Sweep, "config", odd)
-    written = scaling.run(sweep("--quick"), tmp_path, Silent())
+    written = scaling.run(sweep(**QUICK), tmp_path, Silent())
     rows = {(row["axis"], row["value"]): row for row in json.loads(written[0].read_text())["rows"]}
     assert rows["frames", 8]["seconds"] == 0.5
     assert (rows["frames", 8]["fastest"], rows["frames", 8]["slowest"]) == (0.4, 0.9)
@@ -112,18 +125,18 @@ def test_a_point_that_cannot_be_run_is_a_row(tmp_path, monkeypatch):
     assert written[2].read_bytes().startswith(PNG)
 
 
-def test_without_a_default_point_there_is_nothing_to_compare_with(tmp_path, monkeypatch, capsys):
+def test_without_a_default_point_there_is_nothing_to_compare_with(tmp_path, monkeypatch):
     def measure_point(*_):
         raise WorkerError("fast float32: RuntimeError: out of memory")
 
     monkeypatch.setattr(scaling, "measure_point", measure_point)
-    assert cli.main(["--scaling", "--quick", "--output", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.strip() == "error: fast float32: RuntimeError: out of memory"
+    with pytest.raises(WorkerError, match="fast float32: RuntimeError: out of memory"):
+        scaling.run(sweep(**QUICK), tmp_path, Silent())
     assert not list(tmp_path.iterdir())
 
 
 def test_unknown_memory_can_be_drawn(tmp_path):
-    plan = sweep("--quick")
+    plan = sweep(**QUICK)
     found = Measured("native", [1.0])
     rows = scaling.tabulate(plan, "float32", dict.fromkeys(plan.points(), found))
     described = {"cpu": "CPU", "gpu": None, "threads": 1}
@@ -140,24 +153,12 @@ def test_slow_points_run_once(tmp_path, monkeypatch):
         def start(spec):
             yield Client()
 
+        def ready(self):
+            return self
+
         def call(self, method, *_):
-            return {"backend": "native", "seconds": 30.0, "peak_memory_bytes": 1, "relative_error": None}
+            return {"backend": "native", **reply(30.0)}
 
     monkeypatch.setattr(scaling, "Client", Client)
-    plan = sweep("--quick")
+    plan = sweep(**QUICK)
     assert scaling.measure_point(plan, "float32", plan.default, str(tmp_path), Silent()).seconds == [30.0]
-
-
-@pytest.mark.parametrize("option", [["--json", "results.json"], ["--level", "vision"]])
-def test_options_of_the_table_are_refused(option, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cli.parse(["--scaling", *option])
-    assert stopped.value.code == 2
-    assert "--output" in capsys.readouterr().err
-
-
-def test_without_matplotlib(monkeypatch, capsys):
-    monkeypatch.setattr(plots, "available", lambda: False)
-    with pytest.raises(SystemExit):
-        cli.parse(["--scaling"])
-    assert "pip install matplotlib" in capsys.readouterr().err

@@ -1,0 +1,204 @@
+"""The model's level at its smallest: that rows say what was measured, and what happens where something cannot be."""
+
+import dataclasses
+import shlex
+
+import pytest
+
+from bench import measure, rows
+from bench.flops import TASKS
+from bench.measure import Measured
+from bench.plan import FAMILIES, Plan
+from bench.row import Results
+from bench.workers import Spec, WorkerError
+
+
+class Silent:
+    def begin(self, what):
+        pass
+
+    def finished(self, what, seconds):
+        pass
+
+
+def plan(**changes):
+    sizes = {"frames": 2, "beams": 3, "steps": 3, "batch": 2, "repeats": 1, "threads": 1, "reference_steps": 3}
+    given = {"preset": "tiny", "dtypes": ("float32",), "device": "cpu", "tasks": TASKS, "quick": True, **sizes}
+    return Plan(**{**given, "baselines": ("reference", "eager"), **changes})
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return measure.run(plan(dtypes=("bfloat16",)), Silent())
+
+
+def test_a_row_for_every_task(measured):
+    assert not measured.failed
+    assert [row.key.name for row in measured.rows] == list(TASKS)
+    for row in measured.rows:
+        assert row.key.level == "model"
+        assert row.key.sizes == "tiny, 2 frames, 3 beams, 3 steps, batch 2"
+        assert row.key.direction == ("both" if row.key.name == "training" else "forward")
+        assert list(row.baselines) == ["reference", "eager"]
+        assert row.runs == 1
+        assert row.spread == 0
+
+
+def test_figures_agree_with_one_another(measured):
+    ceilings = measured.ceilings
+    for row in measured.rows:
+        for baseline in row.baselines.values():
+            assert baseline.ratio == pytest.approx(baseline.seconds / row.seconds)
+            assert baseline.peak_memory_bytes > 50e6
+        assert row.peak_memory_bytes > row.added_memory_bytes >= 0
+        assert row.tflops == pytest.approx(row.flop / row.seconds / 1e12)
+        assert row.gb_per_second == pytest.approx(row.bytes / row.seconds / 1e9)
+        shares = {
+            "compute": 100e3 * row.tflops / ceilings["gemm"][row.key.dtype]["gflops"],
+            "memory": 100 * row.gb_per_second / ceilings["copy_gb_per_second"],
+        }
+        assert row.percent_of_ceiling == pytest.approx(max(shares.values()))
+        assert shares[row.bound] == max(shares.values())
+
+
+def test_results_are_compared(measured):
+    for row in measured.rows:
+        assert row.correct, row
+        assert row.relative_error <= row.allowed_error
+        assert 1e-4 < row.relative_error < 0.1
+        assert row.baselines["eager"].relative_error is not None
+        assert row.baselines["reference"].relative_error is None
+
+
+def test_no_process_has_a_compiler_in_its_memory_but_for_training(measured):
+    """The optimizer imports it; the others compile nothing, and so does the reference."""
+    for row in measured.rows:
+        if row.key.name != "training":
+            found = [row.peak_memory_bytes, *(b.peak_memory_bytes for b in row.baselines.values())]
+            assert max(found) < min(found) + 60e6
+
+
+def test_results_can_be_written_and_read(measured, tmp_path):
+    measured.write(tmp_path / "a.json")
+    assert Results.read(tmp_path / "a.json") == measured
+
+
+def test_what_is_wrong_is_said(monkeypatch):
+    ours = Measured("native", [1.0, 1.2, 1.1], 9, 4, 0.04)
+    others = {"reference": Measured("eager", [9.0]), "eager": Measured("eager", [2.0, 3.6, 2.2], 7, 3, 0.01)}
+    ceilings = {"gemm": {"bfloat16": {"gflops": 1.0}}, "copy_gb_per_second": 1.0}
+    row = rows.row(plan(), "features", "bfloat16", ours, others, ceilings)
+    assert row.baselines["eager"].ratio == pytest.approx(2.0)
+    assert row.baselines["reference"].ratio == pytest.approx(9 / 1.1)
+    assert not row.correct
+    row = rows.row(plan(), "features", "bfloat16", dataclasses.replace(ours, relative_error=0.015), others, ceilings)
+    assert row.correct
+    row = rows.row(plan(), "features", "bfloat16", dataclasses.replace(ours, relative_error=float("inf")), {}, ceilings)
+    assert not row.correct
+
+
+def test_a_reference_at_fewer_steps_is_compared_with_nothing():
+    found = measure.run(plan(tasks=("captioning", "features"), reference_steps=2, baselines=("reference",)), Silent())
+    captioning, features = found.rows
+    assert (captioning.relative_error, captioning.allowed_error, captioning.correct) == (None, None, True)
+    assert features.relative_error < 1e-5
+    assert any("at 2 of 3 steps: captioning. Its ratios are lower bounds" in note for note in found.notes)
+    assert "--reference-steps 2" in captioning.command
+
+
+def test_the_reference_before_and_after_it_is_accelerated():
+    (row,) = measure.run(plan(tasks=("captioning",), accelerate=True), Silent()).rows
+    assert row.key.name == "captioning, accelerated"
+    assert list(row.baselines) == ["reference"]
+    assert row.relative_error < row.allowed_error == 1e-5
+    assert row.correct
+    assert "--accelerate" in row.command
+
+
+def test_the_command_names_the_work():
+    words = shlex.split(plan(freeze=False, compiled_tasks=()).command("answering", "bfloat16"))
+    assert words[:6] == ["python", "bench/run.py", "--level", "model", "--only", "answering"]
+    assert words[words.index("--dtype") + 1] == "bfloat16"
+    assert words[words.index("--baselines") + 1] == "reference,eager"
+    assert words[-1] == "--no-freeze"
+
+
+def kinds(found):
+    return [(spec.implementation, spec.dtype) for spec in found]
+
+
+def test_workers():
+    everything = plan(dtypes=("float32", "bfloat16"), baselines=("reference", "eager", "compiled"))
+    assert kinds(everything.specs("captioning", everything.dtypes, ""))[:5] == [
+        *(("reference", "float32"), ("fast", "float32"), ("eager", "float32"), ("frozen", "float32")),
+        ("fast", "bfloat16"),
+    ]
+    # Gradients do not go through frozen weights.
+    assert ("compiled", "float32") in kinds(everything.specs("training", ("float32",), ""))
+    some = dataclasses.replace(everything, compiled_tasks=("captioning",))
+    assert ("frozen", "float32") not in kinds(some.specs("answering", ("float32",), ""))
+    assert some.tasks_of("frozen", "captioning") == ("captioning",)
+    assert some.tasks_of("eager", "captioning") == tuple(task for task in TASKS if task in FAMILIES["captioning"])
+
+
+def test_memory_decides_what_runs_side_by_side():
+    both = ("float32", "bfloat16")
+    large = plan(preset="large", frames=16, steps=15, batch=1, dtypes=both, tasks=("captioning",))
+    assert large.groups(32 << 30) == [("captioning", both)]
+    assert large.groups(12 << 30) == [("captioning", ("float32",)), ("captioning", ("bfloat16",))]
+    all_tasks = dataclasses.replace(large, tasks=TASKS)
+    assert [family for family, _ in all_tasks.groups(1 << 50)] == list(FAMILIES)
+    assert all_tasks.resident_bytes("training") > all_tasks.resident_bytes("answering")
+    assert all_tasks.resident_bytes("answering") > all_tasks.resident_bytes("captioning")
+
+
+class Broken:
+    """A client of which one implementation fails at its second call of `run`."""
+
+    def __init__(self, spec):
+        self.spec, self.runs = spec, 0
+
+    @classmethod
+    def start(cls, spec: Spec):
+        return cls(spec)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def close(self):
+        pass
+
+    def ready(self):
+        return self
+
+    def call(self, method, *_):
+        self.runs += method == "run"
+        if self.spec.implementation == self.broken and self.runs > 1:
+            raise WorkerError(f"{self.spec.label}: out of memory")
+        reply = {"seconds": 1.0, "peak_memory_bytes": 2, "added_memory_bytes": 1, "relative_error": 0.0}
+        return {"backend": "native", **reply}
+
+
+@pytest.mark.parametrize("broken", ["eager", "fast", "reference"])
+def test_what_fails_is_left_out(broken, monkeypatch):
+    monkeypatch.setattr(Broken, "broken", broken, raising=False)
+    monkeypatch.setattr(measure, "Client", Broken)
+    monkeypatch.setattr(measure, "start_ceilings", lambda plan: Broken(Spec("none", *[None] * 7)))
+    ceilings = {"gemm": {"float32": {"gflops": 1.0}, "bfloat16": {"gflops": 1.0}}, "copy_gb_per_second": 1.0}
+    monkeypatch.setattr(measure, "measure_ceilings", lambda *_: ceilings)
+    asked = plan(tasks=("captioning", "features"), dtypes=("float32", "bfloat16"), repeats=2)
+    found = measure.run(asked, Silent())
+    why = f"{broken} float32: out of memory"
+    if broken == "eager":
+        assert len(found.rows) == 4
+        assert all(list(row.baselines) == ["reference"] for row in found.rows)
+        assert sum(why in note for note in found.notes) == 1
+        assert not found.failed
+    else:
+        assert not found.rows
+        keys = [asked.key(task, dtype) for task in asked.tasks for dtype in asked.dtypes]
+        assert found.failed.keys() == {str(key) for key in keys}
+        assert found.failed[str(keys[0])] == why
