@@ -31,6 +31,7 @@ from bench.row import COMPARED, DIRECTIONS, LEVELS, Key, Results, Row
 from bench.runner import Settings
 from bench.selection import SIZES, Selection
 from bench.turns import Budget
+from bench.video import cases as video
 from bench.workers import WorkerError
 from mplug2_fast import MPlug2Config
 from mplug2_fast.devices import DTYPES, pick_device
@@ -222,6 +223,8 @@ def measure_levels(options: argparse.Namespace, progress: Progress) -> Results:
         elif cases := keys(level, options):
             parts.append(runner.run(cases, settings(options, level), progress))
             parts[-1].notes += packages.reasons(cases)
+    if parts and "video" in levels:
+        parts[-1].notes += video.notes()
     if not parts:
         raise ValueError(f"nothing is called {', '.join(options.only)} in {', '.join(levels)}")
     return together(parts)
