@@ -1,6 +1,7 @@
 """The waterfall at its smallest: every row is the same function."""
 
 import json
+import math
 import shlex
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ from bench import held as held_module
 from bench import waterfall
 from bench.plan import Plan
 from bench.waterfall_steps import Sizes, StepWorker, techniques
-from mplug2_fast import _native
+from mplug2_fast import _native, ops
 from mplug2_fast._native import native
 from mplug2_fast.model import MPlug2ForCaptioning
 
@@ -121,6 +122,21 @@ def test_a_row_holds_the_weights_that_it_uses(technique):
     assert set(names) == set(whole)
 
 
+@pytest.mark.skipif(native() is None, reason="there is no native module to hide")
+def test_products_without_own_kernels():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "mplug2_fast._C", native())
+        _native._load.cache_clear()
+        next(make for name, make in techniques("cpu").items() if "oneDNN" in name)(
+            Sizes(PLAN.config, torch.float32, "cpu", 2, 3)
+        )
+        x = torch.zeros(2, 8)
+        assert ops.explain(ops.layer_norm, x).chosen == "torch"
+        assert ops.explain(ops.linear_act, x, torch.zeros(8, 8)).chosen == "cpu"
+    _native._load.cache_clear()
+    assert ops.explain(ops.layer_norm, x).chosen == "cpu"
+
+
 def runs(*seconds, caption=(1, 2), score=-1.0):
     return [
         {"seconds": value, "peak_memory_bytes": None, "captions": [list(caption)], "scores": [score]}
@@ -139,6 +155,17 @@ def test_ratios_are_of_turns():
     assert (b.same_caption, c.same_caption) == (True, False)
     assert c.relative_error == pytest.approx(0.5)
     assert a.peak_memory_bytes is None
+
+
+def test_what_is_wrong_is_shown(first_and_last):
+    assert waterfall.wrong(first_and_last) == []
+    rows = [
+        {**row, "relative_error": error}
+        for row, error in zip(first_and_last["rows"], (0.0, math.nan, 0.3), strict=True)
+    ]
+    changed = {**first_and_last, "rows": rows}
+    assert waterfall.wrong(changed) == [rows[1]["technique"]]
+    assert waterfall.markdown(changed).count("WRONG") == 1
 
 
 def test_rows_of_cuda_and_without_the_native_module(monkeypatch):
