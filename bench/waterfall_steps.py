@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bench import memory
 from bench.held import hold
 from bench.implementations import NoInitialisation
-from mplug2_fast import MPlug2Config
+from mplug2_fast import MPlug2Config, _native
 from mplug2_fast._native import native
 from mplug2_fast.model import MPlug2ForCaptioning
 from mplug2_fast.model.decoder import Memory, SelfAttentionCache, TextDecoder
@@ -140,6 +140,7 @@ def vision(sizes: Sizes) -> Caption:
 def products(sizes: Sizes) -> Caption:
     """On oneDNN, which needs no native module: its kernels and what is built on them stay PyTorch's."""
     sys.modules["mplug2_fast._C"] = None  # type: ignore[assignment]  # as if it were not installed
+    _native._load.cache_clear()
     return kernels(sizes)
 
 

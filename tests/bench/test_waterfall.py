@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -41,6 +42,16 @@ PLAN = Plan(
 )
 
 
+@contextmanager
+def native_back_again():
+    """Afterwards the native module is there again, which one technique hides."""
+    with pytest.MonkeyPatch.context() as patch:
+        if native() is not None:
+            patch.setitem(sys.modules, "mplug2_fast._C", native())
+        yield
+    _native._load.cache_clear()
+
+
 @pytest.fixture(scope="module")
 def first_and_last():
     """A run of few rows, each in its process."""
@@ -59,12 +70,8 @@ def replies(tmp_path_factory):
     spec = {"device": "cpu", "beams": 2, "steps": 3, "exchange": str(folder), "config": PLAN.config.to_dict()}
     found = {}
     for name, (technique, dtype) in waterfall.steps_of(PLAN).items():
-        with pytest.MonkeyPatch.context() as patch:
-            if native() is not None:  # which one technique hides
-                patch.setitem(sys.modules, "mplug2_fast._C", native())
-            _native._load.cache_clear()
+        with native_back_again():
             found[name] = [StepWorker({**spec, "technique": technique, "dtype": dtype}).run()]
-        _native._load.cache_clear()
     return found
 
 
@@ -110,11 +117,9 @@ def test_json_table_and_markdown(first_and_last, capsys):
 @pytest.mark.parametrize("technique", list(techniques("cpu")))
 def test_a_row_holds_the_weights_that_it_uses(technique):
     """Those of one captioning model."""
-    with pytest.MonkeyPatch.context() as patch:
-        held = []
+    held = []
+    with pytest.MonkeyPatch.context() as patch, native_back_again():
         patch.setattr(held_module, "fill", lambda weights: held.append(weights))
-        if native() is not None:
-            patch.setitem(sys.modules, "mplug2_fast._C", native())
         techniques("cpu")[technique](Sizes(PLAN.config, torch.float32, "cpu", 2, 3))
     names = [name for weights in held for name in weights]
     whole = MPlug2ForCaptioning(PLAN.config, device="meta").released_parameters()
@@ -124,16 +129,12 @@ def test_a_row_holds_the_weights_that_it_uses(technique):
 
 @pytest.mark.skipif(native() is None, reason="there is no native module to hide")
 def test_products_without_own_kernels():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "mplug2_fast._C", native())
-        _native._load.cache_clear()
-        next(make for name, make in techniques("cpu").items() if "oneDNN" in name)(
-            Sizes(PLAN.config, torch.float32, "cpu", 2, 3)
-        )
-        x = torch.zeros(2, 8)
+    make = next(make for name, make in techniques("cpu").items() if "oneDNN" in name)
+    x = torch.zeros(2, 8)
+    with native_back_again():
+        make(Sizes(PLAN.config, torch.float32, "cpu", 2, 3))
         assert ops.explain(ops.layer_norm, x).chosen == "torch"
         assert ops.explain(ops.linear_act, x, torch.zeros(8, 8)).chosen == "cpu"
-    _native._load.cache_clear()
     assert ops.explain(ops.layer_norm, x).chosen == "cpu"
 
 
