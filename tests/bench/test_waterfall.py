@@ -27,6 +27,8 @@ class Silent:
         pass
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:mplug2_fast runs on its PyTorch fallbacks")
+
 PLAN = Plan(
     preset="tiny",
     dtypes=("float32",),
