@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench import inputs, machine
+from bench import inputs, machine, table
 from bench.progress import Progress
 from bench.waterfall_steps import techniques
 from bench.workers import Client
@@ -26,10 +26,12 @@ from mplug2_fast.info import available_memory
 
 if TYPE_CHECKING:
     from bench.plan import Plan
+    from bench.runner import Progress
 
 # What takes longer is neither warmed up nor repeated: its first run counts.
 SLOW_SECONDS = 30.0
-MISSING = "–"
+# Of a score in float32. Narrow dtypes are not judged by it: where they round, another beam may become the best.
+ALLOWED_ERROR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,11 @@ class Row:
 
 
 def steps_of(plan: Plan) -> dict[str, tuple[str, str]]:
-    """Row -> its technique and dtype: all techniques in float32, then the narrow dtypes of the plan, or bfloat16."""
+    """Row -> its technique and dtype: all techniques in float32, then all of them in the plan's narrow dtype, or
+    bfloat16."""
     rows = {name: (name, "float32") for name in techniques(plan.device)}
-    last = list(rows)[-1]
-    narrow = [dtype for dtype in plan.dtypes if dtype != "float32"] or ["bfloat16"]
-    return rows | {dtype: (last, dtype) for dtype in narrow}
+    narrow = next((dtype for dtype in plan.dtypes if dtype != "float32"), "bfloat16")
+    return rows | {narrow: (list(rows)[-1], narrow)}
 
 
 def run(plan: Plan, progress: Progress) -> dict[str, Any]:
@@ -170,24 +172,32 @@ def ratio(slower: Sequence[Mapping[str, Any]], faster: Sequence[Mapping[str, Any
     return statistics.median(before) / statistics.median(after)
 
 
-def _times(value: float | None) -> str:
-    if value is None:
-        return MISSING
-    return f"{value:.0f}×" if value >= 100 else f"{value:.1f}×" if value >= 10 else f"{value:.2f}×"
+def is_wrong(row: Mapping[str, Any]) -> bool:
+    return row["dtype"] == "float32" and not row["relative_error"] <= ALLOWED_ERROR
+
+
+def wrong(results: Mapping[str, Any]) -> list[str]:
+    """The techniques whose result is wrong."""
+    return [row["technique"] for row in results["rows"] if is_wrong(row)]
+
+
+def _error(row: Mapping[str, Any]) -> str:
+    text = "0" if row["relative_error"] == 0 else f"{row['relative_error']:.0e}"
+    return f"{text} WRONG" if is_wrong(row) else text
 
 
 # Column heads and how each cell is written.
 COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "technique": lambda row: row["technique"],
     "dtype": lambda row: row["dtype"],
-    "seconds": lambda row: f"{row['seconds']:.1f}" if row["seconds"] >= 10 else f"{row['seconds']:.3g}",
-    "× released": lambda row: _times(row["x_released"]),
-    "× row before": lambda row: _times(row["x_previous"]),
+    "time": lambda row: table.seconds(row["seconds"]),
+    "× released": lambda row: table.ratio(row["x_released"]),
+    "× row before": lambda row: table.ratio(row["x_previous"]),
     "peak memory": lambda row: (
-        MISSING if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e9:.2f} GB"
+        table.MISSING if row["peak_memory_bytes"] is None else table.size(row["peak_memory_bytes"])
     ),
     "same caption": lambda row: "yes" if row["same_caption"] else "no",
-    "error of score": lambda row: "0" if row["relative_error"] == 0 else f"{row['relative_error']:.0e}",
+    "error of score": _error,
 }
 TEXT = ("technique", "dtype", "same caption")
 
@@ -205,12 +215,12 @@ def title(results: Mapping[str, Any]) -> str:
 def show(results: Mapping[str, Any]) -> None:
     """Prints the table on stdout."""
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    table = Table(title=title(results), title_justify="left")
+    grid = Table(title=title(results), title_justify="left")
     for head in COLUMNS:
-        table.add_column(head, justify="left" if head in TEXT else "right", no_wrap=head == "technique")
+        grid.add_column(head, justify="left" if head in TEXT else "right", no_wrap=head == "technique")
     for row in cells(results):
-        table.add_row(*row)
-    console.print(table)
+        grid.add_row(*row)
+    console.print(grid)
     for note in results["notes"]:
         console.print(Text(note))
 
@@ -221,5 +231,5 @@ def markdown(results: Mapping[str, Any]) -> str:
         " | ".join(":---" if head in TEXT else "---:" for head in COLUMNS),
         *(" | ".join(row) for row in cells(results)),
     ]
-    table = "\n".join(f"| {line} |" for line in lines)
-    return f"{table}\n\n{' '.join([f'{title(results)}.', *results['notes']])} Again: `{results['command']}`\n"
+    grid = "\n".join(f"| {line} |" for line in lines)
+    return f"{grid}\n\n{' '.join([f'{title(results)}.', *results['notes']])} Again: `{results['command']}`\n"

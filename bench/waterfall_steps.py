@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bench import memory
 from bench.held import hold
 from bench.implementations import NoInitialisation
-from mplug2_fast import MPlug2Config
+from mplug2_fast import MPlug2Config, _native
 from mplug2_fast._native import native
 from mplug2_fast.model import MPlug2ForCaptioning
 from mplug2_fast.model.decoder import Memory, SelfAttentionCache, TextDecoder
@@ -80,6 +80,7 @@ class Remembered(nn.Module):
 
 
 def remembering(sizes: Sizes) -> Caption:
+    """The reference, whose decoder projects the video once and not at every step; every beam still has its copy."""
     model = sizes.reference(*VISION, *UNIVERSAL, "text_decoder")
     found = []
     for layer in model.text_decoder.bert.encoder.layer.values():
@@ -107,17 +108,20 @@ class TiledDecoder(TextDecoder):
 
 
 def caching(sizes: Sizes) -> Caption:
+    """The fast decoder, which takes the newest tokens alone; beams are reordered by index."""
     encoder, model = sizes.reference(*VISION, *UNIVERSAL), sizes.fast("decoder")
     model.decoder.__class__ = TiledDecoder
     return with_torch(lambda video: model.generate(image_embeds=encoder.encode_video(video), **sizes.generation))
 
 
 def sharing(sizes: Sizes) -> Caption:
+    """As the fast decoder is: the beams' queries stand side by side before one memory."""
     encoder, model = sizes.reference(*VISION, *UNIVERSAL), sizes.fast("decoder")
     return with_torch(lambda video: model.generate(image_embeds=encoder.encode_video(video), **sizes.generation))
 
 
 def universal(sizes: Sizes) -> Caption:
+    """The fast universal layers behind the reference's vision encoder."""
     encoder, model = sizes.reference(*VISION), sizes.fast("universal", "visual_norm", "decoder")
 
     def caption(video: Tensor) -> GenerationOutput:
@@ -129,20 +133,25 @@ def universal(sizes: Sizes) -> Caption:
 
 
 def vision(sizes: Sizes) -> Caption:
+    """All of the fast model, on PyTorch's operators."""
     return with_torch(kernels(sizes))
 
 
 def products(sizes: Sizes) -> Caption:
+    """On oneDNN, which needs no native module: its kernels and what is built on them stay PyTorch's."""
     sys.modules["mplug2_fast._C"] = None  # type: ignore[assignment]  # as if it were not installed
+    _native._load.cache_clear()
     return kernels(sizes)
 
 
 def kernels(sizes: Sizes) -> Caption:
+    """As the fast model chooses its backends."""
     model = sizes.fast(*FAST)
     return lambda video: model.generate(video, **sizes.generation)
 
 
 def packed(sizes: Sizes) -> Caption:
+    """As it is used: with the vision encoder's weights in the layout of the products."""
     model = sizes.fast(*FAST).pack()
     return lambda video: model.generate(video, **sizes.generation)
 

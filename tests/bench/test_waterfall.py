@@ -1,8 +1,10 @@
 """The waterfall at its smallest: every row is the same function."""
 
 import json
+import math
 import shlex
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -12,7 +14,7 @@ from bench import held as held_module
 from bench import waterfall
 from bench.plan import Plan
 from bench.waterfall_steps import Sizes, StepWorker, techniques
-from mplug2_fast import _native
+from mplug2_fast import _native, ops
 from mplug2_fast._native import native
 from mplug2_fast.model import MPlug2ForCaptioning
 
@@ -24,6 +26,8 @@ class Silent:
     def finished(self, what, seconds):
         pass
 
+
+pytestmark = pytest.mark.filterwarnings("ignore:mplug2_fast runs on its PyTorch fallbacks")
 
 PLAN = Plan(
     preset="tiny",
@@ -38,6 +42,16 @@ PLAN = Plan(
     threads=1,
     reference_steps=3,
 )
+
+
+@contextmanager
+def native_back_again():
+    """Afterwards the native module is there again, which one technique hides."""
+    with pytest.MonkeyPatch.context() as patch:
+        if native() is not None:
+            patch.setitem(sys.modules, "mplug2_fast._C", native())
+        yield
+    _native._load.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +72,8 @@ def replies(tmp_path_factory):
     spec = {"device": "cpu", "beams": 2, "steps": 3, "exchange": str(folder), "config": PLAN.config.to_dict()}
     found = {}
     for name, (technique, dtype) in waterfall.steps_of(PLAN).items():
-        with pytest.MonkeyPatch.context() as patch:
-            if native() is not None:  # which one technique hides
-                patch.setitem(sys.modules, "mplug2_fast._C", native())
-            _native._load.cache_clear()
+        with native_back_again():
             found[name] = [StepWorker({**spec, "technique": technique, "dtype": dtype}).run()]
-        _native._load.cache_clear()
     return found
 
 
@@ -109,16 +119,25 @@ def test_json_table_and_markdown(first_and_last, capsys):
 @pytest.mark.parametrize("technique", list(techniques("cpu")))
 def test_a_row_holds_the_weights_that_it_uses(technique):
     """Those of one captioning model."""
-    with pytest.MonkeyPatch.context() as patch:
-        held = []
+    held = []
+    with pytest.MonkeyPatch.context() as patch, native_back_again():
         patch.setattr(held_module, "fill", lambda weights: held.append(weights))
-        if native() is not None:
-            patch.setitem(sys.modules, "mplug2_fast._C", native())
         techniques("cpu")[technique](Sizes(PLAN.config, torch.float32, "cpu", 2, 3))
     names = [name for weights in held for name in weights]
     whole = MPlug2ForCaptioning(PLAN.config, device="meta").released_parameters()
     assert len(names) == len(set(names))
     assert set(names) == set(whole)
+
+
+@pytest.mark.skipif(native() is None, reason="there is no native module to hide")
+def test_products_without_own_kernels():
+    make = next(make for name, make in techniques("cpu").items() if "oneDNN" in name)
+    x = torch.zeros(2, 8)
+    with native_back_again():
+        make(Sizes(PLAN.config, torch.float32, "cpu", 2, 3))
+        assert ops.explain(ops.layer_norm, x).chosen == "torch"
+        assert ops.explain(ops.linear_act, x, torch.zeros(8, 8)).chosen == "cpu"
+    assert ops.explain(ops.layer_norm, x).chosen == "cpu"
 
 
 def runs(*seconds, caption=(1, 2), score=-1.0):
@@ -139,6 +158,17 @@ def test_ratios_are_of_turns():
     assert (b.same_caption, c.same_caption) == (True, False)
     assert c.relative_error == pytest.approx(0.5)
     assert a.peak_memory_bytes is None
+
+
+def test_what_is_wrong_is_shown(first_and_last):
+    assert waterfall.wrong(first_and_last) == []
+    rows = [
+        {**row, "relative_error": error}
+        for row, error in zip(first_and_last["rows"], (0.0, math.nan, 0.3), strict=True)
+    ]
+    changed = {**first_and_last, "rows": rows}
+    assert waterfall.wrong(changed) == [rows[1]["technique"]]
+    assert waterfall.markdown(changed).count("WRONG") == 1
 
 
 def test_rows_of_cuda_and_without_the_native_module(monkeypatch):
