@@ -89,8 +89,8 @@ def fitting(plan: Plan, available: int, notes: list[str]) -> list[tuple[str, tup
         needed = plan.resident_bytes(family, dtypes)
         if family == "training" and plan.device == "cpu" and needed > available:
             notes.append(
-                f"No training in {', '.join(dtypes)}: with all baselines it takes about {needed / 1e9:.0f} GB of memory "
-                f"and there are {available / 1e9:.0f}. Give fewer --frames, --baselines or a smaller --preset."
+                f"No training in {', '.join(dtypes)}: with all baselines it takes about {needed / 1e9:.0f} GB of "
+                f"memory and there are {available / 1e9:.0f}. Give fewer --frames, --baselines or a smaller --preset."
             )
         else:
             groups.append((family, dtypes))
