@@ -62,9 +62,7 @@ def run(plan: Plan, progress: Progress) -> Results:
     results = Results(described, versions, {})
     with tempfile.TemporaryDirectory() as exchange:
         results.notes += [f"Input: {save_inputs(plan, Path(exchange))}.", *notes(plan)]
-        groups = plan.groups(available_memory())
-        if len(groups) > len({family for family, _ in groups}):
-            results.notes.append("Memory does not hold all workers at once: dtypes were measured one after another.")
+        groups = fitting(plan, available_memory(), results.notes)
         with start_ceilings(plan) as client:
             best = measure_ceilings(client, progress)
             measured = [Group(plan, *group, exchange, progress, results) for group in groups]
@@ -77,6 +75,23 @@ def run(plan: Plan, progress: Progress) -> Results:
     order = [plan.key(task, dtype) for task in plan.tasks for dtype in plan.dtypes]
     results.rows.sort(key=lambda row: order.index(row.key))
     return results
+
+
+def fitting(plan: Plan, available: int, notes: list[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """The plan's groups, without training where memory cannot hold it: the system would end a process, any of them."""
+    groups = []
+    for family, dtypes in plan.groups(available):
+        needed = plan.resident_bytes(family, dtypes)
+        if family == "training" and plan.device == "cpu" and needed > available:
+            notes.append(
+                f"No training in {', '.join(dtypes)}: with all baselines it takes about {needed / 1e9:.0f} GB of "
+                f"memory and there are {available / 1e9:.0f}. Give fewer --frames, --baselines or a smaller --preset."
+            )
+        else:
+            groups.append((family, dtypes))
+    if len(groups) > len({family for family, _ in groups}):
+        notes.append("Memory does not hold all workers at once: dtypes were measured one after another.")
+    return groups
 
 
 def save_inputs(plan: Plan, exchange: Path) -> str:

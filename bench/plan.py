@@ -125,28 +125,27 @@ class Plan:
         after another. A group has a reference of its own, so that what is compared is measured side by side."""
         groups = []
         for family in (family for family in FAMILIES if self.tasks_of("fast", family)):
-            together = self.device != "cpu" or self.resident_bytes(family) < 0.9 * available
+            together = self.device != "cpu" or self.resident_bytes(family, self.dtypes) < 0.9 * available
             groups += [(family, dtypes) for dtypes in ([self.dtypes] if together else [(d,) for d in self.dtypes])]
         return groups
 
-    def resident_bytes(self, family: str) -> int:
-        """About what all workers of a family take together, and the one that computes in addition."""
+    def resident_bytes(self, family: str, dtypes: tuple[str, ...]) -> int:
+        """About what the workers of a group take together, while the reference computes."""
         kind = MPlug2ForQuestionAnswering if family == "answering" else MPlug2ForCaptioning
         parameters = sum(p.numel() for p in kind(self.config, device="meta").parameters())
-        process = 700 << 20  # libraries, and the compiler's in the peer
-        tokens, text = flops.visual_tokens(self.config, self.frames), self.config.text
-        working = 6 * self.batch * text.num_attention_heads * tokens**2 * 4  # the reference's scores
-        total = 0
-        for spec in self.specs(family, self.dtypes, ""):
-            copies = {"fast": 1.5, "accelerated": 1.5, "frozen": 2}.get(spec.implementation, 1)
-            each = ELEMENT_BYTES[spec.dtype] * copies
-            if family == "training":
-                each = 4 * 4  # with gradients and both moments of the optimizer
-            total += int(parameters * each) + process
+        tokens, text, vision = flops.visual_tokens(self.config, self.frames), self.config.text, self.config.vision
+        total = 6 * self.batch * text.num_attention_heads * tokens**2 * 4  # scores
         if family == "training":
-            # About 40 values a channel and token are kept in every block for the backward pass.
-            working += self.batch * tokens * self.config.vision.width * self.config.vision.layers * 40 * 4
-        return total + working
+            # Gradients, and about 40 values a channel and token that every block keeps for the backward pass.
+            total += 4 * parameters + 4 * 40 * self.batch * tokens * vision.width * vision.layers
+        for spec in self.specs(family, dtypes, ""):
+            total += 700 << 20  # libraries, and the compiler's in the peer
+            if family == "training":
+                total += 3 * 4 * parameters  # with both moments of the optimizer
+            else:
+                copies = {"fast": 1.5, "accelerated": 1.5, "frozen": 2}.get(spec.implementation, 1)
+                total += int(copies * ELEMENT_BYTES[spec.dtype] * parameters)
+        return total
 
     def specs(self, family: str, dtypes: tuple[str, ...], exchange: str) -> Iterator[Spec]:
         """The workers of a group, the reference first."""

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from bench import roofline
+from bench.case import OURS
 from bench.plan import DECODING, Plan
 from bench.row import Baseline, Row
+from bench.turns import Turns
 from bench.workers import Spec
 
 if TYPE_CHECKING:
     from bench.measure import Measured
 
-# Relative errors, see NOTES.md. Of hidden states and gradients in float32; of scores, in units of the dtype's epsilon.
+# Relative errors, see NOTES.md. In a narrow dtype a search may choose other words, which moves a score by as much
+# whatever the dtype.
 NOISE = 1e-5
-SCORE_NOISE = 10
+SCORE_NOISE = 4e-2
 
 Runs = Mapping[Spec, Mapping[str, "Measured"]]
 """By worker and task."""
@@ -56,7 +56,7 @@ def row(
     return Row(
         key=plan.key(task, dtype),
         seconds=ours.median,
-        spread=spread(ours.seconds),
+        spread=Turns({OURS: ours.seconds}).spread(),
         runs=len(ours.seconds),
         flop=flop,
         bytes=moved,
@@ -79,25 +79,10 @@ def baseline(ours: Measured, other: Measured, name: str, judged: bool) -> Baseli
     compared = judged and name != "reference"
     return Baseline(
         seconds=other.median,
-        ratio=ratio(other.seconds, ours.seconds),
+        ratio=Turns({OURS: ours.seconds, name: other.seconds}).ratio(name),
         peak_memory_bytes=other.peak_memory_bytes,
         relative_error=other.relative_error if compared else None,
     )
-
-
-def ratio(others: Sequence[float], ours: Sequence[float]) -> float:
-    """The median over the turns; of what was timed once against the median of the others."""
-    if len(others) != len(ours):
-        return statistics.median(others) / statistics.median(ours)
-    return statistics.median(other / our for other, our in zip(others, ours, strict=True))
-
-
-def spread(seconds: Sequence[float]) -> float:
-    """Half the distance between the quartiles, over the median; 0 of a single run."""
-    if len(seconds) < 2:
-        return 0.0
-    low, median, high = statistics.quantiles(seconds, n=4)
-    return (high - low) / 2 / median
 
 
 def allowed_error(task: str, dtype: str, others: Mapping[str, Measured]) -> float | None:
@@ -114,7 +99,7 @@ def allowed_error(task: str, dtype: str, others: Mapping[str, Measured]) -> floa
 def noise_floor(task: str, dtype: str) -> float:
     """`NOISE` for thousands of values, whose error hardly varies. Where a score a video is all there is, the peer's is
     off by much or by nothing as chance has it, so that as much as is usual is allowed in any case."""
-    return max(NOISE, SCORE_NOISE * torch.finfo(getattr(torch, dtype)).eps) if task in DECODING else NOISE
+    return SCORE_NOISE if task in DECODING and dtype != "float32" else NOISE
 
 
 def within(error: float | None, allowed: float | None) -> bool:
