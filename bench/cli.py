@@ -173,13 +173,7 @@ def run(options: argparse.Namespace, progress: Progress) -> int:
         print(*scaling.run(plan(options, scaling.Sweep), options.output, progress), sep="\n")
         return 0
     if options.waterfall:
-        found = waterfall.run(plan(options), progress)
-        waterfall.show(found)
-        if options.json:
-            options.json.write_text(json.dumps(found, indent=1) + "\n")
-        if options.pictures:
-            plots.waterfall(found, options.pictures / "waterfall.png")
-        return 0
+        return run_waterfall(options, progress)
     old = Results.read(options.compare) if options.compare else None
     results = measure_levels(options, progress)
     table.show(results)
@@ -196,6 +190,19 @@ def run(options: argparse.Namespace, progress: Progress) -> int:
     for row in wrong:
         print(f"error: {row.key} is wrong: {table.error(row)}: {row.command}", file=sys.stderr)
     return 1 if wrong or results.failed or slower else 0
+
+
+def run_waterfall(options: argparse.Namespace, progress: Progress) -> int:
+    found = waterfall.run(plan(options), progress)
+    waterfall.show(found)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.pictures:
+        plots.waterfall(found, options.pictures / "waterfall.png")
+    wrong = waterfall.wrong(found)
+    for technique in wrong:
+        print(f"error: the result with {technique} is wrong", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 def against(old: Results, new: Results, options: argparse.Namespace, progress: Progress) -> int:

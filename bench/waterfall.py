@@ -19,7 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bench import inputs, machine, table
+from bench.case import OURS
 from bench.progress import Progress
+from bench.turns import Turns
 from bench.waterfall_steps import techniques
 from bench.workers import Client
 from mplug2_fast.info import available_memory
@@ -167,9 +169,7 @@ def tabulate(steps: Mapping[str, tuple[str, str]], replies: Mapping[str, Sequenc
 def ratio(slower: Sequence[Mapping[str, Any]], faster: Sequence[Mapping[str, Any]]) -> float:
     """Of times: the median over the turns where both took as many, else that of the medians."""
     before, after = ([run["seconds"] for run in runs] for runs in (slower, faster))
-    if len(before) == len(after):
-        return statistics.median(b / a for b, a in zip(before, after, strict=True))
-    return statistics.median(before) / statistics.median(after)
+    return Turns({OURS: after, "before": before}).ratio("before")
 
 
 def is_wrong(row: Mapping[str, Any]) -> bool:
