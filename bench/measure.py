@@ -66,8 +66,8 @@ def run(plan: Plan, progress: Progress) -> Results:
         with start_ceilings(plan) as client:
             best = measure_ceilings(client, progress)
             measured = [Group(plan, *group, exchange, progress, results) for group in groups]
-            # What is quick is small: all start while the first compile.
-            for alive in [measured] if plan.quick else [[group] for group in measured]:
+            # Of a model that is this small, all workers start while the first compile.
+            for alive in [measured] if plan.preset == "tiny" else [[group] for group in measured]:
                 measure(alive)
             results.ceilings = ceilings.merge(best, measure_ceilings(client, progress))
     for group in measured:

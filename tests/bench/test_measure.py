@@ -32,6 +32,14 @@ def measured():
     return measure.run(plan(dtypes=("bfloat16",)), Silent())
 
 
+@pytest.fixture
+def known_ceilings(monkeypatch):
+    rates = {dtype: {"gflops": 100.0} for dtype in ("float32", "bfloat16")}
+    ceilings = {"gemm": rates, "copy_gb_per_second": 10.0}
+    monkeypatch.setattr(measure, "start_ceilings", lambda plan: Broken(Spec("none", *[None] * 7)))
+    monkeypatch.setattr(measure, "measure_ceilings", lambda *_: ceilings)
+
+
 def test_a_row_for_every_task(measured):
     assert not measured.failed
     assert [row.key.name for row in measured.rows] == list(TASKS)
@@ -83,7 +91,7 @@ def test_results_can_be_written_and_read(measured, tmp_path):
     assert Results.read(tmp_path / "a.json") == measured
 
 
-def test_what_is_wrong_is_said(monkeypatch):
+def test_what_is_wrong_is_said():
     ours = Measured("native", [1.0, 1.2, 1.1], 9, 4, 0.04)
     others = {"reference": Measured("eager", [9.0]), "eager": Measured("eager", [2.0, 3.6, 2.2], 7, 3, 0.01)}
     ceilings = {"gemm": {"bfloat16": {"gflops": 1.0}}, "copy_gb_per_second": 1.0}
@@ -97,7 +105,7 @@ def test_what_is_wrong_is_said(monkeypatch):
     assert not row.correct
 
 
-def test_a_reference_at_fewer_steps_is_compared_with_nothing():
+def test_a_reference_at_fewer_steps_is_compared_with_nothing(known_ceilings):
     found = measure.run(plan(tasks=("captioning", "features"), reference_steps=2, baselines=("reference",)), Silent())
     captioning, features = found.rows
     assert (captioning.relative_error, captioning.allowed_error, captioning.correct) == (None, None, True)
@@ -106,7 +114,7 @@ def test_a_reference_at_fewer_steps_is_compared_with_nothing():
     assert "--reference-steps 2" in captioning.command
 
 
-def test_the_reference_before_and_after_it_is_accelerated():
+def test_the_reference_before_and_after_it_is_accelerated(known_ceilings):
     (row,) = measure.run(plan(tasks=("captioning",), accelerate=True), Silent()).rows
     assert row.key.name == "captioning, accelerated"
     assert list(row.baselines) == ["reference"]
@@ -193,12 +201,9 @@ class Broken:
 
 
 @pytest.mark.parametrize("broken", ["eager", "fast", "reference"])
-def test_what_fails_is_left_out(broken, monkeypatch):
+def test_what_fails_is_left_out(broken, monkeypatch, known_ceilings):
     monkeypatch.setattr(Broken, "broken", broken, raising=False)
     monkeypatch.setattr(measure, "Client", Broken)
-    monkeypatch.setattr(measure, "start_ceilings", lambda plan: Broken(Spec("none", *[None] * 7)))
-    ceilings = {"gemm": {"float32": {"gflops": 1.0}, "bfloat16": {"gflops": 1.0}}, "copy_gb_per_second": 1.0}
-    monkeypatch.setattr(measure, "measure_ceilings", lambda *_: ceilings)
     asked = plan(tasks=("captioning", "features"), dtypes=("float32", "bfloat16"), repeats=2)
     found = measure.run(asked, Silent())
     why = f"{broken} float32: out of memory"
