@@ -279,7 +279,7 @@ def again(key: Key, options: argparse.Namespace, progress: Progress) -> Row:
     """The row of a key, measured once more."""
     if key.level == "model":
         chosen = argparse.Namespace(**{**vars(options), "dtype": (key.dtype,)})
-        results = measure.run(plan(chosen, tasks=(key.name,)), progress)
+        results = measure.run(plan(chosen, tasks=(key.name.removesuffix(", accelerated"),)), progress)
     else:
         results = runner.run([key], settings(options, key.level), progress)
     return results[key]
