@@ -18,7 +18,9 @@ import argparse
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +41,8 @@ from mplug2_fast.errors import MPlug2Error
 
 QUICK = Budget(seconds=0.4, most=200, slow=0.2)
 # Compiling takes most of the time.
-QUICK_COMPILED = frozenset({"local_temporal", "TemporalBlock"})
+QUICK_COMPILED = frozenset({"local_temporal"})
+QUICK_TASKS = ("captioning", "features")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -210,7 +213,7 @@ def against(old: Results, new: Results, options: argparse.Namespace, progress: P
     if options.fail_if_slower is None:
         compare.show(compare.compare(old, new))
         return 0
-    found = compare.gate(old, new, options.fail_if_slower, lambda key: again(key, options, progress))
+    found = compare.gate(old, new, options.fail_if_slower, lambda key: again(key, options, progress, new.ceilings))
     compare.show(found, options.fail_if_slower)
     regressions = compare.regressions(found, options.fail_if_slower)
     for regression in regressions:
@@ -220,33 +223,41 @@ def against(old: Results, new: Results, options: argparse.Namespace, progress: P
 
 def measure_levels(options: argparse.Namespace, progress: Progress) -> Results:
     """All levels that were asked for, one after the other, as one run."""
-    parts = []
-    levels = ("model",) if options.accelerate else options.level
-    for level in levels:
-        if level == "model":
-            wanted = options.only or (("captioning",) if options.accelerate else TASKS)
-            if tasks := tuple(task for task in TASKS if task in wanted):
-                parts.append(measure.run(plan(options, tasks=tasks), progress))
-        elif cases := keys(level, options):
-            parts.append(runner.run(cases, settings(options, level), progress))
-            parts[-1].notes += packages.reasons(cases)
-    if parts and "video" in levels:
+    works = {level: works_of(level, options) for level in (("model",) if options.accelerate else options.level)}
+    if not any(works.values()):
+        raise ValueError(f"nothing is called {', '.join(options.only)} in {', '.join(works)}")
+
+    def ceilings_now() -> dict[str, Any]:
+        return runner.measure_ceilings(options.device, list(options.dtype), settings(options, "ops"), progress)
+
+    best, parts = ceilings_now(), []
+    for level, wanted in works.items():
+        if wanted and level == "model":
+            parts.append(measure.run(plan(options, tasks=wanted), progress, best))
+        elif wanted:
+            parts.append(runner.run(wanted, settings(options, level), progress, best))
+            parts[-1].notes += packages.reasons(wanted)
+    if "video" in works:
         parts[-1].notes += video.notes()
-    if not parts:
-        raise ValueError(f"nothing is called {', '.join(options.only)} in {', '.join(levels)}")
-    return together(parts)
+    return together(parts, ceilings.merge(best, ceilings_now()))
 
 
-def together(parts: list[Results]) -> Results:
-    """One run of several levels, all under the best ceilings that any of them saw."""
+def works_of(level: str, options: argparse.Namespace) -> tuple[Any, ...]:
+    """Keys; of the model, names of tasks."""
+    if level != "model":
+        return tuple(keys(level, options))
+    wanted = options.only or (("captioning",) if options.accelerate else QUICK_TASKS if options.quick else TASKS)
+    return tuple(task for task in TASKS if task in wanted)
+
+
+def together(parts: list[Results], best: dict[str, Any]) -> Results:
+    """One run of several levels, all under the same ceilings."""
     whole = parts[0]
     for part in parts[1:]:
-        whole.ceilings = ceilings.merge(whole.ceilings, part.ceilings)
         whole.rows += part.rows
         whole.failed |= part.failed
         whole.notes += part.notes
-    whole.rows = [under(row, whole.ceilings) for row in whole.rows]
-    return whole
+    return replace(whole, ceilings=best, rows=[under(row, best) for row in whole.rows])
 
 
 def keys(level: str, options: argparse.Namespace) -> list[Key]:
@@ -275,13 +286,13 @@ def settings(options: argparse.Namespace, level: str) -> Settings:
     )
 
 
-def again(key: Key, options: argparse.Namespace, progress: Progress) -> Row:
+def again(key: Key, options: argparse.Namespace, progress: Progress, best: dict[str, Any]) -> Row:
     """The row of a key, measured once more."""
     if key.level == "model":
         chosen = argparse.Namespace(**{**vars(options), "dtype": (key.dtype,)})
-        results = measure.run(plan(chosen, tasks=(key.name.removesuffix(", accelerated"),)), progress)
+        results = measure.run(plan(chosen, tasks=(key.name.removesuffix(", accelerated"),)), progress, best)
     else:
-        results = runner.run([key], settings(options, key.level), progress)
+        results = runner.run([key], settings(options, key.level), progress, best)
     return results[key]
 
 
@@ -296,7 +307,7 @@ def plan(options: argparse.Namespace, kind: type[Plan] = Plan, tasks: tuple[str,
         threads=options.threads or default_threads("model", options.preset),
         baselines=("reference",) if options.accelerate else tuple(b for b in BASELINES if b in options.baselines),
         freeze=options.device == "cpu" and not (options.quick or options.no_freeze),
-        compiled_tasks=("captioning",) if options.quick else TASKS,
+        compiled_tasks=() if options.quick else TASKS,
         quick=options.quick,
         accelerate=options.accelerate,
         video=options.video,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench import ceilings, inputs, machine
+from bench import inputs, machine
 from bench.plan import QUESTION_TOKENS, Plan
 from bench.progress import Progress
 from bench.row import Results
@@ -55,21 +54,22 @@ class Measured:
         return statistics.median(self.seconds)
 
 
-def run(plan: Plan, progress: Progress) -> Results:
-    """All rows of the plan; what could not be measured is in `failed`, and a baseline that is missing in the notes."""
+def run(plan: Plan, progress: Progress, ceilings: dict[str, Any]) -> Results:
+    """All rows of the plan; what could not be measured is in `failed`, and a baseline that is missing in the notes.
+
+    Args:
+        ceilings: of `bench.ceilings.measure`.
+    """
     described, versions = machine.describe()
     described["threads"] = plan.threads
-    results = Results(described, versions, {})
+    results = Results(described, versions, ceilings)
     with tempfile.TemporaryDirectory() as exchange:
         results.notes += [f"Input: {save_inputs(plan, Path(exchange))}.", *notes(plan)]
         groups = fitting(plan, available_memory(), results.notes)
-        with start_ceilings(plan) as client:
-            best = measure_ceilings(client, progress)
-            measured = [Group(plan, *group, exchange, progress, results) for group in groups]
-            # Of a model that is this small, all workers start while the first compile.
-            for alive in [measured] if plan.preset == "tiny" else [[group] for group in measured]:
-                measure(alive)
-            results.ceilings = ceilings.merge(best, measure_ceilings(client, progress))
+        measured = [Group(plan, *group, exchange, progress, results) for group in groups]
+        # Of a model that is this small, all workers start while the first compile.
+        for alive in [measured] if plan.preset == "tiny" else [[group] for group in measured]:
+            measure(alive)
     for group in measured:
         results.rows += tabulate(plan, group.family, group.runs, results.ceilings)
     order = [plan.key(task, dtype) for task in plan.tasks for dtype in plan.dtypes]
@@ -131,21 +131,6 @@ def measure(groups: list[Group]) -> None:
             group.take_turns()
 
 
-def start_ceilings(plan: Plan) -> Client:
-    """The worker for ceilings: a process of its own, like everything that is compared with them."""
-    dtypes = tuple(dict.fromkeys(("float32", *plan.dtypes)))
-    spec = {"implementation": "ceilings", "device": plan.device, "threads": plan.threads, "dtypes": dtypes}
-    return Client({**spec, "quick": plan.quick}, "ceilings").ready()
-
-
-def measure_ceilings(client: Client, progress: Progress) -> dict[str, Any]:
-    progress.begin("ceilings")
-    start = time.perf_counter()
-    best = client.call("measure")
-    progress.finished("ceilings", time.perf_counter() - start)
-    return best
-
-
 class Group:
     """Workers that are alive together: the reference, and the implementations of a family of tasks in some dtypes.
 
@@ -201,15 +186,15 @@ class Group:
         backend = client.call("describe")["backend"]
         self.runs[spec] = {task: Measured(backend) for task in self.plan.tasks_of(spec.implementation, self.family)}
 
-    def _once(self, spec: Spec, task: str, what: str) -> dict[str, Any]:
+    def _once(self, spec: Spec, task: str, what: str, times: int = 1) -> dict[str, Any]:
         what = f"{task} · {spec.label} · {what}"
         self.progress.begin(what)
-        reply = self.clients[spec].call("run", task)
+        reply = self.clients[spec].call("run", task, times)
         self.progress.finished(what, reply["seconds"])
         return reply
 
     def _timed(self, spec: Spec, task: str, what: str) -> None:
-        self.runs[spec][task].add(self._once(spec, task, what))
+        self.runs[spec][task].add(self._once(spec, task, what, self.plan.runs_a_turn))
 
     def _first_runs_of_reference(self, reference: Spec) -> None:
         """Leaves the inputs and results of all tasks behind."""

@@ -49,6 +49,10 @@ class Settings:
         compiles = self.compiled is None or key.name in self.compiled
         return tuple(name for name in self.baselines if name != "compiled" or compiles)
 
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The function's result, from a process of its own if cases have one."""
+        return fork.call(function, *arguments) if self.apart else function(*arguments)
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -103,40 +107,41 @@ def prepare(settings: Settings) -> None:
     machine.keep_freed_memory()
 
 
-def measure_ceilings(device: str, dtypes: list[str], settings: Settings) -> dict[str, Any]:
+def measure_ceilings(device: str, dtypes: list[str], settings: Settings, progress: Progress) -> dict[str, Any]:
+    """As `bench.ceilings.measure` returns them, in a process of its own like all that is compared with them."""
+    return timed("ceilings", progress, lambda: settings.call(_ceilings, device, dtypes, settings))
+
+
+def _ceilings(device: str, dtypes: list[str], settings: Settings) -> dict[str, Any]:
     prepare(settings)
     return ceilings.measure(device, dtypes, quick=settings.quick)
 
 
-def run(keys: Iterable[Key], settings: Settings, progress: Progress) -> Results:
-    """Rows of all keys, in order. What cannot be measured is among the `failed`."""
+def run(keys: Iterable[Key], settings: Settings, progress: Progress, best: dict[str, Any]) -> Results:
+    """Rows of all keys, in order. What cannot be measured is among the `failed`.
+
+    Args:
+        best: the ceilings of `bench.ceilings.measure`.
+    """
     keys = list(keys)
-    call: Callable[..., Any] = fork.call if settings.apart else (lambda function, *given: function(*given))
-    dtypes = list(dict.fromkeys(key.dtype for key in keys))
-    device = keys[0].device
     described, versions = machine.describe()
-    described |= {"threads": settings.threads, "device": device}
-
-    def ceilings_now() -> dict[str, Any]:
-        return timed("ceilings", progress, lambda: call(measure_ceilings, device, dtypes, settings))
-
-    best, measured, failed = ceilings_now(), {}, {}
+    described |= {"threads": settings.threads, "device": keys[0].device}
+    measured, failed = {}, {}
     for key in keys:
         try:
-            measured[key] = timed(f"{key.level} · {key}", progress, lambda key=key: measure(key, settings, call))
+            measured[key] = timed(f"{key.level} · {key}", progress, lambda key=key: measure(key, settings))
         except Exception as error:
             if not isinstance(error, fork.ChildError):
                 traceback.print_exception(error)
             failed[f"{key.level} · {key}"] = f"{error if isinstance(error, fork.ChildError) else repr(error)}"
-    best = ceilings.merge(best, ceilings_now())
     rows = [row(key, *found, best, settings) for key, found in measured.items()]
     return Results(described, versions, best, rows, failed)
 
 
-def measure(key: Key, settings: Settings, call: Callable[..., Any] = fork.call) -> tuple[Measured, Any]:
+def measure(key: Key, settings: Settings) -> tuple[Measured, Any]:
     """Times, and (peak, added) bytes or None."""
-    timed_case = call(time_case, key, settings)
-    return timed_case, call(weigh_case, key, settings) if settings.memory else None
+    timed_case = settings.call(time_case, key, settings)
+    return timed_case, settings.call(weigh_case, key, settings) if settings.memory else None
 
 
 def timed(what: str, progress: Progress, work: Callable[[], Any]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import statistics
 import sys
 import time
 import traceback
@@ -17,7 +18,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from bench import ceilings, gradients
+from bench import gradients, memory
 from bench.case import relative_error
 from bench.implementations import IMPLEMENTATIONS
 from bench.waterfall_steps import StepWorker
@@ -59,13 +60,25 @@ class Worker:
     def _target(self, task: str) -> Path:
         return self.exchange / f"{OUTPUTS.get(task, f'{task}_result')}.pt"
 
-    def run(self, task: str) -> dict[str, Any]:
-        """One run: seconds; peak bytes of this process with its weights, and how much of it was not there before; the
-        error against the reference, None where there is nothing to compare with."""
+    def run(self, task: str, times: int = 1) -> dict[str, Any]:
+        """One run, or the median of several in a row: seconds; peak bytes of this process with its weights, and how
+        much of it was not there before; the error against the reference, None where there is nothing to compare with.
+        """
         inputs = self._inputs(task)
         gc.collect()
-        known = reset_peak_memory(self.device)
-        before = peak_memory(self.device) if known else None
+        known = memory.reset_peak(self.device)
+        before = memory.peak(self.device) if known else None
+        taken = [self._timed(task, inputs) for _ in range(times)]
+        peak = memory.peak(self.device) if known else None
+        output = taken[-1][1]
+        return {
+            "seconds": statistics.median(seconds for seconds, _ in taken),
+            "peak_memory_bytes": peak,
+            "added_memory_bytes": None if peak is None else peak - before,
+            "relative_error": None if task == "training" else self._error(task, output.float().cpu()),
+        }
+
+    def _timed(self, task: str, inputs: list[Tensor]) -> tuple[float, Tensor]:
         self._synchronize()
         start = time.perf_counter()
         if task == "training":
@@ -74,14 +87,7 @@ class Worker:
             with torch.no_grad():
                 output = getattr(self.implementation, task)(*inputs)
         self._synchronize()
-        seconds = time.perf_counter() - start
-        peak = peak_memory(self.device) if known else None
-        return {
-            "seconds": seconds,
-            "peak_memory_bytes": peak,
-            "added_memory_bytes": None if peak is None else peak - before,
-            "relative_error": None if task == "training" else self._error(task, output.float().cpu()),
-        }
+        return time.perf_counter() - start, output
 
     def _error(self, task: str, output: Tensor) -> float | None:
         target = self._target(task)
@@ -102,41 +108,12 @@ class Worker:
         return {"backend": self.implementation.backend}
 
 
-class CeilingsWorker:
-    def __init__(self, spec: dict[str, Any]) -> None:
-        self.spec = spec
-
-    def measure(self) -> dict[str, Any]:
-        return ceilings.measure(self.spec["device"], self.spec["dtypes"], quick=self.spec["quick"])
-
-
-def reset_peak_memory(device: str) -> bool:
-    """False where the system cannot tell a process's peak memory, as in some sandboxes."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-        return True
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def peak_memory(device: str) -> int:
-    """Bytes since the last reset: of the allocator on CUDA, resident in the whole process on the CPU."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024
-
-
 def serve(spec: dict[str, Any], requests: TextIO, replies: TextIO) -> None:
     """Answers `[method, *arguments]` with `{"ok": result}` or `{"error": text}` until the requests end."""
-    worker: Worker | CeilingsWorker | StepWorker | None = None
+    worker: Worker | StepWorker | None = None
     try:
         torch.set_num_threads(spec["threads"])
-        kinds = {"ceilings": CeilingsWorker, "waterfall": StepWorker}
-        worker = kinds.get(spec["implementation"], Worker)(spec)
+        worker = (StepWorker if spec["implementation"] == "waterfall" else Worker)(spec)
         answer: dict[str, Any] = {"ok": None}
     except Exception as error:
         answer = {"error": one_line(error)}

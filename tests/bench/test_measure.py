@@ -27,17 +27,15 @@ def plan(**changes):
     return Plan(**{**given, "baselines": ("reference", "eager"), **changes})
 
 
+CEILINGS = {
+    "gemm": {dtype: {"gflops": 100.0, "operator": "x"} for dtype in ("float32", "bfloat16")},
+    "copy_gb_per_second": 10.0,
+}
+
+
 @pytest.fixture(scope="module")
 def measured():
-    return measure.run(plan(dtypes=("bfloat16",)), Silent())
-
-
-@pytest.fixture
-def known_ceilings(monkeypatch):
-    rates = {dtype: {"gflops": 100.0} for dtype in ("float32", "bfloat16")}
-    ceilings = {"gemm": rates, "copy_gb_per_second": 10.0}
-    monkeypatch.setattr(measure, "start_ceilings", lambda plan: Broken(Spec("none", *[None] * 7)))
-    monkeypatch.setattr(measure, "measure_ceilings", lambda *_: ceilings)
+    return measure.run(plan(dtypes=("bfloat16",)), Silent(), CEILINGS)
 
 
 def test_a_row_for_every_task(measured):
@@ -105,8 +103,10 @@ def test_what_is_wrong_is_said():
     assert not row.correct
 
 
-def test_a_reference_at_fewer_steps_is_compared_with_nothing(known_ceilings):
-    found = measure.run(plan(tasks=("captioning", "features"), reference_steps=2, baselines=("reference",)), Silent())
+def test_a_reference_at_fewer_steps_is_compared_with_nothing():
+    found = measure.run(
+        plan(tasks=("captioning", "features"), reference_steps=2, baselines=("reference",)), Silent(), CEILINGS
+    )
     captioning, features = found.rows
     assert (captioning.relative_error, captioning.allowed_error, captioning.correct) == (None, None, True)
     assert features.relative_error < 1e-5
@@ -114,8 +114,8 @@ def test_a_reference_at_fewer_steps_is_compared_with_nothing(known_ceilings):
     assert "--reference-steps 2" in captioning.command
 
 
-def test_the_reference_before_and_after_it_is_accelerated(known_ceilings):
-    (row,) = measure.run(plan(tasks=("captioning",), accelerate=True), Silent()).rows
+def test_the_reference_before_and_after_it_is_accelerated():
+    (row,) = measure.run(plan(tasks=("captioning",), accelerate=True), Silent(), CEILINGS).rows
     assert row.key.name == "captioning, accelerated"
     assert list(row.baselines) == ["reference"]
     assert row.relative_error < row.allowed_error == 1e-5
@@ -201,11 +201,11 @@ class Broken:
 
 
 @pytest.mark.parametrize("broken", ["eager", "fast", "reference"])
-def test_what_fails_is_left_out(broken, monkeypatch, known_ceilings):
+def test_what_fails_is_left_out(broken, monkeypatch):
     monkeypatch.setattr(Broken, "broken", broken, raising=False)
     monkeypatch.setattr(measure, "Client", Broken)
     asked = plan(tasks=("captioning", "features"), dtypes=("float32", "bfloat16"), repeats=2)
-    found = measure.run(asked, Silent())
+    found = measure.run(asked, Silent(), CEILINGS)
     why = f"{broken} float32: out of memory"
     if broken == "eager":
         assert len(found.rows) == 4

@@ -25,15 +25,6 @@ class Silent:
         pass
 
 
-@pytest.fixture
-def ceilings(monkeypatch):
-    monkeypatch.setattr(runner, "measure_ceilings", measured_before)
-
-
-def measured_before(*_):
-    return CEILINGS
-
-
 def small(*names):
     """The smallest keys of these operators."""
     found = []
@@ -72,18 +63,18 @@ def test_the_command_measures_the_same_row():
         assert key in cases.keys(selection)
 
 
-def test_what_cannot_be_measured_is_told_and_the_rest_is_there(ceilings, native_module):
+def test_what_cannot_be_measured_is_told_and_the_rest_is_there(native_module):
     keys = [Key("ops", "layer_norm", "enormous", "forward", "float32", "cpu"), *small("beam_step")]
-    results = runner.run(keys, SETTINGS, Silent())
+    results = runner.run(keys, SETTINGS, Silent(), CEILINGS)
     assert [row.key.name for row in results.rows] == ["beam_step"]
     assert results.failed == {"ops · layer_norm · enormous · float32": "KeyError: 'enormous'"}
 
 
-def test_a_wrong_result_makes_a_wrong_row(ceilings, monkeypatch):
+def test_a_wrong_result_makes_a_wrong_row(monkeypatch):
     right = cases._result
     monkeypatch.setattr(cases, "_result", lambda op, arguments: right(op, arguments) * 1.001)
     settings = replace(SETTINGS, memory=False, apart=False)
-    row = runner.run(small("layer_norm"), settings, Silent()).rows[0]
+    row = runner.run(small("layer_norm"), settings, Silent(), CEILINGS).rows[0]
     assert not row.correct
     assert row.relative_error > row.allowed_error
 
