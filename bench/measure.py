@@ -165,6 +165,8 @@ class Group:
 
     def take_turns(self) -> None:
         """The timed runs."""
+        for spec in list(self.runs):
+            self._try(spec, lambda spec: self.clients[spec].call("settle"))
         for repeat in range(self.plan.repeats):
             for task in self.tasks:
                 for spec in list(self.runs):

@@ -21,7 +21,7 @@ DECODING: Files = {
     "240 frames of 360 px": (partial(Clips, 2, 240, 360), False),
 }
 CAPTIONING: Files = {
-    "6 clips of 128 px": (BundledClips, True),
+    "6 clips of 128 px": (BundledClips, False),
     "6 clips of 512 px": (partial(Clips, 6, 16, 512), False),
 }
 
