@@ -105,8 +105,8 @@ class Worker:
         return gradients.relative_error(sketch, torch.load(target))
 
     def settle(self) -> None:
-        """If one thread computes, it stays on one core from here on, the same as that of the other workers: the cores of
-        a shared machine are not equally fast."""
+        """If one thread computes, it stays on one core from here on, that of the other workers too: the cores of a
+        shared machine are not equally fast."""
         if torch.get_num_threads() == 1 and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
