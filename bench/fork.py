@@ -42,12 +42,14 @@ def call(function: Callable[..., T], *arguments: Any) -> T:
             raise ChildError(result)
         process.join()
         raise ChildError(_how_it_ended(process.exitcode))
+    except KeyboardInterrupt:  # which the other process does not hear of
+        process.kill()
+        raise
     finally:
-        if process.is_alive():
-            process.join(timeout=10)
-        if process.is_alive():
+        process.join(timeout=10)
+        if process.is_alive():  # it has answered, but something of it does not end
             process.kill()
-        process.join()
+            process.join()
         ours.close()
 
 

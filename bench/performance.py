@@ -191,7 +191,7 @@ def _waterfall(results: Mapping[str, Any]) -> list[str]:
             table.ratio(row["x_previous"]),
             _gigabytes(row["peak_memory_bytes"]),
             {True: "yes", False: "**no**", None: table.MISSING}[row["same_caption"]],
-            _shown(lambda v: f"{v:.0e}", row["relative_error"]),
+            _shown(lambda v: f"{v:.0e}" if v else "0", row["relative_error"]),
         )
         for row in results["rows"]
     ]

@@ -314,6 +314,7 @@ def waterfall(results: Mapping[str, Any], path: Path) -> None:
     """Draws what `bench.waterfall` measured: a bar of time for each technique, and columns of figures beside it."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     rows = results["rows"]
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
@@ -324,6 +325,8 @@ def waterfall(results: Mapping[str, Any], path: Path) -> None:
         lengths = [value - left for value in seconds]
         bars.barh(range(len(rows)), lengths, left=left, height=0.6, color="0.75", edgecolor="black", linewidth=0.8)
         bars.set_xscale("log")
+        bars.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        bars.xaxis.set_minor_formatter(NullFormatter())
         bars.set_xlim(left, max(seconds) * 1.05)
         bars.xaxis.set_major_formatter("{x:g}")
         bars.set_ylim(len(rows) - 0.5, -0.5)
