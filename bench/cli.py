@@ -39,7 +39,8 @@ from mplug2_fast import MPlug2Config
 from mplug2_fast.devices import DTYPES, pick_device
 from mplug2_fast.errors import MPlug2Error
 
-QUICK = Budget(seconds=0.4, most=200, slow=0.2)
+QUICK = Budget(seconds=0.12, most=100, fewest=3, slow=1.0)
+QUICK_PROCESSES = {"ops": 5, "modules": 2, "video": 2}
 # Compiling takes most of the time.
 QUICK_COMPILED = frozenset({"local_temporal"})
 QUICK_TASKS = ("captioning", "features")
@@ -280,6 +281,7 @@ def settings(options: argparse.Namespace, level: str) -> Settings:
         compiled=QUICK_COMPILED if options.quick else None,
         mode=options.mode,
         budget=QUICK if options.quick else Budget(),
+        processes=QUICK_PROCESSES.get(level, 1) if options.quick and options.device == "cpu" else 1,
         memory=not options.no_memory,
         quick=options.quick,
         apart=options.device == "cpu",

@@ -29,6 +29,8 @@ class Settings:
         baselines: of `bench.row.COMPARED`, those that are measured; what bounds a work always is.
         compiled: names of the works for which torch.compile is among them; None for all.
         mode: of `bench.clock.MODES`.
+        processes: that a case is timed in, one after the other: what is small is faster or slower by where its memory
+            happens to lie. What is compiled has one.
         memory: whether peak memory is measured, in one more process.
         quick: smaller ceilings.
         apart: whether every case has a process of its own; on CUDA, where starting one takes long and the allocator
@@ -40,6 +42,7 @@ class Settings:
     compiled: frozenset[str] | None = None
     mode: str = "cold"
     budget: Budget = field(default_factory=Budget)
+    processes: int = 1
     memory: bool = True
     quick: bool = False
     apart: bool = True
@@ -70,11 +73,12 @@ def build(key: Key, *, compile: bool) -> Any:
     return importlib.import_module(f"bench.{key.level}.cases").build(key, compile=compile)
 
 
-def time_case(key: Key, settings: Settings) -> Measured:
+def time_case(key: Key, settings: Settings, agreement: Agreement | None = None) -> Measured:
+    """Results are compared unless that has been done."""
     prepare(settings)
     timer = clock(key.device, settings.mode)
     case = build(key, compile="compiled" in settings.of(key))
-    agreement = case.agreement()
+    agreement = agreement or case.agreement()
     wanted = set(settings.of(key))
     if "reference" in wanted and key.dtype == "float32":
         wanted.add("eager")  # which is the same
@@ -140,7 +144,10 @@ def run(keys: Iterable[Key], settings: Settings, progress: Progress, best: dict[
 
 def measure(key: Key, settings: Settings) -> tuple[Measured, Any]:
     """Times, and (peak, added) bytes or None."""
-    timed_case = settings.call(time_case, key, settings)
+    processes = 1 if "compiled" in settings.of(key) else settings.processes
+    found = [settings.call(time_case, key, settings)]
+    found += [settings.call(time_case, key, settings, found[0].agreement) for _ in range(processes - 1)]
+    timed_case = replace(found[0], turns=turns.together([each.turns for each in found]))
     return timed_case, settings.call(weigh_case, key, settings) if settings.memory else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bench.case import OURS, Call
@@ -47,6 +47,11 @@ class Turns:
         if len(ours) != len(other):
             return statistics.median(other) / statistics.median(ours)
         return statistics.median(b / a for a, b in zip(ours, other, strict=True))
+
+
+def together(parts: Sequence[Turns]) -> Turns:
+    """The turns of several processes, one after the other."""
+    return Turns({way: [each for part in parts for each in part.seconds[way]] for way in parts[0].seconds})
 
 
 def take(ways: Mapping[str, list[Call]], clock: Clock, budget: Budget) -> Turns:

@@ -51,11 +51,13 @@ def sizes_of(spec: Spec) -> dict[str, Sizes]:
 
 
 def two_frames(sizes: Sizes) -> Sizes:
-    """Two frames where the model has 16, as batch, as frames or among the rows."""
+    """Two frames where the model has 16, as batch, as frames or among the rows; pixels of a quarter of the sides."""
 
     def cut(name: str, value: Any) -> Any:
         if name == "rows":
             return tuple(2 if rows == FRAMES else rows for rows in value)
+        if name in ("height", "width", "size"):
+            return value // 4
         return 2 if name in ("batch", "frames") and value == FRAMES else value
 
     return {name: cut(name, value) for name, value in sizes.items()}
@@ -77,7 +79,7 @@ def build(key: Key, *, compile: bool) -> Case:
     op, spec, dtype = operator.op, operator.op.spec, getattr(torch, key.dtype)
     sizes = sizes_of(spec)[key.sizes]
     first = spec.inputs(sizes, dtype, key.device)
-    given = [first, *rotated(spec, sizes, first, dtype, key.device)]
+    given = [first, *rotated(spec, first)]
     formula = op.backends["torch"].run
     ways: dict[str, Callable[..., Any]] = {OURS: op, "eager": spec.reference, "torch": formula}
     if key.direction == "forward":
@@ -115,10 +117,10 @@ def build(key: Key, *, compile: bool) -> Case:
     return Case(key, prepared, flop, moved, lambda: check(key, first), backend)
 
 
-def rotated(spec: Spec, sizes: Sizes, first: Arguments, dtype: torch.dtype, device: str) -> list[Arguments]:
-    """More inputs, with the same weights, which are packed as the model packs them."""
+def rotated(spec: Spec, first: Arguments) -> list[Arguments]:
+    """The same elsewhere in memory, but for the weights, which are packed as the model packs them."""
     count = math.ceil(ROTATED_BYTES / max(spec.bytes(first, ()), 1))
-    others = [spec.inputs(sizes, dtype, device, seed) for seed in range(1, min(MOST_INPUTS, count))]
+    others = [{name: _elsewhere(value) for name, value in first.items()} for _ in range(1, min(MOST_INPUTS, count))]
     for name in first:
         if name.endswith("weight"):
             for other in others:
@@ -126,6 +128,14 @@ def rotated(spec: Spec, sizes: Sizes, first: Arguments, dtype: torch.dtype, devi
             if isinstance(first[name], Tensor) and first[name].dim() == 2:
                 ops.pack_weight(first[name], ROWS)
     return others
+
+
+def _elsewhere(value: Any) -> Any:
+    """A copy with the same strides."""
+    if not isinstance(value, Tensor):
+        return value
+    copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return copy.copy_(value)
 
 
 def check(key: Key, arguments: Arguments) -> Agreement:

@@ -3,7 +3,7 @@
 import pytest
 
 from bench.case import OURS, Call
-from bench.turns import Budget, Turns, take
+from bench.turns import Budget, Turns, take, together
 
 
 class Clock:
@@ -37,6 +37,12 @@ def test_a_ratio_holds_while_the_machine_drifts():
     slower = [3 * seconds for seconds in drift]
     assert Turns({OURS: drift, "eager": slower}).ratio("eager") == pytest.approx(3.0)
     assert Turns({OURS: drift, "eager": [3.0]}).ratio("eager") == pytest.approx(3.0 / 2.95)
+
+
+def test_turns_of_several_processes():
+    parts = [Turns({OURS: [1.0], "eager": [2.0]}), Turns({OURS: [3.0, 1.0], "eager": [9.0, 4.0]})]
+    assert together(parts).seconds == {OURS: [1.0, 3.0, 1.0], "eager": [2.0, 9.0, 4.0]}
+    assert together(parts).ratio("eager") == 3.0
 
 
 def test_what_is_slow_is_timed_once_but_ours_never():
