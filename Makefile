@@ -21,7 +21,7 @@ demo: $(INSTALLED)
 	$(BIN)/python bench/run.py --quick
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -42,7 +42,7 @@ sanitize: $(INSTALLED)
 	$(BIN)/cmake --install $(SANITIZED)/cmake --prefix $(SANITIZED)/package
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 MPLUG2_FAST_NATIVE=required \
-		$(BIN)/python -m pytest --numprocesses auto --override-ini "pythonpath=$(SANITIZED)/package ." tests/ops
+		$(BIN)/python -m pytest --numprocesses auto --dist worksteal --override-ini "pythonpath=$(SANITIZED)/package ." tests/ops
 
 gpu-check:
 	$(PYTHON) bench/gpu_check.py
