@@ -137,7 +137,7 @@ def compare(old: Results, new: Results) -> Comparison:
     before, after = ({row.key: row for row in results.rows} for results in (old, new))
     changes = [Change(before[key], row) for key, row in after.items() if key in before]
     gone = [key for key in before if key not in after]
-    failed = {key: new.failed[name] for key in gone if (name := f"{key.level} · {key}") in new.failed}
+    failed = {key: new.failed[name] for key in gone if (name := key.full) in new.failed}
     if not changes and not failed:
         raise ValueError(
             f"the runs have no row in common: {_some(before)} then, {_some(after)} now; measure with the same options"

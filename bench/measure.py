@@ -234,7 +234,7 @@ class Group:
             lost = self.specs if baseline else [other for other in self.specs[1:] if other.dtype == spec.dtype]
             dtypes = dict.fromkeys(other.dtype for other in lost if other != self.specs[0])
             for key in (self.plan.key(task, dtype) for task in self.tasks for dtype in dtypes):
-                self.results.failed[str(key)] = str(error)
+                self.results.failed[key.full] = str(error)
         for each in lost:
             self.gone.add(each)
             self.runs.pop(each, None)

@@ -34,6 +34,11 @@ class Key:
     dtype: str
     device: str
 
+    @property
+    def full(self) -> str:
+        """As `Results.failed` names it."""
+        return f"{self.level} · {self}"
+
     def __str__(self) -> str:
         direction = "" if self.direction == "forward" else f" {self.direction}"
         return f"{self.name}{direction} · {self.sizes} · {self.dtype}"
@@ -122,7 +127,7 @@ class Results:
 
     Attributes:
         ceilings: as `bench.ceilings.measure` returns them.
-        failed: key as text -> why.
+        failed: `Key.full` -> why.
     """
 
     machine: dict[str, Any]

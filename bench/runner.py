@@ -133,11 +133,11 @@ def run(keys: Iterable[Key], settings: Settings, progress: Progress, best: dict[
     measured, failed = {}, {}
     for key in keys:
         try:
-            measured[key] = timed(f"{key.level} · {key}", progress, lambda key=key: measure(key, settings))
+            measured[key] = timed(key.full, progress, lambda key=key: measure(key, settings))
         except Exception as error:
             if not isinstance(error, fork.ChildError):
                 traceback.print_exception(error)
-            failed[f"{key.level} · {key}"] = f"{error if isinstance(error, fork.ChildError) else repr(error)}"
+            failed[key.full] = f"{error if isinstance(error, fork.ChildError) else repr(error)}"
     rows = [row(key, *found, best, settings) for key, found in measured.items()]
     return Results(described, versions, best, rows, failed)
 

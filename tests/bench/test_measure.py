@@ -215,5 +215,5 @@ def test_what_fails_is_left_out(broken, monkeypatch):
     else:
         assert not found.rows
         keys = [asked.key(task, dtype) for task in asked.tasks for dtype in asked.dtypes]
-        assert found.failed.keys() == {str(key) for key in keys}
-        assert found.failed[str(keys[0])] == why
+        assert found.failed.keys() == {key.full for key in keys}
+        assert found.failed[keys[0].full] == why
