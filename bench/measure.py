@@ -22,6 +22,8 @@ from mplug2_fast.info import available_memory
 
 # A reference that is this slow is neither warmed up nor repeated: its first run counts.
 SLOW_SECONDS = 5.0
+# On a GPU a first run tunes and compiles, and a second one captures graphs.
+WARM_UPS = {"cuda": 3}
 # What the reference has to compute first so that a task has its input.
 BEFORE = {"universal": ("vision",), "decode": ("vision", "universal")}
 
@@ -216,7 +218,7 @@ class Group:
     def _warm_up(self, spec: Spec) -> None:
         self._compare_gradients(spec)
         for task, measured in self.runs[spec].items():
-            measured.warm_up(self._once(spec, task, "warming up"))
+            measured.warm_up(self._once(spec, task, "warming up", WARM_UPS.get(self.plan.device, 1)))
 
     def _compare_gradients(self, spec: Spec) -> None:
         if "training" in self.runs[spec]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+from torch import Tensor
 
 from mplug2_fast.config import CLS_TOKEN_ID, SEP_TOKEN_ID
 from mplug2_fast.model.decoder import Memory, TextDecoder
 from mplug2_fast.ops.beam_step import beam_step
 from mplug2_fast.outputs import GenerationOutput
 
-# Steps between two looks at whether all videos are done; each look makes the host wait for the device.
-_STEPS_BETWEEN_TESTS = {"cpu": 1}
-_DEFAULT_STEPS_BETWEEN_TESTS = 4
+Hypotheses = tuple[Tensor, Tensor]
+"""Sequences `(batch, num_return, max_length + 1)`, padded with -1, and scores `(batch, num_return)`, -inf for none."""
 
 
-@torch.no_grad()
 def beam_search(
     decoder: TextDecoder,
     memory: Memory,
@@ -23,15 +24,17 @@ def beam_search(
     min_length: int,
     max_length: int,
     num_return: int,
-) -> GenerationOutput:
+) -> Iterator[tuple[Tensor, Hypotheses]]:
     """The released search: a beam that produced the end token is stored as a hypothesis and goes on; when the best beam
     produced it, or at the last step, all beams of that video are stored and the video is done.
 
     Args:
         memory: of `(batch, ...)` videos. min_length, max_length: tokens after [CLS], the end token included.
+
+    Yields after each of up to max_length steps whether all videos are done, one bool on the device, and the hypotheses
+    so far, which further steps change no more once all are done.
     """
     batch, device = memory.keys[0].shape[0], memory.keys[0].device
-    every = _STEPS_BETWEEN_TESTS.get(device.type, _DEFAULT_STEPS_BETWEEN_TESTS)
     cache = decoder.new_cache(batch, num_beams, max_length)
     first_rows = torch.arange(batch, device=device)[:, None] * num_beams
 
@@ -60,10 +63,14 @@ def beam_search(
         candidates = torch.cat([best_sequences, sequences], dim=1)
         best_sequences = candidates.gather(1, picks[:, :, None].expand(-1, -1, max_length + 1))
         done = done | now_done
-        if last or ((step + 1) % every == 0 and bool(done.all())):
-            break
-        cache.reorder((first_rows + origin).flatten(), step + 1)
+        yield done.all(), (best_sequences, best_scores)
+        if not last:
+            cache.reorder((first_rows + origin).flatten(), step + 1)
 
-    best_sequences = best_sequences.masked_fill(best_scores[:, :, None].isneginf(), -1)
-    length = int((best_sequences != -1).any(dim=1).any(dim=0).sum())
-    return GenerationOutput(best_sequences[:, :, :length], best_scores)
+
+def output(hypotheses: Hypotheses) -> GenerationOutput:
+    """What was found, without columns that no hypothesis needs."""
+    sequences, scores = hypotheses
+    sequences = sequences.masked_fill(scores[:, :, None].isneginf(), -1)
+    length = int((sequences != -1).any(dim=1).any(dim=0).sum())
+    return GenerationOutput(sequences[:, :, :length], scores)

@@ -24,7 +24,8 @@ class Memory:
     """What the decoder attends to.
 
     Attributes:
-        keys, values: one a layer, `(batch, heads, tokens, head_dim)`, contiguous.
+        keys, values: one a layer, `(batch, heads, tokens, head_dim)`. On a CPU they are contiguous; a GPU reads the
+            heads of a token's projection where they lie, 128 bytes each, and is spared the copy.
         mask: `(batch, tokens)`, nonzero for tokens, or None where nothing is padding.
     """
 
@@ -75,9 +76,9 @@ class TextDecoder(nn.Module):
         """memory `(batch, tokens, D)` and its padding mask to the keys and values of every layer."""
         keys, values = [], []
         for layer in self.layers:
-            key, value = layer.cross.project_memory(memory)
-            keys.append(key.transpose(1, 2).contiguous())
-            values.append(value.transpose(1, 2).contiguous())
+            key, value = (states.transpose(1, 2) for states in layer.cross.project_memory(memory))
+            keys.append(key if memory.is_cuda else key.contiguous())
+            values.append(value if memory.is_cuda else value.contiguous())
         return Memory(keys, values, mask)
 
     def _attend(self, layer: BertLayer, x: Tensor, memory: Memory, index: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from mplug2_fast.config import CLS_TOKEN_ID, PAD_TOKEN_ID, MPlug2Config, Task
 from mplug2_fast.model import released
-from mplug2_fast.model.beam_search import beam_search
+from mplug2_fast.model.beam_search import Hypotheses, beam_search, output
 from mplug2_fast.model.decoder import Memory, TextDecoder
 from mplug2_fast.model.encoders import FusionEncoder, TextEncoder, UniversalLayers
+from mplug2_fast.model.programs import Programs
 from mplug2_fast.model.vision import VisionTransformer
 from mplug2_fast.modes import in_eval_mode
 from mplug2_fast.nn import LayerNorm, LocalTemporal, SelfAttention
@@ -39,6 +40,7 @@ class _MPlug2(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self._programs = Programs()
         text = config.text
         self.dropout = nn.Dropout(text.hidden_dropout_prob)
         device = torch.get_default_device() if device is None else torch.device(device)
@@ -112,29 +114,55 @@ class _MPlug2(nn.Module):
             unpack_weight(weight)
         return self
 
+    @property
+    def cuda_graphs(self) -> bool:
+        """Whether inference on a GPU is captured in CUDA graphs, from the second call with the same shapes on. False
+        drops those that there are."""
+        return self._programs.graphs
+
+    @cuda_graphs.setter
+    def cuda_graphs(self, wanted: bool) -> None:
+        self._programs.graphs = wanted
+        if not wanted:
+            self._programs.clear()
+
     def encode_visual(self, video: Tensor) -> Tensor:
         """Video `(B, 3, T, H, W)` to the vision encoder's tokens `(B, S, D)`, brought to the BERT width."""
+        return self._encode(self._visual, video)
+
+    def encode_video(self, video: Tensor) -> Tensor:
+        """Video `(B, 3, T, H, W)`, normalised, any floating dtype, to image_embeds `(B, S, D)`, S = 1 + T'·L."""
+        return self._encode(self._image_embeds, _checked(video))
+
+    def _encode(self, function: Callable[[Tensor], Tensor], video: Tensor) -> Tensor:
+        def program(video: Tensor) -> Iterator[tuple[None, tuple[Tensor]]]:
+            yield None, (function(video),)
+
+        (encoded,) = self._programs.run(self, function.__name__, program, [video], 1)
+        return encoded
+
+    def _visual(self, video: Tensor) -> Tensor:
         x = self.visual(video)
         if self.visual_projection is not None:
             x = linear_act(x, self.visual_projection.weight, self.visual_projection.bias)
             x = self.dropout(self.visual_projection_norm(x))
         return x
 
-    def encode_video(self, video: Tensor) -> Tensor:
-        """Video `(B, 3, T, H, W)`, normalised, any floating dtype, to image_embeds `(B, S, D)`, S = 1 + T'·L."""
-        if video.ndim != 5 or video.shape[1] != 3:
-            raise ValueError(f"video must be (batch, 3, frames, height, width), got {tuple(video.shape)}")
-        x = self.encode_visual(video)
+    def _image_embeds(self, video: Tensor) -> Tensor:
+        x = self._visual(video)
         return self.dropout(self.visual_norm.add(x, self.universal(x)))
 
     def _embeds(self, video: Tensor | None, image_embeds: Tensor | None) -> Tensor:
         if (video is None) == (image_embeds is None):
             raise ValueError("give either video or image_embeds")
-        return self.encode_video(video) if image_embeds is None else image_embeds
+        if image_embeds is None:
+            return self._image_embeds(_checked(video))
+        return image_embeds
 
     def _generate(
         self,
-        memory: Memory,
+        remember: Callable[..., Memory],
+        inputs: Sequence[Tensor | None],
         num_beams: int | None,
         min_length: int | None,
         max_length: int | None,
@@ -153,14 +181,23 @@ class _MPlug2(nn.Module):
             raise ValueError(
                 f"max_length {max_length} is more than the {text.max_position_embeddings} positions of the decoder"
             )
-        return beam_search(
-            self.decoder,
-            memory,
-            num_beams=num_beams,
-            min_length=min_length,
-            max_length=max_length,
-            num_return=num_return,
-        )
+        options = {
+            "num_beams": num_beams,
+            "min_length": min_length,
+            "max_length": max_length,
+            "num_return": num_return,
+        }
+
+        def program(*tensors: Tensor | None) -> Iterator[tuple[Tensor, Hypotheses]]:
+            yield from beam_search(self.decoder, remember(*tensors), **options)
+
+        return output(self._programs.run(self, ("generate", *options.values()), program, inputs, max_length))
+
+
+def _checked(video: Tensor) -> Tensor:
+    if video.ndim != 5 or video.shape[1] != 3:
+        raise ValueError(f"video must be (batch, 3, frames, height, width), got {tuple(video.shape)}")
+    return video
 
 
 def shifted_labels(input_ids: Tensor, prompt_length: int = 0) -> Tensor:
@@ -213,8 +250,10 @@ class MPlug2ForCaptioning(_MPlug2):
             video: `(B, 3, T, H, W)`, or image_embeds `(B, S, D)` from `encode_video`.
             min_length, max_length: tokens after [CLS], the end token included.
         """
-        memory = self.decoder.remember(self._embeds(video, image_embeds))
-        return self._generate(memory, num_beams, min_length, max_length, num_return)
+        return self._generate(self._remember, [video, image_embeds], num_beams, min_length, max_length, num_return)
+
+    def _remember(self, video: Tensor | None, image_embeds: Tensor | None) -> Memory:
+        return self.decoder.remember(self._embeds(video, image_embeds))
 
 
 class MPlug2ForQuestionAnswering(_MPlug2):
@@ -296,8 +335,8 @@ class MPlug2ForQuestionAnswering(_MPlug2):
             question_ids, question_mask: `(B, tokens)`, mask 1 for tokens and 0 for padding.
             min_length, max_length: tokens after [CLS], the end token included.
         """
-        memory = self._remember(video, question_ids, question_mask, image_embeds)
-        return self._generate(memory, num_beams, min_length, max_length, num_return)
+        inputs = [video, question_ids, question_mask, image_embeds]
+        return self._generate(self._remember, inputs, num_beams, min_length, max_length, num_return)
 
     @torch.no_grad()
     @in_eval_mode

@@ -112,6 +112,11 @@ def strict() -> Iterator[None]:
         _strict.reset(token)
 
 
+def in_force() -> tuple[str | None, bool]:
+    """What `use_backend` and `strict` say here: the name of a backend or None, and whether falling back raises."""
+    return _forced.get(), _strict.get()
+
+
 class Op:
     """An operator with its backends, registered as `torch.ops.mplug2_fast.NAME`.
 

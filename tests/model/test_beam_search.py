@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mplug2_fast.config import SEP_TOKEN_ID
-from mplug2_fast.model.beam_search import beam_search
+from mplug2_fast.model.beam_search import beam_search, output
 from mplug2_fast.model.decoder import Memory
 from mplug2_fast.reference.decoder import beam_search as released_beam_search
 
@@ -41,7 +41,9 @@ def test_the_released_search(seed, num_beams, min_length, num_return):
     decoder = Scripted(seed)
     options = {"num_beams": num_beams, "min_length": min_length, "max_length": STEPS}
     memory = Memory([torch.zeros(VIDEOS, 1, 1, 1)], [torch.zeros(VIDEOS, 1, 1, 1)], None)
-    out = beam_search(decoder, memory, num_return=num_return, **options)
+    out = output(
+        next(found for ended, found in beam_search(decoder, memory, num_return=num_return, **options) if ended)
+    )
     expected = released_beam_search(decoder.next_logits, VIDEOS, device=torch.device("cpu"), **options)
     ended_at = {len(hypotheses[-1][1]) for hypotheses in expected}
     assert len(ended_at) > 1 or num_beams == 1  # videos end at different steps
