@@ -10,6 +10,7 @@ from torch import Tensor
 from mplug2_fast.config import CLS_TOKEN_ID, SEP_TOKEN_ID
 from mplug2_fast.model.decoder import Memory, TextDecoder
 from mplug2_fast.ops.beam_step import beam_step
+from mplug2_fast.ops.beam_update import beam_update
 from mplug2_fast.outputs import GenerationOutput
 
 Hypotheses = tuple[Tensor, Tensor]
@@ -51,18 +52,11 @@ def beam_search(
         scores, cumulative, origin, tokens = beam_step(
             logits, cumulative, step=step, min_length=min_length, end_token_id=SEP_TOKEN_ID
         )
-        sequences = sequences.gather(1, origin[:, :, None].expand_as(sequences))
-        sequences[:, :, step + 1] = tokens
-
         last = step + 1 == max_length
-        ended = tokens == SEP_TOKEN_ID
-        now_done = torch.ones_like(done) if last else ended[:, 0]
-        stored = (ended | now_done[:, None]) & ~done[:, None]
-        candidates = torch.cat([best_scores, scores.masked_fill(~stored, -torch.inf)], dim=1)
-        best_scores, picks = candidates.topk(num_return, dim=1)
-        candidates = torch.cat([best_sequences, sequences], dim=1)
-        best_sequences = candidates.gather(1, picks[:, :, None].expand(-1, -1, max_length + 1))
-        done = done | now_done
+        sequences, done, best_sequences, best_scores = beam_update(
+            scores, origin, tokens, sequences, done, best_sequences, best_scores,
+            step=step, last=last, end_token_id=SEP_TOKEN_ID,
+        )  # fmt: skip
         yield done.all(), (best_sequences, best_scores)
         if not last:
             cache.reorder((first_rows + origin).flatten(), step + 1)

@@ -7,6 +7,7 @@ from mplug2_fast.ops.add_layer_norm import add_layer_norm
 from mplug2_fast.ops.attention import attention, attention_with_dropout
 from mplug2_fast.ops.beam_attention import beam_attention
 from mplug2_fast.ops.beam_step import beam_step
+from mplug2_fast.ops.beam_update import beam_update
 from mplug2_fast.ops.dispatch import Explanation, explain, strict, use_backend
 from mplug2_fast.ops.layer_norm import layer_norm
 from mplug2_fast.ops.linear_act import linear_act
@@ -23,6 +24,7 @@ OPERATORS = {
         attention,
         beam_attention,
         beam_step,
+        beam_update,
         layer_norm,
         linear_act,
         local_temporal,
@@ -40,6 +42,7 @@ __all__ = [
     "attention_with_dropout",
     "beam_attention",
     "beam_step",
+    "beam_update",
     "explain",
     "layer_norm",
     "linear_act",
