@@ -82,7 +82,8 @@ def test_every_file_has_its_section_its_commands_and_its_picture(root):
     assert "](../bench/results/b-cpu/waterfall-large.png)" in text
     assert "](../bench/results/a-cpu/ops-large-roofline.png)" in text
     assert "model-large-roofline" not in text  # it counts no bytes
-    assert "| technique 1 | float32 | 20 s | 5.00× | 5.00× | – | **no** | – |" in text
+    assert "| + technique 1 | float32 | 20 s | 5.00× | 5.00× | – | no | 3e-01 WRONG |" in text
+    assert "\n\nInput: a clip.\n\n" in text
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
