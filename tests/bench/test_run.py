@@ -12,6 +12,7 @@ import pytest
 
 from bench import cli, compare, measure, runner, scaling, waterfall
 from bench.row import LEVELS, Results
+from tests.bench.test_targets import CEILINGS
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--quick", "--baselines", "reference,eager", "--repeats", "1", "--steps", "3", "--frames", "2"]
@@ -189,12 +190,14 @@ def test_what_cannot_be_is_one_line_before_anything_is_measured(options, words, 
     assert len(error.splitlines()) == 1
 
 
-def test_the_reference_before_and_after_it_is_accelerated(tmp_path):
+def test_the_reference_before_and_after_it_is_accelerated(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "measure_ceilings", lambda *_: CEILINGS)
     target = tmp_path / "results.json"
     options = ["--quick", "--accelerate", "--repeats", "1", "--steps", "3", "--frames", "2", "--json", str(target)]
     assert cli.main(options) == 0
     (row,) = Results.read(target).rows
     assert row.key.name == "captioning, accelerated"
     assert list(row.baselines) == ["reference"]
+    assert row.relative_error < row.allowed_error == 1e-5
     assert row.correct
     assert "--accelerate" in row.command
