@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from bench import ceilings, compare, fork, measure, packages, plots, runner, scaling, table, waterfall
+from bench import ceilings, compare, fork, inputs, measure, packages, plots, runner, scaling, table, waterfall
 from bench.clock import MODES
 from bench.plan import BASELINES, TASKS, Plan
 from bench.progress import Progress
@@ -51,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         check(options, parser)
+        check_named(options)
         with table.TerminalProgress() as progress:
             return run(options, progress)
     except (MPlug2Error, WorkerError, fork.ChildError, ValueError, OSError) as error:
@@ -172,6 +173,26 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--fail-if-slower needs the results to compare with: --compare OLD")
 
 
+def check_named(options: argparse.Namespace) -> None:
+    """Before anything is measured, which takes minutes: whether what was named is there.
+
+    Raises:
+        VideoError: --video cannot be read.
+        ValueError: no level that is measured has a name of --only.
+        FileNotFoundError: there is no folder to write to.
+    """
+    levels = levels_of(options)
+    unknown = [name for name in options.only if not any(name in names_of(level) for level in levels)]
+    if unknown:
+        raise ValueError(f"nothing is called {', '.join(unknown)} in {', '.join(levels)}")
+    files = [path.parent for path in (options.json, options.csv) if path]
+    for folder in (*files, *filter(None, [options.pictures])):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder} to write to")
+    if options.video:
+        inputs.load(options.video, options.frames, MPlug2Config.preset(options.preset).vision.image_size)
+
+
 def run(options: argparse.Namespace, progress: Progress) -> int:
     if options.scaling:
         print(*scaling.run(plan(options, scaling.Sweep), options.output, progress), sep="\n")
@@ -224,9 +245,9 @@ def against(old: Results, new: Results, options: argparse.Namespace, progress: P
 
 def measure_levels(options: argparse.Namespace, progress: Progress) -> Results:
     """All levels that were asked for, one after the other, as one run."""
-    works = {level: works_of(level, options) for level in (("model",) if options.accelerate else options.level)}
+    works = {level: works_of(level, options) for level in levels_of(options)}
     if not any(works.values()):
-        raise ValueError(f"nothing is called {', '.join(options.only)} in {', '.join(works)}")
+        raise ValueError(" ".join([f"nothing is measured in {', '.join(works)} with these options", *video.notes()]))
 
     def ceilings_now() -> dict[str, Any]:
         return runner.measure_ceilings(options.device, list(options.dtype), settings(options, "ops"), progress)
@@ -241,6 +262,15 @@ def measure_levels(options: argparse.Namespace, progress: Progress) -> Results:
     if "video" in works:
         parts[-1].notes += video.notes()
     return together(parts, ceilings.merge(best, ceilings_now()))
+
+
+def levels_of(options: argparse.Namespace) -> tuple[str, ...]:
+    return ("model",) if options.accelerate else options.level
+
+
+def names_of(level: str) -> tuple[str, ...]:
+    """All that --only may name in a level."""
+    return TASKS if level == "model" else importlib.import_module(f"bench.{level}.cases").NAMES
 
 
 def works_of(level: str, options: argparse.Namespace) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import bulk, machine, table, targets
+from bench import bulk, machine, table, targets, waterfall
 from bench.committed import File, Machine
 from bench.row import Baseline, Results
 from bench.targets import MET, MISSED, NOT_MEASURED, STATED, Judged, Target
@@ -181,22 +181,8 @@ def _rows(results: Results) -> list[str]:
 
 
 def _waterfall(results: Mapping[str, Any]) -> list[str]:
-    head = ("technique", "dtype", "time", "× released", "× row above", "peak memory", "same caption", "relative error")
-    lines = [
-        (
-            row["technique"],
-            row["dtype"],
-            table.seconds(row["seconds"]),
-            table.ratio(row["x_released"]),
-            table.ratio(row["x_previous"]),
-            _gigabytes(row["peak_memory_bytes"]),
-            {True: "yes", False: "**no**", None: table.MISSING}[row["same_caption"]],
-            _shown(lambda v: f"{v:.0e}" if v else "0", row["relative_error"]),
-        )
-        for row in results["rows"]
-    ]
-    measured = _measured(results["machine"], results["versions"])
-    return [_markdown(head, lines, text=2), measured, *results.get("notes", ()), _commands([results["command"]])]
+    parts = [waterfall.markdown(results), _built(results["versions"])]
+    return [*parts, *results["notes"], _commands([results["command"]])]
 
 
 def _scaling(results: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from bench import flops
@@ -137,8 +138,7 @@ class Plan:
 
     def resident_bytes(self, family: str, dtypes: tuple[str, ...]) -> int:
         """About what the workers of a group take together, while the reference computes."""
-        kind = MPlug2ForQuestionAnswering if family == "answering" else MPlug2ForCaptioning
-        parameters = sum(p.numel() for p in kind(self.config, device="meta").parameters())
+        parameters = _parameters(self.config, family)
         tokens, text, vision = flops.visual_tokens(self.config, self.frames), self.config.text, self.config.vision
         total = 6 * self.batch * text.num_attention_heads * tokens**2 * 4  # scores
         if family == "training":
@@ -165,3 +165,10 @@ class Plan:
             for kind in kinds:
                 if self.tasks_of(kind, family):
                     yield replace(reference, implementation=kind, dtype=dtype, steps=self.steps)
+
+
+@cache
+def _parameters(config: MPlug2Config, family: str) -> int:
+    """How many the model of a family has."""
+    kind = MPlug2ForQuestionAnswering if family == "answering" else MPlug2ForCaptioning
+    return sum(p.numel() for p in kind(config, device="meta").parameters())

@@ -36,7 +36,8 @@ _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 @dataclass(frozen=True)
 class Resources:
-    """`shared` in bytes a program, `spilled` in bytes a thread, `instructions` by their number in the machine code."""
+    """`shared` in bytes a program, `spilled` in bytes a thread, `instructions` by their number in the machine code, if
+    that was asked for."""
 
     registers: int
     shared: int
@@ -65,8 +66,9 @@ def launches(name: str, dtype: torch.dtype, capability: int) -> Iterator[Launch]
                 yield launch
 
 
-def compiled(launch: Launch, config: Config, capability: int) -> Resources:
-    """The resources of one configuration, as the run time would compile it for these arguments."""
+def compiled(launch: Launch, config: Config, capability: int, *, disassembled: bool = True) -> Resources:
+    """The resources of one configuration, as the run time would compile it for these arguments. Disassembling it takes
+    half as long as compiling it."""
     signature, constants, attributes = _signature(launch, config)
     source = triton.compiler.ASTSource(launch.function, signature, constants, attributes)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -76,7 +78,7 @@ def compiled(launch: Launch, config: Config, capability: int) -> Resources:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _USAGE.search(_cuobjdump("-res-usage", file.name))
-        products = "mma" in kernel.asm["ptx"]  # no need to disassemble the others, which takes long
+        products = disassembled and "mma" in kernel.asm["ptx"]  # the others have no such instructions
         found = _TENSOR_CORE.findall(_cuobjdump("-sass", file.name)) if products else []
     assert usage is not None, "cuobjdump tells no resources"
     registers, stack, local = map(int, usage.groups())

@@ -208,14 +208,14 @@ def cells(results: Mapping[str, Any]) -> list[list[str]]:
     return [[f"{'+ ' if index else ''}{first}", *others] for index, (first, *others) in enumerate(found)]
 
 
-def title(results: Mapping[str, Any]) -> str:
-    return f"captioning, {results['sizes']} · {machine.words(results['machine'], results['versions'])}"
+def about(results: Mapping[str, Any]) -> str:
+    return f"{results['sizes']} · {machine.words(results['machine'], results['versions'])}"
 
 
 def show(results: Mapping[str, Any]) -> None:
     """Prints the table on stdout."""
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    grid = Table(title=title(results), title_justify="left")
+    grid = Table(title=f"captioning, {about(results)}", title_justify="left")
     for head in COLUMNS:
         grid.add_column(head, justify="left" if head in TEXT else "right", no_wrap=head == "technique")
     for row in cells(results):
@@ -226,10 +226,10 @@ def show(results: Mapping[str, Any]) -> None:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
+    """The table and what was measured, and on what."""
     lines = [
         " | ".join(COLUMNS),
         " | ".join(":---" if head in TEXT else "---:" for head in COLUMNS),
         *(" | ".join(row) for row in cells(results)),
     ]
-    grid = "\n".join(f"| {line} |" for line in lines)
-    return f"{grid}\n\n{' '.join([f'{title(results)}.', *results['notes']])} Again: `{results['command']}`\n"
+    return "\n".join(f"| {line} |" for line in lines) + f"\n\nCaptioning, {about(results)}.\n"

@@ -13,6 +13,7 @@ MODULES = {
     "fusion layer": fusion_layer,
     "decoder step": decoder_step,
 }
+NAMES = tuple(MODULES)
 
 
 def keys(selection: Selection) -> list[Key]:

@@ -20,6 +20,7 @@ from bench.selection import Selection
 from mplug2_fast import ops
 from mplug2_fast.ops.spec import Sizes, Spec
 
+NAMES = tuple(ops.OPERATORS)
 # Inputs lie so far apart that none is in the cache when its turn comes.
 ROTATED_BYTES, MOST_INPUTS = 160 << 20, 8
 # Weights are packed for as many rows as the Large vision encoder has.

@@ -13,6 +13,7 @@ from bench.selection import Selection
 from bench.video import captioning, decoding
 from bench.video.files import BundledClips, Clips, missing
 
+NAMES = ("decoding", "captioning files")
 # What the files are, and whether --quick measures them.
 Files = dict[str, tuple[Callable[[], Clips | BundledClips], bool]]
 DECODING: Files = {

@@ -114,15 +114,6 @@ def test_a_reference_at_fewer_steps_is_compared_with_nothing():
     assert "--reference-steps 2" in captioning.command
 
 
-def test_the_reference_before_and_after_it_is_accelerated():
-    (row,) = measure.run(plan(tasks=("captioning",), accelerate=True), Silent(), CEILINGS).rows
-    assert row.key.name == "captioning, accelerated"
-    assert list(row.baselines) == ["reference"]
-    assert row.relative_error < row.allowed_error == 1e-5
-    assert row.correct
-    assert "--accelerate" in row.command
-
-
 def test_the_command_names_the_work():
     words = shlex.split(plan(freeze=False, compiled_tasks=()).command("answering", "bfloat16"))
     assert words[:6] == ["python", "bench/run.py", "--level", "model", "--only", "answering"]

@@ -7,14 +7,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from bench import cli, compare
+from bench import cli, compare, measure, runner, scaling, waterfall
 from bench.row import LEVELS, Results
+from tests.bench.test_targets import CEILINGS
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--quick", "--baselines", "reference,eager", "--repeats", "1", "--steps", "3", "--frames", "2"]
 NAMES = ["layer_norm", "fusion layer", "captioning", "decoding"]
+# All that times something.
+MEASURING = [(runner, "measure_ceilings"), (runner, "run"), (measure, "run"), (scaling, "run"), (waterfall, "run")]
 
 
 @pytest.fixture(scope="module")
@@ -153,24 +157,47 @@ def test_impossible_options(options, words, capsys):
     ("options", "words"),
     [
         (["--level", "model", "--only", "captioning", "--video", "none.npy"], "none.npy"),
+        (["--level", "model", "--video", "none.mp4"], "none.mp4"),
+        (["--level", "ops", "--video", "words.npy"], "words.npy: "),
+        (["--level", "ops", "--video", "floats.npy"], "floats.npy: holds float32 (2, 3), not uint8"),
+        (["--scaling", "--video", "none.npy"], "none.npy"),
+        (["--waterfall", "--video", "words.mp4"], "words.mp4"),
         (["--level", "ops", "--only", "softmax"], "nothing is called softmax in ops"),
+        (["--only", "attention,softmax,captioning"], "nothing is called softmax in ops, modules, model, video"),
+        (["--accelerate", "--only", "attention"], "nothing is called attention in model"),
+        (["--level", "ops", "--only", "beam_step", "--direction", "backward"], "nothing is measured in ops"),
         (["--compare", "none.json"], "none.json"),
+        (["--compare", "words.json"], "words.json: not results of this benchmark"),
+        (["--json", "none/new.json"], "no folder none"),
+        (["--csv", "none/new.csv"], "no folder none"),
+        (["--pictures", "none"], "no folder none"),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_be_is_one_line(options, words, capsys):
+def test_what_cannot_be_is_one_line_before_anything_is_measured(options, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("words.npy", "words.mp4", "words.json"):
+        (tmp_path / name).write_text("words")
+    np.save(tmp_path / "floats.npy", np.zeros((2, 3), np.float32))
+    measured = []
+    for module, name in MEASURING:
+        monkeypatch.setattr(module, name, lambda *_, name=name: measured.append(name))
     assert cli.main(["--quick", *options]) == 2
+    assert measured == []
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
     assert words in error
     assert len(error.splitlines()) == 1
 
 
-def test_the_reference_before_and_after_it_is_accelerated(tmp_path):
+def test_the_reference_before_and_after_it_is_accelerated(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "measure_ceilings", lambda *_: CEILINGS)
     target = tmp_path / "results.json"
     options = ["--quick", "--accelerate", "--repeats", "1", "--steps", "3", "--frames", "2", "--json", str(target)]
     assert cli.main(options) == 0
     (row,) = Results.read(target).rows
     assert row.key.name == "captioning, accelerated"
     assert list(row.baselines) == ["reference"]
+    assert row.relative_error < row.allowed_error == 1e-5
     assert row.correct
     assert "--accelerate" in row.command

@@ -34,7 +34,7 @@ def test_no_spills(variant: str, capability: int):
     assert recorder.launches
     for launch in recorder.launches:
         for config in launch.configs:
-            found = compiled(launch, config, capability)
+            found = compiled(launch, config, capability, disassembled=False)
             assert found.spilled == 0, f"{launch.kernel} for {capability} with {config}"
             assert found.shared <= SHARED_LIMIT[capability]
 

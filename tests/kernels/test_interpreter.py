@@ -1,5 +1,6 @@
 """The Triton kernels, forward and backward, under Triton's interpreter: the operators' own tests, with "triton" as the
-backend. The interpreter is chosen before Triton is imported, so each operator's tests are a process of their own."""
+backend. The interpreter is chosen before Triton is imported, so these tests are in processes of their own: two an
+operator, for one may take longer than a test is given."""
 
 import os
 import subprocess
@@ -13,10 +14,18 @@ from mplug2_fast import ops
 from mplug2_fast.ops import gpu
 
 ROOT = Path(__file__).parents[2]
+# What an operator without gradients has no tests of is not asked for.
+PARTS = {"gradients": "triton and test_gradients", "all else": "triton and not test_gradients"}
+RUNS = [
+    (name, part)
+    for name, function in ops.OPERATORS.items()
+    for part in PARTS
+    if "triton" in function.op.backends and (part != "gradients" or function.op.spec.differentiable)
+]
 
 
-@pytest.mark.parametrize("name", [name for name, function in ops.OPERATORS.items() if "triton" in function.op.backends])
-def test_operator(name):
+@pytest.mark.parametrize(("name", "part"), RUNS)
+def test_operator(name, part):
     triton = pytest.importorskip("triton")
     if triton.__version__.startswith("3.6.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
         pytest.skip("Triton 3.6's interpreter does not work with NumPy 2.4")
@@ -26,7 +35,7 @@ def test_operator(name):
         "pytest",
         f"tests/ops/test_{name}.py",
         "-k",
-        "triton",
+        PARTS[part],
         "-q",
         "-p",
         "no:cacheprovider",
