@@ -109,7 +109,7 @@ def _type(value: Any, constants: dict[str, Any]) -> str:
     if isinstance(value, Tensor):
         return f"*{_scalar(value.dtype)}"
     if isinstance(value, Tiles):
-        return f"tensordesc<{_scalar(value.matrix.dtype)}{value.shape(constants)}>"
+        return f"tensordesc<{_scalar(value.tensor.dtype)}{value.block_shape(constants)}>"
     if value is None or (value == 1 and isinstance(value, int) and not isinstance(value, bool)):
         return "constexpr"
     if isinstance(value, bool):

@@ -15,6 +15,12 @@ def activate(z, ACTIVATION: tl.constexpr):
         z = 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     elif ACTIVATION == "quick_gelu":
         z = z / (1.0 + tl.exp(z * -QUICK_GELU_SCALE))
+    elif ACTIVATION == "quick_gelu_tanh":
+        half = 0.5 * z
+        tanh = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [half * QUICK_GELU_SCALE], dtype=tl.float32, is_pure=True, pack=1
+        )
+        z = half + half * tanh
     return z
 
 
@@ -36,6 +42,12 @@ def halves(tile):
     rows: tl.constexpr = tile.shape[0]
     half: tl.constexpr = tile.shape[1] // 2
     return tile.reshape(rows, 2, half).permute(0, 2, 1).split()
+
+
+def approximate(activation: str, dtype: torch.dtype) -> str:
+    """The form of an activation for results of that type. QuickGELU is also z/2·(1 + tanh(0.851·z)): one special
+    function in place of two, at most 2⁻¹¹ off, a quarter of what bfloat16 rounds."""
+    return "quick_gelu_tanh" if activation == "quick_gelu" and dtype == torch.bfloat16 else activation
 
 
 def precision_of(dtype: torch.dtype) -> str | None:

@@ -1,8 +1,9 @@
 """Which configuration of a kernel is best on a device, and whether PyTorch is faster than the best of them: tried once,
 kept in a file of that device, read from then on.
 
-The files lie in `$MPLUG2_FAST_TUNING`, or in `mplug2_fast/tuning` below the user's cache folder: one a device, JSON,
-made to be read and edited. `MPLUG2_FAST_TUNING=off` tries nothing and takes each kernel's first configuration.
+What is timed is the device and not the host: a program in a CUDA graph waits for nothing else. The files lie in
+`$MPLUG2_FAST_TUNING`, or in `mplug2_fast/tuning` below the user's cache folder: one a device, JSON, made to be read and
+edited. `MPLUG2_FAST_TUNING=off` tries nothing and takes each kernel's first configuration.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import functools
 import json
 import os
+import statistics
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,9 +40,13 @@ class Config:
         return ", ".join([*named, f"warps={self.num_warps}", f"stages={self.num_stages}"])
 
 
+def setting() -> str:
+    return os.environ.get(VARIABLE, "")
+
+
 def folder() -> Path | None:
     """Where the files lie; None where nothing is tuned."""
-    found = os.environ.get(VARIABLE, "")
+    found = setting()
     if found == OFF:
         return None
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -60,7 +67,7 @@ def best(
     table = _table(device)
     if table is None:
         return configs[0]
-    entry = _entry(kernel.name, [kernel.function], key)
+    entry = _entry(kernel.name, (kernel.function,), key)
     if (known := table.get(entry, "constants", "num_warps", "num_stages")) is not None:
         return Config(*known)
     if torch.cuda.is_current_stream_capturing():
@@ -68,7 +75,7 @@ def best(
     times = []
     for config in configs:
         try:
-            times.append((triton.testing.do_bench(lambda c=config: launch(c), warmup=5, rep=20), config))
+            times.append((device_milliseconds(functools.partial(launch, config), device), config))
         except triton.runtime.errors.OutOfResources:  # more shared memory or registers than this GPU has
             continue
     if not times:
@@ -99,9 +106,7 @@ class Race:
         table = _table(device)
         if table is None or table.get(self._entry(key)) is not None or torch.cuda.is_current_stream_capturing():
             return
-        times = {
-            name: triton.testing.do_bench(way, warmup=5, rep=20) for name, way in (("triton", ours), ("torch", torchs))
-        }
+        times = {name: device_milliseconds(way, device) for name, way in (("triton", ours), ("torch", torchs))}
         table.put(self._entry(key), {f"{name}_milliseconds": round(time, 5) for name, time in times.items()})
 
     def lost(self, device: torch.device, key: tuple[Any, ...]) -> str | None:
@@ -154,15 +159,57 @@ class Table:
         return ValueError(f"{self.path} is not what tuning wrote ({what}): correct it or delete it")
 
 
+def device_milliseconds(way: Callable[[], Any], device: torch.device) -> float:
+    """Median time that the device takes, from memory that its L2 cache does not hold. The device sleeps until all is
+    queued, so that it never waits for the host."""
+    with torch.cuda.device(device):
+        way()  # compiles
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        way()
+        host = time.perf_counter() - began
+        torch.cuda.synchronize()
+        whole = time.perf_counter() - began
+        repeats = min(max(int(_SECONDS / whole), 3), 20)
+        cache = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
+        for ahead in (2, 8, 32):
+            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+            torch.cuda._sleep(int(ahead * (host + _QUEUING) * repeats * _CYCLES))
+            for start, end in events:
+                cache.zero_()
+                start.record()
+                way()
+                end.record()
+            slept = not events[0][0].query()
+            torch.cuda.synchronize()
+            if slept:
+                break
+        return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+_SECONDS = 0.03
+"""For timing one way."""
+_QUEUING = 50e-6
+"""Seconds that the host takes around each call."""
+_CYCLES = 2e9
+"""Of the device a second."""
+
+
 _open = functools.cache(Table)
 
 
-def _table(device: torch.device) -> Table | None:
-    """Of the device; None where nothing is tuned."""
+@functools.cache
+def _device_table(setting: str, device: torch.device) -> Table | None:
     where = folder()
     return None if where is None or device.type != "cuda" else _open(where / f"{_device_name(device)}.json")
 
 
+def _table(device: torch.device) -> Table | None:
+    """Of the device; None where nothing is tuned."""
+    return _device_table(setting(), device)
+
+
+@functools.lru_cache(4096)
 def _entry(name: str, functions: Sequence[Any], key: tuple[Any, ...]) -> str:
     """Names the kernels' texts too: another text may have another best configuration."""
     return " ".join([name, *map(_source, functions), *map(str, key)])

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mplug2_fast.kernels._launch import Kernel, given, multiprocessors, power_of_2
+from mplug2_fast.kernels._launch import Kernel, cdiv, given, multiprocessors, power_of_2
 from mplug2_fast.kernels._tuning import Config
 from mplug2_fast.kernels.attention import attend, constants, load_rows, scale, sizes, small, store_rows, strides
 
@@ -118,9 +118,9 @@ def forward(
     if out.numel() == 0:
         return
     tile = min(power_of_2(q_len, 16), _MAX_TILE)
-    programs = batch * heads * triton.cdiv(q_len, tile)
+    programs = batch * heads * cdiv(q_len, tile)
     part_len = part_length(k_len, programs, multiprocessors(query.device))
-    parts = max(1, triton.cdiv(k_len, part_len))
+    parts = max(1, cdiv(k_len, part_len))
     whole, has_logsum = parts == 1, logsum is not None
     partial, shares = out, given(logsum, out)
     if not whole:
@@ -151,4 +151,4 @@ def part_length(k_len: int, programs: int, multiprocessors: int) -> int:
     """Keys a part: as many parts as make `_WAVES` programs a multiprocessor of the programs that there are without
     them, as far as parts are not too many or too short."""
     parts = max(1, min(_WAVES * multiprocessors // programs, k_len // _SHORTEST, _MAX_PARTS))
-    return triton.cdiv(max(1, triton.cdiv(k_len, parts)), _STEP) * _STEP
+    return cdiv(max(1, cdiv(k_len, parts)), _STEP) * _STEP

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mplug2_fast.kernels._launch import Kernel, power_of_2
+from mplug2_fast.kernels._launch import Kernel, cdiv, power_of_2
 from mplug2_fast.kernels._tuning import Config
 
 MAX_CANDIDATES = 1 << 13
@@ -143,8 +143,8 @@ def beam_step(
     batch, beams, vocabulary = logits.shape
     picks = min(beams, vocabulary)
     # As many splits as a video's candidates allow.
-    block = power_of_2(triton.cdiv(vocabulary, MAX_CANDIDATES // (power_of_2(beams) * picks)), 1024)
-    splits = triton.cdiv(vocabulary, block)
+    block = power_of_2(cdiv(vocabulary, MAX_CANDIDATES // (power_of_2(beams) * picks)), 1024)
+    splits = cdiv(vocabulary, block)
     highest, total = logits.new_empty((2, batch * beams, splits), dtype=torch.float32).unbind()
     candidates = logits.new_empty((batch * beams, splits, picks), dtype=torch.int64)
     constants = {"SPLITS": splits, "PICKS": picks}

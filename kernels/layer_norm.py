@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mplug2_fast.kernels._launch import Kernel, given, multiprocessors, power_of_2
+from mplug2_fast.kernels._launch import Kernel, cdiv, given, multiprocessors, power_of_2
 from mplug2_fast.kernels._tuning import Config
 
 Rows = tuple[Tensor, tuple[int, int], tuple[int, int]]
@@ -129,7 +129,7 @@ def forward(
     rows, channels = sizes[0] * sizes[1], tensor.shape[-1]
     other, _, other_strides = (tensor, sizes, (0, 0)) if update is None else update
     _forward(
-        lambda meta: (triton.cdiv(rows, meta["ROWS"]),),
+        lambda meta: (cdiv(rows, meta["ROWS"]),),
         tensor, other, given(weight, tensor), given(bias, tensor), out, given(total, out),
         rows, sizes[1], channels, *strides, *other_strides, scale, eps,
         key=(power_of_2(rows), channels),

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mplug2_fast.kernels._launch import Kernel, Tiles, capability, given, interpreted, multiprocessors, power_of_2
-from mplug2_fast.kernels._product import activate, halves, precision_of, slope
+from mplug2_fast.kernels._launch import Kernel, Tiles, capability, cdiv, given, interpreted, multiprocessors, power_of_2
+from mplug2_fast.kernels._product import activate, approximate, halves, precision_of, slope
 from mplug2_fast.kernels._tuning import Config, Race
 from mplug2_fast.kernels.layer_norm import Rows, _offsets
 
@@ -226,37 +226,33 @@ def forward(
     tensor, sizes, strides = x
     rows, (outputs, inputs) = sizes[0] * sizes[1], weight.shape
     added, added_sizes, added_strides = (out, (1, rows), (0, outputs)) if residual is None else residual
-    saves_z = z is not None
-    out, z = out.view(rows, outputs), given(z, out).view(rows, outputs)
-    matrices = [_matrix(x), weight, out, z]
+    saves_z, z = z is not None, given(z, out)
     precision = precision_of(tensor.dtype)
-    described = (
-        precision != "ieee" and capability(tensor.device) not in range(1, 90) and all(map(_describable, matrices))
-    )
-    operands = [tensor, weight, added, out, z]
-    if described:
-        operands = [
-            Tiles(matrices[0], ("BLOCK_M", "BLOCK_K")),
-            Tiles(matrices[1], ("BLOCK_N", "BLOCK_K")),
-            added,
-            *(Tiles(matrix, ("BLOCK_M", "SLICE")) for matrix in (out, z)),
-        ]
+    operands, described = (tensor, weight, out, z), False
+    if precision != "ieee" and not 0 < capability(tensor.device) < 90:
+        tiles = (
+            _tiles(x),
+            Tiles(weight, (outputs, inputs), weight.stride(0), ("BLOCK_N", "BLOCK_K")),
+            *(Tiles(matrix, (rows, outputs), outputs, ("BLOCK_M", "SLICE")) for matrix in (out, z)),
+        )
+        if all(map(_describable, tiles)):
+            operands, described = tiles, True
     kernel = _forward_few if rows <= FEW_ROWS else _forward_some if rows <= SOME_ROWS else _forward_many
 
     def grid(meta):
-        tiles = triton.cdiv(rows, meta["BLOCK_M"]) * triton.cdiv(outputs, meta["BLOCK_N"])
+        tiles = cdiv(rows, meta["BLOCK_M"]) * cdiv(outputs, meta["BLOCK_N"])
         # As many as the sums leave room for: 128 KiB of registers.
         resident = max(1, (1 << 15) // (meta["BLOCK_M"] * meta["BLOCK_N"]))
         return (min(tiles, resident * multiprocessors(tensor.device)),)
 
     kernel(
         grid,
-        operands[0], operands[1], given(bias, weight), *operands[2:],
+        operands[0], operands[1], given(bias, weight), added, operands[2], operands[3],
         rows, sizes[1], *strides, weight.stride(0), added_sizes[1], *added_strides,
         key=(power_of_2(rows),),
         INPUTS=inputs,
         OUTPUTS=outputs,
-        ACTIVATION=activation,
+        ACTIVATION=approximate(activation, tensor.dtype),
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         SAVES_Z=saves_z,
@@ -302,7 +298,7 @@ def backward(
     programs = max(1, min(rows, 1024 * multiprocessors(z.device) // power_of_2(outputs, 256)))
     dbias = grad.new_empty((programs if wants_bias else 1, outputs), dtype=torch.float32)
     _backward(
-        lambda meta: (triton.cdiv(outputs, meta["BLOCK"]), programs),
+        lambda meta: (cdiv(outputs, meta["BLOCK"]), programs),
         grad, z, dz, given(activated, dz), dbias, rows, outputs,
         key=(power_of_2(rows), outputs),
         ACTIVATION=activation,
@@ -312,16 +308,17 @@ def backward(
     return dbias.sum(dim=0) if wants_bias else None
 
 
-def _matrix(x: Rows) -> Tensor | None:
+def _tiles(x: Rows) -> Tiles | None:
     """The rows as one matrix, where a single stride tells where they lie."""
     tensor, (outer, inner), (outer_stride, row_stride) = x
+    channels = tensor.shape[-1]
     if outer * inner == 1:
-        row_stride = tensor.shape[-1]
+        row_stride = channels
     elif inner == 1:
         row_stride = outer_stride
     elif outer > 1 and outer_stride != inner * row_stride:
         return None
-    return tensor.as_strided((outer * inner, tensor.shape[-1]), (row_stride, 1))
+    return Tiles(tensor, (outer * inner, channels), row_stride, ("BLOCK_M", "BLOCK_K"))
 
 
 def _strided(x: Rows) -> Tensor:
@@ -330,9 +327,9 @@ def _strided(x: Rows) -> Tensor:
     return tensor.as_strided((*sizes, tensor.shape[-1]), (*strides, 1))
 
 
-def _describable(matrix: Tensor | None) -> bool:
+def _describable(tiles: Tiles | None) -> bool:
     """Whether the tensor memory accelerator can read it: 16-byte aligned rows that do not overlap."""
-    if matrix is None:
+    if tiles is None:
         return False
-    row = matrix.stride(0)
-    return row >= matrix.shape[1] and row * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+    tensor, (_, columns), row_stride, _ = tiles
+    return row_stride >= columns and row_stride * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0

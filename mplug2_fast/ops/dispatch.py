@@ -187,17 +187,19 @@ class Op:
             if backend is not None and not self._reasons(backend, arguments, False):
                 return backend
             raise self._error(f"{self.name} cannot run on the backend {forced!r}", arguments)
-        outrun = False
+        outrun, devices = False, _device_types(arguments)
         for backend in self._automatic:
-            if self._reasons(backend, arguments, needs_grad):
+            if backend.devices and not devices.issubset(backend.devices):  # before reasons are put into words
+                continue
+            if self._unable(backend, arguments, needs_grad):
                 continue
             if backend.slower_reasons(needs_grad, *arguments):
                 outrun = True
                 continue
             if _strict.get() and not outrun and backend is not self._made_for(arguments):
                 raise self._error(f"{self.name} would fall back to {backend.name!r}", arguments)
-            if backend.name != "cpu":
-                warn_without_native(arguments)
+            if backend.name != "cpu" and "cpu" in devices:
+                _native.warn_without_native()
             return backend
         raise self._error(f"{self.name} has no backend for this call", arguments)
 
@@ -207,10 +209,13 @@ class Op:
         return next(b for b in self._automatic if not b.devices or device in b.devices)
 
     def _reasons(self, backend: Backend, arguments: tuple[Any, ...], needs_grad: bool) -> Sequence[str]:
-        if backend.devices:
-            for argument in arguments:
-                if isinstance(argument, Tensor) and argument.device.type not in backend.devices:
-                    return (f"it is for {' and '.join(backend.devices)}, not for {argument.device}",)
+        if backend.devices and not _device_types(arguments).issubset(backend.devices):
+            device = next(a.device for a in arguments if isinstance(a, Tensor) and a.device.type not in backend.devices)
+            return (f"it is for {' and '.join(backend.devices)}, not for {device}",)
+        return self._unable(backend, arguments, needs_grad)
+
+    def _unable(self, backend: Backend, arguments: tuple[Any, ...], needs_grad: bool) -> Sequence[str]:
+        """The reasons on a device that the backend is for."""
         if needs_grad and not backend.differentiable and backend.backward is None:
             return ("gradients are asked for, and it has no backward of its own",)
         return backend.not_supported_reasons(*arguments)
@@ -397,12 +402,6 @@ def _forced_name() -> str | None:
 _forced_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def warn_without_native(arguments: tuple[Any, ...]) -> None:
-    """Says once a process that PyTorch does on the CPU what the missing native module would do."""
-    if any(isinstance(a, Tensor) and a.device.type == "cpu" for a in arguments):
-        _native.warn_without_native()
-
-
 def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Which backend would serve `operator(*args, **kwargs)`, and why each of the others would not.
 
@@ -418,6 +417,10 @@ def _passed_over(name: str, chosen: str | None, forced: str | None) -> str:
     if forced is not None:
         return f"use_backend({forced!r}) is in force"
     return "it runs only where use_backend asks for it" if name == "reference" else f"{chosen} comes first"
+
+
+def _device_types(arguments: tuple[Any, ...]) -> set[str]:
+    return {"cuda" if a.is_cuda else a.device.type for a in arguments if isinstance(a, Tensor)}
 
 
 def _seen_by_others(arguments: tuple[Any, ...]) -> bool:

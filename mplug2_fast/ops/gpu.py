@@ -34,6 +34,7 @@ def error() -> str | None:
     return None
 
 
+@functools.cache
 def kernels(stem: str) -> ModuleType:
     """The module of the operator's kernels."""
     return importlib.import_module(f"mplug2_fast.kernels.{stem}")

@@ -43,7 +43,7 @@ class Clock:
     def way(self, name: str):
         return lambda: self.launched.append(name)
 
-    def do_bench(self, function, **_: object) -> float:
+    def device_milliseconds(self, function, _: torch.device) -> float:
         self.timed += 1
         function()
         found = self.milliseconds[self.launched[-1]]
@@ -55,7 +55,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch, tmp_path):
     made = Clock()
-    monkeypatch.setattr(triton.testing, "do_bench", made.do_bench)
+    monkeypatch.setattr(_tuning, "device_milliseconds", made.device_milliseconds)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Made up/GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setenv(_tuning.VARIABLE, str(tmp_path))
@@ -66,7 +66,7 @@ def clock(monkeypatch, tmp_path):
 
 def forget() -> None:
     """As a process that has just begun."""
-    for cached in (_tuning._open, _tuning._device_name, _tuning._source):
+    for cached in (_tuning._open, _tuning._device_table, _tuning._device_name, _tuning._source, _tuning._entry):
         cached.cache_clear()
 
 
