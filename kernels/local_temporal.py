@@ -1,9 +1,14 @@
-"""Local temporal modules: norm, down-projection, convolution over time and activation in one launch, the up-projection
-with the residual in another.
+"""Local temporal modules, in two ways.
 
-A tile of the first launch is all frames of a few positions, so the convolution finds the frames that it wants in the
-tile's own registers. Only the inner activations, half as wide as x, lie in memory between the launches. A tile's rows
-are read twice, for their statistics and as they are multiplied; the second time they come from the L2 cache.
+`forward`, for few rows: norm, down-projection, convolution over time and activation in one launch, the up-projection
+with the residual in another. A tile of the first launch is all frames of a few positions, so the convolution finds the
+frames that it wants in the tile's own registers. Only the inner activations, half as wide as x, lie in memory between
+the launches. A tile's rows are read twice, for their statistics and as they are multiplied; the second time they come
+from the L2 cache.
+
+`convolve`, for many: convolution and activation as a pass of their own between two products. Rows that are normed on
+their way to the tensor cores go through registers, and a product of many rows loses more by that than the passes over
+the norm's result and over the inner activations take.
 """
 
 from __future__ import annotations
@@ -76,13 +81,13 @@ def _convolve(
 @triton.jit
 def local_temporal_down(
     x, norm_weight, norm_bias, down_weight, down_bias, conv_weight, conv_bias, h, out,
-    positions, frames, patches, channels, inner, x_batch, x_frame, x_token, out_tokens, eps,
+    positions, frames, patches, channels, inner, x_batch, x_frame, x_token, tokens, eps,
     FRAMES: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr, HAS_NORM: tl.constexpr,
     HAS_NORM_BIAS: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_CONV_BIAS: tl.constexpr, SAVES_H: tl.constexpr,
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """act(conv(down(norm(x)))) of x's patches into out, whose frames have `out_tokens` tokens; down(norm(x)) into h.
+    """act(conv(down(norm(x)))) of x's patches into out, down(norm(x)) into h, whose frames have `tokens` tokens.
 
     Rows of a tile run through the frames of one position after the other. What lies outside of x is read from its last
     frame or position and not written.
@@ -126,11 +131,10 @@ def local_temporal_down(
         product += tl.load(down_bias + column, inside, 0.0).to(tl.float32)[None, :]
     product = product.to(x.dtype.element_ty)
 
-    mask = there[:, None] & inside[None, :]
+    at = (((video * frames + frame) * tokens + patch) * inner)[:, None]
     if SAVES_H:
-        at_h = ((video * frames + frame) * patches + patch) * inner
-        tl.store(h + at_h[:, None] + column[None, :], product, mask)
-    out += (((video * frames + frame) * out_tokens + patch) * inner)[:, None]
+        tl.store(h + at + column[None, :], product, there[:, None] & inside[None, :])
+    out += at
     left, right = halves(product)
     _convolve(
         left, there, first_column, conv_weight, conv_bias, out, frames, inner,
@@ -197,10 +201,47 @@ def local_temporal_up(
 
 
 @triton.jit
-def _frame(x, video, frame, frames, token, tokens, column, inner, patch, LEFT_OUT: tl.constexpr):
-    """The patches' rows of another frame in float32, zero outside of the clip. `video` counts frames; x lacks the first
-    LEFT_OUT tokens of each."""
-    rows = (video + frame) * (tokens - LEFT_OUT) + token - LEFT_OUT
+def local_temporal_convolve(
+    h, weight, bias, out, frames, patches, inner, tokens,
+    KERNEL: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, FRAMES: tl.constexpr,
+    PATCHES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """act(conv(h)) of patches. A program takes FRAMES frames of some positions and columns, and holds them, and what
+    the convolution sees before and after them, in registers: all are on their way before the first is needed."""
+    HALF: tl.constexpr = KERNEL // 2
+    blocks = tl.cdiv(inner, BLOCK)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
+    patch = tl.program_id(0) // blocks * PATCHES + tl.arange(0, PATCHES)[:, None]
+    spans = tl.cdiv(frames, FRAMES)
+    video = (tl.program_id(1) // spans).to(tl.int64) * frames
+    first = tl.program_id(1) % spans * FRAMES + tl.zeros((1, 1), tl.int32)
+    inside = column < inner
+    there = (patch < patches) & inside
+    at = patch * inner + column
+    seen = ()
+    for step in tl.static_range(FRAMES + 2 * HALF):
+        frame = first + step - HALF
+        in_clip = there & (frame >= 0) & (frame < frames)
+        seen += (tl.load(h + (video + frame) * tokens * inner + at, in_clip, 0.0),)
+    taps = ()
+    for tap in tl.static_range(KERNEL):
+        taps += (tl.load(weight + column * KERNEL + tap, inside, 0.0).to(tl.float32),)
+    start = tl.zeros((1, BLOCK), tl.float32)
+    if HAS_BIAS:
+        start = tl.load(bias + column, inside, 0.0).to(tl.float32)
+    for step in tl.static_range(FRAMES):
+        z = tl.zeros((PATCHES, BLOCK), tl.float32) + start
+        for tap in tl.static_range(KERNEL):
+            z += seen[step + tap].to(tl.float32) * taps[tap]
+        frame = first + step
+        place = out + (video + frame) * tokens * inner + at
+        tl.store(place, activate(z, ACTIVATION), there & (frame < frames))
+
+
+@triton.jit
+def _frame(x, video, frame, frames, token, tokens, column, inner, patch):
+    """The patches' rows of another frame in float32, zero outside of the clip. `video` counts frames."""
+    rows = (video + frame) * tokens + token
     seen = (patch & (frame >= 0) & (frame < frames))[:, None] & (column < inner)[None, :]
     return tl.load(x + rows[:, None] * inner + column[None, :], seen, 0.0).to(tl.float32)
 
@@ -214,8 +255,8 @@ def local_temporal_backward(
     """From h, the down-projection's result, and the gradient of a = act(z), z = conv(h): a, dh, and this tile's part of
     the gradients of conv_weight, conv_bias and down_bias, `(KERNEL + 2, inner)`.
 
-    da, a and dh have rows for class tokens, h has not; those of a and dh are filled with zeros. Neighbouring frames are
-    those of the same tile, so what is read again lies in the first-level cache.
+    Rows of class tokens are not read; those of a and dh are filled with zeros. Neighbouring frames are those of the
+    same tile, so what is read again lies in the first-level cache.
     """
     HALF: tl.constexpr = KERNEL // 2
     tile = tl.program_id(0)
@@ -241,15 +282,15 @@ def local_temporal_backward(
         now = frame + (step - HALF)
         z = tl.zeros((ROWS, BLOCK), tl.float32) + bias
         for tap in tl.static_range(KERNEL):
-            seen = _frame(h, video, now + (tap - HALF), frames, token, tokens, column, inner, patch, CLASS_TOKEN)
+            seen = _frame(h, video, now + (tap - HALF), frames, token, tokens, column, inner, patch)
             z += seen * tl.load(taps + tap, inside, 0.0).to(tl.float32)
-        dz = _frame(da, video, now, frames, token, tokens, column, inner, patch, 0) * slope(z, ACTIVATION)
+        dz = _frame(da, video, now, frames, token, tokens, column, inner, patch) * slope(z, ACTIVATION)
         # z of `now` takes h of `frame` with the tap that lies as far on the other side.
         gradient += dz * tl.load(taps + (KERNEL - 1 - step), inside, 0.0).to(tl.float32)
         if step == HALF:
             tl.store(a + at, tl.where(patch[:, None], activate(z, ACTIVATION), 0.0), there[:, None] & inside)
             for tap in tl.static_range(KERNEL):
-                seen = _frame(h, video, now + (tap - HALF), frames, token, tokens, column, inner, patch, CLASS_TOKEN)
+                seen = _frame(h, video, now + (tap - HALF), frames, token, tokens, column, inner, patch)
                 tl.store(sums + tap * inner, tl.sum(dz * seen, axis=0, keep_dims=True), inside)
             tl.store(sums + KERNEL * inner, tl.sum(dz, axis=0, keep_dims=True), inside)
     tl.store(dh + at, gradient, there[:, None] & inside)
@@ -297,12 +338,29 @@ def _up_configs(constants, capability) -> list[Config]:
     ]
 
 
+def _convolve_configs(constants, capability) -> list[Config]:
+    """16 frames at a time: few clips have more, whose programs read two frames again each. A thread has 8 columns or
+    fewer, so that its frames fit."""
+    return [
+        Config({"FRAMES": frames, "PATCHES": patches, "BLOCK": block}, warps)
+        for frames, patches, block, warps in (
+            (16, 2, 512, 4),
+            (16, 1, 512, 2),
+            (16, 4, 128, 2),
+            (16, 2, 128, 2),
+            (8, 2, 512, 4),
+            (8, 4, 256, 4),
+        )
+    ]
+
+
 def _backward_configs(constants, capability) -> list[Config]:
     return [Config({"BLOCK": block}, warps) for block, warps in ((64, 4), (128, 8), (32, 4))]
 
 
 _down = Kernel(local_temporal_down, _down_configs, Config({"ROWS": 128, "BLOCK_N": 64, "BLOCK_K": 32, "STAGES": 1}))
 _up = Kernel(local_temporal_up, _up_configs, Config({"ROWS": 128, "BLOCK_N": 64, "BLOCK_K": 64}))
+_convolution = Kernel(local_temporal_convolve, _convolve_configs, Config({"FRAMES": 4, "PATCHES": 64, "BLOCK": 32}))
 _backward = Kernel(local_temporal_backward, _backward_configs, Config({"BLOCK": 64}))
 
 
@@ -327,7 +385,8 @@ def forward(
 
     Args:
         x: `(batch, frames, tokens, channels)`, any strides but those of channels, which are dense.
-        out: of x's shape. h: `(batch, frames, patches, inner)`. Both, and all parameters, are contiguous.
+        out: of x's shape. h: `(batch, frames, tokens, inner)`, with zeros for class tokens. Both, and all parameters,
+            are contiguous.
     """
     batch, frames, tokens, channels = x.shape
     inner, kernel = conv_weight.shape
@@ -336,13 +395,15 @@ def forward(
     precision = precision_of(x.dtype)
     # With rows for class tokens, so that the second product runs through all rows of x.
     a = x.new_empty(batch, frames, tokens, inner)
+    if h is not None:
+        h[:, :, :first] = 0
     if positions:
         _down(
             lambda meta: (
                 triton.cdiv(positions, meta["ROWS"] // meta["FRAMES"]) * triton.cdiv(inner, meta["BLOCK_N"]),
             ),
             x[:, :, first:], given(norm_weight, x), given(norm_bias, x), down_weight, given(down_bias, x), conv_weight,
-            given(conv_bias, x), given(h, a), a[:, :, first:],
+            given(conv_bias, x), given(h, a)[:, :, first:], a[:, :, first:],
             positions, frames, tokens - first, channels, inner, *x.stride()[:3], tokens, eps,
             key=(power_of_2(positions), frames, channels, inner),
             FRAMES=power_of_2(frames),
@@ -368,6 +429,29 @@ def forward(
     )  # fmt: skip
 
 
+def convolve(h: Tensor, weight: Tensor, bias: Tensor | None, activation: str, class_token: bool, out: Tensor) -> None:
+    """activation(conv(h)) of patches into `out`, whose rows of class tokens are left alone.
+
+    Args:
+        h, out: `(batch, frames, tokens, inner)`. weight: `(inner, kernel)`. bias: `(inner,)`. All contiguous.
+    """
+    batch, frames, tokens, inner = h.shape
+    first = int(class_token)
+    if batch * frames * (tokens - first) == 0:
+        return
+    _convolution(
+        lambda meta: (
+            triton.cdiv(tokens - first, meta["PATCHES"]) * triton.cdiv(inner, meta["BLOCK"]),
+            batch * triton.cdiv(frames, meta["FRAMES"]),
+        ),
+        h[:, :, first:], weight, given(bias, h), out[:, :, first:], frames, tokens - first, inner, tokens,
+        key=(power_of_2(batch * tokens), frames, inner),
+        KERNEL=weight.shape[1],
+        ACTIVATION=activation,
+        HAS_BIAS=bias is not None,
+    )  # fmt: skip
+
+
 def backward(
     h: Tensor,
     da: Tensor,
@@ -382,7 +466,7 @@ def backward(
     into `dh` the gradient of h, zeros in the rows of class tokens.
 
     Args:
-        h: `(batch, frames, patches, inner)`. da, a, dh: `(batch, frames, tokens, inner)`. All contiguous.
+        h, da, a, dh: `(batch, frames, tokens, inner)`, contiguous. Rows of class tokens of h may hold anything.
 
     Returns the gradients of conv_weight, a row a tap, conv_bias and down_bias, `(kernel + 2, inner)` in float32.
     """

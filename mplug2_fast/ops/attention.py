@@ -162,7 +162,11 @@ def attention_triton(
     """`saved`: where training leaves log2 Σ exp."""
     out = query.new_empty(query.shape[0], query.shape[1], query.shape[2] * query.shape[3])
     query, key, value = map(side_by_side, (query, key, value))
-    gpu.kernels("attention").forward(query, key, value, as_bytes(key_padding_mask), causal, out, *saved)
+    short = gpu.kernels("attention_short")
+    if key_padding_mask is None and not causal and short.serves(query, key):
+        short.forward(query, key, value, out, *saved)
+    else:
+        gpu.kernels("attention").forward(query, key, value, as_bytes(key_padding_mask), causal, out, *saved)
     return out
 
 
@@ -245,6 +249,10 @@ SPEC = Spec(
         ),
         {"batch": 2, "queries": 9, "keys": 31, "heads": 3, "head_dim": 33},
         {"batch": 1, "queries": 65, "keys": 129, "heads": 1, "head_dim": 128, "fused": True},
+        *(
+            {"batch": 2, "queries": queries, "keys": keys, "head_dim": 64, "fused": True}
+            for queries, keys in ((64, 96), (80, 128), (129, 257), (131, 272), (145, 197))
+        ),
         {"batch": 1, "queries": 3, "keys": 20, "heads": 2, "head_dim": 5},
         {"batch": 0, "queries": 3, "keys": 5},
     ),

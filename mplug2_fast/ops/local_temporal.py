@@ -12,11 +12,16 @@ from mplug2_fast.ops import gpu, native, onednn
 from mplug2_fast.ops.dispatch import Backend, Op
 from mplug2_fast.ops.layer_norm import MAX_CHANNELS, norm_backward_triton, norm_native, norm_torch, norm_triton
 from mplug2_fast.ops.linear_act import EAGER, Activation
+from mplug2_fast.ops.linear_act import OP as LINEAR_ACT
+from mplug2_fast.ops.rows import rows as rows_of
 from mplug2_fast.ops.spec import Spec, normal
 from mplug2_fast.ops.spec import upcast as in_float64
 
 MAX_FRAMES = 128
 """Of the Triton kernel."""
+MANY_ROWS = 8192
+"""From so many on, products of their own and passes between them are faster on a GPU than the norm and the convolution
+within the products: rows go to the tensor cores as they lie in memory."""
 
 
 def reference(
@@ -166,19 +171,41 @@ def not_supported_reasons(x, *others) -> list[str]:
 
 
 def run_triton(x, *others, h: Tensor | None = None) -> Tensor:
+    x = x if native.dense(x) else x.contiguous()
+    others = [other.contiguous() if isinstance(other, Tensor) else other for other in others]
+    if in_passes(x):
+        return run_passes(x, *others, h=h)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
-        x = x if native.dense(x) else x.contiguous()
-        others = [other.contiguous() if isinstance(other, Tensor) else other for other in others]
         gpu.kernels("local_temporal").forward(x, *others, out, h)
     return out
 
 
-def saved_triton(x, norm_weight, norm_bias, down_weight, *others) -> list[Tensor]:
+def in_passes(x: Tensor) -> bool:
+    return x.dtype != torch.float32 and x.numel() >= MANY_ROWS * x.shape[-1]
+
+
+def run_passes(
+    x, norm_weight, norm_bias, down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias, eps, activation,
+    class_token, residual, h: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As `run_torch`, in one pass each: the norm, the product, convolution and activation, and the other product with
+    the residual. h: where the first product's result is kept, `(batch, frames, tokens, inner)`."""
+    normed = x if norm_weight is None else norm_triton(x, None, norm_weight, norm_bias, eps)
+    h = x.new_empty(*x.shape[:-1], down_weight.shape[0]) if h is None else h
+    gpu.kernels("linear_act").apply(rows_of(normed), down_weight, down_bias, "none", None, h)
+    a = torch.empty_like(h)
+    gpu.kernels("local_temporal").convolve(h, conv_weight, conv_bias, activation, class_token, a)
+    up = (a, up_weight, up_bias, "none", x if residual else None)
+    out = LINEAR_ACT.choose(up).run(*up)
+    if class_token:
+        out[:, :, 0] = x[:, :, 0]
+    return out
+
+
+def saved_triton(x, norm_weight, norm_bias, down_weight, *_) -> list[Tensor]:
     """The down-projection's result, without which backward would have to multiply once more."""
-    *_, class_token, _ = others
-    batch, frames, tokens, _ = x.shape
-    return [x.new_empty(batch, frames, tokens - class_token, down_weight.shape[0])]
+    return [x.new_empty(*x.shape[:-1], down_weight.shape[0])]
 
 
 def backward_triton(grads, arguments, saved, needs) -> list[Tensor]:

@@ -1,11 +1,16 @@
+import importlib
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from mplug2_fast import ops
-from mplug2_fast.ops.local_temporal import temporal_conv
-from tests.ops.suite import TRITON_DEVICE, DifferentiableOpSuite, device
+from mplug2_fast.ops.local_temporal import MANY_ROWS, in_passes, temporal_conv
+from tests.ops.suite import TRITON_DEVICE, TRITON_DTYPES, DifferentiableOpSuite, device, label
+from tests.tolerance import assert_close_enough
 
+# Whose name is also that of the function in it.
+MODULE = importlib.import_module("mplug2_fast.ops.local_temporal")
 BACKENDS = ["cpu", "torch", "reference", *(["triton"] if TRITON_DEVICE else [])]
 
 
@@ -89,8 +94,46 @@ def test_no_patches_at_all(backend, native_module):
         assert ops.local_temporal(**{**given, "x": given["x"][:, :, 1:], "class_token": False}).shape == (2, 4, 0, 16)
 
 
+def test_which_rows_go_in_passes():
+    few, many = (torch.empty(1, rows, 1, 8, dtype=torch.bfloat16, device="meta") for rows in (MANY_ROWS - 1, MANY_ROWS))
+    assert not in_passes(few)
+    assert in_passes(many)
+    assert not in_passes(many.float())
+
+
+@pytest.mark.skipif(TRITON_DEVICE is None, reason="no GPU, and Triton does not interpret")
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=label)
+@pytest.mark.parametrize("sizes", ops.local_temporal.op.spec.awkward, ids=label)
+def test_triton_in_passes(sizes, dtype, request, monkeypatch):
+    """The kernels of many rows, with few."""
+    monkeypatch.setattr(MODULE, "in_passes", lambda x: x.numel() > 0)
+    TestSpecification().test_forward(sizes, dtype, "triton", None, request, monkeypatch)
+    TestSpecification().test_gradients(sizes, dtype, "triton", request, monkeypatch)
+
+
+@pytest.mark.skipif(TRITON_DEVICE is None, reason="no GPU, and Triton does not interpret")
+@pytest.mark.parametrize("dtype", TRITON_DTYPES[1:], ids=label)
+@pytest.mark.parametrize("switches", [{}, {"class_token": False, "residual": False}], ids=label)
+def test_triton_with_many_rows(dtype, switches):
+    """So many that they go in passes; what the class tokens hold is theirs alone."""
+    sizes = {"batch": 3, "frames": 7, "patches": 400, "channels": 16, "inner": 8, **switches}
+    given = ops.local_temporal.op.spec.inputs(sizes, dtype, TRITON_DEVICE)
+    assert in_passes(given["x"])
+    eager, exact = (ops.local_temporal.op.spec.reference(**given, upcast=upcast) for upcast in (False, True))
+    with ops.use_backend("triton"):
+        ours = ops.local_temporal(**given)
+        if given["class_token"]:
+            given["x"][:, :, 0] = torch.nan
+            assert torch.equal(ops.local_temporal(**given)[:, :, 1:], ours[:, :, 1:])
+    assert_close_enough(ours, eager, exact, ops.local_temporal.op.spec.noise_floor[dtype], "forward")
+
+
 @pytest.mark.skipif(TRITON_DEVICE is None, reason="no GPU, and Triton does not interpret")
 class TestTriton:
+    @pytest.fixture(params=[False, True], ids=["few rows", "in passes"], autouse=True)
+    def way(self, request, monkeypatch):
+        monkeypatch.setattr(MODULE, "in_passes", lambda x: request.param)
+
     @pytest.mark.parametrize(("frames", "kernel"), [(16, 3), (31, 5), (100, 3), (128, 9)])
     def test_many_frames(self, frames, kernel):
         sizes = {"batch": 2, "frames": frames, "patches": 2, "channels": 20, "inner": 8, "kernel": kernel}
