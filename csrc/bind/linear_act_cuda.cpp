@@ -15,11 +15,11 @@ void bind_linear_act_cuda(py::module_& module) {
            std::uintptr_t residual, std::int64_t residual_stride, std::uintptr_t out, std::uintptr_t stream) {
             const auto [rows, in_features, out_features] = sizes;
             const auto type = bf16 ? cuda::Type::bf16 : cuda::Type::fp16;
-            if (const char* error = cuda::linear_act(
-                    {at<const void>(x), at<const void>(weight), at<const void>(bias), at<const void>(residual),
-                     at<void>(out), rows, in_features, out_features, x_stride, weight_stride, residual_stride,
-                     out_features, activation, type},
-                    at<void>(stream))) {
+            if (const char* error =
+                    cuda::linear_act({at<const void>(x), at<const void>(weight), at<const void>(bias),
+                                      at<const void>(residual), at<void>(out), rows, in_features, out_features,
+                                      x_stride, weight_stride, residual_stride, out_features, activation, type},
+                                     at<void>(stream))) {
                 throw std::runtime_error(std::string("linear_act_cuda: ") + error);
             }
         },

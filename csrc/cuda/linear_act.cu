@@ -11,7 +11,9 @@ namespace {
 
 constexpr std::int64_t kElements = 8;  // of 16 bytes, the unit of the tensor memory accelerator
 
-bool aligned(const void* address) { return reinterpret_cast<std::uintptr_t>(address) % 16 == 0; }
+bool aligned(const void* address) {
+    return reinterpret_cast<std::uintptr_t>(address) % 16 == 0;
+}
 
 const char* refuse(const LinearActArguments& given) {
     constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();

@@ -3,11 +3,11 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <cutlass/cutlass.h>
+#include <cutlass/device_kernel.h>
 
 #include <cstdint>
 #include <cute/tensor.hpp>
-#include <cutlass/cutlass.h>
-#include <cutlass/device_kernel.h>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/epilogue/fusion/operations.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
@@ -136,22 +136,22 @@ struct Tile {
     using EpilogueSchedule =
         std::conditional_t<kGroups == Groups::share, cutlass::epilogue::TmaWarpSpecializedCooperative,
                            cutlass::epilogue::TmaWarpSpecialized>;
-    using EpilogueShape =
-        cute::Shape<cute::Int<kGroups == Groups::share ? 128 : 64>, cute::Int<kEpilogueColumns>>;
+    using EpilogueShape = cute::Shape<cute::Int<kGroups == Groups::share ? 128 : 64>, cute::Int<kEpilogueColumns>>;
     using RowMajor = cutlass::layout::RowMajor;
 
     static constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
-    using Fusion = cutlass::epilogue::fusion::Sm90EVT<
-        cutlass::epilogue::fusion::Sm90Compute<Epilogue, Element, float, kRound>,
-        cutlass::epilogue::fusion::Sm90AccFetch,
-        cutlass::epilogue::fusion::Sm90RowBroadcast<0, Shape, Element, float>, Residual<Element>>;
+    using Fusion =
+        cutlass::epilogue::fusion::Sm90EVT<cutlass::epilogue::fusion::Sm90Compute<Epilogue, Element, float, kRound>,
+                                           cutlass::epilogue::fusion::Sm90AccFetch,
+                                           cutlass::epilogue::fusion::Sm90RowBroadcast<0, Shape, Element, float>,
+                                           Residual<Element>>;
 
     using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
         cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Shape, Cluster, EpilogueShape, float, float, Element,
         RowMajor, 8, Element, RowMajor, 8, EpilogueSchedule, Fusion>::CollectiveOp;
     using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-        cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, 8, Element, cutlass::layout::ColumnMajor,
-        8, float, Shape, Cluster,
+        cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, 8, Element,
+        cutlass::layout::ColumnMajor, 8, float, Shape, Cluster,
         cutlass::gemm::collective::StageCountAutoCarveout<sizeof(typename CollectiveEpilogue::SharedStorage)>,
         Schedule>::CollectiveOp;
     using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, CollectiveEpilogue,
@@ -165,7 +165,8 @@ struct Tile {
         auto* out = static_cast<Element*>(given.out);
         typename Kernel::Arguments arguments{
             cutlass::gemm::GemmUniversalMode::kGemm,
-            {static_cast<int>(given.rows), static_cast<int>(given.out_features), static_cast<int>(given.in_features), 1},
+            {static_cast<int>(given.rows), static_cast<int>(given.out_features), static_cast<int>(given.in_features),
+             1},
             {x, {given.x_stride, {}, 0}, weight, {given.weight_stride, {}, 0}},
             {{{}, {bias, Element(0.0f), {}}, {residual != nullptr}, {given.activation, residual != nullptr}},
              residual != nullptr ? residual : out,
@@ -180,8 +181,8 @@ struct Tile {
 
         void (*const kernel)(typename Kernel::Params) = cutlass::device_kernel<Kernel>;
         // Of every device, for the current one may be another than before.
-        if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                     Kernel::SharedStorageSize)) {
+        if (cudaError_t error =
+                cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Kernel::SharedStorageSize)) {
             return cudaGetErrorString(error);
         }
         cudaLaunchAttribute cluster;
@@ -202,8 +203,8 @@ struct Tile {
 template <int kRows, int kColumns, Groups kGroups, int kClusterRows, int kClusterColumns, int kEpilogueColumns = 32>
 const char* run(const LinearActArguments& given, const Launch& launch) {
     if (given.type == Type::bf16) {
-        return Tile<cutlass::bfloat16_t, kRows, kColumns, kGroups, kClusterRows, kClusterColumns, kEpilogueColumns>::run(
-            given, launch);
+        return Tile<cutlass::bfloat16_t, kRows, kColumns, kGroups, kClusterRows, kClusterColumns,
+                    kEpilogueColumns>::run(given, launch);
     }
     return Tile<cutlass::half_t, kRows, kColumns, kGroups, kClusterRows, kClusterColumns, kEpilogueColumns>::run(
         given, launch);
