@@ -5,6 +5,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # More of pyproject.toml's optional dependencies, for tests that are skipped without: make test EXTRAS=,ray,dali-cuda13
 EXTRAS ?=
+# Kernels for GPUs take minutes to build: make demo MPLUG2_FAST_CUDA=auto builds them where it can.
+MPLUG2_FAST_CUDA ?= off
+export MPLUG2_FAST_CUDA
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
@@ -37,7 +40,8 @@ SANITIZED := build/sanitize
 sanitize: $(INSTALLED)
 	rm -rf $(SANITIZED)/package && mkdir -p $(SANITIZED)/package
 	cp -r mplug2_fast $(SANITIZED)/package && rm -f $(SANITIZED)/package/mplug2_fast/_C*.so
-	$(BIN)/cmake -S . -B $(SANITIZED)/cmake -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DMPLUG2_SANITIZE=address,undefined
+	$(BIN)/cmake -S . -B $(SANITIZED)/cmake -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DMPLUG2_SANITIZE=address,undefined \
+		-DMPLUG2_CUDA=off
 	$(BIN)/cmake --build $(SANITIZED)/cmake --parallel
 	$(BIN)/cmake --install $(SANITIZED)/cmake --prefix $(SANITIZED)/package
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
@@ -52,7 +56,7 @@ clean:
 
 # The editable install is redone when its description or a native source changes. The package asks for any torch from
 # its oldest on; here one version is pinned, so that runs can be compared.
-$(INSTALLED): pyproject.toml setup.py CMakeLists.txt $(FORMATTED)
+$(INSTALLED): pyproject.toml setup.py build_backend.py CMakeLists.txt csrc/cuda/kernels.cmake $(FORMATTED)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, not " + sys.version)'
 	$(PYTHON) -m venv $(VENV) || \
 		{ echo "python3 -m venv does not work; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }

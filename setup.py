@@ -4,6 +4,9 @@ MPLUG2_FAST_NATIVE decides what happens on a machine that cannot build the nativ
 CMake or Python's headers: "auto" (the default) installs the package without it, "required" stops the installation,
 "off" never builds it. Native code that does not compile always stops the installation. What was done and why is left
 in a file beside the package's modules, from which `mplug2-fast info` tells it.
+
+MPLUG2_FAST_CUDA says the same of the module's kernels for GPUs, which need a CUDA compiler and CUTLASS, and minutes.
+MPLUG2_FAST_CUTLASS names the folder of CUTLASS's headers where they are not those of Python's nvidia-cutlass.
 """
 
 from __future__ import annotations
@@ -35,13 +38,12 @@ class CMakeBuild(build_ext):
         (package / "_native_build.json").write_text(json.dumps(report, indent=2) + "\n")
 
     def build_extension(self, ext: Extension) -> None:
-        policy = os.environ.get("MPLUG2_FAST_NATIVE", "auto")
-        if policy not in ("auto", "required", "off"):
-            raise SetupError(f'MPLUG2_FAST_NATIVE is {policy!r}: it must be "auto", "required" or "off"')
+        native, cuda = policy("MPLUG2_FAST_NATIVE"), policy("MPLUG2_FAST_CUDA")
         build_dir = (Path(self.build_temp) / "cmake").resolve()
-        self.missing = "It was turned off by MPLUG2_FAST_NATIVE." if policy == "off" else configure(build_dir)
-        if self.missing and policy == "required":
-            raise SetupError(f"MPLUG2_FAST_NATIVE is required, but the native module cannot be built. {self.missing}")
+        self.missing = "It was turned off by MPLUG2_FAST_NATIVE." if native == "off" else configure(build_dir, cuda)
+        for name, wanted in (("MPLUG2_FAST_NATIVE", native), ("MPLUG2_FAST_CUDA", cuda)):
+            if self.missing and wanted == "required":
+                raise SetupError(f"{name} is required, but the native module cannot be built. {self.missing}")
         if self.missing:
             ext.optional = True  # setuptools then does not look for its file
             line = "*" * 100
@@ -53,11 +55,25 @@ class CMakeBuild(build_ext):
                 raise CompileError("the native module of mplug2_fast does not build: see CMake's output above")
 
 
-def configure(build_dir: Path) -> str | None:
-    """Configures the native build; the reason when this machine's tools do not suffice."""
+def policy(variable: str) -> str:
+    """What the environment wants of an optional part: "auto", "required" or "off"."""
+    found = os.environ.get(variable) or "auto"
+    if found not in ("auto", "required", "off"):
+        raise SetupError(f'{variable} is {found!r}: it must be "auto", "required" or "off"')
+    return found
+
+
+def configure(build_dir: Path, cuda: str) -> str | None:
+    """Configures the native build; the reason when this machine's tools do not suffice.
+
+    Args:
+        build_dir: where to.
+        cuda: the policy for kernels for GPUs.
+    """
     if shutil.which("cmake") is None:
         return "CMake is not installed."
     command = ["cmake", "-S", str(ROOT), "-B", str(build_dir), f"-DPython_EXECUTABLE={sys.executable}", "--fresh"]
+    command += [f"-DMPLUG2_CUDA={cuda}", f"-DMPLUG2_CUTLASS={os.environ.get('MPLUG2_FAST_CUTLASS', '')}"]
     if shutil.which("ninja"):
         command += ["-G", "Ninja"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -31,7 +31,7 @@ def collect() -> dict[str, Any]:
     """The report as nested dicts, lists and plain values, ready for JSON.
 
     Keys: `mplug2_fast`, `python`, `system`, `cpu`, `memory`, `torch`, `cuda`, `packages`, `decoders`, `native`,
-    `triton_kernels`.
+    `cuda_kernels`, `triton_kernels`.
     Sizes are in bytes.
     """
     parts: dict[str, Callable[[], Any]] = {
@@ -45,6 +45,7 @@ def collect() -> dict[str, Any]:
         "packages": _packages,
         "decoders": _decoders,
         "native": _native,
+        "cuda_kernels": _cuda_kernels,
         "triton_kernels": _triton_kernels,
     }
     return {name: _guarded(part) for name, part in parts.items()}
@@ -193,6 +194,20 @@ def _native() -> dict[str, Any]:
         return {"available": True, "instruction_set": _guarded(lambda: native.isa().name)}
     found = {"available": False, "reason": error.reason, "remedy": error.remedy}
     return found | ({"traceback": error.traceback.strip()} if error.traceback else {})
+
+
+def _cuda_kernels() -> dict[str, Any]:
+    """The native module's kernels for GPUs, whether they can run: `available`, and if not `reason`."""
+    import torch
+
+    from mplug2_fast.ops import cuda
+
+    reason = cuda.error()
+    if reason is None:
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+        if not any(torch.cuda.get_device_capability(device) == cuda.CAPABILITY for device in devices):
+            reason = "there is no CUDA device of compute capability 9.0 to run them on"
+    return {"available": reason is None} | ({} if reason is None else {"reason": reason})
 
 
 def _triton_kernels() -> dict[str, Any]:

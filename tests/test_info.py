@@ -16,6 +16,7 @@ import torch
 
 import mplug2_fast
 from mplug2_fast import _native, info
+from mplug2_fast.ops import cuda
 
 PARTS = [
     "mplug2_fast",
@@ -28,6 +29,7 @@ PARTS = [
     "packages",
     "decoders",
     "native",
+    "cuda_kernels",
     "triton_kernels",
 ]
 
@@ -126,6 +128,21 @@ def test_a_missing_native_module_comes_with_reason_and_remedy(monkeypatch: pytes
     assert info._native() == {"available": False, "reason": "no compiler.", "remedy": "Install one."}
     monkeypatch.setattr(info, "native_error", lambda: _native.NativeError("r", "m", "Traceback\n"))
     assert info._native()["traceback"] == "Traceback"
+
+
+def test_cuda_kernels_and_why_they_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "error", lambda: "there was no CUDA compiler")
+    assert info._cuda_kernels() == {"available": False, "reason": "there was no CUDA compiler"}
+
+    monkeypatch.setattr(cuda, "error", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8 + device, 0))
+    assert info._cuda_kernels() == {"available": True}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert info._cuda_kernels()["reason"] == "there is no CUDA device of compute capability 9.0 to run them on"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert info._cuda_kernels()["available"] is False
 
 
 def test_triton_kernels_and_why_they_do_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

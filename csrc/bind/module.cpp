@@ -14,6 +14,7 @@ PYBIND11_MODULE(_C, module) {
     module.attr("openmp") = false;
 #endif
     module.attr("compiler") = MPLUG2_COMPILER;
+    module.attr("no_cuda_because") = MPLUG2_NO_CUDA_BECAUSE;  // empty where there are kernels for GPUs
     py::enum_<Isa>(module, "Isa", "Instruction sets that the kernels are compiled for, the fastest last.")
         .value("portable", Isa::portable)
         .value("avx2", Isa::avx2)
@@ -29,6 +30,9 @@ PYBIND11_MODULE(_C, module) {
     bind_beam_step(module);
     bind_layer_norm(module);
     bind_linear_act(module);
+#ifdef MPLUG2_CUDA
+    bind_linear_act_cuda(module);
+#endif
     bind_local_temporal(module);
     bind_preprocess_frames(module);
 }

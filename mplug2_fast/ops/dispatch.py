@@ -32,7 +32,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _forced: ContextVar[str | None] = ContextVar("mplug2_fast_backend", default=None)
 _strict: ContextVar[bool] = ContextVar("mplug2_fast_strict", default=False)
 
-BACKENDS = ("cpu", "triton", *packages.BACKENDS, "torch", "reference")
+BACKENDS = ("cpu", "cuda", "triton", *packages.BACKENDS, "torch", "reference")
 """Names of backends, in the order in which dispatch tries those that an operator has; "reference" only if forced."""
 
 
@@ -86,8 +86,9 @@ def use_backend(name: str) -> Iterator[None]:
     """Within the context, of this thread or task alone, every operator runs on this backend, or raises `BackendError`.
 
     Args:
-        name: "cpu" (native kernels and oneDNN), "triton", "flash_attn", "xformers" or "apex" (those packages, where
-            they are installed), "torch" (PyTorch's operators, anywhere) or "reference" (plain eager code).
+        name: "cpu" (native kernels and oneDNN), "cuda" (native kernels for compute capability 9.0), "triton",
+            "flash_attn", "xformers" or "apex" (those packages, where they are installed), "torch" (PyTorch's operators,
+            anywhere) or "reference" (plain eager code).
 
     Raises:
         ValueError: there is no such backend.
@@ -103,7 +104,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def strict() -> Iterator[None]:
-    """Within the context, of this thread or task alone, an operator that is not served by the backend made for its
+    """Within the context, of this thread or task alone, an operator that is not served by a backend made for its
     device raises `BackendError` instead of falling back."""
     token = _strict.set(True)
     try:
@@ -196,17 +197,18 @@ class Op:
             if backend.slower_reasons(needs_grad, *arguments):
                 outrun = True
                 continue
-            if _strict.get() and not outrun and backend is not self._made_for(arguments):
+            if _strict.get() and not outrun and backend not in self._made_for(arguments):
                 raise self._error(f"{self.name} would fall back to {backend.name!r}", arguments)
             if backend.name != "cpu" and "cpu" in devices:
                 _native.warn_without_native()
             return backend
         raise self._error(f"{self.name} has no backend for this call", arguments)
 
-    def _made_for(self, arguments: tuple[Any, ...]) -> Backend:
-        """The first backend for the device of the arguments."""
+    def _made_for(self, arguments: tuple[Any, ...]) -> list[Backend]:
+        """Our own backends for the device of the arguments, or where there are none the first that serves it."""
         device = next(a.device.type for a in arguments if isinstance(a, Tensor))
-        return next(b for b in self._automatic if not b.devices or device in b.devices)
+        able = [b for b in self._automatic if not b.devices or device in b.devices]
+        return [b for b in able if b.devices and b.name not in packages.BACKENDS] or able[:1]
 
     def _reasons(self, backend: Backend, arguments: tuple[Any, ...], needs_grad: bool) -> Sequence[str]:
         if backend.devices and not _device_types(arguments).issubset(backend.devices):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops import gpu, native, onednn
+from mplug2_fast.ops import cuda, gpu, native, onednn
 from mplug2_fast.ops.dispatch import Backend, Op
 from mplug2_fast.ops.rows import Rows
 from mplug2_fast.ops.rows import rows as rows_of
@@ -20,6 +20,9 @@ Activation = Literal["none", "gelu", "quick_gelu"]
 QUICK_GELU_SCALE = 1.702
 FEW_ROWS = 64
 """Up to so many rows the work is reading the weight, which our own kernel does once, unpacked."""
+
+CUDA_ROWS = 512
+"""Fewer rows are too few for the tiles of the CUDA kernel to occupy every multiprocessor."""
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -115,6 +118,28 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, re
 
 def not_supported_reasons(x, weight, bias, activation, residual) -> list[str]:
     return onednn.not_supported_reasons(x, weight, bias, residual)
+
+
+def run_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    if out.numel():
+        cuda.linear_act(x, weight, bias, activation, residual, out)
+    return out
+
+
+def cuda_reasons(x, weight, bias, activation, residual) -> list[str]:
+    reasons = cuda.reasons(x, weight=weight, bias=bias, residual=residual) or cuda.alignment_reasons(*weight.shape)
+    if weight.numel() == 0:
+        reasons.append("there is nothing to multiply")
+    return reasons
+
+
+def slower_than_others(needs_grad: bool, x, weight, bias, activation, residual) -> list[str]:
+    """What holds for the CUDA kernel whatever it is compared with."""
+    rows = x.numel() // x.shape[-1]
+    if rows < CUDA_ROWS:
+        return [f"{rows} rows leave most of its tiles empty: it is for {CUDA_ROWS} and more"]
+    return []
 
 
 def run_triton(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
@@ -221,6 +246,7 @@ SPEC = Spec(
         {"rows": (64,), "inputs": 64, "outputs": 48, "residual": True},
         {"rows": (65,), "inputs": 64, "outputs": 48, "activation": "quick_gelu", "residual": True},
         {"rows": (2, 5, 7), "inputs": 64, "outputs": 19, "activation": "gelu", "residual": True},
+        {"rows": (2, 151), "inputs": 136, "outputs": 200, "activation": "gelu", "residual": True, "strided": True},
         {"rows": (257,), "inputs": 1, "outputs": 19, "residual": True},
         {"rows": (8, 9), "inputs": 20, "outputs": 31, "strided": True},
         {"rows": (3, 2), "inputs": 20, "outputs": 31, "strided": True, "activation": "gelu"},
@@ -242,6 +268,7 @@ OP = Op(
     "(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual) -> Tensor",
     [
         Backend("cpu", run_cpu, not_supported_reasons, devices=("cpu",)),
+        Backend("cuda", run_cuda, cuda_reasons, devices=cuda.DEVICES, slower_reasons=slower_than_others),
         Backend(
             "triton",
             run_triton,

@@ -8,12 +8,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops import gpu, native, onednn
+from mplug2_fast.ops import cuda, gpu, native, onednn
 from mplug2_fast.ops.dispatch import Backend, Op
 from mplug2_fast.ops.layer_norm import check as check_norm
-from mplug2_fast.ops.layer_norm import norm_native, norm_reference, norm_torch
+from mplug2_fast.ops.layer_norm import norm_native, norm_reference, norm_torch, norm_triton
 from mplug2_fast.ops.layer_norm import triton_reasons as norm_reasons
-from mplug2_fast.ops.linear_act import EAGER, FEW_ROWS, QUICK_GELU_SCALE, Activation, few_rows, has_few_rows_kernel
+from mplug2_fast.ops.linear_act import (
+    CUDA_ROWS,
+    EAGER,
+    FEW_ROWS,
+    QUICK_GELU_SCALE,
+    Activation,
+    few_rows,
+    has_few_rows_kernel,
+)
 from mplug2_fast.ops.linear_act import check as check_linear
 from mplug2_fast.ops.rows import rows as rows_of
 from mplug2_fast.ops.spec import Spec, normal
@@ -128,6 +136,30 @@ def not_supported_reasons(x, fc_weight, fc_bias, proj_weight, proj_bias, activat
     return onednn.not_supported_reasons(x, fc_weight, fc_bias, proj_weight, proj_bias, norm_weight, norm_bias)
 
 
+def run_cuda(
+    x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps, residual
+) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if out.numel():
+        h = x if norm_weight is None else norm_triton(x, None, norm_weight, norm_bias, eps)
+        hidden = x.new_empty(*x.shape[:-1], fc_weight.shape[0])
+        cuda.linear_act(h, fc_weight, fc_bias, activation, None, hidden)
+        cuda.linear_act(hidden, proj_weight, proj_bias, "none", x if residual else None, out)
+    return out
+
+
+def cuda_reasons(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, *_) -> list[str]:
+    """Those of the two products, and those of the Triton kernel where there is a layer norm."""
+    reasons = cuda.reasons(x, fc_weight=fc_weight, fc_bias=fc_bias, proj_weight=proj_weight, proj_bias=proj_bias)
+    reasons = reasons or cuda.alignment_reasons(*fc_weight.shape)
+    return reasons or ([] if norm_weight is None else norm_reasons(x))
+
+
+def slower_than_others(needs_grad: bool, x, *_: Any) -> list[str]:
+    rows = x.numel() // x.shape[-1]
+    return [f"{rows} rows leave most of its tiles empty: it is for {CUDA_ROWS} and more"] if rows < CUDA_ROWS else []
+
+
 def run_triton(x: Tensor, *others: Any) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if out.numel():
@@ -236,6 +268,7 @@ SPEC = Spec(
         {"rows": (80,), "channels": 33, "hidden": 7, "strided": True},
         {"rows": (9, 9), "channels": 16, "hidden": 20, "strided": True, "activation": "gelu"},
         {"rows": (5, 3), "channels": 24, "hidden": 16, "biases": False},
+        {"rows": (2, 71), "channels": 72, "hidden": 200},
         {"rows": (0,), "channels": 12, "hidden": 40},
     ),
     models={
@@ -252,6 +285,7 @@ OP = Op(
     "Tensor? norm_weight, Tensor? norm_bias, float eps, bool residual) -> Tensor",
     [
         Backend("cpu", run_cpu, not_supported_reasons, devices=("cpu",)),
+        Backend("cuda", run_cuda, cuda_reasons, devices=cuda.DEVICES, slower_reasons=slower_than_others),
         Backend(
             "triton",
             run_triton,

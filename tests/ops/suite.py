@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mplug2_fast import ops
-from mplug2_fast.ops import gpu, native, packages
+from mplug2_fast.ops import cuda, gpu, native, packages
 from mplug2_fast.ops.dispatch import Op
 from mplug2_fast.ops.spec import Sizes
 from tests.tolerance import assert_close_enough
@@ -35,9 +35,13 @@ CUDA = torch.cuda.is_available()
 TRITON_DEVICE = "cuda" if CUDA else "cpu" if gpu.INTERPRETED else None
 TRITON_DTYPES = DTYPES if CUDA else (torch.float32, torch.float16) if gpu.INTERPRETED else ()
 
+# Backends of GPUs that are free to refuse, and which of them can be tried here.
+CHOOSY = (*packages.BACKENDS, "cuda") if CUDA else ()
+CUDA_KERNELS = CUDA and cuda.error() is None and torch.cuda.get_device_capability() == cuda.CAPABILITY
+
 
 def device(backend: str | None) -> str:
-    if backend in packages.BACKENDS:
+    if backend in CHOOSY:
         return "cuda"
     return TRITON_DEVICE if backend == "triton" else "cpu"
 
@@ -187,10 +191,10 @@ def given_dtype(given: dict[str, Any]) -> torch.dtype:
 
 
 def with_sizes(op: Op, ways: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Every way with all awkward sizes; that of a package, which is free to refuse, with those that it serves."""
+    """Every way with all awkward sizes; one that is free to refuse, with those that it serves."""
 
     def served(sizes: Sizes, dtype: torch.dtype, backend: str, *_: Any) -> bool:
-        if backend not in packages.BACKENDS:
+        if backend not in CHOOSY:
             return True
         given = op.spec.inputs(sizes, dtype, device(backend))
         return not op._reasons(op.backends[backend], tuple(given.values()), False)
@@ -206,8 +210,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names, op = metafunc.fixturenames, operator.op
     cpu, triton = "cpu" in op.backends, "triton" in op.backends and TRITON_DEVICE is not None
     on_triton = [(dtype, "triton") for dtype in TRITON_DTYPES if triton]
-    on_packages = [(dtype, name) for name in packages.BACKENDS if name in op.backends and CUDA for dtype in DTYPES]
-    others = [*((dtype, "torch") for dtype in DTYPES), *on_triton, *on_packages]
+    choosy = [name for name in CHOOSY if name in op.backends and (name != "cuda" or CUDA_KERNELS)]
+    on_others = [(dtype, name) for name in choosy for dtype in DTYPES]
+    others = [*((dtype, "torch") for dtype in DTYPES), *on_triton, *on_others]
     if "backend" in names:
         ways = [(dtype, "cpu", isa) for dtype in native.DTYPES for isa in ISAS or [None] if cpu]
         ways += [(*way, None) for way in others]
