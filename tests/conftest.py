@@ -54,3 +54,10 @@ def native_module():
         report = pytest.fail if os.environ.get("MPLUG2_FAST_NATIVE") == "required" else pytest.skip
         report(str(native_error()))
     return module
+
+
+@pytest.fixture
+def serving(request):
+    """Asks for the native module where the test's parameter `backend` is the one that it serves."""
+    if request.node.callspec.params["backend"] == "cpu":
+        request.getfixturevalue("native_module")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mplug2_fast as mf
+from mplug2_fast.model.vision import padded
 from tests.golden.cases import relative_error
 from tests.models import SMALL, pair, random_text, random_video, randomise
 
@@ -244,3 +245,11 @@ def test_fresh_temporal_modules_are_the_identity():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(mf.MPlug2ForCaptioning(SMALL).eval())
+
+
+def test_padded_pixels_are_the_same_and_zeros():
+    pixels = torch.randn(2, 3, 3, 4, 5, 4, 5).permute(0, 2, 3, 5, 1, 4, 6)
+    rows = padded(pixels, 4)
+    assert torch.equal(rows[..., :75], pixels.flatten(4))
+    assert rows.shape == (2, 3, 4, 4, 79)
+    assert not rows[..., 75:].any()

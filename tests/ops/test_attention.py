@@ -17,7 +17,7 @@ def random(backend, *shape):
 
 
 @pytest.mark.parametrize("backend", ["cpu", *TRITON, "torch", "reference"])
-def test_a_query_that_sees_no_key_gets_zeros(backend, native_module):
+def test_a_query_that_sees_no_key_gets_zeros(backend, serving):
     query, key, value = (random(backend, 2, 3, 2, 16) for _ in range(3))
     mask = torch.tensor([[0, 0, 0], [0, 1, 1]], device=query.device)
     with ops.use_backend(backend):
@@ -113,7 +113,7 @@ def test_threads_do_not_change_the_result(native_module):
 
 
 @pytest.mark.parametrize("backend", ["cpu", *TRITON])
-def test_no_keys(backend, native_module):
+def test_no_keys(backend, serving):
     query, nothing = random(backend, 2, 3, 2, 16).requires_grad_(), random(backend, 2, 0, 2, 16).requires_grad_()
     with ops.use_backend(backend):
         out = ops.attention(query, nothing, nothing)

@@ -26,7 +26,7 @@ def step(backend, logits, cumulative, step=0, min_length=0):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_first_step_extends_the_first_beam_only(backend, native_module):
+def test_the_first_step_extends_the_first_beam_only(backend, serving):
     cumulative = torch.tensor([[0.0, -torch.inf, -torch.inf]])
     _, _, origin, tokens = step(backend, torch.randn(1, 3, 20), cumulative)
     assert origin.tolist() == [[0, 0, 0]]
@@ -35,7 +35,7 @@ def test_the_first_step_extends_the_first_beam_only(backend, native_module):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_not_a_number_leads_nowhere(backend, bad, native_module):
+def test_what_is_not_a_number_leads_nowhere(backend, bad, serving):
     """Indices stay within beams and words, whatever the logits are."""
     _, _, origin, tokens = step(backend, torch.full((2, 3, 40), bad), torch.zeros(2, 3))
     assert 0 <= origin.min() <= origin.max() < 3
@@ -43,7 +43,7 @@ def test_what_is_not_a_number_leads_nowhere(backend, bad, native_module):
 
 
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "torch"])
-def test_the_lowest_index_comes_first_among_equals(backend, native_module):
+def test_the_lowest_index_comes_first_among_equals(backend, serving):
     logits = torch.zeros(1, 3, 2100)
     logits[0, 0, 1] = -0.0
     scores, _, origin, tokens = step(backend, logits, torch.zeros(1, 3))
@@ -56,7 +56,7 @@ def test_the_lowest_index_comes_first_among_equals(backend, native_module):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_end_token_before_its_time_beats_the_impossible_only(backend, native_module):
+def test_the_end_token_before_its_time_beats_the_impossible_only(backend, serving):
     logits = torch.full((1, 2, 1200), -torch.inf)
     logits[0, :, 2], logits[0, :, 1100] = 5.0, 1.0
     log_prob = torch.tensor([1.0, 5.0]).log_softmax(0)[0]

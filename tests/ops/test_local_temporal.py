@@ -19,8 +19,10 @@ class TestSpecification(DifferentiableOpSuite):
 
 
 @pytest.fixture(params=BACKENDS)
-def run(request, native_module):
+def run(request):
     """The operator on one backend, with other arguments where they are given."""
+    if request.param == "cpu":
+        request.getfixturevalue("native_module")
     sizes = {"batch": 2, "frames": 4, "patches": 9, "channels": 16, "inner": 8}
     given = ops.local_temporal.op.spec.inputs(sizes, device=device(request.param))
 
@@ -86,7 +88,7 @@ def test_without_residual_the_class_token_still_passes_by(run):
 
 
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "reference"])
-def test_no_patches_at_all(backend, native_module):
+def test_no_patches_at_all(backend, serving):
     sizes = {"batch": 2, "frames": 4, "patches": 0, "channels": 16, "inner": 8}
     given = ops.local_temporal.op.spec.inputs(sizes, device=device(backend))
     with ops.use_backend(backend):
