@@ -25,6 +25,7 @@ Configs = Sequence[Config] | Callable[[Mapping[str, Any], int], Sequence[Config]
 Grid = Callable[[Mapping[str, Any]], tuple[int, ...]]
 
 _recorder: ContextVar[Recorder | None] = ContextVar("mplug2_fast_launches", default=None)
+_overlapped: ContextVar[bool] = ContextVar("mplug2_fast_overlapped", default=False)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,18 @@ def record(capability: int) -> Iterator[Recorder]:
         _recorder.reset(token)
 
 
+@contextlib.contextmanager
+def overlapped() -> Iterator[None]:
+    """Within the context, of this thread or task alone, kernels that are `early` start before the one before them has
+    ended, on compute capability 9.0 and later, and read meanwhile what no kernel of the context writes: weights, and
+    what was there before. The context begins with a kernel that is not early, and so sees all that ran before it."""
+    token = _overlapped.set(True)
+    try:
+        yield
+    finally:
+        _overlapped.reset(token)
+
+
 def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
@@ -97,10 +110,12 @@ class Kernel:
         configs: in order of preference, those for any GPU, or a function of the launch's constants and the compute
             capability.
         interpreted: for Triton's interpreter, where time goes by the number of programs.
+        early: whether the function has a constant EARLY: that it starts within `overlapped` before the kernel before it
+            has ended, and has to wait for that one's results itself.
     """
 
-    def __init__(self, function: Any, configs: Configs, interpreted: Config) -> None:
-        self.function, self.configs, self.interpreted = function, configs, interpreted
+    def __init__(self, function: Any, configs: Configs, interpreted: Config, *, early: bool = False) -> None:
+        self.function, self.configs, self.interpreted, self.early = function, configs, interpreted, early
         self.name = function.fn.__name__
 
     def __call__(self, grid: Grid, *arguments: Any, key: tuple[Any, ...] = (), **constants: Any) -> None:
@@ -114,6 +129,9 @@ class Kernel:
         tensors = [a.matrix if isinstance(a, Tiles) else a for a in arguments if isinstance(a, (Tensor, Tiles))]
         device = tensors[0].device
         configs = self._configs(constants, device)
+        early = self.early and _overlapped.get() and capability(device) >= 90
+        if self.early:
+            constants["EARLY"] = early
         if recorder := _recorder.get():
             names = [name for name in self.function.arg_names if name not in constants]
             named = dict(zip(names, arguments, strict=False))
@@ -123,6 +141,8 @@ class Kernel:
         def launch(config: Config) -> None:
             meta = {**constants, **config.constants}
             options = {} if interpreted() else {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            if early:
+                options["launch_pdl"] = True
             described = [
                 TensorDescriptor.from_tensor(a.matrix, a.shape(meta)) if isinstance(a, Tiles) else a for a in arguments
             ]
