@@ -31,6 +31,7 @@ _MOST_READY = 4096
 """Launches that a kernel remembers."""
 
 _recorder: ContextVar[Recorder | None] = ContextVar("mplug2_fast_launches", default=None)
+_overlapped: ContextVar[bool] = ContextVar("mplug2_fast_overlapped", default=False)
 
 
 class Tiles(NamedTuple):
@@ -74,6 +75,18 @@ def record(capability: int) -> Iterator[Recorder]:
         yield recorder
     finally:
         _recorder.reset(token)
+
+
+@contextlib.contextmanager
+def overlapped() -> Iterator[None]:
+    """Within the context, of this thread or task alone, kernels that are `early` start before the one before them has
+    ended, on compute capability 9.0 and later, and read meanwhile what no kernel of the context writes: weights, and
+    what was there before. The context begins with a kernel that is not early, and so sees all that ran before it."""
+    token = _overlapped.set(True)
+    try:
+        yield
+    finally:
+        _overlapped.reset(token)
 
 
 def interpreted() -> bool:
@@ -125,10 +138,12 @@ class Kernel:
         configs: in order of preference, those for any GPU, or a function of the launch's constants and the compute
             capability.
         interpreted: for Triton's interpreter, where time goes by the number of programs.
+        early: whether the function has a constant EARLY: that it starts within `overlapped` before the kernel before it
+            has ended, and has to wait for that one's results itself.
     """
 
-    def __init__(self, function: Any, configs: Configs, interpreted: Config) -> None:
-        self.function, self.configs, self.interpreted = function, configs, interpreted
+    def __init__(self, function: Any, configs: Configs, interpreted: Config, *, early: bool = False) -> None:
+        self.function, self.configs, self.interpreted, self.early = function, configs, interpreted, early
         self.name = function.fn.__name__
         self._ready: dict[tuple[Any, ...], _Ready] = {}
 
@@ -141,6 +156,8 @@ class Kernel:
                 belong here, rounded, so that not every length is tuned anew.
         """
         first = arguments[0].tensor if type(arguments[0]) is Tiles else arguments[0]
+        if self.early:
+            constants["EARLY"] = _overlapped.get() and capability(first.device) >= 90
         if recorder := _recorder.get():
             names = [name for name in self.function.arg_names if name not in constants]
             named = dict(zip(names, arguments, strict=False))
@@ -183,6 +200,8 @@ class Kernel:
     def _launch(self, grid: Grid, arguments: Sequence[Any], constants: Mapping[str, Any], config: Config) -> _Ready:
         meta = {**constants, **config.constants}
         options = {} if interpreted() else {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        if constants.get("EARLY"):
+            options["launch_pdl"] = True
         blocks = tuple(a.block_shape(meta) for a in arguments if type(a) is Tiles)
         described = [
             TensorDescriptor(a.tensor, list(a.shape), [a.row_stride, 1], a.block_shape(meta)) if type(a) is Tiles else a

@@ -2,6 +2,7 @@
 
 A program reads its part of the keys and values of a head once, for all queries of the video. Where there are several
 parts, each leaves its result in float32, and a second kernel adds them up, weighted by their shares of Σ exp.
+Started early, a program asks for its keys and values while the queries are still computed.
 """
 
 from __future__ import annotations
@@ -28,13 +29,29 @@ _MAX_TILE = 64
 """Queries a program."""
 
 
+_FETCHED = tl.constexpr(256)
+"""Keys and values of a part that are asked for before the queries are there."""
+
+
+@triton.jit
+def _fetch(states, row, begin, end, WIDTH: tl.constexpr):
+    """Brings the first rows from `begin` on into the L2 cache, a line of 128 bytes each time."""
+    LINES: tl.constexpr = (WIDTH * states.dtype.element_ty.primitive_bitwidth + 1023) // 1024
+    place = tl.minimum(begin + tl.arange(0, _FETCHED), end - 1).to(tl.int64)[:, None] * row
+    place += tl.arange(0, LINES)[None, :] * (WIDTH // LINES)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [states + place], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 @triton.jit
 def beam_attention_part(
     query, key, value, mask, out, logsum, q_len, k_len, heads, part_len, parts,
     query_batch, query_row, query_head, key_batch, key_row, key_head, value_batch, value_row, value_head,
     mask_batch, mask_row, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LOGSUM: tl.constexpr,
-    WHOLE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     """Queries of a head and a part of its keys. WHOLE, there is one part, and `out` and `logsum` are the operator's;
     else they are `(batch·heads, q_len, parts, HEAD_DIM)` and `(batch·heads, q_len, parts)`."""
@@ -43,15 +60,21 @@ def beam_attention_part(
     first = tl.program_id(0) // parts % tiles * BLOCK_M
     slot = (tl.program_id(0) // (parts * tiles)).to(tl.int64)
     batch, head = slot // heads, slot % heads
+    key += batch * key_batch + head * key_head
+    value += batch * value_batch + head * value_head
+    begin = part * part_len
+    end = tl.minimum(begin + part_len, k_len)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        _fetch(key, key_row, begin, end, BLOCK_D)
+        _fetch(value, value_row, begin, end, BLOCK_D)
+        tl.extra.cuda.gdc_wait()
     row = first + tl.arange(0, BLOCK_M)
     there = row < q_len
     queries = query + batch * query_batch + head * query_head
     q = load_rows(queries, first, query_row, there, BLOCK_M, HEAD_DIM, BLOCK_D, False)
-    begin = part * part_len
-    end = tl.minimum(begin + part_len, k_len)
     result, log = attend(
-        q, key + batch * key_batch + head * key_head, value + batch * value_batch + head * value_head,
-        mask + batch * mask_batch, row, begin, begin + (end - begin) // BLOCK_N * BLOCK_N, end,
+        q, key, value, mask + batch * mask_batch, row, begin, begin + (end - begin) // BLOCK_N * BLOCK_N, end,
         key_row, value_row, mask_row, scale,
         BLOCK_M, BLOCK_N, TAIL, HEAD_DIM, BLOCK_D, HAS_MASK, False, PRECISION,
     )  # fmt: skip
@@ -69,9 +92,13 @@ def beam_attention_part(
 @triton.jit
 def beam_attention_merge(
     partial, shares, out, logsum, q_len, heads, parts,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LOGSUM: tl.constexpr, BLOCK_P: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LOGSUM: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A program adds up the parts of one query of a head."""
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     program = tl.program_id(0).to(tl.int64)
     slot, row = program // q_len, program % q_len
     part, channel = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
@@ -100,8 +127,8 @@ def _configs(constants: Mapping[str, Any], capability: int) -> list[Config]:
     return [Config({"BLOCK_N": keys, "TAIL": tail}, warps, stages) for keys, warps, stages in tiles]
 
 
-_part = Kernel(beam_attention_part, _configs, Config({"BLOCK_N": 32, "TAIL": 16}))
-_merge = Kernel(beam_attention_merge, [Config(num_warps=4)], Config())
+_part = Kernel(beam_attention_part, _configs, Config({"BLOCK_N": 32, "TAIL": 16}), early=True)
+_merge = Kernel(beam_attention_merge, [Config(num_warps=4)], Config(), early=True)
 
 
 def forward(

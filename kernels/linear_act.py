@@ -15,14 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mplug2_fast.kernels import few_rows
 from mplug2_fast.kernels._launch import Kernel, Tiles, capability, cdiv, given, interpreted, multiprocessors, power_of_2
 from mplug2_fast.kernels._product import activate, approximate, halves, precision_of, slope
 from mplug2_fast.kernels._tuning import Config, Race
 from mplug2_fast.kernels.layer_norm import Rows, _offsets
 
-FEW_ROWS, SOME_ROWS = 16, 1024
-"""Up to FEW_ROWS the work is reading the weight: one FLOP a row for each byte, where a GPU has some 200. Up to
-SOME_ROWS, tiles of 128 rows would be too few to occupy every multiprocessor."""
+SOME_ROWS = 1024
+"""Up to so many, tiles of 128 rows would be too few to occupy every multiprocessor."""
 
 GROUP = 8
 """Rows of tiles that are worked through column by column."""
@@ -137,13 +137,6 @@ def _config(block_m: int, block_n: int, block_k: int, warps: int, stages: int) -
     return Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SLICE": slice}, warps, stages)
 
 
-def _few(constants, capability) -> list[Config]:
-    """Narrow tiles, so that every multiprocessor reads a part of the weight, many bytes at a time."""
-    if constants["PRECISION"] == "ieee":
-        return [_config(16, 32, 64, 4, 3), _config(16, 16, 64, 4, 3)]
-    return [_config(16, 16, 256, 4, 4), _config(16, 8, 512, 4, 4), _config(16, 32, 256, 4, 4)]
-
-
 def _some(constants, capability) -> list[Config]:
     if constants["PRECISION"] == "ieee":
         return [_config(32, 64, 16, 4, 3), _config(64, 64, 16, 4, 3)]
@@ -182,7 +175,6 @@ def _warps(capability) -> int:
 
 
 _interpreted = _config(32, 32, 64, 4, 2)
-_forward_few = Kernel(linear_act_forward, _few, _interpreted)
 _forward_some = Kernel(linear_act_forward, _some, _interpreted)
 _forward_many = Kernel(linear_act_forward, _many, _interpreted)
 _backward = Kernel(
@@ -192,6 +184,13 @@ _backward = Kernel(
 )
 
 AGAINST_TORCH = Race("linear_act", linear_act_forward)
+
+
+def is_few(x: Rows, weight: Tensor) -> bool:
+    """Whether the work is reading the weight, for which there is a kernel of its own: one FLOP a row for each byte,
+    where a GPU has some 200."""
+    sizes = x[1]
+    return sizes[0] * sizes[1] <= few_rows.MAX_ROWS and weight.shape[1] <= few_rows.MAX_INPUTS
 
 
 def slower(dtype: torch.dtype, activation: str, residual: bool) -> str | None:
@@ -223,6 +222,9 @@ def forward(
         x: `(rows, inputs)`. weight: `(outputs, inputs)`, dense along its last axis. bias: `(outputs,)`, dense.
         residual: `(rows, outputs)`. out, z: `(rows, outputs)`, contiguous. All but the bias have the dtype of x.
     """
+    if z is None and is_few(x, weight):
+        few_rows.forward(x, weight, bias, activation, residual, out)
+        return
     tensor, sizes, strides = x
     rows, (outputs, inputs) = sizes[0] * sizes[1], weight.shape
     added, added_sizes, added_strides = (out, (1, rows), (0, outputs)) if residual is None else residual
@@ -237,7 +239,7 @@ def forward(
         )
         if all(map(_describable, tiles)):
             operands, described = tiles, True
-    kernel = _forward_few if rows <= FEW_ROWS else _forward_some if rows <= SOME_ROWS else _forward_many
+    kernel = _forward_some if rows <= SOME_ROWS else _forward_many
 
     def grid(meta):
         tiles = cdiv(rows, meta["BLOCK_M"]) * cdiv(outputs, meta["BLOCK_N"])

@@ -24,10 +24,14 @@ class BertEmbeddings(nn.Module):
         self.norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor, start: int = 0) -> Tensor:
-        """input_ids `(..., tokens)`, at positions from `start` on, to `(..., tokens, hidden)`."""
-        constant = self.position.weight[start : start + input_ids.shape[-1]] + self.token_type.weight[0]
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids `(..., tokens)`, at positions from 0 on, to `(..., tokens, hidden)`."""
+        constant = self.position.weight[: input_ids.shape[-1]] + self.token_type.weight[0]
         return self.dropout(self.norm(self.word(input_ids) + constant))
+
+    def sums(self, input_ids: Tensor, start: int) -> Tensor:
+        """input_ids of any shape, all at position `start`, to `(..., hidden)`, before the norm."""
+        return self.word(input_ids) + (self.position.weight[start] + self.token_type.weight[0])
 
 
 class BertLayer(PostNormLayer):

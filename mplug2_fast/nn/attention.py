@@ -118,7 +118,10 @@ class SelfAttention(_FusedAttention):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x `(..., embed_dim)` to queries, keys and values, each a `(..., num_heads, head_dim)` view."""
-        qkv = linear_act(x, self.in_proj_weight, self.in_proj_bias)
+        return self.split_projected(linear_act(x, self.in_proj_weight, self.in_proj_bias))
+
+    def split_projected(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The projection `(..., 3·embed_dim)` to the same views."""
         return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
 
     def forward(
@@ -150,8 +153,12 @@ class CrossAttention(_FusedAttention):
 
     def project_query(self, x: Tensor) -> Tensor:
         """x `(..., embed_dim)` to `(..., num_heads, head_dim)`."""
+        return self.split_heads(linear_act(x, *self.query_parameters()))
+
+    def query_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the queries' projection."""
         dim, bias = self.embed_dim, self.in_proj_bias
-        return self.split_heads(linear_act(x, self.in_proj_weight[:dim], None if bias is None else bias[:dim]))
+        return self.in_proj_weight[:dim], None if bias is None else bias[:dim]
 
     def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """memory `(..., embed_dim)` to keys and values, each a `(..., num_heads, head_dim)` view."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from mplug2_fast.nn.autocast import would_round
 from mplug2_fast.ops.add_layer_norm import add_layer_norm
 from mplug2_fast.ops.layer_norm import layer_norm
+from mplug2_fast.ops.linear_act import Activation, linear_act
+from mplug2_fast.ops.norm_linear_act import norm_linear_act
 
 
 class LayerNorm(nn.LayerNorm):
@@ -25,3 +28,13 @@ class LayerNorm(nn.LayerNorm):
     def add(self, x: Tensor, update: Tensor) -> Tensor:
         """The norm of x + update, both `(..., dim)`, in one pass."""
         return add_layer_norm(x, update, self.weight, self.bias, eps=self.eps)
+
+    def then(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation = "none"
+    ) -> tuple[Tensor, Tensor]:
+        """The linear layer of weight `(outputs, dim)` and bias `(outputs,)` and its activation, after the norm, and the
+        norm itself."""
+        if self.weight is None or self.bias is None or would_round(x):
+            normed = self(x)
+            return linear_act(normed, weight, bias, activation), normed
+        return norm_linear_act(x, self.weight, self.bias, weight, bias, activation, eps=self.eps)

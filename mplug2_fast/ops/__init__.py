@@ -13,9 +13,11 @@ from mplug2_fast.ops.layer_norm import layer_norm
 from mplug2_fast.ops.linear_act import linear_act
 from mplug2_fast.ops.local_temporal import local_temporal
 from mplug2_fast.ops.mlp import mlp
+from mplug2_fast.ops.norm_linear_act import norm_linear_act
 from mplug2_fast.ops.onednn import pack as pack_weight
 from mplug2_fast.ops.onednn import unpack as unpack_weight
 from mplug2_fast.ops.preprocess_frames import preprocess_frames
+from mplug2_fast.ops.step_attention import step_attention
 
 OPERATORS = {
     function.op.name: function
@@ -29,7 +31,9 @@ OPERATORS = {
         linear_act,
         local_temporal,
         mlp,
+        norm_linear_act,
         preprocess_frames,
+        step_attention,
     )
 }
 """Every operator by name; `OPERATORS[name].op.spec` is its specification."""
@@ -48,8 +52,10 @@ __all__ = [
     "linear_act",
     "local_temporal",
     "mlp",
+    "norm_linear_act",
     "pack_weight",
     "preprocess_frames",
+    "step_attention",
     "strict",
     "unpack_weight",
     "use_backend",

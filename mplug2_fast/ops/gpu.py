@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
@@ -38,6 +39,14 @@ def error() -> str | None:
 def kernels(stem: str) -> ModuleType:
     """The module of the operator's kernels."""
     return importlib.import_module(f"mplug2_fast.kernels.{stem}")
+
+
+def early_kernels(x: Tensor) -> AbstractContextManager[None]:
+    """Within the context kernels that can start before the one before them has ended, and read weights meanwhile; none
+    of the context may write weights, as casting them under autocast would. x is what has just been computed."""
+    if x.device.type != "cuda" or torch.is_autocast_enabled("cuda") or error():
+        return nullcontext()
+    return kernels("_launch").overlapped()
 
 
 def dtype_reasons(dtype: torch.dtype) -> list[str]:

@@ -145,17 +145,16 @@ def slower_than_others(needs_grad: bool, x, weight, bias, activation, residual) 
 def run_triton(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     if out.numel():
+        kernels = gpu.kernels("linear_act")
+        arguments = _kernel_arguments(x, weight, bias, activation, residual)
 
         def ours() -> None:
-            gpu.kernels("linear_act").forward(*_kernel_arguments(x, weight, bias, activation, residual), out)
+            kernels.forward(*arguments, out)
 
         ours()
-        gpu.kernels("linear_act").AGAINST_TORCH.run(
-            x.device,
-            _race(x, weight, bias, activation, residual),
-            ours,
-            lambda: run_torch(x, weight, bias, activation, residual),
-        )
+        if not kernels.is_few(arguments[0], weight):
+            race = _race(x, weight, bias, activation, residual)
+            kernels.AGAINST_TORCH.run(x.device, race, ours, lambda: run_torch(x, weight, bias, activation, residual))
     return out
 
 
@@ -214,8 +213,11 @@ def triton_reasons(x, weight, bias, activation, residual) -> list[str]:
 
 
 def slower_reasons(needs_grad: bool, x, weight, bias, activation, residual) -> list[str]:
-    """That which holds for all sizes, and what tuning found, which timed the forward alone."""
+    """That which holds for all sizes, and what tuning found, which timed the forward alone. Few rows in a narrow type
+    are not raced: how long kernels of two microseconds take is seen in a graph of many, not in one that is timed."""
     kernels = gpu.kernels("linear_act")
+    if not needs_grad and x.dtype != torch.float32 and x.numel() and kernels.is_few(rows_of(x), weight):
+        return []
     why = kernels.slower(x.dtype, activation, residual is not None)
     if why is None and not needs_grad:
         why = kernels.AGAINST_TORCH.lost(x.device, _race(x, weight, bias, activation, residual))

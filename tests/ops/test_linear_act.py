@@ -102,8 +102,10 @@ def test_bad_arguments(shapes, options, message):
 class TestTriton:
     """Where the product's tiles come from, and how many of them a program takes."""
 
-    @pytest.fixture
-    def kernels(self):
+    @pytest.fixture(autouse=True)
+    def kernels(self, monkeypatch):
+        """For any number of rows, though few have a kernel of their own."""
+        monkeypatch.setattr(gpu.kernels("few_rows"), "MAX_ROWS", 0)
         return gpu.kernels("linear_act")
 
     def described(self, kernels, *arguments):
@@ -232,14 +234,18 @@ class TestWhatIsFaster:
             pytest.skip("nothing is known to be faster under the interpreter")
 
     def reasons(self, dtype=torch.bfloat16, activation="none", residual=None, needs_grad=False):
-        x, weight = torch.randn(4, 8, dtype=dtype), torch.randn(16, 8, dtype=dtype)
+        x, weight = torch.randn(40, 8, dtype=dtype), torch.randn(16, 8, dtype=dtype)
         backend = ops.linear_act.op.backends["triton"]
         return backend.slower_reasons(needs_grad, x, weight, None, activation, residual)
 
     def test_nothing_to_fuse(self):
         (why,) = self.reasons()
         assert why.startswith("there is nothing to fuse with the product")
-        assert self.reasons(activation="gelu") == self.reasons(residual=torch.randn(4, 16)) == []
+        assert self.reasons(activation="gelu") == self.reasons(residual=torch.randn(40, 16)) == []
+
+    def test_few_rows_have_a_kernel_of_their_own(self):
+        x, weight = torch.randn(32, 8, dtype=torch.bfloat16), torch.randn(16, 8, dtype=torch.bfloat16)
+        assert ops.linear_act.op.backends["triton"].slower_reasons(False, x, weight, None, "none", None) == []
 
     def test_float32_without_tf32(self):
         (why,) = self.reasons(torch.float32, "gelu")
@@ -255,5 +261,5 @@ class TestWhatIsFaster:
         asked = []
         monkeypatch.setattr(race, "lost", lambda device, key: asked.append((device.type, key)) or "0.02 against 0.03")
         assert self.reasons(activation="gelu") == ["0.02 against 0.03"]
-        assert asked == [("cpu", (torch.bfloat16, 4, 16, 8, "gelu", False, False))]
+        assert asked == [("cpu", (torch.bfloat16, 64, 16, 8, "gelu", False, False))]
         assert self.reasons(activation="gelu", needs_grad=True) == [], "the forward alone was timed"
