@@ -23,7 +23,8 @@ def error() -> str | None:
     """Why there are no CUDA kernels here; None where there are."""
     if (found := native_error()) is not None:
         return f"there is no native module: {found.reason}"
-    return native().no_cuda_because or None  # type: ignore[union-attr]
+    # Of a module that was built before it had any, as in a checkout that moved on, there is nothing to ask.
+    return getattr(native(), "no_cuda_because", "the native module is older than they are: install it again") or None
 
 
 @functools.cache
