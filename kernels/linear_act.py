@@ -188,8 +188,10 @@ AGAINST_TORCH = Race("linear_act", linear_act_forward)
 
 def is_few(x: Rows, weight: Tensor) -> bool:
     """Whether the work is reading the weight, for which there is a kernel of its own: one FLOP a row for each byte,
-    where a GPU has some 200."""
-    sizes = x[1]
+    where a GPU has some 200. Without tensor cores, as in float32, it would not keep up with memory."""
+    tensor, sizes, _ = x
+    if tensor.dtype == torch.float32 and not interpreted():
+        return False
     return sizes[0] * sizes[1] <= few_rows.MAX_ROWS and weight.shape[1] <= few_rows.MAX_INPUTS
 
 

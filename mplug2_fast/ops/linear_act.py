@@ -216,7 +216,7 @@ def slower_reasons(needs_grad: bool, x, weight, bias, activation, residual) -> l
     """That which holds for all sizes, and what tuning found, which timed the forward alone. Few rows in a narrow type
     are not raced: how long kernels of two microseconds take is seen in a graph of many, not in one that is timed."""
     kernels = gpu.kernels("linear_act")
-    if not needs_grad and x.dtype != torch.float32 and x.numel() and kernels.is_few(rows_of(x), weight):
+    if not needs_grad and x.numel() and kernels.is_few(rows_of(x), weight):
         return []
     why = kernels.slower(x.dtype, activation, residual is not None)
     if why is None and not needs_grad:
