@@ -5,9 +5,6 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # More of pyproject.toml's optional dependencies, for tests that are skipped without: make test EXTRAS=,ray,dali-cuda13
 EXTRAS ?=
-# Kernels for GPUs take minutes to build: make demo MPLUG2_FAST_CUDA=auto builds them where it can.
-MPLUG2_FAST_CUDA ?= off
-export MPLUG2_FAST_CUDA
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
@@ -56,7 +53,7 @@ clean:
 
 # The editable install is redone when its description or a native source changes. The package asks for any torch from
 # its oldest on; here one version is pinned, so that runs can be compared.
-$(INSTALLED): pyproject.toml setup.py build_backend.py CMakeLists.txt csrc/cuda/kernels.cmake $(FORMATTED)
+$(INSTALLED): pyproject.toml setup.py CMakeLists.txt csrc/cuda/kernels.cmake $(FORMATTED)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, not " + sys.version)'
 	$(PYTHON) -m venv $(VENV) || \
 		{ echo "python3 -m venv does not work; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }

@@ -5,8 +5,7 @@ CMake or Python's headers: "auto" (the default) installs the package without it,
 "off" never builds it. Native code that does not compile always stops the installation. What was done and why is left
 in a file beside the package's modules, from which `mplug2-fast info` tells it.
 
-MPLUG2_FAST_CUDA says the same of the module's kernels for GPUs, which need a CUDA compiler and CUTLASS, and minutes.
-MPLUG2_FAST_CUTLASS names the folder of CUTLASS's headers where they are not those of Python's nvidia-cutlass.
+MPLUG2_FAST_CUDA says the same of the module's kernels for GPUs, which need a CUDA compiler.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ def configure(build_dir: Path, cuda: str) -> str | None:
     if shutil.which("cmake") is None:
         return "CMake is not installed."
     command = ["cmake", "-S", str(ROOT), "-B", str(build_dir), f"-DPython_EXECUTABLE={sys.executable}", "--fresh"]
-    command += [f"-DMPLUG2_CUDA={cuda}", f"-DMPLUG2_CUTLASS={os.environ.get('MPLUG2_FAST_CUTLASS', '')}"]
+    command.append(f"-DMPLUG2_CUDA={cuda}")
     if shutil.which("ninja"):
         command += ["-G", "Ninja"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

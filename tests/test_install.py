@@ -125,25 +125,3 @@ def test_a_build_report_that_makes_no_sense(package_folder):
 def test_the_native_module_tells_how_it_was_built(native_module):
     assert native_module.compiler
     assert native_module.openmp in (True, False)
-
-
-def test_cutlass_is_fetched_only_where_kernels_for_gpus_will_be_built(monkeypatch, tmp_path):
-    pytest.importorskip("setuptools")
-    monkeypatch.syspath_prepend(str(ROOT))
-    import build_backend
-
-    for name in ("MPLUG2_FAST_CUDA", "MPLUG2_FAST_NATIVE", "MPLUG2_FAST_CUTLASS", "CUDACXX"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert build_backend.headers() == []
-    (tmp_path / "nvcc").touch(mode=0o755)
-    assert build_backend.headers() == [build_backend.CUTLASS]
-    for name, value in (
-        ("MPLUG2_FAST_CUDA", "off"),
-        ("MPLUG2_FAST_NATIVE", "off"),
-        ("MPLUG2_FAST_CUTLASS", "/opt/cutlass/include"),
-        ("CUDACXX", "clang++-of-nobody"),
-    ):
-        with monkeypatch.context() as context:
-            context.setenv(name, value)
-            assert build_backend.headers() == []
