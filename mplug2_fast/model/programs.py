@@ -94,11 +94,14 @@ class Programs:
             return None
         self._captured.move_to_end(key)
         captured = self._captured[key]
-        if captured is None or not captured.valid():
+        weights = Weights(model) if captured is None else captured.weights
+        if weights.hooked():
+            return None
+        if captured is None or not weights.unmoved():
             self._captured[key] = None
             self._make_room()
             try:
-                captured = Captured(model, program, inputs, parts)
+                captured = Captured(Weights(model), program, inputs, parts)
             except RuntimeError as error:
                 self.graphs = False
                 warnings.warn(
@@ -148,8 +151,8 @@ class Captured:
         RuntimeError: something in it cannot be captured.
     """
 
-    def __init__(self, model: nn.Module, program: Program, inputs: Sequence[Tensor | None], parts: int) -> None:
-        self._weights = Weights(model)
+    def __init__(self, weights: Weights, program: Program, inputs: Sequence[Tensor | None], parts: int) -> None:
+        self.weights = weights
         self._inputs = [None if tensor is None else tensor.clone() for tensor in inputs]
         # All of it once, beyond what ends it: kernels are compiled, tuned and loaded before they are captured.
         for _ in program(*self._inputs):
@@ -170,9 +173,6 @@ class Captured:
                     graph.capture_end()
                 self._parts.append(Part(graph, results, ended))
         torch.cuda.current_stream().wait_stream(stream)
-
-    def valid(self) -> bool:
-        return self._weights.unmoved()
 
     def __call__(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
         if self._finished is not None:  # by another stream, perhaps
@@ -195,10 +195,11 @@ class Captured:
 
 
 class Weights:
-    """Where a model's parameters and buffers lie, and what its modules are."""
+    """Where a model's parameters and buffers lie, what its modules are, and whether they have hooks."""
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._children = [(module._modules, tuple(module._modules.values())) for module in modules if module._modules]
         self._tensors = [
             (tensors, name, tensor.data_ptr())
@@ -207,6 +208,9 @@ class Weights:
             for name, tensor in tensors.items()
             if tensor is not None
         ]
+
+    def hooked(self) -> bool:
+        return any(self._hooks)
 
     def unmoved(self) -> bool:
         # Tuples of modules are compared by identity, for that is how modules compare.
@@ -238,5 +242,4 @@ def capturable(model: nn.Module, tensors: Sequence[Tensor]) -> bool:
         or torch.cuda.is_current_stream_capturing()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
-        or any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     )

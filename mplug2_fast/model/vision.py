@@ -75,9 +75,10 @@ class VisionTransformer(nn.Module):
                 "resize them, or build the model with that image_size"
             )
         x = self.patches(video.to(self.patch_weight.dtype))
-        batch, frames, _, width = x.shape
-        x = torch.cat([self.class_embedding.expand(batch, frames, 1, width), x], dim=2)
-        x = self.norm_pre(x + self.positional_embedding)
+        # The class token is added to where its position is, before a row of zeros.
+        embeddings = self.positional_embedding + F.pad(self.class_embedding[None], (0, 0, 0, x.shape[2]))
+        x = F.pad(x, (0, 0, 1, 0))
+        x = self.norm_pre.add(x, embeddings.expand_as(x))
         for block in self.blocks:
             x = block(x)
         class_token = x[:, :, 0].mean(dim=1, keepdim=True)

@@ -19,7 +19,7 @@ from mplug2_fast.ops.spec import upcast as in_float64
 
 MAX_FRAMES = 128
 """Of the Triton kernel."""
-MANY_ROWS = 8192
+MANY_ROWS = 4096
 """From so many on, products of their own and passes between them are faster on a GPU than the norm and the convolution
 within the products: rows go to the tensor cores as they lie in memory."""
 
@@ -192,8 +192,11 @@ def run_passes(
     """As `run_torch`, in one pass each: the norm, the product, convolution and activation, and the other product with
     the residual. h: where the first product's result is kept, `(batch, frames, tokens, inner)`."""
     normed = x if norm_weight is None else norm_triton(x, None, norm_weight, norm_bias, eps)
-    h = x.new_empty(*x.shape[:-1], down_weight.shape[0]) if h is None else h
-    gpu.kernels("linear_act").apply(rows_of(normed), down_weight, down_bias, "none", None, h)
+    if h is None:
+        down = (normed, down_weight, down_bias, "none", None)
+        h = LINEAR_ACT.choose(down).run(*down)
+    else:
+        gpu.kernels("linear_act").apply(rows_of(normed), down_weight, down_bias, "none", None, h)
     a = torch.empty_like(h)
     gpu.kernels("local_temporal").convolve(h, conv_weight, conv_bias, activation, class_token, a)
     up = (a, up_weight, up_bias, "none", x if residual else None)

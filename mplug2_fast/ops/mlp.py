@@ -21,6 +21,7 @@ from mplug2_fast.ops.linear_act import (
     Activation,
     few_rows,
     has_few_rows_kernel,
+    too_few_rows,
 )
 from mplug2_fast.ops.linear_act import check as check_linear
 from mplug2_fast.ops.rows import rows as rows_of
@@ -156,8 +157,7 @@ def cuda_reasons(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm
 
 
 def slower_than_others(needs_grad: bool, x, *_: Any) -> list[str]:
-    rows = x.numel() // x.shape[-1]
-    return [f"{rows} rows leave most of its tiles empty: it is for {CUDA_ROWS} and more"] if rows < CUDA_ROWS else []
+    return too_few_rows(x, CUDA_ROWS)
 
 
 def run_triton(x: Tensor, *others: Any) -> Tensor:
