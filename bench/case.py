@@ -16,10 +16,15 @@ OURS = "ours"
 
 @dataclass(frozen=True)
 class Call:
-    """What is timed: `run(*before())`, of which `before` is outside the clock."""
+    """What is timed: `run(*before())`, of which `before` is outside the clock.
+
+    Attributes:
+        replays: whether `run` replays a CUDA graph of its own, which no other can capture.
+    """
 
     run: Callable[..., Any]
     before: Callable[[], tuple[Any, ...]] = tuple
+    replays: bool = False
 
     def __call__(self) -> Any:
         return self.run(*self.before())

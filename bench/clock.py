@@ -59,7 +59,7 @@ class CudaClock:
     def __call__(self, call: Call) -> float:
         """Seconds of one call."""
         with torch.cuda.device(self.device):
-            if self.graphs:
+            if self.graphs and not call.replays:
                 run, given = self._graph(call).replay, ()
             else:
                 run, given = call.run, call.before()

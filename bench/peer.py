@@ -17,6 +17,10 @@ from bench.peer_decoder import Decoder
 from bench.peer_vision import Vision
 from mplug2_fast.config import CLS_TOKEN_ID, SEP_TOKEN_ID, MPlug2Config, Task
 
+# What mode="max-autotune-no-cudagraphs" tunes on a GPU, but for two searches that take minutes: products by Triton,
+# where all of the wide ones of the Large model were found to be fastest by cuBLAS, and coordinate descent.
+TUNED = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
+
 
 class Peer(nn.Module):
     """Captioning, or question answering. Parameters are uninitialised: write into `released_parameters()`.
@@ -52,7 +56,7 @@ class Peer(nn.Module):
         """Compiles what repeats. On CUDA the decoding step becomes one CUDA graph."""
         static = {"dynamic": False, "fullgraph": True, "backend": backend}
         if next(self.parameters()).is_cuda:
-            tuned = {**static, "mode": "max-autotune-no-cudagraphs"}
+            tuned = {**static, "options": TUNED} if backend == "inductor" else static
             self.decoder.step = torch.compile(self.decoder.step, mode="reduce-overhead", **static)
         else:
             tuned = static

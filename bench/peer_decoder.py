@@ -53,6 +53,14 @@ class Decoder(nn.Module):
         scores, picks = scores.flatten(1).topk(x.shape[1], dim=-1)
         return scores, scores * penalty, picks // log_probs.shape[-1], picks % log_probs.shape[-1]
 
+    def states(self, tokens: Tensor, step: Tensor, origin: Tensor, memory_mask: Tensor | None) -> Tensor:
+        """Hidden states `(batch, beams, D)` of the newest tokens."""
+        x = self.embeddings(tokens, step)
+        seen = torch.arange(self.sizes[2], device=tokens.device)[None] <= step
+        for layer in self.layers:
+            x = layer.step(x, step, seen, origin, memory_mask)
+        return x
+
     def step(
         self,
         tokens: Tensor,
@@ -63,8 +71,4 @@ class Decoder(nn.Module):
         penalty: Tensor,
         end_bias: Tensor,
     ) -> tuple[Tensor, ...]:
-        x = self.embeddings(tokens, step)
-        seen = torch.arange(self.sizes[2], device=tokens.device)[None] <= step
-        for layer in self.layers:
-            x = layer.step(x, step, seen, origin, memory_mask)
-        return self.best(x, cumulative, penalty, end_bias)
+        return self.best(self.states(tokens, step, origin, memory_mask), cumulative, penalty, end_bias)

@@ -85,7 +85,8 @@ def time_case(key: Key, settings: Settings, agreement: Agreement | None = None) 
     left_out = set(COMPARED) - wanted
     prepared = {way: calls() for way, calls in case.ways.items() if way not in left_out}
     ways = {way: calls if timer.rotates else calls[:1] for way, calls in prepared.items()}
-    return Measured(turns.take(ways, timer, settings.budget), agreement, case.flop, case.bytes, case.backend)
+    backend = f"{case.backend}, CUDA graph" if settings.mode == "graph" else case.backend
+    return Measured(turns.take(ways, timer, settings.budget), agreement, case.flop, case.bytes, backend)
 
 
 def weigh_case(key: Key, settings: Settings) -> tuple[int, int] | None:

@@ -38,6 +38,8 @@ OUTPUTS = {"vision": "visual", "universal": "embeds"}
 
 
 class Worker:
+    _MOST_KEPT = 0.2  # of a GPU's memory, between two runs
+
     def __init__(self, spec: dict[str, Any]) -> None:
         self.device = spec["device"]
         self.exchange = Path(spec["exchange"])
@@ -70,6 +72,7 @@ class Worker:
         before = memory.peak(self.device) if known else None
         taken = [self._timed(task, inputs) for _ in range(times)]
         peak = memory.peak(self.device) if known else None
+        self._make_room()
         output = taken[-1][1]
         return {
             "seconds": statistics.median(seconds for seconds, _ in taken),
@@ -77,6 +80,13 @@ class Worker:
             "added_memory_bytes": None if peak is None else peak - before,
             "relative_error": None if task == "training" else self._error(task, output.float().cpu()),
         }
+
+    def _make_room(self) -> None:
+        """All workers share the memory of a GPU: what one kept of it, if that is much, goes back."""
+        if self.device.startswith("cuda"):
+            _, total = torch.cuda.mem_get_info(self.device)
+            if torch.cuda.memory_reserved(self.device) > self._MOST_KEPT * total:
+                torch.cuda.empty_cache()
 
     def _timed(self, task: str, inputs: list[Tensor]) -> tuple[float, Tensor]:
         self._synchronize()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench import flops
 from bench.case import OURS, Agreement, Call, Case, agreement
@@ -44,17 +43,28 @@ class Given:
 
 
 class Step:
-    """An implementation: `run` returns the scores of the best beams; `norm` yields the hidden states of their words.
+    """An implementation.
 
     Attributes:
-        before: brings the caches back to what they were.
+        replays: whether `run` replays a CUDA graph of its own.
     """
 
-    norm: nn.Module
-    run: Callable[[], Tensor]
+    replays = False
 
     def before(self) -> tuple[()]:
+        """Brings the caches back to what they were."""
         return ()
+
+    def logits(self) -> Tensor:
+        """Of the newest tokens, `(1, BEAMS, vocabulary)`."""
+        raise NotImplementedError
+
+    def best(self, logits: Tensor) -> Tensor:
+        """The scores of the best beams, `(1, BEAMS)`; caches are reordered."""
+        raise NotImplementedError
+
+    def run(self) -> Tensor:
+        return self.best(self.logits())
 
 
 class Ours(Step):
@@ -62,19 +72,22 @@ class Ours(Step):
         self.model = MPlug2ForCaptioning(config, device="meta", dtype=dtype).eval()
         hold(self.model, device, "decoder")
         self.decoder, self.given = self.model.decoder, Given(config, device)
-        self.norm = self.decoder.head_norm
         self.memory = self.decoder.remember(self.given.memory.to(dtype))
         self.cache = self.decoder.new_cache(1, BEAMS, STEPS)
         for step in range(STEP):
             self.decoder.step(self.given.sequences[:, :, step], step, self.cache, self.memory)
-        self.filled = self.cache.states.clone()
+        self.cached = [value for value in vars(self.cache).values() if isinstance(value, Tensor)]
+        self.filled = [value.clone() for value in self.cached]
 
     def before(self) -> tuple[()]:
-        self.cache.states.copy_(self.filled)
+        for value, filled in zip(self.cached, self.filled, strict=True):
+            value.copy_(filled)
         return ()
 
-    def run(self) -> Tensor:
-        logits = self.decoder.step(self.given.sequences[:, :, STEP], STEP, self.cache, self.memory)
+    def logits(self) -> Tensor:
+        return self.decoder.step(self.given.sequences[:, :, STEP], STEP, self.cache, self.memory)
+
+    def best(self, logits: Tensor) -> Tensor:
         scores, _, origin, _ = beam_step(
             logits, self.given.cumulative, step=STEP, min_length=STEPS, end_token_id=SEP_TOKEN_ID
         )
@@ -94,21 +107,23 @@ class Released(Step):
     def __init__(self, config: MPlug2Config, device: str, dtype: torch.dtype) -> None:
         model = ReferenceForCaptioning(config, device="meta", dtype=dtype).eval()
         hold(model, device, "text_decoder")
-        self.decoder, self.norm = model.text_decoder, model.text_decoder.cls.predictions.transform
-        self.given = Given(config, device)
+        self.decoder, self.given = model.text_decoder, Given(config, device)
         self.memory = self.given.memory.to(dtype)
 
-    def run(self) -> Tensor:
+    def logits(self) -> Tensor:
         sequences, tiled = self.given.sequences[0], self.memory.repeat_interleave(BEAMS, dim=0)
-        logits = self.decoder(sequences, torch.ones_like(sequences), tiled, None)[:, -1]
-        return beam_step.op.spec.reference(logits[None], self.given.cumulative, STEP, STEPS, SEP_TOKEN_ID)[0]
+        return self.decoder(sequences, torch.ones_like(sequences), tiled, None)[None, :, -1]
+
+    def best(self, logits: Tensor) -> Tensor:
+        return beam_step.op.spec.reference(logits, self.given.cumulative, STEP, STEPS, SEP_TOKEN_ID)[0]
 
 
 class OfPeer(Step):
     def __init__(self, config: MPlug2Config, device: str, dtype: torch.dtype, *, compile: bool = False) -> None:
         self.peer = Peer(config, device="meta", dtype=dtype)
         hold(self.peer, device, "latents", "decoder")  # the latents tell the peer where it is
-        self.decoder, self.norm, self.given = self.peer.decoder, self.peer.decoder.head_norm, Given(config, device)
+        self.decoder, self.given = self.peer.decoder, Given(config, device)
+        self.replays = compile and device != "cpu"
         self.origin = torch.arange(BEAMS, device=device)
         self.steps = torch.arange(STEPS, device=device)
         self.penalties = ((6.0 + self.steps) / 6.0) ** 0.6
@@ -131,17 +146,17 @@ class OfPeer(Step):
     def run(self) -> Tensor:
         return self.at(STEP)
 
+    def logits(self) -> Tensor:
+        tokens, at = self.given.sequences[:, :, STEP], self.steps[STEP : STEP + 1]
+        return self.decoder.logits(self.decoder.states(tokens, at, self.origin, None))
 
-def hidden_and_scores(step: Step) -> tuple[Tensor, Tensor]:
-    """The hidden states `(BEAMS, D)` that the words are scored with, and the scores of the best beams."""
-    found: list[Tensor] = []
-    hook = step.norm.register_forward_hook(lambda module, inputs, out: found.append(out))
-    try:
-        step.before()
-        scores = step.run()
-    finally:
-        hook.remove()
-    return found[-1].reshape(BEAMS, -1, found[-1].shape[-1])[:, -1], scores
+
+def logits_and_scores(step: Step) -> tuple[Tensor, Tensor]:
+    """The logits of the words, `(1, BEAMS, vocabulary)`, and the scores of the best beams."""
+    step.before()
+    logits = step.logits()
+    step.before()
+    return logits, step.run()
 
 
 def flop(config: MPlug2Config) -> int:
@@ -176,11 +191,11 @@ def build(key: Key, *, compile: bool) -> Case:
 
     @torch.no_grad()
     def agree() -> Agreement:
-        ours, exact, eager = (hidden_and_scores(step(way)) for way in (OURS, "reference", "eager"))
+        ours, exact, eager = (logits_and_scores(step(way)) for way in (OURS, "reference", "eager"))
         return agreement(ours, exact, eager, NOISE_FLOOR[dtype])
 
     def calls(way: str) -> list[Call]:
-        return [Call(torch.no_grad()(step(way).run), step(way).before)]
+        return [Call(torch.no_grad()(step(way).run), step(way).before, step(way).replays)]
 
     ours = step(OURS)
     return Case(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.case import OURS, Agreement, Call, Case, agreement
+from bench.peer import TUNED
 from bench.row import Key
 from mplug2_fast import MPlug2Config
 from mplug2_fast.ops import Explanation
@@ -89,7 +90,7 @@ def build(work: Work, key: Key, *, compile: bool) -> Case:
         given = [x.to(wide).requires_grad_(with_gradients) for x in (x.detach() for x in inputs)]
         if way == "compiled":
             static = {"dynamic": False, "fullgraph": True}
-            tuned = {"mode": "max-autotune-no-cudagraphs"} if key.device.startswith("cuda") else {}
+            tuned = {"options": TUNED} if key.device.startswith("cuda") else {}
             made.module.forward = torch.compile(made.module.forward, **static, **tuned)
         ready = call_of(made, key.direction, given, grad.to(wide))
         if way == "compiled":

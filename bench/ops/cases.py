@@ -55,7 +55,7 @@ def two_frames(sizes: Sizes) -> Sizes:
     """Two frames where the model has 16, as batch, as frames or among the rows; pixels of a quarter of the sides."""
 
     def cut(name: str, value: Any) -> Any:
-        if name == "rows":
+        if name == "rows" and isinstance(value, tuple):
             return tuple(2 if rows == FRAMES else rows for rows in value)
         if name in ("height", "width", "size"):
             return value // 4

@@ -79,6 +79,11 @@ def test_a_graph_is_captured_once_and_replayed(device_log, monkeypatch):
     assert device_log == ["call"] * 4 + replayed + replayed
 
 
+def test_what_replays_a_graph_of_its_own_is_not_captured(device_log):
+    clock.clock("cuda", "graph")(Call(lambda: device_log.append("call"), replays=True))
+    assert device_log == ["flush", "sleep", "record", "call", "record", "synchronize"]
+
+
 def test_graphs_are_for_cuda():
     with pytest.raises(ValueError, match="CUDA graphs need --device cuda"):
         clock.clock("cpu", "graph")

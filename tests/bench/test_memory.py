@@ -1,5 +1,7 @@
 import mmap
 
+import torch
+
 from bench import memory
 
 
@@ -12,3 +14,17 @@ def test_peak_memory_is_of_the_run():
         assert memory.peak("cpu") > before + (150 << 20)
     assert memory.reset_peak("cpu")
     assert memory.peak("cpu") < before + (150 << 20)
+
+
+def test_what_graphs_keep_counts_on_a_gpu(monkeypatch):
+    segments = [
+        {"device": 0, "segment_pool_id": (0, 0), "total_size": 100, "allocated_size": 10},
+        {"device": 0, "segment_pool_id": (0, 1), "total_size": 50, "allocated_size": 20},
+        {"device": 1, "segment_pool_id": (0, 1), "total_size": 9, "allocated_size": 0},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 500)
+    assert memory.peak("cuda") == 1030
+    assert memory.held("cuda") == 530
+    assert memory.peak("cuda:1") == 1009

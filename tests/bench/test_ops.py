@@ -65,6 +65,11 @@ def test_sizes_of_an_operator():
     assert "awkward, rows 0, channels 16" not in sizes
 
 
+def test_rows_that_are_a_number_are_not_cut():
+    quick = cases.sizes_of(ops.step_attention.op.spec)["quick"]
+    assert quick == ops.step_attention.op.spec.models["base"]
+
+
 def test_selected_sizes_and_directions():
     selection = Selection("large", ("float32", "bfloat16"), directions=("forward", "backward"), sizes=("large",))
     keys = cases.keys(selection)
