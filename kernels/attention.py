@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mplug2_fast.kernels._launch import Kernel, given, power_of_2
+from mplug2_fast.kernels._launch import Kernel, cdiv, given, power_of_2
 from mplug2_fast.kernels._product import precision_of
 from mplug2_fast.kernels._tuning import Config
 
@@ -366,7 +366,7 @@ def forward(
     if out.numel() == 0:
         return
     _forward(
-        lambda meta: (triton.cdiv(q_len, meta["BLOCK_M"]) * batch * heads,),
+        lambda meta: (cdiv(q_len, meta["BLOCK_M"]) * batch * heads,),
         query, key, value, given(mask, query), out, given(logsum, out), q_len, key.shape[1], heads,
         *strides(query, key, value, mask), scale(query),
         key=sizes(query, key),
@@ -400,13 +400,13 @@ def backward(
     shared = {"key": sizes(query, key), "CAUSAL": causal, **constants(query, mask)}
     if query.numel():
         _backward_query(
-            lambda meta: (triton.cdiv(q_len, meta["BLOCK_M"]) * batch * heads,),
+            lambda meta: (cdiv(q_len, meta["BLOCK_M"]) * batch * heads,),
             query, key, value, given(mask, query), out, grad, logsum, delta, dquery, q_len, k_len, heads,
             *strides(query, key, value, mask), scale(query), **shared,
         )  # fmt: skip
     if dkey is not None and dvalue is not None and key.numel():
         _backward_key(
-            lambda meta: (triton.cdiv(k_len, meta["BLOCK_N"]) * batch * heads,),
+            lambda meta: (cdiv(k_len, meta["BLOCK_N"]) * batch * heads,),
             query, key, value, given(mask, query), grad, logsum, delta, dkey, dvalue, q_len, k_len, heads,
             *strides(query, key, value, mask), *dkey.stride()[:3], scale(query), **shared,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mplug2_fast.kernels._launch import Kernel, capability, given, multiprocessors
+from mplug2_fast.kernels._launch import Kernel, capability, cdiv, given, interpreted, multiprocessors
 from mplug2_fast.kernels._tuning import Config
 from mplug2_fast.kernels.attention import load_rows, scale, sizes, store_rows, strides
 
@@ -21,6 +21,8 @@ LEFT = 16
 """Queries or keys beyond whole blocks that are taken apart from them."""
 MAX_KEYS = 256 + LEFT
 """Whose scores with 64 queries the registers hold."""
+# Triton 3.9 puts some of them into local memory.
+_HELD: bool = interpreted() or tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 
 @triton.jit
@@ -150,7 +152,8 @@ def serves(query: Tensor, key: Tensor) -> bool:
     batch, q_len, heads, head_dim = query.shape
     k_len = key.shape[1]
     return (
-        query.dtype in (torch.bfloat16, torch.float16)
+        _HELD
+        and query.dtype in (torch.bfloat16, torch.float16)
         and head_dim == 64
         and capability(query.device) in (0, 90)
         and batch * heads >= multiprocessors(query.device)
@@ -165,7 +168,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsum: Tens
     k_len = key.shape[1]
     block = 128 if k_len % 128 <= LEFT else 64
     left = k_len % block if k_len % block <= LEFT else 0
-    blocks = triton.cdiv(k_len - left, block)
+    blocks = cdiv(k_len - left, block)
     _short(
         lambda meta: (batch * heads,),
         query, key, value, out, given(logsum, out), q_len, k_len, heads,

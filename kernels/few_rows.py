@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mplug2_fast.kernels._launch import Kernel, given, multiprocessors, power_of_2
+from mplug2_fast.kernels._launch import Kernel, cdiv, given, multiprocessors, power_of_2
 from mplug2_fast.kernels._product import activate, precision_of
 from mplug2_fast.kernels._tuning import Config
 from mplug2_fast.kernels.layer_norm import Rows, _offsets
@@ -125,11 +125,11 @@ def forward(
     added, added_sizes, added_strides = (out, (1, rows), (0, outputs)) if residual is None else residual
     gamma, beta, eps = (weight, weight, 0.0) if norm is None else norm
     parts = 4 if inputs <= 1024 else 8
-    part = power_of_2(triton.cdiv(inputs, parts), 16)
+    part = power_of_2(cdiv(inputs, parts), 16)
     # Narrow blocks where wide ones would leave multiprocessors without work.
     block = 16 if outputs >= 16 * multiprocessors(tensor.device) else 8
     _kernel(
-        lambda meta: (triton.cdiv(outputs, block),),
+        lambda meta: (cdiv(outputs, block),),
         tensor, gamma, beta, weight, given(bias, weight), added, out, given(normed, out),
         rows, sizes[1], *strides, weight.stride(0), added_sizes[1], *added_strides, eps,
         INPUTS=inputs,
@@ -139,7 +139,7 @@ def forward(
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
         PRECISION=precision_of(tensor.dtype),
-        TILES=triton.cdiv(rows, _ROWS),
+        TILES=cdiv(rows, _ROWS),
         ROWS=_ROWS,
         BLOCK=block,
         PARTS=parts,

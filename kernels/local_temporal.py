@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mplug2_fast.kernels._launch import Kernel, given, interpreted, power_of_2
+from mplug2_fast.kernels._launch import Kernel, cdiv, given, interpreted, power_of_2
 from mplug2_fast.kernels._product import activate, halves, precision_of, slope
 from mplug2_fast.kernels._tuning import Config
 
@@ -400,7 +400,7 @@ def forward(
     if positions:
         _down(
             lambda meta: (
-                triton.cdiv(positions, meta["ROWS"] // meta["FRAMES"]) * triton.cdiv(inner, meta["BLOCK_N"]),
+                cdiv(positions, meta["ROWS"] // meta["FRAMES"]) * cdiv(inner, meta["BLOCK_N"]),
             ),
             x[:, :, first:], given(norm_weight, x), given(norm_bias, x), down_weight, given(down_bias, x), conv_weight,
             given(conv_bias, x), given(h, a)[:, :, first:], a[:, :, first:],
@@ -418,7 +418,7 @@ def forward(
             EVEN_K=channels % 64 == 0,
         )  # fmt: skip
     _up(
-        lambda meta: (triton.cdiv(rows, meta["ROWS"]) * triton.cdiv(channels, meta["BLOCK_N"]),),
+        lambda meta: (cdiv(rows, meta["ROWS"]) * cdiv(channels, meta["BLOCK_N"]),),
         a, up_weight, given(up_bias, x), x, out, rows, frames, tokens, channels, inner, *x.stride()[:3],
         key=(power_of_2(rows), channels, inner),
         CLASS_TOKEN=class_token,
@@ -441,8 +441,8 @@ def convolve(h: Tensor, weight: Tensor, bias: Tensor | None, activation: str, cl
         return
     _convolution(
         lambda meta: (
-            triton.cdiv(tokens - first, meta["PATCHES"]) * triton.cdiv(inner, meta["BLOCK"]),
-            batch * triton.cdiv(frames, meta["FRAMES"]),
+            cdiv(tokens - first, meta["PATCHES"]) * cdiv(inner, meta["BLOCK"]),
+            batch * cdiv(frames, meta["FRAMES"]),
         ),
         h[:, :, first:], weight, given(bias, h), out[:, :, first:], frames, tokens - first, inner, tokens,
         key=(power_of_2(batch * tokens), frames, inner),
@@ -473,10 +473,10 @@ def backward(
     batch, frames, tokens, inner = da.shape
     kernel, positions = conv_weight.shape[1], batch * tokens
     rows = max(128 if interpreted() else 32, power_of_2(frames))
-    tiles = triton.cdiv(positions, rows // power_of_2(frames))
+    tiles = cdiv(positions, rows // power_of_2(frames))
     sums = h.new_empty((tiles, kernel + 2, inner), dtype=torch.float32)
     _backward(
-        lambda meta: (tiles, triton.cdiv(inner, meta["BLOCK"])),
+        lambda meta: (tiles, cdiv(inner, meta["BLOCK"])),
         h, da, conv_weight, given(conv_bias, h), a, dh, sums, positions, frames, tokens, inner,
         key=(power_of_2(positions), frames, inner),
         FRAMES=power_of_2(frames),

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mplug2_fast.kernels._launch import Kernel, power_of_2
+from mplug2_fast.kernels._launch import Kernel, cdiv, power_of_2
 from mplug2_fast.kernels._tuning import Config
 
 
@@ -73,7 +73,7 @@ def preprocess_frames(
     side, *strides = layout
 
     _forward(
-        lambda meta: (count * triton.cdiv(image_size**2, meta["BLOCK"]),),
+        lambda meta: (count * cdiv(image_size**2, meta["BLOCK"]),),
         frames, out, height, width, *frames.stride(), *strides, *mean, *std,
         key=(power_of_2(count),),
         SIZE=image_size,

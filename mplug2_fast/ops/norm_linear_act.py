@@ -162,8 +162,10 @@ def norm_linear_act(
     *,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """`activation(h @ weight.T + bias)` and h, the layer norm of x: the steps of a post-norm layer, whose next residual
-    is h. Made for the few rows of a decoding step, which it normalises while it reads the weight.
+    """`activation(h @ weight.T + bias)` and h, the layer norm of x.
+
+    These are the steps of a post-norm layer, whose next residual is h. Made for the few rows of a decoding step, which
+    it normalises while it reads the weight.
 
     Args:
         x: `(..., in_features)`. norm_weight, norm_bias: `(in_features,)`. weight: `(out_features, in_features)`.
