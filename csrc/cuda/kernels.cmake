@@ -31,6 +31,7 @@ if(NOT MPLUG2_NO_CUDA_BECAUSE)
   target_compile_features(kernels_cuda PRIVATE cuda_std_17)
   target_compile_options(kernels_cuda PRIVATE -Xcompiler=-fvisibility=hidden,-Wall,-Wextra,-Werror)
   target_sources(_C PRIVATE csrc/bind/linear_act_cuda.cpp)
+  set_target_properties(_C PROPERTIES CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")  # it was made before it was set
   target_compile_definitions(_C PRIVATE MPLUG2_CUDA)
   target_link_libraries(_C PRIVATE kernels_cuda CUDA::cudart_static)
 endif()
