@@ -63,7 +63,7 @@ def run(plan: Plan, progress: Progress, ceilings: dict[str, Any]) -> Results:
         ceilings: of `bench.ceilings.measure`.
     """
     described, versions = machine.describe()
-    described["threads"] = plan.threads
+    described |= {"threads": plan.threads, "device": plan.device}
     results = Results(described, versions, ceilings)
     with tempfile.TemporaryDirectory() as exchange:
         results.notes += [f"Input: {save_inputs(plan, Path(exchange))}.", *notes(plan)]
