@@ -64,6 +64,10 @@ class Implementation:
     def prepare(self) -> None:
         """What is done once, after loading."""
 
+    def remarks(self) -> list[str]:
+        """After the runs: what was not as it should have been."""
+        return []
+
     def vision(self, video: Tensor) -> Tensor:
         """Video `(B, 3, T, H, W)` to visual tokens `(B, S, D)`."""
         return self.model.encode_visual(video)
@@ -162,6 +166,9 @@ class Fast(Implementation):
         if not self.trains:
             self.model.pack()
 
+    def remarks(self) -> list[str]:
+        return [] if self.model.cuda_graphs else ["it runs without CUDA graphs, for it could not be captured"]
+
     def universal(self, visual: Tensor) -> Tensor:
         return self.model.visual_norm(visual + self.model.universal(visual))
 
@@ -203,6 +210,11 @@ class Compiled(Eager):
         peer = super().build(task, device)
         peer.compile()
         return peer
+
+    def remarks(self) -> list[str]:
+        """The compiler leaves CUDA graphs out without a word."""
+        skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+        return [f"{skipped} compiled graphs run without a CUDA graph that were to be one"] if skipped else []
 
 
 class Frozen(Compiled):

@@ -63,7 +63,7 @@ def run(plan: Plan, progress: Progress, ceilings: dict[str, Any]) -> Results:
         ceilings: of `bench.ceilings.measure`.
     """
     described, versions = machine.describe()
-    described["threads"] = plan.threads
+    described |= {"threads": plan.threads, "device": plan.device}
     results = Results(described, versions, ceilings)
     with tempfile.TemporaryDirectory() as exchange:
         results.notes += [f"Input: {save_inputs(plan, Path(exchange))}.", *notes(plan)]
@@ -179,6 +179,8 @@ class Group:
                 for spec in list(self.runs):
                     if task in self.runs.get(spec, ()) and not (spec == self.specs[0] and task in self.slow):
                         self._try(spec, self._timed, task, f"run {repeat + 1} of {self.plan.repeats}")
+        for spec in list(self.runs):
+            self._try(spec, self._remark)
 
     def _try(self, spec: Spec, do: Callable[..., None], *arguments: Any) -> None:
         """`do(spec, *arguments)`, if the worker is still there; where that fails it is left out from then on."""
@@ -194,6 +196,10 @@ class Group:
         client = self.clients[spec].ready()
         backend = client.call("describe")["backend"]
         self.runs[spec] = {task: Measured(backend) for task in self.plan.tasks_of(spec.implementation, self.family)}
+
+    def _remark(self, spec: Spec) -> None:
+        remarks = self.clients[spec].call("describe")["remarks"]
+        self.results.notes += [f"{spec.label}, {self.family}: {remark}." for remark in remarks]
 
     def _once(self, spec: Spec, task: str, what: str, times: int = 1) -> dict[str, Any]:
         what = f"{task} · {spec.label} · {what}"

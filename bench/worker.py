@@ -121,7 +121,8 @@ class Worker:
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
     def describe(self) -> dict[str, Any]:
-        return {"backend": self.implementation.backend}
+        """Who computes; and after the runs, what of it was not as it should have been."""
+        return {"backend": self.implementation.backend, "remarks": self.implementation.remarks()}
 
 
 def serve(spec: dict[str, Any], requests: TextIO, replies: TextIO) -> None:

@@ -22,10 +22,12 @@ class Baseline:
     Attributes:
         name: as the table shows it.
         prepare: from the operator's arguments to a callable that runs the baseline once.
+        devices: kinds of devices that it is for.
     """
 
     name: str
     prepare: Callable[[Arguments], Callable[[], Any]]
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 def copy_of(*names: str) -> Callable[[Arguments], Callable[[], Any]]:

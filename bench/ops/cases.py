@@ -90,7 +90,8 @@ def build(key: Key, *, compile: bool) -> Case:
         if compile:
             prepared["compiled"] = lambda: _compiled(formula, given)
         for baseline in module.BASELINES:
-            prepared[baseline.name] = partial(_prepared, baseline.prepare, given)
+            if key.device.split(":")[0] in baseline.devices:
+                prepared[baseline.name] = partial(_prepared, baseline.prepare, given)
         prepared |= {
             name: partial(_prepared, prepare, given) for name, prepare in packages.ways(key.name, first).items()
         }

@@ -5,13 +5,16 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import gpu_check, gpu_memcheck
+from bench import cli, gpu_check, gpu_memcheck, targets
 from bench.gpu_check import Check, Finished
+from bench.row import COMPARED
 from mplug2_fast import ops
 
 ROOT = Path(__file__).parents[2]
@@ -74,10 +77,10 @@ def test_without_a_gpu_it_says_so_in_one_line():
 def test_all_steps_pass(gpu, capsys):
     runner = Runner()
     assert gpu_check.main([], runner) == 0
-    assert list(runner.commands) == ["install", "tests", "sanitizer", "ops", "model"]
+    assert list(runner.commands) == ["install", *gpu_check.DEFAULT]
     assert sum(runner.limits.values()) > gpu_check.BUDGET  # what a step leaves goes to those after it
     assert runner.limits["install"] < gpu_check.BUDGET / 5
-    assert runner.limits["model"] > gpu_check.BUDGET - 10
+    assert runner.limits["batch"] > gpu_check.BUDGET - 10
     summary = json.loads((gpu / "summary.json").read_text())
     assert summary["card"] == "A Card"
     assert {step["name"]: step["status"] for step in summary["steps"]} == dict.fromkeys(runner.commands, "passed")
@@ -88,7 +91,7 @@ def test_all_steps_pass(gpu, capsys):
 def test_a_step_that_fails_stops_no_other(gpu):
     runner = Runner(tests=1, sanitizer=None)
     assert gpu_check.main([], runner) == 1
-    assert list(runner.commands) == ["install", "tests", "sanitizer", "ops", "model"]
+    assert list(runner.commands) == ["install", *gpu_check.DEFAULT]
     steps = {step["name"]: step for step in json.loads((gpu / "summary.json").read_text())["steps"]}
     assert (steps["tests"]["status"], steps["ops"]["status"]) == ("failed", "passed")
     assert "exit status 1, see tests.log" in steps["tests"]["note"]
@@ -111,14 +114,39 @@ def test_a_step_that_cannot_begin_stops_no_other(gpu):
 def test_steps_can_be_chosen(gpu, capsys):
     runner = Runner()
     gpu_check.main(["--only", "bench,tests"], runner)
-    assert list(runner.commands) == ["install", "tests", "ops", "model"]
+    assert list(runner.commands) == ["install", "tests", *gpu_check.GROUPS["bench"]]
     runner = Runner()
     gpu_check.main(["--only", "peer", "--budget", "900"], runner)
     assert list(runner.commands) == ["install", "peer"]
     assert runner.limits["peer"] > 800
     with pytest.raises(SystemExit):
         gpu_check.main(["--only", "dance"], runner)
-    assert "no such step 'dance': choose from tests, sanitizer, ops, model, peer, bench" in capsys.readouterr().err
+    assert "no such step 'dance': choose from tests, sanitizer, ops, temporal, " in capsys.readouterr().err
+
+
+def test_what_the_targets_of_a_gpu_need_is_measured(tmp_path):
+    """Every target is for a row of a step's command that has its baseline."""
+    runner = Runner()
+    for name in gpu_check.GROUPS["bench"]:
+        Check(tmp_path, runner).step(name, 100)
+    parser, keys = cli.make_parser(), []
+    for ((_, _, *words),) in runner.commands.values():
+        options = parser.parse_args([word if word != "cuda" else "cpu" for word in words])
+        mode, options.mode = options.mode, "cold"
+        cli.check(options, parser)
+        for level in options.level:
+            if level == "model":
+                found = [cli.plan(options).key(task, "bfloat16") for task in cli.works_of(level, options)]
+            else:
+                found = cli.keys(level, options)
+            keys += [(replace(key, device="cuda"), options.baselines, mode) for key in found]
+    for target in targets.TARGETS:
+        if target.device == "cuda":
+            rows = [(baselines, mode) for key, baselines, mode in keys if target.is_for(SimpleNamespace(key=key))]
+            assert rows, target.wanted
+            if target.quantity.of in COMPARED:
+                assert any(target.quantity.of in baselines for baselines, _ in rows), target.wanted
+            assert target.name != "decoder step" or rows[0][1] == "graph"
 
 
 def test_gpu_tests_are_required_and_what_is_left_out_is_listed(tmp_path, monkeypatch):

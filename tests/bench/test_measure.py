@@ -188,7 +188,7 @@ class Broken:
         if self.spec.implementation == self.broken and self.runs > 1:
             raise WorkerError(f"{self.spec.label}: out of memory")
         reply = {"seconds": 1.0, "peak_memory_bytes": 2, "added_memory_bytes": 1, "relative_error": 0.0}
-        return {"backend": "native", **reply}
+        return {"backend": "native", "remarks": ["something"] if self.runs else [], **reply}
 
 
 @pytest.mark.parametrize("broken", ["eager", "fast", "reference"])
@@ -202,6 +202,7 @@ def test_what_fails_is_left_out(broken, monkeypatch):
         assert len(found.rows) == 4
         assert all(list(row.baselines) == ["reference"] for row in found.rows)
         assert sum(why in note for note in found.notes) == 1
+        assert "fast bfloat16, captioning: something." in found.notes
         assert not found.failed
     else:
         assert not found.rows

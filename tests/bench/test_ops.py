@@ -84,6 +84,14 @@ def test_every_operator_has_its_file():
         assert isinstance(importlib.import_module(f"bench.ops.{name}").BASELINES, tuple)
 
 
+def test_each_kernel_of_a_gpu_is_asked_for_attention():
+    op = ops.attention.op
+    given = op.spec.inputs(op.spec.awkward[1])
+    (*_, flash) = importlib.import_module("bench.ops.attention").BASELINES
+    assert flash.devices == ("cuda",)
+    torch.testing.assert_close(flash.prepare(given)(), ops.attention(**given), equal_nan=True)
+
+
 def test_the_peer_takes_the_operators_arguments():
     op = ops.linear_act.op
     given = op.spec.inputs(op.spec.awkward[1])

@@ -88,6 +88,8 @@ def test_operators_are_held_against_what_bounds_them():
     assert verdicts(op("attention", ratios={"torch": 2.0})) == {"≥ 2.5× SDPA": MISSED}
     assert verdicts(op("attention", "float32", "large, universal", ratios={"torch": 2.0})) == {"≥ 1.3× SDPA": MET}
     assert verdicts(op("attention", sizes="base", ratios={"torch": 2.0})) == {}
+    kernels = {"torch": 1.2, "SDPA by cuDNN": 0.9, "SDPA by flash": 1.3}
+    assert verdicts(op("attention", ratios=kernels, device="cuda")) == {"≥ 1× SDPA": MISSED}
     (stated,) = targets.of(op("beam_attention", gb_per_second=16.5))
     assert (stated.verdict, stated.figure) == (STATED, "16.5 GB/s")
     on_gpu = op("beam_attention", device="cuda", percent_of_ceiling=85.0, bound="memory")
