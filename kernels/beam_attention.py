@@ -19,9 +19,9 @@ from mplug2_fast.kernels._launch import Kernel, cdiv, given, multiprocessors, po
 from mplug2_fast.kernels._tuning import Config
 from mplug2_fast.kernels.attention import attend, constants, load_rows, scale, sizes, small, store_rows, strides
 
-_WAVES = 3
+_WAVES = 6
 """Programs a multiprocessor: enough loads in flight to saturate memory."""
-_STEP, _SHORTEST = 64, 128
+_STEP, _SHORTEST = 64, 64
 """Parts hold a multiple of so many keys, and at least so many: adding up more of them takes longer than reading."""
 _MAX_PARTS = 64
 """What the second kernel can hold in registers."""
@@ -121,7 +121,7 @@ def _configs(constants: Mapping[str, Any], capability: int) -> list[Config]:
     if small(constants):
         tiles, tail = [(32, 8, 2)], 16
     elif constants["BLOCK_M"] * constants["BLOCK_D"] <= 16 * 64:
-        tiles = [(64, 4, 4), (128, 4, 3), (64, 4, 3), (32, 2, 4)]
+        tiles = [(64, 2, 4), (64, 4, 4), (64, 4, 3), (32, 2, 4)]
     else:
         tiles = [(64, 4, 2), (64, 4, 3)]
     return [Config({"BLOCK_N": keys, "TAIL": tail}, warps, stages) for keys, warps, stages in tiles]

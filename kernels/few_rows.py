@@ -5,8 +5,8 @@ programs a multiprocessor, some 64 KiB are on their way. Only then does it look 
 normalises all, from the L2 cache, while its weights arrive. Started early, it asks for them while the kernel before it
 is still at work: of a chain of such products, which take two microseconds each, the weights never stop coming.
 
-Weights stand on the rows' side of the product, 16 or 8 of them beside 8 rows, and a warp multiplies its own part of the
-inputs: a product of matrices of three axes, whose first is summed in the end.
+Weights stand on the rows' side of the product, 16 or 32 of them beside 8 rows, and a warp multiplies its own part of
+the inputs: a product of matrices of three axes, whose first is summed in the end.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from mplug2_fast.kernels.layer_norm import Rows, _offsets
 MAX_ROWS = 32
 """Beyond, reading the rows in every program takes longer than the weight."""
 MAX_INPUTS = 4096
-"""What a program can hold of the weight of eight outputs."""
+"""What a program can hold of the weight of sixteen outputs."""
 _ROWS = 8
 """At a time: what one tensor-core instruction takes beside 16 weights."""
+_MANY_OUTPUTS = 8192
 _PART = 256
 """Inputs of a warp at a time, at most, where there is no norm, which needs whole rows."""
 
@@ -126,8 +127,8 @@ def forward(
     gamma, beta, eps = (weight, weight, 0.0) if norm is None else norm
     parts = 4 if inputs <= 1024 else 8
     part = power_of_2(cdiv(inputs, parts), 16)
-    # Narrow blocks where wide ones would leave multiprocessors without work.
-    block = 16 if outputs >= 16 * multiprocessors(tensor.device) else 8
+    # Every program normalises all rows. Of the words there are so many that narrow blocks read faster all the same.
+    block = 32 if 16 * multiprocessors(tensor.device) <= outputs <= _MANY_OUTPUTS else 16
     _kernel(
         lambda meta: (cdiv(outputs, block),),
         tensor, gamma, beta, weight, given(bias, weight), added, out, given(normed, out),
