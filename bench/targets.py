@@ -53,7 +53,7 @@ def times(baseline: str, of: str | None = None) -> Quantity:
 
 def _times_sdpa(row: Row, _: Ceilings) -> float | None:
     """The fastest of those that were measured; without PyTorch's own choice, none."""
-    others = [each.ratio for name, each in row.baselines.items() if name == "torch" or name.startswith("SDPA")]
+    others = [each.ratio for name, each in row.baselines.items() if name == "torch" or name.startswith("SDPA by ")]
     return min(others) if "torch" in row.baselines else None
 
 
