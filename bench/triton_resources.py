@@ -8,10 +8,12 @@ Registers, shared memory, spills and the tensor-core instructions of a configura
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,19 +128,24 @@ def _scalar(dtype: torch.dtype) -> str:
 
 
 def rows() -> Iterator[str]:
-    for name, function in ops.OPERATORS.items():
-        if "triton" not in function.op.backends:
-            continue
-        for dtype in DTYPES:
-            for capability in CAPABILITIES:
-                for launch in launches(name, dtype, capability):
-                    for config in launch.configs:
-                        found = compiled(launch, config, capability)
-                        instructions = ", ".join(f"{n} {count}" for n, count in found.instructions.items()) or "–"
-                        yield (
-                            f"| {name} | {launch.kernel} | {_scalar(dtype)} | {capability} | {config} | "
-                            f"{found.registers} | {found.shared / 1024:.1f} | {found.spilled} | {instructions} |"
-                        )
+    """A process a core compiles them."""
+    names = [name for name, function in ops.OPERATORS.items() if "triton" in function.op.backends]
+    with ProcessPoolExecutor() as pool:
+        for found in pool.map(_rows, *zip(*itertools.product(names, DTYPES, CAPABILITIES), strict=True)):
+            yield from found
+
+
+def _rows(name: str, dtype: torch.dtype, capability: int) -> list[str]:
+    made = []
+    for launch in launches(name, dtype, capability):
+        for config in launch.configs:
+            found = compiled(launch, config, capability)
+            instructions = ", ".join(f"{n} {count}" for n, count in found.instructions.items()) or "–"
+            made.append(
+                f"| {name} | {launch.kernel} | {_scalar(dtype)} | {capability} | {config} | "
+                f"{found.registers} | {found.shared / 1024:.1f} | {found.spilled} | {instructions} |"
+            )
+    return made
 
 
 def main() -> None:
