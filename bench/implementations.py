@@ -14,7 +14,7 @@ from bench.weights import fill
 from mplug2_fast import MPlug2Config, model, reference
 from mplug2_fast.acceleration import accelerate
 from mplug2_fast.config import Task
-from mplug2_fast.ops import explain, layer_norm
+from mplug2_fast.ops import cuda, explain, layer_norm
 
 
 class NoInitialisation(TorchFunctionMode):
@@ -157,8 +157,11 @@ class Fast(Implementation):
     """The fast model, as `mplug2_fast.model` runs it."""
 
     def build(self, task: Task, device: str) -> Any:
-        served = explain(layer_norm, torch.zeros(1, 1, dtype=self.weights_dtype, device=device)).chosen
+        x = torch.zeros(1, 1, dtype=self.weights_dtype, device=device)
+        served = explain(layer_norm, x).chosen
         self.backend = {"cpu": "native, oneDNN", "triton": "Triton, PyTorch"}.get(served or "", "PyTorch")
+        if served == "triton" and not cuda.reasons(x):
+            self.backend = f"CUDA, {self.backend}"
         kinds = {"captioning": model.MPlug2ForCaptioning, "question_answering": model.MPlug2ForQuestionAnswering}
         return kinds[task](self.config, device="meta", dtype=self.weights_dtype).to_empty(device=device).eval()
 
