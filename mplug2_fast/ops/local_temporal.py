@@ -314,6 +314,7 @@ SPEC = Spec(
     models={
         "base": {"batch": 1, "frames": 16, "patches": 196, "channels": 768, "inner": 384},
         "large": {"batch": 1, "frames": 16, "patches": 256, "channels": 1024, "inner": 512},
+        "large, 112 px": {"batch": 1, "frames": 16, "patches": 64, "channels": 1024, "inner": 512},
     },
     flops=flops,
     differentiable=(
