@@ -22,6 +22,11 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: at the end no worker has one left while the others have nothing."""
+    items.sort(key=lambda item: "test_interpreter" not in item.nodeid)
+
+
 def needs_gpu(item: pytest.Item) -> bool:
     """By its marker, or as a test of a Triton kernel, whose backend is among its parameters."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
