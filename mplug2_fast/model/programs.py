@@ -71,7 +71,9 @@ class Programs:
         if not self.graphs or not tensors or not capturable(model, tensors):
             return eagerly(program, inputs)
         kinds = tuple(None if t is None else (t.shape, t.dtype, t.device) for t in inputs)
-        key = (name, kinds, dispatch.in_force(), torch.backends.cuda.matmul.allow_tf32)
+        # Tensors of inference mode may not be written outside of it.
+        modes = (dispatch.in_force(), torch.backends.cuda.matmul.allow_tf32, torch.is_inference_mode_enabled())
+        key = (name, kinds, *modes)
         with self._lock, torch.cuda.device(tensors[0].device):
             captured = self._find(model, key, program, inputs, parts)
             if captured is None:

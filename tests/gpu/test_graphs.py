@@ -96,6 +96,15 @@ def test_who_wants_to_see_operations_sees_them(model):
     assert seen == [1]
 
 
+def test_in_inference_mode_and_outside_of_it(model):
+    expected = without_graphs(model, videos(1, 4), **OPTIONS)
+    for mode in (True, False, True):
+        for seed in (0, 1, 4):
+            with torch.inference_mode(mode):
+                found = model.generate(videos(1, seed), **OPTIONS)
+        assert_same(found, expected)
+
+
 def test_copies_start_without_graphs(model):
     for seed in range(2):
         model.generate(videos(1, seed), **OPTIONS)
