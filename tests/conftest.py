@@ -23,8 +23,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first: at the end no worker has one left while the others have nothing."""
-    items.sort(key=lambda item: "test_interpreter" not in item.nodeid)
+    """The longest first where workers share them: at the end none has one left while the others have nothing."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: "test_interpreter" not in item.nodeid)
 
 
 def needs_gpu(item: pytest.Item) -> bool:
