@@ -81,6 +81,8 @@ def run_torch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, r
 def run_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
     if x.numel() <= FEW_ROWS * x.shape[-1] and has_few_rows_kernel(x, weight):
         return few_rows(x, weight, bias, activation, residual)
+    if not onednn.multiplies(x.dtype):
+        return _in_float32(x, weight, bias, activation, residual)
     if activation == "quick_gelu":  # SiLU(1.702·z) / 1.702
         scaled = None if bias is None else bias * QUICK_GELU_SCALE
         out = onednn.linear(x * QUICK_GELU_SCALE, weight, scaled, "swish")
@@ -91,6 +93,16 @@ def run_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, res
         return onednn.linear(x, weight, bias, residual=residual)
     out = onednn.linear(x, weight, bias, activation)
     return out if residual is None else out.add_(residual)
+
+
+def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
+    def run(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return run_cpu(x, weight, bias, activation, residual)
+
+    rows = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (x, residual)]
+    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+    onednn.in_float32(run, out.view(-1, weight.shape[0]), rows, (weight, bias))
+    return out
 
 
 def has_few_rows_kernel(x: Tensor, weight: Tensor) -> bool:

@@ -136,6 +136,12 @@ def run_cpu(
     class_token, residual,
 ) -> Tensor:  # fmt: skip
     x = x.contiguous()
+    if not onednn.multiplies(x.dtype):
+        others = (
+            norm_weight, norm_bias, down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias, eps, activation,
+            class_token, residual,
+        )  # fmt: skip
+        return onednn.in_float32(run_cpu, torch.empty_like(x), (x,), others, block=1)  # a video at a time
     h = x if norm_weight is None else norm_native(x, None, norm_weight, norm_bias, eps)
     h = _native_conv(onednn.linear(h, down_weight, down_bias), conv_weight, conv_bias, activation)
     out = onednn.linear(h, up_weight, up_bias, residual=x if residual else None)

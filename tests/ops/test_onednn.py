@@ -1,0 +1,43 @@
+"""Products in a narrow type, on a processor that has no instructions for it."""
+
+import pytest
+import torch
+
+from mplug2_fast import ops
+from mplug2_fast.ops import onednn
+from tests.ops.suite import label
+from tests.tolerance import assert_close_enough
+
+BLOCKS = {
+    "linear_act": {"rows": (3, 401), "inputs": 20, "outputs": 31, "activation": "quick_gelu", "residual": True},
+    "mlp": {"rows": (3, 401), "channels": 20, "hidden": 48},
+    "local_temporal": {"batch": 3, "frames": 4, "patches": 9, "channels": 32, "inner": 16},
+}
+"""More than are computed at a time."""
+CASES = [(name, sizes) for name, more in BLOCKS.items() for sizes in (*ops.OPERATORS[name].op.spec.awkward, more)]
+
+
+@pytest.mark.parametrize(("name", "sizes"), CASES, ids=label)
+def test_computed_in_float32(name, sizes, monkeypatch, native_module):
+    monkeypatch.setattr(onednn, "multiplies", lambda dtype: dtype == torch.float32)
+    op, products = ops.OPERATORS[name].op, []
+    linear = onednn.linear
+    monkeypatch.setattr(onednn, "linear", lambda x, *a, **k: products.append(x.dtype) or linear(x, *a, **k))
+    given = op.spec.inputs(sizes, torch.bfloat16)
+    with torch.no_grad(), ops.use_backend("cpu"):
+        ours = op(*given.values())
+    assert ours.dtype == torch.bfloat16
+    assert ours.is_contiguous()
+    assert set(products) <= {torch.float32}
+    assert products or sizes is not BLOCKS[name]
+    eager, exact = op.spec.reference(**given), op.spec.reference(**given, upcast=True)
+    assert_close_enough(ours, eager, exact, op.spec.noise_floor[torch.bfloat16], "forward")
+
+
+def test_a_weight_that_is_widened_is_not_packed(monkeypatch):
+    monkeypatch.setattr(onednn, "multiplies", lambda dtype: dtype == torch.float32)
+    narrow, wide = torch.randn(48, 32, dtype=torch.bfloat16), torch.randn(48, 32)
+    for weight in (narrow, wide):
+        onednn.pack(weight, 80)
+    assert onednn.packed(narrow) is None
+    assert onednn.packed(wide) is not None
