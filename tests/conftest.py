@@ -22,9 +22,9 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest first where workers share them: at the end none has one left while the others have nothing."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if hasattr(config, "workerinput"):  # a process that a worker starts inherits its variables, but not this
         items.sort(key=lambda item: "test_interpreter" not in item.nodeid)
 
 
