@@ -1,5 +1,6 @@
 #include "cpu/attention.h"
 
+#include "cpu/attention_few.h"
 #include "cpu/attention_plan.h"
 #include "cpu/parallel.h"
 
@@ -35,14 +36,9 @@ void add_block(const Plan<kPair>& p, const Workspace<kPair>& w, std::int64_t row
             }
         }
         for (int i = 0; i < tile_rows; ++i) {
-            float& largest = w.largest[tile + i];
-            const float block_largest = largest_of_lanes(load(w.maxima + i * kLanes));
-            const float old = largest * p.factor;
-            largest = block_largest > largest ? block_largest : largest;
-            const float now = reference(largest, p.factor);
-            w.corrections[i] = power_of_two(old - now);
-            const float total = weigh<kPair>(w.scores + i * kScoreStride, divide_up(visible, kLanes), p.factor, now);
-            w.totals[tile + i] = w.totals[tile + i] * w.corrections[i] + total;
+            const float most = largest_of_lanes(load(w.maxima + i * kLanes));
+            weigh_block<kPair>(p, w, tile + i, w.scores + i * kScoreStride, divide_up(visible, kLanes), most,
+                               w.corrections[i]);
         }
         const Cut channels(p.value_stride / kLanes, kProductVectors, 1);
         for (std::int64_t g = 0; g < channels.parts; ++g) {
@@ -200,6 +196,7 @@ void run(const AttentionArguments& a) {
     const std::int64_t per_pair = split ? p.parts.parts : p.groups.parts;
     parallel_ranges(p.pairs * per_pair, a.threads, [&](std::int64_t begin, std::int64_t end) {
         const Workspace<kPair> w(p);
+        PackedRows<StepOf<Element>> few(p.unpacked ? a.q_len : 0, a.head_dim);
         Source<Element> s{};
         for (std::int64_t item = begin; item < end; ++item) {
             const std::int64_t pair = item / per_pair;
@@ -212,7 +209,12 @@ void run(const AttentionArguments& a) {
                 }
             }
             const std::int64_t first = p.groups.begin(group), rows = p.groups.length(group);
-            add_part<kPair>(p, w, s, first, rows);
+            if (p.unpacked) {
+                few.fill(s.q.base, s.q.stride, static_cast<int>(rows));
+                add_few<kPair>(p, w, few, s.k, s.v, s.count);
+            } else {
+                add_part<kPair>(p, w, s, first, rows);
+            }
             Element* const out = out_row<Element>(a, pair, first);
             for (std::int64_t i = 0; i < rows; ++i) {
                 const float* sums = w.sums + i * p.value_stride;

@@ -158,8 +158,7 @@ MPLUG2_INLINE U32 masked_words(const Bf16* from, std::uint32_t mask) {
     if constexpr (kPair) {
         return (U32)_mm512_maskz_loadu_epi16(mask, from);
     }
-    const auto half = (U16)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from);
-    return __builtin_convertvector(half, U32) << 16;
+    return (U32)widen((U16)_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from));
 }
 
 template <bool kPair, typename Element>

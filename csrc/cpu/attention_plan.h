@@ -13,13 +13,15 @@ namespace {
 // The queries of one (batch, head) are cut into groups, whose sums stay in the second-level cache while keys and values
 // go by. Where one group is all there is, every block of keys is packed just before its use, and the keys are cut into
 // parts whose results are merged, so that few heads and queries occupy many threads too. Where there are more groups,
-// the keys are packed once for all groups. The cuts follow from the sizes alone, and so does the result.
+// the keys are packed once for all groups. A few queries, as of beams, are worth no packing: keys and values are read
+// as they lie. The cuts follow from the sizes alone, and so does the result.
 constexpr std::int64_t kGroupRows = 288;
 constexpr std::int64_t kSmallGroupRows = 96;  // for few heads
 constexpr std::int64_t kFewHeads = 16;
 constexpr std::int64_t kPartKeys = 1024;
 constexpr std::int64_t kFewRows = 48;  // a group as small as this leaves room for smaller blocks of keys
 constexpr std::int64_t kFewRowsBlockKeys = 64;
+constexpr std::int64_t kUnpackedRows = 12;
 constexpr float kLog2E = 1.44269504088896341f;
 
 // `count` cut into `parts` equal pieces that are multiples of `unit`; the last may be smaller.
@@ -72,6 +74,7 @@ struct Plan {
     Cut groups;                 // of queries
     Cut parts;                  // of keys
     bool pack_ahead;            // all keys of a part, rather than block by block
+    bool unpacked;
     std::int64_t block_keys;
     float factor;  // of scores in the exponent of two
 
@@ -84,6 +87,7 @@ struct Plan {
           groups(a.q_len, pairs < kFewHeads ? kSmallGroupRows : kGroupRows, kProductRows),
           parts(a.k_len, groups.parts == 1 && !a.causal ? kPartKeys : (a.k_len > 0 ? a.k_len : 1), kLanes),
           pack_ahead(groups.parts > 1),
+          unpacked(a.q_len <= kUnpackedRows && !a.causal && a.head_dim % kLanes == 0),
           block_keys(a.q_len <= kFewRows ? kFewRowsBlockKeys : kBlockKeys),
           factor(__builtin_fabsf(a.scale) * kLog2E) {
         // Keys that are not there have the score -infinity, which must stay what it is.
@@ -127,6 +131,19 @@ struct Workspace {
           tile_limits(scratch.take<int>(kTileRows)),
           index(scratch.take<std::int32_t>(p.a.mask ? p.parts.size : 0)) {}
 };
+
+// Turns `vectors` vectors of scores of row `row`, `most` being the largest, into weights in place; `correction` becomes
+// what the row's sums of earlier blocks are to be multiplied by.
+template <bool kWords, bool kPair>
+MPLUG2_INLINE void weigh_block(const Plan<kPair>& p, const Workspace<kPair>& w, std::int64_t row, float* scores,
+                               std::int64_t vectors, float most, float& correction) {
+    float& largest = w.largest[row];
+    const float old = largest * p.factor;
+    largest = most > largest ? most : largest;
+    const float now = reference(largest, p.factor);
+    correction = power_of_two(old - now);
+    w.totals[row] = w.totals[row] * correction + weigh<kWords>(scores, vectors, p.factor, now);
+}
 
 }  // namespace
 }  // namespace mplug2_fast::MPLUG2_ISA

@@ -67,10 +67,21 @@ MPLUG2_INLINE void store(float* to, F32 value) {
     std::memcpy(to, &value, sizeof(value));
 }
 
+// One instruction; GCC 12 makes four of the conversion of vectors.
+MPLUG2_INLINE F32 widen(U16 half) {
+#if defined(__AVX512F__)
+    return (F32)((U32)_mm512_cvtepu16_epi32((__m256i)half) << 16);
+#elif defined(__AVX2__)
+    return (F32)((U32)_mm256_cvtepu16_epi32((__m128i)half) << 16);
+#else
+    return (F32)(__builtin_convertvector(half, U32) << 16);
+#endif
+}
+
 MPLUG2_INLINE F32 load(const Bf16* from) {
     U16 half;
     std::memcpy(&half, from, sizeof(half));
-    return (F32)(__builtin_convertvector(half, U32) << 16);
+    return widen(half);
 }
 
 // Round to nearest, ties to even; a NaN stays one.
@@ -111,8 +122,7 @@ MPLUG2_INLINE F32 load_first(const float* from, int count) {
 }
 
 MPLUG2_INLINE F32 load_first(const Bf16* from, int count) {
-    const U16 half = (U16)_mm256_maskz_loadu_epi16((1u << count) - 1, from);
-    return (F32)(__builtin_convertvector(half, U32) << 16);
+    return widen((U16)_mm256_maskz_loadu_epi16((1u << count) - 1, from));
 }
 
 MPLUG2_INLINE void store_first(float* to, F32 value, int count) {

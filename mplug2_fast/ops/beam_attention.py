@@ -88,6 +88,7 @@ SPEC = Spec(
         ),
         {"batch": 1, "queries": 5, "keys": 1100, "heads": 1, "head_dim": 64},
         {"batch": 2, "queries": 10, "keys": 1, "heads": 3, "head_dim": 33},
+        {"batch": 2, "queries": 11, "keys": 200, "heads": 1, "head_dim": 80, "masked": True},
         {"batch": 0, "queries": 3, "keys": 5},
     ),
     models={
