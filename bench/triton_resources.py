@@ -4,15 +4,19 @@ sizes at which the Large model calls it.
     python -m bench.triton_resources          # writes bench/results/triton_resources.md
 
 Registers, shared memory, spills and the tensor-core instructions of a configuration are read from its machine code.
+What is written stays until what it was compiled from changes, which a digest tells; a test tells that it has.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import inspect
 import itertools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +58,8 @@ def launches(name: str, dtype: torch.dtype, capability: int) -> Iterator[Launch]
     for label, sizes in op.spec.models.items():
         if not label.startswith("large"):
             continue
-        given = tuple(op.spec.inputs(sizes, dtype, "meta").values())
+        with torch.device("meta"):  # random numbers too
+            given = tuple(op.spec.inputs(sizes, dtype, "meta").values())
         with record(capability) as recorder:
             results = backend.run(*given)
             if backend.backward is not None:
@@ -93,6 +98,40 @@ def _cuobjdump(*arguments: str) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def entry(name: str, launch: Launch, dtype: torch.dtype, capability: int, config: Config) -> str:
+    """How the table's line of a configuration begins, with a digest of all that is compiled but the compiler."""
+    text = f"{_text(launch.function)}{_signature(launch, config)}"
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"| {name} | {launch.kernel} | {_scalar(dtype)} | {capability} | {config} | {digest} | "
+
+
+@functools.cache
+def _text(function: Any) -> str:
+    """Of a kernel, and of the functions and constants of ours that it names."""
+    text, known = inspect.getsource(function.fn), function.fn.__globals__
+    for value in (known[name] for name in sorted(function.fn.__code__.co_names) if name in known):
+        if isinstance(value, triton.JITFunction):
+            text += _text(value) if value.fn.__module__.startswith("mplug2_fast.") else ""
+        elif isinstance(value, (triton.language.constexpr, int, float, str)):
+            text += f"{value}\n"
+    return text
+
+
+def written() -> dict[str, Resources]:
+    """The table: what was found, by entry."""
+    lines = RESULT.read_text().splitlines() if RESULT.exists() else []
+    matches = (re.match(r"((?:\| [^|]+ ){6}\| )(\d+) \| (.+) \| (\d+) \| (.+) \|$", line) for line in lines)
+    return {
+        begin: Resources(int(registers), round(float(shared) * 1024), int(spilled), _counts(instructions))
+        for begin, registers, shared, spilled, instructions in (match.groups() for match in matches if match)
+    }
+
+
+def _counts(instructions: str) -> dict[str, int]:
+    pairs = (words.split() for words in instructions.split(", ") if words != "–")
+    return {name: int(count) for name, count in pairs}
+
+
 def _signature(launch: Launch, config: Config) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[Any, Any]]:
     """Types, constants and divisibilities of the arguments, as the run time finds them."""
     types, constants, attributes = {}, {}, {}
@@ -127,39 +166,40 @@ def _scalar(dtype: torch.dtype) -> str:
     return special.get(name) or name.replace("float", "fp").replace("int", "i")
 
 
-def rows() -> Iterator[str]:
-    """A process a core compiles them."""
+def rows(kept: Mapping[str, Resources]) -> Iterator[str]:
+    """Lines of the table. A process a core compiles what is not kept."""
     names = [name for name, function in ops.OPERATORS.items() if "triton" in function.op.backends]
     with ProcessPoolExecutor() as pool:
-        for found in pool.map(_rows, *zip(*itertools.product(names, DTYPES, CAPABILITIES), strict=True)):
+        works = itertools.product(names, DTYPES, CAPABILITIES)
+        for found in pool.map(functools.partial(_rows, kept), *zip(*works, strict=True)):
             yield from found
 
 
-def _rows(name: str, dtype: torch.dtype, capability: int) -> list[str]:
+def _rows(kept: Mapping[str, Resources], name: str, dtype: torch.dtype, capability: int) -> list[str]:
     made = []
     for launch in launches(name, dtype, capability):
         for config in launch.configs:
-            found = compiled(launch, config, capability)
+            begin = entry(name, launch, dtype, capability, config)
+            found = kept.get(begin) or compiled(launch, config, capability)
             instructions = ", ".join(f"{n} {count}" for n, count in found.instructions.items()) or "–"
-            made.append(
-                f"| {name} | {launch.kernel} | {_scalar(dtype)} | {capability} | {config} | "
-                f"{found.registers} | {found.shared / 1024:.1f} | {found.spilled} | {instructions} |"
-            )
+            made.append(f"{begin}{found.registers} | {found.shared / 1024:.1f} | {found.spilled} | {instructions} |")
     return made
 
 
 def main() -> None:
+    compiler = f"Compiled ahead of time by Triton {triton.__version__}, "
+    kept = written() if RESULT.exists() and compiler in RESULT.read_text() else {}
     lines = [
         "# What the Triton kernels take of a GPU",
         "",
-        f"Compiled ahead of time by Triton {triton.__version__}, as at the sizes of the Large model. Registers are a "
+        f"{compiler}as at the sizes of the Large model. The digest is of what is compiled. Registers are a "
         "thread's, shared memory (KiB) a program's, spilled bytes a thread's; HMMA, HGMMA and UTC…MMA are tensor-core "
         "instructions of compute capability 8.0, 9.0 and 10.0, UTMALDG loads by the tensor memory accelerator.",
         "",
-        "| operator | kernel | dtype | for | configuration | registers | shared | spilled | instructions |",
-        "| --- | --- | --- | ---: | --- | ---: | ---: | ---: | --- |",
+        "| operator | kernel | dtype | for | configuration | digest | registers | shared | spilled | instructions |",
+        "| --- | --- | --- | ---: | --- | --- | ---: | ---: | ---: | --- |",
     ]
-    RESULT.write_text("\n".join([*lines, *rows()]) + "\n")
+    RESULT.write_text("\n".join([*lines, *rows(kept)]) + "\n")
     print(f"wrote {RESULT}")
 
 

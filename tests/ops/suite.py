@@ -89,19 +89,21 @@ class OpSuite:
         """What lies in memory is not what is meant: every other element, axes stored backwards, one number for all."""
         for sizes in self.op.spec.awkward if anywhere is None or CUDA else self.op.spec.awkward[:4]:
             given = self.op.spec.inputs(sizes, device=device(anywhere))
+            with served_by(anywhere):
+                same = self.op(*given.values())
             for name, value in given.items():
                 if not isinstance(value, Tensor) or value.numel() == 0:
                     continue
-                layouts = [torch.stack([value, torch.full_like(value, 3)], dim=-1)[..., 0]]
-                if value.dim() > 1:
-                    axes = list(reversed(range(value.dim())))
-                    layouts.append(value.permute(axes).contiguous().permute(axes))
-                else:  # of whole tensors that would make what the operator has to tell apart the same
-                    layouts.append(value[:1].expand(value.shape))
-                for layout in layouts:
-                    with served_by(anywhere):
-                        expected = self.op(*{**given, name: layout.contiguous()}.values())
-                        actual = self.op(*{**given, name: layout}.values())
+                layouts = [(torch.stack([value, torch.full_like(value, 3)], dim=-1)[..., 0], same)]
+                with served_by(anywhere):
+                    if value.dim() > 1:
+                        axes = list(reversed(range(value.dim())))
+                        layouts.append((value.permute(axes).contiguous().permute(axes), same))
+                    else:  # of whole tensors that would make what the operator has to tell apart the same
+                        one = value[:1].expand(value.shape)
+                        layouts.append((one, self.op(*{**given, name: one.contiguous()}.values())))
+                    results = [(self.op(*{**given, name: layout}.values()), expected) for layout, expected in layouts]
+                for actual, expected in results:
                     for one, other in zip(as_tuple(actual), as_tuple(expected), strict=True):
                         torch.testing.assert_close(one, other, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -124,7 +126,7 @@ class OpSuite:
 
     def test_opcheck(self, opcheck_dtype: torch.dtype, opcheck_backend: str | None):
         """Schema, fake implementation, autograd registration, and ahead-of-time compilation with gradients."""
-        for sizes in self.op.spec.awkward[:2]:
+        for sizes in self.op.spec.awkward[: 2 if opcheck_backend is None or CUDA else 1]:
             given = self.op.spec.inputs(sizes, opcheck_dtype, device(opcheck_backend))
             for name in self.op.spec.differentiable:
                 if isinstance(given[name], Tensor):
