@@ -259,6 +259,7 @@ def decoder_for(work: Work[Any], decoding: Decoding) -> AbstractContextManager[D
         timeout=decoding.timeout,
         backend=decoding.backend,
         windows=work.frames.windows,
+        prefetch=4,  # room enough that workers go on before this process has gathered what they gave
         threads=1 if device.type == "cpu" else None,
         **options,
     )

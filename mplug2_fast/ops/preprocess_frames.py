@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -91,8 +92,14 @@ def run_torch(frames: Tensor, image_size: int, dtype: torch.dtype, patch_size: i
     return _in_patches(_normalise(squashed.permute(3, 0, 1, 2).contiguous(), dtype), patch_size)
 
 
+@functools.cache
+def _table(dtype: torch.dtype) -> Tensor:
+    """What becomes of each byte of each channel, (3, 256)."""
+    return _normalise(torch.arange(256, device="cpu").expand(3, 256), dtype).contiguous()
+
+
 def run_native(frames: Tensor, image_size: int, dtype: torch.dtype, patch_size: int | None) -> Tensor:
-    table = _normalise(torch.arange(256, device="cpu").expand(3, 256), dtype).contiguous()
+    table = _table(dtype)
     output = torch.empty(_shape(frames, image_size, patch_size), dtype=dtype, device="cpu")
     native.module().preprocess_frames(
         frames.data_ptr(),

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -164,14 +164,26 @@ class DecodePool:
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Task:
-    """A file that a worker is at, and for how long, unless it waits for being asked on."""
+    """A file that a worker is to decode."""
 
     index: int
     source: Source
     run: int
+
+
+@dataclass
+class _Desk:
+    """What lies before a worker: the file that it is at, then the one that it goes on with; and since when it has been
+    at the first, None while there is none or it waits for being asked on."""
+
+    tasks: deque[_Task] = field(default_factory=deque)
     since: float | None = None
+
+    def waits(self) -> bool:
+        """Whether the worker has begun with a file and waits for being asked on."""
+        return bool(self.tasks) and self.since is None
 
 
 class _Answer(NamedTuple):
@@ -190,10 +202,14 @@ class _Supervisor(threading.Thread):
         self._options = options
         self._timeout = timeout
         self._ahead = ahead
+        # A worker that finds its next file before it need not wait until this process has heard of the last one. Of
+        # windows it gives one at a time, and takes another file for the end of the one that it is at.
+        self._depth = 2 if options.windows is None else 1
         self._changed = threading.Condition()
         self._files: deque[tuple[int, Source]] = deque()
         self._ready: deque[_Answer] = deque()
         self._run = 0  # the number of the iteration that files and answers belong to
+        self._hungry = True  # a worker would take more, if there were files and room for what comes of them
         self._failure: BaseException | None = None
         self._closed = False
         self._alarm, self._alarmed = socket.socketpair()
@@ -201,13 +217,13 @@ class _Supervisor(threading.Thread):
         # The rest is written by this thread alone.
         self._selector = selectors.DefaultSelector()
         self._starting: dict[Worker, float] = {}
-        self._tasks: dict[Worker, _Task | None] = {}
+        self._desks: dict[Worker, _Desk] = {}
         self._failed_starts = 0
 
     # What other threads call.
 
     def pids(self) -> list[int]:
-        return [worker.pid for worker in [*self._starting, *self._tasks]]
+        return [worker.pid for worker in [*self._starting, *self._desks]]
 
     def wants_files(self) -> bool:
         return len(self._files) < self._ahead
@@ -215,7 +231,9 @@ class _Supervisor(threading.Thread):
     def add(self, index: int, source: Source) -> None:
         with self._changed:
             self._files.append((index, source))
-        self._wake()
+            hungry = self._hungry
+        if hungry:
+            self._wake()
 
     def take(self, more: bool) -> _Answer | None:
         """The next answer; waits for it, or if there are `more` files, until some are wanted."""
@@ -230,7 +248,9 @@ class _Supervisor(threading.Thread):
             if self._failure:
                 raise RuntimeError(f"the decoding processes failed: {self._failure}") from self._failure
             answer = self._ready.popleft()
-        self._wake()
+            hungry = self._hungry
+        if hungry:
+            self._wake()
         return answer
 
     def forget(self) -> None:
@@ -258,7 +278,7 @@ class _Supervisor(threading.Thread):
         try:
             self._selector.register(self._alarmed, selectors.EVENT_READ)
             while not self._closed:
-                while len(self._starting) + len(self._tasks) < self._num_workers:
+                while len(self._starting) + len(self._desks) < self._num_workers:
                     self._start_worker()
                 self._assign()
                 self._listen()
@@ -268,7 +288,7 @@ class _Supervisor(threading.Thread):
                 self._failure = error
                 self._changed.notify_all()
         finally:
-            for worker in [*self._starting, *self._tasks]:
+            for worker in [*self._starting, *self._desks]:
                 worker.end()
             self._selector.close()
             self._alarm.close()
@@ -280,39 +300,53 @@ class _Supervisor(threading.Thread):
         self._selector.register(worker.socket, selectors.EVENT_READ, worker)
 
     def _assign(self) -> None:
-        """Files that are begun come first."""
+        """Files that are begun come first, then workers that have none."""
+        begin: list[tuple[Worker, _Task]] = []
         with self._changed:
-            for worker, task in self._tasks.items():
-                if task is not None and task.since is None and task.run != self._run:
-                    self._tasks[worker] = None  # nobody asks for the rest of this file
-            room = self._ahead - len(self._ready)
-            room -= sum(task is not None and task.since is not None for task in self._tasks.values())
-            begun = [worker for worker, task in self._tasks.items() if task is not None and task.since is None]
-            idle = [worker for worker, task in self._tasks.items() if task is None]
-            begin = idle[: max(min(room - len(begun), len(self._files)), 0)]
-            for worker in begin:
-                index, source = self._files.popleft()
-                self._tasks[worker] = _Task(index, source, self._run)
+            for desk in self._desks.values():
+                if desk.waits() and desk.tasks[0].run != self._run:
+                    desk.tasks.clear()  # nobody asks for the rest of this file
+            begun = [worker for worker, desk in self._desks.items() if desk.waits()]
+            room = self._ahead - len(self._ready) - sum(len(desk.tasks) for desk in self._desks.values())
+            asked = begun[: max(room + len(begun), 0)]
+            for depth in range(1, self._depth + 1):
+                for worker, desk in self._desks.items():
+                    if room > 0 and self._files and len(desk.tasks) < depth:
+                        room -= 1
+                        desk.tasks.append(_Task(*self._files.popleft(), self._run))
+                        begin.append((worker, desk.tasks[-1]))
+            short = any(len(desk.tasks) < self._depth for desk in self._desks.values())
+            self._hungry = short or len(asked) < len(begun)
+            if begin:
                 self._changed.notify_all()
-        for worker in begun[: max(room, 0)] + begin:
-            self._order(worker, self._tasks[worker], begin=worker in begin)
-
-    def _order(self, worker: Worker, task: _Task, *, begin: bool) -> None:
-        task.since = time.monotonic()
-        try:
-            if begin:
-                worker.start(task.source)
-            else:
+        for worker in asked:
+            self._desks[worker].since = time.monotonic()
+            with contextlib.suppress(ConnectionError):  # it died before, as listening will find out
                 worker.proceed()
-        except ConnectionError:  # it died before, as listening will find out: a file that it never saw is not to blame
-            if begin:
-                self._tasks[worker] = None
-                with self._changed:
-                    if task.run == self._run:
-                        self._files.appendleft((task.index, task.source))
-        except OSError as error:  # the file's name or its bytes are too large to send
-            self._tasks[worker] = None
-            self._hand_over(task, {"error": f"cannot be handed to a decoder: {error.strerror}", "seconds": 0.0})
+        for worker, task in begin:
+            self._begin(worker, task)
+
+    def _begin(self, worker: Worker, task: _Task) -> None:
+        desk = self._desks[worker]
+        if desk.since is None:
+            desk.since = time.monotonic()
+        try:
+            worker.start(task.source)
+        except OSError as error:
+            desk.tasks.remove(task)
+            if not desk.tasks:
+                desk.since = None
+            if isinstance(error, (ConnectionError, BlockingIOError)):
+                # The worker died before, as listening will find out: a file that it never saw is not to blame. Or the
+                # name of the file that lies before it is so long that no other fits beside it.
+                self._take_back(task)
+            else:  # the file's name or its bytes are too large to send
+                self._hand_over(task, {"error": f"cannot be handed to a decoder: {error.strerror}", "seconds": 0.0})
+
+    def _take_back(self, task: _Task) -> None:
+        with self._changed:
+            if task.run == self._run:
+                self._files.appendleft((task.index, task.source))
 
     def _listen(self) -> None:
         for key, _ in self._selector.select(self._seconds_left()):
@@ -324,7 +358,7 @@ class _Supervisor(threading.Thread):
     def _seconds_left(self) -> float | None:
         ends = [since + _START_LIMIT for since in self._starting.values()]
         if self._timeout is not None:
-            ends += [task.since + self._timeout for task in self._tasks.values() if task and task.since is not None]
+            ends += [desk.since + self._timeout for desk in self._desks.values() if desk.since is not None]
         return max(min(ends) - time.monotonic(), 0) if ends else None
 
     def _hear(self, worker: Worker, answer: dict[str, Any] | None) -> None:
@@ -334,12 +368,14 @@ class _Supervisor(threading.Thread):
             raise RuntimeError(f"a decoding process cannot start:\n{answer['failed']}")
         elif worker in self._starting:
             del self._starting[worker]
-            self._tasks[worker] = None
+            self._desks[worker] = _Desk()
             self._failed_starts = 0
         else:
-            task = self._tasks[worker]
-            self._tasks[worker] = None if answer.get("last", True) else task
-            task.since = None
+            desk = self._desks[worker]
+            task, last = desk.tasks[0], answer.get("last", True)
+            if last:
+                desk.tasks.popleft()
+            desk.since = time.monotonic() if last and desk.tasks else None
             self._hand_over(task, answer)
 
     def _hand_over(self, task: _Task, answer: dict[str, Any]) -> None:
@@ -353,12 +389,12 @@ class _Supervisor(threading.Thread):
         for worker, since in list(self._starting.items()):
             if now >= since + _START_LIMIT:
                 self._lose(worker, "")
-        for worker, task in list(self._tasks.items()):
-            if task and task.since is not None and self._timeout is not None and now >= task.since + self._timeout:
+        for worker, desk in list(self._desks.items()):
+            if desk.since is not None and self._timeout is not None and now >= desk.since + self._timeout:
                 self._lose(worker, f"takes too long: decoding was stopped after {self._timeout:g} s", killed=True)
 
     def _lose(self, worker: Worker, reason: str, *, killed: bool = False) -> None:
-        """End a worker, which costs the file that it is at."""
+        """End a worker, which costs the file that it is at; what else lies before it goes to another."""
         self._selector.unregister(worker.socket)
         ended = worker.end()
         if self._starting.pop(worker, None) is not None:
@@ -366,8 +402,10 @@ class _Supervisor(threading.Thread):
             if self._failed_starts >= _START_TRIES:
                 raise RuntimeError(f"a decoding process does not start: {ended}")
             return
-        task = self._tasks.pop(worker)
-        if task is not None:
+        desk = self._desks.pop(worker)
+        for task in list(desk.tasks)[1:]:
+            self._take_back(task)
+        if desk.tasks:
             reason = reason if killed else f"{reason} ({ended})"
-            seconds = 0.0 if task.since is None else time.monotonic() - task.since
-            self._hand_over(task, {"error": reason, "seconds": seconds})
+            seconds = 0.0 if desk.since is None else time.monotonic() - desk.since
+            self._hand_over(desk.tasks[0], {"error": reason, "seconds": seconds})

@@ -52,6 +52,8 @@ class Worker:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                # numpy would start a thread for every core, which it never uses here, and they spin for a while.
+                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
             )
 
     @property
@@ -59,17 +61,24 @@ class Worker:
         return self._process.pid
 
     def start(self, source: bytes | str | os.PathLike[str]) -> None:
-        """Begin with a file: a path, or the bytes of the file itself. Its first clip, or an error, is the answer."""
+        """Begin with a file: a path, or the bytes of the file itself. Its first clip, or an error, is the answer.
+
+        A file that follows another before the last answer to that has come ends it, unless one clip is all it gives.
+
+        Raises:
+            ConnectionError: the process is gone. BlockingIOError: it has not begun with the file before.
+            OSError: the file's name, or its bytes, are too large.
+        """
         if isinstance(source, bytes):
             memory = os.memfd_create("video")
             try:
                 with open(memory, "wb", closefd=False) as file:
                     file.write(source)
-                socket.send_fds(self.socket, [_JOB_IN_MEMORY], [memory])
+                socket.send_fds(self.socket, [_JOB_IN_MEMORY], [memory], socket.MSG_DONTWAIT)
             finally:
                 os.close(memory)
         else:
-            self.socket.send(_JOB + os.fsencode(source))
+            self.socket.send(_JOB + os.fsencode(source), socket.MSG_DONTWAIT)
 
     def proceed(self) -> None:
         """Ask for the next clip of the file."""
@@ -79,8 +88,8 @@ class Worker:
         """The answer that is waiting, with `memory`, a buffer, where it has frames; None if the process is gone."""
         try:
             message, descriptors, _, _ = socket.recv_fds(self.socket, _MAX_MESSAGE, 1)
-        except ConnectionError:
-            return None
+        except ConnectionResetError:  # it left a message unread; told once, before the answers that it sent until then
+            return self.receive()
         if not message:
             return None
         answer = json.loads(message)

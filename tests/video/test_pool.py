@@ -3,6 +3,7 @@
 import os
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ import mplug2_fast as mf
 from mplug2_fast.errors import BackendError
 from mplug2_fast.ops import preprocess_frames
 from mplug2_fast.video import DecodePool, Windows, frame_indices, load_video, read_frames
+from mplug2_fast.video.worker import Worker
 from tests.video.clips import decode_all, moving_frames, write_video
 
 
@@ -146,6 +148,29 @@ def test_a_hanging_worker_costs_its_file_only(clips):
     assert all(found[index].error is None for index in (1, 2, 3))
 
 
+def test_a_hanging_worker_whose_socket_is_full_is_ended_too(clips):
+    with DecodePool(1, timeout=1.0, num_frames=2, image_size=8) as pool:
+        list(pool.clips(clips[:1]))
+        (worker,) = pool._supervisor._desks
+        os.kill(worker.pid, signal.SIGSTOP)
+        longest = "x" * (worker.socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) - 100)
+        found = by_index(pool.clips([longest, longest, clips[0]]))
+    assert str(found[0].error).endswith("takes too long: decoding was stopped after 1 s")
+    assert "takes too long" not in str(found[1].error)
+    assert found[2].error is None
+
+
+def test_what_a_worker_answered_before_it_died_counts():
+    worker = Worker.__new__(Worker)
+    worker.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with worker.socket, theirs:
+        worker.start("a file that it never begins with")
+        theirs.send(b'{"error": "is empty"}')
+        theirs.close()
+        assert worker.receive() == {"error": "is empty"}
+        assert worker.receive() is None
+
+
 @pytest.mark.parametrize("name", ["SIGSEGV", "SIGKILL", "SIGABRT"])
 def test_a_dying_worker_costs_its_file_only(clips, name):
     with DecodePool(1, num_frames=2, image_size=8) as pool:
@@ -154,7 +179,7 @@ def test_a_dying_worker_costs_its_file_only(clips, name):
         os.kill(pid, signal.SIGSTOP)
 
         def kill_at_work():
-            while not any(task and task.since for task in pool._supervisor._tasks.values()):
+            while not any(len(desk.tasks) == 2 for desk in pool._supervisor._desks.values()):
                 time.sleep(0.01)
             os.kill(pid, getattr(signal, name))
             os.kill(pid, signal.SIGCONT)
@@ -185,7 +210,7 @@ def test_a_worker_that_dies_idle_costs_nothing(clips):
 def test_a_file_is_not_to_blame_for_a_worker_that_was_dead_before(clips):
     with DecodePool(1, num_frames=2, image_size=8) as pool:
         list(pool.clips(clips[:1]))
-        (worker,) = pool._supervisor._tasks
+        (worker,) = pool._supervisor._desks
         # The worker's death goes unheard, as in the moment between it and the supervisor's waking up.
         pool._supervisor._selector.unregister(worker.socket)
         os.kill(worker.pid, signal.SIGKILL)
