@@ -41,6 +41,7 @@ from mplug2_fast.errors import MPlug2Error
 
 QUICK = Budget(seconds=0.12, most=100, fewest=3, slow=1.0)
 QUICK_PROCESSES = {"ops": 5, "modules": 2, "video": 2}
+QUICK_MORE = {"beam_step": 11}
 # Compiling takes most of the time.
 QUICK_COMPILED = frozenset({"local_temporal"})
 QUICK_TASKS = ("captioning", "features")
@@ -305,13 +306,15 @@ def keys(level: str, options: argparse.Namespace) -> list[Key]:
 
 
 def settings(options: argparse.Namespace, level: str) -> Settings:
+    many = options.quick and options.device == "cpu"
     return Settings(
         threads=options.threads or default_threads(level, options.preset),
         baselines=options.baselines,
         compiled=QUICK_COMPILED if options.quick else None,
         mode=options.mode,
         budget=QUICK if options.quick else Budget(),
-        processes=QUICK_PROCESSES.get(level, 1) if options.quick and options.device == "cpu" else 1,
+        processes=QUICK_PROCESSES.get(level, 1) if many else 1,
+        more=QUICK_MORE if many else {},
         memory=not options.no_memory,
         quick=options.quick,
         apart=options.device == "cpu",

@@ -31,6 +31,7 @@ class Settings:
         mode: of `bench.clock.MODES`.
         processes: that a case is timed in, one after the other: what is small is faster or slower by where its memory
             happens to lie. What is compiled has one.
+        more: that for the works of these names, which vary more.
         memory: whether peak memory is measured, in one more process.
         quick: smaller ceilings.
         apart: whether every case has a process of its own; on CUDA, where starting one takes long and the allocator
@@ -43,6 +44,7 @@ class Settings:
     mode: str = "cold"
     budget: Budget = field(default_factory=Budget)
     processes: int = 1
+    more: Mapping[str, int] = field(default_factory=dict)
     memory: bool = True
     quick: bool = False
     apart: bool = True
@@ -145,7 +147,7 @@ def run(keys: Iterable[Key], settings: Settings, progress: Progress, best: dict[
 
 def measure(key: Key, settings: Settings) -> tuple[Measured, Any]:
     """Times, and (peak, added) bytes or None."""
-    processes = 1 if "compiled" in settings.of(key) else settings.processes
+    processes = 1 if "compiled" in settings.of(key) else settings.more.get(key.name, settings.processes)
     found = [settings.call(time_case, key, settings)]
     found += [settings.call(time_case, key, settings, found[0].agreement) for _ in range(processes - 1)]
     timed_case = replace(found[0], turns=turns.together([each.turns for each in found]))
