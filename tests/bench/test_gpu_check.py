@@ -121,7 +121,7 @@ def test_steps_can_be_chosen(gpu, capsys):
     assert runner.limits["peer"] > 800
     with pytest.raises(SystemExit):
         gpu_check.main(["--only", "dance"], runner)
-    assert "no such step 'dance': choose from tests, sanitizer, ops, temporal, " in capsys.readouterr().err
+    assert "no such step 'dance': choose from tests, decoding, ops, temporal, " in capsys.readouterr().err
 
 
 def test_what_the_targets_of_a_gpu_need_is_measured(tmp_path):
