@@ -14,11 +14,13 @@ namespace mplug2_fast {
 // them; what is checked here is only what would otherwise read or write out of bounds. Addresses are those of tensors.
 void bind_attention(pybind11::module_& module);
 void bind_beam_step(pybind11::module_& module);
+void bind_decoder_layer(pybind11::module_& module);
 void bind_layer_norm(pybind11::module_& module);
 void bind_linear_act(pybind11::module_& module);
 void bind_linear_act_cuda(pybind11::module_& module);
 void bind_local_temporal(pybind11::module_& module);
 void bind_preprocess_frames(pybind11::module_& module);
+void bind_step_attention(pybind11::module_& module);
 
 template <typename Pointee>
 Pointee* at(std::uintptr_t address) {

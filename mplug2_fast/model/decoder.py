@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from mplug2_fast.config import TextConfig
 from mplug2_fast.model.bert import BertEmbeddings, BertLayer
 from mplug2_fast.nn import LayerNorm
-from mplug2_fast.ops.attention import attention, attention_with_dropout
+from mplug2_fast.ops.attention import attention_with_dropout
 from mplug2_fast.ops.beam_attention import beam_attention
+from mplug2_fast.ops.decoder_layer import decoder_layer
 from mplug2_fast.ops.gpu import early_kernels
 from mplug2_fast.ops.linear_act import linear_act
-from mplug2_fast.ops.step_attention import step_attention
 
 
 @dataclass
@@ -42,37 +42,21 @@ class Memory:
 
 
 class SelfAttentionCache:
-    """Keys and values of the tokens so far: `(layers, 2, batch·beams, heads, max_length, head_dim)`. Where beams are
-    reordered, they are copied: the CPU's way, whose kernels take what lies side by side."""
+    """Keys and values of the tokens so far, which stay where they were written: what is reordered is the table of the
+    rows in which they lie.
+
+    Attributes:
+        states: `(layers, 2, batch·beams, heads, max_length, head_dim)`.
+        ancestors: `(batch·beams, max_length)`, int32, as `step_attention` has them.
+    """
 
     def __init__(self, layers: int, rows: int, heads: int, max_length: int, head_dim: int, like: Tensor) -> None:
         self.states = like.new_empty(layers, 2, rows, heads, max_length, head_dim)
-
-    def attend(self, layer: int, step: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Stores key and value of `step`; returns the attention of the query to those of all steps so far,
-        `(rows, heads·head_dim)`. All three are `(rows, heads, head_dim)`."""
-        keys, values = self.states[layer]
-        keys[:, :, step], values[:, :, step] = key, value
-        keys, values = (states[:, :, : step + 1].transpose(1, 2) for states in (keys, values))
-        return attention(query[:, None], keys, values)[:, 0]
-
-    def reorder(self, rows: Tensor, length: int) -> None:
-        """Row i takes the first `length` steps of row `rows[i]`."""
-        self.states[:, :, :, :, :length] = self.states[:, :, rows, :, :length]
-
-
-class AncestorCache(SelfAttentionCache):
-    """Keys and values stay where they were written; what is reordered is the table of the rows in which they lie."""
-
-    def __init__(self, layers: int, rows: int, heads: int, max_length: int, head_dim: int, like: Tensor) -> None:
-        super().__init__(layers, rows, heads, max_length, head_dim, like)
         own = torch.arange(rows, dtype=torch.int32, device=like.device)
         self.ancestors = own[:, None].repeat(1, max_length)
 
-    def attend(self, layer: int, step: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return step_attention(query, key, value, *self.states[layer], self.ancestors, step=step)
-
     def reorder(self, rows: Tensor, length: int) -> None:
+        """Row i takes the first `length` steps of row `rows[i]`."""
         self.ancestors[:, :length] = self.ancestors[rows, :length]
 
 
@@ -130,29 +114,44 @@ class TextDecoder(nn.Module):
 
     def new_cache(self, batch: int, beams: int, max_length: int) -> SelfAttentionCache:
         config, like = self.config, self.embeddings.word.weight
-        kind = SelfAttentionCache if like.device.type == "cpu" else AncestorCache
-        return kind(len(self.layers), batch * beams, config.num_attention_heads, max_length, config.head_dim, like)
+        heads, head_dim = config.num_attention_heads, config.head_dim
+        return SelfAttentionCache(len(self.layers), batch * beams, heads, max_length, head_dim, like)
 
     def step(self, tokens: Tensor, step: int, cache: SelfAttentionCache, memory: Memory) -> Tensor:
         """Logits `(batch, beams, vocabulary)` after the newest tokens `(batch, beams)`, those of position `step`.
         Nothing is dropped out.
 
-        A norm is computed with the product after it, so that x is what goes into `norm`, or what came out of it.
+        A norm is computed with the product after it, so that x is what goes into `norm`.
         """
         x, norm = self.embeddings.sums(tokens, start=step), self.embeddings.norm  # (batch, beams, D)
         with early_kernels(x):
             for index, layer in enumerate(self.layers):
                 own, cross, mlp = layer.attention, layer.cross, layer.mlp
-                qkv, x = norm.then(x, own.in_proj_weight, own.in_proj_bias)
-                context = cache.attend(index, step, *own.split_projected(qkv.flatten(0, 1)))
-                x = own.project_out(context.view(x.shape), x)
-                query, x = layer.attention_norm.then(x, *cross.query_parameters())
-                context = beam_attention(
-                    cross.split_heads(query), memory.keys[index], memory.values[index], key_padding_mask=memory.mask
+                x = decoder_layer(
+                    x,
+                    _pair(norm),
+                    (own.in_proj_weight, own.in_proj_bias),
+                    _pair(own.out_proj),
+                    _pair(layer.attention_norm),
+                    cross.query_parameters(),
+                    _pair(cross.out_proj),
+                    _pair(layer.cross_norm),
+                    _pair(mlp.c_fc),
+                    _pair(mlp.c_proj),
+                    *cache.states[index],
+                    cache.ancestors,
+                    memory.keys[index],
+                    memory.values[index],
+                    step=step,
+                    activation=mlp.activation,
+                    key_padding_mask=memory.mask,
+                    eps=norm.eps,
                 )
-                x = cross.project_out(context, x)
-                hidden, x = layer.cross_norm.then(x, mlp.c_fc.weight, mlp.c_fc.bias, mlp.activation)
-                x, norm = mlp.project_out(hidden, x), layer.mlp_norm
+                norm = layer.mlp_norm
             hidden, _ = norm.then(x, self.head.weight, self.head.bias, "gelu")
             logits, _ = self.head_norm.then(hidden, self.embeddings.word.weight, self.head_bias)
         return logits
+
+
+def _pair(module: nn.Linear | LayerNorm) -> tuple[Tensor, Tensor]:
+    return module.weight, module.bias

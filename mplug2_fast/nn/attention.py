@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mplug2_fast.nn.autocast import would_round
 from mplug2_fast.ops.attention import attention_with_dropout
 from mplug2_fast.ops.linear_act import linear_act
+from mplug2_fast.ops.residual import linear_residual
 
 
 class MultiHeadAttention(nn.Module):
@@ -32,10 +32,7 @@ class MultiHeadAttention(nn.Module):
 
     def project_out(self, context: Tensor, residual: Tensor | None = None) -> Tensor:
         """The output projection of context `(..., embed_dim)`, plus the residual of the same shape."""
-        weight, bias = self.out_proj.weight, self.out_proj.bias
-        if residual is not None and would_round(residual):
-            return residual + linear_act(context, weight, bias)
-        return linear_act(context, weight, bias, residual=residual)
+        return linear_residual(context, self.out_proj.weight, self.out_proj.bias, residual)
 
     def attend_heads(
         self,
@@ -118,10 +115,7 @@ class SelfAttention(_FusedAttention):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x `(..., embed_dim)` to queries, keys and values, each a `(..., num_heads, head_dim)` view."""
-        return self.split_projected(linear_act(x, self.in_proj_weight, self.in_proj_bias))
-
-    def split_projected(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The projection `(..., 3·embed_dim)` to the same views."""
+        qkv = linear_act(x, self.in_proj_weight, self.in_proj_bias)
         return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
 
     def forward(

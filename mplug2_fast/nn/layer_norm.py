@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mplug2_fast.nn.autocast import would_round
 from mplug2_fast.ops.add_layer_norm import add_layer_norm
 from mplug2_fast.ops.layer_norm import layer_norm
-from mplug2_fast.ops.linear_act import Activation, linear_act
-from mplug2_fast.ops.norm_linear_act import norm_linear_act
+from mplug2_fast.ops.linear_act import Activation
+from mplug2_fast.ops.residual import norm_linear_residual
 
 
 class LayerNorm(nn.LayerNorm):
@@ -34,7 +33,4 @@ class LayerNorm(nn.LayerNorm):
     ) -> tuple[Tensor, Tensor]:
         """The linear layer of weight `(outputs, dim)` and bias `(outputs,)` and its activation, after the norm, and the
         norm itself."""
-        if self.weight is None or self.bias is None or would_round(x):
-            normed = self(x)
-            return linear_act(normed, weight, bias, activation), normed
-        return norm_linear_act(x, self.weight, self.bias, weight, bias, activation, eps=self.eps)
+        return norm_linear_residual(x, self.weight, self.bias, weight, bias, activation, self.eps)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from mplug2_fast.nn.autocast import would_round
 from mplug2_fast.nn.layer_norm import LayerNorm
 from mplug2_fast.ops.linear_act import EAGER, Activation
 from mplug2_fast.ops.local_temporal import local_temporal
+from mplug2_fast.ops.residual import would_round
 
 if TYPE_CHECKING:
     from typing_extensions import Self

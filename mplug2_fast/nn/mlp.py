@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mplug2_fast.nn.autocast import would_round
-from mplug2_fast.ops.linear_act import Activation, linear_act
+from mplug2_fast.ops.linear_act import Activation
 from mplug2_fast.ops.mlp import mlp
+from mplug2_fast.ops.residual import would_round
 
 
 class MLP(nn.Module):
@@ -28,13 +28,6 @@ class MLP(nn.Module):
         if norm is not None and (norm.weight is None or norm.bias is None):
             raise ValueError("norm must have a weight and a bias: apply another norm before the call")
         return feed_forward(x, self.c_fc, self.c_proj, self.activation, norm=norm, residual=residual)
-
-    def project_out(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        """The second layer, of hidden `(..., hidden)`, plus the residual `(..., dim)`."""
-        weight, bias = self.c_proj.weight, self.c_proj.bias
-        if would_round(residual):
-            return residual + linear_act(hidden, weight, bias)
-        return linear_act(hidden, weight, bias, residual=residual)
 
 
 def feed_forward(

@@ -8,6 +8,7 @@ from mplug2_fast.ops.attention import attention, attention_with_dropout
 from mplug2_fast.ops.beam_attention import beam_attention
 from mplug2_fast.ops.beam_step import beam_step
 from mplug2_fast.ops.beam_update import beam_update
+from mplug2_fast.ops.decoder_layer import decoder_layer
 from mplug2_fast.ops.dispatch import Explanation, explain, strict, use_backend
 from mplug2_fast.ops.layer_norm import layer_norm
 from mplug2_fast.ops.linear_act import linear_act
@@ -27,6 +28,7 @@ OPERATORS = {
         beam_attention,
         beam_step,
         beam_update,
+        decoder_layer,
         layer_norm,
         linear_act,
         local_temporal,
@@ -47,6 +49,7 @@ __all__ = [
     "beam_attention",
     "beam_step",
     "beam_update",
+    "decoder_layer",
     "explain",
     "layer_norm",
     "linear_act",

@@ -335,9 +335,13 @@ def linear_act(
     return x, weight, bias, activation, residual  # type: ignore[return-value]
 
 
-def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
+def check_activation(activation: str) -> None:
     if activation not in EAGER:
         raise ValueError(f"activation is {activation!r}: it must be one of {', '.join(EAGER)}")
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
+    check_activation(activation)
     if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x must be (..., in_features) and weight (out_features, in_features), got {tuple(x.shape)} and "

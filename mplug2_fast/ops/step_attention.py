@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops import gpu
-from mplug2_fast.ops.attention import attention_native, native_reasons
+from mplug2_fast.ops import gpu, native
 from mplug2_fast.ops.dispatch import Backend, Op
 from mplug2_fast.ops.spec import Spec, normal
 from mplug2_fast.ops.spec import upcast as in_float64
@@ -60,8 +60,34 @@ def run_torch(query, *others) -> Tensor:
     return F.scaled_dot_product_attention(query[:, :, None], keys, values).flatten(1)
 
 
-def run_cpu(query, *others) -> Tensor:
-    return attention_native(query[:, None], *_appended(*others), None)[:, 0]
+def run_cpu(query, key, value, keys, values, ancestors, step) -> Tensor:
+    rows, heads, head_dim = query.shape
+    out = query.new_empty(rows, heads * head_dim)
+    native.module().step_attention(
+        native.isa(),
+        query.dtype == torch.bfloat16,
+        native.threads(query.numel() * (step + 1) // 8),
+        (rows, heads, head_dim, step),
+        query.data_ptr(),
+        query.stride()[:2],
+        key.data_ptr(),
+        key.stride()[:2],
+        value.data_ptr(),
+        value.stride()[:2],
+        keys.data_ptr(),
+        keys.stride()[:3],
+        values.data_ptr(),
+        values.stride()[:3],
+        ancestors.data_ptr(),
+        ancestors.stride(),
+        head_dim**-0.5,
+        out.data_ptr(),
+    )
+    return out
+
+
+def cpu_reasons(query, key, value, keys, values, ancestors, step) -> list[str]:
+    return native.reasons(query, key=key, value=value, keys=keys, values=values)
 
 
 def run_triton(query, key, value, keys, values, ancestors, step) -> Tensor:
@@ -108,17 +134,28 @@ OP = Op(
     "(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) ancestors, int step) "
     "-> Tensor",
     [
-        Backend(
-            "cpu",
-            run_cpu,
-            lambda query, key, value, keys, values, *_: native_reasons(query, keys, values),
-            devices=("cpu",),
-        ),
+        Backend("cpu", run_cpu, cpu_reasons, devices=("cpu",)),
         Backend("triton", run_triton, triton_reasons, devices=gpu.DEVICES),
         Backend("torch", run_torch),
     ],
     fake=lambda query, *_: query.new_empty(query.shape[0], query.shape[1] * query.shape[2]),
 )
+
+
+def check_states(new: Sequence[int], keys: Tensor, values: Tensor, ancestors: Tensor, step: int) -> None:
+    """Raises what `step_attention` does, for new tokens of shape `(rows, heads, head_dim)`."""
+    rows, heads, head_dim = new
+    if keys.dim() != 4 or keys.shape != values.shape or keys.shape != (rows, heads, keys.shape[2], head_dim):
+        raise ValueError(
+            f"keys and values must be ({rows}, {heads}, length, {head_dim}), got {tuple(keys.shape)} and "
+            f"{tuple(values.shape)}"
+        )
+    if ancestors.shape != (rows, keys.shape[2]):
+        raise ValueError(f"ancestors must be {(rows, keys.shape[2])}, got {tuple(ancestors.shape)}")
+    if ancestors.dtype != torch.int32:
+        raise TypeError(f"ancestors must be int32, got {ancestors.dtype}")
+    if not 0 <= step < keys.shape[2]:
+        raise ValueError(f"there is no step {step} among {keys.shape[2]}")
 
 
 @OP.public
@@ -147,16 +184,5 @@ def step_attention(
             "query, key and value must be (rows, heads, head_dim), all the same, got "
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
-    rows, heads, head_dim = query.shape
-    if keys.dim() != 4 or keys.shape != values.shape or keys.shape != (rows, heads, keys.shape[2], head_dim):
-        raise ValueError(
-            f"keys and values must be ({rows}, {heads}, length, {head_dim}), got {tuple(keys.shape)} and "
-            f"{tuple(values.shape)}"
-        )
-    if ancestors.shape != (rows, keys.shape[2]):
-        raise ValueError(f"ancestors must be {(rows, keys.shape[2])}, got {tuple(ancestors.shape)}")
-    if ancestors.dtype != torch.int32:
-        raise TypeError(f"ancestors must be int32, got {ancestors.dtype}")
-    if not 0 <= step < keys.shape[2]:
-        raise ValueError(f"there is no step {step} among {keys.shape[2]}")
+    check_states(query.shape, keys, values, ancestors, step)
     return query, key, value, keys, values, ancestors, step  # type: ignore[return-value]

@@ -6,7 +6,9 @@ import torch
 from bench.modules import cases, decoder_step, fusion_layer, temporal_block, universal_layers
 from bench.selection import Selection
 from mplug2_fast import MPlug2Config
+from mplug2_fast.model import decoder
 from mplug2_fast.nn.attention import MultiHeadAttention
+from mplug2_fast.ops import decoder_layer
 
 TINY, LARGE = MPlug2Config.preset("tiny"), MPlug2Config.preset("large")
 ALL = Selection("tiny", dtypes=("float32", "bfloat16"), directions=("forward", "backward", "both"))
@@ -47,12 +49,16 @@ def test_every_way_runs_and_ours_agrees(key):
 @pytest.mark.parametrize("direction", ["forward", "both"])
 @pytest.mark.parametrize("name", list(cases.MODULES))
 def test_what_is_wrong_is_noticed(name, direction, monkeypatch):
-    right = MultiHeadAttention.project_out
+    project_out = MultiHeadAttention.project_out
 
     def wrong(self, context, residual=None):
-        return right(self, 1.1 * context, residual)
+        return project_out(self, 1.1 * context, residual)
+
+    def wrong_layer(x, norm, qkv, self_out, *others, **options):
+        return decoder_layer(x, norm, qkv, (1.1 * self_out[0], self_out[1]), *others, **options)
 
     monkeypatch.setattr(MultiHeadAttention, "project_out", wrong)
+    monkeypatch.setattr(decoder, "decoder_layer", wrong_layer)
     for key in cases.keys(Selection("tiny", dtypes=("bfloat16",), only=(name,), directions=(direction,))):
         found = cases.build(key, compile=False).agreement()
         assert found.ours > found.allowed

@@ -4,14 +4,13 @@ import pytest
 import torch
 
 from mplug2_fast import ops
-from mplug2_fast.model.decoder import AncestorCache, SelfAttentionCache, TextDecoder
+from mplug2_fast.model.decoder import TextDecoder
 from tests.models import SMALL
 from tests.ops.suite import TRITON_DEVICE, device
 
 
 @pytest.mark.parametrize("backend", [None, "torch", *(["triton"] if TRITON_DEVICE else [])])
-@pytest.mark.parametrize("cache", [SelfAttentionCache, AncestorCache])
-def test_steps_of_reordered_beams(cache, backend):
+def test_steps_of_reordered_beams(backend):
     torch.manual_seed(0)
     where = device(backend)
     decoder = TextDecoder(SMALL.text).to(where).eval()
@@ -19,9 +18,7 @@ def test_steps_of_reordered_beams(cache, backend):
         torch.nn.init.normal_(parameter, std=0.2)
     config, batch, beams, length = decoder.config, 2, 3, 4
     memory = decoder.remember(torch.randn(batch, 7, config.hidden_size, device=where))
-    states = cache(
-        len(decoder.layers), batch * beams, config.num_attention_heads, length, config.head_dim, decoder.head.weight
-    )
+    states = decoder.new_cache(batch, beams, length)
     sequences = torch.empty(batch, beams, 0, dtype=torch.long, device=where)
     for step in range(length):
         tokens = torch.randint(config.vocab_size, (batch, beams), device=where)

@@ -9,7 +9,7 @@ class TestSpecification(OpSuite):
     operator = ops.step_attention
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"] if TRITON_DEVICE else ["torch"])
+@pytest.mark.parametrize("backend", ["cpu", "torch", *(["triton"] if TRITON_DEVICE else [])])
 def test_the_new_states_are_kept_and_nothing_else_is_written(backend):
     given = ops.step_attention.op.spec.inputs({"rows": 5, "length": 7, "step": 3}, device=device(backend))
     before = {name: given[name].clone() for name in ("keys", "values", "ancestors")}

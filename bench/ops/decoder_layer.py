@@ -1,0 +1,3 @@
+"""A layer of a decoding step at once, against its operators one by one."""
+
+BASELINES = ()

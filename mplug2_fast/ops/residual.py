@@ -1,0 +1,42 @@
+"""Residuals beside linear layers: inside the operator, except where that would round them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mplug2_fast.ops.layer_norm import layer_norm
+from mplug2_fast.ops.linear_act import Activation, linear_act
+from mplug2_fast.ops.norm_linear_act import norm_linear_act
+
+
+def would_round(residual: Tensor) -> bool:
+    """Whether an operator that adds this residual would round it first: under autocast operators compute in a narrow
+    type, while the sum of a wide residual and a narrow update is wide, as PyTorch has it. Then the sum is taken
+    outside."""
+    device = residual.device.type
+    return torch.is_autocast_enabled(device) and residual.dtype != torch.get_autocast_dtype(device)
+
+
+def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """The linear layer of x `(..., in_features)`, plus the residual `(..., out_features)` where there is one."""
+    if residual is not None and would_round(residual):
+        return residual + linear_act(x, weight, bias)
+    return linear_act(x, weight, bias, residual=residual)
+
+
+def norm_linear_residual(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Activation,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The linear layer and its activation after a layer norm of x `(..., in_features)`, and the norm, which is the next
+    residual."""
+    if norm_weight is None or norm_bias is None or would_round(x):
+        normed = layer_norm(x, norm_weight, norm_bias, eps=eps)
+        return linear_act(normed, weight, bias, activation), normed
+    return norm_linear_act(x, norm_weight, norm_bias, weight, bias, activation, eps=eps)

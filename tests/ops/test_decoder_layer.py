@@ -1,0 +1,89 @@
+import pytest
+import torch
+
+from mplug2_fast import ops
+from mplug2_fast.ops.decoder_layer import _PARTS
+from tests.ops.suite import OpSuite
+
+
+class TestSpecification(OpSuite):
+    operator = ops.decoder_layer
+
+
+def public(given):
+    """The arguments of the function from those of the operator."""
+    pairs = {part: (given[f"{part}_weight"], given[f"{part}_bias"]) for part in _PARTS}
+    others = {name: value for name, value in given.items() if not name.endswith(("_weight", "_bias"))}
+    return {**pairs, **others}
+
+
+@pytest.fixture
+def given():
+    return ops.decoder_layer.op.spec.inputs({"batch": 2, "beams": 3, "length": 4, "step": 2, "keys": 9, "masked": True})
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_only_the_newest_position_is_written(given, backend, native_module):
+    before = {name: given[name].clone() for name in ("keys", "values", "ancestors")}
+    with ops.use_backend(backend):
+        ops.decoder_layer(**public(given))
+    for name, was in before.items():
+        new = given[name]
+        changed = (new != was).movedim(-1 if name == "ancestors" else 2, 0).flatten(1).any(dim=1)
+        assert not changed[[0, 1, 3]].any()
+    assert not torch.equal(given["keys"], before["keys"])
+    assert torch.equal(given["ancestors"][:, 2], torch.arange(6, dtype=torch.int32))
+
+
+def test_many_rows_go_to_one_operator_each(native_module):
+    spec = ops.decoder_layer.op.spec
+    sizes = {"batch": 13, "beams": 5, "length": 2, "step": 1, "keys": 5}
+    explanation = ops.explain(ops.decoder_layer, **public(spec.inputs(sizes)))
+    assert explanation.chosen == "torch"
+    assert "65 rows" in explanation.reasons["cpu"][0]
+    assert ops.explain(ops.decoder_layer, **public(spec.inputs({**sizes, "batch": 12}))).chosen == "cpu"
+
+
+def test_under_autocast_operators_choose_their_types(given):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.explain(ops.decoder_layer, **public(given)).chosen == "torch"
+        narrow = ops.decoder_layer(**public(given))
+    wide = ops.decoder_layer(**public(given))
+    assert narrow.dtype == torch.float32  # the residuals'
+    assert not torch.equal(narrow, wide)
+    torch.testing.assert_close(narrow, wide, atol=0.1, rtol=0.1)
+
+
+def test_an_ancestor_that_is_no_row_is_refused(given, native_module):
+    given["ancestors"][4, 1] = 6
+    for operator, arguments in (
+        (ops.decoder_layer, public(given)),
+        (
+            ops.step_attention,
+            {
+                **dict.fromkeys(("query", "key", "value"), given["keys"][:, :, 0]),
+                **{name: given[name] for name in ("keys", "values", "ancestors", "step")},
+            },
+        ),
+    ):
+        with ops.use_backend("cpu"), pytest.raises(ValueError, match="ancestor is not one of the rows"):
+            operator(**arguments)
+
+
+def test_bad_arguments(given):
+    for name, change, error in (
+        ("x", lambda t: t[0], "x must be"),
+        ("x", lambda t: t[..., :7], "x has 7 channels"),
+        ("memory_key", lambda t: t[:1], "memory_key and memory_value"),
+        ("qkv", lambda pair: (pair[0][:32], pair[1]), "qkv must be of shapes"),
+        ("proj", lambda pair: (pair[0], pair[1][:3]), "proj must be of shapes"),
+        ("key_padding_mask", lambda t: t[:, :3], "key_padding_mask must be"),
+        ("activation", lambda _: "relu", "activation is 'relu'"),
+        ("keys", lambda t: t[:2], "keys and values"),
+        ("step", lambda _: 4, "no step 4"),
+    ):
+        arguments = public(given)
+        with pytest.raises(ValueError, match=error):
+            ops.decoder_layer(**{**arguments, name: change(arguments[name])})
+    with pytest.raises(TypeError, match="int32"):
+        ops.decoder_layer(**{**public(given), "ancestors": given["ancestors"].long()})
