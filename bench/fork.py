@@ -28,6 +28,8 @@ def call(function: Callable[..., T], *arguments: Any) -> T:
     """
     # The compiler's pool of processes would be started, and left behind, by every single one.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    # As the command line has it, for all that is compared.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     ours, theirs = context.Pipe(duplex=False)

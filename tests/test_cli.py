@@ -299,6 +299,14 @@ def test_version() -> None:
 # --- as a process -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("given", "asked"), [({}, True), ({"THP_MEM_ALLOC_ENABLE": "0"}, False)])
+def test_activations_lie_in_huge_pages_unless_that_is_forbidden(given: dict[str, str], asked: bool) -> None:
+    others = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    command = [*COMMAND, "info", "--json"]
+    finished = subprocess.run(command, env=others | given, capture_output=True, text=True, check=True)
+    assert json.loads(finished.stdout)["torch"]["huge_pages"] is asked
+
+
 def test_help_imports_nothing_heavy() -> None:
     program = (
         "import sys; from typer.testing import CliRunner; from mplug2_fast.cli import app\n"
