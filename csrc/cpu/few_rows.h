@@ -18,7 +18,10 @@ constexpr int kRows = 2;
 #endif
 constexpr int kFewTileRows = 6;
 constexpr int kColumns = 64;  // of products, that are finished together
+constexpr int kMaxRows = 64;  // of x, for one pass over the weight
+constexpr int kMostTiles = (kMaxRows + kFewTileRows - 1) / kFewTileRows;
 
+// Loops over sums are unrolled early, or GCC keeps them in memory around the loop over the inner dimension.
 template <int kM>
 using Sums = F32[kM][4];
 
@@ -36,9 +39,12 @@ struct FloatStep {
 
     template <int kM>
     MPLUG2_INLINE void multiply(Sums<kM>& sums, const Vector (&w)[kRows], const float* x) {
+#pragma GCC unroll 6
         for (int m = 0; m < kM; ++m) {
+            const Vector right = load(x + m * kPacked);
+#pragma GCC unroll 4
             for (int r = 0; r < kRows; ++r) {
-                sums[m][r] += w[r] * MPLUG2_ISA::load(x + m * kPacked);
+                sums[m][r] += w[r] * right;
             }
         }
     }
@@ -59,8 +65,10 @@ struct Bf16Step {
 
     template <int kM>
     MPLUG2_INLINE void multiply(Sums<kM>& sums, const Vector (&w)[kRows], const Bf16* x) {
+#pragma GCC unroll 6
         for (int m = 0; m < kM; ++m) {
             const Vector right = load(x + m * kPacked);
+#pragma GCC unroll 4
             for (int r = 0; r < kRows; ++r) {
                 sums[m][r] = (F32)_mm512_dpbf16_ps((__m512)sums[m][r], (__m512bh)w[r], (__m512bh)right);
             }
@@ -82,9 +90,13 @@ struct Bf16Step {
         return value;
     }
     MPLUG2_INLINE Vector load_first(const Bf16* from, int count) {
+#ifdef __AVX512BW__
+        return (Vector)_mm512_maskz_loadu_epi16((1u << count) - 1, from);
+#else
         Bf16 buffer[kSize] = {};
         std::memcpy(buffer, from, count * sizeof(Bf16));
         return load(buffer);
+#endif
     }
     MPLUG2_INLINE F32 even(Vector value) { return (F32)(value << 16); }
     MPLUG2_INLINE F32 odd(Vector value) { return (F32)(value & 0xFFFF0000u); }
@@ -96,13 +108,18 @@ struct Bf16Step {
     template <int kM>
     MPLUG2_INLINE void multiply(Sums<kM>& sums, const Vector (&w)[kRows], const float* x) {
         F32 left[kRows];
+#pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 4
             for (int r = 0; r < kRows; ++r) {
                 left[r] = half ? odd(w[r]) : even(w[r]);
             }
+#pragma GCC unroll 6
             for (int m = 0; m < kM; ++m) {
+                const F32 right = MPLUG2_ISA::load(x + m * kPacked + half * kLanes);
+#pragma GCC unroll 4
                 for (int r = 0; r < kRows; ++r) {
-                    sums[m][r] += left[r] * MPLUG2_ISA::load(x + m * kPacked + half * kLanes);
+                    sums[m][r] += left[r] * right;
                 }
             }
         }
@@ -119,10 +136,18 @@ struct Rows {
 // sums[m][r] for kM packed rows of x; `to` has kColumns columns.
 template <typename Step, int kM>
 void tile(const Rows<typename Step::Element>& w, const typename Step::Packed* x, std::int64_t in_features, float* to) {
-    Sums<kM> sums = {};
+    Sums<kM> sums;
+#pragma GCC unroll 6
+    for (int m = 0; m < kM; ++m) {
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+            sums[m][r] = F32{};
+        }
+    }
     typename Step::Vector vectors[kRows];
     std::int64_t k = 0;
     for (; k + Step::kSize <= in_features; k += Step::kSize, x += kM * Step::kPacked) {
+#pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
             vectors[r] = Step::load(w.row[r] + k);
             __builtin_prefetch(w.row[r] + k + w.ahead, 0, 2);
@@ -130,11 +155,13 @@ void tile(const Rows<typename Step::Element>& w, const typename Step::Packed* x,
         Step::template multiply<kM>(sums, vectors, x);
     }
     if (const int count = static_cast<int>(in_features - k)) {
+#pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
             vectors[r] = Step::load_first(w.row[r] + k, count);
         }
         Step::template multiply<kM>(sums, vectors, x);
     }
+#pragma GCC unroll 6
     for (int m = 0; m < kM; ++m) {
         float lanes[4];
         sum4(sums[m], lanes);
@@ -160,7 +187,9 @@ class PackedRows {
 
     void fill(const Element* x, std::int64_t stride, int rows) {
         tiles_ = (rows + kFewTileRows - 1) / kFewTileRows;
-        rows_ = rows;
+        for (int t = 0; t <= tiles_; ++t) {
+            begins_[t] = rows * t / tiles_;
+        }
         for (int t = 0; t < tiles_; ++t) {
             const int count = begin(t + 1) - begin(t);
             for (int m = 0; m < count; ++m) {
@@ -205,11 +234,13 @@ class PackedRows {
     }
 
   private:
-    int begin(int tile) const { return rows_ * tile / tiles_; }
+    int begin(int tile) const { return begins_[tile]; }
 
     Packed* data_;
     std::int64_t in_features_, steps_;
-    int tiles_ = 0, rows_ = 0;
+    int tiles_ = 0;
+    // The first row of each tile: a division takes as long as a tile of short rows.
+    int begins_[kMostTiles + 1] = {};
 };
 
 }  // namespace

@@ -7,8 +7,6 @@
 namespace mplug2_fast::MPLUG2_ISA {
 namespace {
 
-constexpr int kMaxRows = 64;  // of x, for one pass over the weight
-
 // `products` (rows, kColumns) become the columns of out from `column` on.
 template <typename Element, Activation kActivation>
 void finish(const LinearActArguments& a, const float* products, std::int64_t row, int rows, std::int64_t column,
