@@ -51,6 +51,16 @@ class Resources:
     instructions: dict[str, int]
 
 
+def operators() -> list[str]:
+    """Those that have Triton kernels. One that is put together from others, on Triton as elsewhere, has theirs."""
+    found = {name: function.op.backends for name, function in ops.OPERATORS.items()}
+    return [
+        name
+        for name, backends in found.items()
+        if "triton" in backends and backends["triton"].run is not backends["torch"].run
+    ]
+
+
 def launches(name: str, dtype: torch.dtype, capability: int) -> Iterator[Launch]:
     """Those of an operator, forward and backward, at the sizes of the Large model; each kernel once."""
     op = ops.OPERATORS[name].op
@@ -168,9 +178,8 @@ def _scalar(dtype: torch.dtype) -> str:
 
 def rows(kept: Mapping[str, Resources]) -> Iterator[str]:
     """Lines of the table. A process a core compiles what is not kept."""
-    names = [name for name, function in ops.OPERATORS.items() if "triton" in function.op.backends]
     with ProcessPoolExecutor() as pool:
-        works = itertools.product(names, DTYPES, CAPABILITIES)
+        works = itertools.product(operators(), DTYPES, CAPABILITIES)
         for found in pool.map(functools.partial(_rows, kept), *zip(*works, strict=True)):
             yield from found
 

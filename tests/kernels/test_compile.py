@@ -6,18 +6,25 @@ import itertools
 import pytest
 import torch
 
-from mplug2_fast import ops
-
 pytest.importorskip("triton")
 
-from bench.triton_resources import CAPABILITIES, DTYPES, SHARED_LIMIT, Resources, compiled, entry, launches, written
+from bench.triton_resources import (
+    CAPABILITIES,
+    DTYPES,
+    SHARED_LIMIT,
+    Resources,
+    compiled,
+    entry,
+    launches,
+    operators,
+    written,
+)
 
-NAMES = [name for name, function in ops.OPERATORS.items() if "triton" in function.op.backends]
 # Those whose products belong on tensor cores.
 PRODUCTS = {"attention", "beam_attention", "linear_act", "local_temporal", "mlp"}
 # Those whose tiles the tensor memory accelerator moves.
 DESCRIBED = {"linear_act", "mlp"}
-EVERY = list(itertools.product(NAMES, DTYPES, CAPABILITIES))
+EVERY = list(itertools.product(operators(), DTYPES, CAPABILITIES))
 # The GPU that kernels are made for; elsewhere the first of an operator will do.
 MAIN = (torch.bfloat16, 90)
 
