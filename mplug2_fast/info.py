@@ -122,7 +122,7 @@ def _torch() -> dict[str, Any]:
         "version": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
+        "asks_for_huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
         "built_for_cuda": torch.version.cuda,
     }
 

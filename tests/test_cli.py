@@ -304,7 +304,7 @@ def test_activations_lie_in_huge_pages_unless_that_is_forbidden(given: dict[str,
     others = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
     command = [*COMMAND, "info", "--json"]
     finished = subprocess.run(command, env=others | given, capture_output=True, text=True, check=True)
-    assert json.loads(finished.stdout)["torch"]["huge_pages"] is asked
+    assert json.loads(finished.stdout)["torch"]["asks_for_huge_pages"] is asked
 
 
 def test_help_imports_nothing_heavy() -> None:

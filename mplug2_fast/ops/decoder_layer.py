@@ -21,13 +21,15 @@ from mplug2_fast.ops.residual import linear_residual, norm_linear_residual
 from mplug2_fast.ops.spec import Spec, normal
 from mplug2_fast.ops.spec import upcast as in_float64
 from mplug2_fast.ops.step_attention import check_states, step_attention
+from mplug2_fast.ops.step_attention import make as make_states
 from mplug2_fast.ops.step_attention import reference as step_reference
 
 WeightAndBias = tuple[Tensor, Tensor | None]
 
-_PARTS = ("norm", "qkv", "self_out", "self_norm", "query", "cross_out", "cross_norm", "fc", "proj")
-_NORMS = ("norm", "self_norm", "cross_norm")
-_PARAMETERS = 2 * len(_PARTS)
+# Each with a weight and a bias, in the order of the operator's arguments.
+PARTS = ("norm", "qkv", "self_out", "self_norm", "query", "cross_out", "cross_norm", "fc", "proj")
+NORMS = ("norm", "self_norm", "cross_norm")
+_PARAMETERS = 2 * len(PARTS)
 
 
 def reference(
@@ -97,21 +99,20 @@ def make(
     masked: bool = False,
     biases: bool = True,
 ) -> dict[str, Any]:
-    dim, rows, made = heads * head_dim, batch * beams, {}
+    dim, made = heads * head_dim, {}
     outputs = {"qkv": 3 * dim, "fc": hidden}
-    for name in _PARTS:
-        shape = (dim,) if name in _NORMS else (outputs.get(name, dim), hidden if name == "proj" else dim)
-        made[f"{name}_weight"] = normal(generator, *shape, scale=1.0 if name in _NORMS else shape[-1] ** -0.5)
-        made[f"{name}_bias"] = normal(generator, shape[0]) if biases or name in _NORMS else None
+    for name in PARTS:
+        shape = (dim,) if name in NORMS else (outputs.get(name, dim), hidden if name == "proj" else dim)
+        made[f"{name}_weight"] = normal(generator, *shape, scale=1.0 if name in NORMS else shape[-1] ** -0.5)
+        made[f"{name}_bias"] = normal(generator, shape[0]) if biases or name in NORMS else None
     memory = make_memory(
         generator, batch=batch, queries=beams, keys=keys, heads=heads, head_dim=head_dim, masked=masked
     )
+    states = make_states(generator, rows=batch * beams, length=length, step=step, heads=heads, head_dim=head_dim)
     return {
         "x": normal(generator, batch, beams, dim) * 2 + 0.5,
         **made,
-        "keys": normal(generator, rows, heads, length, head_dim),
-        "values": normal(generator, rows, heads, length, head_dim),
-        "ancestors": torch.randint(max(1, rows), (rows, length), generator=generator, dtype=torch.int32),
+        **{name: states[name] for name in ("keys", "values", "ancestors")},
         "memory_key": memory["key"],
         "memory_value": memory["value"],
         "key_padding_mask": memory["key_padding_mask"],
@@ -142,7 +143,7 @@ def run_cpu(x: Tensor, *others: Any) -> Tensor:
     out = torch.empty_like(x)
     parameters = [None if p is None else p.contiguous() for p in parameters]
     mask = None if mask is None else mask.bool().contiguous()
-    hidden = parameters[2 * _PARTS.index("fc")].shape[0]
+    hidden = parameters[2 * PARTS.index("fc")].shape[0]
     native.module().decoder_layer(
         native.isa(),
         x.dtype == torch.bfloat16,
@@ -205,7 +206,7 @@ def _heads(projected: Tensor, heads: int) -> tuple[Tensor, ...]:
 
 
 def flops(x: Tensor, keys: Tensor, memory_key: Tensor, step: int, **others: Any) -> int:
-    weights = sum(others[f"{part}_weight"].numel() for part in _PARTS if part not in _NORMS)
+    weights = sum(others[f"{part}_weight"].numel() for part in PARTS if part not in NORMS)
     rows = x.shape[0] * x.shape[1]
     return 2 * rows * weights + 4 * x.numel() * (step + 1 + memory_key.shape[2])
 
@@ -250,7 +251,7 @@ SPEC = Spec(
     flops=flops,
 )  # fmt: skip
 
-_SCHEMA = ", ".join(f"Tensor {part}_weight, Tensor{'' if part in _NORMS else '?'} {part}_bias" for part in _PARTS)
+_SCHEMA = ", ".join(f"Tensor {part}_weight, Tensor{'' if part in NORMS else '?'} {part}_bias" for part in PARTS)
 
 OP = Op(
     SPEC,
@@ -322,12 +323,12 @@ def decoder_layer(
     _, heads, k_len, head_dim = memory_key.shape
     if heads * head_dim != dim:
         raise ValueError(f"x has {dim} channels, the memory {heads} heads of {head_dim}")
-    pairs = dict(zip(_PARTS, (norm, qkv, self_out, self_norm, query, cross_out, cross_norm, fc, proj), strict=True))
+    pairs = dict(zip(PARTS, (norm, qkv, self_out, self_norm, query, cross_out, cross_norm, fc, proj), strict=True))
     hidden = fc[0].shape[0]
     outputs = {"qkv": 3 * dim, "fc": hidden}
     for name, (weight, bias) in pairs.items():
         out_features = outputs.get(name, dim)
-        wanted = (dim,) if name in _NORMS else (out_features, hidden if name == "proj" else dim)
+        wanted = (dim,) if name in NORMS else (out_features, hidden if name == "proj" else dim)
         if weight.shape != wanted or (bias is not None and bias.shape != (out_features,)):
             shape = None if bias is None else tuple(bias.shape)
             raise ValueError(

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mplug2_fast import ops
-from mplug2_fast.ops.decoder_layer import _PARTS
+from mplug2_fast.ops.decoder_layer import PARTS
 from tests.ops.suite import OpSuite
 
 
@@ -12,7 +12,7 @@ class TestSpecification(OpSuite):
 
 def public(given):
     """The arguments of the function from those of the operator."""
-    pairs = {part: (given[f"{part}_weight"], given[f"{part}_bias"]) for part in _PARTS}
+    pairs = {part: (given[f"{part}_weight"], given[f"{part}_bias"]) for part in PARTS}
     others = {name: value for name, value in given.items() if not name.endswith(("_weight", "_bias"))}
     return {**pairs, **others}
 
