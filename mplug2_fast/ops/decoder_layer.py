@@ -172,9 +172,7 @@ def run_cpu(x: Tensor, *others: Any) -> Tensor:
 def cpu_reasons(x: Tensor, *others: Any) -> list[str]:
     parameters, (keys, values, _), (key, value, _), _ = _split(others)
     found = native.reasons(x, keys=keys, values=values, memory_key=key, memory_value=value)
-    if any(p is not None and p.dtype != x.dtype for p in parameters):
-        types = ", ".join(sorted({str(p.dtype) for p in parameters if p is not None}))
-        found.append(f"x is {x.dtype}, the parameters are {types}")
+    found += native.parameter_reasons(x, parameters)
     if key.shape[3] > MAX_HEAD_DIM:
         found.append(f"it is for heads of up to {MAX_HEAD_DIM} channels, not {key.shape[3]}")
     return found

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +28,9 @@ from mplug2_fast.ops.spec import Spec
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 _LIBRARY = torch.library.Library("mplug2_fast", "DEF")
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN, _CPU = frozenset((Tensor, torch.nn.Parameter)), frozenset(("cpu",))
+_is_cpu = attrgetter("is_cpu")
+_dispatch_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 
 _forced: ContextVar[str | None] = ContextVar("mplug2_fast_backend", default=None)
 _strict: ContextVar[bool] = ContextVar("mplug2_fast_strict", default=False)
@@ -64,7 +67,12 @@ class Backend:
     backward: Callable[[list[Tensor | None], tuple[Any, ...], list[Tensor], list[bool]], list[Tensor]] | None = None
     saved: Callable[..., list[Tensor]] | None = None
     train: Callable[..., Any] | None = None
-    slower_reasons: Callable[..., Sequence[str]] = lambda *_: ()
+    slower_reasons: Callable[..., Sequence[str]] | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether it gives gradients without the formula being computed again."""
+        return self.differentiable or self.backward is not None
 
 
 @dataclass(frozen=True)
@@ -147,7 +155,9 @@ class Op:
         self.backends = {backend.name: backend for backend in (*backends, reference)}
         self._automatic = [backend for backend in self.backends.values() if backend.name != "reference"]
         arguments, results = schema.split(" -> ")
-        self._names = [part.split("=")[0].split()[-1] for part in arguments.strip("()").split(", ")]
+        declared = [part.split("=")[0].split() for part in arguments.strip("()").split(", ")]
+        self._names = [name for _, name in declared]
+        self._tensors_at = [i for i, (kind, _) in enumerate(declared) if kind.startswith("Tensor")]
         _LIBRARY.define(f"{self.name}{schema}")
         _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mplug2_fast::{self.name}", fake, lib=_LIBRARY)
@@ -167,10 +177,10 @@ class Op:
     def explain(self, *arguments: Any) -> Explanation:
         """Who serves a call with these arguments, all of them, in order."""
         chosen, reasons = None, {}
-        forced, needs_grad = _forced.get(), self._needs_grad(arguments)
+        forced, needs_grad = _forced.get(), self._needs_grad(self._tensors(arguments))
         for backend in self.backends.values():
             why = self._reasons(backend, arguments, needs_grad and forced is None)
-            if not why and forced is None:
+            if not why and forced is None and backend.slower_reasons:
                 why = backend.slower_reasons(needs_grad, *arguments)
             if not why and chosen is None and (forced == backend.name or (not forced and backend.name != "reference")):
                 chosen = backend.name
@@ -182,19 +192,22 @@ class Op:
 
     def choose(self, arguments: tuple[Any, ...], *, needs_grad: bool = False) -> Backend:
         """The backend that serves a call. Raises `BackendError` where none may."""
+        return self._choose(arguments, self._tensors(arguments), needs_grad)
+
+    def _choose(self, arguments: tuple[Any, ...], tensors: list[Tensor], needs_grad: bool) -> Backend:
         forced = _forced.get()
         if forced is not None:
             backend = self.backends.get(forced)
             if backend is not None and not self._reasons(backend, arguments, False):
                 return backend
             raise self._error(f"{self.name} cannot run on the backend {forced!r}", arguments)
-        outrun, devices = False, _device_types(arguments)
+        outrun, devices = False, _device_types(tensors)
         for backend in self._automatic:
             if backend.devices and not devices.issubset(backend.devices):  # before reasons are put into words
                 continue
-            if self._unable(backend, arguments, needs_grad):
+            if (needs_grad and not backend.trains) or backend.not_supported_reasons(*arguments):
                 continue
-            if backend.slower_reasons(needs_grad, *arguments):
+            if backend.slower_reasons and backend.slower_reasons(needs_grad, *arguments):
                 outrun = True
                 continue
             if _strict.get() and not outrun and backend not in self._made_for(arguments):
@@ -206,19 +219,15 @@ class Op:
 
     def _made_for(self, arguments: tuple[Any, ...]) -> list[Backend]:
         """Our own backends for the device of the arguments, or where there are none the first that serves it."""
-        device = next(a.device.type for a in arguments if isinstance(a, Tensor))
+        device = self._tensors(arguments)[0].device.type
         able = [b for b in self._automatic if not b.devices or device in b.devices]
         return [b for b in able if b.devices and b.name not in packages.BACKENDS] or able[:1]
 
     def _reasons(self, backend: Backend, arguments: tuple[Any, ...], needs_grad: bool) -> Sequence[str]:
-        if backend.devices and not _device_types(arguments).issubset(backend.devices):
-            device = next(a.device for a in arguments if isinstance(a, Tensor) and a.device.type not in backend.devices)
+        if backend.devices and not _device_types(tensors := self._tensors(arguments)).issubset(backend.devices):
+            device = next(t.device for t in tensors if t.device.type not in backend.devices)
             return (f"it is for {' and '.join(backend.devices)}, not for {device}",)
-        return self._unable(backend, arguments, needs_grad)
-
-    def _unable(self, backend: Backend, arguments: tuple[Any, ...], needs_grad: bool) -> Sequence[str]:
-        """The reasons on a device that the backend is for."""
-        if needs_grad and not backend.differentiable and backend.backward is None:
+        if needs_grad and not backend.trains:
             return ("gradients are asked for, and it has no backward of its own",)
         return backend.not_supported_reasons(*arguments)
 
@@ -241,25 +250,27 @@ class Op:
     # --- how it is called
 
     def __call__(self, *arguments: Any) -> Any:
-        if self.autocast:
-            arguments = _autocast(arguments)
+        tensors = self._tensors(arguments)
+        if self.autocast and torch.is_autocast_enabled(device := _device_type(tensors[0])):
+            arguments = _autocast(arguments, torch.get_autocast_dtype(device))
+            tensors = self._tensors(arguments)
         if torch.compiler.is_compiling():
             # What is forced while a graph is made is part of the graph.
-            saves = self._saving_devices and self._needs_grad(arguments) and self._saves(arguments, _forced_name())
+            saves = self._saving_devices and self._needs_grad(tensors) and self._saves(tensors, _forced_name())
             return self._trained(arguments) if saves else self._torch_op(*arguments)
-        needs_grad = self._needs_grad(arguments)
-        if _seen_by_others(arguments):
+        if _seen_by_others(tensors):
             return self._torch_op(*arguments)
-        backend = self.choose(arguments, needs_grad=needs_grad)
+        needs_grad = self._needs_grad(tensors)
+        backend = self._choose(arguments, tensors, needs_grad)
         if needs_grad and not backend.differentiable:
             return self._trained(arguments) if backend.train else self._torch_op(*arguments)
         return backend.run(*arguments)
 
-    def _saves(self, arguments: tuple[Any, ...], forced: str | None) -> bool:
+    def _saves(self, tensors: list[Tensor], forced: str | None) -> bool:
         """Whether a backend that saves something for its backward may serve on this device."""
         if forced is not None and forced not in self._saving:
             return False
-        return any(isinstance(a, Tensor) and a.device.type in self._saving_devices for a in arguments)
+        return any(t.device.type in self._saving_devices for t in tensors)
 
     def _trained(self, arguments: tuple[Any, ...]) -> Any:
         *results, _ = self._training_op(*arguments)
@@ -268,19 +279,24 @@ class Op:
     def public(self, arguments: _F) -> _F:
         """Makes the function that users call from one that checks its arguments and returns all of the operator's."""
 
+        serve = self.__call__
+
         @functools.wraps(arguments)
         def call(*args: Any, **kwargs: Any) -> Any:
-            return self(*arguments(*args, **kwargs))
+            return serve(*arguments(*args, **kwargs))
 
         call.op = self  # type: ignore[attr-defined]
         call.arguments = arguments  # type: ignore[attr-defined]
         call.__signature__ = inspect.signature(arguments)  # type: ignore[attr-defined]
         return call  # type: ignore[return-value]
 
-    def _needs_grad(self, arguments: tuple[Any, ...]) -> bool:
+    def _tensors(self, arguments: tuple[Any, ...]) -> list[Tensor]:
+        return [arguments[i] for i in self._tensors_at if arguments[i] is not None]
+
+    def _needs_grad(self, tensors: list[Tensor]) -> bool:
         if not self.spec.differentiable or not torch.is_grad_enabled():
             return False
-        return any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+        return any(t.requires_grad for t in tensors)
 
     # --- what torch knows of it
 
@@ -421,20 +437,21 @@ def _passed_over(name: str, chosen: str | None, forced: str | None) -> str:
     return "it runs only where use_backend asks for it" if name == "reference" else f"{chosen} comes first"
 
 
-def _device_types(arguments: tuple[Any, ...]) -> set[str]:
-    return {"cuda" if a.is_cuda else a.device.type for a in arguments if isinstance(a, Tensor)}
+def _device_type(tensor: Tensor) -> str:
+    """`tensor.device.type` without making a string each time."""
+    return "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type
 
 
-def _seen_by_others(arguments: tuple[Any, ...]) -> bool:
+def _device_types(tensors: list[Tensor]) -> set[str] | frozenset[str]:
+    return _CPU if all(map(_is_cpu, tensors)) else set(map(_device_type, tensors))
+
+
+def _seen_by_others(tensors: list[Tensor]) -> bool:
     """Whether a mode, a transform or a tensor of another kind wants to see the operator itself."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if _dispatch_modes() or _transforms() is not None:
         return True
-    return any(isinstance(a, Tensor) and type(a) not in _PLAIN for a in arguments)
+    return not _PLAIN.issuperset(map(type, tensors))
 
 
-def _autocast(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    device = next(a.device.type for a in arguments if isinstance(a, Tensor))
-    if not torch.is_autocast_enabled(device):
-        return arguments
-    dtype = torch.get_autocast_dtype(device)
+def _autocast(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)

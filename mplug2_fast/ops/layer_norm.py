@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from mplug2_fast.ops import apex, gpu, native
 from mplug2_fast.ops.dispatch import Backend, Op
-from mplug2_fast.ops.rows import Rows, pair
+from mplug2_fast.ops.rows import Rows, pair, rows
 from mplug2_fast.ops.spec import Spec, normal
 from mplug2_fast.ops.spec import upcast as in_float64
 
@@ -58,28 +58,31 @@ def norm_native(
     scale: float = 1.0,
     total: Tensor | None = None,
 ) -> Tensor:
-    """Layer norm of x + scale·update, which is left in `total`. x and update have the same shape."""
+    """Layer norm of x + scale·update, which is left in `total`. x and update have the same shape; weight and bias are
+    dense."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if out.numel() == 0:
+    elements = x.numel()
+    if elements == 0:
         return out
-    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    (x, sizes, strides), others = pair(x, update)
-    update, _, update_strides = (None, sizes, (0, 0)) if others is None else others
+    if update is None:
+        (x, sizes, strides), update_strides = rows(x), (0, 0)
+    else:
+        (x, sizes, strides), (update, _, update_strides) = pair(x, update)
     native.module().layer_norm(
         native.isa(),
         x.dtype == torch.bfloat16,
-        native.threads(x.numel()),
+        native.threads(elements),
         (*sizes, x.shape[-1]),
         x.data_ptr(),
         strides,
-        native.address(update),
+        0 if update is None else update.data_ptr(),
         update_strides,
         scale,
-        native.address(weight),
-        native.address(bias),
+        0 if weight is None else weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         eps,
         out.data_ptr(),
-        native.address(total),
+        0 if total is None else total.data_ptr(),
     )
     return out
 
@@ -178,15 +181,16 @@ SPEC = Spec(
 
 
 def check(x: Tensor, update: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x must have channels in its last axis, got shape {tuple(x.shape)}")
-    if update is not None and update.shape != x.shape:
-        raise ValueError(f"update must have the shape of x, {tuple(x.shape)}, got {tuple(update.shape)}")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.shape != x.shape[-1:]:
-            raise ValueError(
-                f"{name} must have shape ({x.shape[-1]},) like the last axis of x, got {tuple(parameter.shape)}"
-            )
+    shape = x.shape
+    if not shape or not shape[-1]:
+        raise ValueError(f"x must have channels in its last axis, got shape {tuple(shape)}")
+    if update is not None and update.shape != shape:
+        raise ValueError(f"update must have the shape of x, {tuple(shape)}, got {tuple(update.shape)}")
+    channels = (shape[-1],)
+    if weight is not None and weight.shape != channels:
+        raise ValueError(f"weight must have shape {channels} like the last axis of x, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != channels:
+        raise ValueError(f"bias must have shape {channels} like the last axis of x, got {tuple(bias.shape)}")
 
 
 OP = Op(

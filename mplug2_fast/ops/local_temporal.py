@@ -142,6 +142,7 @@ def run_cpu(
             class_token, residual,
         )  # fmt: skip
         return onednn.in_float32(run_cpu, torch.empty_like(x), (x,), others, block=1)  # a video at a time
+    norm_weight, norm_bias = (None if t is None else t.contiguous() for t in (norm_weight, norm_bias))
     h = x if norm_weight is None else norm_native(x, None, norm_weight, norm_bias, eps)
     h = _native_conv(onednn.linear(h, down_weight, down_bias), conv_weight, conv_bias, activation)
     out = onednn.linear(h, up_weight, up_bias, residual=x if residual else None)

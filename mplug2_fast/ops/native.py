@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +22,7 @@ _WORK_OF_A_THREAD = 1 << 15
 
 def threads(work: int) -> int:
     """How many threads to give a kernel that touches this many elements: PyTorch's number, or fewer."""
-    return max(1, min(torch.get_num_threads(), work // _WORK_OF_A_THREAD))
+    return 1 if work < 2 * _WORK_OF_A_THREAD else min(torch.get_num_threads(), work // _WORK_OF_A_THREAD)
 
 
 def available() -> bool:
@@ -51,15 +52,15 @@ def isa() -> Any:
 def reasons(x: Tensor, **others: Tensor | None) -> list[str]:
     """Why native kernels cannot serve: no module, another type than float32 or bfloat16, several types, or channels
     that do not lie side by side. `x` and the others are arguments of the operator; None counts for nothing."""
-    found = []
+    found, dtype = [], x.dtype
     if error := native_error():
         found.append(str(error))
-    if x.dtype not in DTYPES:
-        found.append(f"native kernels are for float32 and bfloat16, not {x.dtype}")
+    if dtype not in DTYPES:
+        found.append(f"native kernels are for float32 and bfloat16, not {dtype}")
     for name, other in others.items():
         if other is not None:
-            if other.dtype != x.dtype:
-                found.append(f"{name} is {other.dtype}, the first argument {x.dtype}")
+            if other.dtype is not dtype:
+                found.append(f"{name} is {other.dtype}, the first argument {dtype}")
             if not dense(other):
                 found.append(f"the last axis of {name} has stride {other.stride(-1)}, not 1")
     if not dense(x):
@@ -67,9 +68,17 @@ def reasons(x: Tensor, **others: Tensor | None) -> list[str]:
     return found
 
 
+def parameter_reasons(x: Tensor, parameters: Iterable[Tensor | None]) -> list[str]:
+    """Why x and parameters of other types do not go together."""
+    dtypes = {p.dtype for p in parameters if p is not None}
+    if dtypes.issubset((x.dtype,)):
+        return []
+    return [f"x is {x.dtype}, the parameters are {', '.join(sorted(map(str, dtypes)))}"]
+
+
 def dense(x: Tensor) -> bool:
     """Whether the elements of the last axis lie side by side."""
-    return x.stride(-1) == 1 or x.shape[-1] <= 1
+    return x.is_contiguous() or x.stride(-1) == 1 or x.shape[-1] <= 1
 
 
 def activation(name: str) -> Any:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mplug2_fast.ops import native
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ATTRIBUTE = "_mplug2_fast_packed"
 
@@ -52,14 +54,16 @@ def multiplies(dtype: torch.dtype) -> bool:
 def not_supported_reasons(x: Tensor, *parameters: Tensor | None) -> list[str]:
     """Why oneDNN's linear cannot compute with these tensors on this machine."""
     found = []
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+    if not (_is_available() and torch.backends.mkldnn.enabled):
         found.append("this torch is built without oneDNN, or it is turned off")
     elif x.dtype not in DTYPES:
         found.append(f"oneDNN's linear is for float32, bfloat16 and float16, not {x.dtype}")
-    if any(p is not None and p.dtype != x.dtype for p in parameters):
-        types = ", ".join(sorted({str(p.dtype) for p in parameters if p is not None}))
-        found.append(f"x is {x.dtype}, the parameters are {types}")
-    return found
+    return found + native.parameter_reasons(x, parameters)
+
+
+@functools.cache
+def _is_available() -> bool:
+    return torch.backends.mkldnn.is_available()
 
 
 def pack(weight: Tensor, rows: int) -> None:

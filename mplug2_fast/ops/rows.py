@@ -12,8 +12,8 @@ def rows(x: Tensor) -> Rows:
     """x as `(outer, inner, channels)` without a copy where two strides tell where its rows are: x or a copy that must
     be kept alive, (outer, inner), and their strides."""
     if x.is_contiguous():
-        count = x.numel() // x.shape[-1]
-        return x, (1, count), (0, x.shape[-1])
+        channels = x.shape[-1]
+        return x, (1, x.numel() // channels), (0, channels)
     if x.dim() == 2:
         return x, (1, x.shape[0]), (0, x.stride(0))
     if x.dim() == 3:
