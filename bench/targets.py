@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bench.modules import operator_call
 from bench.row import Results, Row
 
 Ceilings = Mapping[str, Any]
@@ -77,6 +78,11 @@ def _times_its_traffic(row: Row, ceilings: Ceilings) -> float | None:
     return 100 / row.percent_of_ceiling if row.bound == "memory" and row.percent_of_ceiling else None
 
 
+def _call_beyond_its_kernel(row: Row, _: Ceilings) -> float | None:
+    kernel = row.baselines.get(operator_call.KERNEL)
+    return None if kernel is None else 1e6 * (row.seconds - kernel.seconds) / operator_call.CALLS
+
+
 def _batch(row: Row) -> int:
     sizes = [part.split() for part in row.key.sizes.split(", ")]
     return next((int(words[1]) for words in sizes if words[0] == "batch" and len(words) == 2), 1)
@@ -91,6 +97,7 @@ GEMM = share("GEMM", "of the GEMM alone")
 BANDWIDTH = Quantity(" GB/s", "of keys and values, each read once for all beams", lambda row, _: row.gb_per_second, 1)
 TRAFFIC = Quantity("×", "the time to read its weights and cache", _times_its_traffic, 2)
 REPLAY = Quantity("", "replay of a CUDA graph", lambda row, _: float("CUDA graph" in row.backend))
+CALL = Quantity(" µs", "a call beyond its kernel", _call_beyond_its_kernel, 1)
 PEAK = Quantity(
     " GB", "peak memory", lambda row, _: None if row.peak_memory_bytes is None else row.peak_memory_bytes / 1e9, 2
 )
@@ -246,4 +253,11 @@ def _steps() -> list[Target]:
     ]
 
 
-TARGETS = (*_captioning(), *_operators(), *_steps())
+def _calls() -> list[Target]:
+    return [
+        Target("an operator's own cost", "modules", "operator call", "large", dtype, "cpu", CALL, 15, at_most=True)
+        for dtype in ("float32", "bfloat16")
+    ]
+
+
+TARGETS = (*_captioning(), *_operators(), *_steps(), *_calls())

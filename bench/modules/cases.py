@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.case import Case
-from bench.modules import decoder_step, fusion_layer, temporal_block, universal_layers
+from bench.modules import decoder_step, fusion_layer, operator_call, temporal_block, universal_layers
 from bench.row import Key
 from bench.selection import Selection
 
@@ -13,14 +13,17 @@ MODULES = {
     "fusion layer": fusion_layer,
     "decoder step": decoder_step,
 }
-NAMES = tuple(MODULES)
+ON_A_CPU = {"operator call": operator_call}
+"""No module of the model; what a GPU does meanwhile would say nothing about it."""
+NAMES = (*MODULES, *ON_A_CPU)
 
 
 def keys(selection: Selection) -> list[Key]:
     """By module, direction and dtype."""
+    offered = MODULES | ON_A_CPU if selection.device == "cpu" else MODULES
     found = [
         Key("modules", name, selection.preset, direction, dtype, selection.device)
-        for name, module in MODULES.items()
+        for name, module in offered.items()
         for direction in selection.directions
         if direction in module.DIRECTIONS
         for dtype in selection.dtypes
@@ -29,5 +32,5 @@ def keys(selection: Selection) -> list[Key]:
 
 
 def build(key: Key, *, compile: bool) -> Case:
-    """Ours, and beside it "reference", "eager" and, where `compile` says so, "compiled"."""
-    return MODULES[key.name].build(key, compile=compile)
+    """Ours, and beside it, of modules, "reference", "eager" and, where `compile` says so, "compiled"."""
+    return (MODULES | ON_A_CPU)[key.name].build(key, compile=compile)

@@ -73,13 +73,13 @@ def apex_reasons(x, update, weight, bias, *_):
 
 def run_native(x, update, weight, bias, eps, scale, return_sum):
     total = torch.empty_like(x, memory_format=torch.contiguous_format) if return_sum else None
-    out = norm_native(x, update, weight, bias, eps, scale, total)
+    out = norm_native(x, weight, bias, eps, update, scale, total)
     return out, x.new_empty(0) if total is None else total
 
 
 def run_triton(x, update, weight, bias, eps, scale, return_sum):
     total = torch.empty_like(x, memory_format=torch.contiguous_format) if return_sum else None
-    out = norm_triton(x, update, weight, bias, eps, scale, total)
+    out = norm_triton(x, weight, bias, eps, update, scale, total)
     return out, x.new_empty(0) if total is None else total
 
 

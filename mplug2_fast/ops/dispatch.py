@@ -30,6 +30,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _LIBRARY = torch.library.Library("mplug2_fast", "DEF")
 _PLAIN, _CPU = frozenset((Tensor, torch.nn.Parameter)), frozenset(("cpu",))
 _is_cpu = attrgetter("is_cpu")
+_is_compiling = torch.compiler.is_compiling
 _dispatch_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 
 _forced: ContextVar[str | None] = ContextVar("mplug2_fast_backend", default=None)
@@ -254,7 +255,7 @@ class Op:
         if self.autocast and torch.is_autocast_enabled(device := _device_type(tensors[0])):
             arguments = _autocast(arguments, torch.get_autocast_dtype(device))
             tensors = self._tensors(arguments)
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             # What is forced while a graph is made is part of the graph.
             saves = self._saving_devices and self._needs_grad(tensors) and self._saves(tensors, _forced_name())
             return self._trained(arguments) if saves else self._torch_op(*arguments)

@@ -51,16 +51,17 @@ def norm_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 def norm_native(
     x: Tensor,
-    update: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    update: Tensor | None = None,
     scale: float = 1.0,
     total: Tensor | None = None,
 ) -> Tensor:
     """Layer norm of x + scale·update, which is left in `total`. x and update have the same shape; weight and bias are
     dense."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    # The first form is the faster by a tenth of what calling the kernel costs.
+    out = torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
     elements = x.numel()
     if elements == 0:
         return out
@@ -89,10 +90,10 @@ def norm_native(
 
 def norm_triton(
     x: Tensor,
-    update: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
+    update: Tensor | None = None,
     scale: float = 1.0,
     total: Tensor | None = None,
 ) -> Tensor:
@@ -199,13 +200,13 @@ OP = Op(
     [
         Backend(
             "cpu",
-            lambda x, weight, bias, eps: norm_native(x, None, weight, bias, eps),
+            norm_native,
             lambda x, weight, bias, eps: native.reasons(x, weight=weight, bias=bias),
             devices=("cpu",),
         ),
         Backend(
             "triton",
-            lambda x, weight, bias, eps: norm_triton(x, None, weight, bias, eps),
+            norm_triton,
             lambda x, *_: triton_reasons(x),
             devices=gpu.DEVICES,
             backward=lambda grads, arguments, _, needs: norm_backward_triton(

@@ -143,7 +143,7 @@ def run_cpu(
         )  # fmt: skip
         return onednn.in_float32(run_cpu, torch.empty_like(x), (x,), others, block=1)  # a video at a time
     norm_weight, norm_bias = (None if t is None else t.contiguous() for t in (norm_weight, norm_bias))
-    h = x if norm_weight is None else norm_native(x, None, norm_weight, norm_bias, eps)
+    h = x if norm_weight is None else norm_native(x, norm_weight, norm_bias, eps)
     h = _native_conv(onednn.linear(h, down_weight, down_bias), conv_weight, conv_bias, activation)
     out = onednn.linear(h, up_weight, up_bias, residual=x if residual else None)
     if class_token:
@@ -198,7 +198,7 @@ def run_passes(
 ) -> Tensor:  # fmt: skip
     """As `run_torch`, in one pass each: the norm, the product, convolution and activation, and the other product with
     the residual. h: where the first product's result is kept, `(batch, frames, tokens, inner)`."""
-    normed = x if norm_weight is None else norm_triton(x, None, norm_weight, norm_bias, eps)
+    normed = x if norm_weight is None else norm_triton(x, norm_weight, norm_bias, eps)
     if h is None:
         down = (normed, down_weight, down_bias, "none", None)
         h = LINEAR_ACT.choose(down).run(*down)
@@ -253,7 +253,7 @@ def backward_triton(grads, arguments, saved, needs) -> list[Tensor]:
         if wants["x"] and class_token and not residual:
             found["x"][:, :, 0] = grad[:, :, 0]
     if wants["down_weight"]:
-        normed = x if norm_weight is None else norm_triton(x, None, norm_weight, norm_bias, eps)
+        normed = x if norm_weight is None else norm_triton(x, norm_weight, norm_bias, eps)
         found["down_weight"] = torch.mm(dh.t(), normed.reshape(rows, -1))
     if wants["down_bias"]:
         found["down_bias"] = sums[-1].to(down_bias.dtype)

@@ -132,7 +132,7 @@ def _quick_gelu_block(x, out, fc_weight, fc_bias, proj_weight, proj_bias, _, nor
 def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     if native.reasons(x, weight=weight, bias=bias):
         return norm_torch(x, weight, bias, eps)
-    return norm_native(x, None, weight, bias, eps)
+    return norm_native(x, weight, bias, eps)
 
 
 def not_supported_reasons(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, *_):
@@ -144,7 +144,7 @@ def run_cuda(
 ) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if out.numel():
-        h = x if norm_weight is None else norm_triton(x, None, norm_weight, norm_bias, eps)
+        h = x if norm_weight is None else norm_triton(x, norm_weight, norm_bias, eps)
         hidden = x.new_empty(*x.shape[:-1], fc_weight.shape[0])
         cuda.linear_act(h, fc_weight, fc_bias, activation, None, hidden)
         cuda.linear_act(hidden, proj_weight, proj_bias, "none", x if residual else None, out)

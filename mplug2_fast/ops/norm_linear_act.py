@@ -71,7 +71,7 @@ def run_torch(x, norm_weight, norm_bias, weight, bias, activation, eps) -> tuple
 
 
 def run_cpu(x, norm_weight, norm_bias, weight, bias, activation, eps) -> tuple[Tensor, Tensor]:
-    normed = norm_native(x, None, norm_weight, norm_bias, eps)
+    normed = norm_native(x, norm_weight, norm_bias, eps)
     return linear_cpu(normed, weight, bias, activation, None), normed
 
 
@@ -92,7 +92,7 @@ def run_triton(x, norm_weight, norm_bias, weight, bias, activation, eps) -> tupl
         norm = (norm_weight, norm_bias, eps)
         gpu.kernels("few_rows").forward(rows, weight, bias, activation, None, out, norm, normed)
         return out, normed
-    normed = norm_triton(x, None, norm_weight, norm_bias, eps)
+    normed = norm_triton(x, norm_weight, norm_bias, eps)
     arguments = (normed, weight, bias, activation, None)
     return LINEAR.choose(arguments).run(*arguments), normed
 

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from bench.modules import cases, decoder_step, fusion_layer, temporal_block, universal_layers
+from bench.modules import cases, decoder_step, fusion_layer, operator_call, temporal_block, universal_layers
 from bench.selection import Selection
 from mplug2_fast import MPlug2Config
 from mplug2_fast.model import decoder
 from mplug2_fast.nn.attention import MultiHeadAttention
-from mplug2_fast.ops import decoder_layer
+from mplug2_fast.ops import decoder_layer, layer_norm
 
 TINY, LARGE = MPlug2Config.preset("tiny"), MPlug2Config.preset("large")
 ALL = Selection("tiny", dtypes=("float32", "bfloat16"), directions=("forward", "backward", "both"))
-KEYS = cases.keys(ALL)
+KEYS = [key for key in cases.keys(ALL) if key.name in cases.MODULES]
 
 
 def test_keys():
@@ -21,7 +21,9 @@ def test_keys():
         "universal layers · large · float32",
         "fusion layer · large · float32",
         "decoder step · large · float32",
+        "operator call · large · float32",
     ]
+    assert {key.name for key in cases.keys(Selection("large", ("float32",), device="cuda"))} == set(cases.MODULES)
     only = Selection("base", ("float32",), only=("fusion layer", "attention"), directions=("forward", "both"))
     assert [(key.name, key.direction) for key in cases.keys(only)] == [
         ("fusion layer", "forward"),
@@ -90,6 +92,28 @@ def test_compiled(name, direction, monkeypatch):
         assert not compiled
         case.ways["compiled"]()[0]()
         assert compiled
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_calls_of_an_operator(dtype, native_module, monkeypatch):
+    monkeypatch.setattr(operator_call, "CALLS", 3)
+    (key,) = cases.keys(Selection("tiny", (dtype,), only=("operator call",)))
+    case = cases.build(key, compile=True)
+    assert list(case.ways) == ["ours", "torch", "kernel"]
+    for prepare in case.ways.values():
+        (call,) = prepare()
+        call()
+    found = case.agreement()
+    assert found.ours <= found.allowed
+    assert case.backend == "cpu"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_that_is_called_directly_computes_the_same(dtype, native_module):
+    x, weight, bias, eps = layer_norm.op.spec.inputs(operator_call.SIZES, dtype).values()
+    call, out = operator_call.kernel(x, weight, bias, eps)
+    call()
+    assert torch.equal(out, layer_norm(x, weight, bias, eps=eps))
 
 
 def test_needed_work_of_large():

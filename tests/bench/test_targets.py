@@ -107,6 +107,15 @@ def test_a_decoding_step_is_held_against_its_traffic_whatever_binds_it():
     assert [judged.verdict for judged in targets.of(compute_bound)] == [NOT_MEASURED]
 
 
+def test_calls_are_held_against_their_kernel():
+    key = Key("modules", "operator call", "large", "forward", "float32", "cpu")
+    calls = replace(CAPTIONING, key=key, seconds=0.016, baselines={"kernel": Baseline(0.0016, 0.1)})
+    (judged,) = targets.of(calls)
+    assert (judged.figure, str(judged)) == ("14.4 µs", "≤ 15 µs a call beyond its kernel: met")
+    (judged,) = targets.of(replace(calls, baselines={}))
+    assert judged.verdict == NOT_MEASURED
+
+
 def test_no_figure_looks_met_that_is_missed():
     (judged,) = targets.of(op("mlp", ratios={"two GEMMs": 0.9499}))
     assert (judged.figure, str(judged)) == ("94.99%", "≥ 95% of the two GEMMs alone: missed")
