@@ -11,14 +11,6 @@ namespace {
 constexpr int kUnroll = 4;
 constexpr int kStep = kUnroll * kLanes;
 
-// Results larger than this go past the caches, which would not keep them for who reads them.
-constexpr std::int64_t kStreamBytes = 4 << 20;
-
-template <bool kStream, typename Element>
-MPLUG2_INLINE void put(Element* to, F32 value) {
-    kStream ? stream(to, value) : store(to, value);
-}
-
 // Adds up what `value(i)` gives for the channels from i on, kLanes at a time; `value_first(i, count)` for the last few.
 template <typename Value, typename ValueFirst>
 MPLUG2_INLINE float total(std::int64_t channels, const Value& value, const ValueFirst& value_first) {
@@ -59,14 +51,14 @@ struct Moments {
 };
 
 // Writes the normalised row, read from x itself or from float32 between the passes.
-template <bool kStream, typename Source, typename Element>
+template <typename Source, typename Element>
 MPLUG2_INLINE void write(const Source* from, Element* out, std::int64_t channels, const Buffers& buffers,
                          Moments moments, float eps) {
     const F32 means = broadcast(moments.mean), factor = broadcast(1.0f / __builtin_sqrtf(moments.variance + eps));
     std::int64_t i = 0;
     for (; i + kLanes <= channels; i += kLanes) {
         const F32 value = (load(from + i) - means) * factor;
-        put<kStream>(out + i, value * load(buffers.weight + i) + load(buffers.bias + i));
+        store(out + i, value * load(buffers.weight + i) + load(buffers.bias + i));
     }
     if (const int count = static_cast<int>(channels - i)) {
         const F32 value = (load_first(from + i, count) - means) * factor;
@@ -97,7 +89,6 @@ MPLUG2_INLINE Moments moments_of(const Bf16* x, std::int64_t channels) {
 #ifdef __AVX512BF16__
 // Writes the normalised row 32 channels at a time: as 32-bit numbers, those at even places are the lower halves of what
 // a load gives and those at odd places the upper halves.
-template <bool kStream>
 MPLUG2_INLINE void write_bf16(const Bf16* x, Bf16* out, std::int64_t channels, const Buffers& buffers, Moments moments,
                               float eps) {
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
@@ -115,21 +106,17 @@ MPLUG2_INLINE void write_bf16(const Bf16* x, Bf16* out, std::int64_t channels, c
         const F32 odd_out = (odd - means) * factor * load(weight + kLanes) + load(bias + kLanes);
         const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd_out, (__m512)even_out);
         const __m512i both_out = _mm512_permutexvar_epi16(interleaved, rounded);
-        if constexpr (kStream) {
-            _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), both_out);
-        } else {
-            _mm512_storeu_si512(out + i, both_out);
-        }
+        _mm512_storeu_si512(out + i, both_out);
     }
 }
 #endif
 
-template <typename Element, bool kUpdate, bool kStream>
+template <typename Element, bool kUpdate>
 void normalise(const LayerNormArguments& a, const Row<Element>& row, const Buffers& buffers) {
 #ifdef __AVX512BF16__
     if constexpr (sizeof(Element) == 2 && !kUpdate) {
         if (buffers.pairs) {
-            return write_bf16<kStream>(row.x, row.out, a.channels, buffers, moments_of(row.x, a.channels), a.eps);
+            return write_bf16(row.x, row.out, a.channels, buffers, moments_of(row.x, a.channels), a.eps);
         }
     }
 #endif
@@ -138,10 +125,12 @@ void normalise(const LayerNormArguments& a, const Row<Element>& row, const Buffe
     const F32 scale = broadcast(a.scale);
     const auto take = [&](std::int64_t i) {
         F32 value = load(row.x + i);
+        __builtin_prefetch(row.x + a.x_inner_stride + i);  // of the next row, while this one is computed with
         if constexpr (kUpdate) {
             value += scale * load(row.update + i);
+            __builtin_prefetch(row.update + a.update_inner_stride + i);
             if (row.sum) {
-                put<kStream>(row.sum + i, value);
+                store(row.sum + i, value);
             }
         }
         store(buffer + i, value);
@@ -170,10 +159,10 @@ void normalise(const LayerNormArguments& a, const Row<Element>& row, const Buffe
         return load(squares) * load(squares);
     };
     const float variance = total(channels, square, square_first) / static_cast<float>(channels);
-    write<kStream>(buffer, row.out, channels, buffers, {mean, variance}, a.eps);
+    write(buffer, row.out, channels, buffers, {mean, variance}, a.eps);
 }
 
-template <typename Element, bool kStream>
+template <typename Element>
 void run(const LayerNormArguments& a) {
     const auto* x = static_cast<const Element*>(a.x);
     const auto* update = static_cast<const Element*>(a.update);
@@ -204,29 +193,13 @@ void run(const LayerNormArguments& a) {
             if (update) {
                 row.update = update + o * a.update_outer_stride + i * a.update_inner_stride;
                 row.sum = sums ? sums + r * a.channels : nullptr;
-                normalise<Element, true, kStream>(a, row, buffers);
+                normalise<Element, true>(a, row, buffers);
             } else {
-                normalise<Element, false, kStream>(a, row, buffers);
+                normalise<Element, false>(a, row, buffers);
             }
-        }
-        if (kStream) {
-            streams_end();
         }
         ::operator delete(memory, kLine);
     });
-}
-
-// Whether every row of a result begins on a line of the cache.
-bool on_lines(const void* result, std::int64_t row_bytes) {
-    return row_bytes % 64 == 0 && reinterpret_cast<std::uintptr_t>(result) % 64 == 0;
-}
-
-template <typename Element>
-void run(const LayerNormArguments& a) {
-    const std::int64_t row_bytes = a.channels * static_cast<std::int64_t>(sizeof(Element));
-    const bool stream = a.outer * a.inner * row_bytes >= kStreamBytes && on_lines(a.out, row_bytes) &&
-                        on_lines(a.sum, row_bytes);  // without sum: its address is 0
-    stream ? run<Element, true>(a) : run<Element, false>(a);
 }
 
 }  // namespace
