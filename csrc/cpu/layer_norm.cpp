@@ -11,6 +11,10 @@ namespace {
 constexpr int kUnroll = 4;
 constexpr int kStep = kUnroll * kLanes;
 
+// Sums larger than this go past the caches. Written while x and the update are read, they would lie in the same places
+// of the first one. (The normalised rows, written when nothing is read, are the slower for it.)
+constexpr std::int64_t kStreamBytes = 4 << 20;
+
 // Adds up what `value(i)` gives for the channels from i on, kLanes at a time; `value_first(i, count)` for the last few.
 template <typename Value, typename ValueFirst>
 MPLUG2_INLINE float total(std::int64_t channels, const Value& value, const ValueFirst& value_first) {
@@ -111,7 +115,7 @@ MPLUG2_INLINE void write_bf16(const Bf16* x, Bf16* out, std::int64_t channels, c
 }
 #endif
 
-template <typename Element, bool kUpdate>
+template <typename Element, bool kUpdate, bool kStream>
 void normalise(const LayerNormArguments& a, const Row<Element>& row, const Buffers& buffers) {
 #ifdef __AVX512BF16__
     if constexpr (sizeof(Element) == 2 && !kUpdate) {
@@ -130,7 +134,7 @@ void normalise(const LayerNormArguments& a, const Row<Element>& row, const Buffe
             value += scale * load(row.update + i);
             __builtin_prefetch(row.update + a.update_inner_stride + i);
             if (row.sum) {
-                store(row.sum + i, value);
+                kStream ? stream(row.sum + i, value) : store(row.sum + i, value);
             }
         }
         store(buffer + i, value);
@@ -162,7 +166,7 @@ void normalise(const LayerNormArguments& a, const Row<Element>& row, const Buffe
     write(buffer, row.out, channels, buffers, {mean, variance}, a.eps);
 }
 
-template <typename Element>
+template <typename Element, bool kStream>
 void run(const LayerNormArguments& a) {
     const auto* x = static_cast<const Element*>(a.x);
     const auto* update = static_cast<const Element*>(a.update);
@@ -193,13 +197,24 @@ void run(const LayerNormArguments& a) {
             if (update) {
                 row.update = update + o * a.update_outer_stride + i * a.update_inner_stride;
                 row.sum = sums ? sums + r * a.channels : nullptr;
-                normalise<Element, true>(a, row, buffers);
+                normalise<Element, true, kStream>(a, row, buffers);
             } else {
-                normalise<Element, false>(a, row, buffers);
+                normalise<Element, false, false>(a, row, buffers);
             }
+        }
+        if (kStream) {
+            streams_end();
         }
         ::operator delete(memory, kLine);
     });
+}
+
+template <typename Element>
+void run(const LayerNormArguments& a) {
+    const std::int64_t row_bytes = a.channels * static_cast<std::int64_t>(sizeof(Element));
+    const bool on_lines = row_bytes % 64 == 0 && reinterpret_cast<std::uintptr_t>(a.sum) % 64 == 0;
+    const bool stream = a.sum && on_lines && a.outer * a.inner * row_bytes >= kStreamBytes;
+    stream ? run<Element, true>(a) : run<Element, false>(a);
 }
 
 }  // namespace

@@ -101,6 +101,34 @@ MPLUG2_INLINE void store(Bf16* to, F32 value) {
     std::memcpy(to, &half, sizeof(half));
 }
 
+// As `store`, to an address that is a multiple of the vector's size, past the caches: the line is not read before it is
+// written. `streams_end` comes before others may read what was written.
+MPLUG2_INLINE void stream(float* to, F32 value) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(to, (__m512)value);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(to, (__m256)value);
+#else
+    store(to, value);
+#endif
+}
+
+MPLUG2_INLINE void stream(Bf16* to, F32 value) {
+#if defined(__AVX512F__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), (__m256i)to_bf16_bits(value));
+#elif defined(__AVX2__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to), (__m128i)to_bf16_bits(value));
+#else
+    store(to, value);
+#endif
+}
+
+MPLUG2_INLINE void streams_end() {
+#ifdef __AVX2__
+    _mm_sfence();
+#endif
+}
+
 // The first `count` < kLanes elements; the other lanes are zero.
 template <typename Element>
 MPLUG2_INLINE F32 load_first(const Element* from, int count) {

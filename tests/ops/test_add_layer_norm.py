@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from mplug2_fast import ops
+from mplug2_fast.ops.add_layer_norm import SPEC
 from tests.ops.suite import DifferentiableOpSuite
+from tests.tolerance import assert_close_enough
 
 
 class TestSpecification(DifferentiableOpSuite):
@@ -26,3 +28,13 @@ def test_rows_of_different_strides():
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="update must have the shape of x"):
         ops.add_layer_norm(torch.randn(2, 5, 12), torch.randn(5, 12))
+
+
+@pytest.mark.parametrize("channels", [1024, 1023])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_that_go_past_the_caches(channels, dtype):
+    """4 MB and more, where rows begin on lines of the cache, and where they do not."""
+    given = SPEC.inputs({"rows": (2100,), "channels": channels}, dtype)
+    eager, exact = SPEC.reference(**given), SPEC.reference(**given, upcast=True)
+    for ours, one, true in zip(ops.add_layer_norm.op(*given.values()), eager, exact, strict=True):
+        assert_close_enough(ours, one, true, SPEC.noise_floor[dtype], "forward")
