@@ -226,7 +226,7 @@ class Op:
 
     def _reasons(self, backend: Backend, arguments: tuple[Any, ...], needs_grad: bool) -> Sequence[str]:
         if backend.devices and not _device_types(tensors := self._tensors(arguments)).issubset(backend.devices):
-            device = next(t.device for t in tensors if t.device.type not in backend.devices)
+            device = next(t.device for t in tensors if _device_type(t) not in backend.devices)
             return (f"it is for {' and '.join(backend.devices)}, not for {device}",)
         if needs_grad and not backend.trains:
             return ("gradients are asked for, and it has no backward of its own",)
