@@ -81,6 +81,14 @@ def _as_batch(x: Tensor, axes: int) -> Tensor:
     return x[None] if leading == 0 else x.flatten(0, leading - 1)
 
 
+def without_padding(x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """x `(..., tokens, channels)` with zeros for padding where gradients may be asked for: those of weights and norms
+    multiply what the padding holds by zero, and zero times NaN is NaN."""
+    if key_padding_mask is None or key_padding_mask.shape != x.shape[:-1] or not torch.is_grad_enabled():
+        return x
+    return x.masked_fill(~key_padding_mask[..., None].bool(), 0)
+
+
 class _FusedAttention(MultiHeadAttention):
     """The parameters of `torch.nn.MultiheadAttention`: `in_proj_weight` has those of queries, keys and values, in this
     order, `embed_dim` rows each."""
@@ -129,7 +137,8 @@ class SelfAttention(_FusedAttention):
         """x and result `(..., tokens, embed_dim)`, any leading axes or none; key_padding_mask `(..., tokens)`, nonzero
         for tokens; causal lets a token see itself and those before it; residual, of x's shape, is added to the
         result."""
-        return self.attend_heads(*self.project(x), key_padding_mask=key_padding_mask, causal=causal, residual=residual)
+        qkv = self.project(without_padding(x, key_padding_mask))
+        return self.attend_heads(*qkv, key_padding_mask=key_padding_mask, causal=causal, residual=residual)
 
 
 class CrossAttention(_FusedAttention):
@@ -181,5 +190,5 @@ class CrossAttention(_FusedAttention):
         residual: Tensor | None = None,
     ) -> Tensor:
         """`forward` with the result of `project_query` in place of x."""
-        key, value = self.project_memory(memory)
+        key, value = self.project_memory(without_padding(memory, key_padding_mask))
         return self.attend_heads(query, key, value, key_padding_mask=key_padding_mask, residual=residual)

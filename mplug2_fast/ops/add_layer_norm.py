@@ -89,8 +89,9 @@ def backward_triton(grads, arguments, _, needs):
 
 
 def fake(x, update, weight, bias, eps, scale, return_sum):
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return out, torch.empty_like(out) if return_sum else x.new_empty(0)
+    dtype = torch.promote_types(x.dtype, update.dtype)
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    return out, torch.empty_like(out) if return_sum else out.new_empty(0)
 
 
 SPEC = Spec(
@@ -136,11 +137,11 @@ OP = Op(
         Backend("torch", run_torch, differentiable=True),
     ],
     fake=fake,
+    check=lambda x, update, weight, bias, *_: check(x, update, weight, bias),
 )
 
 
 def _arguments(x, update, weight=None, bias=None, *, eps=1e-5, scale=1.0, return_sum=False):
-    check(x, update, weight, bias)
     return x, update, weight, bias, eps, scale, return_sum
 
 

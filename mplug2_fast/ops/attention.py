@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mplug2_fast.ops import attention_packages, gpu, native
 from mplug2_fast.ops.dispatch import Backend, Op
-from mplug2_fast.ops.spec import Spec, normal
+from mplug2_fast.ops.scaled_dot_product import Attend, attend, attend_any_order
+from mplug2_fast.ops.spec import Product, Spec, normal
 from mplug2_fast.ops.spec import upcast as in_float64
 
 MAX_HEAD_DIM = 256
@@ -101,20 +101,20 @@ def attention_torch(
     key_padding_mask: Tensor | None,
     causal: bool,
     dropout_p: float = 0.0,
+    attend: Attend = attend,
 ) -> Tensor:
     mask = None if key_padding_mask is None else _visible(query, key, key_padding_mask, causal)
     key, value = without_padding(key, value, key_padding_mask)
-    out = F.scaled_dot_product_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=mask,
-        dropout_p=dropout_p,
-        is_causal=causal and mask is None,
-    )
+    heads_first = (t.transpose(1, 2) for t in (query, key, value))
+    out = attend(*heads_first, mask, dropout_p, causal and mask is None)
     if mask is not None:
         out = out.masked_fill(~mask.any(dim=-1, keepdim=True), 0)
     return out.transpose(1, 2).flatten(2).contiguous()
+
+
+def attention_any_order(*arguments: Any) -> Tensor:
+    """`attention_torch` by operators that can be differentiated to any order and in any mode."""
+    return attention_torch(*arguments, attend=attend_any_order)
 
 
 def attention_native(
@@ -123,6 +123,8 @@ def attention_native(
     """All of shape `(batch, tokens, heads, head_dim)`, any strides but the last."""
     batch, queries, heads, head_dim = query.shape
     out = query.new_empty(batch, queries, heads * head_dim)
+    if out.numel() == 0:
+        return out
     mask = None if key_padding_mask is None else key_padding_mask.bool().contiguous()
     native.module().attention(
         native.isa(),
@@ -220,9 +222,31 @@ def triton_reasons(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> list[s
     return reasons
 
 
+def check(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, causal: bool) -> None:
+    if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
+        raise ValueError(
+            "query must be (batch, q_len, heads, head_dim), key and value (batch, k_len, heads, head_dim), got "
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    if (query.shape[0], *query.shape[2:]) != (key.shape[0], *key.shape[2:]):
+        raise ValueError(
+            f"query and key must agree in batch, heads and head_dim, got {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    if key_padding_mask is not None and key_padding_mask.shape != key.shape[:2]:
+        raise ValueError(f"key_padding_mask must be {tuple(key.shape[:2])}, got {tuple(key_padding_mask.shape)}")
+    if causal and query.shape[1] != key.shape[1]:
+        raise ValueError(f"causal attention needs as many queries as keys, got {query.shape[1]} and {key.shape[1]}")
+
+
 def flops(query: Tensor, key: Tensor, causal: bool = False, **_: Any) -> int:
     scores = query.numel() * key.shape[1]
     return 2 * scores if causal else 4 * scores
+
+
+def products(scores: int) -> list[Product]:
+    """Those of queries and keys, which the backward computes again, and of weights and values."""
+    of_scores = (2 * scores, ["query"], ["key"])
+    return [of_scores, (2 * scores, ["query", "key"], ["value"])]
 
 
 SPEC = Spec(
@@ -262,6 +286,7 @@ SPEC = Spec(
         "large, universal": {"batch": 1, "queries": 4097, "keys": 4097, "heads": 16, "head_dim": 64, "fused": True},
     },
     flops=flops,
+    products=lambda query, key, **_: products(query.numel() * key.shape[1]),
     differentiable=("query", "key", "value"),
 )
 
@@ -300,6 +325,8 @@ OP = Op(
         Backend("torch", attention_torch, differentiable=True),
     ],
     fake=lambda query, *_: query.new_empty(query.shape[0], query.shape[1], query.shape[2] * query.shape[3]),
+    check=check,
+    formula=attention_any_order,
     autocast=True,
     backward_reads_results=True,
 )
@@ -327,24 +354,7 @@ def attention(
     Raises:
         ValueError: shapes that do not go together.
     """
-    check(query, key, value, key_padding_mask, causal)
     return query, key, value, key_padding_mask, causal  # type: ignore[return-value]
-
-
-def check(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, causal: bool) -> None:
-    if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
-        raise ValueError(
-            "query must be (batch, q_len, heads, head_dim), key and value (batch, k_len, heads, head_dim), got "
-            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
-        )
-    if (query.shape[0], *query.shape[2:]) != (key.shape[0], *key.shape[2:]):
-        raise ValueError(
-            f"query and key must agree in batch, heads and head_dim, got {tuple(query.shape)} and {tuple(key.shape)}"
-        )
-    if key_padding_mask is not None and key_padding_mask.shape != key.shape[:2]:
-        raise ValueError(f"key_padding_mask must be {tuple(key.shape[:2])}, got {tuple(key_padding_mask.shape)}")
-    if causal and query.shape[1] != key.shape[1]:
-        raise ValueError(f"causal attention needs as many queries as keys, got {query.shape[1]} and {key.shape[1]}")
 
 
 def attention_with_dropout(

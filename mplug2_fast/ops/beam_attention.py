@@ -12,16 +12,18 @@ from torch.nn import functional as F
 from mplug2_fast.ops import gpu
 from mplug2_fast.ops.attention import (
     as_bytes,
+    attention_any_order,
     attention_backward_triton,
     attention_native,
     attention_reference,
     attention_torch,
-    check,
     native_reasons,
+    products,
     saved_triton,
     side_by_side,
     triton_reasons,
 )
+from mplug2_fast.ops.attention import check as check_attention
 from mplug2_fast.ops.attention import make as make_attention
 from mplug2_fast.ops.dispatch import Backend, Op
 from mplug2_fast.ops.spec import Spec
@@ -69,6 +71,14 @@ def run_triton(
     return out
 
 
+def check(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> None:
+    if key.dim() != 4 or value.dim() != 4:
+        raise ValueError(
+            f"key and value must be (batch, heads, k_len, head_dim), got {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    check_attention(query, key.transpose(1, 2), value.transpose(1, 2), key_padding_mask, causal=False)
+
+
 SPEC = Spec(
     name="beam_attention",
     axes={
@@ -96,6 +106,7 @@ SPEC = Spec(
         "large": {"batch": 1, "queries": 5, "keys": 4097, "heads": 16, "head_dim": 64},
     },
     flops=lambda query, key, **_: 4 * query.numel() * key.shape[2],
+    products=lambda query, key, **_: products(query.numel() * key.shape[2]),
     differentiable=("query", "key", "value"),
 )
 
@@ -118,6 +129,10 @@ OP = Op(
         Backend("torch", run_torch, differentiable=True),
     ],
     fake=lambda query, *_: query.new_empty(query.shape[0], query.shape[1], query.shape[2] * query.shape[3]),
+    check=check,
+    formula=lambda query, key, value, mask: attention_any_order(
+        query, key.transpose(1, 2), value.transpose(1, 2), mask, False
+    ),
     autocast=True,
     backward_reads_results=True,
 )
@@ -138,5 +153,4 @@ def beam_attention(query: Tensor, key: Tensor, value: Tensor, *, key_padding_mas
     Raises:
         ValueError: shapes that do not go together.
     """
-    check(query, key.transpose(1, 2), value.transpose(1, 2), key_padding_mask, causal=False)
     return query, key, value, key_padding_mask  # type: ignore[return-value]

@@ -118,6 +118,18 @@ def fake(logits: Tensor, cumulative: Tensor, *_: Any) -> Step:
     return scores, torch.empty_like(scores), origin, torch.empty_like(origin)
 
 
+def check(logits: Tensor, cumulative: Tensor, step: int, min_length: int, end_token_id: int) -> None:
+    if logits.dim() != 3 or cumulative.shape != logits.shape[:2] or 0 in logits.shape[1:]:
+        raise ValueError(
+            "logits must be (batch, beams, vocabulary) and cumulative (batch, beams), got "
+            f"{tuple(logits.shape)} and {tuple(cumulative.shape)}"
+        )
+    if cumulative.dtype != torch.float32:
+        raise TypeError(f"cumulative must be float32, got {cumulative.dtype}")
+    if not 0 <= end_token_id < logits.shape[2]:
+        raise ValueError(f"end_token_id {end_token_id} is not a word of a vocabulary of {logits.shape[2]}")
+
+
 SPEC = Spec(
     name="beam_step",
     axes={
@@ -159,9 +171,10 @@ OP = Op(
             devices=("cpu",),
         ),
         Backend("triton", run_triton, triton_reasons, devices=gpu.DEVICES),
-        Backend("torch", run_torch),
+        Backend("torch", run_torch, differentiable=True),
     ],
     fake=fake,
+    check=check,
 )
 
 
@@ -182,13 +195,4 @@ def beam_step(logits: Tensor, cumulative: Tensor, *, step: int, min_length: int,
         ValueError: shapes that do not go together, or no such end token.
         TypeError: cumulative is not float32.
     """
-    if logits.dim() != 3 or cumulative.shape != logits.shape[:2] or 0 in logits.shape[1:]:
-        raise ValueError(
-            "logits must be (batch, beams, vocabulary) and cumulative (batch, beams), got "
-            f"{tuple(logits.shape)} and {tuple(cumulative.shape)}"
-        )
-    if cumulative.dtype != torch.float32:
-        raise TypeError(f"cumulative must be float32, got {cumulative.dtype}")
-    if not 0 <= end_token_id < logits.shape[2]:
-        raise ValueError(f"end_token_id {end_token_id} is not a word of a vocabulary of {logits.shape[2]}")
     return logits, cumulative, step, min_length, end_token_id  # type: ignore[return-value]

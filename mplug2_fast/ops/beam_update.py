@@ -117,6 +117,28 @@ def triton_reasons(scores: Tensor, *others: Any) -> list[str]:
     ]
 
 
+def check(
+    scores, origin, tokens, sequences, done, best_sequences, best_scores, step, last, end_token_id
+) -> None:  # fmt: skip
+    batch = scores.shape[:1].numel()
+    if (
+        (scores.dim(), sequences.dim(), best_sequences.dim()) != (2, 3, 3)
+        or not scores.shape == origin.shape == tokens.shape == sequences.shape[:2]
+        or done.shape != (batch,)
+        or best_scores.shape != best_sequences.shape[:2]
+        or best_sequences.shape[::2] != sequences.shape[::2]
+    ):
+        raise ValueError(
+            "scores, origin and tokens must be (batch, beams), sequences (batch, beams, length), done (batch,), "
+            "best_sequences (batch, kept, length) and best_scores (batch, kept), got "
+            + ", ".join(
+                str(tuple(t.shape)) for t in (scores, origin, tokens, sequences, done, best_sequences, best_scores)
+            )
+        )
+    if not 0 <= step < sequences.shape[2] - 1:
+        raise ValueError(f"step {step} has no place for its words in sequences of {sequences.shape[2]}")
+
+
 SPEC = Spec(
     name="beam_update",
     axes={
@@ -154,11 +176,12 @@ OP = Op(
     "Tensor best_scores, int step, bool last, int end_token_id) -> (Tensor, Tensor, Tensor, Tensor)",
     [
         Backend("triton", run_triton, triton_reasons, devices=gpu.DEVICES),
-        Backend("torch", reference),
+        Backend("torch", reference, differentiable=True),
     ],
     fake=lambda *arguments: tuple(
         torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in arguments[3:7]
     ),
+    check=check,
 )
 
 
@@ -190,22 +213,6 @@ def beam_update(
     Raises:
         ValueError: shapes that do not go together, or no position step + 1.
     """
-    batch = scores.shape[0]
-    if (
-        not scores.shape == origin.shape == tokens.shape == sequences.shape[:2]
-        or done.shape != (batch,)
-        or best_scores.shape != best_sequences.shape[:2]
-        or best_sequences.shape[::2] != sequences.shape[::2]
-    ):
-        raise ValueError(
-            "scores, origin and tokens must be (batch, beams), sequences (batch, beams, length), done (batch,), "
-            "best_sequences (batch, kept, length) and best_scores (batch, kept), got "
-            + ", ".join(
-                str(tuple(t.shape)) for t in (scores, origin, tokens, sequences, done, best_sequences, best_scores)
-            )
-        )
-    if not 0 <= step < sequences.shape[2] - 1:
-        raise ValueError(f"step {step} has no place for its words in sequences of {sequences.shape[2]}")
     return (  # type: ignore[return-value]
         scores, origin, tokens, sequences, done, best_sequences, best_scores, step, last, end_token_id
     )  # fmt: skip

@@ -209,6 +209,36 @@ def flops(x: Tensor, keys: Tensor, memory_key: Tensor, step: int, **others: Any)
     return 2 * rows * weights + 4 * x.numel() * (step + 1 + memory_key.shape[2])
 
 
+def check(x: Tensor, *others: Any) -> None:
+    parameters, states, (memory_key, memory_value, mask), (step, activation, _) = _split(others)
+    if x.dim() != 3:
+        raise ValueError(f"x must be (batch, beams, channels), got {tuple(x.shape)}")
+    batch, beams, dim = x.shape
+    if memory_key.dim() != 4 or memory_key.shape != memory_value.shape or memory_key.shape[0] != batch:
+        raise ValueError(
+            f"memory_key and memory_value must be ({batch}, heads, k_len, head_dim), got {tuple(memory_key.shape)} and "
+            f"{tuple(memory_value.shape)}"
+        )
+    _, heads, k_len, head_dim = memory_key.shape
+    if heads * head_dim != dim or not dim:
+        raise ValueError(f"x has {dim} channels, the memory {heads} heads of {head_dim}")
+    pairs = dict(zip(PARTS, _pairs(parameters), strict=True))
+    hidden = pairs["fc"][0].shape[:1].numel()
+    outputs = {"qkv": 3 * dim, "fc": hidden}
+    for name, (weight, bias) in pairs.items():
+        out_features = outputs.get(name, dim)
+        wanted = (dim,) if name in NORMS else (out_features, hidden if name == "proj" else dim)
+        if weight.shape != wanted or (bias is not None and bias.shape != (out_features,)):
+            shape = None if bias is None else tuple(bias.shape)
+            raise ValueError(
+                f"{name} must be of shapes {wanted} and {(out_features,)}, got {tuple(weight.shape)} and {shape}"
+            )
+    if mask is not None and mask.shape != (batch, k_len):
+        raise ValueError(f"key_padding_mask must be {(batch, k_len)}, got {tuple(mask.shape)}")
+    check_activation(activation)
+    check_states((batch * beams, heads, head_dim), *states, step)
+
+
 SPEC = Spec(
     name="decoder_layer",
     axes={
@@ -258,9 +288,10 @@ OP = Op(
     [
         Backend("cpu", run_cpu, cpu_reasons, devices=("cpu",), slower_reasons=slower_than_composed),
         Backend("triton", run_composed, lambda x, *_: gpu.reasons(x), devices=gpu.DEVICES),
-        Backend("torch", run_composed),
+        Backend("torch", run_composed, differentiable=True),
     ],
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    check=check,
 )
 
 
@@ -310,33 +341,8 @@ def decoder_layer(
         ValueError: shapes that do not go together, no such step, an unknown activation.
         TypeError: ancestors are not int32.
     """
-    if x.dim() != 3:
-        raise ValueError(f"x must be (batch, beams, channels), got {tuple(x.shape)}")
-    batch, beams, dim = x.shape
-    if memory_key.dim() != 4 or memory_key.shape != memory_value.shape or len(memory_key) != batch:
-        raise ValueError(
-            f"memory_key and memory_value must be ({batch}, heads, k_len, head_dim), got {tuple(memory_key.shape)} and "
-            f"{tuple(memory_value.shape)}"
-        )
-    _, heads, k_len, head_dim = memory_key.shape
-    if heads * head_dim != dim:
-        raise ValueError(f"x has {dim} channels, the memory {heads} heads of {head_dim}")
-    pairs = dict(zip(PARTS, (norm, qkv, self_out, self_norm, query, cross_out, cross_norm, fc, proj), strict=True))
-    hidden = fc[0].shape[0]
-    outputs = {"qkv": 3 * dim, "fc": hidden}
-    for name, (weight, bias) in pairs.items():
-        out_features = outputs.get(name, dim)
-        wanted = (dim,) if name in NORMS else (out_features, hidden if name == "proj" else dim)
-        if weight.shape != wanted or (bias is not None and bias.shape != (out_features,)):
-            shape = None if bias is None else tuple(bias.shape)
-            raise ValueError(
-                f"{name} must be of shapes {wanted} and {(out_features,)}, got {tuple(weight.shape)} and {shape}"
-            )
-    if key_padding_mask is not None and key_padding_mask.shape != (batch, k_len):
-        raise ValueError(f"key_padding_mask must be {(batch, k_len)}, got {tuple(key_padding_mask.shape)}")
-    check_activation(activation)
-    check_states((batch * beams, heads, head_dim), keys, values, ancestors, step)
-    parameters = [parameter for pair in pairs.values() for parameter in pair]
+    pairs = (norm, qkv, self_out, self_norm, query, cross_out, cross_norm, fc, proj)
+    parameters = [parameter for weight, bias in pairs for parameter in (weight, bias)]
     return (  # type: ignore[return-value]
         x, *parameters, keys, values, ancestors, memory_key, memory_value, key_padding_mask, step, activation, eps
     )  # fmt: skip

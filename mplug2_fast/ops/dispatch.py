@@ -22,16 +22,15 @@ from torch import Tensor
 
 from mplug2_fast import _native
 from mplug2_fast.errors import BackendError
-from mplug2_fast.ops import packages
+from mplug2_fast.ops import flop_formulas, formula, memory, packages
 from mplug2_fast.ops.spec import Spec
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 _LIBRARY = torch.library.Library("mplug2_fast", "DEF")
-_PLAIN, _CPU = frozenset((Tensor, torch.nn.Parameter)), frozenset(("cpu",))
+_CPU, _WITH_AUTOCAST = frozenset(("cpu",)), frozenset(("cpu", "cuda"))
 _is_cpu = attrgetter("is_cpu")
 _is_compiling = torch.compiler.is_compiling
-_dispatch_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 
 _forced: ContextVar[str | None] = ContextVar("mplug2_fast_backend", default=None)
 _strict: ContextVar[bool] = ContextVar("mplug2_fast_strict", default=False)
@@ -135,7 +134,10 @@ class Op:
         schema: arguments and results, as torch writes them: `"(Tensor x, float eps) -> Tensor"`.
         backends: in order of preference; one named "torch", which autograd can follow, has to be among them if the
             operator has gradients. "reference" is added from the specification.
-        fake: takes the arguments, returns empty tensors of the results' shapes, types and strides.
+        fake: takes the arguments, returns empty tensors of the results' shapes, types and strides, made from the first.
+        check: takes the arguments; raises ValueError or TypeError where they do not go together. Every way to call the
+            operator, `torch.ops` included, goes through it.
+        formula: as the "torch" backend's `run`, with derivatives of every order and mode; None where that has them.
         autocast: whether floating-point arguments are cast under autocast, as for `F.linear`.
         backward_reads_results: whether backends' own backwards are given the results of `train`.
     """
@@ -147,11 +149,13 @@ class Op:
         backends: Sequence[Backend],
         fake: Callable[..., Any],
         *,
+        check: Callable[..., None],
+        formula: Callable[..., Any] | None = None,
         autocast: bool = False,
         backward_reads_results: bool = False,
     ) -> None:
         self.spec, self.name, self.autocast = spec, spec.name, autocast
-        self._fake, self._reads_results = fake, backward_reads_results
+        self.check, self._fake, self._reads_results = check, fake, backward_reads_results
         reference = Backend("reference", spec.reference, differentiable=True)
         self.backends = {backend.name: backend for backend in (*backends, reference)}
         self._automatic = [backend for backend in self.backends.values() if backend.name != "reference"]
@@ -159,9 +163,11 @@ class Op:
         declared = [part.split("=")[0].split() for part in arguments.strip("()").split(", ")]
         self._names = [name for _, name in declared]
         self._tensors_at = [i for i, (kind, _) in enumerate(declared) if kind.startswith("Tensor")]
+        self._written_at = [i for i, (kind, _) in enumerate(declared) if kind.endswith("!)")]
+        self._formula = formula or self.backends["torch"].run
         _LIBRARY.define(f"{self.name}{schema}")
         _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"mplug2_fast::{self.name}", fake, lib=_LIBRARY)
+        torch.library.register_fake(f"mplug2_fast::{self.name}", self._checked_fake, lib=_LIBRARY)
         self._torch_op = getattr(torch.ops.mplug2_fast, self.name).default
         self._training_op = self._torch_op
         self._saving = {backend.name for backend in backends if backend.train}
@@ -172,11 +178,13 @@ class Op:
             self._register_backward(arguments.strip("()"))
             if self._saving_devices:
                 self._register_training(arguments, results.strip("()"))
+        flop_formulas.add(self)
 
     # --- which backend
 
     def explain(self, *arguments: Any) -> Explanation:
         """Who serves a call with these arguments, all of them, in order."""
+        self.check(*arguments)
         chosen, reasons = None, {}
         forced, needs_grad = _forced.get(), self._needs_grad(self._tensors(arguments))
         for backend in self.backends.values():
@@ -228,6 +236,8 @@ class Op:
         if backend.devices and not _device_types(tensors := self._tensors(arguments)).issubset(backend.devices):
             device = next(t.device for t in tensors if _device_type(t) not in backend.devices)
             return (f"it is for {' and '.join(backend.devices)}, not for {device}",)
+        if backend.name not in formula.BACKENDS and (why := formula.reason(self._tensors(arguments))):
+            return (why,)
         if needs_grad and not backend.trains:
             return ("gradients are asked for, and it has no backward of its own",)
         return backend.not_supported_reasons(*arguments)
@@ -252,20 +262,72 @@ class Op:
 
     def __call__(self, *arguments: Any) -> Any:
         tensors = self._tensors(arguments)
-        if self.autocast and torch.is_autocast_enabled(device := _device_type(tensors[0])):
-            arguments = _autocast(arguments, torch.get_autocast_dtype(device))
+        if not formula.is_tracing():  # where sizes are tensors, and comparing them warns
+            self._check_shapes(arguments)
+        if self.autocast and (dtype := autocast_dtype(tensors[0])) is not None:
+            arguments = _autocast(arguments, dtype)
             tensors = self._tensors(arguments)
         if _is_compiling():
             # What is forced while a graph is made is part of the graph.
             saves = self._saving_devices and self._needs_grad(tensors) and self._saves(tensors, _forced_name())
             return self._trained(arguments) if saves else self._torch_op(*arguments)
-        if _seen_by_others(tensors):
+        if formula.is_needed(tensors):
+            return self._run_formula(arguments, tensors)
+        if formula.is_watched(tensors):
+            flop_formulas.register()
             return self._torch_op(*arguments)
+        if not memory.is_sound(tensors):
+            if any(map(memory.is_opaque, tensors)):
+                return self._run_formula(arguments, tensors)
+            arguments = self._sound(arguments)
+            tensors = self._tensors(arguments)
+        for i in self._written_at:
+            memory.check_written(self._names[i], arguments[i])
         needs_grad = self._needs_grad(tensors)
         backend = self._choose(arguments, tensors, needs_grad)
         if needs_grad and not backend.differentiable:
             return self._trained(arguments) if backend.train else self._torch_op(*arguments)
         return backend.run(*arguments)
+
+    def _check_shapes(self, arguments: tuple[Any, ...]) -> None:
+        try:
+            self.check(*arguments)
+        except RuntimeError:  # torch's, of a tensor that has no shape
+            if any(t.is_nested for t in self._tensors(arguments)):
+                raise TypeError(
+                    f"{self.name} is not for nested tensors of the strided layout: make them with layout=torch.jagged"
+                ) from None
+            raise
+
+    def _sound(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The arguments, every value in memory as it is meant. Raises ValueError where memory is missing."""
+        made = list(arguments)
+        for i in self._tensors_at:
+            if made[i] is not None:
+                memory.check(self._names[i], made[i])
+                if i not in self._written_at:
+                    made[i] = made[i].resolve_neg()
+        for i in self._written_at:
+            if made[i].is_neg():
+                raise ValueError(
+                    f"{self._names[i]} is written, and its minus sign is pending: call resolve_neg() first"
+                )
+            memory.check_written(self._names[i], made[i])
+        return tuple(made)
+
+    def _run_formula(self, arguments: tuple[Any, ...], tensors: list[Tensor]) -> Any:
+        """By PyTorch's own operators, because others follow or only those know the tensors."""
+        if self._choose_formula(arguments, tensors).name == "reference":
+            return self.backends["reference"].run(*arguments)
+        return self._formula(*arguments) if formula.differentiates() else self.backends["torch"].run(*arguments)
+
+    def _choose_formula(self, arguments: tuple[Any, ...], tensors: list[Tensor]) -> Backend:
+        backend = self.backends.get(_forced.get() or "torch")
+        if backend is None or backend.name not in formula.BACKENDS:
+            raise self._error(f"{self.name} cannot run on the backend {_forced.get()!r}", arguments)
+        if _strict.get() and backend not in self._made_for(arguments):
+            raise self._error(f"{self.name} would fall back to {backend.name!r}", arguments)
+        return backend
 
     def _saves(self, tensors: list[Tensor], forced: str | None) -> bool:
         """Whether a backend that saves something for its backward may serve on this device."""
@@ -295,14 +357,34 @@ class Op:
         return [arguments[i] for i in self._tensors_at if arguments[i] is not None]
 
     def _needs_grad(self, tensors: list[Tensor]) -> bool:
-        if not self.spec.differentiable or not torch.is_grad_enabled():
-            return False
-        return any(t.requires_grad for t in tensors)
+        return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
     # --- what torch knows of it
 
     def _run(self, *arguments: Any) -> Any:
+        arguments = self._checked(arguments)
+        if not self.spec.differentiable and self._needs_grad(self._tensors(arguments)):
+            raise BackendError(
+                f"torch.ops.mplug2_fast.{self.name} has no gradients: call it under torch.no_grad(), or "
+                f"mplug2_fast.ops.{self.name}, which has those of PyTorch's operators"
+            )
         return self.choose(arguments).run(*arguments)
+
+    def _checked(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """The arguments as kernels may read them. Raises where they do not go together or their memory is missing."""
+        self._check_shapes(arguments := tuple(arguments))
+        self._refuse_tangents(tensors := self._tensors(arguments))
+        return arguments if memory.is_sound(tensors) and not self._written_at else self._sound(arguments)
+
+    def _refuse_tangents(self, tensors: Sequence[Tensor]) -> None:
+        if formula.have_tangents(tensors):
+            raise NotImplementedError(
+                f"torch.ops.mplug2_fast.{self.name} has no forward-mode derivative: call mplug2_fast.ops.{self.name}"
+            )
+
+    def _checked_fake(self, *arguments: Any) -> Any:
+        self._check_shapes(arguments)
+        return self._fake(*arguments)
 
     def _register_backward(self, arguments: str) -> None:
         """NAME_backward is an operator too, so that compilers need not look into it."""
@@ -316,14 +398,47 @@ class Op:
 
     def _backward(self, grads: list[Tensor | None], *given: Any) -> list[Tensor]:
         count = len(self._names)
-        arguments, needs = list(given[:count]), given[count]
+        arguments, needs = self._checked(given[:count]), given[count]
         saved = given[count + 1] if len(given) > count + 1 else None  # what equals its default is not handed over
-        backend = self._own_backward(tuple(arguments))
+        self._check_backward(grads, arguments, needs, saved)
+        backend = self._own_backward(arguments)
         if backend is None or backend.backward is None:
-            return self._recomputed(grads, arguments, needs)
+            return self._recomputed(grads, list(arguments), needs)
+        expected = self._expected(arguments)
+        self._check_like("grads", grads, expected)
         if saved is None:
             saved = self._save(backend, arguments) if backend.train or self._reads_results else []
-        return [_fresh(grad, grads) for grad in backend.backward(grads, tuple(arguments), saved, needs)]
+        else:
+            kept = [] if backend.saved is None else backend.saved(_on_meta(arguments[0]), *arguments[1:])
+            self._check_like("saved", saved, [*expected, *kept] if self._reads_results else kept)
+        return [_fresh(grad, grads) for grad in backend.backward(grads, arguments, saved, needs)]
+
+    def _check_backward(self, grads: list[Tensor | None], arguments: tuple[Any, ...], needs: list[bool], saved: Any):
+        if len(grads) != self._results or len(needs) != len(self._wanted):
+            raise ValueError(
+                f"{self.name}_backward takes {self._results} grads and {len(self._wanted)} needs, got {len(grads)} and "
+                f"{len(needs)}"
+            )
+        for index in self._asked_for(needs):
+            if arguments[index] is None:
+                raise ValueError(
+                    f"{self.name}_backward cannot give the gradient of {self._names[index]}, which is None"
+                )
+        for name, tensors in (("grads", grads), ("saved", saved or ())):
+            for i, tensor in enumerate(tensors):
+                if tensor is not None:
+                    memory.check(f"{name}[{i}]", tensor)
+        self._refuse_tangents([grad for grad in grads if grad is not None])
+
+    def _expected(self, arguments: tuple[Any, ...]) -> list[Tensor]:
+        """Tensors of the results' shapes and types, without memory."""
+        return list(_as_tuple(self._fake(_on_meta(arguments[0]), *arguments[1:])))
+
+    def _check_like(self, what: str, given: Sequence[Tensor | None], expected: Sequence[Tensor]) -> None:
+        found = [None if t is None else (tuple(t.shape), t.dtype) for t in given]
+        wanted = [(tuple(t.shape), t.dtype) for t in expected]
+        if len(found) != len(wanted) or any(f not in (None, w) for f, w in zip(found, wanted, strict=True)):
+            raise ValueError(f"{what} of {self.name}_backward must be {wanted}, got {found}")
 
     def _save(self, backend: Backend, arguments: Sequence[Any]) -> list[Tensor]:
         """What `backend.backward` reads, by the forward once more."""
@@ -340,15 +455,18 @@ class Op:
             for index in needed:
                 values[index] = values[index].detach().requires_grad_()
             outs = _as_tuple(self.backends["torch"].run(*values))
-        pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.requires_grad]
+        found = _gradients(outs, [values[index] for index in needed], grads)
+        return [grad.clone(memory_format=torch.contiguous_format) for grad in found]
+
+    def _differentiated(self, grads: Sequence[Tensor | None], values: list[Any], needs: list[bool]) -> list[Tensor]:
+        """As `_recomputed`, and what can be differentiated again, to any order and in any mode."""
+        needed = self._asked_for(needs)
+        with torch.enable_grad():
+            for index in needed:  # one tensor may be two arguments
+                values[index] = values[index].view_as(values[index])
+            outs = _as_tuple(self._formula(*values))
         leaves = [values[index] for index in needed]
-        found = torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
-        return [
-            torch.zeros_like(leaf, memory_format=torch.contiguous_format)
-            if grad is None
-            else grad.clone(memory_format=torch.contiguous_format)
-            for leaf, grad in zip(leaves, found, strict=True)
-        ]
+        return _gradients(outs, leaves, grads, create_graph=torch.is_grad_enabled())
 
     def _fake_backward(self, grads: list[Tensor | None], *given: Any) -> list[Tensor]:
         taken = [given[index] for index in self._asked_for(given[len(self._names)])]
@@ -367,13 +485,15 @@ class Op:
         self._register_autograd(name)
 
     def _train(self, *arguments: Any) -> tuple[Any, ...]:
+        arguments = self._checked(arguments)
         backend = self._own_backward(arguments)
         if backend is None or backend.train is None:
-            return *_as_tuple(self._run(*arguments)), []
+            return *_as_tuple(self.choose(arguments).run(*arguments)), []
         saved = [] if backend.saved is None else backend.saved(*arguments)
         return *_as_tuple(backend.train(*arguments, saved)), saved
 
     def _fake_train(self, *arguments: Any) -> tuple[Any, ...]:
+        self._check_shapes(arguments)
         backend = self._own_backward(arguments)
         saves = backend is not None and backend.train is not None and backend.saved is not None
         return *_as_tuple(self._fake(*arguments)), backend.saved(*arguments) if saves else []
@@ -394,7 +514,12 @@ class Op:
             tensors = iter(ctx.saved_tensors)
             values = [next(tensors) if other is None else other[0] for other in ctx.others]
             needs = [ctx.needs_input_grad[index] for index in self._wanted]
-            found = iter(self._backward_op(list(grads[: self._results]), *values, needs, list(tensors) or None))
+            wanted = list(grads[: self._results])
+            # With create_graph, or of many gradients at once, the gradients are to be differentiated or batched.
+            if torch.is_grad_enabled() or formula.is_needed([grad for grad in wanted if grad is not None]):
+                found = iter(self._differentiated(wanted, values, needs))
+            else:
+                found = iter(self._backward_op(wanted, *values, needs, list(tensors) or None))
             result: list[Tensor | None] = [None] * len(values)
             for index in self._asked_for(needs):
                 result[index] = next(found)
@@ -405,6 +530,21 @@ class Op:
 
 def _as_tuple(results: Any) -> tuple[Any, ...]:
     return tuple(results) if isinstance(results, (tuple, list)) else (results,)
+
+
+def _gradients(
+    outs: Sequence[Tensor], leaves: Sequence[Tensor], grads: Sequence[Tensor | None], *, create_graph: bool = False
+) -> list[Tensor]:
+    """Those of the leaves; zeros where nothing depends on one."""
+    pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.requires_grad]
+    found = torch.autograd.grad(
+        [o for o, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True, create_graph=create_graph
+    )
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)]
+
+
+def _on_meta(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
 def _fresh(grad: Tensor, grads: list[Tensor | None]) -> Tensor:
@@ -447,11 +587,12 @@ def _device_types(tensors: list[Tensor]) -> set[str] | frozenset[str]:
     return _CPU if all(map(_is_cpu, tensors)) else set(map(_device_type, tensors))
 
 
-def _seen_by_others(tensors: list[Tensor]) -> bool:
-    """Whether a mode, a transform or a tensor of another kind wants to see the operator itself."""
-    if _dispatch_modes() or _transforms() is not None:
-        return True
-    return not _PLAIN.issuperset(map(type, tensors))
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The type that autocast asks for on the tensor's device; None where it is off, or the device has none."""
+    device = _device_type(tensor)
+    if device not in _WITH_AUTOCAST and not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _autocast(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:

@@ -183,7 +183,7 @@ SPEC = Spec(
 
 def check(x: Tensor, update: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
     shape = x.shape
-    if not shape or not shape[-1]:
+    if not shape:
         raise ValueError(f"x must have channels in its last axis, got shape {tuple(shape)}")
     if update is not None and update.shape != shape:
         raise ValueError(f"update must have the shape of x, {tuple(shape)}, got {tuple(update.shape)}")
@@ -223,6 +223,7 @@ OP = Op(
         Backend("torch", norm_torch, differentiable=True),
     ],
     fake=lambda x, weight, bias, eps: torch.empty_like(x, memory_format=torch.contiguous_format),
+    check=lambda x, weight, bias, eps: check(x, None, weight, bias),
 )
 
 
@@ -238,5 +239,4 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     Raises:
         ValueError: shapes that do not go together.
     """
-    check(x, None, weight, bias)
     return x, weight, bias, eps  # type: ignore[return-value]

@@ -79,6 +79,8 @@ def run_torch(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, r
 
 
 def run_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
+    if weight.numel() == 0:  # nothing to multiply
+        return run_torch(x, weight, bias, activation, residual)
     if x.numel() <= FEW_ROWS * x.shape[-1] and has_few_rows_kernel(x, weight):
         return few_rows(x, weight, bias, activation, residual)
     if not onednn.multiplies(x.dtype):
@@ -156,7 +158,7 @@ def slower_than_others(needs_grad: bool, x, weight, bias, activation, residual) 
 
 
 def too_few_rows(x: Tensor, least: int) -> list[str]:
-    rows = x.numel() // x.shape[-1]
+    rows = x.shape[:-1].numel()
     return [f"{rows} rows do not occupy the GPU with its tiles: it is for {least} and more"] if rows < least else []
 
 
@@ -246,8 +248,35 @@ def slower_reasons(needs_grad: bool, x, weight, bias, activation, residual) -> l
 
 def _race(x, weight, bias, activation, residual) -> tuple[Any, ...]:
     """What the faster way depends on; rows as the next power of two."""
-    rows = 1 << (x.numel() // x.shape[-1] - 1).bit_length()
+    rows = 1 << (x.shape[:-1].numel() - 1).bit_length()
     return x.dtype, rows, *weight.shape, activation, bias is not None, residual is not None
+
+
+def check_activation(activation: str) -> None:
+    if activation not in EAGER:
+        raise ValueError(f"activation is {activation!r}: it must be one of {', '.join(EAGER)}")
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
+    check_activation(activation)
+    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x must be (..., in_features) and weight (out_features, in_features), got {tuple(x.shape)} and "
+            f"{tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def check_all(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> None:
+    check(x, weight, bias, activation)
+    if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
+        raise ValueError(f"residual must have shape {(*x.shape[:-1], weight.shape[0])}, got {tuple(residual.shape)}")
+
+
+def fake(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
 
 
 SPEC = Spec(
@@ -282,6 +311,7 @@ SPEC = Spec(
         "large, steps of 32 videos": {"rows": (32, 5), "inputs": 1024, "outputs": 1024, "residual": True},
     },
     flops=lambda x, weight, **_: 2 * x.numel() * weight.shape[0],
+    products=lambda x, weight, **_: [(2 * x.numel() * weight.shape[0], ["x"], ["weight"])],
     differentiable=("x", "weight", "bias", "residual"),
 )
 
@@ -303,7 +333,8 @@ OP = Op(
         ),
         Backend("torch", run_torch, differentiable=True),
     ],
-    fake=lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    fake=fake,
+    check=check_all,
     autocast=True,
 )
 
@@ -329,23 +360,4 @@ def linear_act(
     Raises:
         ValueError: shapes that do not go together, or an unknown activation.
     """
-    check(x, weight, bias, activation)
-    if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
-        raise ValueError(f"residual must have shape {(*x.shape[:-1], weight.shape[0])}, got {tuple(residual.shape)}")
     return x, weight, bias, activation, residual  # type: ignore[return-value]
-
-
-def check_activation(activation: str) -> None:
-    if activation not in EAGER:
-        raise ValueError(f"activation is {activation!r}: it must be one of {', '.join(EAGER)}")
-
-
-def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
-    check_activation(activation)
-    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"x must be (..., in_features) and weight (out_features, in_features), got {tuple(x.shape)} and "
-            f"{tuple(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")

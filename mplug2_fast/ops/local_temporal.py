@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from mplug2_fast.ops import gpu, native, onednn
 from mplug2_fast.ops.dispatch import Backend, Op
 from mplug2_fast.ops.layer_norm import MAX_CHANNELS, norm_backward_triton, norm_native, norm_torch, norm_triton
-from mplug2_fast.ops.linear_act import EAGER, Activation
+from mplug2_fast.ops.linear_act import EAGER, Activation, check_activation
 from mplug2_fast.ops.linear_act import OP as LINEAR_ACT
 from mplug2_fast.ops.rows import rows as rows_of
-from mplug2_fast.ops.spec import Spec, normal
+from mplug2_fast.ops.spec import Product, Spec, normal
 from mplug2_fast.ops.spec import upcast as in_float64
 
 MAX_FRAMES = 128
@@ -135,6 +135,11 @@ def run_cpu(
     x, norm_weight, norm_bias, down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias, eps, activation,
     class_token, residual,
 ) -> Tensor:  # fmt: skip
+    if x.numel() == 0 or down_weight.numel() == 0:  # nothing to multiply
+        return run_torch(
+            x, norm_weight, norm_bias, down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias, eps,
+            activation, class_token, residual,
+        )  # fmt: skip
     x = x.contiguous()
     if not onednn.multiplies(x.dtype):
         others = (
@@ -283,7 +288,48 @@ def flops(x: Tensor, down_weight: Tensor, conv_weight: Tensor, class_token: bool
     return 2 * positions * (2 * down_weight.numel() + conv_weight.numel())
 
 
+def products(x: Tensor, down_weight: Tensor, conv_weight: Tensor, class_token: bool, **_: Any) -> list[Product]:
+    positions = x.shape[0] * x.shape[1] * (x.shape[2] - int(class_token))
+    normed = ["x", "norm_weight", "norm_bias"]
+    down = [*normed, "down_weight", "down_bias"]
+    return [
+        (2 * positions * down_weight.numel(), normed, ["down_weight"]),
+        (2 * positions * conv_weight.numel(), down, ["conv_weight"]),
+        (2 * positions * down_weight.numel(), [*down, "conv_weight", "conv_bias"], ["up_weight"]),
+    ]
+
+
 _PLAIN = {"normed": False, "biases": False, "class_token": False, "residual": False, "activation": "none"}
+
+
+def check(
+    x, norm_weight, norm_bias, down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias, eps, activation,
+    class_token, residual,
+) -> None:  # fmt: skip
+    if x.dim() != 4 or x.shape[2] < int(class_token):
+        shape = "(batch, frames, 1 + patches, channels)" if class_token else "(batch, frames, patches, channels)"
+        raise ValueError(f"x must be {shape}, got {tuple(x.shape)}")
+    check_activation(activation)
+    if norm_weight is None and norm_bias is not None:
+        raise ValueError("norm_bias is given without a norm_weight: give both, or neither for no norm")
+    if conv_weight.dim() != 2:
+        raise ValueError(f"conv_weight must be (inner, kernel), got {tuple(conv_weight.shape)}")
+    channels, (inner, kernel) = x.shape[-1], conv_weight.shape
+    shapes = {
+        "norm_weight": (norm_weight, (channels,)),
+        "norm_bias": (norm_bias, (channels,)),
+        "down_weight": (down_weight, (inner, channels)),
+        "down_bias": (down_bias, (inner,)),
+        "conv_bias": (conv_bias, (inner,)),
+        "up_weight": (up_weight, (channels, inner)),
+        "up_bias": (up_bias, (channels,)),
+    }
+    for name, (parameter, shape) in shapes.items():
+        if parameter is not None and parameter.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(parameter.shape)}")
+    if kernel % 2 == 0:
+        raise ValueError(f"conv_weight must have an odd number of frames, got {kernel}")
+
 
 SPEC = Spec(
     name="local_temporal",
@@ -324,6 +370,7 @@ SPEC = Spec(
         "large, 112 px": {"batch": 1, "frames": 16, "patches": 64, "channels": 1024, "inner": 512},
     },
     flops=flops,
+    products=products,
     differentiable=(
         "x",
         "norm_weight",
@@ -356,6 +403,7 @@ OP = Op(
         Backend("torch", run_torch, differentiable=True),
     ],
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    check=check,
     autocast=True,
 )
 
@@ -395,28 +443,6 @@ def local_temporal(
     Raises:
         ValueError: shapes that do not go together, an even kernel, an unknown activation, or a norm_bias alone.
     """
-    if x.dim() != 4 or x.shape[2] < class_token:
-        shape = "(batch, frames, 1 + patches, channels)" if class_token else "(batch, frames, patches, channels)"
-        raise ValueError(f"x must be {shape}, got {tuple(x.shape)}")
-    if activation not in EAGER:
-        raise ValueError(f"activation is {activation!r}: it must be one of {', '.join(EAGER)}")
-    if norm_weight is None and norm_bias is not None:
-        raise ValueError("norm_bias is given without a norm_weight: give both, or neither for no norm")
-    channels, (inner, kernel) = x.shape[-1], conv_weight.shape
-    shapes = {
-        "norm_weight": (norm_weight, (channels,)),
-        "norm_bias": (norm_bias, (channels,)),
-        "down_weight": (down_weight, (inner, channels)),
-        "down_bias": (down_bias, (inner,)),
-        "conv_bias": (conv_bias, (inner,)),
-        "up_weight": (up_weight, (channels, inner)),
-        "up_bias": (up_bias, (channels,)),
-    }
-    for name, (parameter, shape) in shapes.items():
-        if parameter is not None and parameter.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(parameter.shape)}")
-    if kernel % 2 == 0:
-        raise ValueError(f"conv_weight must have an odd number of frames, got {kernel}")
     return (  # type: ignore[return-value]
         x, norm_weight, norm_bias, down_weight, down_bias, conv_weight, conv_bias, up_weight, up_bias, eps, activation,
         class_token, residual,

@@ -25,7 +25,7 @@ from mplug2_fast.ops.linear_act import (
 )
 from mplug2_fast.ops.linear_act import check as check_linear
 from mplug2_fast.ops.rows import rows as rows_of
-from mplug2_fast.ops.spec import Spec, normal
+from mplug2_fast.ops.spec import Product, Spec, normal
 from mplug2_fast.ops.spec import upcast as in_float64
 
 # Rows are taken in blocks whose hidden activations fit in the last-level cache and stay under the allocator's
@@ -91,6 +91,10 @@ def run_torch(
 
 
 def run_cpu(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps, residual) -> Tensor:
+    if x.numel() == 0 or fc_weight.numel() == 0:  # nothing to multiply
+        return run_torch(
+            x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps, residual
+        ).contiguous()
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] <= FEW_ROWS and has_few_rows_kernel(x, fc_weight) and proj_weight.is_contiguous():
         h = rows if norm_weight is None else _norm(rows, norm_weight, norm_bias, eps)
@@ -236,13 +240,32 @@ def slower_reasons(needs_grad: bool, x, *others: Any) -> list[str]:
 
 def _race(x, fc_weight, *others: Any) -> tuple[Any, ...]:
     """What the faster way depends on; rows as the next power of two."""
-    rows = 1 << (x.numel() // x.shape[-1] - 1).bit_length()
+    rows = 1 << (x.shape[:-1].numel() - 1).bit_length()
     kinds = (o is not None if o is None or isinstance(o, Tensor) else o for o in others)
     return x.dtype, rows, *fc_weight.shape, *kinds
 
 
+def products(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, **_: Any) -> list[Product]:
+    rows, hidden = x.shape[:-1].numel(), ["x", "norm_weight", "norm_bias"]
+    fc = (2 * rows * fc_weight.numel(), hidden, ["fc_weight"])
+    return [fc, (2 * rows * proj_weight.numel(), [*hidden, "fc_weight", "fc_bias"], ["proj_weight"])]
+
+
 def flops(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, **_: Any) -> int:
-    return 2 * (x.numel() * fc_weight.shape[0] + x.numel() // x.shape[-1] * proj_weight.numel())
+    return sum(flops for flops, *_ in products(x, fc_weight, proj_weight))
+
+
+def check(
+    x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps, residual
+) -> None:  # fmt: skip
+    check_linear(x, fc_weight, fc_bias, activation)
+    if proj_weight.shape != fc_weight.shape[::-1]:
+        raise ValueError(f"proj_weight must have shape {tuple(fc_weight.shape[::-1])}, got {tuple(proj_weight.shape)}")
+    if proj_bias is not None and proj_bias.shape != x.shape[-1:]:
+        raise ValueError(f"proj_bias must have shape {tuple(x.shape[-1:])}, got {tuple(proj_bias.shape)}")
+    if norm_weight is None and norm_bias is not None:
+        raise ValueError("norm_bias is given without a norm_weight: give both, or neither for no norm")
+    check_norm(x, None, norm_weight, norm_bias)
 
 
 SPEC = Spec(
@@ -278,6 +301,7 @@ SPEC = Spec(
         "large": {"rows": (1, 16, 257), "channels": 1024, "hidden": 4096},
     },
     flops=flops,
+    products=products,
     differentiable=("x", "fc_weight", "fc_bias", "proj_weight", "proj_bias", "norm_weight", "norm_bias"),
 )
 
@@ -301,6 +325,7 @@ OP = Op(
         Backend("torch", run_torch, differentiable=True),
     ],
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    check=check,
     autocast=True,
 )
 
@@ -333,10 +358,6 @@ def mlp(
     Raises:
         ValueError: shapes that do not go together, or an unknown activation.
     """
-    check_linear(x, fc_weight, fc_bias, activation)
-    if proj_weight.shape != fc_weight.shape[::-1]:
-        raise ValueError(f"proj_weight must have shape {tuple(fc_weight.shape[::-1])}, got {tuple(proj_weight.shape)}")
-    check_norm(x, None, norm_weight, norm_bias)
     return (  # type: ignore[return-value]
         x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps, residual
     )  # fmt: skip

@@ -102,6 +102,11 @@ def triton_reasons(x, norm_weight, norm_bias, weight, bias, activation, eps) -> 
     return reasons or [*norm_reasons(x), *linear_triton_reasons(x, weight, bias, activation, None)]
 
 
+def check(x, norm_weight, norm_bias, weight, bias, activation, eps) -> None:
+    check_norm(x, None, norm_weight, norm_bias)
+    check_linear(x, weight, bias, activation)
+
+
 SPEC = Spec(
     name="norm_linear_act",
     axes={
@@ -132,6 +137,9 @@ SPEC = Spec(
         "large, steps of 32 videos": {"rows": (32, 5), "inputs": 1024, "outputs": 4096, "activation": "gelu"},
     },
     flops=lambda x, weight, **_: 2 * x.numel() * weight.shape[0],
+    products=lambda x, weight, **_: [
+        (2 * x.numel() * weight.shape[0], ["x", "norm_weight", "norm_bias"], ["weight"]),
+    ],
     differentiable=("x", "norm_weight", "norm_bias", "weight", "bias"),
 )
 
@@ -148,6 +156,7 @@ OP = Op(
         x.new_empty(*x.shape[:-1], weight.shape[0]),
         torch.empty_like(x, memory_format=torch.contiguous_format),
     ),
+    check=check,
 )
 
 
@@ -176,6 +185,4 @@ def norm_linear_act(
     Raises:
         ValueError: shapes that do not go together, or an unknown activation.
     """
-    check_norm(x, None, norm_weight, norm_bias)
-    check_linear(x, weight, bias, activation)
     return x, norm_weight, norm_bias, weight, bias, activation, eps  # type: ignore[return-value]

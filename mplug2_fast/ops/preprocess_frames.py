@@ -129,6 +129,22 @@ def triton_reasons(frames: Tensor, image_size: int, dtype: torch.dtype, _: int |
     return reasons
 
 
+def check(frames: Tensor, image_size: int, dtype: torch.dtype, patch_size: int | None) -> None:
+    if frames.dtype != torch.uint8:
+        raise TypeError(f"frames must be uint8 values from 0 to 255, not {frames.dtype}")
+    if frames.dim() != 4 or frames.shape[3] != 3:
+        raise ValueError(f"frames must have shape (frames, height, width, 3), not {tuple(frames.shape)}")
+    if 0 in frames.shape:
+        raise ValueError(f"frames of shape {tuple(frames.shape)} have no pixels")
+    _check_size("image_size", image_size)
+    if patch_size is not None:
+        _check_size("patch_size", patch_size)
+        if image_size % patch_size:
+            raise ValueError(f"patches of {patch_size} pixels do not fill an image_size of {image_size}")
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be torch.float32, bfloat16, float16 or float64, not {dtype}")
+
+
 SPEC = Spec(
     name="preprocess_frames",
     axes={
@@ -168,6 +184,7 @@ OP = Op(
     fake=lambda frames, image_size, dtype, patch_size: frames.new_empty(
         _shape(frames, image_size, patch_size), dtype=dtype
     ),
+    check=check,
 )
 
 
@@ -195,22 +212,9 @@ def preprocess_frames(
         TypeError: frames that are not uint8, or a dtype that is not floating point.
         ValueError: frames of another shape or without pixels, an image size below 1, or patches that do not fill it.
     """
-    if frames.dtype != torch.uint8:
-        raise TypeError(f"frames must be uint8 values from 0 to 255, not {frames.dtype}")
-    if frames.dim() != 4 or frames.shape[3] != 3:
-        raise ValueError(f"frames must have shape (frames, height, width, 3), not {tuple(frames.shape)}")
-    if 0 in frames.shape:
-        raise ValueError(f"frames of shape {tuple(frames.shape)} have no pixels")
-    _check_size("image_size", image_size)
-    if patch_size is not None:
-        _check_size("patch_size", patch_size)
-        if image_size % patch_size:
-            raise ValueError(f"patches of {patch_size} pixels do not fill an image_size of {image_size}")
-    if dtype not in DTYPES:
-        raise TypeError(f"dtype must be torch.float32, bfloat16, float16 or float64, not {dtype}")
     return frames, image_size, dtype, patch_size  # type: ignore[return-value]
 
 
 def _check_size(name: str, size: int | None) -> None:
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)) or size < 1:
         raise ValueError(f"{name} must be a whole number of pixels, at least 1, not {size!r}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from mplug2_fast.ops.dispatch import autocast_dtype
 from mplug2_fast.ops.layer_norm import layer_norm
 from mplug2_fast.ops.linear_act import Activation, linear_act
 from mplug2_fast.ops.norm_linear_act import norm_linear_act
@@ -14,8 +14,8 @@ def would_round(residual: Tensor) -> bool:
     """Whether an operator that adds this residual would round it first: under autocast operators compute in a narrow
     type, while the sum of a wide residual and a narrow update is wide, as PyTorch has it. Then the sum is taken
     outside."""
-    device = residual.device.type
-    return torch.is_autocast_enabled(device) and residual.dtype != torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(residual)
+    return dtype is not None and residual.dtype != dtype
 
 
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 Sizes = Mapping[str, Any]
 """The numbers and switches from which inputs are made; the same names as the arguments of `Spec.make`."""
+Product = tuple[int, Sequence[str], Sequence[str]]
+"""FLOPs of a product, and the arguments that its left and its right side depend on."""
 
 # What summation order and rounding of the result alone may cost, relative to the result's norm.
 NOISE_FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 4.9e-4, torch.float64: 1e-12}
@@ -28,6 +30,8 @@ class Spec:
         awkward: sizes that kernels get wrong.
         models: preset ("base", "large") -> the sizes at which the model calls it, batch 1.
         flops: needed floating-point operations, from the arguments; one multiply-add is 2.
+        products: from the arguments, the products that PyTorch's FLOP counter counts of plain modules: FLOPs, and the
+            differentiable arguments that its left and its right side depend on.
         differentiable: arguments that gradients are asked for.
         kept: float arguments that are float32 whatever the dtype of the others.
         exact: whether all backends must give the same values.
@@ -40,6 +44,7 @@ class Spec:
     awkward: tuple[Sizes, ...]
     models: Mapping[str, Sizes]
     flops: Callable[..., int]
+    products: Callable[..., Sequence[Product]] = lambda **_: ()
     differentiable: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     exact: bool = False

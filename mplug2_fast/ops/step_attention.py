@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops import gpu, native
+from mplug2_fast.ops import formula, gpu, native
 from mplug2_fast.ops.dispatch import Backend, Op
 from mplug2_fast.ops.spec import Spec, normal
 from mplug2_fast.ops.spec import upcast as in_float64
@@ -56,11 +56,21 @@ def _appended(key, value, keys, values, ancestors, step) -> tuple[Tensor, Tensor
 
 
 def run_torch(query, *others) -> Tensor:
+    *_, ancestors, step = others
+    if ancestors.is_cpu and not formula.is_needed([ancestors]):  # of other devices it would be waited for
+        _check_ancestors(ancestors[:, :step])
     keys, values = (states.transpose(1, 2) for states in _appended(*others))
     return F.scaled_dot_product_attention(query[:, :, None], keys, values).flatten(1)
 
 
+def _check_ancestors(ancestors: Tensor) -> None:
+    if ((ancestors < 0) | (ancestors >= len(ancestors))).any():
+        raise ValueError(f"step_attention: an ancestor is not one of the {len(ancestors)} rows")
+
+
 def run_cpu(query, key, value, keys, values, ancestors, step) -> Tensor:
+    if query.numel() == 0:
+        return run_torch(query, key, value, keys, values, ancestors, step)
     rows, heads, head_dim = query.shape
     out = query.new_empty(rows, heads * head_dim)
     native.module().step_attention(
@@ -101,6 +111,31 @@ def triton_reasons(query, key, value, keys, values, ancestors, step) -> list[str
     return gpu.reasons(query, key=key, value=value, keys=keys, values=values)
 
 
+def check_states(new: Sequence[int], keys: Tensor, values: Tensor, ancestors: Tensor, step: int) -> None:
+    """Raises what `step_attention` does, for new tokens of shape `(rows, heads, head_dim)`."""
+    rows, heads, head_dim = new
+    if keys.dim() != 4 or keys.shape != values.shape or keys.shape != (rows, heads, keys.shape[2], head_dim):
+        raise ValueError(
+            f"keys and values must be ({rows}, {heads}, length, {head_dim}), got {tuple(keys.shape)} and "
+            f"{tuple(values.shape)}"
+        )
+    if ancestors.shape != (rows, keys.shape[2]):
+        raise ValueError(f"ancestors must be {(rows, keys.shape[2])}, got {tuple(ancestors.shape)}")
+    if ancestors.dtype != torch.int32:
+        raise TypeError(f"ancestors must be int32, got {ancestors.dtype}")
+    if not 0 <= step < keys.shape[2]:
+        raise ValueError(f"there is no step {step} among {keys.shape[2]}")
+
+
+def check(query, key, value, keys, values, ancestors, step) -> None:
+    if query.dim() != 3 or query.shape != key.shape or query.shape != value.shape:
+        raise ValueError(
+            "query, key and value must be (rows, heads, head_dim), all the same, got "
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    check_states(query.shape, keys, values, ancestors, step)
+
+
 SPEC = Spec(
     name="step_attention",
     axes={
@@ -136,26 +171,11 @@ OP = Op(
     [
         Backend("cpu", run_cpu, cpu_reasons, devices=("cpu",)),
         Backend("triton", run_triton, triton_reasons, devices=gpu.DEVICES),
-        Backend("torch", run_torch),
+        Backend("torch", run_torch, differentiable=True),
     ],
     fake=lambda query, *_: query.new_empty(query.shape[0], query.shape[1] * query.shape[2]),
+    check=check,
 )
-
-
-def check_states(new: Sequence[int], keys: Tensor, values: Tensor, ancestors: Tensor, step: int) -> None:
-    """Raises what `step_attention` does, for new tokens of shape `(rows, heads, head_dim)`."""
-    rows, heads, head_dim = new
-    if keys.dim() != 4 or keys.shape != values.shape or keys.shape != (rows, heads, keys.shape[2], head_dim):
-        raise ValueError(
-            f"keys and values must be ({rows}, {heads}, length, {head_dim}), got {tuple(keys.shape)} and "
-            f"{tuple(values.shape)}"
-        )
-    if ancestors.shape != (rows, keys.shape[2]):
-        raise ValueError(f"ancestors must be {(rows, keys.shape[2])}, got {tuple(ancestors.shape)}")
-    if ancestors.dtype != torch.int32:
-        raise TypeError(f"ancestors must be int32, got {ancestors.dtype}")
-    if not 0 <= step < keys.shape[2]:
-        raise ValueError(f"there is no step {step} among {keys.shape[2]}")
 
 
 @OP.public
@@ -179,10 +199,4 @@ def step_attention(
         ValueError: shapes that do not go together, or no such step.
         TypeError: ancestors are not int32.
     """
-    if query.dim() != 3 or query.shape != key.shape or query.shape != value.shape:
-        raise ValueError(
-            "query, key and value must be (rows, heads, head_dim), all the same, got "
-            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
-        )
-    check_states(query.shape, keys, values, ancestors, step)
     return query, key, value, keys, values, ancestors, step  # type: ignore[return-value]

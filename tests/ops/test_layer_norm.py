@@ -33,7 +33,7 @@ def test_a_row_of_equal_values_is_next_to_zero(channels, dtype, value, native_mo
 
 @pytest.mark.parametrize(
     ("x", "weight", "message"),
-    [((), (1,), "channels in its last axis"), ((3, 0), (0,), "channels in its last axis"), ((3, 4), (5,), "weight")],
+    [((), (1,), "channels in its last axis"), ((3, 0), (1,), "weight"), ((3, 4), (5,), "weight")],
 )
 def test_shapes_that_do_not_go_together(x, weight, message):
     with pytest.raises(ValueError, match=message):

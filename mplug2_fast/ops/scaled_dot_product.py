@@ -1,0 +1,73 @@
+"""PyTorch's scaled dot product attention, with derivatives of every order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
+
+from mplug2_fast.ops import formula
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, bool], Tensor]
+"""From query, key and value `(batch, heads, tokens, head_dim)`, a bool mask of what each query sees, the dropout and
+whether attention is causal."""
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, causal: bool) -> Tensor:
+    """`F.scaled_dot_product_attention`, whose flash kernel for CPUs has a first derivative only: here it has more."""
+    if _trains_on_cpu(query, key, value):
+        additive = None if mask is None else _additive(mask, query.dtype)
+        chosen = torch._fused_sdp_choice(query, key, value, additive, dropout_p, causal)
+        if chosen == SDPBackend.FLASH_ATTENTION.value:
+            return _Flash.apply(query, key, value, additive, causal)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=causal)
+
+
+def attend_any_order(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, causal: bool
+) -> Tensor:
+    """By products and a softmax."""
+    additive = None if mask is None else _additive(mask, query.dtype)
+    return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, additive, dropout_p, causal)[0]
+
+
+class _Flash(torch.autograd.Function):
+    """The flash kernel for CPUs. Its gradients are computed by products and a softmax where they are to be
+    differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        out, logsum = _flash(query, key, value, 0.0, causal, attn_mask=mask)
+        ctx.save_for_backward(query, key, value, mask, out, logsum)
+        ctx.causal = causal
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask, out, logsum = ctx.saved_tensors
+        if not (torch.is_grad_enabled() or formula.is_needed([grad])):
+            return *_flash_backward(grad, query, key, value, out, logsum, 0.0, ctx.causal, attn_mask=mask), None, None
+        with torch.enable_grad():
+            leaves = [t.view_as(t) for t in (query, key, value)]
+            again = torch.ops.aten._scaled_dot_product_attention_math(*leaves, mask, 0.0, ctx.causal)[0]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(again, wanted, grad, create_graph=torch.is_grad_enabled()))
+        return *(next(found) if leaf.requires_grad else None for leaf in leaves), None, None
+
+
+def _trains_on_cpu(*tensors: Tensor) -> bool:
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not tensors[0].is_cpu:
+        return False
+    return any(t.requires_grad for t in tensors) and not formula.is_needed(tensors) and not formula.is_watched(tensors)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: nothing, or minus infinity where a query does not see a key."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
