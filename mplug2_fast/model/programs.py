@@ -6,9 +6,9 @@ longer than the kernels do. Between parts the host may look at what the device f
 
 A program that is called a second time with tensors of the same shapes is captured, all of it; from then on it is
 replayed on copies of its inputs. Graphs read weights at their addresses, so that writing to a weight counts at once;
-what is computed from weights alone, as the latents before they meet a video, is part of the graph. Where a weight has
-moved, has another layout, or a module was exchanged, the program is captured anew. Nothing is captured where somebody wants to see every operation, as with hooks,
-gradients or modes of PyTorch's dispatcher.
+what is computed from weights alone, such as the latents before they meet a video, is part of the graph. Where a weight
+has moved or has another layout, or a module was exchanged, the program is captured anew. Nothing is captured where
+somebody wants to see every operation, as with hooks, gradients or modes of PyTorch's dispatcher.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Weights and inputs that change between calls, in ways that PyTorch does not count."""
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -171,3 +173,29 @@ def test_training_and_evaluating_in_turn(monkeypatch, native_module, options):
             assert onednn.is_packed(model.weight)
         model(x).square().mean().backward()
         optimizer.step()
+
+
+@pytest.fixture
+def mesh():
+    """One process, without a network."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_training_and_evaluating_in_turn_with_fsdp(monkeypatch, native_module, mesh):
+    """It gathers weights into the same memory each time, and puts back PyTorch's count of writes."""
+    fsdp = importlib.import_module("torch.distributed.fsdp")
+    monkeypatch.setattr(onednn, "MUCH_WORK", 0)
+    model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(600, 64)
+    mf.accelerate(model)
+    fsdp.fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for _ in range(3):
+        with torch.no_grad():
+            weight, bias = (parameter.full_tensor() for parameter in model.parameters())
+            torch.testing.assert_close(model(x), F.linear(x, weight, bias))
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
