@@ -14,6 +14,7 @@ namespace mplug2_fast {
 // them; what is checked here is only what would otherwise read or write out of bounds. Addresses are those of tensors.
 void bind_attention(pybind11::module_& module);
 void bind_beam_step(pybind11::module_& module);
+void bind_checksum(pybind11::module_& module);
 void bind_decoder_layer(pybind11::module_& module);
 void bind_layer_norm(pybind11::module_& module);
 void bind_linear_act(pybind11::module_& module);

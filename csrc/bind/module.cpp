@@ -28,6 +28,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("is_supported", &is_supported, py::arg("isa"));
     bind_attention(module);
     bind_beam_step(module);
+    bind_checksum(module);
     bind_decoder_layer(module);
     bind_layer_norm(module);
     bind_linear_act(module);

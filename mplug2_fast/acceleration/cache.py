@@ -10,19 +10,23 @@ every step. Nothing but their values tells that these continue an earlier call, 
 
 A call with another memory, or with prefixes that continue nothing, drops what was kept. Of one that starts with more
 than a token only what is small is kept: it may be no generation.
+
+Weights are compared with those of the last call too, by checksum or by value: PyTorch's count of writes misses those
+through `.data`, NumPy or fused optimizers. What was computed with other weights is computed again.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from mplug2_fast.ops.checksum import checksum, is_readable
 
 _FINGERPRINT_TOKENS, _FINGERPRINT_CHANNELS = 64, 4
 
@@ -32,14 +36,14 @@ class Record:
     """What one layer, or the head, computed in the last call, for all its rows and tokens.
 
     Attributes:
-        weights: what its parameters were, see `versions`.
+        weights: what its parameters were.
         x, out: input and result, `(rows, tokens, ...)`; copies, since callers may write to theirs.
         kept: further tensors of the layer's own.
         visible: `(rows, tokens)`, which tokens are not padding; None for all.
         index: the video of each row; None where a memory plays no part.
     """
 
-    weights: tuple[Any, ...]
+    weights: tuple[Values, ...]
     x: Tensor
     out: Tensor
     kept: tuple[Tensor, ...] = ()
@@ -64,15 +68,11 @@ class Videos:
 
 @dataclass(frozen=True)
 class _Seen:
-    """The memory of the last call: its tensor, how often that was written to, and what was found in it."""
+    """The memory of the last call: its checksum, None where it has none, and what was found in it."""
 
-    source: weakref.ref[Tensor]
-    version: int
+    checksum: tuple[Any, ...] | None
     videos: Videos
     index: tuple[int, ...]
-
-    def is_of(self, memory: Tensor) -> bool:
-        return self.source() is memory and not memory.is_inference() and memory._version == self.version
 
 
 class Session:
@@ -102,16 +102,17 @@ class Session:
 
     def find(self, memory: Tensor, visible: Tensor | None) -> tuple[Videos, tuple[int, ...]]:
         """The videos of a tiled memory `(rows, tokens, channels)`, and which of them each row is."""
-        seen = self._seen
+        seen, found = self._seen, _checksum((memory,))
         if seen is not None:
-            index = seen.index if seen.is_of(memory) else _match(memory, seen.videos)
+            same = found is not None and seen.checksum == found
+            index = seen.index if same else _match(memory, seen.videos)
             if index is None or not _same_padding(visible, seen.videos.visible, index):
                 self._seen = seen = None
         if seen is None:
             videos, index = _different_rows(memory, visible)
         else:
             videos = seen.videos
-        self._seen = _Seen(weakref.ref(memory), written(memory), videos, index)
+        self._seen = _Seen(found, videos, index)
         return videos, index
 
 
@@ -124,7 +125,7 @@ class Call:
     def __init__(self, session: Session) -> None:
         self.session = session
         self.videos: Videos | None = None
-        self.masks: dict[tuple[int, int], tuple[Tensor, Any]] = {}
+        self.masks: dict[tuple[Any, ...], tuple[Tensor, Tensor, Any]] = {}
         self._given: tuple[Any, ...] = ()
         self._index: tuple[int, ...] = ()
         self._parents: list[int] | None = None
@@ -140,8 +141,8 @@ class Call:
         """`Session.find`, done once; None for a second memory within one call."""
         if self.videos is None:
             self.videos, self._index = self.session.find(memory, visible)
-            self._given = (memory, written(memory), visible)
-        elif memory is not self._given[0] or written(memory) != self._given[1] or not _equal(visible, self._given[2]):
+            self._given = (memory, _writes(memory), visible)
+        elif memory is not self._given[0] or _writes(memory) != self._given[1] or not _equal(visible, self._given[2]):
             return None
         return self.videos, self._index
 
@@ -172,20 +173,66 @@ class Call:
         return x.shape[1] == 1 or self._parents is not None
 
 
-def written(tensor: Tensor) -> int:
-    """How often a tensor was written to; -1 for those of inference mode, for which torch does not count."""
-    return -1 if tensor.is_inference() else tensor._version
+class Changed(Exception):
+    """A record's weights are no longer those that it was computed with."""
 
 
-def versions(module: nn.Module) -> tuple[Any, ...] | None:
-    """What tells whether a module's parameters change: where they are, and how often they were written to. None where
-    torch does not count that. Writing through `.data` is not counted either."""
-    parameters = list(module.parameters())
-    if any(parameter.is_inference() for parameter in parameters):
+class Weights:
+    """A layer's weights, read part by part just before each part computes, so that its products find them in the
+    processor's cache.
+
+    Args:
+        known: what they were, which they have to be still; None at first.
+    """
+
+    def __init__(self, known: tuple[Values, ...] | None) -> None:
+        self._known, self._read = known, []
+
+    def read(self, *parameters: Tensor) -> None:
+        """Raises `Changed` where these are not what they were."""
+        values = Values(parameters)
+        if self._known is not None and not values.same(self._known[len(self._read)]):
+            raise Changed
+        self._read.append(values)
+
+    @property
+    def values(self) -> tuple[Values, ...]:
+        return tuple(self._read)
+
+
+class Values:
+    """What tensors held when this was made: a checksum, or copies where they have none, as on a GPU."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        devices = sorted({tensor.device.type for tensor in tensors})
+        autocast = [torch.get_autocast_dtype(each) if torch.is_autocast_enabled(each) else None for each in devices]
+        self._kinds = (*autocast, *((tensor.dtype, tensor.shape, tensor.device) for tensor in tensors))
+        self._checksum = _checksum(tensors)
+        self._bytes = _bytes(tensors) if self._checksum is None else ()
+
+    def same(self, other: Values) -> bool:
+        if self._kinds != other._kinds or self._checksum != other._checksum:
+            return False
+        return all(torch.equal(a, b) for a, b in zip(self._bytes, other._bytes, strict=True))
+
+
+def _checksum(tensors: Sequence[Tensor]) -> tuple[Any, ...] | None:
+    """What tells tensors from all others of their shapes; None where memory cannot be read."""
+    if not all(map(is_readable, tensors)):
         return None
-    devices = sorted({parameter.device.type for parameter in parameters})
-    casts = [torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None for device in devices]
-    return (*casts, *((parameter.data_ptr(), parameter._version) for parameter in parameters))
+    return *((tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors), checksum(tensors)
+
+
+def _bytes(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Copies of tensors' bytes, joined for each device, so that comparing them takes few calls."""
+    devices = dict.fromkeys(tensor.device for tensor in tensors)
+    flat = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in tensors]
+    return tuple(torch.cat([each for each in flat if each.device == device]) for device in devices)
+
+
+def _writes(tensor: Tensor) -> int:
+    """Writes that torch has counted; -1 for tensors of inference mode, for which it does not count."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _search(record: Record, x: Tensor, index: Any) -> list[int] | None:
@@ -213,6 +260,9 @@ def _match(memory: Tensor, videos: Videos) -> tuple[int, ...] | None:
     if memory.shape[1:] != known.shape[1:] or memory.dtype != known.dtype or memory.device != known.device:
         return None
     alike = (_fingerprint(memory)[:, None] == videos.fingerprint[None]).all(dim=-1).cpu()
+    first = alike.int().argmax(dim=1)
+    if bool(alike.any(dim=1).all()) and torch.equal(memory, known[first]):
+        return tuple(first.tolist())
     index = [_equal_row(row, known, like.nonzero()) for row, like in zip(memory, alike, strict=True)]
     return None if None in index else tuple(index)  # type: ignore[arg-type]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mplug2_fast.acceleration import trial
 from mplug2_fast.acceleration.basic import ACTIVATIONS
-from mplug2_fast.acceleration.cache import Call, Record, versions, written
+from mplug2_fast.acceleration.cache import Call, Record, Values
 from mplug2_fast.acceleration.products import product
 from mplug2_fast.acceleration.structure import has, require, require_children, require_linear, require_norm
 from mplug2_fast.acceleration.swap import Kind, State, Unserved, Unsuitable, original_forward
@@ -93,10 +93,9 @@ class PredictionHead(Kind):
         if len(embeddings) != found.embeddings:
             raise Unserved("it was called with arguments that are not known")
         call = Call.current(state.session)
-        weights = versions(module) if call is not None and x.dim() == 3 else None
-        if weights is None or call.videos is None:
+        if call is None or x.dim() != 3 or call.videos is None:
             return _logits(module, found, x, *embeddings)
-        return _continue(module, found, call, weights, x, *embeddings)
+        return _continue(module, found, call, x, *embeddings)
 
 
 def _logits(module: Any, found: FoundHead, x: Tensor, *embeddings: Tensor) -> Tensor:
@@ -107,14 +106,14 @@ def _logits(module: Any, found: FoundHead, x: Tensor, *embeddings: Tensor) -> Te
     return linear_act(h, weight, bias)  # the embeddings are large, and the rows few: not packed
 
 
-def _continue(
-    head: Any, found: FoundHead, call: Call, weights: tuple[Any, ...], x: Tensor, *embeddings: Tensor
-) -> Tensor:
+def _continue(head: Any, found: FoundHead, call: Call, x: Tensor, *embeddings: Tensor) -> Tensor:
     """The logits of all tokens of x `(rows, tokens, channels)`; only the newest are computed where its rows continue
     those of the last call."""
-    weights = (*weights, *((e.data_ptr(), written(e)) for e in embeddings))
     record = call.videos.records.get(id(head))
-    parents = call.parents(record, x, None, None) if record is not None and record.weights == weights else None
+    weights = (Values((*head.parameters(), *embeddings)),)
+    if record is not None and not weights[0].same(record.weights[0]):
+        record = None
+    parents = None if record is None else call.parents(record, x, None, None)
     if parents is None:
         out = _logits(head, found, x, *embeddings)
     else:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mplug2_fast.acceleration.cache import written
 from mplug2_fast.acceleration.swap import Unserved
 
 _NEVER = -9000.0  # released self-attention masks add -1e4, cross-attention masks more
 
 
-Known = dict[tuple[int, int], tuple[Tensor, "Mask"]]
-"""Masks that were looked at before, by identity and by how often they were written to."""
+Known = dict[tuple[Any, ...], tuple[Tensor, Tensor, "Mask"]]
+"""Masks that were looked at before, each with a copy of its values then, by identity and the sizes of the call."""
 
 
 class Mask(NamedTuple):
@@ -35,12 +34,14 @@ def understand(mask: Tensor | None, x: Tensor, memory: Tensor, known: Known | No
         raise Unserved(f"inputs {tuple(x.shape)} and {tuple(memory.shape)} are not of one batch")
     if mask is None:
         return Mask()
-    key = (id(mask), written(mask))
-    if known is not None and key in known:
-        return known[key][1]
-    found = _look(mask, x.shape[0], x.shape[1], memory.shape[1])
-    if known is not None:
-        known[key] = (mask, found)
+    sizes = (x.shape[0], x.shape[1], memory.shape[1])
+    if known is None:
+        return _look(mask, *sizes)
+    key = (id(mask), *sizes)
+    if key in known and torch.equal(known[key][1], mask):
+        return known[key][2]
+    found = _look(mask, *sizes)
+    known[key] = (mask, mask.clone(), found)
     return found
 
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mplug2_fast.ops import linear_act, pack_weight
 from mplug2_fast.ops.linear_act import Activation
-from mplug2_fast.ops.onednn import packed
-
-MANY_ROWS = 512
-"""From so many rows on a packed weight pays for its memory."""
+from mplug2_fast.ops.onednn import is_packed, pays
 
 
 def keep_packed(weight: Tensor, rows: int) -> None:
     """Packs a weight, a linear layer's or a 1×1×1 convolution's, for inference on a CPU, where that pays and is not yet
     done."""
-    if rows < MANY_ROWS or torch.compiler.is_compiling() or torch.is_grad_enabled() or weight.device.type != "cpu":
+    if not pays(weight, rows) or torch.compiler.is_compiling() or torch.is_grad_enabled() or not weight.is_cpu:
         return
-    if not torch.is_autocast_enabled("cpu") and packed(weight) is None:
+    holder = weight if weight._base is None else weight._base
+    # Other holders are temporary, and a copy that they keep is never found again.
+    if isinstance(holder, nn.Parameter) and not torch.is_autocast_enabled("cpu") and not is_packed(weight):
         pack_weight(weight, rows)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mplug2_fast.acceleration.cache import Call, Record, Videos, versions
+from mplug2_fast.acceleration.cache import Call, Changed, Record, Videos, Weights
 from mplug2_fast.ops import attention, beam_attention
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def decode(
     call: Call,
-    layer: nn.Module,
+    layer: Any,
     own: Projections,
     cross: Projections,
     feed_forward: Callable[[Tensor], Tensor],
@@ -28,30 +28,56 @@ def decode(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """(result, keys, values) of a causal layer for x `(rows, tokens, channels)` and memory `(rows, keys, channels)`, of
     which each row is one of a few videos; None where nothing may be kept."""
-    weights, found = versions(layer), call.find(memory, memory_visible)
-    if weights is None or found is None:
+    found = call.find(memory, memory_visible)
+    if found is None:
         return None
     videos, index = found
     record = videos.records.get(id(layer))
-    if record is not None and record.weights != weights:
-        record = None
     parents = call.parents(record, x, visible, index)
-    if parents is None or len(record.kept) == 2:
+    if parents is not None:
+        try:
+            return _decode(call, layer, own, cross, feed_forward, x, visible, videos, index, record, parents)
+        except Changed:
+            pass
+    return _decode(call, layer, own, cross, feed_forward, x, visible, videos, index, None, None)
+
+
+def _decode(
+    call: Call,
+    layer: Any,
+    own: Projections,
+    cross: Projections,
+    feed_forward: Callable[[Tensor], Tensor],
+    x: Tensor,
+    visible: Tensor | None,
+    videos: Videos,
+    index: tuple[int, ...],
+    record: Record | None,
+    parents: list[int] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`decode`, from a record and the row of it that each row of x continues, or without. Raises `Changed`."""
+    weights = Weights(None if record is None else record.weights)
+    weights.read(*cross.inner.parameters())
+    if record is None or len(record.kept) == 2:
         keys, values = (t.transpose(1, 2).contiguous() for t in cross.key_value(videos.memory))
     else:
         keys, values = record.kept[2:]
 
-    new = x if parents is None else x[:, record.x.shape[1] :]
+    new = x if record is None else x[:, record.x.shape[1] :]
+    weights.read(*own.inner.parameters())
     key, value = own.key_value(new)
-    if parents is not None:
+    if record is not None:
         key, value = (torch.cat([t[parents], n], dim=1) for t, n in zip(record.kept[:2], (key, value), strict=True))
-    out = own.finish(_attend_self(own.query(new), key, value, visible), new)
+    context = _attend_self(own.query(new), key, value, visible)
+    weights.read(*own.output.parameters(), *cross.output.parameters())
+    out = own.finish(context, new)
     out = cross.finish(_attend(cross.query(out), keys, values, videos, index), out)
+    weights.read(*layer.intermediate.parameters(), *layer.output.parameters())
     out = feed_forward(out)
-    if parents is not None:
+    if record is not None:
         out = torch.cat([record.out[parents], out], dim=1)
     kept = (key, value, keys, values) if call.is_generation(x) else (key, value)
-    videos.records[id(layer)] = Record(weights, x.clone(), out.clone(), kept, visible, index)
+    videos.records[id(layer)] = Record(weights.values, x.clone(), out.clone(), kept, visible, index)
     return out, *(t.transpose(1, 2).clone() for t in (key, value))
 
 

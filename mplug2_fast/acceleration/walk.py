@@ -57,7 +57,7 @@ def accelerate(model: nn.Module) -> Report:
     A text decoder that is called step by step with whole prefixes and a tiled memory, as the released beam search does,
     keeps keys and values between calls in evaluation mode without gradients: see `mplug2_fast.acceleration.cache`. On
     a CPU, weights that many rows go through are kept a second time, in the layout of the processor's matrix products.
-    Both notice when weights change, other than through `.data`.
+    Both compare weights by value, so that weights may change in any way.
 
     Returns a report of what became of each module. A model that is accelerated already stays as it is.
     """

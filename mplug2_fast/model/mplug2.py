@@ -99,9 +99,9 @@ class _MPlug2(nn.Module):
     def pack(self) -> Self:
         """Keeps copies of the vision encoder's weights in the layout of the CPU's matrix products, for inference.
 
-        These weights (half of the captioning model's) take their memory twice then. `state_dict()` does not change, and
-        weights that change afterwards, other than through `.data`, are used as they are. On other devices than a CPU
-        nothing is packed.
+        These weights (half of the captioning model's) take their memory twice then. `state_dict()` does not change.
+        Weights may change afterwards in any way: each product compares a checksum, and packs a weight again that has
+        changed. On other devices than a CPU nothing is packed.
         """
         vision = self.config.vision
         for weight in self.wide_weights():

@@ -5,9 +5,10 @@ a GPU it becomes a graph, whose replay costs the host some microseconds where la
 longer than the kernels do. Between parts the host may look at what the device found, and stop.
 
 A program that is called a second time with tensors of the same shapes is captured, all of it; from then on it is
-replayed on copies of its inputs. Graphs know weights by their addresses: where a weight has moved or a module was
-exchanged, the program is captured anew. Nothing is captured where somebody wants to see every operation, as with hooks,
-gradients or modes of PyTorch's dispatcher.
+replayed on copies of its inputs. Graphs read weights at their addresses, so that writing to a weight counts at once;
+what is computed from weights alone, such as the latents before they meet a video, is part of the graph. Where a weight
+has moved or has another layout, or a module was exchanged, the program is captured anew. Nothing is captured where
+somebody wants to see every operation, as with hooks, gradients or modes of PyTorch's dispatcher.
 """
 
 from __future__ import annotations
@@ -197,14 +198,15 @@ class Captured:
 
 
 class Weights:
-    """Where a model's parameters and buffers lie, what its modules are, and whether they have hooks."""
+    """Where a model's parameters and buffers are in memory and how they are laid out there, what its modules are, and
+    whether they have hooks. Values do not count: graphs read them at each replay."""
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._children = [(module._modules, tuple(module._modules.values())) for module in modules if module._modules]
         self._tensors = [
-            (tensors, name, tensor.data_ptr())
+            (tensors, name, _layout(tensor))
             for module in modules
             for tensors in (module._parameters, module._buffers)
             for name, tensor in tensors.items()
@@ -217,9 +219,13 @@ class Weights:
     def unmoved(self) -> bool:
         # Tuples of modules are compared by identity, for that is how modules compare.
         return all(tuple(children.values()) == known for children, known in self._children) and all(
-            (tensor := tensors.get(name)) is not None and tensor.data_ptr() == address
-            for tensors, name, address in self._tensors
+            (tensor := tensors.get(name)) is not None and _layout(tensor) == layout
+            for tensors, name, layout in self._tensors
         )
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def eagerly(program: Program, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

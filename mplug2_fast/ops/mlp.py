@@ -101,9 +101,11 @@ def run_cpu(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weig
         h = few_rows(h, fc_weight, fc_bias, activation, None)
         return few_rows(h, proj_weight, proj_bias, "none", rows if residual else None).view(x.shape)
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    parameters = (fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps)
     if not onednn.multiplies(x.dtype):
+        parameters = (fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps)
         return onednn.in_float32(run_cpu, out, (rows,), (*parameters, residual)).view(x.shape)
+    fc_weight, proj_weight = (onednn.for_rows(weight, rows.shape[0]) for weight in (fc_weight, proj_weight))
+    parameters = (fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps)
     step = max(1, _BLOCK_BYTES // (fc_weight.shape[0] * x.element_size()))
     block = _quick_gelu_block if activation == "quick_gelu" else _block
     for source, target in zip(rows.split(step), out.split(step), strict=True):

@@ -30,6 +30,8 @@ def test_weights_that_move():
         lambda m: setattr(m[1], "running_mean", torch.zeros(4)),
         lambda m: m[2].__setitem__(0, nn.Linear(4, 2)),
         lambda m: m[2].append(nn.ReLU()),
+        lambda m: setattr(m[0].weight, "data", m[0].weight.data.as_strided((4, 3), (1, 4))),
+        lambda m: setattr(m[1].running_var, "data", m[1].running_var.view(torch.int32)),
         lambda m: m.load_state_dict(copy.deepcopy(m.state_dict()), assign=True),
     ):
         module = model()

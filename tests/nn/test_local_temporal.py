@@ -169,7 +169,8 @@ def test_compiles_whole(options, training):
     torch.testing.assert_close(compiled(x), ours(x))
 
 
-def test_packed_weights_serve_through_their_views(monkeypatch):
+def test_packed_weights_serve_through_their_views(monkeypatch, native_module):
+    monkeypatch.setattr(onednn, "pays", lambda weight, rows: True)
     _, ours = pair(False)
     x, seen = torch.randn(2, 5, 7, DIM), []
     with torch.no_grad():
@@ -182,8 +183,7 @@ def test_packed_weights_serve_through_their_views(monkeypatch):
         torch.testing.assert_close(ours(x), plain)
         assert len(seen) == 2
         assert all(weight.is_mkldnn for weight in seen)
-        ours.up_proj.weight.mul_(2)
-        assert onednn.packed(ours.up_proj.weight.flatten(1)) is None
+        ours.up_proj.weight.data.mul_(2)
     with torch.inference_mode():
         torch.testing.assert_close(ours(x)[:, :, 1:], (2 * plain - x - ours.up_proj.bias)[:, :, 1:], atol=1e-5, rtol=0)
 
@@ -203,7 +203,7 @@ class Seen:
         return self.linear.binary(x, residual, weight, *others)
 
 
-def test_a_square_weight_and_its_transpose_are_not_taken_for_one_another():
+def test_a_square_weight_and_its_transpose_are_not_taken_for_one_another(native_module):
     weight = torch.randn(16, 16)
     onednn.pack(weight, 70)
     assert onednn.packed(weight) is not None

@@ -34,10 +34,12 @@ def test_computed_in_float32(name, sizes, monkeypatch, native_module):
     assert_close_enough(ours, eager, exact, op.spec.noise_floor[torch.bfloat16], "forward")
 
 
-def test_a_weight_that_is_widened_is_not_packed(monkeypatch):
+def test_a_weight_that_is_widened_is_not_packed(monkeypatch, native_module):
     monkeypatch.setattr(onednn, "multiplies", lambda dtype: dtype == torch.float32)
     narrow, wide = torch.randn(48, 32, dtype=torch.bfloat16), torch.randn(48, 32)
     for weight in (narrow, wide):
         onednn.pack(weight, 80)
-    assert onednn.packed(narrow) is None
-    assert onednn.packed(wide) is not None
+    assert not onednn.is_packed(narrow)
+    assert onednn.is_packed(wide)
+    wide.data = narrow  # which is computed in float32 from now on
+    assert onednn.packed(wide) is None
