@@ -219,4 +219,6 @@ def _memory(*processes: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from bench import guard
+
+    sys.exit(guard.run(main))

@@ -44,7 +44,7 @@ def call(function: Callable[..., T], *arguments: Any) -> T:
             raise ChildError(result)
         process.join()
         raise ChildError(_how_it_ended(process.exitcode))
-    except KeyboardInterrupt:  # which the other process does not hear of
+    except (KeyboardInterrupt, SystemExit):  # the other process does not hear of them
         process.kill()
         raise
     finally:

@@ -384,4 +384,6 @@ def main(arguments: Sequence[str] | None = None, run: Run = run_command) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from bench import guard
+
+    sys.exit(guard.run(main))

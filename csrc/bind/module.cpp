@@ -25,6 +25,7 @@ PYBIND11_MODULE(_C, module) {
         .value("gelu", Activation::gelu)
         .value("quick_gelu", Activation::quick_gelu);
     module.def("isa_named", &isa_named, py::arg("name"));
+    module.def("is_compiled", &is_compiled, py::arg("isa"));
     module.def("is_supported", &is_supported, py::arg("isa"));
     bind_attention(module);
     bind_beam_step(module);

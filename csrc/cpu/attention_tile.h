@@ -42,7 +42,10 @@ MPLUG2_INLINE void multiply(F32 (&acc)[kRows][kVectors], const Word* a, std::int
         }
 #pragma GCC unroll 6
         for (int r = 0; r < kRows; ++r) {
-            const U32 one = a[r * a_row] - U32{};
+            U32 one = a[r * a_row] - U32{};
+#if defined(__AVX512BF16__) && defined(__clang__) && __clang_major__ == 16
+            __asm__("" : "+v"(one));  // clang 16 crashes on a broadcast pair of bfloat16
+#endif
 #pragma GCC unroll 4
             for (int n = 0; n < kVectors; ++n) {
                 acc[r][n] = multiply_add<kPair>(acc[r][n], one, vectors[n]);

@@ -4,31 +4,65 @@
 
 namespace mplug2_fast {
 
-bool is_supported(Isa isa) {
+namespace {
+
+// Only features of sets that are compiled are named: an old compiler knows no others.
+bool processor_has(Isa isa) {
     switch (isa) {
         case Isa::portable:
             return true;
+#ifndef MPLUG2_WITHOUT_AVX512_BF16
+        case Isa::avx512_bf16:
+            return __builtin_cpu_supports("avx512bf16") && processor_has(Isa::avx512);
+#endif
 #ifdef MPLUG2_X86
+        case Isa::avx512:
+            return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && processor_has(Isa::avx2);
         case Isa::avx2:
             return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-        case Isa::avx512:
-            return is_supported(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-        case Isa::avx512_bf16:
-            return is_supported(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
 #endif
         default:
             return false;
     }
 }
 
+}  // namespace
+
+bool is_compiled(Isa isa) {
+    switch (isa) {
+        case Isa::portable:
+#ifndef MPLUG2_WITHOUT_AVX2
+        case Isa::avx2:
+#endif
+#ifndef MPLUG2_WITHOUT_AVX512
+        case Isa::avx512:
+#endif
+#ifndef MPLUG2_WITHOUT_AVX512_BF16
+        case Isa::avx512_bf16:
+#endif
+            return true;
+        default:
+            return false;
+    }
+}
+
+bool is_supported(Isa isa) {
+    return is_compiled(isa) && processor_has(isa);
+}
+
 Isa isa_named(const std::string& name) {
     for (int i = 0; i < 4; ++i) {
         if (name == kIsaNames[i]) {
-            if (!is_supported(static_cast<Isa>(i))) {
+            const Isa isa = static_cast<Isa>(i);
+            if (!is_compiled(isa)) {
+                throw std::invalid_argument("mplug2_fast was built without kernels for " + name +
+                                            ": `mplug2-fast info` shows why");
+            }
+            if (!is_supported(isa)) {
                 throw std::invalid_argument("this processor does not have the instruction set " + name);
             }
-            return static_cast<Isa>(i);
+            return isa;
         }
     }
     throw std::invalid_argument("there is no instruction set " + name +

@@ -16,49 +16,67 @@ enum class Isa { portable, avx2, avx512, avx512_bf16 };
 
 inline constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
 
-// Whether the kernels were compiled for it and this processor has it.
+// Whether this module has kernels for it.
+bool is_compiled(Isa isa);
+
+// Whether this module has kernels for it and this processor can run them.
 bool is_supported(Isa isa);
 
-// The instruction set of that name; throws std::invalid_argument where there is none of that name or the processor
-// lacks it.
+// The instruction set of that name; throws std::invalid_argument if the name is unknown or the set not supported.
 Isa isa_named(const std::string& name);
 
 }  // namespace mplug2_fast
 
+// MPLUG2_WITHOUT_<ISA> marks kernels that the compiler failed on, or that are for another processor family.
+#ifndef MPLUG2_X86
+#define MPLUG2_WITHOUT_AVX2
+#define MPLUG2_WITHOUT_AVX512
+#define MPLUG2_WITHOUT_AVX512_BF16
+#endif
+
+#define MPLUG2_DECLARE(isa, name, Arguments) \
+    namespace isa {                          \
+    void name(const Arguments&);             \
+    }
+#define MPLUG2_CASE(isa, name, arguments) \
+    case Isa::isa:                        \
+        return isa::name(arguments);
+
+#ifdef MPLUG2_WITHOUT_AVX2
+#define MPLUG2_DECLARE_AVX2(name, Arguments)
+#define MPLUG2_CASE_AVX2(name, arguments)
+#else
+#define MPLUG2_DECLARE_AVX2(name, Arguments) MPLUG2_DECLARE(avx2, name, Arguments)
+#define MPLUG2_CASE_AVX2(name, arguments) MPLUG2_CASE(avx2, name, arguments)
+#endif
+#ifdef MPLUG2_WITHOUT_AVX512
+#define MPLUG2_DECLARE_AVX512(name, Arguments)
+#define MPLUG2_CASE_AVX512(name, arguments)
+#else
+#define MPLUG2_DECLARE_AVX512(name, Arguments) MPLUG2_DECLARE(avx512, name, Arguments)
+#define MPLUG2_CASE_AVX512(name, arguments) MPLUG2_CASE(avx512, name, arguments)
+#endif
+#ifdef MPLUG2_WITHOUT_AVX512_BF16
+#define MPLUG2_DECLARE_AVX512_BF16(name, Arguments)
+#define MPLUG2_CASE_AVX512_BF16(name, arguments)
+#else
+#define MPLUG2_DECLARE_AVX512_BF16(name, Arguments) MPLUG2_DECLARE(avx512_bf16, name, Arguments)
+#define MPLUG2_CASE_AVX512_BF16(name, arguments) MPLUG2_CASE(avx512_bf16, name, arguments)
+#endif
+
 // Declares `void name(const Arguments&)` for every instruction set, and `name(isa, arguments)` that calls the right
 // one.
-#ifdef MPLUG2_X86
 #define MPLUG2_KERNEL(name, Arguments)                      \
-    namespace portable {                                    \
-    void name(const Arguments&);                            \
-    }                                                       \
-    namespace avx2 {                                        \
-    void name(const Arguments&);                            \
-    }                                                       \
-    namespace avx512 {                                      \
-    void name(const Arguments&);                            \
-    }                                                       \
-    namespace avx512_bf16 {                                 \
-    void name(const Arguments&);                            \
-    }                                                       \
+    MPLUG2_DECLARE(portable, name, Arguments)               \
+    MPLUG2_DECLARE_AVX2(name, Arguments)                    \
+    MPLUG2_DECLARE_AVX512(name, Arguments)                  \
+    MPLUG2_DECLARE_AVX512_BF16(name, Arguments)             \
     inline void name(Isa isa, const Arguments& arguments) { \
         switch (isa) {                                      \
-            case Isa::avx512_bf16:                          \
-                return avx512_bf16::name(arguments);        \
-            case Isa::avx512:                               \
-                return avx512::name(arguments);             \
-            case Isa::avx2:                                 \
-                return avx2::name(arguments);               \
-            case Isa::portable:                             \
+            MPLUG2_CASE_AVX512_BF16(name, arguments)        \
+            MPLUG2_CASE_AVX512(name, arguments)             \
+            MPLUG2_CASE_AVX2(name, arguments)               \
+            default:                                        \
                 return portable::name(arguments);           \
         }                                                   \
     }
-#else
-#define MPLUG2_KERNEL(name, Arguments)                  \
-    namespace portable {                                \
-    void name(const Arguments&);                        \
-    }                                                   \
-    inline void name(Isa, const Arguments& arguments) { \
-        portable::name(arguments);                      \
-    }
-#endif
