@@ -96,13 +96,18 @@ class GenerationConfig:
     max_length: int | None = None
     prompt: str = ""
     prompt_length: int | None = None
-    """Tokens of the prompt, [CLS] not counted. None counts its words and punctuation marks, which is the number of
-    tokens where the vocabulary has each of them whole, as it has those of the released prompt."""
+    """Tokens of the prompt without [CLS]. None counts words and punctuation marks, which is exact if the vocabulary
+    holds each of them whole. It holds those of the official prompt."""
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens after [CLS] that training does not learn."""
-        return len(re.findall(r"\w+|[^\w\s]", self.prompt)) if self.prompt_length is None else self.prompt_length
+        """Number of targets after [CLS] that the captioning loss ignores: all tokens of the prompt but the last.
+
+        The official code ignores positions 0 to prompt_length - 1 of the input ids. Position 0 is [CLS], which is no
+        target, so the last token of the prompt is learned.
+        """
+        counted = len(re.findall(r"\w+|[^\w\s]", self.prompt)) if self.prompt_length is None else self.prompt_length
+        return max(counted - 1, 0)
 
     def lengths(self, task: Task) -> tuple[int, int]:
         """(min_length, max_length) of `task`, in tokens after [CLS]."""
