@@ -211,9 +211,9 @@ def _open_torch(path: Path, head: bytes, container: str) -> Source:
         return _torch_source(path, file, container)
     except RefusedError as error:
         raise CheckpointError(
-            f"refused: its pickle holds {printable(str(error))} beside tensors and plain values, and reading that would "
-            "run code; if you trust its origin, save its 'model' entry alone in an isolated environment and use that "
-            "file"
+            f"refused: its pickle holds {printable(str(error))} beside tensors and plain values, and reading that "
+            "would run code; if you trust its origin, save its 'model' entry alone in an isolated environment and use "
+            "that file"
         ) from error
     except BROKEN as error:
         reason = printable(" ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]]).rstrip(":"))
