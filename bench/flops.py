@@ -156,8 +156,9 @@ def decoding(config: MPlug2Config, memory: int, beams: int, steps: int) -> int:
 def training(config: MPlug2Config, frames: int, steps: int, batch: int) -> int:
     """Three times the forward pass, but for the gradient of the pixels; no update.
 
-    A caption has the prompt and `steps` tokens, of which only the latter are scored; one beam decodes as many as
-    teacher forcing sees. The latents change with every step, so what they are to themselves is computed once a batch.
+    A caption has the ignored tokens of the prompt and `steps` learned ones. Only the latter are scored. One beam
+    decodes as many as teacher forcing sees. The latents change with every step, so what they are to themselves is
+    computed once a batch.
     """
     text = config.text
     dim, latents, prompt = text.hidden_size, text.num_latents, config.generation.prompt_tokens

@@ -87,7 +87,7 @@ class Peer(nn.Module):
         return self.fusion(text, mask, visual, both_mask), both_mask
 
     def loss(self, video: Tensor, tokens: Tensor) -> Tensor:
-        """The mean cross-entropy over the caption's tokens, those of the prompt left out."""
+        """The mean cross-entropy over the targets. All tokens of the prompt but the last are ignored."""
         return self.decoder.loss(tokens, self.encode_video(video), self.config.generation.prompt_tokens)
 
     @torch.no_grad()

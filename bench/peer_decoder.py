@@ -28,13 +28,13 @@ class Decoder(nn.Module):
         """The mean cross-entropy over the labels that are not -100."""
         return F.cross_entropy(self.logits(x).flatten(0, 1), labels.flatten())
 
-    def loss(self, tokens: Tensor, memory: Tensor, prompt_length: int) -> Tensor:
+    def loss(self, tokens: Tensor, memory: Tensor, prompt_tokens: int) -> Tensor:
         """Teacher forcing. Padding comes last: what is not padding never sees it."""
         x = self.embeddings(tokens, torch.arange(tokens.shape[1], device=tokens.device))
         for layer in self.layers:
             x = layer(x, memory, None, True)
         labels = tokens[:, 1:].masked_fill(tokens[:, 1:] == PAD_TOKEN_ID, -100)
-        labels[:, :prompt_length] = -100
+        labels[:, :prompt_tokens] = -100
         return self.token_loss(x[:, :-1], labels)
 
     def start(self, memory: Tensor, beams: int, steps: int) -> None:

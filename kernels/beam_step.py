@@ -103,6 +103,8 @@ def beam_step_merge(
     log_probability = tl.where(word == blocked, IMPOSSIBLE, _value(packed) - top - log_total)
     before = tl.load(cumulative + video.to(tl.int64) * cumulative_batch + beam * cumulative_beam, beam < beams, 0.0)
     score = tl.div_rn(before + log_probability, penalty + tl.zeros((BEAMS, BLOCK_PICKS), tl.float32))
+    # A beam whose logits are not finite comes first, so that the search ends with a score that is not finite.
+    score = tl.where(score == score, score, float("inf"))
     left = tl.where(there, _packed(score, beam * vocabulary + word), _NOTHING)
     for place in range(beams):
         best = tl.max(tl.max(left, axis=1), axis=0)

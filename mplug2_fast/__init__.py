@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mplug2_fast.acceleration import accelerate, accelerated, restore
     from mplug2_fast.checkpoint import from_pretrained, load_released, released_state_dict
     from mplug2_fast.config import MPlug2Config
-    from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error, VideoError
+    from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error, NotFiniteError, VideoError
     from mplug2_fast.model import GenerationOutput, MPlug2ForCaptioning, MPlug2ForQuestionAnswering
     from mplug2_fast.tasks import Answerer, Captioner
     from mplug2_fast.video import load_video
@@ -39,6 +39,7 @@ _EXPORTS = {
     "MPlug2Error": "mplug2_fast.errors",
     "ConfigError": "mplug2_fast.errors",
     "CheckpointError": "mplug2_fast.errors",
+    "NotFiniteError": "mplug2_fast.errors",
     "VideoError": "mplug2_fast.errors",
     "MPlug2ForCaptioning": "mplug2_fast.model",
     "MPlug2ForQuestionAnswering": "mplug2_fast.model",
@@ -78,6 +79,7 @@ __all__ = [
     "MPlug2Error",
     "MPlug2ForCaptioning",
     "MPlug2ForQuestionAnswering",
+    "NotFiniteError",
     "VideoError",
     "__version__",
     "accelerate",

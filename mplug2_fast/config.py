@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mplug2_fast.errors import ConfigError
+from mplug2_fast.errors import ConfigError, printable
 
 Task = Literal["captioning", "question_answering"]
 TASKS: tuple[Task, ...] = ("captioning", "question_answering")
@@ -19,6 +19,21 @@ PAD_TOKEN_ID = 0
 
 # The CLIP towers that the released configurations name: (width, layers, patch size).
 CLIP_TOWERS = {"ViT-L-14": (1024, 24, 14), "ViT-B-16": (768, 12, 16)}
+
+MAX_LAYERS = 1000
+MAX_PROMPT = 1000
+"""Characters."""
+MAX_IMAGE_SIDE = 400
+"""Patches in a row of an image."""
+# Larger values are mistakes, or meant to fill the memory: no model comes near them.
+_DEFAULT_MAX = 2**20
+_MAX: dict[str, int] = {
+    **dict.fromkeys(("layers", "stored_layers", "text_encoder_layers", "text_decode_layers"), MAX_LAYERS),
+    **dict.fromkeys(("width", "hidden_size", "head_dim", "num_attention_heads"), 2**16),
+    **dict.fromkeys(("num_beams", "mlp_ratio", "temporal_kernel_size", "patch_size"), 1024),
+    **dict.fromkeys(("num_frames", "temporal_stride"), 2**14),
+    "vocab_size": 2**24,
+}
 
 
 @dataclass(frozen=True)
@@ -96,13 +111,18 @@ class GenerationConfig:
     max_length: int | None = None
     prompt: str = ""
     prompt_length: int | None = None
-    """Tokens of the prompt, [CLS] not counted. None counts its words and punctuation marks, which is the number of
-    tokens where the vocabulary has each of them whole, as it has those of the released prompt."""
+    """Tokens of the prompt without [CLS]. None counts words and punctuation marks, which is exact if the vocabulary
+    holds each of them whole. It holds those of the official prompt."""
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens after [CLS] that training does not learn."""
-        return len(re.findall(r"\w+|[^\w\s]", self.prompt)) if self.prompt_length is None else self.prompt_length
+        """Number of targets after [CLS] that the captioning loss ignores: all tokens of the prompt but the last.
+
+        The official code ignores positions 0 to prompt_length - 1 of the input ids. Position 0 is [CLS], which is no
+        target, so the last token of the prompt is learned.
+        """
+        counted = len(re.findall(r"\w+|[^\w\s]", self.prompt)) if self.prompt_length is None else self.prompt_length
+        return max(counted - 1, 0)
 
     def lengths(self, task: Task) -> tuple[int, int]:
         """(min_length, max_length) of `task`, in tokens after [CLS]."""
@@ -126,11 +146,9 @@ class MPlug2Config:
 
     def __post_init__(self) -> None:
         vision, text = self.vision, self.text
-        for part in (vision, text):
+        for part in (vision, text, self.generation):
             for f in dataclasses.fields(part):
-                value = getattr(part, f.name)
-                if f.type == "int" and (not isinstance(value, int) or value < 1):
-                    raise ConfigError(f"{type(part).__name__}.{f.name} must be a positive whole number, got {value!r}")
+                _check_field(f"{type(part).__name__}.{f.name}", f, getattr(part, f.name))
         if vision.width % vision.head_dim:
             raise ConfigError(
                 f"the vision width {vision.width} is not a multiple of the head dimension {vision.head_dim}"
@@ -143,6 +161,14 @@ class MPlug2Config:
             raise ConfigError(
                 f"image_size {vision.image_size} is not a multiple of the patch size {vision.patch_size}: "
                 f"use {vision.image_size // vision.patch_size * vision.patch_size}"
+            )
+        if vision.image_size > MAX_IMAGE_SIDE * vision.patch_size:
+            raise ConfigError(
+                f"image_size {vision.image_size} is more than {MAX_IMAGE_SIDE} patches of {vision.patch_size} pixels"
+            )
+        if vision.temporal_reduction > vision.width:
+            raise ConfigError(
+                f"temporal_reduction {vision.temporal_reduction} leaves nothing of the vision width {vision.width}"
             )
         if vision.temporal_kernel_size % 2 == 0:
             raise ConfigError(f"temporal_kernel_size must be odd, got {vision.temporal_kernel_size}")
@@ -239,16 +265,50 @@ class MPlug2Config:
     def from_dict(cls, values: Mapping[str, Any]) -> MPlug2Config:
         """The inverse of `to_dict`. Raises `ConfigError` for unknown fields."""
         kinds = {"vision": VisionConfig, "text": TextConfig, "generation": GenerationConfig}
-        unknown = set(values) - set(kinds)
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"a configuration is an object with {', '.join(kinds)}, got {type(values).__name__}")
+        unknown = {str(key) for key in values} - set(kinds)
         parts = {}
         for part, kind in kinds.items():
             known = {f.name for f in dataclasses.fields(kind)}
             given = values.get(part, {})
+            if not isinstance(given, Mapping):
+                raise ConfigError(f"{part} must be an object with the fields of {kind.__name__}, got {_shown(given)}")
             unknown |= {f"{part}.{key}" for key in given if key not in known}
             parts[part] = {key: value for key, value in given.items() if key in known}
         if unknown:
-            raise ConfigError(f"unknown configuration fields: {', '.join(sorted(unknown))}")
+            raise ConfigError(f"unknown configuration fields: {printable(', '.join(sorted(unknown)))}")
         return cls(**{part: kind(**parts[part]) for part, kind in kinds.items()})
+
+
+def _check_field(name: str, field: dataclasses.Field[Any], value: Any) -> None:
+    """Raise `ConfigError` unless the value has the field's type and a size that a model can have."""
+    largest = _MAX.get(field.name, _DEFAULT_MAX)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if field.type == "int":
+        if not whole or value < 1:
+            raise ConfigError(f"{name} must be a positive whole number, got {_shown(value)}")
+        if value > largest:
+            raise ConfigError(f"{name} must be at most {largest:,}, got {_shown(value)}")
+    elif field.type == "int | None":
+        if value is not None and not (whole and 0 <= value <= largest):
+            raise ConfigError(f"{name} must be null or a whole number from 0 to {largest:,}, got {_shown(value)}")
+    elif field.type == "bool":
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} must be true or false, got {_shown(value)}")
+    elif field.type == "float":
+        if not ((whole or isinstance(value, float)) and 0 <= value <= 1):
+            raise ConfigError(f"{name} must be a number from 0 to 1, got {_shown(value)}")
+    elif not isinstance(value, str) or len(value) > MAX_PROMPT or not value.isprintable():
+        raise ConfigError(f"{name} must be a printable text of up to {MAX_PROMPT} characters, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """A value for messages."""
+    try:
+        return printable(repr(value), longest=60)
+    except (ValueError, RecursionError):  # too many digits, too deep
+        return f"a {type(value).__name__} that is too large to print"
 
 
 _LARGE = (VisionConfig(), TextConfig(), GenerationConfig(prompt="a video of"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 class MPlug2Error(Exception):
     """Base of every error that this package raises on purpose."""
@@ -21,3 +23,17 @@ class VideoError(MPlug2Error):
 
 class BackendError(MPlug2Error, RuntimeError):
     """An operator's backend that was asked for, or that was made for the device, cannot serve a call."""
+
+
+class NotFiniteError(MPlug2Error, ArithmeticError):
+    """The model's results for a video are NaN or infinite, so that nothing can be read from them."""
+
+
+def printable(text: str, longest: int = 300) -> str:
+    """Foreign text for a message: on one line, with control characters as escapes, and cut if it is long."""
+    escaped = re.sub(r"[^ -~]", lambda found: found[0] if found[0].isprintable() else _escape(found[0]), text)
+    return escaped if len(escaped) <= longest else f"{escaped[:longest]}..."
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")

@@ -26,11 +26,11 @@ def test_the_clip_sizes_follow_from_the_released_name():
     assert config.text.stored_layers == 24
 
 
-@pytest.mark.parametrize(("prompt", "tokens"), [("", 0), ("a video of", 3), ("what's shown here:", 6)])
-def test_prompt_tokens_follow_the_prompt(prompt, tokens):
+@pytest.mark.parametrize(("prompt", "tokens"), [("", 0), ("clip", 0), ("a video of", 2), ("what's shown here:", 5)])
+def test_prompt_tokens_are_all_but_the_last(prompt, tokens):
     assert GenerationConfig(prompt=prompt).prompt_tokens == tokens
     assert mf.MPlug2Config.preset("large").replace(prompt=prompt).generation.prompt_tokens == tokens
-    assert GenerationConfig(prompt=prompt, prompt_length=9).prompt_tokens == 9
+    assert GenerationConfig(prompt=prompt, prompt_length=9).prompt_tokens == 8
 
 
 @pytest.mark.parametrize(

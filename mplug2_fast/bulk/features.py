@@ -23,8 +23,8 @@ from torch import Tensor
 from mplug2_fast.bulk.journal import Journal, Line, read_lines, write_whole
 from mplug2_fast.bulk.memory import clip_bytes
 from mplug2_fast.bulk.sources import Source
-from mplug2_fast.bulk.work import Finished, Frames, Work
-from mplug2_fast.errors import ConfigError
+from mplug2_fast.bulk.work import Finished, Frames, Work, first_error
+from mplug2_fast.errors import ConfigError, NotFiniteError
 from mplug2_fast.tasks import Captioner
 
 Kind = Literal["vision", "universal", "pooled"]
@@ -97,7 +97,7 @@ class Shards:
         return f"{self._prefix}{self._number:06d}.{self._format}"
 
 
-class Features(Work[Row]):
+class Features(Work[Row | NotFiniteError]):
     """Features: a row a clip, in shards, and a line a video in the index.
 
     Args:
@@ -128,12 +128,16 @@ class Features(Work[Row]):
     def begin(self, rank: int) -> None:
         self._shards = Shards(self._folder, rank, self._format)
 
-    def compute(self, frames: Tensor, videos: Sequence[Source]) -> tuple[list[Row], dict[str, float]]:
+    def compute(self, frames: Tensor, videos: Sequence[Source]) -> tuple[list[Row | NotFiniteError], dict[str, float]]:
         started = time.perf_counter()
         features = features_of(self.task.model, frames, self._kind)
         seconds = {"encode": time.perf_counter() - started}
-        # Each row has memory of its own: a view would keep the whole batch.
-        return [self._shards.add(row.clone()) for row in features], seconds
+        return [self._add(row) for row in features], seconds
+
+    def _add(self, row: Tensor) -> Row | NotFiniteError:
+        if not torch.stack(row.aminmax()).isfinite().all():
+            return self.task.not_finite()
+        return self._shards.add(row.clone())  # with memory of its own: a view would keep the whole batch
 
     def keys(self, video: Source) -> list[Hashable]:
         return [video.path]
@@ -142,7 +146,9 @@ class Features(Work[Row]):
         line["features"]
         return line["path"]
 
-    def lines(self, finished: Finished[Row]) -> list[Line]:
+    def lines(self, finished: Finished[Row | NotFiniteError]) -> list[Line]:
+        if (error := first_error(finished.outcomes)) is not None:
+            return [{**line, **self._ending(finished, error)} for line in self.no_lines(finished.video)]
         return [{"path": finished.video.path, "features": _ranges(finished.outcomes), **self._ending(finished)}]
 
     def no_lines(self, video: Source) -> list[Line]:

@@ -222,6 +222,8 @@ def steps(work: Work[Any], videos: Sequence[Source], batches: Iterable[Batch]) -
             video.add(clip, outcome, {stage: taken / len(outcomes) for stage, taken in stages.items()})
             if clip.last:
                 lines[clip.index] = work.lines(unfinished.pop(clip.index))
+                if any(line["error"] is not None for line in lines[clip.index]):
+                    failed.add(clip.index)
         yield Step(lines, failed, seconds)
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 from mplug2_fast.bulk.journal import Journal, Line
 from mplug2_fast.bulk.memory import clip_bytes
 from mplug2_fast.bulk.sources import Source
+from mplug2_fast.errors import NotFiniteError
 from mplug2_fast.tasks import Alternative, Answerer, Captioner
 from mplug2_fast.video import Windows
 
 if TYPE_CHECKING:
-    from mplug2_fast.tasks.base import VideoTask
+    from mplug2_fast.tasks.base import Texts, VideoTask
     from mplug2_fast.video import Clip
 
 _T = TypeVar("_T")
@@ -132,7 +133,7 @@ class Work(ABC, Generic[_T]):
 
     @abstractmethod
     def lines(self, finished: Finished[_T]) -> list[Line]:
-        """The lines of a video, without `error`."""
+        """The lines of a video. Those with a result that is not finite are errors."""
 
     @abstractmethod
     def no_lines(self, video: Source) -> list[Line]:
@@ -144,14 +145,14 @@ class Work(ABC, Generic[_T]):
         ending = {"frames": [], "decoder": None, "seconds": _rounded({"decode": clip.seconds}), "error": reason}
         return [{**line, **ending} for line in self.no_lines(video)]
 
-    def _ending(self, finished: Finished[_T]) -> Line:
-        """The fields that every good line ends with."""
+    def _ending(self, finished: Finished[_T], error: NotFiniteError | None = None) -> Line:
+        """The fields that the line of a computed video ends with."""
         indices = finished.indices if self.frames.windows is not None else finished.indices[0]
         return {
             "frames": indices,
             "decoder": finished.backend,
             "seconds": _rounded(finished.seconds),
-            "error": None,
+            "error": None if error is None else str(error),
         }
 
 
@@ -171,8 +172,13 @@ class _Words(Work[_T]):
             self.task.model.config, num_frames=self.frames.length, itemsize=self.weights.itemsize, **options
         )
 
-    def _texts(self, per_clip: list[list[Alternative]]) -> Line:
-        """The fields for the texts of one clip, or of each window."""
+    def _texts(self, per_clip: list[Texts], finished: Finished[Any]) -> Line:
+        """The fields for the texts of one clip, or of each window, and the ending of the line."""
+        error = first_error(per_clip)
+        found = self._no_texts() if error is not None else self._good_texts(per_clip)
+        return {**found, **self._ending(finished, error)}
+
+    def _good_texts(self, per_clip: list[list[Alternative]]) -> Line:
         if self.frames.windows is not None:
             return {"windows": [_best_first(found) for found in per_clip]}
         return _best_first(per_clip[0])
@@ -181,7 +187,7 @@ class _Words(Work[_T]):
         return {"windows": []} if self.frames.windows is not None else _best_first([])
 
 
-class Caption(_Words[list[Alternative]]):
+class Caption(_Words["Texts"]):
     """Captions: a line a video.
 
     Args:
@@ -194,7 +200,7 @@ class Caption(_Words[list[Alternative]]):
         super().__init__(task, frames, options)
         self._words = task.words(**options)
 
-    def compute(self, frames: Tensor, videos: Sequence[Source]) -> tuple[list[list[Alternative]], dict[str, float]]:
+    def compute(self, frames: Tensor, videos: Sequence[Source]) -> tuple[list[Texts], dict[str, float]]:
         image_embeds, encoding = self.task.encode(frames)
         found, generating = self.task.say(image_embeds, self._words)
         return found, {"encode": encoding, "generate": generating}
@@ -205,14 +211,14 @@ class Caption(_Words[list[Alternative]]):
     def key(self, line: Line) -> Hashable:
         return line["path"]
 
-    def lines(self, finished: Finished[list[Alternative]]) -> list[Line]:
-        return [{"path": finished.video.path, **self._texts(finished.outcomes), **self._ending(finished)}]
+    def lines(self, finished: Finished[Texts]) -> list[Line]:
+        return [{"path": finished.video.path, **self._texts(finished.outcomes, finished)}]
 
     def no_lines(self, video: Source) -> list[Line]:
         return [{"path": video.path, **self._no_texts()}]
 
 
-class Answer(_Words[list[list[Alternative]]]):
+class Answer(_Words["list[Texts]"]):
     """Answers: a line for each question about a video, which is decoded and encoded once for all of them.
 
     Args:
@@ -233,12 +239,10 @@ class Answer(_Words[list[list[Alternative]]]):
         chosen_from = None if self._candidates is None else _digest("\n".join(self._candidates).encode())
         return {**super().settings(), "candidates": chosen_from}
 
-    def compute(
-        self, frames: Tensor, videos: Sequence[Source]
-    ) -> tuple[list[list[list[Alternative]]], dict[str, float]]:
+    def compute(self, frames: Tensor, videos: Sequence[Source]) -> tuple[list[list[Texts]], dict[str, float]]:
         image_embeds, encoding = self.task.encode(frames)
         asked = [(clip, question.text) for clip, video in enumerate(videos) for question in video.questions]
-        found: list[list[list[Alternative]]] = [[] for _ in videos]
+        found: list[list[Texts]] = [[] for _ in videos]
         generating = 0.0
         for start in range(0, len(asked), len(videos)):  # as many at a time as there is memory for
             clips, questions = zip(*asked[start : start + len(videos)], strict=True)
@@ -255,11 +259,10 @@ class Answer(_Words[list[list[Alternative]]]):
     def key(self, line: Line) -> Hashable:
         return (line["path"], line["question"], line.get("id"))
 
-    def lines(self, finished: Finished[list[list[Alternative]]]) -> list[Line]:
-        ending = self._ending(finished)
+    def lines(self, finished: Finished[list[Texts]]) -> list[Line]:
         heads = self._heads(finished.video)
         return [
-            {**head, **self._texts([answers[number] for answers in finished.outcomes]), **ending}
+            {**head, **self._texts([answers[number] for answers in finished.outcomes], finished)}
             for number, head in enumerate(heads)
         ]
 
@@ -272,6 +275,11 @@ class Answer(_Words[list[list[Alternative]]]):
             {"path": video.path, "question": question.text, **({} if question.id is None else {"id": question.id})}
             for question in video.questions
         ]
+
+
+def first_error(outcomes: Sequence[Any]) -> NotFiniteError | None:
+    """The first outcome that is an error."""
+    return next((outcome for outcome in outcomes if isinstance(outcome, NotFiniteError)), None)
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -119,7 +119,7 @@ def check_fit(
 
 def group_of(key: str) -> str:
     """The subtree that a key is reported under: up to its layer number, else its module."""
-    layer = re.match(r"(.+?)\.\d+\.", key)
+    layer = re.match(r"(.+?)\.[0-9]+\.", key)
     return f"{layer[1]}.*" if layer else ".".join(key.split(".")[:-1][:2]) or key
 
 

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mplug2_fast.checkpoint.keys import POSITION_KEY, KeyMap, Shape
+from mplug2_fast.checkpoint.keys import LAYER_NUMBER, POSITION_KEY, KeyMap, Shape
 from mplug2_fast.config import TASKS, MPlug2Config, Task
 from mplug2_fast.errors import CheckpointError, ConfigError
 
 _VISUAL = "visual_encoder.visual"
 _HEAD_DIM = 64
+_LATENTS = rf"text_encoder\.encoder\.layer\.{LAYER_NUMBER}\.latents"
 _FUSION_DEFAULTS = {24: (6, 1000), 12: (3, 100)}
 """Stored layers -> the released (fusion_layers, stride_layer)."""
 
@@ -59,6 +60,11 @@ def infer_config(shapes: Mapping[str, Shape], released: Mapping[str, Any] | None
         value = released.get(source or name)
         if value is None:
             assumed[f"{part}.{name}"] = value = default
+        elif type(value) is not (str if name == "prompt" else int):
+            kind = type(value).__name__
+            raise CheckpointError(
+                f"its own configuration states {source or name} as {kind}: correct it, or pass config="
+            )
         return value
 
     defaults = MPlug2Config.preset("large")
@@ -110,7 +116,7 @@ def _require_anchors(shapes: Mapping[str, Shape]) -> None:
         "text_decoder.bert.encoder.layer.0.intermediate.dense.weight": 2,
     }
     absent = [key for key in anchors if key not in shapes]
-    if not any(re.fullmatch(r"text_encoder\.encoder\.layer\.\d+\.latents", key) for key in shapes):
+    if not any(re.fullmatch(_LATENTS, key) for key in shapes):
         absent.append("text_encoder.encoder.layer.*.latents")
     if absent:
         listing = "".join(f"\n  {key}" for key in absent)
@@ -161,11 +167,7 @@ def _text_sizes(shapes: Mapping[str, Shape], tasks: tuple[Task, ...]) -> dict[st
     embeddings = "text_decoder.bert.embeddings"
     vocabulary, hidden = shapes[f"{embeddings}.word_embeddings.weight"]
     layers = _count(_layers(shapes, "text_encoder.encoder.layer"))
-    latents = {
-        int(found[1]): shape
-        for key, shape in shapes.items()
-        if (found := re.fullmatch(r"text_encoder\.encoder\.layer\.(\d+)\.latents", key))
-    }
+    latents = {int(found[1]): shape for key, shape in shapes.items() if (found := re.fullmatch(_LATENTS, key))}
     first_universal = min(latents)
     sizes = {
         "hidden_size": hidden,
@@ -193,7 +195,7 @@ def _first_connected(shapes: Iterable[str], first_layer: int) -> int | None:
 
 
 def _layers(keys: Iterable[str], prefix: str) -> set[int]:
-    found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", key) for key in keys)
+    found = (re.match(rf"{re.escape(prefix)}\.{LAYER_NUMBER}\.", key) for key in keys)
     return {int(match[1]) for match in found if match}
 
 

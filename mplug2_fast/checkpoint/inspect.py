@@ -41,6 +41,7 @@ class Inspection:
         entries: tensors in its state dict.
         parameters: numbers in those.
         dtypes: dtype name -> tensors.
+        entry: the top-level entry that the weights are from; None where they are alone.
         others: what else the file holds, such as optimizer state.
         vocabulary: whether a vocabulary of its own lies beside it.
         task: the task that the groups below are told for; None when `problem` is set.
@@ -58,6 +59,7 @@ class Inspection:
     entries: int
     parameters: int
     dtypes: dict[str, int]
+    entry: str | None = None
     others: tuple[str, ...] = ()
     vocabulary: bool = False
     task: Task | None = None
@@ -99,6 +101,7 @@ def inspect(path: str | Path, task: Task | None = None, config: MPlug2Config | N
         "entries": len(source.tensors),
         "parameters": sum(tensor.numel() for tensor in source.tensors.values()),
         "dtypes": dtypes_of(source.tensors.values()),
+        "entry": source.entry,
         "others": source.others,
         "vocabulary": vocabulary_path(path) is not None,
     }

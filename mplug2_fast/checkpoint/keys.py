@@ -23,9 +23,11 @@ _MOMENTUM = re.compile(
 )
 _CLIP_TEXT = re.compile(
     r"visual_encoder\.(positional_embedding|text_projection|logit_scale|token_embedding\.weight|ln_final\.(weight|bias)"
-    r"|transformer\.resblocks\.\d+\.(attn\.(in_proj_|out_proj\.)|ln_[12]\.|mlp\.c_(fc|proj)\.)(weight|bias))"
+    r"|transformer\.resblocks\.[0-9]+\.(attn\.(in_proj_|out_proj\.)|ln_[12]\.|mlp\.c_(fc|proj)\.)(weight|bias))"
 )
-_LAYER = re.compile(r"(text_encoder|fusion_encoder|text_decoder\.bert)\.encoder\.layer\.(\d+)\.(.+)")
+LAYER_NUMBER = r"(0|[1-9][0-9]{0,3})"
+"""Pattern of a layer's number. Keys with larger ones are unexpected: no model has as many layers."""
+_LAYER = re.compile(rf"(text_encoder|fusion_encoder|text_decoder\.bert)\.encoder\.layer\.{LAYER_NUMBER}\.(.+)")
 _EMBEDDINGS = re.compile(r"(text_encoder|fusion_encoder|text_decoder\.bert)\.embeddings\.(.+)")
 
 

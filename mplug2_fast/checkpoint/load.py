@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
@@ -13,7 +14,32 @@ from torch.nn import functional
 from mplug2_fast.checkpoint.fit import Fit, check_fit
 from mplug2_fast.checkpoint.keys import TIED_KEYS
 from mplug2_fast.config import MPlug2Config, Task
-from mplug2_fast.errors import CheckpointError
+from mplug2_fast.errors import CheckpointError, printable
+
+_WRAPPERS = frozenset(
+    {
+        "module",  # DataParallel, DistributedDataParallel, AveragedModel, DeepSpeed
+        "_orig_mod",  # torch.compile
+        "_fsdp_wrapped_module",
+        "_fpw_module",  # FairScale's and early FSDP
+        "_checkpoint_wrapped_module",
+        "_forward_module",  # Lightning Fabric
+        "base_layer",  # peft
+    }
+)
+_OUTER = ("model", "base_model")
+"""What models are called inside of Lightning's and peft's modules."""
+_UNMERGED = re.compile(r"lora_|_flat_param|flat_param|_fpw_flat")
+_UNMERGED_REMEDIES = {
+    "lora_": "adapters that are not merged into the weights; call merge_and_unload() and save again",
+    **dict.fromkeys(
+        ("_flat_param", "flat_param", "_fpw_flat"),
+        "FSDP's flattened parameters; save again with StateDictType.FULL_STATE_DICT",
+    ),
+}
+_MAX_NAME = 500
+
+WEIGHT_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
 class ReleasedModel(Protocol):
@@ -34,13 +60,15 @@ def load_released(model: ReleasedModel, state_dict: Mapping[str, Any]) -> Fit:
 
     Args:
         model: a fast or a reference model, with real storage (not on the meta device).
-        state_dict: released key, with or without `module.` prefixes -> tensor or NumPy array, of any float dtype.
+        state_dict: official key, with or without the prefixes of wrappers (`module.`, `_orig_mod.`, FSDP's and
+            others) -> tensor or NumPy array, of any float dtype.
 
     Returns what each entry was; `resized` names the position embeddings that were resized.
 
-    Raises `CheckpointError` with a grouped report when anything is missing, unexpected or of another shape.
+    Raises `CheckpointError` with a grouped report when anything is missing, unexpected or of another shape, and when a
+    weight is not finite, or would not be in the model's dtype.
     """
-    tensors = {key: _as_tensor(key, value) for key, value in strip_prefixes(state_dict).items()}
+    tensors = {key: _as_tensor(key, value) for key, value in plain_state_dict(state_dict).items()}
     views = model.released_parameters()
     if any(view.is_meta for view in views.values()):
         raise CheckpointError(
@@ -50,7 +78,9 @@ def load_released(model: ReleasedModel, state_dict: Mapping[str, Any]) -> Fit:
     fit.require("the state dict")
     check_dtypes(fit, tensors)
     check_twins(fit, tensors)
-    copy_released(views, tensors)
+    for key, view in views.items():
+        check_finite(key, tensors[key], view.dtype)
+    _copy(views, tensors)
     return fit
 
 
@@ -64,11 +94,37 @@ def copy_released(
     tensors: Mapping[str, torch.Tensor],
     done: Callable[[torch.Tensor], None] = lambda tensor: None,
 ) -> None:
-    """Copy `tensors`, already known to fit, into `views` one by one; `done` is told each source that was read."""
+    """Copy `tensors`, already known to fit, into `views` one by one; `done` is told each source that was read.
+
+    Raises `CheckpointError` at the first one that is not finite, or would not be in the dtype of its view.
+    """
+    for key, view in views.items():
+        check_finite(key, tensors[key], view.dtype)
+        _copy({key: view}, tensors)
+        done(tensors[key])
+
+
+def _copy(views: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for key, view in views.items():
             view.copy_(fitted(tensors[key], tuple(view.shape)))
-            done(tensors[key])
+
+
+def check_finite(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise `CheckpointError` if a number of `tensor` is NaN or infinite, or becomes infinite in `dtype`."""
+    if not tensor.numel():
+        return
+    extremes = torch.stack(torch.aminmax(tensor.detach()))  # NaN if any number is; one pass without a copy
+    if not extremes.isfinite().all():
+        raise CheckpointError(
+            f"{key} has values that are not finite (NaN or infinite), so that no result could be right; nothing was "
+            "loaded\n  remedy: use an undamaged copy, or a checkpoint from before the training diverged"
+        )
+    if not extremes.to(dtype).isfinite().all():
+        raise CheckpointError(
+            f"{key} has values up to {extremes.abs().max().item():.4g}, which are infinite in "
+            f"{str(dtype).removeprefix('torch.')}; nothing was loaded\n  remedy: use bfloat16 or float32"
+        )
 
 
 def fitted(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -84,11 +140,11 @@ def fitted(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 def check_dtypes(fit: Fit, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise `CheckpointError` for needed entries whose dtype is none of weights."""
-    wrong = [f"{key} ({tensors[key].dtype})" for key in fit.needed if not tensors[key].dtype.is_floating_point]
+    wrong = [f"{key} ({tensors[key].dtype})" for key in fit.needed if tensors[key].dtype not in WEIGHT_DTYPES]
     if wrong:
         raise CheckpointError(
-            f"{len(wrong)} entries are not floating point and cannot be weights, first {wrong[0]}; nothing was loaded\n"
-            "  remedy: use a checkpoint that is not quantised"
+            f"{len(wrong)} entries are not floating point of 16 bits or more and cannot be weights, first {wrong[0]}; "
+            "nothing was loaded\n  remedy: use a checkpoint that is not quantised"
         )
 
 
@@ -108,21 +164,42 @@ def check_twins(
             )
 
 
-def strip_prefixes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The same entries with every leading `module.` gone. Raises `CheckpointError` for what is no flat state dict."""
-    stripped: dict[str, Any] = {}
+def plain_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The same entries under their official names: without the prefixes that wrappers of modules add, anywhere.
+
+    Raises `CheckpointError` for what is not a flat state dict of a whole model with merged adapters.
+    """
+    plain: dict[str, Any] = {}
     for key, value in state_dict.items():
         if not isinstance(key, str):
-            raise CheckpointError(f"a state dict has names as keys, this one has {key!r}")
+            raise CheckpointError(f"a state dict has names as keys, this one has {printable(repr(key))}")
         if isinstance(value, Mapping) and key in ("model", "module", "state_dict"):
             raise CheckpointError(f"this is a whole checkpoint, not a state dict: pass its {key!r} entry")
-        name = key
-        while name.startswith("module."):
-            name = name.removeprefix("module.")
-        if name in stripped:
-            raise CheckpointError(f"{name} is there twice, with and without a 'module.' prefix: remove one of them")
-        stripped[name] = value
-    return stripped
+        if len(key) > _MAX_NAME or not key.isprintable():
+            raise CheckpointError(f"an entry has a name that no module has: {printable(repr(key))}; remove it")
+        if found := _UNMERGED.search(key):
+            raise CheckpointError(f"{printable(key)}: {_UNMERGED_REMEDIES[found[0]]}")
+        name = _plain_name(key)
+        if name in plain:
+            raise CheckpointError(
+                f"{printable(name)} is there twice, with and without prefixes of wrappers such as 'module.': "
+                "remove one of them"
+            )
+        plain[name] = value
+    empty = [key for key, value in plain.items() if isinstance(value, torch.Tensor) and not value.numel()]
+    if len(empty) > len(plain) / 2:
+        raise CheckpointError(
+            f"{len(empty)} of {len(plain)} entries are empty, first {printable(empty[0])}: DeepSpeed's ZeRO-3 leaves "
+            "these in place of the weights, which are in other files; gather them with zero_to_fp32.py"
+        )
+    return plain
+
+
+def _plain_name(key: str) -> str:
+    parts = [part for part in key.split(".") if part not in _WRAPPERS] or [key]
+    while len(parts) > 1 and parts[0] in _OUTER:
+        del parts[0]
+    return ".".join(parts)
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
@@ -142,7 +219,10 @@ def dtypes_of(tensors: Iterable[torch.Tensor]) -> dict[str, int]:
 def _as_tensor(key: str, value: Any) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         if value.is_meta:
-            raise CheckpointError(f"{key} is on the meta device and has no values")
+            raise CheckpointError(f"{key} is on the meta device and has no values: load it onto the CPU first")
+        if value.is_nested or value.is_quantized or value.layout != torch.strided:
+            kind = "nested" if value.is_nested else "quantised" if value.is_quantized else "sparse"
+            raise CheckpointError(f"{key} is a {kind} tensor, and weights are dense: convert it first")
         return value.detach()
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "fiub":
         array = np.asarray(value, dtype=value.dtype.newbyteorder("="), order="C")

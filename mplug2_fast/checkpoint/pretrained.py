@@ -13,6 +13,7 @@ from mplug2_fast.checkpoint.resolve import require_twins, resolve
 from mplug2_fast.checkpoint.source import open_checkpoint
 from mplug2_fast.config import MPlug2Config, Task
 from mplug2_fast.devices import pick_device, pick_dtype
+from mplug2_fast.errors import CheckpointError
 
 if TYPE_CHECKING:
     from mplug2_fast.model import MPlug2ForCaptioning, MPlug2ForQuestionAnswering
@@ -55,5 +56,8 @@ def from_pretrained(
     kind = models.MPlug2ForCaptioning if resolved.task == "captioning" else models.MPlug2ForQuestionAnswering
     built = kind(resolved.config, device="meta", dtype=dtype)
     built = built.to_empty(device=device)
-    copy_released(built.released_parameters(), source.tensors, release)
+    try:
+        copy_released(built.released_parameters(), source.tensors, release)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source.name}: {error}") from error
     return built.pack().eval() if pack else built.eval()

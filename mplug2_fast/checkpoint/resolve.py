@@ -40,14 +40,14 @@ class Resolved:
         """Raise `CheckpointError` unless the checkpoint can be loaded so, as far as names, shapes and dtypes tell."""
         if self.undetermined:
             raise CheckpointError(
-                f"{source.path}: {', '.join(self.undetermined)} is not told by shapes and has no released value at "
+                f"{source.name}: {', '.join(self.undetermined)} is not told by shapes and has no released value at "
                 'this size; pass config= with it, or load it for task="captioning", which does not need it'
             )
-        self.fit.require(str(source.path))
+        self.fit.require(source.name)
         try:
             check_dtypes(self.fit, source.tensors)
         except CheckpointError as error:
-            raise CheckpointError(f"{source.path}: {error}") from error
+            raise CheckpointError(f"{source.name}: {error}") from error
 
 
 def resolve(source: Source, task: Task | None = None, config: MPlug2Config | None = None) -> Resolved:
@@ -65,7 +65,7 @@ def resolve(source: Source, task: Task | None = None, config: MPlug2Config | Non
         try:
             inferred = infer_config(shapes, source.released)
         except CheckpointError as error:
-            raise CheckpointError(f"{source.path}: {error}") from error
+            raise CheckpointError(f"{source.name}: {error}") from error
         config, assumed, undetermined = inferred.config, inferred.assumed, inferred.undetermined
         tasks = inferred.tasks
     else:
@@ -81,4 +81,4 @@ def require_twins(source: Source, fit: Fit, done: Callable[[torch.Tensor], None]
     try:
         check_twins(fit, source.tensors, done)
     except CheckpointError as error:
-        raise CheckpointError(f"{source.path}: {error}") from error
+        raise CheckpointError(f"{source.name}: {error}") from error

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
-import re
+import stat
 import struct
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +13,11 @@ from typing import Any
 
 import torch
 
-from mplug2_fast.checkpoint.load import strip_prefixes
+from mplug2_fast.checkpoint.load import plain_state_dict
+from mplug2_fast.checkpoint.pickles import Inert, OtherTensor, RefusedError, StoredTensor
+from mplug2_fast.checkpoint.torch_file import BROKEN, LEGACY_MAGIC, TorchFile, open_torch_file, tensor_of
 from mplug2_fast.config import TASKS, MPlug2Config, Task
-from mplug2_fast.errors import CheckpointError, ConfigError
+from mplug2_fast.errors import CheckpointError, ConfigError, printable
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -25,12 +25,13 @@ VOCABULARY_NAME = "vocab.txt"
 METADATA_KEY = "mplug2_config"
 """Entry of a safetensors header that repeats config.json, so that the weights alone are enough."""
 
-_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-# What reading a damaged pickle or archive was seen to raise.
-_BROKEN = (
-    *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError),
-    *(ArithmeticError, MemoryError, struct.error, zipfile.BadZipFile),
-)
+ENTRIES = ("model", "module", "state_dict")
+"""Entries of a training checkpoint that hold the weights. The first that is there is read; an EMA copy never is."""
+
+_MAX_CONFIG_BYTES = 2**20
+_MAX_HEADER_BYTES = 16 * 2**20
+_MAX_SHARING = 4
+"""How often the numbers in a file may be used, on average: tied weights and copies share them."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,11 @@ class Source:
         path: what the caller named.
         file: the file with the weights.
         container: the form, in words.
-        tensors: released key -> tensor, `module.` prefixes gone, views of the mapped file.
+        tensors: official key -> tensor, prefixes of wrappers gone, views of the mapped file.
         config: the configuration, where the file states it in full.
         task: the task that the file says it is for.
         released: the `config` entry of a training checkpoint.
+        entry: the top-level entry that the weights are from; None where they are alone.
         others: top-level entries beside the weights, such as optimizer state.
     """
 
@@ -55,31 +57,50 @@ class Source:
     config: MPlug2Config | None = None
     task: Task | None = None
     released: Mapping[str, Any] = field(default_factory=dict)
+    entry: str | None = None
     others: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The path, for messages."""
+        return shown_path(self.path)
+
+
+def shown_path(path: str | Path) -> str:
+    """A path for messages, on one line."""
+    return printable(str(path), longest=4096)
 
 
 def open_checkpoint(path: str | Path) -> Source:
-    """Open a released `.pth`, a directory with config.json and model.safetensors, or a `.safetensors`.
+    """Open an official `.pth`, a directory with config.json and model.safetensors, or a `.safetensors`.
 
     Nothing in the file is executed. Raises `CheckpointError`, naming the file, the reason and the remedy.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        return _open_directory(path)
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file or directory; check the path")
+    path = Path(path)
+    shown = shown_path(path)
     try:
+        path = path.expanduser()
+        kind = path.stat().st_mode
+        if stat.S_ISDIR(kind):
+            return _open_directory(path)
+        _require_regular(path, kind)
         with path.open("rb") as stream:
             head = stream.read(512)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; make it readable") from error
-    if path.suffix == ".safetensors" or (head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32):
-        return _open_safetensors(path, head)
-    if head.startswith(b"PK"):
-        return _open_torch(path, "torch.save file")
-    if head.startswith(_LEGACY_MAGIC):
-        return _open_torch(path, "torch.save file, pre-1.6 format")
-    raise CheckpointError(f"{path}: {_what_else(head)}")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{shown}: no such file or directory; check the path") from error
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"{shown}: cannot be read: {reason}; check the path and its permissions") from error
+    try:
+        if path.suffix == ".safetensors" or (head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**32):
+            return _open_safetensors(path, head)
+        if head.startswith(b"PK"):
+            return _open_torch(path, head, "torch.save file")
+        if head.startswith(LEGACY_MAGIC):
+            return _open_torch(path, head, "torch.save file, pre-1.6 format")
+        raise CheckpointError(_what_else(head))
+    except CheckpointError as error:
+        raise CheckpointError(f"{shown}: {error}") from error
 
 
 def vocabulary_path(path: str | Path) -> Path | None:
@@ -89,23 +110,43 @@ def vocabulary_path(path: str | Path) -> Path | None:
     return vocabulary if path.is_dir() and vocabulary.is_file() else None
 
 
+def _require_regular(path: Path, mode: int) -> None:
+    """Anything but a file may never end, or wait for ever."""
+    kinds = {
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    if not stat.S_ISREG(mode):
+        kind = kinds.get(stat.S_IFMT(mode), "a special file")
+        raise CheckpointError(f"{shown_path(path)}: {kind}, not a file; name a file or a directory")
+
+
 def _open_directory(path: Path) -> Source:
-    missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (path / name).is_file()]
+    shown = shown_path(path)
+    missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (path / name).exists()]
     if missing:
-        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
+        found = ", ".join(printable(name) for name in sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
         raise CheckpointError(
-            f"{path}: a checkpoint directory holds {CONFIG_NAME} and {WEIGHTS_NAME}, this one lacks "
+            f"{shown}: a checkpoint directory holds {CONFIG_NAME} and {WEIGHTS_NAME}, this one lacks "
             f"{' and '.join(missing)} (it has {found}); name the checkpoint file itself, or convert it to a directory"
         )
-    file = path / CONFIG_NAME
-    try:
-        stated = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON ({error}); restore it, or convert again") from error
-    config, task = _stated_config(file, stated)
-    weights = path / WEIGHTS_NAME
+    file, weights = path / CONFIG_NAME, path / WEIGHTS_NAME
+    for name in (file, weights):
+        _require_regular(name, name.stat().st_mode)
+    with file.open("rb") as stream:
+        text = stream.read(_MAX_CONFIG_BYTES + 1)
     with weights.open("rb") as stream:
-        source = _open_safetensors(weights, stream.read(512))
+        head = stream.read(512)
+    try:
+        config, task = _stated_config(text)
+    except CheckpointError as error:
+        raise CheckpointError(f"{shown_path(file)}: {error}; restore it, or convert again") from error
+    try:
+        source = _open_safetensors(weights, head)
+    except CheckpointError as error:
+        raise CheckpointError(f"{shown_path(weights)}: {error}") from error
     return Source(path, weights, f"directory with {CONFIG_NAME} and {WEIGHTS_NAME}", source.tensors, config, task)
 
 
@@ -113,98 +154,124 @@ def _open_safetensors(path: Path, head: bytes) -> Source:
     from safetensors import SafetensorError, safe_open
 
     if not head:
-        raise CheckpointError(f"{path}: the file is empty; download or convert it again")
+        raise CheckpointError("the file is empty; download or convert it again")
+    if head[8:9] != b"{":
+        raise CheckpointError(f"not a readable safetensors file: {_what_else(head)}")
+    header = int.from_bytes(head[:8], "little")
+    if _MAX_HEADER_BYTES < header <= path.stat().st_size:
+        raise CheckpointError(f"its header has {header:,} bytes, more than that of any checkpoint; convert it again")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, RuntimeError, ValueError, struct.error) as error:
-        reason = (
-            _what_else(head) if head[8:9] != b"{" else f"truncated or corrupt ({error}); download or convert it again"
-        )
-        raise CheckpointError(f"{path}: not a readable safetensors file: {reason}") from error
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, KeyError, struct.error) as error:
+        reason = printable(str(error))
+        raise CheckpointError(
+            f"not a readable safetensors file: truncated or corrupt ({reason}); download or convert it again"
+        ) from error
     config = task = None
     if METADATA_KEY in metadata:
         try:
-            stated = json.loads(metadata[METADATA_KEY])
-        except ValueError as error:
-            raise CheckpointError(f"{path}: its header's {METADATA_KEY} is no JSON ({error}); convert again") from error
-        config, task = _stated_config(path, stated)
-    return Source(path, path, "safetensors file", _prefixes_gone(path, tensors), config, task)
+            config, task = _stated_config(metadata[METADATA_KEY].encode("utf-8", "surrogatepass"))
+        except CheckpointError as error:
+            raise CheckpointError(f"its header's {METADATA_KEY}: {error}; convert again") from error
+    return Source(path, path, "safetensors file", plain_state_dict(tensors), config, task)
 
 
-def _stated_config(file: Path, stated: Any) -> tuple[MPlug2Config, Task | None]:
+def _stated_config(text: bytes) -> tuple[MPlug2Config, Task | None]:
+    """The configuration and the task in a JSON text."""
+    if len(text) > _MAX_CONFIG_BYTES:
+        raise CheckpointError(f"not a configuration: it has more than {_MAX_CONFIG_BYTES:,} bytes")
+    try:
+        stated = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else printable(str(error))
+        raise CheckpointError(f"not readable as JSON ({reason})") from error
     if not isinstance(stated, dict):
-        raise CheckpointError(f"{file}: holds no configuration but {type(stated).__name__}; convert again")
+        raise CheckpointError(f"holds no configuration but {type(stated).__name__}")
     task = stated.pop("task", None)
     if task is not None and task not in TASKS:
-        raise CheckpointError(f"{file}: its task {task!r} is not one of {', '.join(TASKS)}; correct it")
+        raise CheckpointError(f"its task {printable(repr(task))} is not one of {', '.join(TASKS)}")
     try:
         return MPlug2Config.from_dict(stated), task
-    except (ConfigError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: {error}; correct it, or convert again") from error
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
 
 
-def _open_torch(path: Path, container: str) -> Source:
-    zipped = "pre-1.6" not in container
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice in one object")
+    return found
+
+
+def _open_torch(path: Path, head: bytes, container: str) -> Source:
     try:
-        if zipped and not zipfile.is_zipfile(path):
-            raise CheckpointError(f"{path}: truncated: a torch.save file whose end is not there; download it again")
-        # A namespace of plain values is how DeepSpeed stores its arguments; it cannot run anything.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{path}: {_refused(str(error))}") from error
-    except _BROKEN as error:
-        reason = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]]).rstrip(":")
-        raise CheckpointError(f"{path}: not a readable torch.save file ({reason}); download it again") from error
+        file = open_torch_file(path, head)
+        return _torch_source(path, file, container)
+    except RefusedError as error:
+        raise CheckpointError(
+            f"refused: its pickle holds {printable(str(error))} beside tensors and plain values, and reading that "
+            "would run code; if you trust its origin, save its 'model' entry alone in an isolated environment and use "
+            "that file"
+        ) from error
+    except BROKEN as error:
+        reason = printable(" ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]]).rstrip(":"))
+        raise CheckpointError(f"not a readable torch.save file ({reason}); download it again") from error
+
+
+def _torch_source(path: Path, file: TorchFile, container: str) -> Source:
+    loaded = file.content
     if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{path}: holds no state dict but {type(loaded).__name__}; use a released checkpoint")
-    name = next((name for name in ("model", "module") if isinstance(loaded.get(name), Mapping)), None)
+        raise CheckpointError(f"holds no state dict but {_kind(loaded)}; use an official checkpoint")
+    name = next((name for name in ENTRIES if isinstance(loaded.get(name), Mapping)), None)
     weights = loaded if name is None else loaded[name]
-    if not any(isinstance(value, torch.Tensor) for value in weights.values()):
-        listing = ", ".join(map(str, list(weights)[:5])) or "nothing"
+    if not any(isinstance(value, (StoredTensor, OtherTensor)) for value in weights.values()):
+        listing = ", ".join(printable(str(key)) for key in list(weights)[:5]) or "nothing"
         where = "" if name is None else f" in its {name!r} entry"
         raise CheckpointError(
-            f"{path}: holds no weights{where}, only {listing}; a released checkpoint has them under 'model' or 'module'"
+            f"holds no weights{where}, only {listing}; an official checkpoint has them under 'model' or 'module'"
         )
+    for key, value in weights.items():
+        if isinstance(value, OtherTensor):
+            raise CheckpointError(
+                f"{printable(str(key))} is a {value.kind} tensor, and weights are dense; save it as a dense one"
+            )
+    foreign = [(key, value) for key, value in weights.items() if not isinstance(value, StoredTensor)]
+    if foreign:
+        key, kind = printable(str(foreign[0][0])), _kind(foreign[0][1])
+        raise CheckpointError(
+            f"{len(foreign)} entries of the state dict are no tensors, first {key} ({kind}); "
+            "save the state dict alone, or under 'model'"
+        )
+    tensors = {key: tensor_of(file, value) for key, value in weights.items()}
+    _require_own_memory(tensors)
     released = {} if name is None else loaded.get("config")
     released = vars(released) if isinstance(released, argparse.Namespace) else released
     return Source(
         path,
         path,
         container,
-        _prefixes_gone(path, weights),
+        plain_state_dict(tensors),
         released=released if isinstance(released, Mapping) else {},
-        others=() if name is None else tuple(str(key) for key in loaded if key != name),
+        entry=name,
+        others=() if name is None else tuple(printable(str(key)) for key in loaded if key != name),
     )
 
 
-def _prefixes_gone(path: Path, weights: Mapping[Any, Any]) -> dict[str, torch.Tensor]:
-    try:
-        tensors = strip_prefixes(weights)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    foreign = [key for key, value in tensors.items() if not isinstance(value, torch.Tensor)]
-    if foreign:
-        kind = type(tensors[foreign[0]]).__name__
+def _require_own_memory(tensors: Mapping[Any, torch.Tensor]) -> None:
+    """A small file whose tensors repeat a few numbers would make a model without bounds."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
+    stated, stored = sum(tensor.nbytes for tensor in tensors.values()), sum(storages.values())
+    if stated > _MAX_SHARING * stored + _MAX_CONFIG_BYTES:
         raise CheckpointError(
-            f"{path}: {len(foreign)} entries of the state dict are no tensors, first {foreign[0]} ({kind}); "
-            "save the state dict alone, or under 'model'"
+            f"its tensors have {stated:,} bytes and the file has only {stored:,} for them, so that they repeat "
+            "themselves; save it with every tensor cloned"
         )
-    return tensors
 
 
-def _refused(message: str) -> str:
-    """Why the restricted unpickler stopped, from its message."""
-    blocked = re.search(r"GLOBAL (\S+)", message)
-    if not blocked:
-        detail = re.search(r"WeightsUnpickler error: (.+)", message)
-        return f"not a readable torch.save file ({detail[1] if detail else 'its pickle is broken'}); download it again"
-    return (
-        f"refused: its pickle holds {blocked[1]} beside tensors and plain values, and reading that would run code; "
-        "if you trust its origin, save its 'model' entry alone in an isolated environment and use that file"
-    )
+def _kind(value: Any) -> str:
+    return "an object" if isinstance(value, Inert) else type(value).__name__
 
 
 def _what_else(head: bytes) -> str:

@@ -86,6 +86,8 @@ def _described(found: Inspection) -> str:
 def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "file", shown(found.path)
     yield "form", f"{found.container}, {found.file_bytes / 1e6:,.1f} MB"
+    if found.entry is not None:
+        yield "weights", f"its entry {found.entry!r}"
     yield "task", "cannot be told" if found.task is None else found.task
     if len(found.tasks) > 1:
         yield "serves", ", ".join(found.tasks)

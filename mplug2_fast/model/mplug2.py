@@ -200,11 +200,11 @@ def _checked(video: Tensor) -> Tensor:
     return video
 
 
-def shifted_labels(input_ids: Tensor, prompt_length: int = 0) -> Tensor:
-    """Targets `(..., tokens - 1)` of teacher forcing; padding and `prompt_length` tokens after [CLS] are ignored."""
+def shifted_labels(input_ids: Tensor, prompt_tokens: int = 0) -> Tensor:
+    """Targets `(..., tokens - 1)` of teacher forcing. Padding and the first `prompt_tokens` after [CLS] are ignored."""
     labels = input_ids[..., 1:].long()
     labels = labels.masked_fill(labels == PAD_TOKEN_ID, -100)
-    labels[..., :prompt_length] = -100
+    labels[..., :prompt_tokens] = -100
     return labels
 
 
@@ -221,7 +221,7 @@ class MPlug2ForCaptioning(_MPlug2):
         *,
         image_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Training loss: the mean cross-entropy over the caption's tokens, those of the configured prompt left out.
+        """Training loss: the mean cross-entropy over the targets. All tokens of the prompt but the last are ignored.
 
         Args:
             video: `(B, 3, T, H, W)`, or None with image_embeds `(B, S, D)` from `encode_video`.

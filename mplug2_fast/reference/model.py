@@ -104,11 +104,11 @@ def _pad(found: list[list[Hypothesis]], num_return: int, device: torch.device) -
     return GenerationOutput(sequences, scores)
 
 
-def shifted_labels(input_ids: Tensor, prompt_length: int = 0) -> Tensor:
-    """Targets `(batch, tokens - 1)` of teacher forcing; padding and `prompt_length` tokens after [CLS] are ignored."""
+def shifted_labels(input_ids: Tensor, prompt_tokens: int = 0) -> Tensor:
+    """Targets `(batch, tokens - 1)` of teacher forcing. Padding and `prompt_tokens` after [CLS] are ignored."""
     labels = input_ids[:, 1:].long()
     labels = labels.masked_fill(labels == PAD_TOKEN_ID, -100)
-    labels[:, :prompt_length] = -100
+    labels[:, :prompt_tokens] = -100
     return labels
 
 
@@ -116,7 +116,7 @@ class MPlug2ForCaptioning(_MPlug2):
     task: Task = "captioning"
 
     def forward(self, video: Tensor, caption_ids: Tensor, caption_mask: Tensor) -> Tensor:
-        """Training loss: the mean cross-entropy over the caption's tokens, those of the configured prompt left out.
+        """Training loss: the mean cross-entropy over the targets. All tokens of the prompt but the last are ignored.
 
         Args:
             video: `(B, 3, T, H, W)`. caption_ids, caption_mask: `(B, tokens)`.

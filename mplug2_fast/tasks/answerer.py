@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from mplug2_fast.config import Task
-from mplug2_fast.tasks.base import Alternative, Paths, Result, VideoTask, require
+from mplug2_fast.tasks.base import Alternative, Paths, Result, Texts, VideoTask, require
 from mplug2_fast.text import clean_question
 
 MAX_CANDIDATES = 128
@@ -16,8 +16,8 @@ MAX_CANDIDATES = 128
 
 MAX_QUESTION_WORDS = 50
 
-Asker = Callable[[Tensor, Sequence[str]], list[list[Alternative]]]
-"""From image_embeds `(B, S, D)` and a question for each to the answers to each, best first."""
+Asker = Callable[[Tensor, Sequence[str]], list[Texts]]
+"""From image_embeds `(B, S, D)` and a question for each to the answers to each."""
 
 
 class Answerer(VideoTask):
@@ -55,7 +55,7 @@ class Answerer(VideoTask):
         self.check_question(question)
         ask = self.asker(candidates, num_beams, num_return, min_length, max_length)
 
-        def words(image_embeds: Tensor) -> list[list[Alternative]]:
+        def words(image_embeds: Tensor) -> list[Texts]:
             return ask(image_embeds, [question] * len(image_embeds))
 
         return self.run(paths, words, num_workers, timeout)
@@ -76,7 +76,7 @@ class Answerer(VideoTask):
             return self._chooser(candidates, num_return)
         options = self.generation_options(num_beams, num_return, min_length, max_length)
 
-        def ask(image_embeds: Tensor, questions: Sequence[str]) -> list[list[Alternative]]:
+        def ask(image_embeds: Tensor, questions: Sequence[str]) -> list[Texts]:
             ids, mask = (tensor.to(image_embeds.device) for tensor in self.tokenizer.encode_questions(questions))
             found = self.model.generate(image_embeds=image_embeds, question_ids=ids, question_mask=mask, **options)
             return self.texts(found)
@@ -90,12 +90,16 @@ class Answerer(VideoTask):
         require(1 <= num_return <= count, f"num_return must be from 1 to the {count} candidates, got {num_return}")
         k = min(count, max(MAX_CANDIDATES, num_return))
 
-        def ask(image_embeds: Tensor, questions: Sequence[str]) -> list[list[Alternative]]:
+        def ask(image_embeds: Tensor, questions: Sequence[str]) -> list[Texts]:
             asked = self.tokenizer.encode_questions(questions)
             tensors = [tensor.to(image_embeds.device) for tensor in (*asked, *answers)]
             indices, probabilities = self.model.rank_answers(None, *tensors, k, image_embeds=image_embeds)
+            finite = probabilities.isfinite().all(dim=1).tolist()
             best = zip(indices[:, :num_return].tolist(), probabilities[:, :num_return].tolist(), strict=True)
-            return [[Alternative(candidates[i], p) for i, p in zip(*row, strict=True)] for row in best]
+            return [
+                [Alternative(candidates[i], p) for i, p in zip(*row, strict=True)] if fine else self.not_finite()
+                for row, fine in zip(best, finite, strict=True)
+            ]
 
         return ask
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import deque
@@ -17,7 +18,7 @@ from torch import Tensor
 from mplug2_fast.checkpoint import from_pretrained, vocabulary_path
 from mplug2_fast.config import Task
 from mplug2_fast.devices import pick_device, pick_dtype
-from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error
+from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error, NotFiniteError
 from mplug2_fast.outputs import GenerationOutput
 from mplug2_fast.text import Tokenizer
 from mplug2_fast.video import DecodePool
@@ -73,8 +74,11 @@ class _Decoded(NamedTuple):
     decoder: str | None = None
 
 
-Words = Callable[[Tensor], list[list[Alternative]]]
-"""From image_embeds `(B, S, D)` to the texts of each of the B videos, best first."""
+Texts = list[Alternative] | NotFiniteError
+"""The texts of a video, best first, or why the model has none."""
+
+Words = Callable[[Tensor], list[Texts]]
+"""From image_embeds `(B, S, D)` to the texts of each of the B videos."""
 
 
 class VideoTask:
@@ -138,6 +142,9 @@ class VideoTask:
                     remedy = "use a smaller dtype, fewer beams, or the CPU"
                     raise MPlug2Error(f"{device} ran out of memory: {remedy}") from problem
                 seconds = {"decode": decoding, "encode": encoding, "generate": generating}
+                if isinstance(found, NotFiniteError):
+                    yield Result(path, frames=frames, decoder=decoder, seconds=seconds, error=str(found))
+                    continue
                 yield Result(path, *found[0], tuple(found), frames, decoder, seconds)
 
     @torch.inference_mode()
@@ -151,7 +158,7 @@ class VideoTask:
         return image_embeds, time.perf_counter() - started
 
     @torch.inference_mode()
-    def say(self, image_embeds: Tensor, words: Words) -> tuple[list[list[Alternative]], float]:
+    def say(self, image_embeds: Tensor, words: Words) -> tuple[list[Texts], float]:
         """What `words` makes of image_embeds `(B, S, D)`, and the seconds that it took."""
         started = time.perf_counter()
         found = words(image_embeds)
@@ -204,16 +211,22 @@ class VideoTask:
         require(0 <= shortest <= longest, f"min_length must be from 0 to max_length, {longest}; got {shortest}")
         return {"num_beams": beams, "num_return": num_return, "min_length": shortest, "max_length": longest}
 
-    def texts(self, output: GenerationOutput, prompt: str = "") -> list[list[Alternative]]:
-        """The hypotheses of each video, without the rows that only pad."""
+    def texts(self, output: GenerationOutput, prompt: str = "") -> list[Texts]:
+        """The hypotheses of each video, without the rows that only pad, whose scores are -inf."""
         return [
             [
                 Alternative(self.tokenizer.decode_caption(ids, prompt), score)
                 for ids, score in zip(sequences, scores, strict=True)
-                if ids[0] >= 0
+                if not math.isinf(score)
             ]
+            if math.isfinite(scores[0]) and not any(math.isnan(score) or score == math.inf for score in scores)
+            else self.not_finite()
             for sequences, scores in zip(output.sequences.tolist(), output.scores.tolist(), strict=True)
         ]
+
+    def not_finite(self) -> NotFiniteError:
+        """The error for a video whose results are NaN or infinite."""
+        return not_finite(next(self.model.parameters()).dtype)
 
 
 def _load(
@@ -227,6 +240,16 @@ def _load(
     path = TINY_MODEL if path is None else Path(path)
     model = from_pretrained(path, task=task, dtype=dtype, device=device)
     return model, Tokenizer.from_vocab(vocabulary_path(path), vocab_size=model.config.text.vocab_size)
+
+
+def not_finite(dtype: torch.dtype) -> NotFiniteError:
+    """The error for results of a model of `dtype` that are NaN or infinite."""
+    remedies = {
+        torch.float16: "float16 overflows for this video; use the dtype bfloat16 or float32",
+        torch.bfloat16: "use the dtype float32, or a checkpoint whose training did not diverge",
+    }
+    remedy = remedies.get(dtype, "use a checkpoint whose training did not diverge")
+    return NotFiniteError(f"the model's results are not finite (NaN or infinite): {remedy}")
 
 
 def _each(paths: Paths) -> Iterable[PathLike]:

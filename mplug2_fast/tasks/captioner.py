@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from mplug2_fast.config import Task
-from mplug2_fast.tasks.base import Alternative, Paths, Result, VideoTask, Words
+from mplug2_fast.tasks.base import Paths, Result, Texts, VideoTask, Words
 
 
 class Captioner(VideoTask):
@@ -55,7 +55,7 @@ class Captioner(VideoTask):
         options = self.generation_options(num_beams, num_return, min_length, max_length)
         prompt = self.model.config.generation.prompt
 
-        def words(image_embeds: Tensor) -> list[list[Alternative]]:
+        def words(image_embeds: Tensor) -> list[Texts]:
             return self.texts(self.model.generate(image_embeds=image_embeds, **options), prompt)
 
         return words

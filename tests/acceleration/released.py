@@ -99,7 +99,7 @@ class MPLUG2(nn.Module):
             self.visn_fc = nn.Linear(clip["width"], width)
             self.visn_layer_norm = nn.LayerNorm(width, eps=1e-12)
             self.dropout = nn.Dropout(bert["hidden_dropout_prob"])
-        self.prompt_length = len(config.get("prompt", "").split()) + 1
+        self.prompt_length = len(config.get("prompt", "").split())
 
     @classmethod
     def of(cls, case: GoldenCase) -> MPLUG2:

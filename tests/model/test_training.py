@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import mplug2_fast as mf
 from tests.models import SMALL, pair, random_text, random_video
 from tests.tolerance import relative
 
@@ -37,3 +38,21 @@ def test_five_steps_end_where_the_reference_ends(vision):
     video = random_video(vision, seed=9)
     with torch.no_grad():
         assert relative(fast.encode_video(video), reference.encode_video(video).double()) < 1e-4
+
+
+@pytest.mark.parametrize(("prompt", "ignored"), [("", 0), ("film", 0), ("a video of", 2)])
+def test_the_last_token_of_the_prompt_is_learned(prompt, ignored):
+    config = SMALL.replace(prompt=prompt)
+    ids, mask = random_text(config, 2, 7)
+    video = random_video(config)
+    for model in pair(config):
+        with torch.no_grad():
+            if isinstance(model, mf.MPlug2ForCaptioning):
+                memory = model.decoder.remember(model.encode_video(video))
+                logits = model.decoder.logits(model.decoder(ids[:, None], mask[:, None], memory))[:, 0]
+            else:
+                logits = model.text_decoder(ids, mask, model.encode_video(video), None)
+            log_probs = logits[:, :-1].log_softmax(dim=-1).gather(2, ids[:, 1:, None])[:, :, 0]
+            learned = mask[:, 1:].bool()
+            learned[:, :ignored] = False
+            assert model(video, ids, mask).item() == pytest.approx(-log_probs[learned].mean().item(), rel=1e-5)
