@@ -55,6 +55,8 @@ class CMakeBuild(build_ext):
         super().run()
         package = ROOT / "mplug2_fast" if self.inplace else Path(self.build_lib) / "mplug2_fast"
         package.mkdir(parents=True, exist_ok=True)
+        if self.missing:  # an earlier editable installation may have left it
+            (package / Path(self.get_ext_filename("mplug2_fast._C")).name).unlink(missing_ok=True)
         report = {
             "built": self.missing is None,
             "reason": self.missing,
@@ -70,16 +72,15 @@ class CMakeBuild(build_ext):
         for name, wanted in (("MPLUG2_FAST_NATIVE", native), ("MPLUG2_FAST_CUDA", cuda)):
             if self.missing and wanted == "required":
                 raise SetupError(f"{name} is required, but the native module cannot be built. {self.missing}")
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
         if self.missing:
-            target.unlink(missing_ok=True)  # an earlier editable installation may have built it in place
             ext.optional = True  # setuptools then does not look for its file
             self.emphasize(f"mplug2_fast is installed WITHOUT its native module. {self.missing}")
             return
         self.left_out = compile_kernels(build_dir)
         for name, reason in self.left_out.items():
             self.emphasize(f"mplug2_fast is installed WITHOUT its kernels for {name}. {reason}")
-        cmake("--install", build_dir, "--prefix", target.parent.parent)
+        prefix = Path(self.get_ext_fullpath(ext.name)).resolve().parent.parent
+        cmake("--install", build_dir, "--prefix", prefix)
 
     def emphasize(self, text: str) -> None:
         line = "*" * 100
@@ -129,8 +130,8 @@ def compile_kernels(build_dir: Path) -> dict[str, str]:
     """Compiles a configured build. Returns the optional kernels that the compiler failed on, with the reason."""
     if not build(build_dir):
         return {}
-    optional = (build_dir / "optional_kernels.txt").read_text().split()
-    errors = {name: build(build_dir, "--target", f"kernels_{name}") for name in optional}
+    optional = (build_dir / "optional_kernels.txt").read_text().split(";")
+    errors = {name: build(build_dir, "--target", f"kernels_{name}") for name in optional if name}
     left_out = {name: error for name, error in errors.items() if error}
     if left_out:
         cmake(f"-DMPLUG2_LEFT_OUT={';'.join(left_out)}", build_dir)
