@@ -10,28 +10,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mplug2_fast.ops import native
-
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+from mplug2_fast.ops import formula, memory, native
 
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether a tensor is plain memory of the CPU without gaps, in which case `checksum` takes it."""
-    if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_neg():
+    if formula.is_watched((tensor,)) or formula.is_needed((tensor,)) or not native.available():
         return False
-    if _is_watched() or tensor.is_conj() or not native.available():
+    if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_conj():
         return False
-    end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
-    return _has_no_gaps(tensor) and end <= tensor.untyped_storage().nbytes()  # storage may have been freed
-
-
-def _is_watched() -> bool:
-    """Whether a mode, a transform or a trace takes the place of tensors' memory."""
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-    )
+    return _has_no_gaps(tensor) and memory.is_sound((tensor,))
 
 
 def _has_no_gaps(tensor: Tensor) -> bool:
