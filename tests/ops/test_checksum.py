@@ -142,6 +142,7 @@ def test_what_can_be_read():
     assert [is_readable(tensor) for tensor in (*gaps, *others)] == [False] * (len(gaps) + len(others))
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated:DeprecationWarning")
 def test_what_stands_for_memory_is_not_read():
     seen = []
 
