@@ -223,9 +223,7 @@ def test_weights_that_overflow_in_the_models_dtype(tmp_path, golden_weights):
     key, path = "visn_emb_norm.weight", tmp_path / "checkpoint.pth"
     changed = golden_weights | {key: torch.full((128,), -65520.0)}
     torch.save({"model": changed}, path)
-    with pytest.raises(
-        mf.CheckpointError, match=r"6.552e\+04, which are infinite in float16[\s\S]*use bfloat16"
-    ):
+    with pytest.raises(mf.CheckpointError, match=r"6.552e\+04, which are infinite in float16[\s\S]*use bfloat16"):
         mf.from_pretrained(path, task="captioning", dtype="float16")
     with pytest.raises(mf.CheckpointError, match="infinite in float16"):
         convert(path, tmp_path / "folder", task="captioning", dtype=torch.float16)
