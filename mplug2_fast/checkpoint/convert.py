@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mplug2_fast.checkpoint.keys import Shape, needed_keys
-from mplug2_fast.checkpoint.load import ReleasedModel, fitted
+from mplug2_fast.checkpoint.load import ReleasedModel, check_finite, fitted
 from mplug2_fast.checkpoint.pages import PageReleaser
 from mplug2_fast.checkpoint.resolve import require_twins, resolve
 from mplug2_fast.checkpoint.source import (
@@ -60,6 +60,10 @@ def convert(
 
     def tensors() -> Iterator[torch.Tensor]:
         for key, (kind, shape) in _file_order(described).items():
+            try:
+                check_finite(key, source.tensors[key], kind)
+            except CheckpointError as error:
+                raise CheckpointError(f"{source.name}: {error}") from error
             yield fitted(source.tensors[key], shape).to(kind)
             release(source.tensors[key])
 
@@ -82,8 +86,8 @@ def save_pretrained(
         vocab: a WordPiece vocabulary to put beside the weights; None means BERT's.
         task: None is the model's own; `"captioning"` keeps the captioning part of a question answering model.
 
-    Returns the directory. Raises `CheckpointError` for a directory that holds something, and for a task that the model
-    has not the parts of.
+    Returns the directory. Raises `CheckpointError` for a directory that holds something, for a task that the model has
+    not the parts of, and for weights that are not finite, or would not be in `dtype`.
     """
     task = task or model.task
     views = model.released_parameters()
@@ -95,8 +99,13 @@ def save_pretrained(
             f"{len(lacking)} entries lack, such as {min(lacking)}; save it for its own task"
         )
     described = {key: (dtype or views[key].dtype, shape) for key, shape in wanted.items()}
-    tensors = (views[key].to("cpu", kind) for key, (kind, _) in _file_order(described).items())
-    return _write(directory, model.config, task, described, tensors, None if vocab is None else Path(vocab))
+
+    def tensors() -> Iterator[torch.Tensor]:
+        for key, (kind, _) in _file_order(described).items():
+            check_finite(key, views[key], kind)
+            yield views[key].to("cpu", kind)
+
+    return _write(directory, model.config, task, described, tensors(), None if vocab is None else Path(vocab))
 
 
 def _write(

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 import torch
 
 MAX_PICKLE_BYTES = 64 * 2**20
-MAX_READS = 5_000_000
-"""Each instruction is one read, and one more for each argument. A training checkpoint of Large takes 0.4 million."""
+MAX_READS = 3_000_000
+"""One for each instruction and each argument. Large with momentum copies and AdamW takes 0.9 million."""
 
 STORAGE_DTYPES: dict[str, torch.dtype] = {
     "DoubleStorage": torch.float64,
@@ -38,6 +38,7 @@ STORAGE_DTYPES: dict[str, torch.dtype] = {
     "QUInt4x2Storage": torch.quint4x2,
     "QUInt2x4Storage": torch.quint2x4,
 }
+_TORCH_VALUES = (torch.dtype, torch.layout, torch.qscheme)
 _QUANTISED = frozenset(dtype for name, dtype in STORAGE_DTYPES.items() if name.startswith("Q"))
 
 _INERT_MODULES = frozenset({"numpy", "pathlib", "datetime"})
@@ -122,7 +123,7 @@ class WeightsUnpickler(pickle._Unpickler):
             return argparse.Namespace
         if module.split(".")[0] == "torch" and name in STORAGE_DTYPES:
             return STORAGE_DTYPES[name]
-        if module == "torch" and isinstance(found := getattr(torch, name, None), (torch.dtype, torch.layout)):
+        if module == "torch" and isinstance(found := vars(torch).get(name), _TORCH_VALUES):
             return found
         if module.split(".")[0] in _INERT_MODULES or (module, name) in _INERT_NAMES:
             return Inert

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import lzma
 import pickle
 import struct
 import sys
 import zipfile
+import zlib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +28,8 @@ _MAX_UNPACKED_BYTES, _MAX_RATIO = 256 * 2**20, 20
 
 BROKEN = (
     *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError),
-    *(ArithmeticError, MemoryError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError),
+    *(ArithmeticError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+    pickle.UnpicklingError,
 )
 """What reading a damaged pickle or archive may raise."""
 
@@ -131,7 +134,8 @@ class _ZipFile:
         entry = self._entries[name]
         if limit is not None and entry.file_size > limit:
             raise CheckpointError(
-                f"its {name.split('/')[-1]} has {entry.file_size:,} bytes, more than any checkpoint has"
+                f"its {name.split('/')[-1]} has {entry.file_size:,} bytes, more than any checkpoint has; "
+                "save the state dict alone"
             )
         if entry.compress_type == zipfile.ZIP_STORED and entry.CRC == 0:  # torch.save was told not to compute it
             with self._path.open("rb") as stream:

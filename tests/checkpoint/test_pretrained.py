@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import argparse
+import zipfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 import mplug2_fast as mf
 from mplug2_fast.checkpoint import convert, needed_keys
@@ -20,8 +24,24 @@ def assert_holds(model, weights, dtype=torch.float32):
         assert torch.equal(view, weights[key].to(dtype)), key
 
 
-def prefixed(weights):
-    return {f"module.{key}": tensor for key, tensor in weights.items()}
+def prefixed(weights, prefix="module."):
+    return {f"{prefix}{key}": tensor for key, tensor in weights.items()}
+
+
+def inside(weights, name, wrapper):
+    """`name` is the module that is wrapped."""
+    return {key.replace(f"{name}.", f"{name}.{wrapper}."): tensor for key, tensor in weights.items()}
+
+
+def views(weights):
+    """All in one storage."""
+    floats = {key: tensor.float() for key, tensor in weights.items()}
+    pieces = torch.cat([tensor.flatten() for tensor in floats.values()]).split([t.numel() for t in floats.values()])
+    return {key: piece.view(weights[key].shape) for key, piece in zip(weights, pieces, strict=True)}
+
+
+def transposed(tensor):
+    return tensor.t().contiguous().t() if tensor.ndim == 2 else tensor
 
 
 FORMS = {
@@ -30,6 +50,27 @@ FORMS = {
     "prefixed": lambda w: {"model": prefixed(w)},
     "bare": lambda w: w,
     "bare prefixed": prefixed,
+    "compiled": lambda w: prefixed(w, "_orig_mod."),
+    "compiled in DDP": lambda w: {"model": prefixed(w, "_orig_mod.module.")},
+    "DDP, compiled": lambda w: prefixed(w, "module._orig_mod."),
+    "Lightning": lambda w: {"state_dict": prefixed(w, "model."), "callbacks": {}, "hyper_parameters": {"lr": 1e-4}},
+    "Fabric": lambda w: {"state_dict": prefixed(w, "_forward_module.model.")},
+    "FSDP": lambda w: inside(prefixed(w, "_fsdp_wrapped_module."), "resblocks.0", "_fsdp_wrapped_module"),
+    "checkpointed": lambda w: inside(w, "resblocks.0", "_checkpoint_wrapped_module"),
+    "FSDP, checkpointed": lambda w: inside(w, "layer.0", "_fsdp_wrapped_module._checkpoint_wrapped_module"),
+    "FairScale": lambda w: inside(w, "resblocks.1", "_fpw_module"),
+    "peft": lambda w: inside(prefixed(w, "base_model.model."), "self.query", "base_layer"),
+    "compiled block": lambda w: inside(w, "resblocks.1", "_orig_mod"),
+    "with EMA": lambda w: {"model_ema": {k: v + 1 for k, v in w.items() if v.is_floating_point()}, "model": w},
+    "with NumPy": lambda w: {
+        "model": w,
+        "cider": np.float64(1.2),
+        "rng": (np.random.RandomState(0).get_state(), torch.get_rng_state()),
+        "args": argparse.Namespace(output=Path("runs"), seen={1, 2}, blob=b"abc", big=bytearray(3)),
+    },
+    "parameters": lambda w: {k: nn.Parameter(v, requires_grad=False) for k, v in w.items()},
+    "views": views,
+    "transposed": lambda w: {key: transposed(tensor) for key, tensor in w.items()},
 }
 
 
@@ -135,6 +176,82 @@ def test_quantised_weights_are_refused(tmp_path, golden_weights):
     torch.save({"model": {key: tensor.to(torch.int8) for key, tensor in golden_weights.items()}}, path)
     with pytest.raises(mf.CheckpointError, match=r"180 entries are not floating point"):
         mf.from_pretrained(path, task="captioning")
+
+
+@pytest.mark.parametrize("level", [1, 9])
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_STORED])
+def test_archives_that_were_packed_again(tmp_path, golden_weights, method, level):
+    torch.save({"model": golden_weights}, tmp_path / "a.pth")
+    with zipfile.ZipFile(tmp_path / "a.pth") as a, zipfile.ZipFile(tmp_path / "b.pth", "w", method, True, level) as b:
+        for name in a.namelist():
+            b.writestr(name, a.read(name))
+    assert_holds(mf.from_pretrained(tmp_path / "b.pth", task="captioning", pack=False), golden_weights)
+
+
+def test_an_archive_without_checksums(tmp_path, golden_weights):
+    path = tmp_path / "checkpoint.pth"
+    computed = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"model": golden_weights}, path)
+    finally:
+        torch.serialization.set_crc32_options(computed)
+    assert_holds(mf.from_pretrained(path, task="captioning", pack=False), golden_weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, golden_weights, golden_config, dtype, value):
+    key, path = "text_decoder.bert.encoder.layer.1.output.dense.weight", tmp_path / "checkpoint.pth"
+    bad = golden_weights[key].to(dtype, copy=True)
+    bad[-1, -2] = value
+    changed = golden_weights | {key: bad}
+    torch.save({"model": changed}, path)
+    with pytest.raises(mf.CheckpointError, match=f"^{path}: {key} has values that are not finite"):
+        mf.from_pretrained(path, task="captioning")
+    with pytest.raises(mf.CheckpointError, match=f"{key} has values that are not finite"):
+        convert(path, tmp_path / "folder", task="captioning")
+    assert not (tmp_path / "folder").exists()
+    model = mf.MPlug2ForCaptioning(golden_config)
+    before = {name: tensor.clone() for name, tensor in model.released_parameters().items()}
+    with pytest.raises(mf.CheckpointError, match="nothing was loaded"):
+        mf.load_released(model, changed)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.released_parameters().items())
+
+
+def test_weights_that_overflow_in_the_models_dtype(tmp_path, golden_weights):
+    key, path = "visn_emb_norm.weight", tmp_path / "checkpoint.pth"
+    changed = golden_weights | {key: torch.full((128,), -65520.0)}
+    torch.save({"model": changed}, path)
+    with pytest.raises(mf.CheckpointError, match=r"6.552e\+04, which are infinite in float16[\s\S]*use bfloat16"):
+        mf.from_pretrained(path, task="captioning", dtype="float16")
+    with pytest.raises(mf.CheckpointError, match="infinite in float16"):
+        convert(path, tmp_path / "folder", task="captioning", dtype=torch.float16)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert_holds(mf.from_pretrained(path, task="captioning", dtype=dtype, pack=False), changed, dtype)
+
+
+def test_an_unused_entry_may_hold_anything(tmp_path, golden_weights):
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"model": golden_weights | {"visual_encoder.logit_scale": torch.tensor(torch.nan)}}, path)
+    mf.from_pretrained(path, task="captioning", pack=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: {key: torch.empty(0) for key in w}, "zero_to_fp32.py"),
+        (lambda w: w | {"a.lora_A.default.weight": torch.zeros(1)}, "merge_and_unload"),
+        (lambda w: w | {"a._flat_param": torch.zeros(1)}, "FULL_STATE_DICT"),
+        (lambda w: w | {"module.visn_emb_norm.weight": torch.zeros(1)}, "is there twice"),
+    ],
+)
+def test_state_dicts_that_are_not_of_a_whole_model(tmp_path, golden_weights, golden_config, change, message):
+    torch.save({"model": change(golden_weights)}, tmp_path / "checkpoint.pth")
+    with pytest.raises(mf.CheckpointError, match=message):
+        mf.from_pretrained(tmp_path / "checkpoint.pth", task="captioning", config=golden_config)
+    with pytest.raises(mf.CheckpointError, match=message):
+        mf.load_released(mf.MPlug2ForCaptioning(golden_config), change(golden_weights))
 
 
 def test_unknown_task(golden_file):
