@@ -38,6 +38,9 @@ MaxLengthOption = Annotated[int | None, typer.Option(min=1, help="Tokens at most
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object a file, each on a line of its own.")]
 
 # Of runs with --out.
+RetryOption = Annotated[
+    bool, typer.Option("--retry-failed", help="Also do the files that an earlier run recorded as failed.")
+]
 FramesOption = Annotated[int | None, typer.Option(min=1, help="Frames of a clip.  [default: the model's]")]
 WindowsOption = Annotated[
     int | None,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mplug2_fast.bulk.journal import Journal, read_lines, remove_journal, settings_file, write_whole
+from mplug2_fast.bulk.journal import Journal, read_lines, settings_file, write_whole
 from mplug2_fast.errors import ConfigError, MPlug2Error
 
 SETTINGS = {"command": "caption", "num_beams": 5, "windows": (16, 8)}
@@ -227,6 +227,6 @@ def test_what_is_written_whole_and_what_is_removed(tmp_path: Path) -> None:
     write_whole(tmp_path / "a", b"two")
     assert (tmp_path / "a").read_bytes() == b"two"
     path = tmp_path / "b.jsonl"
-    with journal(path):
-        remove_journal(str(path))
+    with journal(path) as opened:
+        opened.remove()
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
