@@ -71,7 +71,7 @@ def test_nothing_to_do_is_an_error(folder: Path) -> None:
     for named in ([], ["none"], ["empty.txt", "none"]):
         with pytest.raises(ConfigError, match="there are no videos in"):
             find_videos(named)
-    with pytest.raises(ConfigError, match=r"missing\.txt: the list cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"missing\.txt: a list of videos cannot be read: No such file"):
         find_videos(["missing.txt"])
 
 
@@ -110,11 +110,6 @@ def test_links_to_folders_are_followed_and_no_folder_is_read_twice(folder: Path)
     assert [video.path for video in found.videos] == [*own, "in/z/e.png", "in/again/far.mp4"]
     # a loop, above, back, and of `up` those to `in` and to `deep` within `elsewhere`, and `a link`
     assert (found.linked_again, found.passed_over) == (6, 3)
-    assert (
-        paths("in/sub/a link")
-        == ["in/sub/a link/deep/far.mp4", *(f"in/sub/a link/deep/back/{path[3:]}" for path in own[:2])]
-        or True
-    )
 
 
 def test_hidden_files_and_what_macos_leaves_are_skipped(folder: Path) -> None:
@@ -171,11 +166,11 @@ def test_lists_and_questions_that_never_end_or_never_begin(folder: Path, monkeyp
     for name, target in (("zero.txt", "/dev/zero"), ("random.txt", "/dev/urandom"), ("null.txt", "/dev/null")):
         Path(name).symlink_to(target)
     for name in ("pipe.txt", "zero.txt", "random.txt", "null.txt"):
-        with pytest.raises(ConfigError, match=rf"{name}: a list of videos must be a regular file: give - and redirect"):
+        with pytest.raises(ConfigError, match=rf"{name}: a list of videos cannot be read: it is not a regular file"):
             find_videos([name])
-        with pytest.raises(ConfigError, match=rf"{name}: a file of questions must be a regular file"):
+        with pytest.raises(ConfigError, match=rf"{name}: a file of questions cannot be read: it is not a"):
             read_questions(name)
-    with pytest.raises(ConfigError, match="this is a folder"):
+    with pytest.raises(ConfigError, match="it is a folder"):
         read_questions("in")
     with open("/dev/zero", "rb") as zero:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(zero))
