@@ -80,8 +80,8 @@ class BulkOptions:
         workers = self.num_workers or _usual_workers(device, cores)
         if workers > (most := min(cores, max(videos, 1))):
             if self.num_workers and ranks.rank == 0:
-                reason = f"{cores} cores" if most == cores else f"{videos} videos"
-                note(f"note: {most} processes decode, not {workers:,}: there are {reason}")
+                reason = _counted(cores, "core", "cores") if most == cores else _counted(videos, "video", "videos")
+                note(f"note: --num-workers is {most} rather than {workers:,}, for {reason}")
             workers = most
         return Decoding(workers, self.timeout or 60.0, (self.decoder or Decoder.pyav).value)
 
