@@ -127,7 +127,7 @@ def test_features(folder: Path, tmp_path: Path) -> None:
         (["caption", "x.mp4", "--out", "OUT", "--windows", "4", "--frames", "4"], "--frames and --windows: a clip is"),
         (["caption", "x.mp4", "--out", "OUT", "--num-return", "9"], "num_return must be from 1 to num_beams"),
         (["caption", "x.mp4", "--out", "OUT/none/a"], "the results cannot be written there: No such file"),
-        (["caption", "none.txt", "--out", "OUT"], "none.txt: the list cannot be read"),
+        (["caption", "none.txt", "--out", "OUT"], "none.txt: a list of videos cannot be read"),
         (["answer", "--questions", "q.jsonl"], "--questions: only with --out"),
         (["answer", "x.mp4", "--question", "?", "--out", "OUT"], "the question is empty"),
         (["caption", "x.mp4", "--decoder", "pyav"], "--decoder: only with --out"),

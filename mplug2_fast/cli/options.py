@@ -67,9 +67,9 @@ DecoderOption = Annotated[
 ]
 TimeoutOption = Annotated[
     float | None,
-    typer.Option(metavar="SECONDS", min=0.1, help="The most that decoding a clip may take.  [default: 60]"),
+    typer.Option(metavar="SECONDS", help="The most that decoding a clip may take.  [default: 60]"),
 ]
 BatchMemoryOption = Annotated[
     float | None,
-    typer.Option(metavar="GIB", min=0.001, help="Memory for a batch.  [default: a share of what is free]"),
+    typer.Option(metavar="GIB", help="Memory for a batch.  [default: a share of what is free]"),
 ]
