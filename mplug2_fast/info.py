@@ -115,6 +115,11 @@ def available_memory() -> int:
     return _memory()["available"]
 
 
+def total_memory() -> int:
+    """Bytes of memory that this process may have at most."""
+    return _memory()["total"]
+
+
 def _torch() -> dict[str, Any]:
     import torch
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from mplug2_fast.bulk.batches import batches_of_videos
 from mplug2_fast.bulk.journal import Line
-from mplug2_fast.bulk.runs import Decoding, decoder_for, steps
+from mplug2_fast.bulk.runs import Decoding, decoder_for, retries, steps
 from mplug2_fast.bulk.sources import Question, Source
 from mplug2_fast.bulk.work import Answer, Caption, Frames, Work
 from mplug2_fast.errors import ConfigError
@@ -45,7 +45,8 @@ class _Step:
 
     def __init__(self, work: Work[Any], num_workers: int, timeout: float | None) -> None:
         self._work = work
-        self._pool = decoder_for(work, Decoding(num_workers, timeout))
+        self._decoding = Decoding(num_workers, timeout)
+        self._pool = decoder_for(work, self._decoding)
         self._pool.__enter__()
 
     def __del__(self) -> None:
@@ -56,7 +57,10 @@ class _Step:
         """The line of each video."""
         clips = self._pool.clips(video.path for video in videos)
         found: dict[int, list[Line]] = {}
-        for step in steps(self._work, videos, batches_of_videos(clips, [range(len(videos))])):
+        again: list[int] = []
+        for step in steps(self._work, videos, batches_of_videos(clips, [range(len(videos))]), again):
+            found |= step.lines
+        for step in retries(self._work, videos, again, self._decoding):
             found |= step.lines
         return [found[number][0] for number in range(len(videos))]
 

@@ -139,6 +139,15 @@ class Tokenizer:
         return text.rpartition(prompt)[2].strip() if prompt else text
 
 
+def is_text(text: str) -> bool:
+    """Whether a text can be written as UTF-8: bytes that were not UTF-8, and half characters of JSON, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def clean_question(text: str, max_words: int = 50) -> str:
     """A question as the released datasets clean it: lower-case, without punctuation, at most `max_words` words.
 

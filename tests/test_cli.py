@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import mplug2_fast as mf
 from mplug2_fast import info
 from mplug2_fast.checkpoint import save_pretrained
 from mplug2_fast.cli import app
+from mplug2_fast.cli.tables import names_and_values
 from mplug2_fast.tasks import Answerer, Captioner, base
 
 av = pytest.importorskip("av")
@@ -180,7 +182,7 @@ def test_unknown_words_are_pointed_out(checkpoint: str, clips: list[str]) -> Non
 def test_a_missing_candidates_file(checkpoint: str, clips: list[str]) -> None:
     result = run("answer", clips[0], "--question", "What?", "--candidates", "none.txt", "--checkpoint", checkpoint)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "error: none.txt: the candidates cannot be read: No such file or directory\n"
+    assert result.stderr == "error: none.txt: a file of candidates cannot be read: No such file or directory\n"
 
 
 @pytest.mark.parametrize(
@@ -355,6 +357,49 @@ def test_a_full_disk_is_an_error(checkpoint: str, clips: list[str]) -> None:
         finished = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
     assert finished.returncode == 2
     assert errors(finished.stderr) == ["error: the results cannot be written: No space left on device"]
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["info"]])
+@pytest.mark.parametrize(
+    ("output", "reason"), [(">&-", "standard output is closed"), ("> /dev/full", "No space left on device")]
+)
+def test_a_standard_output_that_takes_nothing(arguments: list[str], output: str, reason: str) -> None:
+    command = f"{shlex.join([*COMMAND, *arguments])} {output}"
+    finished = subprocess.run(command, shell=True, stderr=subprocess.PIPE, check=False)
+    assert finished.returncode == 2
+    assert errors(finished.stderr) == [f"error: the results cannot be written: {reason}"]
+
+
+def test_streams_that_are_closed_do_not_become_other_files(clips: list[str], tmp_path: Path) -> None:
+    """With standard error closed, the next file that is opened would get its number, and what is printed there."""
+    out = tmp_path / "a.jsonl"
+    bulk = shlex.join([*COMMAND, "caption", *clips, "--out", str(out), "--device", "cpu"])
+    assert subprocess.run(f"{bulk} <&- >&- 2>&-", shell=True, check=False).returncode == 0
+    assert [json.loads(line)["path"] for line in out.read_text().splitlines()] == clips
+    single = shlex.join([*COMMAND, "caption", clips[0], "--device", "cpu"])
+    finished = subprocess.run(f"{single} 2>&-", shell=True, stdout=subprocess.PIPE, check=True)
+    assert finished.stdout.startswith(os.fsencode(clips[0]) + b"\t")
+    closed = shlex.join([*COMMAND, "caption", "-", "--out", str(tmp_path / "b.jsonl")])
+    finished = subprocess.run(f"{closed} <&-", shell=True, stderr=subprocess.PIPE, check=False)
+    assert (finished.returncode, errors(finished.stderr)) == (2, ["error: -: standard input is closed"])
+
+
+def test_an_instruction_set_that_does_not_exist(native_module: object, clips: list[str]) -> None:
+    environment = {**os.environ, "MPLUG2_FAST_ISA": "nonsense"}
+    command = [*COMMAND, "caption", clips[0], "--device", "cpu"]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert errors(finished.stderr)[-1].startswith(
+        "error: MPLUG2_FAST_ISA: there is no instruction set nonsense: choose portable"
+    )
+    assert len(errors(finished.stderr)) == 2  # the note on the tiny model is the other
+
+
+def test_nothing_speaks_to_the_terminal(checkpoint: str) -> None:
+    result = run("caption", "x\x1b]0;owned\x07\x9b1m.mp4", "--checkpoint", checkpoint)
+    assert result.stderr == "error: x\\x1b]0;owned\\x07\\x9b1m.mp4: no such file\n"
+    table = names_and_values([("a\x1b[1m", "b\nc\x07")])
+    assert table.split() == ["a\\x1b[1m", "b\\nc\\x07"]
 
 
 def test_progress_is_shown_on_a_terminal_only_and_never_in_the_results(checkpoint: str, clips: list[str]) -> None:

@@ -127,16 +127,50 @@ def test_features(folder: Path, tmp_path: Path) -> None:
         (["caption", "x.mp4", "--out", "OUT", "--windows", "4", "--frames", "4"], "--frames and --windows: a clip is"),
         (["caption", "x.mp4", "--out", "OUT", "--num-return", "9"], "num_return must be from 1 to num_beams"),
         (["caption", "x.mp4", "--out", "OUT/none/a"], "the results cannot be written there: No such file"),
-        (["caption", "none.txt", "--out", "OUT"], "none.txt: the list cannot be read"),
+        (["caption", "none.txt", "--out", "OUT"], "none.txt: a list of videos cannot be read"),
         (["answer", "--questions", "q.jsonl"], "--questions: only with --out"),
         (["answer", "x.mp4", "--question", "?", "--out", "OUT"], "the question is empty"),
         (["caption", "x.mp4", "--decoder", "pyav"], "--decoder: only with --out"),
         (["caption", "x.mp4", "--out", "OUT", "--decoder", "dali", "--timeout", "9"], "DALI decodes in this process"),
         (["features", "x.mp4", "--out", "OUT", "--format", "npy", "--dtype", "bfloat16"], "npy files know no bfloat16"),
+        (["caption", "x.mp4", "--retry-failed"], "--retry-failed: only with --out"),
+        (["caption", "x.mp4", "--out", "OUT", "--timeout", "inf"], "--timeout must be from 0.1 to 1,000,000 seconds"),
+        (["caption", "x.mp4", "--out", "OUT", "--timeout", "nan"], "--timeout must be from 0.1 to 1,000,000 seconds"),
+        (["caption", "x.mp4", "--out", "OUT", "--batch-memory", "inf"], "--batch-memory must be from 0.001 to 1,000,0"),
+        (["caption", "x.mp4", "--out", "OUT", "--batch-memory", "nan"], "--batch-memory must be from 0.001 to 1,000,0"),
+        (["caption", "x.mp4", "--out", "OUT", "--frames", "9" * 30], "frames: a clip takes about"),
+        (["caption", "x.mp4", "--out", "OUT", "--windows", "9" * 30], "frames: a clip takes about"),
+        (["caption", "x.mp4", "--out", "OUT", "--windows", "4", "--stride", "9" * 30], "--stride must be from 1 to"),
+        (["caption", "x.mp4", "--out", "OUT", "--num-beams", "999999999"], "num_beams 999,999,999: a clip takes about"),
+        (["caption", "x.mp4", "--num-beams", "999999999"], "num_beams 999,999,999: a clip takes about"),
+        (["caption", "x.mp4", "--out", ""], "--out is empty: name the file"),
+        (["caption", "", "--out", "OUT"], "a path is empty: name a file"),
+        (["caption", "x.mp4", "--out", "/dev/full"], "/dev/full is not a regular file"),
+        (["caption", "x.mp4", "--out", "/proc/x"], "/proc/x: the results cannot be written there"),
+        (["features", "x.mp4", "--out", "/proc/x"], "/proc/x: the features cannot be written there"),
+        (["caption", "/dev/zero.txt", "--out", "OUT"], "a list of videos cannot be read"),
+        (
+            ["answer", "x.mp4", "--question", "what\udcff", "--out", "OUT"],
+            "the question has characters that are not UTF",
+        ),
+        (["answer", "x.mp4", "--question", "what " * 60, "--out", "OUT"], "the question has 60 words, at most 50"),
+        (
+            ["answer", "x.mp4", "--question", "w" * 99999, "--out", "OUT"],
+            "the question is longer than 10,000 characters",
+        ),
+        (
+            ["answer", "x.mp4", "--question", "what?", "--candidate", "\udcff"],
+            "a candidate has characters that are not",
+        ),
+        (
+            ["answer", "x.mp4", "--question", "what?", "--candidates", "/dev/zero"],
+            "candidates cannot be read: it is not",
+        ),
+        (["convert", mf.tasks.base.TINY_MODEL, "/proc/x"], "/proc/x: the checkpoint cannot be written there"),
     ],
 )
 def test_what_is_refused_is_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
-    result = run(*(argument.replace("OUT", str(tmp_path / "a.jsonl")) for argument in arguments))
+    result = run(*(str(argument).replace("OUT", str(tmp_path / "a.jsonl")) for argument in arguments))
     assert (result.exit_code, result.stdout) == (2, "")
     assert [message in line for line in told(result)] == [True], result.stderr
     assert told(result)[0].startswith("error: ")
@@ -167,6 +201,102 @@ def test_a_second_run_on_one_output_is_refused(folder: Path, tmp_path: Path) -> 
         2,
         f"error: {out}: another run is writing to it: wait for it, or name another output",
     )
+
+
+def test_an_environment_that_torchrun_did_not_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
+    result = run("caption", "x.mp4", "--out", tmp_path / "a")
+    assert (result.exit_code, told(result)) == (
+        2,
+        ["error: LOCAL_WORLD_SIZE must be a number, at least 1, as torchrun sets it, not '0': correct or unset it"],
+    )
+
+
+def test_no_more_processes_than_there_is_work_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2))
+    result = run("caption", folder / "a.mp4", "--out", tmp_path / "a", *SEARCH, "--num-workers", "5000")
+    assert told(result)[0] == "note: --num-workers is 1 rather than 5,000, for 1 video"
+    result = run("caption", folder, "--out", tmp_path / "b", *SEARCH, "--num-workers", "5000")
+    assert told(result)[0] == "note: --num-workers is 2 rather than 5,000, for 2 cores"
+
+
+def test_what_is_skipped_in_folders_is_told_and_what_cannot_be_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, far = tmp_path / "in", tmp_path / "far"
+    (folder / "closed").mkdir(parents=True)
+    far.mkdir()
+    write_clip(folder / "a.mp4", "libx264", 0)
+    write_clip(far / "b.mkv", "mjpeg", 1)
+    for name in ("._a.mp4", ".hidden.mp4"):
+        (folder / name).touch()
+    for name, target in (("link", far), ("loop", folder)):
+        (folder / name).symlink_to(target)
+
+    def scandir(path: str, real: object = os.scandir) -> object:
+        if path.endswith("closed"):  # for root, everything is permitted
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    result = run("caption", folder, "--out", tmp_path / "a", *SEARCH)
+    assert [line["path"] for line in lines(tmp_path / "a")] == [f"{folder}/a.mp4", f"{folder}/link/b.mkv"]
+    assert (result.exit_code, told(result)[:2], told(result)[3]) == (
+        2,
+        [
+            "note: skipped 2 hidden files and folders",
+            "note: skipped 1 link to a folder whose videos are here already",
+        ],
+        f"error: {folder}/closed: the folder cannot be read: Permission denied",
+    )
+    assert " 2 captions, 0 failed" in told(result)[2]
+
+
+def test_an_output_that_is_removed_during_the_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "a.jsonl"
+    append = Journal.append
+
+    def removing(journal: Journal, found: list[dict]) -> None:
+        append(journal, found)
+        out.unlink(missing_ok=True)
+
+    options = [*SEARCH, "--batch-memory", "0.001"]
+    monkeypatch.setattr(Journal, "append", removing)
+    result = run("caption", folder, "--out", out, *options)
+    assert (result.exit_code, told(result)) == (
+        2,
+        [
+            f"error: {out} was removed or replaced during the run: its lines were written there again, and the same "
+            "command goes on"
+        ],
+    )
+    kept = lines(out)
+    assert 1 <= len(kept) <= 3
+    monkeypatch.setattr(Journal, "append", append)
+    assert run("caption", folder, "--out", out, *options).exit_code == 0
+    assert lines(out)[: len(kept)] == kept
+    assert len(lines(out)) == 3
+
+
+def test_failed_files_are_done_again(folder: Path, tmp_path: Path) -> None:
+    out, late = tmp_path / "a.jsonl", tmp_path / "late.mp4"
+    assert run("caption", folder / "a.mp4", late, "--out", out, *SEARCH).exit_code == 2
+    write_clip(late, "libx264", 5)
+    assert run("caption", folder / "a.mp4", late, "--out", out, *SEARCH).exit_code == 2
+    result = run("caption", folder / "a.mp4", late, "--out", out, *SEARCH, "--retry-failed")
+    assert result.exit_code == 0
+    assert [line["error"] for line in lines(out)] == [None, None]
+    assert told(result)[-1].startswith(f"{out}: 2 captions, 0 failed; 1 video in ")
+
+
+def test_candidates_as_other_systems_write_them(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "c").write_bytes(b"\xef\xbb\xbfred\r\nblue\r\n\r\n")
+    arguments = ["answer", folder / "a.mp4", "--question", "what?", "--candidates", tmp_path / "c", "--num-return", "2"]
+    assert {line.split("\t")[1] for line in run(*arguments).stdout.splitlines()} == {"red", "blue"}
 
 
 def test_progress_where_nobody_looks_is_a_line_now_and_then(

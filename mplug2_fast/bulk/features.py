@@ -17,25 +17,26 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mplug2_fast.bulk.journal import Journal, Line, read_lines, write_whole
-from mplug2_fast.bulk.memory import clip_bytes
 from mplug2_fast.bulk.sources import Source
-from mplug2_fast.bulk.work import Finished, Frames, Work, first_error
-from mplug2_fast.errors import ConfigError, NotFiniteError
+from mplug2_fast.bulk.work import Finished, Frames, Work, first_error, text_in
+from mplug2_fast.errors import ConfigError, MPlug2Error, NotFiniteError
 from mplug2_fast.tasks import Captioner
+from mplug2_fast.tasks.memory import clip_bytes
 
 Kind = Literal["vision", "universal", "pooled"]
 Format = Literal["safetensors", "npy"]
 
 INDEX = "index.jsonl"
+_SHARD_NAME = re.compile(r"features-\d{4,}-\d{6,}\.(safetensors|npy)")
+
 SHARD_BYTES = 256 * 2**20
 SHARD_SECONDS = 60.0
 """A shard that is not full is written after this time: what a killed run has to compute again takes no longer."""
-
-_SHARD_NAME = re.compile(r"features-\d{4}-\d{6}\.(safetensors|npy)(\.tmp)?")
 
 
 class Row(NamedTuple):
@@ -66,7 +67,8 @@ class Shards:
         self._prefix = f"features-{rank:04d}-"
         self._format = format
         self._max_bytes, self._max_seconds = max_bytes, max_seconds
-        there = [int(path.name[len(self._prefix) :].partition(".")[0]) for path in folder.glob(f"{self._prefix}*")]
+        pattern = re.compile(rf"{self._prefix}(\d{{1,9}})\..*")
+        there = [int(match[1]) for path in folder.iterdir() if (match := pattern.fullmatch(path.name))]
         self._number = max(there, default=-1) + 1
         self._rows: list[Tensor] = []
         self._bytes = 0
@@ -78,7 +80,7 @@ class Shards:
             self._since = time.monotonic()
         self._rows.append(features)
         self._bytes += features.nbytes
-        return Row(self._name(), len(self._rows) - 1)
+        return Row(self.name(), len(self._rows) - 1)
 
     def is_due(self) -> bool:
         """Whether it is time to write the shard."""
@@ -86,14 +88,18 @@ class Shards:
         return bool(self._rows) and (late or self._bytes >= self._max_bytes)
 
     def write(self) -> None:
-        """Write what there is as a shard."""
-        if self._rows:
-            features = torch.stack(self._rows)
-            write_whole(self._folder / self._name(), _encoded(features, self._format))
-            self._number += 1
-            self._rows, self._bytes = [], 0
+        """Write what there is as a shard. Raises `MPlug2Error`, also if somebody has made a file of that name."""
+        features = torch.stack(self._rows)
+        write_whole(self._folder / self.name(), _encoded(features, self._format), overwrite=False)
+        self._number += 1
+        self._rows, self._bytes = [], 0
 
-    def _name(self) -> str:
+    def is_empty(self) -> bool:
+        """Whether there is nothing to write."""
+        return not self._rows
+
+    def name(self) -> str:
+        """The file name of the shard that is being filled."""
         return f"{self._prefix}{self._number:06d}.{self._format}"
 
 
@@ -107,6 +113,7 @@ class Features(Work[Row | NotFiniteError]):
     """
 
     command = "features"
+    guarded = True
 
     def __init__(self, task: Captioner, frames: Frames, kind: Kind, format: Format, folder: Path) -> None:
         super().__init__(task, frames)
@@ -143,8 +150,8 @@ class Features(Work[Row | NotFiniteError]):
         return [video.path]
 
     def key(self, line: Line) -> Hashable:
-        line["features"]
-        return line["path"]
+        _shards_in(line)
+        return text_in(line, "path")
 
     def lines(self, finished: Finished[Row | NotFiniteError]) -> list[Line]:
         if (error := first_error(finished.outcomes)) is not None:
@@ -161,16 +168,32 @@ class Features(Work[Row | NotFiniteError]):
             self.flush(journal)
 
     def flush(self, journal: Journal) -> None:
-        self._shards.write()
-        journal.append(self._lines)
+        """The journal keeps the name of the shard that is being written, so that `tidy` removes no other file."""
+        if self._shards.is_empty():
+            journal.append(self._lines)
+        else:
+            journal.keep(writing=self._shards.name())
+            self._shards.write()
+            journal.append(self._lines)
+            journal.sync()
+            journal.keep(writing=None, written=True)
         self._lines = []
 
     def tidy(self, journal: Journal) -> None:
-        """Remove shards that no line names: a run was killed before it wrote the line, or while it wrote the shard."""
-        named = {piece["shard"] for line in read_lines(journal.path) for piece in line["features"]}
-        for path in self._folder.iterdir():
-            if _SHARD_NAME.fullmatch(path.name) and path.name not in named:
-                path.unlink()
+        """Remove the shard that a killed run was writing, if no line names it. Raises `ConfigError` if one is gone."""
+        named = {shard for line in read_lines(journal.path) for shard in _shards_in(line)}
+        if gone := sorted(shard for shard in named if not (self._folder / shard).exists()):
+            more = f" and {len(gone) - 1:,} more" if len(gone) > 1 else ""
+            raise ConfigError(
+                f"{journal.path} names {gone[0]}{more}, which is not there: restore it, or name another folder"
+            )
+        writing = journal.kept.get("writing")
+        if isinstance(writing, str) and _SHARD_NAME.fullmatch(writing) and writing not in named:
+            try:
+                for name in (writing, f"{writing}.tmp"):
+                    (self._folder / name).unlink(missing_ok=True)
+            except OSError as error:
+                raise MPlug2Error(f"{self._folder / name} cannot be removed: {error.strerror}") from error
 
 
 @torch.inference_mode()
@@ -188,17 +211,44 @@ def features_of(model: torch.nn.Module, frames: Tensor, kind: Kind) -> Tensor:
     return (features[:, 0] if kind == "pooled" else features).cpu()
 
 
+def _rows_in(line: Line) -> list[tuple[int, int]]:
+    return [tuple(piece["rows"]) for piece in line["features"]]
+
+
+def _shards_in(line: Line) -> list[str]:
+    """The shards that a line names. Raises `KeyError`, `TypeError` or `ValueError` for a line of something else."""
+    shards = []
+    for piece in line["features"]:
+        first, end = piece["rows"]
+        if type(first) is not int or type(end) is not int or not 0 <= first < end:
+            raise ValueError("rows must be two numbers, the first below the second")
+        if not _SHARD_NAME.fullmatch(text_in(piece, "shard")):
+            raise ValueError("a shard must have the name of one")
+        shards.append(piece["shard"])
+    return shards
+
+
 def read_features(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
     """The features of each video in a folder, (clips, ...), as `mplug2-fast features` wrote them; one shard at a time.
 
     Videos that had an error are left out.
+
+    Raises:
+        ConfigError: the index or a shard is not there, or is damaged.
     """
     folder = Path(folder)
     load: Callable[[str], Tensor] = _Loader(folder)
-    for line in read_lines(folder / INDEX):
-        if line["error"] is None:
+    for number, line in enumerate(read_lines(folder / INDEX), start=1):
+        try:
+            _shards_in(line)
+            path, error = text_in(line, "path"), line["error"]
+        except (KeyError, TypeError, ValueError) as problem:
+            raise ConfigError(f"{folder / INDEX}, line {number}: this is not a line of such an index") from problem
+        if error is None:
             pieces = [load(piece["shard"])[slice(*piece["rows"])] for piece in line["features"]]
-            yield line["path"], torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+            if not pieces or any(len(p) != b - a for p, (a, b) in zip(pieces, _rows_in(line), strict=True)):
+                raise ConfigError(f"{folder / INDEX}, line {number}: its shards do not have the rows that it names")
+            yield path, torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
 class _Loader:
@@ -211,8 +261,13 @@ class _Loader:
     def __call__(self, name: str) -> Tensor:
         if name != self._name:
             path = self._folder / name
-            is_npy = name.endswith(".npy")
-            self._features = torch.from_numpy(np.load(path)) if is_npy else load_file(path)["features"]
+            try:
+                if name.endswith(".npy"):
+                    self._features = torch.from_numpy(np.load(path))
+                else:
+                    self._features = load_file(path)["features"]
+            except (OSError, ValueError, KeyError, EOFError, SafetensorError) as error:
+                raise ConfigError(f"{path}: the features cannot be read: {error}") from error
             self._name = name
         return self._features
 

@@ -19,6 +19,8 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 # Ranks wait for the slowest of them at the end. One that dies is torchrun's to notice, which ends the others.
 _PATIENCE = timedelta(days=30)
+# At the beginning the others come soon, or never.
+_START_PATIENCE = timedelta(minutes=10)
 
 
 class Ranks:
@@ -35,20 +37,24 @@ class Ranks:
 
     def __init__(self, environment: Any = os.environ) -> None:
         given = [name for name in _VARIABLES if name in environment]
+        self.local_size = _number(environment, "LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in environment else 1
+        """How many of the programs are on this machine."""
         if "RANK" not in environment and "WORLD_SIZE" not in environment:
             self.rank, self.size, self.local_rank = 0, 1, None
             return
         if missing := [name for name in _VARIABLES if name not in given]:
             raise ConfigError(f"{', '.join(missing)}: not set, while {', '.join(given)} are: start it with torchrun")
-        try:
-            self.rank, self.size, self.local_rank = (int(environment[name]) for name in _VARIABLES[:3])
-        except ValueError as error:
-            raise ConfigError(f"{', '.join(_VARIABLES[:3])} must be numbers, as torchrun sets them: {error}") from error
+        self.size = _number(environment, "WORLD_SIZE", 1)
+        self.rank = _number(environment, "RANK", 0, self.size - 1)
+        self.local_rank = _number(environment, "LOCAL_RANK", 0)
+        _number(environment, "MASTER_PORT", 0, 65535)
 
     def __enter__(self) -> Self:
         if self.size > 1:
             with _talking() as distributed:
-                distributed.init_process_group("gloo", rank=self.rank, world_size=self.size, timeout=_PATIENCE)
+                options = {"rank": self.rank, "world_size": self.size}
+                distributed.init_process_group("gloo", timeout=_START_PATIENCE, **options)
+                self._group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -77,7 +83,7 @@ class Ranks:
             except MPlug2Error as error:
                 made[1] = error
         with _talking() as distributed:
-            distributed.broadcast_object_list(made, src=0)
+            distributed.broadcast_object_list(made, src=0, group=self._group)
         if made[1] is not None:
             raise made[1]
         return made[0]
@@ -88,8 +94,21 @@ class Ranks:
             return [value]
         values: list[Any] = [None] * self.size
         with _talking() as distributed:
-            distributed.all_gather_object(values, value)
+            distributed.all_gather_object(values, value, group=self._group)
         return values
+
+
+def _number(environment: Any, name: str, least: int, most: int | None = None) -> int:
+    """The number in one of torchrun's variables. Raises `ConfigError`."""
+    text = environment[name]
+    allowed = f"at least {least}" if most is None else f"from {least} to {most}"
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least or (most is not None and number > most):
+        raise ConfigError(f"{name} must be a number, {allowed}, as torchrun sets it, not {text!r}: correct or unset it")
+    return number
 
 
 @contextmanager

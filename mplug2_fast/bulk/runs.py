@@ -5,6 +5,9 @@
 Of several programs each has every so many-th batch and a journal of its own, a part, beside the output. The first one
 holds the output's lock, moves parts that an earlier run left into the output at the beginning, and those of this run at
 the end.
+
+A video whose decoder was killed or took too long may be whole: memory ran out because of another one, or somebody ended
+the process. Such videos wait until the others are done, and are then tried once more, one at a time.
 """
 
 from __future__ import annotations
@@ -23,15 +26,19 @@ from typing import Any
 import torch
 
 from mplug2_fast.bulk.batches import Ahead, Batch, batches_of_videos, batches_of_windows, in_groups
-from mplug2_fast.bulk.journal import Journal, Line, read_lines, remove_journal
+from mplug2_fast.bulk.journal import Journal, Line, read_lines
 from mplug2_fast.bulk.memory import batch_size
 from mplug2_fast.bulk.ranks import Ranks
 from mplug2_fast.bulk.sources import Source
 from mplug2_fast.bulk.work import Finished, Work
 from mplug2_fast.errors import ConfigError, MPlug2Error
+from mplug2_fast.tasks.memory import is_out_of_memory, require_memory
 from mplug2_fast.video import Clip, DaliLoader, DecodePool
 
 _LINES_AT_ONCE = 1000
+
+PREFETCH = 4
+"""Clips a worker: room enough that workers go on before this process has gathered what they gave."""
 
 Progress = Callable[[int, int], None]
 """Called with the number of videos that were finished, and that of the failed among them."""
@@ -81,6 +88,7 @@ def run(
     *,
     decoding: Decoding | None = None,
     batch_memory: int | None = None,
+    retry_failed: bool = False,
     ranks: Ranks | None = None,
     started: Callable[[Plan], Progress] | None = None,
 ) -> Summary:
@@ -90,6 +98,7 @@ def run(
         work: what is done. videos: each once. output: the journal.
         decoding: see `Decoding`.
         batch_memory: bytes that a batch may take; None takes what the run began with, or else a share of what is free.
+        retry_failed: also do the videos that an earlier run recorded as failed, for whatever reason.
         ranks: the programs that share the work, entered; None for this one alone.
         started: called when it is known what there is to do; gives what to call with each progress.
 
@@ -101,15 +110,20 @@ def run(
     output = os.fspath(output)
     decoding = decoding or Decoding()
     settings = {**work.settings(), "decoder": decoding.backend}
+    require_memory(f"{work.frames.length:,} frames", work.bytes_of_clip(), work.weights.device)
     size = batch_size(work.bytes_of_clip(), work.weights.device, batch_memory)
     with ExitStack() as stack:
         opened: list[Journal] = []
 
         def open_output() -> _Shared:
-            journal = stack.enter_context(Journal(output, work.key, settings, {"batch_size": size}))
+            journal = stack.enter_context(
+                Journal(output, work.key, settings, {"batch_size": size}, guarded=work.guarded)
+            )
             opened.append(journal)
             _take_in_parts(journal, work, settings)
             work.tidy(journal)
+            if retry_failed:
+                journal.drop_failed(key for video in videos for key in work.keys(video))
             kept = journal.choices["batch_size"] if batch_memory is None else size
             done = bytes(all(key in journal.done for key in work.keys(video)) for video in videos)
             return _Shared(_digest(videos), done, kept)
@@ -125,7 +139,7 @@ def run(
         if ranks.rank == 0:
             result = _work_off(work, videos, opened[0], plan, ranks.rank, decoding, started)
         else:
-            with Journal(_part(output, ranks.rank), work.key, settings) as journal:
+            with Journal(_part(output, ranks.rank), work.key, settings, guarded=work.guarded) as journal:
                 result = _work_off(work, videos, journal, plan, ranks.rank, decoding, started)
         results = ranks.gather(result)
 
@@ -185,7 +199,7 @@ def _work_off(
     model_seconds = 0.0
     count = 0
     work.begin(rank)
-    for step in steps(work, videos, _decoded(work, videos, plan, decoding)):
+    for step in _steps_with_retries(work, videos, plan, decoding):
         new = {number for number in step.lines if any(key not in journal.done for key in work.keys(videos[number]))}
         work.write([line for number in sorted(step.lines) for line in step.lines[number]], journal)
         model_seconds += step.seconds
@@ -205,8 +219,29 @@ class Step:
     seconds: float
 
 
-def steps(work: Work[Any], videos: Sequence[Source], batches: Iterable[Batch]) -> Iterator[Step]:
-    """Compute batches of the videos."""
+def _steps_with_retries(work: Work[Any], videos: Sequence[Source], plan: Plan, decoding: Decoding) -> Iterator[Step]:
+    """All batches of a plan, then the videos that are tried once more."""
+    again: list[int] = []
+    yield from steps(work, videos, _decoded(work, videos, plan, decoding), again)
+    yield from retries(work, videos, sorted(again), decoding, plan.batch_size)
+
+
+def retries(
+    work: Work[Any], videos: Sequence[Source], numbers: Sequence[int], decoding: Decoding, batch_size: int = 1
+) -> Iterator[Step]:
+    """Decode and compute videos once more: one at a time, in one new process, which dies with a file that kills it."""
+    plan = Plan([[number] for number in numbers], batch_size, left=len(numbers), finished=0)
+    yield from steps(work, videos, _decoded(work, videos, plan, replace(decoding, num_workers=1), prefetch=1))
+
+
+def steps(
+    work: Work[Any], videos: Sequence[Source], batches: Iterable[Batch], again: list[int] | None = None
+) -> Iterator[Step]:
+    """Compute batches of the videos.
+
+    Args:
+        again: takes the numbers of videos with a transient error, which are left out; None takes them as failed.
+    """
     unfinished: dict[int, Finished[Any]] = {}
     for batch in batches:
         begun = time.perf_counter()
@@ -215,7 +250,10 @@ def steps(work: Work[Any], videos: Sequence[Source], batches: Iterable[Batch]) -
         lines: dict[int, list[Line]] = {}
         for clip in batch.failed:
             unfinished.pop(clip.index, None)
-            lines[clip.index] = work.error_lines(videos[clip.index], clip)
+            if clip.transient and again is not None:
+                again.append(clip.index)
+            else:
+                lines[clip.index] = work.error_lines(videos[clip.index], clip)
         failed = set(lines)
         for clip, outcome in zip(batch.clips, outcomes, strict=True):
             video = unfinished.setdefault(clip.index, Finished(videos[clip.index]))
@@ -227,12 +265,15 @@ def steps(work: Work[Any], videos: Sequence[Source], batches: Iterable[Batch]) -
         yield Step(lines, failed, seconds)
 
 
-def _decoded(work: Work[Any], videos: Sequence[Source], plan: Plan, decoding: Decoding) -> Iterator[Batch]:
+def _decoded(
+    work: Work[Any], videos: Sequence[Source], plan: Plan, decoding: Decoding, prefetch: int = PREFETCH
+) -> Iterator[Batch]:
     """The batches of a plan."""
     numbers = [number for group in plan.groups for number in group]
     if not numbers:
         return
-    with Ahead() as ahead, decoder_for(work, decoding) as decoder:
+    decoding = replace(decoding, num_workers=min(decoding.num_workers, len(numbers)))
+    with Ahead() as ahead, decoder_for(work, decoding, prefetch) as decoder:
         clips: Iterator[Clip] = (
             replace(clip, index=numbers[clip.index])
             for clip in decoder.clips(videos[number].path for number in numbers)
@@ -243,7 +284,9 @@ def _decoded(work: Work[Any], videos: Sequence[Source], plan: Plan, decoding: De
             yield from ahead.of(batches_of_videos(clips, plan.groups))
 
 
-def decoder_for(work: Work[Any], decoding: Decoding) -> AbstractContextManager[DecodePool | DaliLoader]:
+def decoder_for(
+    work: Work[Any], decoding: Decoding, prefetch: int = PREFETCH
+) -> AbstractContextManager[DecodePool | DaliLoader]:
     """What decodes the clips that a work computes, to be entered; on a CPU with one thread each, beside the model's.
 
     Raises:
@@ -261,7 +304,7 @@ def decoder_for(work: Work[Any], decoding: Decoding) -> AbstractContextManager[D
         timeout=decoding.timeout,
         backend=decoding.backend,
         windows=work.frames.windows,
-        prefetch=4,  # room enough that workers go on before this process has gathered what they gave
+        prefetch=prefetch,
         threads=1 if device.type == "cpu" else None,
         **options,
     )
@@ -273,7 +316,9 @@ def _computed(work: Work[Any], clips: list[Clip], videos: Sequence[Source]) -> t
         return [], {}
     try:
         return work.compute(torch.stack([clip.frames for clip in clips]), [videos[clip.index] for clip in clips])
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         device = work.weights.device
         if len(clips) == 1:
             raise MPlug2Error(f"{device} ran out of memory for one clip: use a smaller dtype or fewer beams") from error
@@ -287,12 +332,13 @@ def _computed(work: Work[Any], clips: list[Clip], videos: Sequence[Source]) -> t
 def _take_in_parts(journal: Journal, work: Work[Any], settings: dict[str, Any]) -> None:
     """Move the lines of all parts beside a journal into it."""
     for path in sorted(glob.glob(f"{glob.escape(journal.path)}.part-[0-9]*[0-9]")):
-        with Journal(path, work.key, settings):
+        with Journal(path, work.key, settings, guarded=work.guarded) as part:
+            work.tidy(part)
             lines = read_lines(path)
             while some := list(islice(lines, _LINES_AT_ONCE)):
                 journal.append(some)
             journal.sync()
-            remove_journal(path)
+            part.remove()
 
 
 def _part(output: str, rank: int) -> str:

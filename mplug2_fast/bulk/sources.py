@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mplug2_fast.bulk.lists import lines_of, parsed
 from mplug2_fast.errors import ConfigError
+from mplug2_fast.text import is_text
 
 _EXTENSIONS = """
 .3g2 .3gp .apng .asf .avi .bmp .divx .dv .f4v .flv .gif .h264 .hevc .ivf .jpeg .jpg .m2ts .m2v .m4v .mjpeg .mjpg .mkv
@@ -20,6 +20,10 @@ EXTENSIONS = frozenset(_EXTENSIONS.split())
 """How files in a folder end that are taken for videos or images. A file that is named itself may end as it likes."""
 
 LIST_EXTENSION = ".txt"
+
+MAX_PATH_BYTES = 2**16
+MAX_QUESTION_BYTES = 2**24
+"""Of a line with a question, whose other fields may be long."""
 
 
 class Question(NamedTuple):
@@ -46,38 +50,54 @@ class Sources:
     """How many times a video, or a question about it, was named again."""
     passed_over: int = 0
     """How many files in folders do not end as a video or an image does."""
+    hidden: int = 0
+    """How many hidden files and folders were skipped: names with a dot in front, and `__MACOSX`."""
+    linked_again: int = 0
+    """How many folders were skipped because a link led to a folder that was read before."""
     empty: tuple[str, ...] = ()
     """Folders without any video."""
+    unreadable: tuple[str, ...] = ()
+    """Folders that cannot be read, each with the reason."""
 
 
 def find_videos(inputs: Iterable[str | os.PathLike[str]]) -> Sources:
     """The videos that files, folders and lists name.
 
-    A folder stands for the videos and images in it and below it, by their extensions, sorted. A file that ends with
-    `.txt`, or `-` for standard input, is a list of files and folders, one a line. Anything else is a video or an image,
-    whether it is there or not. Paths are compared as they are written, but for `./` and doubled slashes.
+    A folder stands for the videos and images in it and below it, by their extensions, sorted. Links to folders are
+    followed; each folder is read once. Hidden files and folders are skipped. A file that ends with `.txt`, or `-` for
+    standard input, is a list of files and folders, one a line. Anything else is a video or an image, whether it is
+    there or not. Paths are compared as they are written, but for `./` and doubled slashes.
 
     Raises:
-        ConfigError: a list or a folder cannot be read, or there is no video in all of them.
+        ConfigError: a list cannot be read, or there is no video in all of them.
     """
     named = [os.fspath(given) for given in inputs]
-    passed_over = repeated = 0
+    passed_over = repeated = hidden = linked_again = 0
     found: dict[str, None] = {}
     empty: list[str] = []
+    unreadable: list[str] = []
     for path in _lists_read(named):
+        if not path:
+            raise ConfigError("a path is empty: name a file, a folder or a list")
         videos = [_spelled(path)]
         if os.path.isdir(path):
-            files = list(_files_below(path))
-            videos = [_spelled(file) for file in files if os.path.splitext(file)[1].lower() in EXTENSIONS]
-            passed_over += len(files) - len(videos)
-            if not videos:
+            folder = _read_folder(path)
+            videos = [_spelled(file) for file in folder.files if os.path.splitext(file)[1].lower() in EXTENSIONS]
+            passed_over += len(folder.files) - len(videos)
+            hidden += folder.hidden
+            linked_again += folder.linked_again
+            unreadable += folder.unreadable
+            if not videos and not folder.unreadable:
                 empty.append(path)
         for video in videos:
             repeated += video in found
             found[video] = None
     if not found:
-        raise ConfigError(f"there are no videos in {', '.join(named) or 'nothing'}: name files, folders or lists")
-    return Sources([Source(path) for path in found], repeated, passed_over, tuple(empty))
+        if unreadable:
+            raise ConfigError("; ".join(unreadable))
+        raise ConfigError(f"there are no videos in {_listed(named)}: name files, folders or lists")
+    videos = [Source(path) for path in found]
+    return Sources(videos, repeated, passed_over, hidden, linked_again, tuple(empty), tuple(unreadable))
 
 
 def ask_all(sources: Sources, question: str) -> Sources:
@@ -97,10 +117,11 @@ def read_questions(path: str | os.PathLike[str]) -> Sources:
     name = os.fspath(path)
     videos: dict[str, dict[Question, None]] = {}
     repeated = 0
-    for number, line in enumerate(_lines(name), start=1):
+    lines = lines_of(name, "a file of questions", max_bytes=MAX_QUESTION_BYTES)
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        video, question = _asked(line, f"{name}, line {number}")
+        video, question = _asked(line.decode("utf-8", "surrogateescape"), f"{name}, line {number}")
         questions = videos.setdefault(video, {})
         repeated += question in questions
         questions[question] = None
@@ -111,7 +132,7 @@ def read_questions(path: str | os.PathLike[str]) -> Sources:
 
 def _asked(line: str, where: str) -> tuple[str, Question]:
     try:
-        fields: Any = json.loads(line)
+        fields: Any = parsed(line)
     except ValueError as error:
         raise ConfigError(f"{where}: this is not JSON: {error}") from error
     if not isinstance(fields, dict):
@@ -123,6 +144,10 @@ def _asked(line: str, where: str) -> tuple[str, Question]:
         os.fsencode(fields["path"])
     except UnicodeEncodeError as error:
         raise ConfigError(f"{where}: no file can have this 'path': {error.reason}") from error
+    if "\0" in fields["path"]:
+        raise ConfigError(f"{where}: no file can have this 'path': it has a NUL character")
+    if not is_text(fields["question"]):
+        raise ConfigError(f"{where}: the 'question' has characters that are not UTF-8")
     identity = fields.get("id")
     if isinstance(identity, bool) or not isinstance(identity, (str, int, type(None))):
         raise ConfigError(f"{where}: the 'id' must be a text or an integer")
@@ -133,30 +158,71 @@ def _lists_read(named: Iterable[str]) -> Iterator[str]:
     """The files and folders, those in lists in place of the lists."""
     for path in named:
         if path == "-" or (path.lower().endswith(LIST_EXTENSION) and not os.path.isdir(path)):
-            yield from (line for line in _lines(path) if line.strip())
+            lines = lines_of(path, "a list of videos", max_bytes=MAX_PATH_BYTES)
+            yield from (os.fsdecode(line) for line in lines if line.strip())
         else:
             yield path
 
 
-def _files_below(folder: str) -> Iterator[str]:
-    def unreadable(error: OSError) -> None:
-        raise ConfigError(f"{error.filename}: the folder cannot be read: {error.strerror}") from error
+@dataclass
+class _Folder:
+    """What is in a folder and below it."""
 
-    for parent, folders, files in os.walk(folder, onerror=unreadable):
-        folders.sort()
-        yield from (os.path.join(parent, file) for file in sorted(files))
+    files: list[str] = field(default_factory=list)
+    hidden: int = 0
+    linked_again: int = 0
+    unreadable: list[str] = field(default_factory=list)
 
 
-def _lines(path: str) -> Iterator[str]:
-    """Lines without their ends; file names may hold any bytes."""
+def _read_folder(top: str) -> _Folder:
+    """The files in a folder and the folders below it, then those in folders that links lead to; no folder twice."""
+    found = _Folder()
+    seen: set[tuple[int, int]] = set()
+    links = [top]
+    while links:
+        folders = [links.pop(0)]
+        while folders:
+            folder = folders.pop()
+            try:
+                status = os.stat(folder)
+                if (status.st_dev, status.st_ino) in seen:
+                    found.linked_again += 1
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+                with os.scandir(folder) as entries:
+                    named = sorted(entries, key=lambda entry: entry.name)
+            except OSError as error:
+                found.unreadable.append(f"{folder}: the folder cannot be read: {error.strerror}")
+                continue
+            inner = []
+            for entry in named:
+                if _is_hidden(entry.name):
+                    found.hidden += 1
+                elif not _is_folder(entry):
+                    found.files.append(entry.path)
+                elif entry.is_symlink():
+                    links.append(entry.path)
+                else:
+                    inner.append(entry.path)
+            folders += reversed(inner)
+    return found
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
-        if path == "-":
-            yield from (os.fsdecode(line).rstrip("\r\n") for line in sys.stdin.buffer)
-            return
-        with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-            yield from (line.rstrip("\r\n") for line in file)
-    except OSError as error:
-        raise ConfigError(f"{path}: the list cannot be read: {error.strerror}") from error
+        return entry.is_dir()
+    except OSError:  # a link that leads nowhere: the decoder says why
+        return False
+
+
+def _listed(named: list[str]) -> str:
+    """Paths for an error message, the first few of many."""
+    more = f" and {len(named) - 5:,} more" if len(named) > 5 else ""
+    return ", ".join(named[:5]) + more if named else "nothing"
 
 
 def _spelled(path: str) -> str:

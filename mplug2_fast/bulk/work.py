@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from mplug2_fast.bulk.journal import Journal, Line
-from mplug2_fast.bulk.memory import clip_bytes
 from mplug2_fast.bulk.sources import Source
 from mplug2_fast.errors import NotFiniteError
 from mplug2_fast.tasks import Alternative, Answerer, Captioner
+from mplug2_fast.tasks.memory import clip_bytes
 from mplug2_fast.video import Windows
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ class Work(ABC, Generic[_T]):
     """
 
     command: str
+    guarded: bool = False
+    """Whether other files depend on the journal: see `Journal`."""
 
     def __init__(self, task: VideoTask, frames: Frames) -> None:
         self.task = task
@@ -106,7 +108,7 @@ class Work(ABC, Generic[_T]):
         """Write everything that was kept."""
 
     def tidy(self, journal: Journal) -> None:
-        """Remove what a killed run left behind; called before any `begin`."""
+        """Remove what a killed run left behind; called before any `begin`, and for each part that is moved."""
 
     @abstractmethod
     def bytes_of_clip(self) -> int:
@@ -129,7 +131,11 @@ class Work(ABC, Generic[_T]):
 
     @abstractmethod
     def key(self, line: Line) -> Hashable:
-        """The key of a line. Raises `KeyError` or `TypeError` for one that is none of this work's."""
+        """The key of a line.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none of this work's.
+        """
 
     @abstractmethod
     def lines(self, finished: Finished[_T]) -> list[Line]:
@@ -143,6 +149,8 @@ class Work(ABC, Generic[_T]):
         """The lines of a video that could not be decoded."""
         reason = " ".join(str(clip.error).removeprefix(f"{video.path}: ").split())
         ending = {"frames": [], "decoder": None, "seconds": _rounded({"decode": clip.seconds}), "error": reason}
+        if clip.transient:
+            ending["transient"] = True
         return [{**line, **ending} for line in self.no_lines(video)]
 
     def _ending(self, finished: Finished[_T], error: NotFiniteError | None = None) -> Line:
@@ -209,7 +217,7 @@ class Caption(_Words["Texts"]):
         return [video.path]
 
     def key(self, line: Line) -> Hashable:
-        return line["path"]
+        return text_in(line, "path")
 
     def lines(self, finished: Finished[Texts]) -> list[Line]:
         return [{"path": finished.video.path, **self._texts(finished.outcomes, finished)}]
@@ -257,7 +265,7 @@ class Answer(_Words["list[Texts]"]):
         return [(video.path, question.text, question.id) for question in video.questions]
 
     def key(self, line: Line) -> Hashable:
-        return (line["path"], line["question"], line.get("id"))
+        return (text_in(line, "path"), text_in(line, "question"), line.get("id"))
 
     def lines(self, finished: Finished[list[Texts]]) -> list[Line]:
         heads = self._heads(finished.video)
@@ -280,6 +288,13 @@ class Answer(_Words["list[Texts]"]):
 def first_error(outcomes: Sequence[Any]) -> NotFiniteError | None:
     """The first outcome that is an error."""
     return next((outcome for outcome in outcomes if isinstance(outcome, NotFiniteError)), None)
+
+
+def text_in(line: Line, name: str) -> str:
+    """A field of a line that must be a text. Raises `KeyError` or `TypeError`."""
+    if not isinstance(line[name], str):
+        raise TypeError(f"{name} must be a text")
+    return line[name]
 
 
 def fingerprint(model: torch.nn.Module) -> str:

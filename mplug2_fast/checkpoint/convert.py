@@ -165,14 +165,18 @@ def _require_free(dst: Path) -> None:
 def _appearing(dst: Path) -> Iterator[Path]:
     """A folder beside `dst` that becomes `dst` when the block succeeds, and goes away when it does not."""
     _require_free(dst)
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    outer = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
+    outer = None
     try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        outer = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
         folder = outer / dst.name
         folder.mkdir()  # with the permissions that a new directory gets here, which mkdtemp's are not
         yield folder
         if dst.is_dir():
             dst.rmdir()
         os.replace(folder, dst)
+    except OSError as error:
+        raise CheckpointError(f"{dst}: the checkpoint cannot be written there: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(outer, ignore_errors=True)
+        if outer is not None:
+            shutil.rmtree(outer, ignore_errors=True)

@@ -15,6 +15,7 @@ import typer
 
 import mplug2_fast
 from mplug2_fast.cli.checkpoints import convert, inspect
+from mplug2_fast.cli.console import OutputError, output_failed, prepare_streams
 from mplug2_fast.cli.features import features
 from mplug2_fast.cli.report import info
 from mplug2_fast.cli.words import answer, caption
@@ -47,8 +48,10 @@ def _options(
 
 def main() -> None:
     """The entry point of the `mplug2-fast` command."""
-    for stream in (sys.stdout, sys.stderr):  # a file name may hold any bytes: give them back as they came
-        stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
+    prepare_streams()
     # PyTorch reads it at its first allocation: activations in huge pages, without a fault for every 4 KB of them.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    app()
+    try:
+        app()
+    except OutputError as error:  # of --help or --version
+        sys.exit(output_failed(error))

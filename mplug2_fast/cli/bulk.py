@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from mplug2_fast.tasks.base import VideoTask
 
 SECONDS_BETWEEN_NOTES = 30.0
+MAX_TIMEOUT = 1_000_000
+MAX_BATCH_MEMORY = 1_000_000
+MAX_STRIDE = 1_000_000_000
 
 
 @dataclass(frozen=True)
 class BulkOptions:
-    """The options that only runs with `--out` have; None where they are not given."""
+    """The options that only runs with `--out` have, as they are where they are not given."""
 
     frames: int | None = None
     windows: int | None = None
@@ -34,10 +37,23 @@ class BulkOptions:
     timeout: float | None = None
     batch_memory: float | None = None
     decoder: Decoder | None = None
+    retry_failed: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises `ConfigError` for a number that no run can have."""
+        for name, value, least, most, unit in (
+            ("--timeout", self.timeout, 0.1, MAX_TIMEOUT, "seconds"),
+            ("--batch-memory", self.batch_memory, 0.001, MAX_BATCH_MEMORY, "GiB"),
+            ("--stride", self.stride, 1, MAX_STRIDE, "frames"),
+        ):
+            if value is not None and not least <= value <= most:  # not a number is neither
+                raise ConfigError(f"{name} must be from {least:g} to {most:,} {unit}, not {value:g}")
 
     def require_none(self) -> None:
         """Raises `ConfigError` for an option that is given, where there is no `--out`."""
-        given = [f"--{field.name.replace('_', '-')}" for field in fields(self) if getattr(self, field.name) is not None]
+        given = [
+            f"--{field.name.replace('_', '-')}" for field in fields(self) if getattr(self, field.name) != field.default
+        ]
         if given:
             raise ConfigError(f"{', '.join(given)}: only with --out, which names the file that the results go to")
 
@@ -54,14 +70,19 @@ class BulkOptions:
             raise ConfigError("--frames and --windows: a clip is one or the other")
         return Frames(self.windows, Windows(self.windows, self.stride or self.windows))
 
-    def decoding(self, device: str) -> Decoding:
-        """What decodes on a machine with such a device. Raises `ConfigError` for options that do not go together."""
+    def decoding(self, device: str, videos: int, ranks: Ranks) -> Decoding:
+        """What decodes so many videos beside a device. Raises `ConfigError` for options that do not go together."""
         from mplug2_fast.bulk import Decoding
 
         if self.decoder is Decoder.dali and (self.num_workers or self.timeout):
             raise ConfigError("--num-workers and --timeout: DALI decodes in this process; not with --decoder dali")
-        programs = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = self.num_workers or _usual_workers(device, len(os.sched_getaffinity(0)) // programs)
+        cores = max(len(os.sched_getaffinity(0)) // ranks.local_size, 1)
+        workers = self.num_workers or _usual_workers(device, cores)
+        if workers > (most := min(cores, max(videos, 1))):
+            if self.num_workers and ranks.rank == 0:
+                reason = _counted(cores, "core", "cores") if most == cores else _counted(videos, "video", "videos")
+                note(f"note: --num-workers is {most} rather than {workers:,}, for {reason}")
+            workers = most
         return Decoding(workers, self.timeout or 60.0, (self.decoder or Decoder.pyav).value)
 
     def batch_bytes(self) -> int | None:
@@ -79,6 +100,8 @@ def run_bulk(
     """Do the work on all videos, with progress on standard error, and exit with a status of 2 if any failed."""
     from mplug2_fast import bulk
 
+    if not out:
+        raise ConfigError("--out is empty: name the file that the results go to")
     sources = find()
     with bulk.Ranks() as ranks:
         work = make_work(ranks, sources)
@@ -90,14 +113,17 @@ def run_bulk(
                 work,
                 sources.videos,
                 out,
-                decoding=options.decoding(work.weights.device.type),
+                decoding=options.decoding(work.weights.device.type, len(sources.videos), ranks),
                 batch_memory=options.batch_bytes(),
+                retry_failed=options.retry_failed,
                 ranks=ranks,
                 started=started,
             )
     if first:
         note(_summarised(summary, out, unit))
-        if summary.failed:
+        for reason in sources.unreadable:
+            note(f"error: {reason}")
+        if summary.failed or sources.unreadable:
             raise typer.Exit(BAD_INPUT)
 
 
@@ -106,8 +132,17 @@ def _note_what_is_left_out(sources: Sources) -> None:
         note(f"note: named again and done once: {sources.repeated:,}")
     if sources.passed_over:
         note(f"note: files in folders passed over, no videos or images by their names: {sources.passed_over:,}")
+    if sources.hidden:
+        note(f"note: skipped {_counted(sources.hidden, 'hidden file or folder', 'hidden files and folders')}")
+    if sources.linked_again:
+        links = _counted(sources.linked_again, "link to a folder", "links to folders")
+        note(f"note: skipped {links} whose videos are here already")
     for folder in sources.empty:
         note(f"note: {shown(folder)}: there are no videos or images in this folder")
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
 
 
 def _usual_workers(device: str, cores: int) -> int:

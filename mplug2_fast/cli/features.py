@@ -18,6 +18,7 @@ from mplug2_fast.cli.options import (
     Dtype,
     DtypeOption,
     FramesOption,
+    RetryOption,
     StrideOption,
     TimeoutOption,
     Videos,
@@ -67,6 +68,7 @@ def features(
     timeout: TimeoutOption = None,
     batch_memory: BatchMemoryOption = None,
     decoder: DecoderOption = None,
+    retry_failed: RetryOption = False,
 ) -> None:
     """Compute features of videos and images.
 
@@ -74,7 +76,9 @@ def features(
     and started again with the same command, it goes on.
     """
     with reporting():
-        options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder)
+        options = BulkOptions(
+            frames, windows, stride, num_workers, timeout, batch_memory, decoder, retry_failed or None
+        )
         from mplug2_fast import bulk
         from mplug2_fast.bulk.features import INDEX
         from mplug2_fast.tasks import Captioner
@@ -82,8 +86,9 @@ def features(
         def work(ranks: Ranks, sources: Sources) -> Work:
             try:
                 out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(f"{out}: the features cannot be written there: {error.strerror}") from error
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise ConfigError(f"{out}: the features cannot be written there: {reason}") from error
             captioner = load(Captioner, checkpoint, dtype, ranks.device(device), quietly=ranks.rank > 0)
             return bulk.Features(captioner, options.frames_of(captioner), kind.value, format.value, out)
 

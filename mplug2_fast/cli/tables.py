@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 
+from mplug2_fast.cli.console import shown
+
 
 def names_and_values(rows: Iterable[Sequence[str]]) -> str:
     """Names and, last, a value a line; long values are folded under themselves."""
@@ -25,7 +27,7 @@ def _render(header: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> str:
     for name in header or [""] * len(rows[0]):
         table.add_column(name, overflow="fold", justify="right" if name in ("entries", "parameters") else "left")
     for name, *values in rows:
-        table.add_row(Text(name, style="bold"), *(Text(value) for value in values))
+        table.add_row(Text(shown(name), style="bold"), *(Text(shown(value)) for value in values))
     console = Console() if sys.stdout.isatty() else Console(width=10_000)
     with console.capture() as capture:
         console.print(table)

@@ -27,6 +27,7 @@ from mplug2_fast.cli.options import (
     MaxLengthOption,
     MinLengthOption,
     OutOption,
+    RetryOption,
     ReturnOption,
     StrideOption,
     TimeoutOption,
@@ -42,6 +43,11 @@ if TYPE_CHECKING:
 
 MOST_WORDS = 20
 """Of those that the model does not know, named in a note."""
+
+MOST_CHARACTERS = 100
+"""Of a question, repeated in an error."""
+
+MAX_CANDIDATE_BYTES = 2**16
 
 
 def caption(
@@ -62,6 +68,7 @@ def caption(
     timeout: TimeoutOption = None,
     batch_memory: BatchMemoryOption = None,
     decoder: DecoderOption = None,
+    retry_failed: RetryOption = False,
 ) -> None:
     """Caption videos and images.
 
@@ -72,7 +79,7 @@ def caption(
     any moment and started again with the same command, it goes on.
     """
     with reporting():
-        bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder)
+        bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder, retry_failed)
         from mplug2_fast.tasks import Captioner
 
         searching = {
@@ -130,6 +137,7 @@ def answer(
     timeout: TimeoutOption = None,
     batch_memory: BatchMemoryOption = None,
     decoder: DecoderOption = None,
+    retry_failed: RetryOption = False,
 ) -> None:
     """Answer a question about videos and images.
 
@@ -144,7 +152,7 @@ def answer(
     if bool(files) == (questions is not None):
         raise typer.BadParameter("give files with --question; --questions names them itself")
     with reporting():
-        bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder)
+        bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder, retry_failed)
         choices = [*(candidate or ()), *_lines(candidates)] if candidate or candidates else None
         from mplug2_fast.tasks import Answerer
 
@@ -177,7 +185,7 @@ def answer(
                 try:
                     answerer.check_question(text)
                 except ConfigError as error:
-                    raise ConfigError(f"{text!r}: {error}") from error
+                    raise ConfigError(f"{text[:MOST_CHARACTERS]!r}: {error}") from error
             if ranks.rank == 0:
                 _note_unknown_words(answerer, asked)
             if choices is None:
@@ -204,13 +212,16 @@ def _note_unknown_words(answerer: Answerer, questions: Iterable[str]) -> None:
 
 
 def _lines(path: Path | None) -> list[str]:
+    """The lines of a file of candidates that are not empty."""
     if path is None:
         return []
+    from mplug2_fast.bulk.lists import lines_of
+
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"{path}: the candidates cannot be read: {reason}") from error
+        lines = lines_of(str(path), "a file of candidates", max_bytes=MAX_CANDIDATE_BYTES)
+        return [text for line in lines if (text := line.decode().strip())]
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: the candidates cannot be read: it is not UTF-8 text") from error
 
 
 def _print(results: Iterator[Result], files: list[str], as_json: bool, **more: str) -> None:
@@ -226,7 +237,7 @@ def _print(results: Iterator[Result], files: list[str], as_json: bool, **more: s
             emit(_json(result, more))
         elif result.error is None:
             for alternative in result.alternatives:
-                emit(f"{shown(result.path)}\t{alternative.text}")
+                emit(f"{shown(result.path)}\t{shown(alternative.text)}")
     if failed:
         raise typer.Exit(BAD_INPUT)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mplug2_fast._native import native, native_error
+from mplug2_fast.errors import ConfigError
 
 DTYPES = (torch.float32, torch.bfloat16)
 ISA_VARIABLE = "MPLUG2_FAST_ISA"
@@ -41,11 +42,14 @@ def isa() -> Any:
     """The instruction set that kernels use: the best that the processor has, or the one that MPLUG2_FAST_ISA names.
 
     Raises:
-        ValueError: there is no instruction set of that name, or the processor lacks it.
+        ConfigError: there is no instruction set of that name, or the processor lacks it.
     """
     _C = module()
     if name := os.environ.get(ISA_VARIABLE):
-        return _C.isa_named(name)
+        try:
+            return _C.isa_named(name)
+        except ValueError as error:
+            raise ConfigError(f"{ISA_VARIABLE}: {error}") from error
     return [isa for isa in _C.Isa.__members__.values() if _C.is_supported(isa)][-1]
 
 

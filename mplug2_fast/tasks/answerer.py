@@ -9,12 +9,13 @@ from torch import Tensor
 
 from mplug2_fast.config import Task
 from mplug2_fast.tasks.base import Alternative, Paths, Result, Texts, VideoTask, require
-from mplug2_fast.text import clean_question
+from mplug2_fast.text import clean_question, is_text
 
 MAX_CANDIDATES = 128
 """As many candidates as the released code keeps after the first token, to score them in full."""
 
 MAX_QUESTION_WORDS = 50
+MAX_QUESTION_LENGTH = 10_000
 
 Asker = Callable[[Tensor, Sequence[str]], list[Texts]]
 """From image_embeds `(B, S, D)` and a question for each to the answers to each."""
@@ -109,9 +110,11 @@ class Answerer(VideoTask):
 
     def check_question(self, question: str) -> None:
         """Raises `ConfigError` for a question that the model cannot read."""
+        require(is_text(question), "the question has characters that are not UTF-8")
         words = len(question.split())
         require(bool(clean_question(question).strip()), "the question is empty")
         require(words <= MAX_QUESTION_WORDS, f"the question has {words} words, at most {MAX_QUESTION_WORDS} are read")
+        require(len(question) <= MAX_QUESTION_LENGTH, f"the question is longer than {MAX_QUESTION_LENGTH:,} characters")
         ids, _ = self.tokenizer.encode_questions([question])
         self._require_positions("the question", ids)
 
@@ -119,6 +122,7 @@ class Answerer(VideoTask):
         require(not isinstance(candidates, str), "candidates must be a list of answers, not one text")
         require(len(candidates) > 0, "the list of candidates is empty")
         require(all(candidate.strip() for candidate in candidates), "a candidate is empty")
+        require(all(is_text(candidate) for candidate in candidates), "a candidate has characters that are not UTF-8")
         ids, mask = self.tokenizer.encode_answers(candidates)
         self._require_positions("a candidate", ids)
         return ids, mask

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from mplug2_fast.config import Task
 from mplug2_fast.devices import pick_device, pick_dtype
 from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error, NotFiniteError
 from mplug2_fast.outputs import GenerationOutput
+from mplug2_fast.tasks.memory import clip_bytes, is_out_of_memory, require_memory
 from mplug2_fast.text import Tokenizer
 from mplug2_fast.video import DecodePool
 from mplug2_fast.video.frames import load_clip
@@ -137,7 +138,9 @@ class VideoTask:
                 try:
                     image_embeds, encoding = self.encode(video)
                     (found,), generating = self.say(image_embeds, words)
-                except torch.OutOfMemoryError as problem:
+                except (RuntimeError, MemoryError) as problem:
+                    if not is_out_of_memory(problem):
+                        raise
                     device = next(self.model.parameters()).device
                     remedy = "use a smaller dtype, fewer beams, or the CPU"
                     raise MPlug2Error(f"{device} ran out of memory: {remedy}") from problem
@@ -188,6 +191,8 @@ class VideoTask:
         self, paths: Iterable[PathLike], num_workers: int, timeout: float | None
     ) -> Iterator[_Decoded]:
         """The files as worker processes have them ready."""
+        if isinstance(paths, Sized):
+            num_workers = min(num_workers, max(len(paths), 1))
         vision, dtype = self.model.config.vision, next(self.model.parameters()).dtype
         sizes = {"num_frames": vision.num_frames, "image_size": vision.image_size}
         with DecodePool(num_workers, timeout=timeout, dtype=dtype, **sizes) as pool:
@@ -209,6 +214,10 @@ class VideoTask:
         require(1 <= num_return <= beams, f"num_return must be from 1 to num_beams, {beams}; got {num_return}")
         require(1 <= longest <= positions, f"max_length must be from 1 to {positions}, got {longest}")
         require(0 <= shortest <= longest, f"min_length must be from 0 to max_length, {longest}; got {shortest}")
+        weights, config = next(self.model.parameters()), self.model.config
+        sizes = {"num_frames": config.vision.num_frames, "itemsize": weights.itemsize}
+        needed = clip_bytes(config, num_beams=beams, max_length=longest, **sizes)
+        require_memory(f"num_beams {beams:,}", needed, weights.device)
         return {"num_beams": beams, "num_return": num_return, "min_length": shortest, "max_length": longest}
 
     def texts(self, output: GenerationOutput, prompt: str = "") -> list[Texts]:

@@ -30,8 +30,9 @@ class Clip:
     `frames` is (3, T, image_size, image_size), normalised, of the dtype that was asked for, or (T, height, width, 3),
     uint8; None if there is an `error`. `indices` are the frames' numbers in the video. `window` is the number of the
     window in the file, and `last` tells whether it is the last that comes of the file: always, unless windows were
-    asked for. After an error nothing comes of the file; windows before it may have. `seconds` is the time that decoding
-    took, and `passed_by` is why the backend that was asked for left the file to PyAV.
+    asked for. After an error nothing comes of the file; windows before it may have. An error is `transient` if another
+    try may succeed: the decoder was killed, crashed or took too long. `seconds` is the time that decoding took, and
+    `passed_by` is why the backend that was asked for left the file to PyAV.
     """
 
     index: int
@@ -44,3 +45,4 @@ class Clip:
     window: int = 0
     last: bool = True
     passed_by: str | None = None
+    transient: bool = False

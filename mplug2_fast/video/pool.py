@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from mplug2_fast.errors import VideoError
+from mplug2_fast.errors import BackendError, VideoError
 from mplug2_fast.ops.preprocess_frames import DTYPES, preprocess_frames
 from mplug2_fast.video.backends import check_backend
 from mplug2_fast.video.clip import Clip, Source, check_source, shown
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 # A Python that cannot import numpy and PyAV in this time never will.
 _START_LIMIT = 120.0
 _START_TRIES = 3
+_MAX_WAIT = 3600.0
+"""Seconds of one wait: the operating system takes no number that is much larger."""
 
 
 class DecodePool:
@@ -114,7 +116,8 @@ class DecodePool:
             sources: paths, or the bytes of files.
 
         Raises:
-            RuntimeError: the pool is not in its `with` statement, is iterated twice at a time, or cannot start workers.
+            RuntimeError: the pool is not in its `with` statement, or is iterated twice at a time.
+            BackendError: workers cannot be started.
             TypeError: a source is neither a path nor bytes.
         """
         if not self._supervisor.is_alive():
@@ -145,7 +148,8 @@ class DecodePool:
     def _clip(self, index: int, source: Source, answer: dict[str, Any]) -> Clip:
         seconds = answer["seconds"]
         if "error" in answer:
-            return Clip(index, source, error=VideoError(f"{shown(source)}: {answer['error']}"), seconds=seconds)
+            error = VideoError(f"{shown(source)}: {answer['error']}")
+            return Clip(index, source, error=error, seconds=seconds, transient=answer.get("transient", False))
         memory, shape = answer["memory"], answer["shape"]
         size = int(np.prod(shape))
         indices = np.frombuffer(memory, np.int64, offset=size).tolist()
@@ -246,7 +250,7 @@ class _Supervisor(threading.Thread):
             if not self._ready and not self._failure:
                 return None
             if self._failure:
-                raise RuntimeError(f"the decoding processes failed: {self._failure}") from self._failure
+                raise BackendError(f"the decoding processes failed: {self._failure}") from self._failure
             answer = self._ready.popleft()
             hungry = self._hungry
         if hungry:
@@ -359,7 +363,7 @@ class _Supervisor(threading.Thread):
         ends = [since + _START_LIMIT for since in self._starting.values()]
         if self._timeout is not None:
             ends += [desk.since + self._timeout for desk in self._desks.values() if desk.since is not None]
-        return max(min(ends) - time.monotonic(), 0) if ends else None
+        return min(max(min(ends) - time.monotonic(), 0), _MAX_WAIT) if ends else None
 
     def _hear(self, worker: Worker, answer: dict[str, Any] | None) -> None:
         if answer is None:
@@ -408,4 +412,4 @@ class _Supervisor(threading.Thread):
         if desk.tasks:
             reason = reason if killed else f"{reason} ({ended})"
             seconds = 0.0 if desk.since is None else time.monotonic() - desk.since
-            self._hand_over(desk.tasks[0], {"error": reason, "seconds": seconds})
+            self._hand_over(desk.tasks[0], {"error": reason, "seconds": seconds, "transient": True})

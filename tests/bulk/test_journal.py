@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from mplug2_fast.bulk.journal import Journal, read_lines, remove_journal, settings_file, write_whole
+from mplug2_fast.bulk.journal import Journal, read_lines, settings_file, write_whole
 from mplug2_fast.errors import ConfigError, MPlug2Error
 
 SETTINGS = {"command": "caption", "num_beams": 5, "windows": (16, 8)}
@@ -76,7 +77,21 @@ def test_what_a_machine_without_power_left_is_cut_off(tmp_path: Path, hole: byte
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("alien", [b"hello\n", b"[1]\n", b'{"path": "b"}\n', b"3\n"])
+ALIENS = [
+    b"hello\n",
+    b"[1]\n",
+    b'{"path": "b"}\n',
+    b"3\n",
+    b"null\n",
+    b"[" * 100_000 + b"\n",
+    b'{"path": ["b"], "error": null}\n',
+    b'{"path": "b", "error": 3}\n',
+    b'{"path": "b", "error": {}}\n',
+    b"\xff\xfe\n",
+]
+
+
+@pytest.mark.parametrize("alien", ALIENS, ids=lambda alien: str(alien[:30]))
 def test_a_line_that_is_something_else_is_left_alone(tmp_path: Path, alien: bytes) -> None:
     path = tmp_path / "a.jsonl"
     with journal(path) as opened:
@@ -95,10 +110,32 @@ def test_a_file_that_no_run_began_is_left_alone(tmp_path: Path, data: bytes) -> 
     with pytest.raises(ConfigError, match=r"a\.mp4 is there already, and .*a\.mp4\.run, which a run keeps"):
         journal(path)
     assert path.read_bytes() == data
-    Path(settings_file(str(path))).write_text("{")
+    settings = Path(settings_file(str(path)))
+    for text in (
+        "{",
+        "[]",
+        "null",
+        "[" * 100_000,
+        '{"settings": {}}',
+        "x" * 2**21,
+        '{"settings": null, "choices": {}}',
+    ):
+        settings.write_text(text)
+        with pytest.raises(ConfigError, match="cannot be read: name another output"):
+            journal(path)
+        assert path.read_bytes() == data
+    for size in (0, -1, True, 1.5, "4", None, []):
+        settings.write_text(json.dumps({"settings": SETTINGS, "choices": {"batch_size": size}}))
+        with pytest.raises(ConfigError, match="cannot be read: name another output"):
+            journal(path, batch_size=4)
+    settings.unlink()
+    os.mkfifo(settings)  # does not wait for a writer
     with pytest.raises(ConfigError, match="cannot be read: name another output"):
         journal(path)
-    assert path.read_bytes() == data
+    settings.unlink()
+    settings.symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match="cannot be read: name another output"):
+        journal(path)
 
 
 def test_settings_may_not_change_while_there_are_lines(tmp_path: Path) -> None:
@@ -227,6 +264,136 @@ def test_what_is_written_whole_and_what_is_removed(tmp_path: Path) -> None:
     write_whole(tmp_path / "a", b"two")
     assert (tmp_path / "a").read_bytes() == b"two"
     path = tmp_path / "b.jsonl"
-    with journal(path):
-        remove_journal(str(path))
+    with journal(path) as opened:
+        opened.remove()
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+# --- what others do to the file during a run --------------------------------------------------------------------------
+
+
+def test_a_file_that_is_removed_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    opened = journal(path, batch_size=4)
+    opened.append([line("a")])
+    path.unlink()
+    with pytest.raises(MPlug2Error, match=r"a\.jsonl was removed or replaced during the run: its lines were written"):
+        opened.append([line("b")])
+    opened.close()  # says nothing more
+    with journal(path, batch_size=9) as again:
+        assert (list(again.done), again.choices) == (["a", "b"], {"batch_size": 4})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.run"]
+
+
+def test_a_file_that_is_removed_with_its_settings_before_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    opened = journal(path, batch_size=4)
+    opened.append([line("a")])
+    path.unlink()
+    Path(settings_file(str(path))).unlink()
+    with pytest.raises(MPlug2Error, match="its lines were written there again"):
+        opened.close()
+    with journal(path) as again:
+        assert list(again.done) == ["a"]
+
+
+def test_the_lines_of_a_file_that_is_replaced_are_kept_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    (tmp_path / "a.jsonl.recovered").write_text("of another day")
+    opened = journal(path)
+    opened.append([line("a")])
+    (tmp_path / "other").write_text("somebody else's")
+    (tmp_path / "other").rename(path)
+    with pytest.raises(MPlug2Error, match=r"its lines are in .*a\.jsonl\.recovered-1 now, which a run can go on with"):
+        opened.append([line("b")])
+    opened.close()
+    assert path.read_text() == "somebody else's"
+    with journal(tmp_path / "a.jsonl.recovered-1") as again:
+        assert list(again.done) == ["a", "b"]
+
+
+def test_the_lines_of_a_file_whose_folder_is_removed_are_kept_above_it(tmp_path: Path) -> None:
+    folder = tmp_path / "one" / "two"
+    folder.mkdir(parents=True)
+    opened = journal(folder / "a.jsonl")
+    opened.append([line("a")])
+    shutil.rmtree(tmp_path / "one")
+    with pytest.raises(MPlug2Error, match=r"its lines are in .*a\.jsonl\.recovered now"):
+        opened.append([line("b")])
+    opened.close()
+    with journal(tmp_path / "a.jsonl.recovered") as again:
+        assert list(again.done) == ["a", "b"]
+
+
+def test_a_file_that_is_moved_is_found(tmp_path: Path) -> None:
+    path, moved = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    opened = journal(path)
+    path.rename(moved)
+    with pytest.raises(MPlug2Error, match=rf"was moved to {moved} during the run: move it back"):
+        opened.append([line("a")])
+    opened.close()
+    moved.rename(path)
+    with journal(path) as again:
+        assert list(again.done) == ["a"]
+
+
+@pytest.mark.parametrize("change", [b"", b"another line\n"])
+def test_a_file_that_another_program_writes_to(tmp_path: Path, change: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    opened = journal(path)
+    opened.append([line("a")])
+    with open(path, "ab" if change else "wb") as file:
+        file.write(change)
+    with pytest.raises(MPlug2Error, match=r"a\.jsonl was changed by another program during the run"):
+        opened.append([line("b")])
+    opened.close()
+
+
+def test_lines_that_can_be_saved_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = journal(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").unlink()
+    monkeypatch.setattr("tempfile.mkstemp", lambda **_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(MPlug2Error, match=r"removed or replaced .* and its lines cannot be saved: No space left"):
+        opened.append([line("a")])
+    opened.close()
+
+
+def test_settings_that_are_removed_are_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    opened = journal(path, batch_size=4)
+    opened.append([line("a")])
+    Path(settings_file(str(path))).unlink()
+    with pytest.warns(UserWarning, match=r"a\.jsonl\.run was removed during the run: it is written again"):
+        opened.close()
+    with journal(path, batch_size=9) as opened:
+        assert opened.choices == {"batch_size": 4}
+
+
+def test_failed_lines_are_dropped_at_once_and_under_the_lock(tmp_path: Path) -> None:
+    path, link = tmp_path / "a.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    with journal(link) as opened:
+        opened.append([line("a"), line("b", "died", transient=True), line("c", "corrupt"), line("d", "late")])
+        opened.drop_failed(["a", "b", "d", "never seen"])
+        assert opened.done == {"a": False, "c": True}
+        with pytest.raises(ConfigError, match="another run is writing to it"):
+            journal(link)
+        opened.append([line("b")])
+    assert link.is_symlink()
+    assert lines(path) == [line("a"), line("c", "corrupt"), line("b")]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "link.jsonl", "link.jsonl.run"]
+
+
+def test_what_is_kept_is_there_for_the_next_run(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with journal(path) as opened:
+        assert opened.kept == {}
+        opened.append([line("a")])
+        opened.keep(written=True)
+    with journal(path) as opened:
+        assert opened.kept == {"written": True}
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"a\.jsonl has no lines, but .*a\.jsonl\.run says that a run wrote some"):
+        Journal(path, lambda line: line["path"], SETTINGS, guarded=True)
+    with journal(path) as opened:  # nothing else depends on the lines: it starts anew
+        assert opened.kept == {}

@@ -133,8 +133,21 @@ def test_who_a_program_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (second.device("auto"), alone.device("auto")) == ("cuda:1", "auto")
     with pytest.raises(ConfigError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT: not set, while RANK, WORLD_SIZE are"):
         bulk.Ranks({"RANK": "0", "WORLD_SIZE": "2"})
-    with pytest.raises(ConfigError, match="must be numbers"):
-        bulk.Ranks({**TORCHRUN, "RANK": "first"})
+    for name, value, allowed in (
+        ("RANK", "first", "from 0 to 1"),
+        ("RANK", "2", "from 0 to 1"),
+        ("RANK", "-1", "from 0 to 1"),
+        ("WORLD_SIZE", "0", "at least 1"),
+        ("LOCAL_RANK", "-1", "at least 0"),
+        ("MASTER_PORT", "65536", "from 0 to 65535"),
+        ("LOCAL_WORLD_SIZE", "0", "at least 1"),
+        ("LOCAL_WORLD_SIZE", "", "at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=f"{name} must be a number, {allowed}, as torchrun sets it"):
+            bulk.Ranks({**TORCHRUN, name: value})
+    with pytest.raises(ConfigError, match="LOCAL_WORLD_SIZE must be"):
+        bulk.Ranks({"LOCAL_WORLD_SIZE": "0"})
+    assert (bulk.Ranks({**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}).local_size, second.local_size) == (2, 1)
 
 
 def test_programs_that_do_not_see_the_same_are_refused(captioner, clips: list[str], tmp_path: Path) -> None:

@@ -8,15 +8,16 @@ import re
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
-import numpy as np
 import pytest
 import torch
 
 import mplug2_fast as mf
 from mplug2_fast import bulk
 from mplug2_fast.bulk import features, runs
-from mplug2_fast.errors import BackendError, ConfigError, MPlug2Error
+from mplug2_fast.bulk.journal import write_whole
+from mplug2_fast.errors import BackendError, ConfigError, MPlug2Error, VideoError
 from mplug2_fast.video import Clip, DecodePool, Windows, load_video
 from mplug2_fast.video.backends import reason_not_available
 from tests.bulk.files import mixed_files, write_clip
@@ -174,41 +175,123 @@ def test_dali_decodes_no_windows(captioner: mf.Captioner, clips: list[str], tmp_
 
 
 class Disturbed(DecodePool):
-    """As it draws its third file, a signal reaches the worker, which is at an earlier one."""
+    """A signal reaches the worker when its first clip has come: it is at a later file, or waits."""
 
-    signal = signal.SIGSTOP
+    signal = signal.SIGKILL
 
     def clips(self, sources: Iterable[str]) -> Iterator[Clip]:
-        def disturbing() -> Iterator[str]:
-            for number, source in enumerate(sources):
-                if number == 2:
-                    while not self.pids:
-                        pass
-                    os.kill(self.pids[0], self.signal)
-                yield source
-
-        return super().clips(disturbing())
+        for clip in super().clips(sources):
+            if type(self).signal is not None:
+                os.kill(self.pids[0], type(self).signal)
+                type(self).signal = None  # once
+            yield clip
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"), [("SIGSTOP", "takes too long: decoding was stopped after 1 s"), ("SIGSEGV", "its decoder died")]
-)
-def test_a_worker_that_hangs_or_dies_costs_a_file(
-    captioner: mf.Captioner,
-    clips: list[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    reason: str,
+@pytest.mark.parametrize("name", ["SIGSTOP", "SIGSEGV", "SIGKILL"])
+def test_a_worker_that_hangs_or_dies_costs_no_file(
+    captioner: mf.Captioner, clips: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     pool = type("Pool", (Disturbed,), {"signal": getattr(signal, name)})
     monkeypatch.setattr(runs, "DecodePool", pool)
     work = bulk.Caption(captioner, FRAMES, OPTIONS)
     summary = bulk.run(work, videos(clips), tmp_path / "a.jsonl", decoding=bulk.Decoding(1, timeout=1.0))
-    assert summary.lines == 5
-    failed = [line["error"] for line in lines(tmp_path / "a.jsonl") if line["error"] is not None]
-    assert len(failed) == summary.failed <= 1  # none if the worker had not begun, or was done
-    assert all(error.startswith(reason) for error in failed)
+    assert (summary.lines, summary.failed) == (5, 0)
+    assert sorted(line["path"] for line in lines(tmp_path / "a.jsonl")) == sorted(clips)
+
+
+class Unlucky(DecodePool):
+    """The decoder dies with some files, as many times as it is told; keeps a record of the pools and their files."""
+
+    deaths: ClassVar[dict[str, int]]
+    pools: ClassVar[list[tuple[int, list[str]]]]
+
+    def clips(self, sources: Iterable[str]) -> Iterator[Clip]:
+        drawn: list[str] = []
+        dead: set[str] = set()
+        self.pools.append((self._ahead, drawn))
+
+        def drawing() -> Iterator[str]:
+            for source in sources:
+                drawn.append(source)
+                yield source
+
+        for clip in super().clips(drawing()):
+            if clip.source in dead:
+                continue
+            if self.deaths.get(clip.source, 0) > 0:
+                self.deaths[clip.source] -= 1
+                dead.add(clip.source)
+                error = VideoError(f"{clip.source}: its decoder died (SIGKILL, as when memory runs out)")
+                clip = Clip(clip.index, clip.source, error=error, transient=True)
+            yield clip
+
+
+@pytest.fixture
+def deaths(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    Unlucky.deaths, Unlucky.pools = {}, []
+    monkeypatch.setattr(runs, "DecodePool", Unlucky)
+    return Unlucky.deaths
+
+
+@pytest.mark.parametrize("frames", [FRAMES, WINDOWS])
+def test_what_may_have_been_bad_luck_is_tried_once_more_alone_after_the_others(
+    captioner: mf.Captioner, clips: list[str], tmp_path: Path, deaths: dict[str, int], frames: bulk.Frames
+) -> None:
+    missing = str(tmp_path / "missing.mp4")
+    work = bulk.Caption(captioner, frames, OPTIONS)
+    bulk.run(work, videos([*clips, missing]), tmp_path / "whole.jsonl", batch_memory=budget(work, 1))
+    Unlucky.pools.clear()
+    deaths |= {clips[0]: 1, clips[2]: 5}
+    out = tmp_path / "a.jsonl"
+    counted = []
+
+    def started(plan: bulk.Plan) -> object:
+        return lambda videos, failed: counted.append((videos, failed))
+
+    decoding = bulk.Decoding(2, timeout=30.0)
+    summary = bulk.run(
+        work, videos([*clips, missing]), out, batch_memory=budget(work, 1), decoding=decoding, started=started
+    )
+    assert (summary.lines, summary.failed, summary.videos) == (6, 2, 6)
+    assert [sum(column) for column in zip(*counted, strict=True)] == [6, 2]
+    assert Unlucky.pools == [(2 * runs.PREFETCH, [*clips, missing]), (1, [clips[0], clips[2]])]
+    whole, found = ({line["path"]: line for line in without_seconds(path)} for path in (tmp_path / "whole.jsonl", out))
+    assert len(lines(out)) == len(found) == 6
+    assert [line["path"] for line in lines(out)][-2:] == [clips[0], clips[2]]
+    assert found.pop(clips[2]) == {
+        **{name: value for name, value in whole.pop(clips[2]).items() if name in ("path",)},
+        **{name: value for name, value in whole[missing].items() if name != "path"},
+        "error": "its decoder died (SIGKILL, as when memory runs out)",
+        "transient": True,
+    }
+    assert found == whole  # also that of the first, which is computed alone as it was in its batch
+    assert "transient" not in found[missing]
+
+    again = bulk.run(work, videos([*clips, missing]), out)
+    assert (again.videos, again.failed) == (0, 2)  # finished, unless it is asked for
+
+
+def test_failed_files_are_done_again_when_that_is_asked_for(
+    captioner: mf.Captioner, clips: list[str], tmp_path: Path, deaths: dict[str, int]
+) -> None:
+    work = bulk.Caption(captioner, FRAMES, OPTIONS)
+    late, out, other = tmp_path / "late.mp4", tmp_path / "a.jsonl", str(tmp_path / "other.mp4")
+    deaths[clips[1]] = 2
+    first = bulk.run(work, videos([*clips, str(late), other]), out, batch_memory=budget(work, 2))
+    assert (first.lines, first.failed) == (7, 3)
+    out.chmod(0o640)
+    before = lines(out)
+    late.write_bytes(Path(clips[4]).read_bytes())
+    paths = [*clips, str(late)]  # without the other: its line stays
+    again = bulk.run(work, videos(paths), out, batch_memory=budget(work, 2), retry_failed=True)
+    assert (again.lines, again.failed, again.videos) == (6, 0, 2)
+    assert sorted(line["path"] for line in lines(out)) == sorted([*paths, other])
+    assert [line for line in before if not line["error"] or line["path"] == other] == lines(out)[:5]
+    assert out.stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in tmp_path.glob("a.jsonl*")) == ["a.jsonl", "a.jsonl.run"]
+    unchanged = out.read_bytes()
+    bulk.run(work, videos(paths), out, retry_failed=True)
+    assert out.read_bytes() == unchanged
 
 
 @pytest.mark.filterwarnings("ignore:.*too many for cpu")
@@ -262,20 +345,6 @@ def test_a_second_run_does_what_is_left(captioner: mf.Captioner, clips: list[str
     summary = bulk.run(work, videos(clips), out, started=started)
     assert (summary.lines, summary.videos, told[-1]) == (5, 0, (0, 5))
     assert out.read_bytes() == before
-
-
-def test_failed_files_are_tried_again_when_their_lines_are_deleted(
-    captioner: mf.Captioner, clips: list[str], tmp_path: Path
-) -> None:
-    work = bulk.Caption(captioner, FRAMES, OPTIONS)
-    late, out = tmp_path / "late.mp4", tmp_path / "a.jsonl"
-    paths = [clips[0], str(late), clips[1]]
-    assert bulk.run(work, videos(paths), out).failed == 1
-    late.write_bytes(Path(clips[4]).read_bytes())
-    assert bulk.run(work, videos(paths), out).failed == 1
-    out.write_text("".join(f"{json.dumps(line)}\n" for line in lines(out) if line["error"] is None))
-    assert bulk.run(work, videos(paths), out).failed == 0
-    assert sorted(line["path"] for line in lines(out)) == sorted(paths)
 
 
 def test_a_run_with_another_model_or_other_options_is_refused(
@@ -362,27 +431,98 @@ def test_features_of_windows_are_rows_of_one_video(
             assert len(found[clip.source]) == len(index[clip.source]["frames"])
 
 
-def test_shards_that_no_line_names_are_removed(captioner: mf.Captioner, clips: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["before the shard", "within the shard", "after the shard"])
+def test_a_shard_that_a_killed_run_was_writing_is_removed_and_nothing_else(
+    captioner: mf.Captioner, clips: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """What others have put into the folder stays, whatever its name."""
+
     def work() -> bulk.Features:
         return bulk.Features(captioner, FRAMES, "pooled", "npy", tmp_path)
 
+    mine = ["features-2024-000001.npy", "features-0000-000007.npy.tmp", "features-0003-000000.safetensors"]
+    mine += ["features-0000-notes.txt", "features-0000-000000.json", "mine.npy"]
+    for name in mine:
+        (tmp_path / name).write_text("mine")
     bulk.run(work(), videos(clips[:2]), tmp_path / "index.jsonl")
-    for name in ("features-0000-000007.npy", "features-0003-000000.npy", "features-0000-000001.npy.tmp", "mine.npy"):
-        np.save(tmp_path / name, np.zeros(3))
-        (tmp_path / f"{name}.npy").rename(tmp_path / name) if not name.endswith(".npy") else None
+
+    def dying(path: Path, data: bytes, *, overwrite: bool = True) -> None:
+        if not overwrite:
+            if moment == "within the shard":
+                Path(f"{path}.tmp").write_bytes(data[:100])
+            elif moment == "after the shard":
+                path.write_bytes(data)
+            raise KeyboardInterrupt
+        write_whole(path, data)
+
+    monkeypatch.setattr(features, "write_whole", dying)
+    with pytest.raises(KeyboardInterrupt):
+        bulk.run(work(), videos(clips[:4]), tmp_path / "index.jsonl")
+    assert len(lines(tmp_path / "index.jsonl")) == 2
+    monkeypatch.setattr(features, "write_whole", write_whole)
     bulk.run(work(), videos(clips), tmp_path / "index.jsonl")
-    assert sorted(path.name for path in tmp_path.glob("*.npy*")) == [
-        "features-0000-000000.npy",
-        "features-0000-000001.npy",
-        "mine.npy",
-    ]
+    found = {piece["shard"] for line in lines(tmp_path / "index.jsonl") for piece in line["features"]}
+    assert len(found) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {*found, *mine, "index.jsonl", "index.jsonl.run"}
+    assert all((tmp_path / name).read_text() == "mine" for name in mine)
     assert list(dict(bulk.read_features(tmp_path))) == clips
+
+
+def test_features_whose_index_is_lost_are_left_alone(captioner: mf.Captioner, clips: list[str], tmp_path: Path) -> None:
+    index, shard = tmp_path / "index.jsonl", tmp_path / "features-0000-000000.npy"
+
+    def run() -> None:
+        bulk.run(bulk.Features(captioner, FRAMES, "pooled", "npy", tmp_path), videos(clips), index)
+
+    run()
+    whole, data = index.read_bytes(), shard.read_bytes()
+    for _ in range(2):  # the first leaves the index empty
+        index.unlink(missing_ok=True)
+        with pytest.raises(ConfigError, match=r"index\.jsonl has no lines, but .* restore it, or name another output"):
+            run()
+    index.write_bytes(b"")
+    with pytest.raises(ConfigError, match="has no lines"):
+        run()
+    assert shard.read_bytes() == data
+    index.write_bytes(whole)
+    run()
+    shard.rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"names features-0000-000000\.npy, which is not there: restore it"):
+        run()
+    with pytest.raises(ConfigError, match=r"the features cannot be read: .*No such file"):
+        dict(bulk.read_features(tmp_path))
+    shard.write_bytes(data[:200])
+    with pytest.raises(ConfigError, match="features cannot be read"):
+        dict(bulk.read_features(tmp_path))
+    index.write_bytes(whole.replace(b'"features"', b'"feature"', 1))
+    with pytest.raises(ConfigError, match=r"index\.jsonl, line 1: this is not a line of such an index"):
+        dict(bulk.read_features(tmp_path))
+    with pytest.raises(ConfigError, match=r"line 1: this is not a result of such a run"):
+        run()
+
+
+def test_a_shard_never_replaces_a_file(captioner: mf.Captioner, clips: list[str], tmp_path: Path) -> None:
+    def started(plan: bulk.Plan) -> object:
+        return lambda videos, failed: (tmp_path / "features-0000-000000.npy").write_text("mine")
+
+    with pytest.raises(MPlug2Error, match=r"features-0000-000000\.npy cannot be written: File exists"):
+        bulk.run(
+            bulk.Features(captioner, FRAMES, "pooled", "npy", tmp_path),
+            videos(clips),
+            tmp_path / "index.jsonl",
+            started=started,
+        )
+    assert (tmp_path / "features-0000-000000.npy").read_text() == "mine"
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_lines_wait_for_their_shard(
     captioner: mf.Captioner, clips: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "write_whole", lambda *_: (_ for _ in ()).throw(MPlug2Error("no space left")))
+    def full(*_: object, **__: object) -> None:
+        raise MPlug2Error("no space left")
+
+    monkeypatch.setattr(features, "write_whole", full)
     work = bulk.Features(captioner, FRAMES, "universal", "safetensors", tmp_path)
     with pytest.raises(MPlug2Error, match="no space left"):
         bulk.run(work, videos(clips), tmp_path / "index.jsonl")
