@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | sanitize | wheel: each sets up .venv first, with nothing needed but Python 3.10 or later.
+# make demo | test | lint | bench | sanitize | fuzz | wheel: each sets up .venv first, with nothing needed but Python 3.10 or later.
 # make gpu-check runs with what is installed: PyTorch for CUDA, and pytest.
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ CLIPS := $(wildcard examples/moving_shapes/clips/*.mp4)
 MOVING := examples/moving_shapes/clips/red_square_moves_left.mp4
 FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-lowest test-sdist test-pythons wheel lint bench sanitize gpu-check clean
+.PHONY: demo test test-lowest test-sdist test-pythons wheel lint bench sanitized sanitize fuzz gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -31,19 +31,27 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python bench/run.py
 
-# The operators' tests with a native module that checks every address and every undefined operation. It replaces the
-# one of a copy of the package.
+# A native module that checks every address and every undefined operation, in a copy of the package.
 SANITIZED := build/sanitize
-sanitize: $(INSTALLED)
+UNDER_SANITIZERS = LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 MPLUG2_FAST_NATIVE=required
+sanitized: $(INSTALLED)
 	rm -rf $(SANITIZED)/package && mkdir -p $(SANITIZED)/package
 	cp -r mplug2_fast $(SANITIZED)/package && rm -f $(SANITIZED)/package/mplug2_fast/_C*.so
 	$(BIN)/cmake -S . -B $(SANITIZED)/cmake -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DMPLUG2_SANITIZE=address,undefined \
 		-DMPLUG2_CUDA=off
 	$(BIN)/cmake --build $(SANITIZED)/cmake --parallel
 	$(BIN)/cmake --install $(SANITIZED)/cmake --prefix $(SANITIZED)/package
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0 MPLUG2_FAST_NATIVE=required \
+
+# The operators' tests.
+sanitize: sanitized
+	$(UNDER_SANITIZERS) \
 		$(BIN)/python -m pytest --numprocesses auto --dist worksteal --override-ini "pythonpath=$(SANITIZED)/package ." tests/ops
+
+# Random calls of every operator, with every instruction set that this processor has.
+FUZZ_CALLS ?= 2000
+fuzz: sanitized
+	PYTHONPATH="$(SANITIZED)/package:." $(UNDER_SANITIZERS) $(BIN)/python -m tests.ops.fuzz --calls $(FUZZ_CALLS)
 
 # A wheel for other machines: dist/. It uses the libgomp.so.1 that torch has loaded. A copy of it in the wheel would be a
 # second OpenMP runtime in the process, with threads that compete with torch's.

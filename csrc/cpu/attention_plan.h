@@ -2,10 +2,9 @@
 
 // How one call of the attention kernel is cut into pieces of work, and the memory that a thread works in.
 
-#include <new>
-
 #include "cpu/attention.h"
 #include "cpu/attention_tile.h"
+#include "cpu/buffer.h"
 
 namespace mplug2_fast::MPLUG2_ISA {
 namespace {
@@ -41,10 +40,7 @@ struct Cut {
 // One allocation, handed out in pieces that begin on cache lines.
 class Scratch {
   public:
-    explicit Scratch(std::int64_t bytes) : base_(new (std::align_val_t{64}) char[bytes]), next_(base_) {}
-    ~Scratch() { operator delete[](base_, std::align_val_t{64}); }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
+    explicit Scratch(std::int64_t bytes) : base_(bytes), next_(base_) {}
 
     template <typename Item>
     Item* take(std::int64_t count) {
@@ -59,7 +55,7 @@ class Scratch {
     }
 
   private:
-    char* base_;
+    Buffer<char> base_;
     char* next_;
 };
 

@@ -1,5 +1,6 @@
 #include "cpu/beam_step.h"
 
+#include "cpu/buffer.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
@@ -21,7 +22,7 @@ class Best {
     Best(Candidate* list, std::int64_t capacity) : list_(list), capacity_(capacity) {}
 
     void offer(float value, std::int64_t index) {
-        const Candidate offered{value == value ? value : -__builtin_inff(), index};
+        const Candidate offered{value, index};
         std::int64_t at = size_;
         if (size_ < capacity_) {
             ++size_;
@@ -38,7 +39,12 @@ class Best {
     std::int64_t size() const { return size_; }
 
   private:
+    // What is no number comes before all numbers, as in torch.topk.
     static bool is_better(const Candidate& a, const Candidate& b) {
+        const bool a_is_nan = a.value != a.value, b_is_nan = b.value != b.value;
+        if (a_is_nan || b_is_nan) {
+            return a_is_nan && (!b_is_nan || a.index < b.index);
+        }
         return a.value > b.value || (a.value == b.value && a.index < b.index);
     }
 
@@ -74,7 +80,8 @@ Part scan(const Element* logits, std::int64_t count, std::int64_t first, std::in
     const float lowest = -__builtin_inff();
     const auto offer = [&](std::int64_t i) {
         if (first + i != blocked) {
-            best.offer(to_float(logits[i]), first + i);
+            const float value = to_float(logits[i]);
+            best.offer(value == value ? value : lowest, first + i);
         }
     };
     constexpr int kStep = 4 * kLanes;
@@ -128,8 +135,11 @@ Part scan(const Element* logits, std::int64_t count, std::int64_t first, std::in
 
 struct Workspace {
     std::int64_t parts, capacity;  // parts of a row, candidates of a part
-    Part* part;
-    Candidate* candidates;
+    Buffer<Part> part;
+    Buffer<Candidate> candidates;
+
+    Workspace(std::int64_t rows, std::int64_t parts, std::int64_t capacity)
+        : parts(parts), capacity(capacity), part(rows * parts), candidates(rows * parts * capacity) {}
 };
 
 // Puts the parts of all beams of one batch element together.
@@ -139,7 +149,7 @@ void merge(const BeamStepArguments& a, const Workspace& space, std::int64_t batc
         const float score = (a.cumulative[batch * a.beams + beam] + log_probability) / a.penalty;
         best.offer(score, beam * a.words + word);
     };
-    auto* beam_list = new Candidate[space.capacity];
+    const Buffer<Candidate> beam_list(space.capacity);
     for (std::int64_t beam = 0; beam < a.beams; ++beam) {
         const std::int64_t row = (batch * a.beams + beam) * space.parts;
         const Part* parts = space.part + row;
@@ -165,10 +175,9 @@ void merge(const BeamStepArguments& a, const Workspace& space, std::int64_t batc
             offer(beam, beam_list[i].index, beam_list[i].value - top - log_total);
         }
         if (a.blocked >= 0) {
-            offer(beam, a.blocked, total == total ? -1e20f : static_cast<float>(total));
+            offer(beam, a.blocked, -1e20f);
         }
     }
-    delete[] beam_list;
     for (std::int64_t i = 0; i < a.beams; ++i) {
         const std::int64_t at = batch * a.beams + i;
         a.scores[at] = best_list[i].value;
@@ -181,12 +190,8 @@ void merge(const BeamStepArguments& a, const Workspace& space, std::int64_t batc
 template <typename Element>
 void run(const BeamStepArguments& a) {
     const auto* logits = static_cast<const Element*>(a.logits);
-    Workspace space;
-    space.parts = (a.words + kPart - 1) / kPart;
-    space.capacity = a.beams < a.words ? a.beams : a.words;
+    const Workspace space(a.batch * a.beams, (a.words + kPart - 1) / kPart, a.beams < a.words ? a.beams : a.words);
     const std::int64_t tasks = a.batch * a.beams * space.parts;
-    space.part = new Part[tasks];
-    space.candidates = new Candidate[tasks * space.capacity];
     parallel_ranges(tasks, a.threads, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t task = begin; task < end; ++task) {
             const std::int64_t row = task / space.parts, part = task % space.parts;
@@ -196,13 +201,10 @@ void run(const BeamStepArguments& a) {
                                     Best(space.candidates + task * space.capacity, space.capacity));
         }
     });
-    auto* best_list = new Candidate[a.beams];
+    const Buffer<Candidate> best_list(a.beams);
     for (std::int64_t batch = 0; batch < a.batch; ++batch) {
         merge(a, space, batch, best_list);
     }
-    delete[] best_list;
-    delete[] space.candidates;
-    delete[] space.part;
 }
 
 }  // namespace

@@ -3,8 +3,7 @@
 // Products of few rows with a matrix that is read once, as it lies in memory: the weight of a decoding step, or the
 // keys that the beams of a video attend to.
 
-#include <new>
-
+#include "cpu/buffer.h"
 #include "cpu/simd.h"
 
 namespace mplug2_fast::MPLUG2_ISA {
@@ -177,13 +176,9 @@ class PackedRows {
 
   public:
     PackedRows(std::int64_t max_rows, std::int64_t in_features)
-        : in_features_(in_features), steps_((in_features + Step::kSize - 1) / Step::kSize) {
-        data_ = static_cast<Packed*>(
-            ::operator new(max_rows * steps_ * Step::kPacked * sizeof(Packed) + 64, std::align_val_t(64)));
-    }
-    ~PackedRows() { ::operator delete(data_, std::align_val_t(64)); }
-    PackedRows(const PackedRows&) = delete;
-    PackedRows& operator=(const PackedRows&) = delete;
+        : in_features_(in_features),
+          steps_((in_features + Step::kSize - 1) / Step::kSize),
+          data_(max_rows * steps_ * Step::kPacked) {}
 
     void fill(const Element* x, std::int64_t stride, int rows) {
         tiles_ = (rows + kFewTileRows - 1) / kFewTileRows;
@@ -236,8 +231,8 @@ class PackedRows {
   private:
     int begin(int tile) const { return begins_[tile]; }
 
-    Packed* data_;
     std::int64_t in_features_, steps_;
+    Buffer<Packed> data_;
     int tiles_ = 0;
     // The first row of each tile: a division takes as long as a tile of short rows.
     int begins_[kMostTiles + 1] = {};

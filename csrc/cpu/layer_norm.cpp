@@ -1,7 +1,6 @@
 #include "cpu/layer_norm.h"
 
-#include <new>
-
+#include "cpu/buffer.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
@@ -176,8 +175,7 @@ void run(const LayerNormArguments& a) {
         // On lines of the cache: half of the time is that of access to them. The distance of an odd number of lines
         // keeps them from having the same place in a page.
         const std::int64_t stride = (a.channels + 31) / 32 * 32 + 16;
-        constexpr std::align_val_t kLine{64};
-        auto* memory = static_cast<float*>(::operator new(3 * stride * sizeof(float), kLine));
+        const Buffer<float> memory(3 * stride);
 #ifdef __AVX512BF16__
         const bool pairs = sizeof(Element) == 2 && !update && a.channels % 64 == 0;
 #else
@@ -205,7 +203,6 @@ void run(const LayerNormArguments& a) {
         if (kStream) {
             streams_end();
         }
-        ::operator delete(memory, kLine);
     });
 }
 

@@ -1,6 +1,7 @@
 #include "cpu/linear_act.h"
 
 #include "cpu/activation.h"
+#include "cpu/buffer.h"
 #include "cpu/few_rows.h"
 #include "cpu/parallel.h"
 
@@ -37,7 +38,7 @@ void run(const LinearActArguments& a) {
     const int max_rows = static_cast<int>(a.rows < kMaxRows ? a.rows : kMaxRows);
     parallel_ranges(a.rows ? blocks : 0, a.threads, [&](std::int64_t begin, std::int64_t end) {
         PackedRows<Step> packed(max_rows, a.in_features);
-        auto* products = new float[max_rows * kColumns];
+        const Buffer<float> products(max_rows * kColumns);
         for (std::int64_t row = 0; row < a.rows; row += max_rows) {
             const int rows = static_cast<int>(a.rows - row < max_rows ? a.rows - row : max_rows);
             packed.fill(x + row * a.x_stride, a.x_stride, rows);
@@ -65,7 +66,6 @@ void run(const LinearActArguments& a) {
                 }
             }
         }
-        delete[] products;
     });
 }
 

@@ -2,10 +2,13 @@
 
 #include <cstdint>
 
+#include "cpu/memory.h"
+
 namespace mplug2_fast {
 
 // Calls `work(begin, end)` on `threads` contiguous parts of [0, count). The OpenMP runtime is the one that torch has
-// loaded, so both share one pool of threads.
+// loaded, so both share one pool of threads. An exception would end the process where it left a parallel region: all
+// that kernels throw is for want of memory, so that is what is thrown after the region.
 template <typename Work>
 inline void parallel_ranges(std::int64_t count, int threads, const Work& work) {
     const std::int64_t parts = threads < count ? threads : count;
@@ -15,9 +18,18 @@ inline void parallel_ranges(std::int64_t count, int threads, const Work& work) {
         }
         return;
     }
+    bool failed = false;
 #pragma omp parallel for schedule(static) num_threads(static_cast<int>(parts))
     for (std::int64_t part = 0; part < parts; ++part) {
-        work(count * part / parts, count * (part + 1) / parts);
+        try {
+            work(count * part / parts, count * (part + 1) / parts);
+        } catch (...) {
+#pragma omp atomic write
+            failed = true;
+        }
+    }
+    if (failed) {
+        fail_for_memory();
     }
 }
 

@@ -1,5 +1,6 @@
 #include "cpu/step_attention.h"
 
+#include "cpu/buffer.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
@@ -43,8 +44,8 @@ template <typename Element>
 void run(const StepAttentionArguments& a) {
     const std::int64_t tokens = a.step + 1;
     parallel_ranges(a.rows * a.heads, a.threads, [&](std::int64_t begin, std::int64_t end) {
-        auto* scores = new float[tokens + kLanes];
-        auto* rows = new std::int64_t[tokens];
+        const Buffer<float> scores(tokens + kLanes);
+        const Buffer<std::int64_t> rows(tokens);
         for (std::int64_t pair = begin; pair < end; ++pair) {
             const std::int64_t row = pair / a.heads, head = pair % a.heads;
             const auto* q = static_cast<const Element*>(a.q) + row * a.q_strides[0] + head * a.q_strides[1];
@@ -62,7 +63,9 @@ void run(const StepAttentionArguments& a) {
                 ancestors[a.step * a.ancestors_strides[1]] = static_cast<std::int32_t>(row);
             }
             for (std::int64_t t = 0; t < tokens; ++t) {
-                rows[t] = t < a.step ? ancestors[t * a.ancestors_strides[1]] : row;
+                // Checked before; again, because what is written here may share the table's memory.
+                const std::int64_t origin = t < a.step ? ancestors[t * a.ancestors_strides[1]] : row;
+                rows[t] = origin >= 0 && origin < a.rows ? origin : row;
                 const Element* key = keys + rows[t] * a.keys_strides[0] + t * a.keys_strides[2];
                 scores[t] = dot(q, key, a.head_dim) * a.scale;
             }
@@ -78,8 +81,6 @@ void run(const StepAttentionArguments& a) {
                 count == kLanes ? store(out + c, sums * factor) : store_first(out + c, sums * factor, count);
             }
         }
-        delete[] scores;
-        delete[] rows;
     });
 }
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mplug2_fast.ops.attention import attention_with_dropout
+from mplug2_fast.ops.dispatch import autocast_dtype
 from mplug2_fast.ops.linear_act import linear_act
 from mplug2_fast.ops.residual import linear_residual
 
@@ -81,12 +82,13 @@ def _as_batch(x: Tensor, axes: int) -> Tensor:
     return x[None] if leading == 0 else x.flatten(0, leading - 1)
 
 
-def without_padding(x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-    """x `(..., tokens, channels)` with zeros for padding where gradients may be asked for: those of weights and norms
-    multiply what the padding holds by zero, and zero times NaN is NaN."""
+def calm_padding(x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+    """x `(..., tokens, channels)`, where gradients may be asked for with zeros for numbers of the padding that would
+    overflow: gradients of weights, norms and keys multiply them by zero, which gives NaN."""
     if key_padding_mask is None or key_padding_mask.shape != x.shape[:-1] or not torch.is_grad_enabled():
         return x
-    return x.masked_fill(~key_padding_mask[..., None].bool(), 0)
+    limit = torch.finfo(autocast_dtype(x) or x.dtype).max ** 0.75
+    return x.masked_fill(~(key_padding_mask[..., None].bool() | (x.abs() < limit)), 0)
 
 
 class _FusedAttention(MultiHeadAttention):
@@ -137,7 +139,7 @@ class SelfAttention(_FusedAttention):
         """x and result `(..., tokens, embed_dim)`, any leading axes or none; key_padding_mask `(..., tokens)`, nonzero
         for tokens; causal lets a token see itself and those before it; residual, of x's shape, is added to the
         result."""
-        qkv = self.project(without_padding(x, key_padding_mask))
+        qkv = self.project(calm_padding(x, key_padding_mask))
         return self.attend_heads(*qkv, key_padding_mask=key_padding_mask, causal=causal, residual=residual)
 
 
@@ -190,5 +192,5 @@ class CrossAttention(_FusedAttention):
         residual: Tensor | None = None,
     ) -> Tensor:
         """`forward` with the result of `project_query` in place of x."""
-        key, value = self.project_memory(without_padding(memory, key_padding_mask))
+        key, value = self.project_memory(calm_padding(memory, key_padding_mask))
         return self.attend_heads(query, key, value, key_padding_mask=key_padding_mask, residual=residual)

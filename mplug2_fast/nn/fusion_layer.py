@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from mplug2_fast.nn.attention import MultiHeadAttention, without_padding
+from mplug2_fast.nn.attention import MultiHeadAttention, calm_padding
 from mplug2_fast.nn.layer_norm import LayerNorm
 from mplug2_fast.nn.mlp import feed_forward
 from mplug2_fast.nn.post_norm import PostNormLayer
@@ -61,14 +61,14 @@ class BertAttention(MultiHeadAttention):
         residual: Tensor | None = None,
     ) -> Tensor:
         """As `SelfAttention`: x `(..., tokens, dim)`."""
-        qkv = self.project(without_padding(x, key_padding_mask))
+        qkv = self.project(calm_padding(x, key_padding_mask))
         return self.attend_heads(*qkv, key_padding_mask=key_padding_mask, causal=causal, residual=residual)
 
     def attend(
         self, query: Tensor, memory: Tensor, *, key_padding_mask: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
         """As `CrossAttention.attend`: query from `project_query`, memory `(..., keys, dim)`."""
-        key, value = self.project_memory(without_padding(memory, key_padding_mask))
+        key, value = self.project_memory(calm_padding(memory, key_padding_mask))
         return self.attend_heads(query, key, value, key_padding_mask=key_padding_mask, residual=residual)
 
 

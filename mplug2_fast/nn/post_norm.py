@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mplug2_fast.nn.attention import MultiHeadAttention, without_padding
+from mplug2_fast.nn.attention import MultiHeadAttention, calm_padding
 from mplug2_fast.nn.layer_norm import LayerNorm
 
 
@@ -39,7 +39,7 @@ class PostNormLayer(nn.Module):
 
     def attend_self(self, x: Tensor, *, key_padding_mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """The self-attention step of x `(..., tokens, hidden)`."""
-        x = without_padding(x, key_padding_mask)
+        x = calm_padding(x, key_padding_mask)
         return self.add_norm(
             self.attention_norm,
             x,

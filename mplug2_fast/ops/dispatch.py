@@ -516,7 +516,7 @@ class Op:
             needs = [ctx.needs_input_grad[index] for index in self._wanted]
             wanted = list(grads[: self._results])
             # With create_graph, or of many gradients at once, the gradients are to be differentiated or batched.
-            if torch.is_grad_enabled() or formula.is_needed([grad for grad in wanted if grad is not None]):
+            if torch.is_grad_enabled() or formula.are_followed(wanted):
                 found = iter(self._differentiated(wanted, values, needs))
             else:
                 found = iter(self._backward_op(wanted, *values, needs, list(tensors) or None))

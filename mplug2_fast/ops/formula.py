@@ -17,6 +17,7 @@ BACKENDS = frozenset(("torch", "reference"))
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _transforms, _tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 
 
@@ -38,6 +39,12 @@ def reason(tensors: Sequence[Tensor]) -> str | None:
     if (found := _subclass(tensors)) is not None:
         return f"a tensor is a {found.__name__}, which PyTorch's own operators know"
     return None
+
+
+def are_followed(grads: Sequence[Tensor | None]) -> bool:
+    """Whether gradients of many results at once, `is_grads_batched`, or a transform pass through a backward."""
+    given = [grad for grad in grads if grad is not None]
+    return is_needed(given) or any(map(_is_batched, given))
 
 
 def is_tracing() -> bool:

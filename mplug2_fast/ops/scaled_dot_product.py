@@ -52,7 +52,7 @@ class _Flash(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask, out, logsum = ctx.saved_tensors
-        if not (torch.is_grad_enabled() or formula.is_needed([grad])):
+        if not (torch.is_grad_enabled() or formula.are_followed([grad])):
             return *_flash_backward(grad, query, key, value, out, logsum, 0.0, ctx.causal, attn_mask=mask), None, None
         with torch.enable_grad():
             leaves = [t.view_as(t) for t in (query, key, value)]
