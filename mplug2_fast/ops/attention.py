@@ -245,7 +245,7 @@ def flops(query: Tensor, key: Tensor, causal: bool = False, **_: Any) -> int:
 
 def products(scores: int) -> list[Product]:
     """Those of queries and keys, which the backward computes again, and of weights and values."""
-    of_scores = (2 * scores, ["query"], ["key"])
+    of_scores = (2 * scores, ["query"], ["key"], ["query", "key", "value"])
     return [of_scores, (2 * scores, ["query", "key"], ["value"])]
 
 

@@ -26,7 +26,7 @@ def add(op: Op) -> None:
         needs = given[len(names)]
         needed = {name for name, need in zip(op.spec.differentiable, needs, strict=True) if need}
         made = products(**dict(zip(names, given[: len(names)], strict=True)))
-        return sum(flops * len([sides for sides in both if needed.intersection(sides)]) for flops, *both in made)
+        return sum(flops * len([sides for sides in every if needed.intersection(sides)]) for flops, *every in made)
 
     packets = torch.ops.mplug2_fast
     _FORMULAS[getattr(packets, op.name)] = forward

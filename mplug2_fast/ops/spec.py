@@ -11,8 +11,9 @@ from torch import Tensor
 
 Sizes = Mapping[str, Any]
 """The numbers and switches from which inputs are made; the same names as the arguments of `Spec.make`."""
-Product = tuple[int, Sequence[str], Sequence[str]]
-"""FLOPs of a product, and the arguments that its left and its right side depend on."""
+Product = tuple[Any, ...]
+"""FLOPs of a product, then the arguments that each of its sides depends on. A backward multiplies once for each side
+that leads to a gradient; a product that it computes again has one side more."""
 
 # What summation order and rounding of the result alone may cost, relative to the result's norm.
 NOISE_FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 4.9e-4, torch.float64: 1e-12}
@@ -30,8 +31,8 @@ class Spec:
         awkward: sizes that kernels get wrong.
         models: preset ("base", "large") -> the sizes at which the model calls it, batch 1.
         flops: needed floating-point operations, from the arguments; one multiply-add is 2.
-        products: from the arguments, the products that PyTorch's FLOP counter counts of plain modules: FLOPs, and the
-            differentiable arguments that its left and its right side depend on.
+        products: from the arguments, the products that PyTorch's FLOP counter counts of plain modules: FLOPs and the
+            differentiable arguments behind them.
         differentiable: arguments that gradients are asked for.
         kept: float arguments that are float32 whatever the dtype of the others.
         exact: whether all backends must give the same values.
