@@ -14,6 +14,9 @@ import mplug2_fast as mf
 from mplug2_fast.errors import ConfigError
 from mplug2_fast.ray import Answers, Captions
 from tests.bulk.files import write_clip
+from tests.bulk.test_run import deaths
+
+__all__ = ["deaths"]  # a fixture
 
 OPTIONS = {"num_beams": 2, "max_length": 6}
 
@@ -52,6 +55,12 @@ def test_captions(paths: list[str]) -> None:
         rows += rows_of(step({"path": np.array(batch, dtype=object), "more": np.arange(len(batch))}))
     assert [row["more"] for row in rows] == [0, 1, 2, 0, 1]
     check_captions(rows, paths)
+
+
+def test_a_file_whose_decoder_died_is_tried_once_more(paths: list[str], deaths: dict[str, int]) -> None:
+    deaths |= {paths[0]: 1, paths[1]: 2}
+    rows = rows_of(Captions(device="cpu", **OPTIONS)({"path": np.array(paths[:2], dtype=object)}))
+    assert [row["error"] for row in rows] == [None, "its decoder died (SIGKILL, as when memory runs out)"]
 
 
 def test_answers(paths: list[str]) -> None:

@@ -51,7 +51,7 @@ class Ranks:
 
     def __enter__(self) -> Self:
         if self.size > 1:
-            with _talking() as distributed:
+            with _talking("the programs of this run do not find one another") as distributed:
                 options = {"rank": self.rank, "world_size": self.size}
                 distributed.init_process_group("gloo", timeout=_START_PATIENCE, **options)
                 self._group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
@@ -112,14 +112,12 @@ def _number(environment: Any, name: str, least: int, most: int | None = None) ->
 
 
 @contextmanager
-def _talking() -> Iterator[Any]:
-    """torch.distributed; what it raises when another program is gone becomes one line."""
+def _talking(problem: str = "another program of this run is gone") -> Iterator[Any]:
+    """torch.distributed; what it raises when there is a problem with another program becomes one line."""
     import torch.distributed
 
     try:
         yield torch.distributed
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
-        raise MPlug2Error(
-            f"another program of this run is gone ({reason}): the same command, started again, goes on"
-        ) from error
+        raise MPlug2Error(f"{problem} ({reason}): the same command, started again, goes on") from error
