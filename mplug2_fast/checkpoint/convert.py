@@ -155,9 +155,15 @@ def _file_order(described: Mapping[str, tuple[torch.dtype, Shape]]) -> dict[str,
 
 
 def _require_free(dst: Path) -> None:
-    if dst.is_dir() and any(dst.iterdir()):
+    try:
+        is_there, is_folder = dst.exists(), dst.is_dir()
+        is_full = is_folder and any(dst.iterdir())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{dst}: the checkpoint cannot be written there: {reason}") from error
+    if is_full:
         raise CheckpointError(f"{dst}: the directory is not empty, and nothing in it is overwritten; choose a new one")
-    if dst.exists() and not dst.is_dir():
+    if is_there and not is_folder:
         raise CheckpointError(f"{dst}: there is a file of that name; choose a new directory")
 
 
