@@ -35,8 +35,8 @@ def beam_search(
     Yields after each of up to max_length steps whether all videos are done, one bool on the device, and the hypotheses
     so far, which further steps change no more once all are done.
     """
-    batch, device = memory.keys[0].shape[0], memory.keys[0].device
-    cache = decoder.new_cache(batch, num_beams, max_length)
+    batch, device = memory.states.shape[0], memory.states.device
+    cache = decoder.new_cache(batch, num_beams, max_length, device)
     first_rows = torch.arange(batch, device=device)[:, None] * num_beams
 
     sequences = torch.full((batch, num_beams, max_length + 1), -1, dtype=torch.long, device=device)

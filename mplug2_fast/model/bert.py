@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from mplug2_fast.config import TextConfig
 from mplug2_fast.nn import MLP, CrossAttention, LayerNorm, SelfAttention
+from mplug2_fast.nn.parts import PLAIN, plain
 from mplug2_fast.nn.post_norm import PostNormLayer
+from mplug2_fast.nn.unchanged import Kinds
 
 
 def _embedding(rows: int, dim: int) -> nn.Embedding:
@@ -24,14 +26,17 @@ class BertEmbeddings(nn.Module):
         self.norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """input_ids `(..., tokens)`, at positions from 0 on, to `(..., tokens, hidden)`."""
-        constant = self.position.weight[: input_ids.shape[-1]] + self.token_type.weight[0]
-        return self.dropout(self.norm(self.word(input_ids) + constant))
+    def forward(self, input_ids: Tensor, start: int = 0) -> Tensor:
+        """input_ids `(..., tokens)`, at positions from `start` on, to `(..., tokens, hidden)`."""
+        return self.dropout(self.norm(self.sums(input_ids, start)))
 
     def sums(self, input_ids: Tensor, start: int) -> Tensor:
-        """input_ids of any shape, all at position `start`, to `(..., hidden)`, before the norm."""
-        return self.word(input_ids) + (self.position.weight[start] + self.token_type.weight[0])
+        """As `forward`, before the norm."""
+        end = start + input_ids.shape[-1]
+        if plain(self.position, self.token_type):
+            return self.word(input_ids) + (self.position.weight[start:end] + self.token_type.weight[0])
+        positions = torch.arange(start, end, device=input_ids.device)
+        return self.word(input_ids) + (self.position(positions) + self.token_type(torch.zeros_like(input_ids)))
 
 
 class BertLayer(PostNormLayer):
@@ -49,3 +54,7 @@ class BertLayer(PostNormLayer):
             self.cross_norm = LayerNorm(dim, eps=eps)
         self.mlp = MLP(dim, config.intermediate_size, "gelu")
         self.mlp_norm = LayerNorm(dim, eps=eps)
+
+
+BERT_KINDS: Kinds = PLAIN | {BertEmbeddings, BertLayer, SelfAttention, CrossAttention, MLP}
+"""The classes of all modules in a text encoder."""

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mplug2_fast.config import TextConfig
-from mplug2_fast.model.bert import BertEmbeddings, BertLayer
+from mplug2_fast.model.bert import BERT_KINDS, BertEmbeddings, BertLayer
+from mplug2_fast.nn.unchanged import unchanged
 
 
 class UniversalLayers(nn.Module):
@@ -20,12 +21,24 @@ class UniversalLayers(nn.Module):
 
     def forward(self, visual: Tensor) -> Tensor:
         """Visual tokens `(B, S, D)` to `(B, S, D)`."""
-        # Until they meet the video the latents are the same for all videos: that part is done once, not once a video.
         first, batch = self.first, visual.shape[0]
+        if not self._shares_latents():
+            latents = first(self.latents.expand(batch, -1, -1), memory=visual)
+            return self.last(visual, memory=latents)
+        # Until they meet the video the latents are the same for all videos: that part is done once, not once a video.
         latents = first.attend_self(self.latents[None])
         query = first.cross.project_query(latents).expand(batch, -1, -1, -1)
         latents = first.attend_cross(latents.expand(batch, -1, -1), visual, query=query)
         return self.last(visual, memory=first.feed_forward(latents))
+
+    def _shares_latents(self) -> bool:
+        """Whether all that the latents go through before they meet the video is ours and unchanged."""
+        first = self.first
+        return (
+            unchanged(BERT_KINDS, first)
+            and unchanged(BERT_KINDS, first.attention, first.attention_norm, first.dropout, first.cross)
+            and unchanged(BERT_KINDS, first.attention.out_proj, first.attention.dropout)
+        )
 
 
 class TextEncoder(nn.Module):
@@ -51,15 +64,14 @@ class FusionEncoder(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            [BertLayer(config, cross_attention=not config.connected(n)) for n in range(config.fusion_layers)]
-        )
+        self._connected = [config.connected(n) for n in range(config.fusion_layers)]
+        self.layers = nn.ModuleList([BertLayer(config, cross_attention=not connected) for connected in self._connected])
 
     def forward(self, text: Tensor, text_mask: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
         """text `(B, tokens, D)`, its mask `(B, tokens)`, visual `(B, S, D)`, all of it seen. Returns (visual, text)."""
         split = visual.shape[1]
-        for layer in self.layers:
-            if layer.cross is None:
+        for layer, connected in zip(self.layers, self._connected, strict=True):
+            if connected:
                 both_mask = torch.cat([text_mask.new_ones(visual.shape[:2]), text_mask], dim=1)
                 both = layer(torch.cat([visual, text], dim=1), key_padding_mask=both_mask)
                 visual, text = visual + both[:, :split], both[:, split:]

@@ -17,13 +17,17 @@ from mplug2_fast.model.encoders import FusionEncoder, TextEncoder, UniversalLaye
 from mplug2_fast.model.programs import Programs
 from mplug2_fast.model.vision import VisionTransformer
 from mplug2_fast.modes import in_eval_mode
-from mplug2_fast.nn import LayerNorm, LocalTemporal, SelfAttention
+from mplug2_fast.nn import MLP, LayerNorm, LocalTemporal, SelfAttention
+from mplug2_fast.nn.layer_norm import norm_of_sum
+from mplug2_fast.nn.parts import linear, plain
 from mplug2_fast.ops import pack_weight, unpack_weight
-from mplug2_fast.ops.linear_act import linear_act
 from mplug2_fast.outputs import GenerationOutput
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+BEFORE_LAST = slice(None, -1)
+"""The positions of a sequence that predict another token of it."""
 
 
 class _MPlug2(nn.Module):
@@ -89,12 +93,15 @@ class _MPlug2(nn.Module):
         """The vision encoder's weights: five sixths of the products are theirs, with all visual tokens at once."""
         yield self.visual.patch_weight
         for module in self.visual.modules():
-            if isinstance(module, nn.Linear):
-                yield module.weight
-            elif isinstance(module, SelfAttention):
+            layers: tuple[nn.Module, ...] = ()
+            if isinstance(module, SelfAttention):
                 yield module.in_proj_weight
+                layers = (module.out_proj,)
+            elif isinstance(module, MLP):
+                layers = (module.c_fc, module.c_proj)
             elif isinstance(module, LocalTemporal):
-                yield from (module.down_proj.weight, module.up_proj.weight)
+                layers = (module.down_proj, module.up_proj)
+            yield from (layer.weight for layer in layers if plain(layer))
 
     def pack(self) -> Self:
         """Keeps copies of the vision encoder's weights in the layout of the CPU's matrix products, for inference.
@@ -144,13 +151,12 @@ class _MPlug2(nn.Module):
     def _visual(self, video: Tensor) -> Tensor:
         x = self.visual(video)
         if self.visual_projection is not None:
-            x = linear_act(x, self.visual_projection.weight, self.visual_projection.bias)
-            x = self.dropout(self.visual_projection_norm(x))
+            x = self.dropout(self.visual_projection_norm(linear(self.visual_projection, x)))
         return x
 
     def _image_embeds(self, video: Tensor) -> Tensor:
         x = self._visual(video)
-        return self.dropout(self.visual_norm.add(x, self.universal(x)))
+        return self.dropout(norm_of_sum(self.visual_norm, x, self.universal(x)))
 
     def _embeds(self, video: Tensor | None, image_embeds: Tensor | None) -> Tensor:
         if (video is None) == (image_embeds is None):
@@ -228,9 +234,9 @@ class MPlug2ForCaptioning(_MPlug2):
             caption_ids, caption_mask: `(B, tokens)`; from [CLS] on, mask 1 for tokens and 0 for padding.
         """
         memory = self.decoder.remember(self._embeds(video, image_embeds))
-        hidden = self.decoder(caption_ids[:, None], caption_mask[:, None], memory)[:, 0, :-1]
+        logits = self.decoder(caption_ids[:, None], caption_mask[:, None], memory, positions=BEFORE_LAST)[:, 0]
         labels = shifted_labels(caption_ids, self.config.generation.prompt_tokens)
-        return F.cross_entropy(self.decoder.logits(hidden).flatten(0, 1).float(), labels.flatten())
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
     @torch.no_grad()
     @in_eval_mode
@@ -309,8 +315,8 @@ class MPlug2ForQuestionAnswering(_MPlug2):
             raise ValueError(f"answers_per_question sums to {owner.shape[0]}, there are {answer_ids.shape[0]} answers")
         if answer_ids.shape[0] != batch:
             memory = memory.select(owner)
-        hidden = self.decoder(answer_ids[:, None], answer_mask[:, None], memory)[:, 0, :-1]
-        logits = self.decoder.logits(hidden).transpose(1, 2).float()
+        logits = self.decoder(answer_ids[:, None], answer_mask[:, None], memory, positions=BEFORE_LAST)[:, 0]
+        logits = logits.transpose(1, 2).float()
         losses = F.cross_entropy(logits, shifted_labels(answer_ids), reduction="none").sum(dim=1)
         return (losses * answer_weights).sum() / batch
 
@@ -362,12 +368,11 @@ class MPlug2ForQuestionAnswering(_MPlug2):
             raise ValueError(f"k must be from 1 to the number of answers {answer_ids.shape[0]}, got {k}")
         memory = self._remember(video, question_ids, question_mask, image_embeds)
         start = question_ids.new_full((question_ids.shape[0], 1, 1), CLS_TOKEN_ID)
-        first = self.decoder.logits(self.decoder(start, torch.ones_like(start), memory)[:, 0, 0])
+        first = self.decoder(start, torch.ones_like(start), memory)[:, 0, 0]
         top_probs, top = first.float().softmax(dim=-1)[:, answer_ids[:, 1]].topk(k, dim=-1)
 
         ids = answer_ids[top]  # (B, k, tokens): the candidates of a video share its memory
-        hidden = self.decoder(ids, answer_mask[top], memory)[:, :, :-1]
-        logits = self.decoder.logits(hidden).float().permute(0, 3, 1, 2)
+        logits = self.decoder(ids, answer_mask[top], memory, positions=BEFORE_LAST).float().permute(0, 3, 1, 2)
         nll = F.cross_entropy(logits, shifted_labels(ids), reduction="none").sum(dim=-1)
         probs, order = (top_probs.log() - nll).softmax(dim=-1).sort(dim=-1, descending=True)
         return top.gather(1, order), probs

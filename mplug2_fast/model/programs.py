@@ -8,7 +8,8 @@ A program that is called a second time with tensors of the same shapes is captur
 replayed on copies of its inputs. Graphs read weights at their addresses, so that writing to a weight counts at once;
 what is computed from weights alone, such as the latents before they meet a video, is part of the graph. Where a weight
 has moved or has another layout, or a module was exchanged, the program is captured anew. Nothing is captured where
-somebody wants to see every operation, as with hooks, gradients or modes of PyTorch's dispatcher.
+somebody wants to see every operation, as with hooks, modules of other packages, gradients or modes of PyTorch's
+dispatcher.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
+from mplug2_fast.nn.unchanged import TENSORS
 from mplug2_fast.ops import dispatch
 
 Program = Callable[..., Iterator[tuple[Tensor | None, tuple[Tensor, ...]]]]
@@ -97,14 +100,15 @@ class Programs:
             return None
         self._captured.move_to_end(key)
         captured = self._captured[key]
+        if captured is not None and not captured.weights.unmoved():
+            self._captured[key] = captured = None
         weights = Weights(model) if captured is None else captured.weights
-        if weights.hooked():
+        if weights.watched():
             return None
-        if captured is None or not weights.unmoved():
-            self._captured[key] = None
+        if captured is None:
             self._make_room()
             try:
-                captured = Captured(Weights(model), program, inputs, parts)
+                captured = Captured(weights, program, inputs, parts)
             except RuntimeError as error:
                 self.graphs = False
                 warnings.warn(
@@ -199,22 +203,33 @@ class Captured:
 
 class Weights:
     """Where a model's parameters and buffers are in memory and how they are laid out there, what its modules are, and
-    whether they have hooks. Values do not count: graphs read them at each replay."""
+    whether their calls must be seen. Values do not count: graphs read them at each replay."""
 
     def __init__(self, model: nn.Module) -> None:
-        modules = list(model.modules())
-        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._children = [(module._modules, tuple(module._modules.values())) for module in modules if module._modules]
+        self._modules = list(model.modules())
+        owns = [vars(module) for module in self._modules]
+        self._hooks = [own[hooks] for own in owns for hooks in _HOOKS]
+        self._children = [
+            (module._modules, tuple(module._modules.values())) for module in self._modules if module._modules
+        ]
         self._tensors = [
             (tensors, name, _layout(tensor))
-            for module in modules
+            for module in self._modules
             for tensors in (module._parameters, module._buffers)
             for name, tensor in tensors.items()
             if tensor is not None
         ]
 
-    def hooked(self) -> bool:
-        return any(self._hooks)
+    def watched(self) -> bool:
+        """Whether somebody's code runs when a module is called, which a graph would leave out: hooks, a forward of an
+        instance or of another package's class, tensors that are subclasses."""
+        return (
+            _has_any_global_hook()
+            or any(self._hooks)
+            or any("forward" in vars(module) for module in self._modules)
+            or not all(map(_is_known, set(map(type, self._modules[1:]))))
+            or any(layout is None for _, _, layout in self._tensors)
+        )
 
     def unmoved(self) -> bool:
         # Tuples of modules are compared by identity, for that is how modules compare.
@@ -224,8 +239,17 @@ class Weights:
         )
 
 
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _is_known(kind: type[nn.Module]) -> bool:
+    """Whether the class computes by a forward of PyTorch's layers or of this package."""
+    return kind.forward.__module__.startswith(("torch.nn.modules.", "mplug2_fast."))
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...] | None:
+    """None for a subclass of `Tensor`, which may have several tensors inside."""
+    return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if type(tensor) in TENSORS else None
 
 
 def eagerly(program: Program, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from mplug2_fast.config import VisionConfig
 from mplug2_fast.nn import LayerNorm, TemporalBlock
+from mplug2_fast.nn.layer_norm import norm_of_sum
 from mplug2_fast.ops.linear_act import linear_act
 
 ALIGNED = 64
@@ -78,7 +79,7 @@ class VisionTransformer(nn.Module):
         # The class token is added to where its position is, before a row of zeros.
         embeddings = self.positional_embedding + F.pad(self.class_embedding[None], (0, 0, 0, x.shape[2]))
         x = F.pad(x, (0, 0, 1, 0))
-        x = self.norm_pre.add(x, embeddings.expand_as(x))
+        x = norm_of_sum(self.norm_pre, x, embeddings.expand_as(x))
         for block in self.blocks:
             x = block(x)
         class_token = x[:, :, 0].mean(dim=1, keepdim=True)

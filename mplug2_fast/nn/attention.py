@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mplug2_fast.ops.attention import attention_with_dropout
+from mplug2_fast.nn.parts import add_linear, dropout_rate
+from mplug2_fast.ops.attention import attention_reference, attention_with_dropout, check
 from mplug2_fast.ops.dispatch import autocast_dtype
 from mplug2_fast.ops.linear_act import linear_act
-from mplug2_fast.ops.residual import linear_residual
 
 
 class MultiHeadAttention(nn.Module):
@@ -17,7 +17,7 @@ class MultiHeadAttention(nn.Module):
     A subclass has `out_proj`, a linear layer, and projects.
     """
 
-    out_proj: nn.Linear
+    out_proj: nn.Module
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class MultiHeadAttention(nn.Module):
 
     def project_out(self, context: Tensor, residual: Tensor | None = None) -> Tensor:
         """The output projection of context `(..., embed_dim)`, plus the residual of the same shape."""
-        return linear_residual(context, self.out_proj.weight, self.out_proj.bias, residual)
+        return add_linear(self.out_proj, context, residual)
 
     def attend_heads(
         self,
@@ -45,11 +45,28 @@ class MultiHeadAttention(nn.Module):
         causal: bool = False,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """Attention of projected heads, and the output projection.
+        """Attention of projected heads, and the output projection, plus the residual `(..., q_len, embed_dim)`; the
+        other arguments as for `context_of_heads`.
+
+        Returns `(..., q_len, embed_dim)`.
+        """
+        context = self.context_of_heads(query, key, value, key_padding_mask=key_padding_mask, causal=causal)
+        return self.project_out(context, residual)
+
+    def context_of_heads(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        causal: bool = False,
+    ) -> Tensor:
+        """Attention of projected heads.
 
         Args:
             query: `(..., q_len, num_heads, head_dim)`. key, value: `(..., k_len, num_heads, head_dim)`.
-            key_padding_mask: `(..., k_len)`. residual: `(..., q_len, embed_dim)`. The leading axes are the same.
+            key_padding_mask: `(..., k_len)`. The leading axes are the same.
 
         Returns `(..., q_len, embed_dim)`.
 
@@ -63,15 +80,32 @@ class MultiHeadAttention(nn.Module):
             )
         if key_padding_mask is not None and key_padding_mask.shape != key.shape[:-2]:
             raise ValueError(f"key_padding_mask must be {tuple(key.shape[:-2])}, got {tuple(key_padding_mask.shape)}")
-        context = attention_with_dropout(
+        context = attend(
+            self.dropout,
             _as_batch(query, 3),
             _as_batch(key, 3),
             _as_batch(value, 3),
-            self.dropout.p if self.training else 0.0,
             key_padding_mask=None if key_padding_mask is None else _as_batch(key_padding_mask, 1),
             causal=causal,
         )
-        return self.project_out(context.view(*query.shape[:-2], self.embed_dim), residual)
+        return context.view(*query.shape[:-2], self.embed_dim)
+
+
+def attend(
+    dropout: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    key_padding_mask: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """`mplug2_fast.ops.attention` with a dropout on its weights. One that is not plain is called with all weights."""
+    rate = dropout_rate(dropout)
+    if rate is None:
+        check(query, key, value, key_padding_mask, causal)
+        return attention_reference(query, key, value, key_padding_mask, causal, dropout=dropout)
+    return attention_with_dropout(query, key, value, rate, key_padding_mask=key_padding_mask, causal=causal)
 
 
 def _as_batch(x: Tensor, axes: int) -> Tensor:

@@ -9,70 +9,96 @@ from torch import Tensor, nn
 from mplug2_fast.nn.attention import MultiHeadAttention, calm_padding
 from mplug2_fast.nn.layer_norm import LayerNorm
 from mplug2_fast.nn.mlp import feed_forward
-from mplug2_fast.nn.post_norm import PostNormLayer
-from mplug2_fast.ops.linear_act import linear_act
+from mplug2_fast.nn.parts import add_linear, linear, plain
+from mplug2_fast.nn.post_norm import add_norm
+from mplug2_fast.nn.unchanged import Kinds, unchanged
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class BertAttention(MultiHeadAttention):
-    """Self- or cross-attention under BERT's names: `self.query`, `self.key`, `self.value`, `output.dense`, and the norm
-    after it, `output.LayerNorm`.
+class BertProjections(MultiHeadAttention):
+    """BERT's `attention.self`: queries, keys and values, and the attention of their heads.
 
     Three products in place of one or two, so that it can hold the parameters of an existing model.
     """
 
-    def __init__(self, dim: int, num_heads: int, dropout: float, eps: float) -> None:
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__(dim, num_heads, dropout)
-        self.self = nn.ModuleDict({name: nn.Linear(dim, dim) for name in ("query", "key", "value")})
-        self.output = nn.ModuleDict({"dense": nn.Linear(dim, dim), "LayerNorm": LayerNorm(dim, eps=eps)})
-
-    @property
-    def out_proj(self) -> nn.Linear:
-        return self.output["dense"]
-
-    @property
-    def norm(self) -> LayerNorm:
-        return self.output["LayerNorm"]
-
-    def _project(self, name: str, x: Tensor) -> Tensor:
-        linear = self.self[name]
-        return self.split_heads(linear_act(x, linear.weight, linear.bias))
-
-    def project_query(self, x: Tensor) -> Tensor:
-        """x `(..., dim)` to `(..., num_heads, head_dim)`."""
-        return self._project("query", x)
-
-    def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """memory `(..., dim)` to keys and values, each `(..., num_heads, head_dim)`."""
-        return self._project("key", memory), self._project("value", memory)
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x `(..., dim)` to queries, keys and values, each `(..., num_heads, head_dim)`."""
-        return self.project_query(x), *self.project_memory(x)
+        self.query, self.key, self.value = (nn.Linear(dim, dim) for _ in range(3))
 
     def forward(
         self,
         x: Tensor,
+        memory: Tensor | None = None,
         *,
         key_padding_mask: Tensor | None = None,
         causal: bool = False,
-        residual: Tensor | None = None,
     ) -> Tensor:
-        """As `SelfAttention`: x `(..., tokens, dim)`."""
-        qkv = self.project(calm_padding(x, key_padding_mask))
-        return self.attend_heads(*qkv, key_padding_mask=key_padding_mask, causal=causal, residual=residual)
+        """Attention of x `(..., tokens, dim)` to itself or to memory `(..., keys, dim)`, before the output
+        projection."""
+        if memory is None:
+            x = memory = calm_padding(x, key_padding_mask)
+        else:
+            memory = calm_padding(memory, key_padding_mask)
+        heads = (
+            self.split_heads(linear(layer, states))
+            for layer, states in ((self.query, x), (self.key, memory), (self.value, memory))
+        )
+        return self.context_of_heads(*heads, key_padding_mask=key_padding_mask, causal=causal)
 
-    def attend(
-        self, query: Tensor, memory: Tensor, *, key_padding_mask: Tensor | None = None, residual: Tensor | None = None
+
+class BertOutput(nn.Module):
+    """BERT's `output`: a linear layer, dropout, the residual and the norm."""
+
+    def __init__(self, inputs: int, dim: int, dropout: float, eps: float) -> None:
+        super().__init__()
+        self.dense = nn.Linear(inputs, dim)
+        self.LayerNorm = LayerNorm(dim, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden: Tensor, x: Tensor) -> Tensor:
+        """hidden `(..., inputs)`; residual x and result `(..., dim)`."""
+        return add_norm(self.LayerNorm, self.dropout, x, lambda residual: add_linear(self.dense, hidden, residual))
+
+
+class BertIntermediate(nn.Module):
+    """BERT's `intermediate`: a linear layer and the erf GELU."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(dim, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `(..., dim)` to `(..., hidden)`."""
+        return linear(self.dense, x, "gelu")
+
+
+class BertAttention(nn.Module):
+    """BERT's `attention` and `crossattention`, with the residual and the norm."""
+
+    def __init__(self, dim: int, num_heads: int, attention_dropout: float, hidden_dropout: float, eps: float) -> None:
+        super().__init__()
+        self.self = BertProjections(dim, num_heads, attention_dropout)
+        self.output = BertOutput(dim, dim, hidden_dropout, eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        causal: bool = False,
     ) -> Tensor:
-        """As `CrossAttention.attend`: query from `project_query`, memory `(..., keys, dim)`."""
-        key, value = self.project_memory(calm_padding(memory, key_padding_mask))
-        return self.attend_heads(query, key, value, key_padding_mask=key_padding_mask, residual=residual)
+        """x and result `(..., tokens, dim)`; attention to x itself, or to memory `(..., keys, dim)`."""
+        given = (x,) if memory is None else (x, memory)
+        return self.output(self.self(*given, key_padding_mask=key_padding_mask, causal=causal), x)
 
 
-class FusionLayer(PostNormLayer):
+_FFN: Kinds = frozenset((BertIntermediate, BertOutput))
+
+
+class FusionLayer(nn.Module):
     """A layer of mPLUG-2's text, fusion and universal encoders and of its decoder, which is BERT's.
 
     Replaces the released `BertLayer`, `FusionLayer` and their like, and that of other BERT code: the same state dict.
@@ -102,17 +128,17 @@ class FusionLayer(PostNormLayer):
         cross_attention: bool = True,
     ) -> None:
         super().__init__()
-        attention = (hidden_size, num_attention_heads, attention_probs_dropout_prob, layer_norm_eps)
-        self.dropout = nn.Dropout(hidden_dropout_prob)
+        attention = (
+            hidden_size,
+            num_attention_heads,
+            attention_probs_dropout_prob,
+            hidden_dropout_prob,
+            layer_norm_eps,
+        )
         self.attention = BertAttention(*attention)
         self.crossattention = BertAttention(*attention) if cross_attention else None
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(hidden_size, intermediate_size)})
-        self.output = nn.ModuleDict(
-            {
-                "dense": nn.Linear(intermediate_size, hidden_size),
-                "LayerNorm": LayerNorm(hidden_size, eps=layer_norm_eps),
-            }
-        )
+        self.intermediate = BertIntermediate(hidden_size, intermediate_size)
+        self.output = BertOutput(intermediate_size, hidden_size, hidden_dropout_prob, layer_norm_eps)
 
     @classmethod
     def from_config(cls, config: Any, *, cross_attention: bool = True) -> Self:
@@ -131,22 +157,33 @@ class FusionLayer(PostNormLayer):
         sizes = {name: getattr(config, name) for name in (*names, *dropouts)}
         return cls(**sizes, cross_attention=cross_attention)
 
-    @property
-    def attention_norm(self) -> LayerNorm:
-        return self.attention.norm
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        causal: bool = False,
+        memory: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+    ) -> Tensor:
+        """x and result `(..., tokens, hidden)`, any leading axes or none; memory `(..., keys, hidden)` with the same
+        leading axes; key_padding_mask `(..., tokens)` and memory_mask `(..., keys)`, nonzero for tokens. Without a
+        memory the cross-attention is passed by.
 
-    @property
-    def cross(self) -> BertAttention | None:
-        return self.crossattention
-
-    @property
-    def cross_norm(self) -> LayerNorm | None:
-        return None if self.crossattention is None else self.crossattention.norm
-
-    @property
-    def mlp_norm(self) -> LayerNorm:
-        return self.output["LayerNorm"]
-
-    def mlp(self, x: Tensor, *, residual: bool = False) -> Tensor:
-        """The products of the FFN, as `MLP`."""
-        return feed_forward(x, self.intermediate["dense"], self.output["dense"], "gelu", residual=residual)
+        Raises:
+            ValueError: shapes that do not go together, or a memory for a layer without cross-attention.
+        """
+        x = self.attention(calm_padding(x, key_padding_mask), key_padding_mask=key_padding_mask, causal=causal)
+        if memory is not None:
+            if self.crossattention is None:
+                raise ValueError("there is a memory, and this layer was built without cross-attention")
+            x = self.crossattention(x, memory, key_padding_mask=memory_mask)
+        intermediate, output = self.intermediate, self.output
+        if not unchanged(_FFN, intermediate, output) or not plain(intermediate.dense, output.dense):
+            return output(intermediate(x), x)
+        return add_norm(
+            output.LayerNorm,
+            output.dropout,
+            x,
+            lambda residual: feed_forward(x, intermediate.dense, output.dense, "gelu", residual=residual is not None),
+        )

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from mplug2_fast.nn.unchanged import unchanged
 from mplug2_fast.ops.add_layer_norm import add_layer_norm
 from mplug2_fast.ops.layer_norm import layer_norm
-from mplug2_fast.ops.linear_act import Activation
-from mplug2_fast.ops.residual import norm_linear_residual
 
 
 class LayerNorm(nn.LayerNorm):
@@ -26,11 +25,14 @@ class LayerNorm(nn.LayerNorm):
 
     def add(self, x: Tensor, update: Tensor) -> Tensor:
         """The norm of x + update, both `(..., dim)`, in one pass."""
-        return add_layer_norm(x, update, self.weight, self.bias, eps=self.eps)
+        return norm_of_sum(self, x, update)
 
-    def then(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation = "none"
-    ) -> tuple[Tensor, Tensor]:
-        """The linear layer of weight `(outputs, dim)` and bias `(outputs,)` and its activation, after the norm, and the
-        norm itself."""
-        return norm_linear_residual(x, self.weight, self.bias, weight, bias, activation, self.eps)
+
+NORMS = frozenset((nn.LayerNorm, LayerNorm))
+
+
+def norm_of_sum(norm: nn.Module, x: Tensor, update: Tensor) -> Tensor:
+    """norm(x + update), in one pass where the norm is an unchanged layer norm."""
+    if not unchanged(NORMS, norm):
+        return norm(x + update)
+    return add_layer_norm(x, update, norm.weight, norm.bias, eps=norm.eps)

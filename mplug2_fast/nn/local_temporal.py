@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mplug2_fast.nn.layer_norm import LayerNorm
+from mplug2_fast.nn.parts import plain
 from mplug2_fast.ops.linear_act import EAGER, Activation
 from mplug2_fast.ops.local_temporal import local_temporal
 from mplug2_fast.ops.residual import would_round
@@ -143,6 +144,7 @@ class LocalTemporal(nn.Module):
         self.ln = None if batched else norm
         self.bn = norm if batched else None
         self.down_proj, self.conv, self.up_proj = down_proj, conv, up_proj
+        self._axes = tuple(layer.weight.dim() - 2 for layer in (down_proj, conv, up_proj))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -190,13 +192,30 @@ class LocalTemporal(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         """x and result: `(batch, frames, tokens, dim)`."""
-        on_batch = self.bn is not None and (self.bn.training or self.bn.running_mean is None)
-        if not on_batch and not (self.residual and would_round(x)):
+        norm = self.bn if self.ln is None else self.ln
+        layers = (self.down_proj, self.conv, self.up_proj)
+        is_plain = plain(*layers) if norm is None else plain(norm, *layers)
+        on_batch = self.bn is not None and is_plain and (self.bn.training or self.bn.running_mean is None)
+        if is_plain and not on_batch and not (self.residual and would_round(x)):
             return self._operator(x, self.class_token, self.residual)
         patches = x[:, :, 1:] if self.class_token else x
-        out = self._operator(self._batch_norm(patches) if on_batch else patches, False, False, folded=not on_batch)
+        if is_plain:
+            out = self._operator(self._batch_norm(patches) if on_batch else patches, False, False, folded=not on_batch)
+        else:
+            out = self._by_layers(patches)
         out = patches + out if self.residual else out
         return torch.cat([x[:, :, :1].to(out.dtype), out], dim=2) if self.class_token else out
+
+    def _by_layers(self, patches: Tensor) -> Tensor:
+        """The update of patches `(batch, frames, patches, dim)`, every layer called as in the modules that it came
+        from."""
+        down, conv, up = self._axes
+        if self.ln is not None:
+            patches = self.ln(patches)
+        elif self.bn is not None:
+            patches = _channels_first(self.bn, patches, 3)
+        inner = _channels_first(self.conv, _channels_first(self.down_proj, patches, down), conv)
+        return _channels_first(self.up_proj, EAGER[self.activation](inner), up)
 
     def _batch_norm(self, patches: Tensor) -> Tensor:
         """The norm by the statistics of this batch, which it keeps."""
@@ -226,6 +245,20 @@ class LocalTemporal(nn.Module):
     def extra_repr(self) -> str:
         settings = ("activation", "class_token", "residual", "layout")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in settings)
+
+
+def _channels_first(layer: nn.Module, x: Tensor, axes: int) -> Tensor:
+    """layer(x) of x `(batch, frames, patches, channels)`, in the order of axes that it takes: `(..., channels)` for a
+    linear layer, which has 0 axes, and `(batch, channels, ...)` for a convolution over 1, 2 or 3. One over 1 sees the
+    frames alone, each patch as a row of the batch."""
+    if axes == 0:
+        return layer(x)
+    if axes == 1:
+        out = layer(x.permute(0, 2, 3, 1).flatten(0, 1))
+        return out.unflatten(0, (x.shape[0], x.shape[2])).permute(0, 3, 1, 2)
+    x = x.permute(0, 3, 1, 2)
+    out = layer(x) if axes == 2 else layer(x[..., None]).squeeze(-1)
+    return out.permute(0, 2, 3, 1)
 
 
 def _folded(bn: nn.modules.batchnorm._BatchNorm, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from mplug2_fast.nn.layer_norm import NORMS
+from mplug2_fast.nn.parts import linear, plain
+from mplug2_fast.nn.unchanged import unchanged
 from mplug2_fast.ops.linear_act import Activation
 from mplug2_fast.ops.mlp import mlp
 from mplug2_fast.ops.residual import would_round
@@ -23,23 +26,26 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(dim, hidden, bias=bias)
         self.c_proj = nn.Linear(hidden, dim, bias=bias)
 
-    def forward(self, x: Tensor, *, norm: nn.LayerNorm | None = None, residual: bool = False) -> Tensor:
+    def forward(self, x: Tensor, *, norm: nn.Module | None = None, residual: bool = False) -> Tensor:
         """x and result `(..., dim)`, x through `norm` first where one is given; `residual` adds x to the result."""
-        if norm is not None and (norm.weight is None or norm.bias is None):
+        if isinstance(norm, nn.LayerNorm) and (norm.weight is None or norm.bias is None):
             raise ValueError("norm must have a weight and a bias: apply another norm before the call")
         return feed_forward(x, self.c_fc, self.c_proj, self.activation, norm=norm, residual=residual)
 
 
 def feed_forward(
     x: Tensor,
-    fc: nn.Linear,
-    proj: nn.Linear,
+    fc: nn.Module,
+    proj: nn.Module,
     activation: Activation,
     *,
-    norm: nn.LayerNorm | None = None,
+    norm: nn.Module | None = None,
     residual: bool = False,
 ) -> Tensor:
     """proj(activation(fc(norm(x)))), plus x where `residual` says so, of x `(..., dim)`."""
+    if not plain(fc, proj) or not (norm is None or unchanged(NORMS, norm)):
+        out = linear(proj, linear(fc, x if norm is None else norm(x), activation))
+        return x + out if residual else out
     outside = residual and would_round(x)
     out = mlp(
         x,

@@ -8,6 +8,10 @@ from mplug2_fast.nn.attention import SelfAttention
 from mplug2_fast.nn.layer_norm import LayerNorm
 from mplug2_fast.nn.local_temporal import LocalTemporal
 from mplug2_fast.nn.mlp import MLP
+from mplug2_fast.nn.unchanged import Kinds, unchanged
+
+_ADDING: Kinds = frozenset((SelfAttention, MLP))
+"""What adds the residual itself."""
 
 
 class TemporalBlock(nn.Module):
@@ -46,6 +50,9 @@ class TemporalBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x and result: `(..., frames, 1 + patches, d_model)`, any leading axes or none."""
         x = x if self.lmhra1 is None else self.lmhra1(x)
-        x = self.attn(self.ln_1(x), residual=x)
+        normed = self.ln_1(x)
+        x = self.attn(normed, residual=x) if unchanged(_ADDING, self.attn) else x + self.attn(normed)
         x = x if self.lmhra2 is None else self.lmhra2(x)
-        return self.mlp(x, norm=self.ln_2, residual=True)
+        if unchanged(_ADDING, self.mlp):
+            return self.mlp(x, norm=self.ln_2, residual=True)
+        return x + self.mlp(self.ln_2(x))

@@ -28,8 +28,9 @@ def attention_reference(
     causal: bool,
     *,
     upcast: bool = False,
+    dropout: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """softmax(query·keyᵀ / √head_dim)·value with the whole matrix of scores."""
+    """softmax(query·keyᵀ / √head_dim)·value with the whole matrix of scores; `dropout` is applied to the softmax."""
     if upcast:
         query, key, value = in_float64(query, key, value)
     mask = _visible(query, key, key_padding_mask, causal)
@@ -40,6 +41,7 @@ def attention_reference(
         weights = scores.softmax(dim=-1)
     else:  # a query that sees no key gets zeros
         weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).masked_fill(~mask, 0)
+    weights = weights if dropout is None else dropout(weights)
     return (weights @ value).transpose(1, 2).flatten(2)
 
 

@@ -48,7 +48,7 @@ def test_teacher_forced_logits(name, library):
         embeds = model.encode_video(case.video)
         if library is mf:
             decoder = model.decoder
-            logits = decoder.logits(decoder(ids[:, None], mask[:, None], decoder.remember(embeds)))[:, 0]
+            logits = decoder(ids[:, None], mask[:, None], decoder.remember(embeds))[:, 0]
         else:
             logits = model.text_decoder(ids, mask, embeds, None)
     assert relative_error(logits, case.expected["teacher_logits"]) < 1e-4

@@ -22,7 +22,7 @@ class Scripted:
         self.table = 8 * torch.randn(VIDEOS, STEPS, WORDS, WORDS, generator=generator)
         self.table[..., SEP_TOKEN_ID] += 12 * torch.rand(VIDEOS, STEPS, 1, generator=generator)
 
-    def new_cache(self, batch, beams, max_length):
+    def new_cache(self, batch, beams, max_length, device):
         return SimpleNamespace(reorder=lambda rows, length: None)
 
     def step(self, tokens, step, cache, memory):
@@ -40,7 +40,7 @@ class Scripted:
 def test_the_released_search(seed, num_beams, min_length, num_return):
     decoder = Scripted(seed)
     options = {"num_beams": num_beams, "min_length": min_length, "max_length": STEPS}
-    memory = Memory([torch.zeros(VIDEOS, 1, 1, 1)], [torch.zeros(VIDEOS, 1, 1, 1)], None)
+    memory = Memory(torch.zeros(VIDEOS, 1, 1), None, [None], [None])
     out = output(
         next(found for ended, found in beam_search(decoder, memory, num_return=num_return, **options) if ended)
     )

@@ -24,7 +24,7 @@ def test_steps_of_reordered_beams(backend):
         tokens = torch.randint(config.vocab_size, (batch, beams), device=where)
         sequences = torch.cat([sequences, tokens[..., None]], dim=-1)
         with torch.no_grad():
-            expected = decoder.logits(decoder(sequences, torch.ones_like(sequences), memory)[:, :, -1])
+            expected = decoder(sequences, torch.ones_like(sequences), memory)[:, :, -1]
             with ops.use_backend(backend) if backend else torch.no_grad():
                 logits = decoder.step(tokens, step, states, memory)
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mplug2_fast.model.programs import Programs, Weights
+from tests.nn.changes import parametrisation, subclass, wrapper
 
 
 def model():
@@ -59,3 +60,29 @@ def test_copies_keep_the_setting():
     programs.graphs = False
     assert not copy.deepcopy(programs).graphs
     assert not pickle.loads(pickle.dumps(programs)).graphs
+
+
+def test_modules_whose_calls_must_be_seen():
+    assert not Weights(model()).watched()
+    for change in (
+        lambda m: m[0].register_forward_hook(print),
+        lambda m: m[0].register_forward_pre_hook(print, with_kwargs=True),
+        lambda m: m[2].register_full_backward_hook(print),
+        lambda m: m[2].register_full_backward_pre_hook(print),
+        lambda m: setattr(m[0], "forward", m[0].forward),
+        lambda m: subclass(m, "2.0", []),
+        lambda m: parametrisation(m, "0", []),
+        lambda m: wrapper(m, "0", []),
+    ):
+        module = model()
+        known = Weights(module)
+        change(module)
+        assert (Weights(module) if not known.unmoved() else known).watched()
+
+
+def test_hooks_on_all_modules_are_seen():
+    known = Weights(model())
+    handle = torch.nn.modules.module.register_module_forward_hook(print)
+    assert known.watched()
+    handle.remove()
+    assert not known.watched()

@@ -49,7 +49,7 @@ def test_the_last_token_of_the_prompt_is_learned(prompt, ignored):
         with torch.no_grad():
             if isinstance(model, mf.MPlug2ForCaptioning):
                 memory = model.decoder.remember(model.encode_video(video))
-                logits = model.decoder.logits(model.decoder(ids[:, None], mask[:, None], memory))[:, 0]
+                logits = model.decoder(ids[:, None], mask[:, None], memory)[:, 0]
             else:
                 logits = model.text_decoder(ids, mask, model.encode_video(video), None)
             log_probs = logits[:, :-1].log_softmax(dim=-1).gather(2, ids[:, 1:, None])[:, :, 0]

@@ -108,10 +108,10 @@ def test_fusion_layer_from_a_configuration():
         hidden_act="gelu",
     )
     layer = FusionLayer.from_config(config)
-    assert layer.attention.num_heads == HEADS
-    assert layer.output["LayerNorm"].eps == layer.crossattention.output["LayerNorm"].eps == 1e-3
-    assert layer.dropout.p == 0.25
-    assert layer.attention.dropout.p == layer.crossattention.dropout.p == 0.75
+    assert layer.attention.self.num_heads == HEADS
+    assert layer.output.LayerNorm.eps == layer.crossattention.output.LayerNorm.eps == 1e-3
+    assert layer.output.dropout.p == layer.attention.output.dropout.p == 0.25
+    assert layer.attention.self.dropout.p == layer.crossattention.self.dropout.p == 0.75
     config.hidden_act = "relu"
     with pytest.raises(ValueError, match="hidden_act 'relu'"):
         FusionLayer.from_config(config)

@@ -1,0 +1,50 @@
+"""Layers inside our modules: computed by operators where they are plain, and called where they are not."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from mplug2_fast.nn.layer_norm import NORMS
+from mplug2_fast.nn.unchanged import Kinds, unchanged
+from mplug2_fast.ops.linear_act import EAGER, Activation, linear_act
+from mplug2_fast.ops.residual import linear_residual
+
+PLAIN: Kinds = NORMS | {
+    nn.Linear,
+    NonDynamicallyQuantizableLinear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.Dropout,
+    nn.Embedding,
+}
+_IDENTITY: Kinds = frozenset((nn.Identity,))
+
+plain = functools.partial(unchanged, PLAIN)
+"""Whether every one of these layers is unchanged."""
+
+
+def linear(layer: nn.Module, x: Tensor, activation: Activation = "none") -> Tensor:
+    """The activation of a linear layer of x `(..., in_features)`."""
+    if not plain(layer):
+        return EAGER[activation](layer(x))
+    return linear_act(x, layer.weight, layer.bias, activation)
+
+
+def add_linear(layer: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
+    """A linear layer of x `(..., in_features)`, plus the residual `(..., out_features)` if there is one."""
+    if not plain(layer):
+        return layer(x) if residual is None else residual + layer(x)
+    return linear_residual(x, layer.weight, layer.bias, residual)
+
+
+def dropout_rate(dropout: nn.Module) -> float | None:
+    """The probability with which a dropout drops now, 0 where it passes its input on; None where it must be called."""
+    if plain(dropout):
+        return dropout.p if dropout.training else 0.0
+    return 0.0 if unchanged(_IDENTITY, dropout) else None
