@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mplug2_fast.acceleration import trial
+from mplug2_fast.acceleration import gain, trial
 from mplug2_fast.acceleration.basic import ACTIVATIONS
 from mplug2_fast.acceleration.cache import Call, Record, Values
 from mplug2_fast.acceleration.products import product
@@ -28,6 +28,8 @@ class TextDecoder(Kind):
     Its own code runs as it is.
     """
 
+    runs_original = True
+
     @staticmethod
     def looks_like(module: nn.Module) -> bool:
         if not has(module, "bert", "cls") or not has(module.bert, "encoder", "embeddings"):  # type: ignore[arg-type]
@@ -42,8 +44,6 @@ class TextDecoder(Kind):
     @staticmethod
     def forward(module: Any, state: State, *args: Any, **kwargs: Any) -> Any:
         assert state.session is not None
-        if torch.compiler.is_compiling():
-            return original_forward(module, *args, **kwargs)
         if module.training or torch.is_grad_enabled():
             state.session.drop()
             return original_forward(module, *args, **kwargs)
@@ -86,6 +86,12 @@ class PredictionHead(Kind):
                 if trial.agree(expected, _logits(module, found, x, *rest)):
                     return found
         raise Unsuitable("on a trial input it computes something else than BERT's head")
+
+    @staticmethod
+    def pays(module: Any, state: State, x: Tensor) -> bool:
+        if Call.current(state.session) is not None:  # what earlier calls have computed is not computed again
+            return True
+        return x.is_cuda or gain.of_product(x, module.transform.dense.weight, fused=True)
 
     @staticmethod
     def forward(module: Any, state: State, x: Tensor, *embeddings: Tensor) -> Tensor:
