@@ -199,8 +199,12 @@ class BertAttention(Kind):
         return FoundAttention(signature, forms.pop(), readings)
 
     @staticmethod
-    def pays(module: Any, state: State, x: Tensor) -> bool:
-        return gain.of_product(x, module.self.query.weight)
+    def weight(module: Any) -> Tensor:
+        return module.self.query.weight
+
+    @staticmethod
+    def pays(state: State, x: Tensor) -> bool:
+        return gain.of_product(x, state.size)
 
     @staticmethod
     def forward(module: Any, state: State, *args: Any, **kwargs: Any) -> Any:

@@ -53,7 +53,7 @@ class LayerNorm(Kind):
         return FoundNorm(plain, casts)
 
     @staticmethod
-    def pays(module: Any, state: State, x: Tensor) -> bool:
+    def pays(state: State, x: Tensor) -> bool:
         return gain.of_norm(x)
 
     @staticmethod
@@ -76,7 +76,8 @@ def _torch_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def _is_as_expected(norm: nn.LayerNorm, x: Tensor, halved: bool) -> bool:
-    """Whether a norm does with x in half precision what `FoundNorm` says: with parameters in x's type, or in float32."""
+    """Whether a norm does with x in half precision, and with parameters in that type or in float32, what `FoundNorm`
+    says."""
     given = dict(norm._parameters)
     try:
         if halved:
@@ -102,8 +103,12 @@ class Linear(Kind):
         require_linear(module, "")
 
     @staticmethod
-    def pays(module: Any, state: State, x: Tensor) -> bool:
-        return gain.of_product(x, module.weight)
+    def weight(module: Any) -> Tensor:
+        return module.weight
+
+    @staticmethod
+    def pays(state: State, x: Tensor) -> bool:
+        return gain.of_product(x, state.size)
 
     @staticmethod
     def forward(module: Any, state: State, input: Tensor) -> Tensor:
@@ -122,7 +127,7 @@ class FoundMLP:
 
 
 class MLP(Kind):
-    """Linear layer, QuickGELU or GELU, and linear layer, by `ops.mlp`: a `torch.nn.Sequential` or a class of its own."""
+    """Linear layer, QuickGELU or GELU, and linear layer, by `ops.mlp`; a `torch.nn.Sequential` or another class."""
 
     @staticmethod
     def looks_like(module: nn.Module) -> bool:
@@ -148,8 +153,12 @@ class MLP(Kind):
         raise Unsuitable(f"its activation is none of {', '.join(ACTIVATIONS)}")
 
     @staticmethod
-    def pays(module: Any, state: State, x: Tensor) -> bool:
-        return gain.of_product(x, module._modules[state.found.first].weight, fused=True)
+    def weight(module: Any) -> Tensor:
+        return module._modules[_linear_names(module)[0]].weight
+
+    @staticmethod
+    def pays(state: State, x: Tensor) -> bool:
+        return gain.of_product(x, state.size, fused=True)
 
     @staticmethod
     def forward(module: Any, state: State, *args: Any, **kwargs: Any) -> Tensor:
@@ -233,8 +242,12 @@ class MultiheadAttention(Kind):
         require_attention(module)
 
     @staticmethod
-    def pays(module: Any, state: State, x: Tensor) -> bool:
-        return gain.of_product(x, module.in_proj_weight, fused=True)
+    def weight(module: Any) -> Tensor:
+        return module.in_proj_weight
+
+    @staticmethod
+    def pays(state: State, x: Tensor) -> bool:
+        return gain.of_product(x, state.size, fused=True)
 
     @staticmethod
     def forward(

@@ -66,8 +66,12 @@ class TemporalBlock(Kind):
         return found
 
     @staticmethod
-    def pays(module: Any, state: State, x: Tensor) -> bool:
-        return gain.of_block(x, module.mlp.c_fc.weight)
+    def weight(module: Any) -> Tensor:
+        return module.mlp.c_fc.weight
+
+    @staticmethod
+    def pays(state: State, x: Tensor) -> bool:
+        return gain.of_block(x, state.size)
 
     @staticmethod
     def forward(module: Any, state: State, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

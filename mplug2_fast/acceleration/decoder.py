@@ -88,10 +88,14 @@ class PredictionHead(Kind):
         raise Unsuitable("on a trial input it computes something else than BERT's head")
 
     @staticmethod
-    def pays(module: Any, state: State, x: Tensor) -> bool:
+    def weight(module: Any) -> Tensor:
+        return module.transform.dense.weight
+
+    @staticmethod
+    def pays(state: State, x: Tensor) -> bool:
         if Call.current(state.session) is not None:  # what earlier calls have computed is not computed again
             return True
-        return x.is_cuda or gain.of_product(x, module.transform.dense.weight, fused=True)
+        return x.is_cuda or gain.of_product(x, state.size, fused=True)
 
     @staticmethod
     def forward(module: Any, state: State, x: Tensor, *embeddings: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ sizes for CPUs were measured on a Zen 3, which has no instructions for products 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from mplug2_fast.ops import onednn
@@ -30,19 +32,27 @@ def of_norm(x: Tensor) -> bool:
     return x.numel() >= _CUDA_NORM
 
 
-def of_product(x: Tensor, weight: Tensor, *, fused: bool = False) -> bool:
-    """Of a linear layer. `fused`: with an activation or a residual."""
+class Size(NamedTuple):
+    """Of the largest weight of a module: its outputs, and its elements."""
+
+    outputs: int
+    elements: int
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Size:
+        return cls(weight.shape[0], weight.numel())
+
+
+def of_product(x: Tensor, size: Size, *, fused: bool = False) -> bool:
+    """Of linear layers. `fused`: with an activation or a residual."""
     if x.is_cuda:
         return x.numel() >= (CUDA_ROWS if fused else CUDA_PLAIN_ROWS) * x.shape[-1]
-    size = weight.numel()
-    work = x.numel() * weight.shape[0]
+    work = x.numel() * size.outputs
     if x.element_size() < 4 and not onednn.multiplies(x.dtype):
         return work >= _WIDENED_PRODUCT
-    return size >= _LARGE_WEIGHT or work >= _FLOAT32_PRODUCT
+    return size.elements >= _LARGE_WEIGHT or work >= _FLOAT32_PRODUCT
 
 
-def of_block(x: Tensor, weight: Tensor) -> bool:
-    """Of a vision block with local temporal modules, by the weight of its first linear layer."""
-    if x.is_cuda:
-        return True
-    return of_product(x, weight, fused=True) or x.numel() * weight.shape[0] >= _FLOAT32_BLOCK
+def of_block(x: Tensor, size: Size) -> bool:
+    """Of a vision block with local temporal modules, by the size of its first linear layer."""
+    return x.is_cuda or x.numel() * size.outputs >= _FLOAT32_BLOCK or of_product(x, size, fused=True)

@@ -45,7 +45,6 @@ from mplug2_fast.acceleration.structure import (
 from mplug2_fast.acceleration.swap import Kind, State, Unserved, Unsuitable
 from mplug2_fast.ops.linear_act import Activation
 
-
 MODES = {"norm": ("v_module",), None: ("text", "multimodal")}
 """Modes that implementations have, by their default."""
 
@@ -91,10 +90,14 @@ class BertLayer(Kind):
             return _try_out(module, signature, activation)
 
     @staticmethod
-    def pays(module: Any, state: State, x: Tensor) -> bool:
+    def weight(module: Any) -> Tensor:
+        return module.intermediate.dense.weight
+
+    @staticmethod
+    def pays(state: State, x: Tensor) -> bool:
         if Call.current(state.session) is not None:  # what earlier calls have computed is not computed again
             return True
-        return x.is_cuda or gain.of_product(x, module.intermediate.dense.weight, fused=True)
+        return x.is_cuda or gain.of_product(x, state.size, fused=True)
 
     @staticmethod
     def forward(module: Any, state: State, *args: Any, **kwargs: Any) -> Any:
@@ -175,7 +178,7 @@ def _readings(found: dict[str, set[bool | None]]) -> Readings:
 
 
 def _calls(module: Any, signature: Signature) -> Iterator[tuple[dict[str, Any], tuple[str, str]]]:
-    """Calls by role, and the forms of their masks: all kinds of calls with additive masks, the first also with others."""
+    """Calls by role, and the forms of their masks: all kinds with additive masks, and the first with others too."""
     width = module.attention.self.query.in_features
     other = module.crossattention.self.key.in_features if has(module, "crossattention") else width
     x, memory = trial.random(2, 5, width), trial.random(2, 7, other, seed=1)

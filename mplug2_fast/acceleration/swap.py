@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mplug2_fast.acceleration.cache import Session
-from mplug2_fast.acceleration.gain import NO_GAIN
+from mplug2_fast.acceleration.gain import NO_GAIN, Size
 from mplug2_fast.acceleration.report import Calls
 from mplug2_fast.ops import unpack_weight
 
@@ -68,6 +68,7 @@ class State:
 
     Attributes:
         found: what recognition found out about it; of the kind's own type.
+        size: what decides from which input on it gains.
         session: the caches of the decoder that it belongs to, if it belongs to one.
         parts: the module and all modules inside it that the fast forward does without.
         dropouts: those of the parts that may draw random numbers.
@@ -78,6 +79,7 @@ class State:
     """
 
     found: Any
+    size: Size | None = None
     session: Session | None = None
     parts: tuple[Part, ...] = ()
     dropouts: tuple[nn.Module, ...] = ()
@@ -114,7 +116,12 @@ class Kind:
         raise NotImplementedError
 
     @staticmethod
-    def pays(module: Any, state: State, x: Tensor) -> bool:
+    def weight(module: Any) -> Tensor | None:
+        """The weight whose size decides from which input on the module gains, if it has one."""
+        return None
+
+    @staticmethod
+    def pays(state: Any, x: Tensor) -> bool:
         """Whether `forward` is faster than the original's for a first argument of this size and type."""
         return True
 
@@ -177,7 +184,7 @@ def _forward_of(kind: type[Kind], original: type[nn.Module]) -> Callable[..., An
         if not kind.runs_original and type(x) not in _PLAIN:
             state.calls.left(f"its input is a {type(x).__name__}", state.by_parts)
             return plain(self, *args, **kwargs)
-        if not pays(self, state, x):
+        if not pays(state, x):
             state.calls.left(NO_GAIN, state.by_parts)
             return plain(self, *args, **kwargs)
         reason = _why_not(kind, state, x)
@@ -241,7 +248,8 @@ def swap(module: nn.Module, kind: type[Kind], found: Any, session: Session | Non
         module.__class__ = new
     except TypeError as error:
         raise Unsuitable(f"its class cannot be changed: {error}") from error
-    vars(module)[STATE] = State(found, session)
+    weight = kind.weight(module)
+    vars(module)[STATE] = State(found, None if weight is None else Size.of(weight), session)
     _replace_in_wrapper(module, original.forward, new.forward)
 
 
