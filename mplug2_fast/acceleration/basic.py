@@ -162,12 +162,13 @@ class MLP(Kind):
 
     @staticmethod
     def forward(module: Any, state: State, *args: Any, **kwargs: Any) -> Tensor:
-        if len(args) != 1 or kwargs:
+        given = (*args, *kwargs.values())
+        if len(given) != 1:
             raise Unserved("it was called with arguments that are not known")
         if any(part.training and part.p > 0 for part in state.dropouts):
             raise Unserved("dropout is on")
         found = state.found
-        return run_mlp(args[0], module._modules[found.first], module._modules[found.second], found.activation)
+        return run_mlp(given[0], module._modules[found.first], module._modules[found.second], found.activation)
 
 
 def _linear_names(module: nn.Module) -> tuple[str, ...]:
