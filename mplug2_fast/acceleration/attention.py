@@ -203,6 +203,10 @@ class BertAttention(Kind):
         return module.self.query.weight
 
     @staticmethod
+    def least(size: gain.Size) -> int:
+        return gain.least_of_product(size)
+
+    @staticmethod
     def pays(state: State, x: Tensor) -> bool:
         return gain.of_product(x, state.size)
 

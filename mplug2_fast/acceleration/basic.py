@@ -53,6 +53,10 @@ class LayerNorm(Kind):
         return FoundNorm(plain, casts)
 
     @staticmethod
+    def least(size: gain.Size | None) -> int:
+        return gain.least_of_norm()
+
+    @staticmethod
     def pays(state: State, x: Tensor) -> bool:
         return gain.of_norm(x)
 
@@ -107,6 +111,10 @@ class Linear(Kind):
         return module.weight
 
     @staticmethod
+    def least(size: gain.Size) -> int:
+        return gain.least_of_product(size)
+
+    @staticmethod
     def pays(state: State, x: Tensor) -> bool:
         return gain.of_product(x, state.size)
 
@@ -155,6 +163,10 @@ class MLP(Kind):
     @staticmethod
     def weight(module: Any) -> Tensor:
         return module._modules[_linear_names(module)[0]].weight
+
+    @staticmethod
+    def least(size: gain.Size) -> int:
+        return gain.least_of_product(size)
 
     @staticmethod
     def pays(state: State, x: Tensor) -> bool:
@@ -245,6 +257,10 @@ class MultiheadAttention(Kind):
     @staticmethod
     def weight(module: Any) -> Tensor:
         return module.in_proj_weight
+
+    @staticmethod
+    def least(size: gain.Size) -> int:
+        return gain.least_of_product(size)
 
     @staticmethod
     def pays(state: State, x: Tensor) -> bool:

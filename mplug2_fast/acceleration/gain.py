@@ -13,8 +13,6 @@ from torch import Tensor
 from mplug2_fast.ops import onednn
 from mplug2_fast.ops.linear_act import CUDA_PLAIN_ROWS, CUDA_ROWS
 
-NO_GAIN = "no gain"
-
 _FLOAT32_BLOCK = 1 << 28
 """Multiplications of its first linear layer from which a vision block with local temporal modules gains."""
 
@@ -30,6 +28,11 @@ def of_norm(x: Tensor) -> bool:
     if x.is_cpu:
         return x.numel() >= (_FLOAT32_NORM if x.element_size() >= 4 else _HALF_NORM)
     return x.numel() >= _CUDA_NORM
+
+
+def least_of_norm() -> int:
+    """Elements that are too few for `of_norm`, whatever their type."""
+    return _HALF_NORM
 
 
 class Size(NamedTuple):
@@ -51,6 +54,11 @@ def of_product(x: Tensor, size: Size, *, fused: bool = False) -> bool:
     if x.element_size() < 4 and not onednn.multiplies(x.dtype):
         return work >= _WIDENED_PRODUCT
     return size.elements >= _LARGE_WEIGHT or work >= _FLOAT32_PRODUCT
+
+
+def least_of_product(size: Size) -> int:
+    """Elements that are too few for `of_product`, whatever their type."""
+    return 0 if size.elements >= _LARGE_WEIGHT else _WIDENED_PRODUCT // size.outputs
 
 
 def of_block(x: Tensor, size: Size) -> bool:

@@ -15,11 +15,13 @@ class Calls:
 
     Attributes:
         served: calls that the fast forward computed.
+        no_gain: calls too small to gain, which the original's code computed.
         by_parts: why the original's code computed with accelerated parts -> calls.
         original: why the original's code computed -> calls.
     """
 
     served: int = 0
+    no_gain: int = 0
     by_parts: Counter[str] = field(default_factory=Counter)
     original: Counter[str] = field(default_factory=Counter)
 
@@ -31,10 +33,10 @@ class Calls:
         return Calls, ()
 
     def __bool__(self) -> bool:
-        return bool(self.served or self.by_parts or self.original)
+        return bool(self.served or self.no_gain or self.by_parts or self.original)
 
     def __str__(self) -> str:
-        counts = [f"served {self.served}"]
+        counts = [f"served {self.served}"] + [f"no gain {self.no_gain}"] * bool(self.no_gain)
         for name, reasons in (("by parts", self.by_parts), ("original", self.original)):
             if reasons:
                 counts.append(f"{name} {reasons.total()} ({'; '.join(reasons)})")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mplug2_fast.acceleration.cache import Session
-from mplug2_fast.acceleration.gain import NO_GAIN, Size
+from mplug2_fast.acceleration.gain import Size
 from mplug2_fast.acceleration.report import Calls
 from mplug2_fast.ops import unpack_weight
 
@@ -69,6 +69,7 @@ class State:
     Attributes:
         found: what recognition found out about it; of the kind's own type.
         size: what decides from which input on it gains.
+        least: elements of an input that are too few to gain, whatever their type.
         session: the caches of the decoder that it belongs to, if it belongs to one.
         parts: the module and all modules inside it that the fast forward does without.
         dropouts: those of the parts that may draw random numbers.
@@ -80,6 +81,7 @@ class State:
 
     found: Any
     size: Size | None = None
+    least: int = 0
     session: Session | None = None
     parts: tuple[Part, ...] = ()
     dropouts: tuple[nn.Module, ...] = ()
@@ -119,6 +121,11 @@ class Kind:
     def weight(module: Any) -> Tensor | None:
         """The weight whose size decides from which input on the module gains, if it has one."""
         return None
+
+    @staticmethod
+    def least(size: Size | None) -> int:
+        """Elements of the first argument that are too few to gain, whatever their type. Asked first, since it is quick."""
+        return 0
 
     @staticmethod
     def pays(state: Any, x: Tensor) -> bool:
@@ -181,11 +188,12 @@ def _forward_of(kind: type[Kind], original: type[nn.Module]) -> Callable[..., An
             return plain(self, *args, **kwargs)
         state = self.__dict__[STATE]
         x = args[0] if args else kwargs.get(first)
-        if not kind.runs_original and type(x) not in _PLAIN:
+        if type(x) in _PLAIN:
+            if x.numel() < state.least or not pays(state, x):
+                state.calls.no_gain += 1
+                return plain(self, *args, **kwargs)
+        elif not kind.runs_original:
             state.calls.left(f"its input is a {type(x).__name__}", state.by_parts)
-            return plain(self, *args, **kwargs)
-        if not pays(state, x):
-            state.calls.left(NO_GAIN, state.by_parts)
             return plain(self, *args, **kwargs)
         reason = _why_not(kind, state, x)
         if not reason:
@@ -229,7 +237,7 @@ def _why_not(kind: type[Kind], state: State, x: Any) -> str:
                 needs_grad = True
     if x.is_cpu:
         if needs_grad and not kind.is_faster_in_training:
-            return f"{NO_GAIN} with gradients"
+            return "no gain with gradients"
         # A recomputed forward, which has gradients, must draw what this one draws.
         if any(part.training and _probability(part) > 0 for part in state.dropouts):
             return "dropout is on"
@@ -249,7 +257,8 @@ def swap(module: nn.Module, kind: type[Kind], found: Any, session: Session | Non
     except TypeError as error:
         raise Unsuitable(f"its class cannot be changed: {error}") from error
     weight = kind.weight(module)
-    vars(module)[STATE] = State(found, None if weight is None else Size.of(weight), session)
+    size = None if weight is None else Size.of(weight)
+    vars(module)[STATE] = State(found, size, kind.least(size), session)
     _replace_in_wrapper(module, original.forward, new.forward)
 
 

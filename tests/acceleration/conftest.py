@@ -22,5 +22,7 @@ def everything_gains(request, monkeypatch):
     if request.node.get_closest_marker("real_sizes") is None:
         for name in ("of_norm", "of_product", "of_block"):
             monkeypatch.setattr(gain, name, lambda *_, **__: True)
+        for name in ("least_of_norm", "least_of_product"):
+            monkeypatch.setattr(gain, name, lambda *_: 0)
         for kind in (Kind, *Kind.__subclasses__()):
             monkeypatch.setattr(kind, "is_faster_in_training", True)

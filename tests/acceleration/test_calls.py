@@ -75,8 +75,8 @@ def test_small_calls_are_left_to_the_original():
     with torch.no_grad():
         assert torch.equal(module(x), expected)
     assert str(report).splitlines() == [
-        "0  Linear     → FastLinear (served 0, original 1 (no gain))",
-        "1  LayerNorm  → FastLayerNorm (served 0, original 1 (no gain))",
+        "0  Linear     → FastLinear (served 0, no gain 1)",
+        "1  LayerNorm  → FastLayerNorm (served 0, no gain 1)",
     ]
 
 
