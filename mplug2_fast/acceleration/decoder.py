@@ -22,6 +22,10 @@ _MAX_LOGITS_BYTES = 256 << 20
 """Logits that take more are not kept."""
 
 
+_CACHES = ("cache", "past_key_values", "past_key_value")
+"""Arguments with keys and values that the caller keeps; nothing is kept besides."""
+
+
 class TextDecoder(Kind):
     """A decoder whose layers and head keep what they have computed while calls continue one another.
 
@@ -45,8 +49,16 @@ class TextDecoder(Kind):
     def forward(module: Any, state: State, *args: Any, **kwargs: Any) -> Any:
         assert state.session is not None
         if module.training or torch.is_grad_enabled():
+            reason = "no gain with gradients or in training mode"
+        elif any(kwargs.get(name) is not None for name in _CACHES):
+            reason = "the caller keeps keys and values"
+        else:
+            reason = ""
+        if reason:
+            state.calls.left(reason, by_parts=True)
             state.session.drop()
             return original_forward(module, *args, **kwargs)
+        state.calls.served += 1
         with state.session.call():
             return original_forward(module, *args, **kwargs)
 

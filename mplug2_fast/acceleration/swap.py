@@ -124,7 +124,7 @@ class Kind:
 
     @staticmethod
     def least(size: Size | None) -> int:
-        """Elements of the first argument that are too few to gain, whatever their type. Asked first, since it is quick."""
+        """Elements of the first argument that are too few to gain, whatever their type. It is asked first."""
         return 0
 
     @staticmethod
@@ -204,7 +204,7 @@ def _forward_of(kind: type[Kind], original: type[nn.Module]) -> Callable[..., An
                 reason = str(why)
                 _warn(self, state, reason)
             else:
-                state.calls.served += 1
+                state.calls.served += not kind.runs_original  # those count by themselves
                 return result
         state.calls.left(reason, state.by_parts)
         return plain(self, *args, **kwargs)

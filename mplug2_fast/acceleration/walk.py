@@ -54,14 +54,18 @@ def accelerate(model: nn.Module) -> Report:
     parameters, wherever they were imported from: those of the released mPLUG-2, of `mplug2_fast.reference`, and such
     parts of any model. What else they do beside returning a result, such as printing, is not noticed. The instances
     keep their parameters, children and hooks, and remain instances of their classes; classes, and other instances, do
-    not change. Calls that a module did not expect go to its own code, with a `RuntimeWarning`.
+    not change.
+
+    A call that a module cannot serve goes to its own code with accelerated parts, and a `RuntimeWarning` says so once.
+    Calls too small to gain, calls with gradients on a CPU, and calls under torch's compilers, transforms and modes go
+    to its own code without a warning.
 
     A text decoder that is called step by step with whole prefixes and a tiled memory, as the released beam search does,
     keeps keys and values between calls in evaluation mode without gradients: see `mplug2_fast.acceleration.cache`. On
     a CPU, weights that many rows go through are kept a second time, in the layout of the processor's matrix products.
     Both compare weights by value, so that weights may change in any way.
 
-    Returns a report of what became of each module. A model that is accelerated already stays as it is.
+    Returns a report of what became of each module, which counts its calls from then on. A model that is accelerated already stays as it is.
     """
     walk = _Walk()
     walk.go(model)

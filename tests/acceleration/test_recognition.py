@@ -262,6 +262,34 @@ def test_layers_in_all_their_modes(index, decoder):
             assert relative_error(actual, out) < 1e-5
 
 
+class ModalLayer(released_bert.BertLayer):
+    """A layer that reads its memory in the mode "multimodal" alone, as BLIP's do."""
+
+    def forward(
+        self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, mode=None
+    ):
+        if mode != "multimodal":
+            x = self.attention(hidden_states, attention_mask)[0]
+        else:
+            x = self.attention(hidden_states, attention_mask)[0]
+            x = self.crossattention(x, None, None, encoder_hidden_states, encoder_attention_mask)[0]
+        return self.output(self.intermediate(x), x)
+
+
+def test_modes_of_other_models():
+    module = randomised(ModalLayer(config(num_hidden_layers=3, num_uni_layer=2, add_cross_attention=True), 0))
+    x, memory = torch.randn(2, 4, 128), torch.randn(2, 6, 128)
+    mask, memory_mask = torch.zeros(2, 1, 1, 4), torch.zeros(2, 1, 1, 6)
+    mask[0, ..., -1], memory_mask[1, ..., 3:] = -10000.0, -1e9
+    calls = [{}, {"mode": None}, {"mode": "text"}, {"mode": "multimodal"}]
+    calls = [{**call, "encoder_hidden_states": memory, "encoder_attention_mask": memory_mask} for call in calls]
+    expected = [module(x, mask, **call) for call in calls]
+    assert relative_error(expected[3], expected[2]) > 0.01
+    assert reason(module) == ""
+    for call, out in zip(calls, expected, strict=True):
+        assert relative_error(module(x, mask, **call), out) < 1e-5
+
+
 def test_calls_of_a_layer_that_are_left_to_it():
     module, x = layer(), torch.randn(2, 4, 128)
     past = tuple(torch.randn(2, 2, 3, 64) for _ in range(2))
