@@ -65,7 +65,8 @@ def accelerate(model: nn.Module) -> Report:
     a CPU, weights that many rows go through are kept a second time, in the layout of the processor's matrix products.
     Both compare weights by value, so that weights may change in any way.
 
-    Returns a report of what became of each module, which counts its calls from then on. A model that is accelerated already stays as it is.
+    Returns a report of what became of each module, which counts its calls from then on. A model that is accelerated
+    already stays as it is.
     """
     walk = _Walk()
     walk.go(model)
