@@ -6,14 +6,15 @@ tell what is returned.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mplug2_fast.acceleration import trial
-from mplug2_fast.acceleration.masks import Mask, understand
+from mplug2_fast.acceleration import gain, trial
+from mplug2_fast.acceleration.masks import Known, Mask, form, understand
 from mplug2_fast.acceleration.products import product
 from mplug2_fast.acceleration.structure import (
     Signature,
@@ -25,7 +26,7 @@ from mplug2_fast.acceleration.structure import (
     require_linear,
     require_norm,
 )
-from mplug2_fast.acceleration.swap import Kind, State, Unserved
+from mplug2_fast.acceleration.swap import Kind, State, Unserved, Unsuitable
 from mplug2_fast.ops import add_layer_norm, attention_with_dropout, layer_norm
 
 
@@ -47,6 +48,11 @@ class Projections:
         return self._project(self.inner.key, x), self._project(self.inner.value, x)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
+        if mask.other is not None:
+            added = mask.other if mask.other.dtype is torch.bool else mask.other.to(query.dtype)
+            query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+            out = F.scaled_dot_product_attention(query, key, value, added, dropout_of(self.inner))
+            return out.transpose(1, 2).flatten(2)
         return attention_with_dropout(
             query, key, value, dropout_of(self.inner), key_padding_mask=mask.visible, causal=mask.causal
         )
@@ -106,6 +112,7 @@ def result_forms(out: Tensor, key: Tensor, value: Tensor) -> dict[str, Any]:
     return {
         "tensor": out,
         "(tensor,)": (out,),
+        "(tensor, None)": (out, None),
         "(tensor, keys, values)": (out, key, value),
         "(tensor, (keys, values))": (out, (key, value)),
     }
@@ -116,10 +123,36 @@ def form_of(expected: Any, result: tuple[Tensor, Tensor, Tensor]) -> str | None:
     return next((name for name, form in result_forms(*result).items() if trial.agree(expected, form)), None)
 
 
+MASKS = ("an additive mask", "no mask", "a boolean mask")
+"""Forms of masks that are tried, see `masks.form`."""
+
+Readings = dict[str, bool]
+"""Form of a mask -> whether only earlier tokens are seen besides; forms that are read otherwise are not in it."""
+
+
+def trial_mask(form: str, batch: int, keys: int, queries: int) -> Tensor | None:
+    """A mask of a form that hides the last key of the last row."""
+    if form == "no mask":
+        return None
+    mask = trial.padding(batch, keys)
+    return mask if form == "an additive mask" else (mask == 0).expand(-1, -1, queries, -1)
+
+
+def read(mask: Tensor | None, x: Tensor, memory: Tensor, readings: Readings, known: Known | None = None) -> Mask:
+    """`understand`, for a module that reads masks in these ways."""
+    if form(mask) not in readings:
+        raise Unserved(f"it was called with {form(mask)}, which was not tried or is not known")
+    found = understand(mask, x, memory, known)
+    return found._replace(causal=True) if readings[form(mask)] else found
+
+
 @dataclass(frozen=True)
 class FoundAttention:
+    """readings: how masks are read without a memory, and with one."""
+
     signature: Signature
     form: str
+    readings: dict[bool, Readings] = field(hash=False)
 
 
 class BertAttention(Kind):
@@ -137,38 +170,77 @@ class BertAttention(Kind):
         require_bert_attention(module, "")
         signature = Signature.of(module.forward)
         width, other = module.self.query.in_features, module.self.key.in_features
+        readings: dict[bool, Readings] = {False: {}, True: {}}
         forms = set()
         with trial.conditions(module):
             x, memory = trial.random(2, 3, width), trial.random(2, 5, other, seed=1)
-            calls = []
-            if "memory" in signature.roles:
-                mask = "memory_mask" if "memory_mask" in signature.roles else "mask"
-                calls.append(signature.arguments(x=x, memory=memory, **{mask: trial.padding(2, 5)}))
-            if width == other:
-                own = {"memory": x} if "memory" in signature.roles and "memory_mask" not in signature.roles else {}
-                calls.append(signature.arguments(x=x, mask=trial.padding(2, 3), **own))
-            for call in calls:
-                expected = trial.outcome(type(module).forward, module, **call)
-                forms.add(form_of(expected, _attention(module, signature.bind((), call))))
-        require(
-            None not in forms and len(forms) == 1, "on a trial input it computes something else than BERT's attention"
-        )
-        return FoundAttention(signature, forms.pop())
+            for given in MASKS:
+                calls = []
+                if "memory" in signature.roles:
+                    role = "memory_mask" if "memory_mask" in signature.roles else "mask"
+                    calls.append((True, {"x": x, "memory": memory, role: trial_mask(given, 2, 5, 3)}))
+                if width == other:
+                    own = {"memory": x} if "memory" in signature.roles and "memory_mask" not in signature.roles else {}
+                    calls.append((False, {"x": x, "mask": trial_mask(given, 2, 3, 3), **own}))
+                for with_memory, call in calls:
+                    try:
+                        expected = trial.outcome(type(module).forward, module, **signature.arguments(**call))
+                    except Unsuitable:
+                        if given == MASKS[0]:
+                            raise
+                        continue
+                    found = _reading(module, call, given, expected)
+                    if found is not None:
+                        readings[with_memory][given], result = found
+                        forms.add(result)
+                    elif given == MASKS[0]:
+                        forms.add("")
+        require("" not in forms and len(forms) == 1, _SOMETHING_ELSE)
+        return FoundAttention(signature, forms.pop(), readings)
+
+    @staticmethod
+    def weight(module: Any) -> Tensor:
+        return module.self.query.weight
+
+    @staticmethod
+    def least(size: gain.Size) -> int:
+        return gain.least_of_product(size)
+
+    @staticmethod
+    def pays(state: State, x: Tensor) -> bool:
+        return gain.of_product(x, state.size)
 
     @staticmethod
     def forward(module: Any, state: State, *args: Any, **kwargs: Any) -> Any:
         require_unsaved(module)
         found = state.found
-        out, key, value = _attention(module, found.signature.bind(args, kwargs))
+        bound = found.signature.bind(args, kwargs)
+        out, key, value = _attention(module, bound, found.readings[_has_memory(bound)])
         return result_forms(out, key, value)[found.form]
 
 
-def _attention(module: Any, bound: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+_SOMETHING_ELSE = "on a trial input it computes something else than BERT's attention"
+
+
+def _has_memory(bound: dict[str, Any]) -> bool:
+    return bound.get("memory") is not None and bound["memory"] is not bound["x"]
+
+
+def _reading(module: Any, call: dict[str, Any], given: str, expected: Any) -> tuple[bool, str] | None:
+    """(Whether only earlier tokens are seen, the form of the result) in a call with such a mask; None for neither."""
+    for causal in (False, True) if not _has_memory(call) else (False,):
+        result = form_of(expected, _attention(module, call, {given: causal}))
+        if result is not None:
+            return causal, result
+    return None
+
+
+def _attention(module: Any, bound: dict[str, Any], readings: Readings) -> tuple[Tensor, Tensor, Tensor]:
     x, memory = bound["x"], bound.get("memory")
     mask = bound["memory_mask"] if memory is not None and "memory_mask" in bound else bound.get("mask")
     memory = x if memory is None else memory
-    understood = understand(mask, x, memory, None)
+    seen = read(mask, x, memory, readings)
     projections = Projections(module)
     key, value = projections.key_value(memory)
-    out = projections.finish(projections.attend(projections.query(x), key, value, understood), x)
+    out = projections.finish(projections.attend(projections.query(x), key, value, seen), x)
     return out.to(x.dtype), key.transpose(1, 2), value.transpose(1, 2)

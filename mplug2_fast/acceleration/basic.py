@@ -9,34 +9,89 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mplug2_fast.acceleration import trial
+from mplug2_fast.acceleration import gain, trial
 from mplug2_fast.acceleration.products import keep_packed, product
 from mplug2_fast.acceleration.structure import has, is_plain, require, require_linear, require_one_axis
-from mplug2_fast.acceleration.swap import Kind, State, Unserved
+from mplug2_fast.acceleration.swap import Kind, State, Unserved, Unsuitable
 from mplug2_fast.ops import attention_with_dropout, layer_norm, mlp
 from mplug2_fast.ops.linear_act import EAGER, Activation
 
 ACTIVATIONS = {name: EAGER[name] for name in ("quick_gelu", "gelu")}
 
 
+@dataclass(frozen=True)
+class FoundNorm:
+    """What the norm does with inputs in half precision: plain, as PyTorch's does where the parameters have their type;
+    casts, it computes in float32 with parameters in float32, and gives back the type of its input."""
+
+    plain: bool
+    casts: bool
+
+
 class LayerNorm(Kind):
-    """`torch.nn.LayerNorm` over the last axis, by `ops.layer_norm`."""
+    """`torch.nn.LayerNorm` over the last axis, by `ops.layer_norm`. A class of its own may cast around it."""
 
     @staticmethod
     def looks_like(module: nn.Module) -> bool:
         return isinstance(module, nn.LayerNorm)
 
     @staticmethod
-    def recognise(module: nn.Module) -> None:
+    def recognise(module: nn.Module) -> FoundNorm:
         assert isinstance(module, nn.LayerNorm)
-        require(is_plain(module, nn.LayerNorm), "its class replaces LayerNorm's forward")
         require_one_axis(module)
+        if is_plain(module, nn.LayerNorm):
+            return FoundNorm(plain=True, casts=False)
+        require(not any(True for _ in module.children()), "it has parts, which LayerNorm has not")
+        with trial.conditions(module):
+            x = trial.random(2, 3, module.normalized_shape[0]) * 2 + 1
+            other = "its class computes something else than LayerNorm on a trial input"
+            require(trial.agree(_torch_norm(module, x), trial.outcome(type(module).forward, module, x)), other)
+            plain, casts = (
+                all(_is_as_expected(module, x.to(half), halved) for half in (torch.bfloat16, torch.float16))
+                for halved in (True, False)
+            )
+        return FoundNorm(plain, casts)
+
+    @staticmethod
+    def least(size: gain.Size | None) -> int:
+        return gain.least_of_norm()
+
+    @staticmethod
+    def pays(state: State, x: Tensor) -> bool:
+        return gain.of_norm(x)
 
     @staticmethod
     def forward(module: Any, state: State, input: Tensor) -> Tensor:
+        found, weight, kind = state.found, module.weight, input.dtype
         if torch.is_autocast_enabled(input.device.type):
-            input = input.float()
-        return layer_norm(input, module.weight, module.bias, eps=module.eps)
+            if not found.plain:
+                raise Unserved("its class casts, and autocast is on")
+            return layer_norm(input.float(), weight, module.bias, eps=module.eps)
+        same = weight is None or weight.dtype is kind
+        if same and (found.plain or input.element_size() >= 4):
+            return layer_norm(input, weight, module.bias, eps=module.eps)
+        if not found.casts or (weight is not None and weight.dtype is not torch.float32):
+            raise Unserved(f"it was called with {kind} and has parameters of another type")
+        return layer_norm(input.float(), weight, module.bias, eps=module.eps).to(kind)
+
+
+def _torch_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def _is_as_expected(norm: nn.LayerNorm, x: Tensor, halved: bool) -> bool:
+    """Whether a norm does with x in half precision, and with parameters in that type or in float32, what `FoundNorm`
+    says."""
+    given = dict(norm._parameters)
+    try:
+        if halved:
+            norm._parameters.update({k: None if p is None else p.to(x.dtype) for k, p in given.items()})  # type: ignore[arg-type]
+        expected = _torch_norm(norm, x) if halved else _torch_norm(norm, x.float()).to(x.dtype)
+        return torch.equal(type(norm).forward(norm, x), expected)
+    except Exception:  # it does not take such an input, and so no call with one is served
+        return False
+    finally:
+        norm._parameters.update(given)
 
 
 class Linear(Kind):
@@ -52,6 +107,18 @@ class Linear(Kind):
         require_linear(module, "")
 
     @staticmethod
+    def weight(module: Any) -> Tensor:
+        return module.weight
+
+    @staticmethod
+    def least(size: gain.Size) -> int:
+        return gain.least_of_product(size)
+
+    @staticmethod
+    def pays(state: State, x: Tensor) -> bool:
+        return gain.of_product(x, state.size)
+
+    @staticmethod
     def forward(module: Any, state: State, input: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return F.linear(input, module.weight, module.bias)
@@ -60,29 +127,69 @@ class Linear(Kind):
 
 @dataclass(frozen=True)
 class FoundMLP:
+    """first, second: the names of its linear layers."""
+
     activation: Activation
+    first: str
+    second: str
 
 
 class MLP(Kind):
-    """A `torch.nn.Sequential` of linear layer, QuickGELU or GELU, and linear layer, by `ops.mlp`."""
+    """Linear layer, QuickGELU or GELU, and linear layer, by `ops.mlp`; a `torch.nn.Sequential` or another class."""
 
     @staticmethod
     def looks_like(module: nn.Module) -> bool:
-        return isinstance(module, nn.Sequential) and has(module, "c_fc", "c_proj") and len(module) == 3
+        names = _linear_names(module)
+        if not names or module._parameters:
+            return False
+        others = (child for name, child in module._modules.items() if name not in names and child is not None)
+        return not any(True for child in others for _ in child.parameters())
 
     @staticmethod
     def recognise(module: nn.Module) -> FoundMLP:
-        assert isinstance(module, nn.Sequential)
-        require(is_plain(module, nn.Sequential), "its class replaces Sequential's forward")
-        require(list(module._modules)[::2] == ["c_fc", "c_proj"], "its parts are in another order")
-        for name in ("c_fc", "c_proj"):
+        first, second = _linear_names(module)
+        for name in (first, second):
             require_linear(module, name)
         with trial.conditions(module):
-            return FoundMLP(trial.activation_of(module[1], ACTIVATIONS))  # type: ignore[arg-type]
+            # 2.5 times a unit normal reaches where the forms of GELU differ most.
+            x = trial.random(64, module.get_submodule(first).in_features) * 2.5  # type: ignore[arg-type, operator]
+            expected = trial.outcome(type(module).forward, module, x)
+            for activation in ACTIVATIONS:
+                found = FoundMLP(activation, first, second)  # type: ignore[arg-type]
+                if trial.agree(expected, _plain_mlp(module, found, x)):
+                    return found
+        raise Unsuitable(f"its activation is none of {', '.join(ACTIVATIONS)}")
 
     @staticmethod
-    def forward(module: Any, state: State, input: Tensor) -> Tensor:
-        return run_mlp(input, module.c_fc, module.c_proj, state.found.activation)
+    def weight(module: Any) -> Tensor:
+        return module._modules[_linear_names(module)[0]].weight
+
+    @staticmethod
+    def least(size: gain.Size) -> int:
+        return gain.least_of_product(size)
+
+    @staticmethod
+    def pays(state: State, x: Tensor) -> bool:
+        return gain.of_product(x, state.size, fused=True)
+
+    @staticmethod
+    def forward(module: Any, state: State, *args: Any, **kwargs: Any) -> Tensor:
+        given = (*args, *kwargs.values())
+        if len(given) != 1:
+            raise Unserved("it was called with arguments that are not known")
+        if any(part.training and part.p > 0 for part in state.dropouts):
+            raise Unserved("dropout is on")
+        found = state.found
+        return run_mlp(given[0], module._modules[found.first], module._modules[found.second], found.activation)
+
+
+def _linear_names(module: nn.Module) -> tuple[str, ...]:
+    return next((names for names in (("c_fc", "c_proj"), ("fc1", "fc2")) if has(module, *names)), ())
+
+
+def _plain_mlp(module: nn.Module, found: FoundMLP, x: Tensor) -> Tensor:
+    first, second = (module.get_submodule(name) for name in (found.first, found.second))
+    return F.linear(ACTIVATIONS[found.activation](F.linear(x, first.weight, first.bias)), second.weight, second.bias)
 
 
 def run_mlp(
@@ -146,6 +253,18 @@ class MultiheadAttention(Kind):
         assert isinstance(module, nn.MultiheadAttention)
         require(is_plain(module, nn.MultiheadAttention), "its class replaces MultiheadAttention's forward")
         require_attention(module)
+
+    @staticmethod
+    def weight(module: Any) -> Tensor:
+        return module.in_proj_weight
+
+    @staticmethod
+    def least(size: gain.Size) -> int:
+        return gain.least_of_product(size)
+
+    @staticmethod
+    def pays(state: State, x: Tensor) -> bool:
+        return gain.of_product(x, state.size, fused=True)
 
     @staticmethod
     def forward(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mplug2_fast.acceleration import trial
+from mplug2_fast.acceleration import gain, trial
 from mplug2_fast.acceleration.basic import ACTIVATIONS
 from mplug2_fast.acceleration.cache import Call, Record, Values
 from mplug2_fast.acceleration.products import product
@@ -22,11 +22,17 @@ _MAX_LOGITS_BYTES = 256 << 20
 """Logits that take more are not kept."""
 
 
+_CACHES = ("cache", "past_key_values", "past_key_value")
+"""Arguments with keys and values that the caller keeps; nothing is kept besides."""
+
+
 class TextDecoder(Kind):
     """A decoder whose layers and head keep what they have computed while calls continue one another.
 
     Its own code runs as it is.
     """
+
+    runs_original = True
 
     @staticmethod
     def looks_like(module: nn.Module) -> bool:
@@ -42,11 +48,17 @@ class TextDecoder(Kind):
     @staticmethod
     def forward(module: Any, state: State, *args: Any, **kwargs: Any) -> Any:
         assert state.session is not None
-        if torch.compiler.is_compiling():
-            return original_forward(module, *args, **kwargs)
         if module.training or torch.is_grad_enabled():
+            reason = "no gain with gradients or in training mode"
+        elif any(kwargs.get(name) is not None for name in _CACHES):
+            reason = "the caller keeps keys and values"
+        else:
+            reason = ""
+        if reason:
+            state.calls.left(reason, by_parts=True)
             state.session.drop()
             return original_forward(module, *args, **kwargs)
+        state.calls.served += 1
         with state.session.call():
             return original_forward(module, *args, **kwargs)
 
@@ -86,6 +98,16 @@ class PredictionHead(Kind):
                 if trial.agree(expected, _logits(module, found, x, *rest)):
                     return found
         raise Unsuitable("on a trial input it computes something else than BERT's head")
+
+    @staticmethod
+    def weight(module: Any) -> Tensor:
+        return module.transform.dense.weight
+
+    @staticmethod
+    def pays(state: State, x: Tensor) -> bool:
+        if Call.current(state.session) is not None:  # what earlier calls have computed is not computed again
+            return True
+        return x.is_cuda or gain.of_product(x, state.size, fused=True)
 
     @staticmethod
     def forward(module: Any, state: State, x: Tensor, *embeddings: Tensor) -> Tensor:

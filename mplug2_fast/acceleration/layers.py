@@ -6,6 +6,7 @@ one to the next, and trials tell it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,15 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mplug2_fast.acceleration import trial
+from mplug2_fast.acceleration import gain, trial
 from mplug2_fast.acceleration.attention import (
+    MASKS,
     BertAttention,
     Projections,
+    Readings,
     add_norm,
     form_of,
+    read,
     require_bert_attention,
     require_unsaved,
     result_forms,
+    trial_mask,
 )
 from mplug2_fast.acceleration.basic import ACTIVATIONS, run_mlp
 from mplug2_fast.acceleration.cache import Call
@@ -40,15 +45,21 @@ from mplug2_fast.acceleration.structure import (
 from mplug2_fast.acceleration.swap import Kind, State, Unserved, Unsuitable
 from mplug2_fast.ops.linear_act import Activation
 
+MODES = {"norm": ("v_module",), None: ("text", "multimodal")}
+"""Modes that implementations have, by their default."""
+
 
 @dataclass(frozen=True)
 class FoundLayer:
-    """signature: of its forward. form: in which it returns. uses: kind of call -> what the layer does then."""
+    """signature: of its forward. form: in which it returns. uses: kind of call -> what the layer does then. own, other:
+    how it reads the masks of its own tokens and of the memory."""
 
     activation: Activation
     signature: Signature
     form: str
     uses: dict[str, str] = field(hash=False)
+    own: Readings = field(hash=False)
+    other: Readings = field(hash=False)
 
 
 class BertLayer(Kind):
@@ -76,8 +87,17 @@ class BertLayer(Kind):
         signature = Signature.of(module.forward)
         with trial.conditions(module):
             activation = _activation(module)
-            uses, form = _try_out(module, signature, activation)
-        return FoundLayer(activation, signature, form, uses)
+            return _try_out(module, signature, activation)
+
+    @staticmethod
+    def weight(module: Any) -> Tensor:
+        return module.intermediate.dense.weight
+
+    @staticmethod
+    def pays(state: State, x: Tensor) -> bool:
+        if Call.current(state.session) is not None:  # what earlier calls have computed is not computed again
+            return True
+        return x.is_cuda or gain.of_product(x, state.size, fused=True)
 
     @staticmethod
     def forward(module: Any, state: State, *args: Any, **kwargs: Any) -> Any:
@@ -89,7 +109,7 @@ class BertLayer(Kind):
         for name in ("attention", "crossattention"):
             if has(module, name):
                 require_unsaved(module.get_submodule(name))
-        out, key, value = _layer(module, bound, found.uses[kind], found.activation, Call.current(state.session))
+        out, key, value = _layer(module, bound, found.uses[kind], found, Call.current(state.session))
         return result_forms(out.to(bound["x"].dtype), key, value)[found.form]
 
 
@@ -122,31 +142,25 @@ def _is_connected(module: nn.Module, place: Any) -> bool:
     return stride is not None and int(place) != 0 and int(place) % stride == 0
 
 
-def _try_out(module: Any, signature: Signature, activation: Activation) -> tuple[dict[str, str], str]:
+def _try_out(module: Any, signature: Signature, activation: Activation) -> FoundLayer:
     """What the layer does in each kind of call that it accepts, and the form in which it returns."""
-    width = module.attention.self.query.in_features
-    x = trial.random(2, 5, width)
-    calls: list[dict[str, Any]] = [{"x": x, "mask": trial.padding(2, 5)}]
-    if "memory" in signature.roles:
-        other = module.crossattention.self.key.in_features if has(module, "crossattention") else width
-        given = {"memory": trial.random(2, 7, other, seed=1), "memory_mask": trial.padding(2, 7)}
-        calls.append({**calls[0], **given})
-    if "mode" in signature.roles:
-        calls += [{**call, "mode": mode} for call in calls for mode in ("norm", "v_module")]
-    if "place" in signature.roles:
-        places = [0, 1, *([stride] if (stride := getattr(module, "stride_layer", None)) else [])]
-        calls = [{**call, "place": place} for call in calls for place in places]
     found: dict[str, set[tuple[str, str] | None]] = {}
+    own: dict[str, set[bool | None]] = {}
+    other: dict[str, set[bool | None]] = {}
     refusals = []
-    for call in calls:
+    for call, masks in _calls(module, signature):
         try:
             expected = trial.outcome(type(module).forward, module, **signature.arguments(**call))
         except Unsuitable as why:  # such as a decoder's layer without a memory
             refusals.append(why)
             continue
-        forms = ((use, form_of(expected, _layer(module, call, use, activation, None))) for use in _uses(module, call))
-        match = next(((use, form) for use, form in forms if form is not None), None)
-        found.setdefault(_kind_of_call(module, call), set()).add(match)
+        match = _match(module, call, masks, activation, expected)
+        if masks == (MASKS[0], MASKS[0]):
+            found.setdefault(_kind_of_call(module, call), set()).add(None if match is None else match[0])
+        if match is not None or masks[0] != MASKS[0]:
+            own.setdefault(masks[0], set()).add(None if match is None else match[1])
+        if match is not None or masks[1] != MASKS[0]:
+            other.setdefault(masks[1], set()).add(None if match is None else False)
     if not found:
         raise refusals[0]
     # What a layer does in one kind of call must be one thing, and known; calls of other kinds are left to it.
@@ -155,7 +169,59 @@ def _try_out(module: Any, signature: Signature, activation: Activation) -> tuple
     forms = {match[1] for match in known.values() if match is not None}
     require(bool(uses), "on a trial input it computes something else than a BERT layer")
     require(len(forms) == 1, f"it returns now {', now '.join(sorted(forms))}")
-    return uses, forms.pop()
+    return FoundLayer(activation, signature, forms.pop(), uses, _readings(own), _readings(other))
+
+
+def _readings(found: dict[str, set[bool | None]]) -> Readings:
+    """Those forms of masks that are read in one way, which is known."""
+    return {form: causal for form, (causal, *more) in found.items() if causal is not None and not more}
+
+
+def _calls(module: Any, signature: Signature) -> Iterator[tuple[dict[str, Any], tuple[str, str]]]:
+    """Calls by role, and the forms of their masks: all kinds with additive masks, and the first with others too."""
+    width = module.attention.self.query.in_features
+    other = module.crossattention.self.key.in_features if has(module, "crossattention") else width
+    x, memory = trial.random(2, 5, width), trial.random(2, 7, other, seed=1)
+
+    def call(own: str, others: str | None, **options: Any) -> tuple[dict[str, Any], tuple[str, str]]:
+        given = {"x": x, "mask": trial_mask(own, 2, 5, 5), **options}
+        if others is not None:
+            given |= {"memory": memory, "memory_mask": trial_mask(others, 2, 7, 5)}
+        return given, (own, others or MASKS[0])
+
+    additive = MASKS[0]
+    memories = [None, additive] if "memory" in signature.roles else [None]
+    places: list[Any] = [None]
+    if "place" in signature.roles:
+        places = [0, 1, *([stride] if (stride := getattr(module, "stride_layer", None)) else [])]
+    for place in places:
+        options = {} if place is None else {"place": place}
+        modes = (None, *MODES.get(signature.default_mode, ())) if "mode" in signature.roles else (None,)
+        for mode in modes:
+            for others in memories:
+                yield call(additive, others, **options, **({} if mode is None else {"mode": mode}))
+    options = {} if places[0] is None else {"place": places[0]}
+    for given in MASKS[1:]:
+        yield call(given, None, **options)
+        if len(memories) > 1:
+            yield call(given, additive, **options)
+            yield call(additive, given, **options)
+
+
+def _match(
+    module: Any, call: dict[str, Any], masks: tuple[str, str], activation: Activation, expected: Any
+) -> tuple[tuple[str, str], bool] | None:
+    """((what the layer has done, the form of the result), whether only earlier tokens were seen)."""
+    for causal in (False, True):
+        for use in _uses(module, call):
+            tried = FoundLayer(activation, None, "", {}, {masks[0]: causal}, {masks[1]: False})  # type: ignore[arg-type]
+            try:
+                form = form_of(expected, _layer(module, call, use, tried, None))
+            except Unserved:  # such as masks that this use reads otherwise
+                continue
+            if form is not None:
+                return (use, form), causal
+    return None
 
 
 def _uses(module: Any, call: dict[str, Any]) -> list[str]:
@@ -170,24 +236,31 @@ def _uses(module: Any, call: dict[str, Any]) -> list[str]:
 
 
 def _layer(
-    module: Any, bound: dict[str, Any], use: str, activation: Activation, call: Call | None
+    module: Any, bound: dict[str, Any], use: str, found: FoundLayer, call: Call | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(result, keys, values) of the layer; keys and values are those of self-attention."""
     x, memory, mask, memory_mask = (bound.get(role) for role in ("x", "memory", "mask", "memory_mask"))
     if use == "latents":
-        x, mask = module.latents.expand(x.shape[0], -1, -1), None
+        x = module.latents.expand(x.shape[0], -1, -1)
     elif use == "roles swapped":
-        x, memory, mask, memory_mask = memory, x, None, None
+        x, memory = memory, x
     elif use == "self-attention":
         memory = None
     elif use == "connected attention":
         x, memory, mask = torch.cat([memory, x], dim=1), None, _joined(memory_mask, mask)
     known = None if call is None else call.masks
-    seen = understand(mask, x, x, known)
-    memory_seen = Mask() if memory is None else understand(memory_mask, x, memory, known)
+    if use in ("latents", "roles swapped"):
+        seen = Mask()
+    elif use == "connected attention":
+        seen = understand(mask, x, x, known)
+    else:
+        seen = read(mask, x, x, found.own, known)
+    memory_seen = Mask()
+    if memory is not None and use != "roles swapped":
+        memory_seen = read(memory_mask, x, memory, found.other, known)
 
     def feed_forward(x: Tensor) -> Tensor:
-        return add_norm(module.output, x, _mlp, x, module, activation)
+        return add_norm(module.output, x, _mlp, x, module, found.activation)
 
     own = Projections(module.attention)
     if memory is None:
@@ -195,7 +268,8 @@ def _layer(
         return feed_forward(x), key.transpose(1, 2), value.transpose(1, 2)
     cross = Projections(module.crossattention)
     dropout = max(own.dropout, cross.dropout, dropout_of(module.output))
-    if call is not None and (seen.causal or x.shape[1] == 1) and x.numel() > 0 and dropout == 0:
+    whole = seen.other is None and memory_seen.other is None
+    if call is not None and whole and (seen.causal or x.shape[1] == 1) and x.numel() > 0 and dropout == 0:
         step = decode(call, module, own, cross, feed_forward, x, seen.visible, memory, memory_seen.visible)
         if step is not None:
             return step
@@ -206,8 +280,8 @@ def _layer(
 
 
 def _joined(memory_mask: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    if memory_mask is None or mask is None:
-        raise Unserved("it was called without masks for both what it reads")
+    if memory_mask is None or mask is None or not (memory_mask.is_floating_point() and mask.is_floating_point()):
+        raise Unserved("it was called without additive masks for both what it reads")
     return torch.cat([memory_mask, mask], dim=3)
 
 
@@ -218,7 +292,7 @@ def _mlp(x: Tensor, module: Any, activation: Activation, residual: Tensor | None
 def attend_self(attention: Projections, x: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Tensor]:
     """(result, keys, values). Rows that are all one row, as latents are before they meet a video, are computed once."""
     rows = x.shape[0]
-    once = is_constant(x) and mask.visible is None and attention.dropout == 0
+    once = is_constant(x) and mask.visible is None and mask.other is None and attention.dropout == 0
     x = x[:1] if once else x
     key, value = attention.key_value(x)
     out = attention.finish(attention.attend(attention.query(x), key, value, mask), x)

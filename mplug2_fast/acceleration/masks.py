@@ -17,14 +17,26 @@ Known = dict[tuple[Any, ...], tuple[Tensor, Tensor, "Mask"]]
 
 
 class Mask(NamedTuple):
-    """Which keys are seen: `visible` `(batch, keys)`, None for all; `causal`, query i sees keys up to i."""
+    """Which keys are seen: `visible` `(batch, keys)`, None for all; `causal`, query i sees keys up to i.
+
+    A mask of another form is kept as it is, in `other`.
+    """
 
     visible: Tensor | None = None
     causal: bool = False
+    other: Tensor | None = None
+
+
+def form(mask: Tensor | None) -> str:
+    """What may decide how a module reads a mask."""
+    if mask is None:
+        return "no mask"
+    return "a boolean mask" if mask.dtype is torch.bool else "an additive mask"
 
 
 def understand(mask: Tensor | None, x: Tensor, memory: Tensor, known: Known | None) -> Mask:
-    """A mask `(batch or 1, 1, 1 or queries, keys)` of zeros and large negatives, to add. Raises `Unserved` for others.
+    """A mask `(batch or 1, heads or 1, queries or 1, keys)`, additive, or boolean with True for what is seen. Raises
+    `Unserved` for others.
 
     Args:
         x: `(batch, queries, channels)`. memory: `(batch, keys, channels)`.
@@ -36,7 +48,7 @@ def understand(mask: Tensor | None, x: Tensor, memory: Tensor, known: Known | No
         return Mask()
     sizes = (x.shape[0], x.shape[1], memory.shape[1])
     if known is None:
-        return _look(mask, *sizes)
+        return _look(mask, *sizes, as_is=x.is_cpu and x.dtype is torch.float32)
     key = (id(mask), *sizes)
     if key in known and torch.equal(known[key][1], mask):
         return known[key][2]
@@ -45,21 +57,26 @@ def understand(mask: Tensor | None, x: Tensor, memory: Tensor, known: Known | No
     return found
 
 
-def _look(mask: Tensor, batch: int, queries: int, keys: int) -> Mask:
-    shapes = [(rows, 1, some, keys) for rows in (1, batch) for some in (1, queries)]
-    if not mask.is_floating_point() or tuple(mask.shape) not in shapes:
+def _look(mask: Tensor, batch: int, queries: int, keys: int, *, as_is: bool = False) -> Mask:
+    fits = mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[2] in (1, queries) and mask.shape[3] == keys
+    is_bool = mask.dtype is torch.bool
+    if not fits or not (is_bool or mask.is_floating_point()):
         raise Unserved(f"an attention mask of {mask.dtype} {tuple(mask.shape)} is not known")
-    hidden = mask[:, 0] <= _NEVER
-    if not bool(((mask[:, 0] == 0) | hidden).all()):
-        raise Unserved("an attention mask holds more than zeros and large negatives")
-    seen = ~hidden  # (batch, 1 or queries, keys)
+    seen = mask if is_bool else mask > _NEVER
+    if not bool(seen.any(dim=-1).all()):
+        raise Unserved("an attention mask leaves a query without any key")
+    if is_bool and as_is:  # PyTorch's attention takes it, and is as fast in float32
+        return Mask(other=mask)
+    if mask.shape[1] > 1 or not (is_bool or bool((mask.masked_fill(~seen, 0) == 0).all())):
+        return Mask(other=mask)
+    seen = seen[:, 0]  # (1 or batch, 1 or queries, keys)
     visible = seen[:, -1]
     causal = False
     if seen.shape[1] > 1:
         triangle = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril()
-        causal = torch.equal(seen, visible[:, None] & triangle)
+        causal = queries == keys and torch.equal(seen, visible[:, None] & triangle)
         if not causal and not torch.equal(seen, visible[:, None].expand_as(seen)):
-            raise Unserved("an attention mask is neither causal nor the same for all queries")
-    if not bool((visible[:, 0] if causal else visible.any(dim=1)).all()):
-        raise Unserved("an attention mask leaves a query without any key")
+            return Mask(other=mask)
+    if causal and not bool(visible[:, 0].all()):
+        return Mask(other=mask)
     return Mask(None if bool(visible.all()) else visible.expand(batch, -1), causal)

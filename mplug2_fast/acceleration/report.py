@@ -1,11 +1,46 @@
-"""What became of each module."""
+"""What became of each module, and of its calls."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
+
+
+@dataclass
+class Calls:
+    """How often a swapped module was called.
+
+    Attributes:
+        served: calls that the fast forward computed.
+        no_gain: calls too small to gain, which the original's code computed.
+        by_parts: why the original's code computed with accelerated parts -> calls.
+        original: why the original's code computed -> calls.
+    """
+
+    served: int = 0
+    no_gain: int = 0
+    by_parts: Counter[str] = field(default_factory=Counter)
+    original: Counter[str] = field(default_factory=Counter)
+
+    def left(self, reason: str, by_parts: bool) -> None:
+        """Counts a call that was left to the original's code."""
+        (self.by_parts if by_parts else self.original)[reason] += 1
+
+    def __reduce__(self) -> tuple[type[Calls], tuple[()]]:  # copies of a module start at zero
+        return Calls, ()
+
+    def __bool__(self) -> bool:
+        return bool(self.served or self.no_gain or self.by_parts or self.original)
+
+    def __str__(self) -> str:
+        counts = [f"served {self.served}"] + [f"no gain {self.no_gain}"] * bool(self.no_gain)
+        for name, reasons in (("by parts", self.by_parts), ("original", self.original)):
+            if reasons:
+                counts.append(f"{name} {reasons.total()} ({'; '.join(reasons)})")
+        return ", ".join(counts)
 
 
 @dataclass(frozen=True)
@@ -15,25 +50,35 @@ class Entry:
     Attributes:
         path: its name in the model; empty for the model itself.
         module: the name of its class.
-        replacement: the name of the class that it has now, or None where it was left as it is.
+        replacement: what computes in its place, or None where it was left as it is.
         reason: why it was left, or what there is to know about the replacement.
+        part_of: the path of the replaced module that it is inside of. It is called where that module does not serve a
+            call itself.
+        calls: what became of its calls since it was replaced.
     """
 
     path: str
     module: str
     replacement: str | None
     reason: str = ""
+    part_of: str | None = None
+    calls: Calls | None = field(default=None, compare=False, repr=False)
 
     @property
     def outcome(self) -> str:
         if self.replacement is None:
             return f"left: {self.reason}"
-        return f"→ {self.replacement}{f' ({self.reason})' if self.reason else ''}"
+        notes = [note for note in (self.reason, str(self.calls) if self.calls else "") if note]
+        return f"→ {self.replacement}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `accelerate` did. Printed, it has a line a module, or a line for a range of modules alike."""
+    """What `accelerate` did. Printed, it has a line a module, or a line for a range of modules alike.
+
+    Modules inside a replaced one are printed once they have been called. After calls, the lines say how many of them
+    were served.
+    """
 
     entries: tuple[Entry, ...]
 
@@ -45,6 +90,11 @@ class Report:
     def left(self) -> tuple[Entry, ...]:
         return tuple(entry for entry in self.entries if entry.replacement is None)
 
+    @property
+    def calls(self) -> dict[str, Calls]:
+        """Path of a replaced module -> its calls so far."""
+        return {entry.path: entry.calls for entry in self.entries if entry.calls is not None}
+
     def __str__(self) -> str:
         lines = list(self._lines())
         paths, modules = (max((len(line[i]) for line in lines), default=0) for i in (0, 1))
@@ -54,6 +104,8 @@ class Report:
         """(path, class, outcome), with neighbours that differ in one number of their path alone made one."""
         by_pattern: dict[tuple[str, ...], list[Entry]] = {}
         for entry in self.entries:
+            if entry.part_of is not None and not entry.calls:
+                continue
             pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1#", entry.path, count=1)
             by_pattern.setdefault((pattern, entry.module, entry.outcome), []).append(entry)
         for (pattern, module, outcome), entries in by_pattern.items():

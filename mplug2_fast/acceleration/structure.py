@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -81,19 +81,25 @@ def dropout_of(module: nn.Module, name: str = "dropout") -> float:
 
 @dataclass(frozen=True)
 class Signature:
-    """The arguments of a BERT module's forward, in order."""
+    """The arguments of a BERT module's forward, in order, and the defaults of those that have one."""
 
     names: tuple[str, ...]
+    defaults: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @classmethod
     def of(cls, forward: Callable[..., Any]) -> Signature:
         """Raises `Unsuitable` for a forward that names none or too little."""
         parameters = inspect.signature(forward).parameters.values()
         require(not any(p.kind is p.VAR_POSITIONAL for p in parameters), "its forward takes arguments without names")
-        names = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
-        signature = cls(names)
+        named = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        names = tuple(p.name for p in named)
+        signature = cls(names, {p.name: p.default for p in named if p.default is not p.empty})
         require("x" in signature.roles, f"its forward takes {', '.join(names) or 'nothing'}, which is not known")
         return signature
+
+    @property
+    def default_mode(self) -> Any:
+        return self.defaults.get(self.roles.get("mode", ""))
 
     @property
     def roles(self) -> dict[str, str]:
@@ -111,6 +117,8 @@ class Signature:
         bound = {}
         for name, value in {**dict(zip(self.names, args, strict=False)), **kwargs}.items():
             role = ROLES.get(name)
+            if role in ("mode", "place") and name in self.defaults and value == self.defaults[name]:
+                continue
             if role is not None and (role in ("mode", "place") or isinstance(value, (Tensor, type(None)))):
                 bound[role] = value
             elif value is not None and value is not False:

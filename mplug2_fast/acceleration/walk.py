@@ -25,8 +25,10 @@ from mplug2_fast.acceleration.swap import (
     hooked,
     inner,
     name_of,
+    require_plain_weights,
     swap,
     unswap,
+    wrapper_of,
 )
 
 KINDS: tuple[type[Kind], ...] = (
@@ -52,14 +54,19 @@ def accelerate(model: nn.Module) -> Report:
     parameters, wherever they were imported from: those of the released mPLUG-2, of `mplug2_fast.reference`, and such
     parts of any model. What else they do beside returning a result, such as printing, is not noticed. The instances
     keep their parameters, children and hooks, and remain instances of their classes; classes, and other instances, do
-    not change. Calls that a module did not expect go to its own code, with a `RuntimeWarning`.
+    not change.
+
+    A call that a module cannot serve goes to its own code with accelerated parts, and a `RuntimeWarning` says so once.
+    Calls too small to gain, calls with gradients on a CPU, and calls under torch's compilers, transforms and modes go
+    to its own code without a warning.
 
     A text decoder that is called step by step with whole prefixes and a tiled memory, as the released beam search does,
     keeps keys and values between calls in evaluation mode without gradients: see `mplug2_fast.acceleration.cache`. On
     a CPU, weights that many rows go through are kept a second time, in the layout of the processor's matrix products.
     Both compare weights by value, so that weights may change in any way.
 
-    Returns a report of what became of each module. A model that is accelerated already stays as it is.
+    Returns a report of what became of each module, which counts its calls from then on. A model that is accelerated
+    already stays as it is.
     """
     walk = _Walk()
     walk.go(model)
@@ -105,65 +112,74 @@ class _Walk:
             if isinstance(module, Swapped):
                 unswap(module)
 
-    def _visit(self, module: nn.Module, path: str, session: Session | None) -> None:
+    def _visit(self, module: nn.Module, path: str, session: Session | None, part_of: str | None = None) -> None:
         if id(module) in self._paths:
-            self._report(module, path, f"it is {self._paths[id(module)]}, met before")
+            self._report(module, path, f"it is {self._paths[id(module)]}, met before", part_of)
             return
         self._paths[id(module)] = path or "the model"
         if isinstance(module, Swapped):
-            self._report_swapped(module, path, "already")
-            if module._mplug2_fast_kind is TextDecoder:
-                self._visit_children(module, path, vars(module)[STATE].session)
+            self._report_swapped(module, path, "already", part_of)
+            state = vars(module)[STATE]
+            self._visit_children(module, path, state.session, self._whole(module, path, part_of))
             return
         if isinstance(module, (*_FAST, torch.jit.ScriptModule)):
             scripted = isinstance(module, torch.jit.ScriptModule)
-            self._report(module, path, "it is compiled by TorchScript" if scripted else "it is a fast module")
+            self._report(module, path, "it is compiled by TorchScript" if scripted else "it is a fast module", part_of)
             return
         kind = next((kind for kind in KINDS if kind.looks_like(module)), None)
         if kind is None:
             children = list(module.children())
             if not children and any(True for _ in module.parameters()):
-                self._report(module, path, "nothing faster is known for it")
-            self._visit_children(module, path, session)
+                self._report(module, path, "nothing faster is known for it", part_of)
+            self._visit_children(module, path, session, part_of)
             return
         try:
-            self._swap(module, path, kind, session)
+            self._swap(module, path, kind, session, part_of)
         except Unsuitable as reason:
-            self._report(module, path, str(reason))
-            if kind is not MultiheadAttention:  # its parts are never called
-                self._visit_children(module, path, session)
+            self._report(module, path, str(reason), part_of)
+            self._visit_children(module, path, session, part_of)
 
-    def _visit_children(self, module: nn.Module, path: str, session: Session | None) -> None:
+    def _visit_children(self, module: nn.Module, path: str, session: Session | None, part_of: str | None) -> None:
+        if isinstance(module, nn.MultiheadAttention):  # it never calls its part
+            return
         for name, child in module._modules.items():
             if child is not None:
-                self._visit(child, f"{path}.{name}" if path else name, session)
+                self._visit(child, f"{path}.{name}" if path else name, session, part_of)
 
-    def _swap(self, module: nn.Module, path: str, kind: type[Kind], session: Session | None) -> None:
-        name = type(module).__name__
-        if "forward" in vars(module):
-            raise Unsuitable("its forward is replaced on the instance, as checkpoint wrappers do")
-        whole = kind is TextDecoder
-        parts = () if whole else inner(module)
+    @staticmethod
+    def _whole(module: Any, path: str, part_of: str | None) -> str | None:
+        """Whose parts the modules inside a swapped module are."""
+        return part_of if module._mplug2_fast_kind.runs_original or part_of is not None else path
+
+    def _swap(
+        self, module: nn.Module, path: str, kind: type[Kind], session: Session | None, part_of: str | None
+    ) -> None:
+        if "forward" in vars(module) and wrapper_of(module) is None:
+            raise Unsuitable("its forward is replaced on the instance, in a way that is not known")
+        parts = () if kind.runs_original else inner(module)
         for part in hooked(parts):
             raise Unsuitable(f"a hook, or a forward of the instance's own, is on {name_of(part, module)}")
         if any(isinstance(part, Swapped) for part in parts):
             raise Unsuitable("parts of it are accelerated already: restore first")
+        if not kind.runs_original:
+            require_plain_weights(module)
         found = self._recognise(module, kind)
-        session = Session() if whole else session
+        session = Session() if kind is TextDecoder else session
         swap(module, kind, found, session)
         self._swapped.append(module)
-        if not whole:
-            self._report_swapped(module, path)
-            return
         place = len(self.entries)
-        self._visit_children(module, path, session)
-        layers = [m for m in module.modules() if isinstance(m, Swapped) and m._mplug2_fast_kind is BertLayer]
-        if layers:
-            self.entries.insert(place, Entry(path, name, type(module).__name__, "keeps keys and values between calls"))
-        else:
-            self._swapped.remove(module)
-            unswap(module)
-            self.entries.insert(place, Entry(path, name, None, "none of its layers is known"))
+        self._visit_children(module, path, session, self._whole(module, path, part_of))
+        note = ""
+        if kind is TextDecoder:
+            layers = [m for m in module.modules() if isinstance(m, Swapped) and m._mplug2_fast_kind is BertLayer]
+            if not layers:
+                self._swapped.remove(module)
+                unswap(module)
+                self._report(module, path, "none of its layers is known", part_of, place)
+                return
+            note = "keeps keys and values between calls"
+        vars(module)[STATE].know((module, *parts), inside=part_of is not None)
+        self._report_swapped(module, path, note, part_of, place)
 
     def _recognise(self, module: nn.Module, kind: type[Kind]) -> Any:
         """`kind.recognise`, once for modules that are made alike."""
@@ -180,12 +196,17 @@ class _Walk:
             raise found
         return found
 
-    def _report(self, module: nn.Module, path: str, reason: str) -> None:
-        self.entries.append(Entry(path, type(module).__name__, None, reason))
+    def _report(self, module: nn.Module, path: str, reason: str, part_of: str | None, place: int | None = None) -> None:
+        self._enter(Entry(path, type(module).__name__, None, reason, part_of), place)
 
-    def _report_swapped(self, module: nn.Module, path: str, reason: str = "") -> None:
-        original = module._mplug2_fast_original.__name__  # type: ignore[union-attr]
-        self.entries.append(Entry(path, original, type(module).__name__, reason))
+    def _report_swapped(
+        self, module: Any, path: str, reason: str, part_of: str | None, place: int | None = None
+    ) -> None:
+        name, replacement = type(module).__name__, f"Fast{module._mplug2_fast_kind.__name__}"
+        self._enter(Entry(path, name, replacement, reason, part_of, vars(module)[STATE].calls), place)
+
+    def _enter(self, entry: Entry, place: int | None) -> None:
+        self.entries.insert(len(self.entries) if place is None else place, entry)
 
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))

@@ -142,19 +142,19 @@ def test_modules_remain_instances_of_their_classes(model):
     assert all(isinstance(module, kind) for module, kind in zip(model.modules(), classes, strict=True))
 
 
-def test_print_and_report_show_the_swaps(model, task):
+def test_the_report_shows_the_swaps(model, task):
+    shown = repr(model)
     report = mf.accelerate(model)
-    assert "FastResidualAttentionBlock(" in repr(model)
-    assert "FastBertLayer(" in repr(model)
+    assert repr(model) == shown
     lines = {line.split()[0]: line for line in str(report).splitlines()}
     block = "visual_encoder.visual.transformer.resblocks.{0..1}"
-    assert lines[block].split(maxsplit=1)[1] == "ResidualAttentionBlock  → FastResidualAttentionBlock"
+    assert lines[block].split(maxsplit=1)[1] == "ResidualAttentionBlock  → FastTemporalBlock"
     assert lines["text_decoder"].endswith("→ FastTextDecoder (keeps keys and values between calls)")
     assert lines["visual_encoder.visual.conv1"].endswith("left: nothing faster is known for it")
     names = dict(model.named_modules())
     assert {e.path for e in report.replaced} == {name for name, m in names.items() if hasattr(m, STATE)}
-    assert all(type(names[e.path]).__name__ == e.replacement for e in report.replaced)
-    assert all(type(names[e.path]).__name__ == e.module and e.reason for e in report.left)
+    assert all(type(names[e.path]).__name__ == e.module for e in report.entries)
+    assert all(e.reason for e in report.left)
     # Every module is in the report, or inside one that is, or has nothing to compute with.
     paths = [entry.path for entry in report.entries]
     for name, module in names.items():
@@ -175,22 +175,20 @@ def test_twice_is_once(model):
 
 
 def test_context(model):
-    shown = repr(model)
     with mf.accelerated(model) as report:
-        assert report.replaced
-        assert repr(model) != shown
-    assert repr(model) == shown
+        assert len(fast_modules(model)) == len(report.replaced) > 0
+    assert not fast_modules(model)
     with pytest.raises(KeyError), mf.accelerated(model):
         raise KeyError
-    assert repr(model) == shown
+    assert not fast_modules(model)
 
 
 def test_context_leaves_what_was_accelerated_before(model):
     mf.accelerate(model)
-    shown = repr(model)
+    count = len(fast_modules(model))
     with mf.accelerated(model):
         pass
-    assert repr(model) == shown
+    assert len(fast_modules(model)) == count
 
 
 def test_an_error_on_the_way_undoes_everything(model, monkeypatch):
@@ -294,8 +292,8 @@ def test_a_module_at_two_places():
     report = mf.accelerate(model)
     assert model["a"] is model["b"]["c"] is norm
     assert str(report).splitlines() == [
-        "a    LayerNorm      → FastLayerNorm",
-        "b.c  FastLayerNorm  left: it is a, met before",
+        "a    LayerNorm  → FastLayerNorm",
+        "b.c  LayerNorm  left: it is a, met before",
     ]
     mf.restore(model)
     assert type(norm) is nn.LayerNorm

@@ -1,0 +1,250 @@
+"""Accelerated modules under torch's own tools: compilers, transforms, modes, tensor subclasses, parallelism."""
+
+import copy
+import inspect
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.utils.flop_counter import FlopCounterMode
+
+import mplug2_fast as mf
+from mplug2_fast.acceleration.swap import STATE
+from tests.acceleration import released_vision
+from tests.golden.cases import relative_error
+
+
+class Net(nn.Module):
+    """Every basic kind, with a class, a signature and a norm of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.norm = nn.LayerNorm(16)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(16, 32), gelu=nn.GELU(), c_proj=nn.Linear(32, 16)))
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, hidden_states, scale: float = 1.0):
+        x = self.norm(self.first(hidden_states)) * scale
+        return self.mlp(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+@pytest.fixture
+def plain():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture
+def fast(plain):
+    fast = copy.deepcopy(plain)
+    assert len(mf.accelerate(fast).replaced) == 6
+    return fast
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_compile(plain, fast, x):
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), plain(x))
+        torch.testing.assert_close(compiled(x[:, :4]), plain(x[:, :4]))
+
+
+def test_export(plain, fast, x):
+    exported = torch.export.export(fast, (x,), strict=False)
+    torch.testing.assert_close(exported.module()(x), plain(x))
+    assert not any("mplug2_fast" in str(node.target) for node in exported.graph.nodes)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_trace_and_symbolic_trace(plain, fast, x):
+    with torch.no_grad():
+        traced = torch.jit.trace(fast, x)
+        torch.testing.assert_close(traced(x[:1]), plain(x[:1]))
+        torch.testing.assert_close(torch.fx.symbolic_trace(fast.mlp)(x), plain.mlp(x))
+
+
+def loss(model, x):
+    def compute(parameters, one):
+        return functional_call(model, parameters, (one[None],)).square().sum()
+
+    return compute, {name: p.detach() for name, p in model.named_parameters()}, x
+
+
+@pytest.mark.parametrize("attribute", ["first", "norm", "mlp"])
+def test_functional_transforms(plain, fast, x, attribute):
+    results = []
+    for model in (plain, fast):
+        compute, parameters, given = loss(getattr(model, attribute), x)
+        tangent = torch.ones_like(given)
+        with torch.no_grad():
+            results.append(
+                (
+                    vmap(grad(compute), (None, 0))(parameters, given),
+                    vmap(getattr(model, attribute))(given),
+                    jvp(getattr(model, attribute), (given,), (tangent,)),
+                    jacrev(getattr(model, attribute))(given[0, 0]),
+                    functional_call(model, {"norm.weight": torch.zeros(16)}, (given,)),
+                )
+            )
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_forward_mode(plain, fast, x):
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        ours, theirs = (torch.autograd.forward_ad.unpack_dual(model.mlp(dual)).tangent for model in (fast, plain))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.real_sizes
+def test_double_backward(plain, fast, x):
+    found = []
+    for model in (plain, fast):
+        given = x.clone().requires_grad_()
+        out = model.mlp(model.norm(model.first(given)))
+        (first,) = torch.autograd.grad(out.square().sum(), given, create_graph=True)
+        found.append(torch.autograd.grad(first.norm(), model.first.weight)[0])
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_modes(plain, fast, x):
+    totals = []
+    for model in (plain, fast):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(x)
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] > 0
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        assert fast(torch.empty(3, 5, 16)).shape == (3, 5, 16)
+
+
+def test_the_meta_device(fast, x):
+    fast.to("meta")
+    with torch.no_grad():
+        out = fast(x.to("meta"))
+    assert out.is_meta
+    assert out.shape == x.shape
+
+
+class Tagged(torch.Tensor):
+    """A subclass without an implementation of its own."""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_weights_of_a_subclass(plain, x, when):
+    fast = copy.deepcopy(plain)
+    if when == "after":
+        report = mf.accelerate(fast)
+    fast.mlp.c_fc.weight = nn.Parameter(fast.mlp.c_fc.weight.detach().as_subclass(Tagged), requires_grad=False)
+    assert type(fast.mlp.c_fc.weight) is Tagged
+    if when == "before":
+        report = mf.accelerate(fast)
+        entries = {entry.path: entry for entry in report.entries}
+        assert entries["mlp.c_fc"].reason == "weight is a Tagged"
+        assert entries["mlp.c_proj"].replacement == "FastLinear"
+    with torch.no_grad():
+        torch.testing.assert_close(torch.Tensor(fast(x)), plain(x))
+    if when == "after":
+        assert dict(report.calls["mlp"].by_parts) == {"a weight is a Tagged": 1}
+        assert dict(report.calls["mlp.c_fc"].original) == {"a weight is a Tagged": 1}
+
+
+def test_inputs_of_a_subclass(plain, fast, x):
+    with torch.no_grad():
+        torch.testing.assert_close(torch.Tensor(fast(x.as_subclass(Tagged))), plain(x))
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory):
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_tensor_parallelism(plain, x, mesh, when):
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    fast = copy.deepcopy(plain)
+    if when == "after":
+        mf.accelerate(fast)
+    parallelize_module(fast.mlp, mesh, {"c_fc": ColwiseParallel(), "c_proj": RowwiseParallel()})
+    if when == "before":
+        reasons = {entry.path: entry.reason for entry in mf.accelerate(fast).left}
+        assert reasons["mlp.c_fc"] == "weight is a DTensor"
+    with torch.no_grad():
+        torch.testing.assert_close(fast.mlp(x), plain.mlp(x))
+
+
+def test_fully_sharded_data_parallelism(plain, x, mesh):
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    fast = copy.deepcopy(plain)
+    mf.accelerate(fast)
+    for part in (fast.mlp, fast):
+        fully_shard(part, mesh=mesh)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (plain, fast)]
+    for _ in range(2):
+        for model, optimizer in zip((plain, fast), optimizers, strict=True):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), plain(x))
+    mf.restore(fast)
+    assert isinstance(fast.mlp, FSDPModule)
+    assert type(fast.mlp).__mro__[2] is nn.Sequential
+    assert not any(hasattr(module, STATE) for module in fast.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), plain(x))
+
+
+def test_what_others_read_is_the_original_s(plain, fast):
+    for ours, theirs in zip(fast.modules(), plain.modules(), strict=True):
+        kind, original = type(ours), type(theirs)
+        assert isinstance(ours, original)
+        assert (kind.__name__, kind.__qualname__, kind.__module__) == (
+            original.__name__,
+            original.__qualname__,
+            original.__module__,
+        )
+        assert str(kind) == str(original)
+        assert inspect.signature(ours.forward) == inspect.signature(theirs.forward)
+        assert ours.forward.__doc__ == theirs.forward.__doc__
+    assert repr(fast) == repr(plain)
+    block = released_vision.TemporalBlock(64, 1)
+    names = list(inspect.signature(block.forward).parameters)
+    mf.accelerate(block)
+    assert list(inspect.signature(block.forward).parameters) == names
+
+
+def test_keyword_arguments(plain, fast, x):
+    with torch.no_grad():
+        for model in (plain, fast):
+            model.forward(scale=2.0, hidden_states=x)
+        assert relative_error(fast.first(input=x), plain.first(input=x)) < 1e-5
+        assert relative_error(fast.norm(input=x), plain.norm(input=x)) < 1e-5
+        assert relative_error(fast.mlp(input=x), plain.mlp(input=x)) < 1e-5
+
+
+def test_wrong_arguments_fail_as_before(plain, fast, x):
+    for model in (plain, fast):
+        with pytest.raises(TypeError):
+            model.first()
+        with pytest.raises(TypeError):
+            model.norm(x, x)
+        with pytest.raises(RuntimeError):
+            model.first(x[..., :3])
+        with pytest.raises((TypeError, AttributeError)):
+            model.mlp(None)
