@@ -1,4 +1,4 @@
-"""What can be told of a file before it is decoded: that it is there, and that its end is.
+"""What a file shows before it is decoded: that it is a file, that its end is there, and that its claims are bounded.
 
 Decoders go to the end of what they find and call it the end of the video. Whether something is missing only the
 container knows, so its own account of its length is compared with the file's, and its index with its contents.
@@ -6,79 +6,140 @@ container knows, so its own account of its length is compared with the file's, a
 
 from __future__ import annotations
 
-import mmap
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import BinaryIO
 
-from mplug2_fast.video.avi import damaged_chunk
-from mplug2_fast.video.matroska import ebml_number
+from mplug2_fast.video.avi import check_chunks
+from mplug2_fast.video.limits import DamagedError, Guard, Steps
+from mplug2_fast.video.matroska import Blocks, ebml_number, find_blocks
+from mplug2_fast.video.mp4 import TOP_LEVEL, Movie, read_movie
+
+_JPEG_NAMES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo")
+_PNG = b"\x89PNG\r\n\x1a\n"
+_EBML = b"\x1a\x45\xdf\xa3"
 
 
-def reason_not_readable(path: str) -> str | None:
-    """Why a path cannot be a whole video or image file, in a few words; None where nothing speaks against it."""
+@dataclass
+class FileFacts:
+    """What follows from the structure of a file, where it has one."""
+
+    is_picture: bool = False
+    """Whether it is a picture of a kind of which a file holds one, whatever follows it."""
+    blocks: Blocks | None = None
+    crops: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)
+    """The pixels to cut off at the top, bottom, left and right, of the streams of which the container asks for it."""
+    has_tiles: bool = False
+
+
+def inspect_file(path: str, guard: Guard) -> FileFacts:
+    """Reads the structure of a file, without decoding.
+
+    Raises:
+        DamagedError: it is not a whole video or image file; the message says why in a few words.
+        LimitError: it claims more than the limits allow.
+    """
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
-            return "is a directory, not a file"
+            raise DamagedError("is a directory, not a file")
         if not stat.S_ISREG(status.st_mode):
-            return "is not a regular file"
+            raise DamagedError("is not a regular file")
         if status.st_size == 0:
-            return "is empty"
+            raise DamagedError("is empty")
         with open(path, "rb") as file:
-            return _reason_not_whole(file, status.st_size)
+            return _inspect(file, status.st_size, PurePath(path).suffix.lower(), guard)
     except FileNotFoundError:
-        return "no such file"
+        raise DamagedError("no such file") from None
     except PermissionError:
-        return "may not be read: permission denied"
+        raise DamagedError("may not be read: permission denied") from None
     except (OSError, ValueError) as error:
-        return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise DamagedError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _reason_not_whole(file: BinaryIO, size: int) -> str | None:
-    announced = _announced_size(file, size)
-    if announced > size:
-        return f"is truncated: it has {size:,} bytes of at least {announced:,}"
-    damaged = damaged_chunk(file, size)
-    if damaged is not None:
-        return f"is corrupt: the chunk at byte {damaged:,} is not what it should be"
-    return None
-
-
-def _announced_size(file: BinaryIO, size: int) -> int:
-    """The least number of bytes that the container says it has; 0 where it does not say."""
+def _inspect(file: BinaryIO, size: int, suffix: str, guard: Guard) -> FileFacts:
+    facts = FileFacts()
     head = file.read(64)
-    if head[4:8] in _BOXES:
-        return _end_of_boxes(file, size)
-    if head[:4] == b"\x1a\x45\xdf\xa3":
-        return _end_of_matroska(head)
-    if head[:4] == b"RIFF":
-        return 8 + int.from_bytes(head[4:8], "little")
-    if head[:6] in (b"GIF87a", b"GIF89a"):
-        return _end_of_gif(file)
-    return 0
+    announced = 0
+    if head[4:8] in TOP_LEVEL:
+        with _corrupt():
+            movie = read_movie(file, size, guard)
+        announced = movie.end
+        _use_movie(facts, movie)
+    elif head[:4] == _EBML:
+        announced = _end_of_matroska(head)
+        if announced <= size:
+            with _corrupt():
+                facts.blocks = find_blocks(file, size, guard)
+            facts.crops = facts.blocks.crops
+    elif head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        check_chunks(file, size, guard)
+    elif head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        announced = 8 + int.from_bytes(head[4:8], "little")
+        if head[12:16] == b"VP8X" and head[20] & 2:
+            raise DamagedError("is an animated WebP file, which is not supported: convert it to GIF, APNG or a video")
+    elif head[:6] in (b"GIF87a", b"GIF89a"):
+        announced = _end_of_gif(file, size, guard)
+    else:
+        facts.is_picture = _is_picture(file, head, suffix)
+    if announced > size:
+        raise DamagedError(f"is truncated: it has {size:,} bytes of at least {announced:,}")
+    return facts
 
 
-# The boxes at the top of an mp4 or mov file; anything else after them is not the container's.
-_BOXES = frozenset(
-    b"ftyp styp moov mdat moof mfra free skip wide pnot uuid meta sidx ssix emsg prft udta".split(),
-)
+@contextmanager
+def _corrupt() -> Iterator[None]:
+    try:
+        yield
+    except DamagedError as error:
+        raise DamagedError(f"is corrupt: {error}") from None
 
 
-def _end_of_boxes(file: BinaryIO, size: int) -> int:
-    position = 0
-    while position + 8 <= size:
+def _use_movie(facts: FileFacts, movie: Movie) -> None:
+    facts.crops = movie.crops
+    facts.has_tiles = movie.primary_item == b"grid"
+
+
+def _is_picture(file: BinaryIO, head: bytes, suffix: str) -> bool:
+    """Whether libav is to take a file for one picture.
+
+    A JPEG file may hold more pictures behind the first, as of several views or of brighter colours; a list of them
+    marks such a file. Without a list, JPEG pictures in a row are a video, unless the name says otherwise.
+    """
+    if head.startswith(_PNG):
+        return not _is_animated_png(file)
+    if head[:3] == b"\xff\xd8\xff":
+        return suffix in _JPEG_NAMES or _lists_pictures(file)
+    return False
+
+
+def _is_animated_png(file: BinaryIO) -> bool:
+    position = len(_PNG)
+    for _ in range(1000):
         file.seek(position)
-        header = file.read(16)
-        length = int.from_bytes(header[:4], "big")
-        if header[4:8] not in _BOXES or length == 0:  # 0: to the end of the file
-            break
-        if length == 1:
-            length = int.from_bytes(header[8:16], "big")
-        if length < 8:
-            break
-        position += length
-    return position
+        head = file.read(8)
+        if len(head) < 8 or head[4:] in (b"acTL", b"IDAT"):
+            return head[4:] == b"acTL"
+        position += 12 + int.from_bytes(head[:4], "big")
+    return False
+
+
+def _lists_pictures(file: BinaryIO) -> bool:
+    """Whether the segments before the first picture's data hold the list of a multi-picture file."""
+    position = 2
+    for _ in range(1000):
+        file.seek(position)
+        head = file.read(8)
+        if len(head) < 8 or head[0] != 0xFF or head[1] == 0xDA:
+            return False
+        if head[1] == 0xE2 and head[4:] == b"MPF\0":
+            return True
+        position += 2 + int.from_bytes(head[2:4], "big")
+    return False
 
 
 def _end_of_matroska(head: bytes) -> int:
@@ -90,32 +151,32 @@ def _end_of_matroska(head: bytes) -> int:
     return 0 if segment_size is None else position + segment_size
 
 
-def _end_of_gif(file: BinaryIO) -> int:
+def _end_of_gif(file: BinaryIO, size: int, guard: Guard) -> int:
     """The position after the trailer, or one beyond the end of the file where that comes first."""
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return _end_of_gif_data(data)
+    steps = Steps(guard, size)
 
-
-def _end_of_gif_data(data: mmap.mmap) -> int:
-    beyond = len(data) + 1
+    def read(position: int, count: int) -> bytes:
+        steps.take()
+        file.seek(position)
+        return file.read(count).ljust(count, b"\0")
 
     def after_colours(flags: int, position: int) -> int:
         return position + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)
 
     def after_blocks(position: int) -> int:
-        while position < len(data) and data[position]:
-            position += 1 + data[position]
+        while position < size and (length := read(position, 1)[0]):
+            position += 1 + length
         return position + 1
 
-    if len(data) < 13:
-        return beyond
-    position = after_colours(data[10], 13)
-    while position < len(data):
-        kind = data[position]
+    if size < 13:
+        return size + 1
+    position = after_colours(read(10, 1)[0], 13)
+    while position < size:
+        kind = read(position, 1)[0]
         if kind == 0x21:  # an extension: a label, blocks
             position = after_blocks(position + 2)
-        elif kind == 0x2C and position + 10 <= len(data):  # an image: colours, the code size, blocks
-            position = after_blocks(after_colours(data[position + 9], position + 10) + 1)
+        elif kind == 0x2C and position + 10 <= size:  # an image: colours, the code size, blocks
+            position = after_blocks(after_colours(read(position + 9, 1)[0], position + 10) + 1)
         else:
-            return beyond if kind == 0x2C else position + 1  # the trailer, or what the decoder will judge
-    return beyond
+            return size + 1 if kind == 0x2C else position + 1  # the trailer, or what the decoder will judge
+    return size + 1
