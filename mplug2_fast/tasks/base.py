@@ -29,6 +29,8 @@ from mplug2_fast.video.limits import Guard, Limits
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from mplug2_fast.video import Clip
+
 TINY_MODEL = Path(__file__).parents[1] / "data" / "tiny"
 """The model that ships: it knows the clips of examples/moving_shapes and nothing else."""
 
@@ -198,13 +200,14 @@ class VideoTask:
     def _decoded_by_workers(
         self, paths: Iterable[PathLike], num_workers: int, timeout: float | None
     ) -> Iterator[_Decoded]:
-        """The files as worker processes have them ready."""
+        """The files as worker processes have them ready; those of one process in order."""
         if isinstance(paths, Sized):
             num_workers = min(num_workers, max(len(paths), 1))
         vision, dtype = self.model.config.vision, next(self.model.parameters()).dtype
         sizes = {"num_frames": vision.num_frames, "image_size": vision.image_size}
         with DecodePool(num_workers, timeout=timeout, dtype=dtype, **sizes) as pool:
-            for clip in pool.clips(os.fspath(path) for path in paths):
+            clips = pool.clips(os.fspath(path) for path in paths)
+            for clip in _in_order(clips) if num_workers == 1 else clips:
                 video = None if clip.frames is None else clip.frames[None]
                 error = None if clip.error is None else _reason(clip.error, clip.source)
                 yield _Decoded(clip.source, video, clip.seconds, error, tuple(clip.indices), clip.backend)
@@ -267,6 +270,16 @@ def not_finite(dtype: torch.dtype) -> NotFiniteError:
     }
     remedy = remedies.get(dtype, "use a checkpoint whose training did not diverge")
     return NotFiniteError(f"the model's results are not finite (NaN or infinite): {remedy}")
+
+
+def _in_order(clips: Iterable[Clip]) -> Iterator[Clip]:
+    early: dict[int, Clip] = {}
+    index = 0
+    for clip in clips:
+        early[clip.index] = clip
+        while index in early:
+            yield early.pop(index)
+            index += 1
 
 
 def _each(paths: Paths) -> Iterable[PathLike]:

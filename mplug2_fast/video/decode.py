@@ -44,7 +44,7 @@ except ImportError as error:
 
 from mplug2_fast.video.formats import MEDIA_FORMATS, PICTURE_FORMAT
 from mplug2_fast.video.h264 import FieldCheck
-from mplug2_fast.video.orientation import Orientation, orientation_of
+from mplug2_fast.video.orientation import Orientation, OrientationReader
 from mplug2_fast.video.transport import missing_packets
 
 Choice = Callable[[int], Sequence[int]]
@@ -227,7 +227,7 @@ def orientation(name: str, scan: Scan, guard: Guard) -> Orientation:
     """How the frames of a file are turned to be upright: that of the first."""
     frame = next(_every_frame(name, scan, 1, guard))
     with _errors_of(name, None, guard):
-        return orientation_of(frame)
+        return OrientationReader()(frame)
 
 
 def _scan(name: str, facts: FileFacts, guard: Guard) -> Scan:
@@ -333,6 +333,7 @@ class _Converter:
         self._guard = guard
         self._sizes: set[tuple[int, int]] = set()
         self._reformatter = VideoReformatter()
+        self._orientation_of = OrientationReader()
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
         colours = f"its colours cannot be converted to RGB ({frame.format.name}, matrix {_matrix(frame)})"
@@ -345,7 +346,7 @@ class _Converter:
                 if top + bottom >= height or left + right >= width:
                     raise DamagedError(f"is corrupt: cropping leaves nothing of its {width}x{height} frames")
                 pixels = pixels[top : height - bottom, left : width - right]
-            pixels = orientation_of(frame).upright(pixels)
+            pixels = self._orientation_of(frame).upright(pixels)
         if self._image_size is not None:
             return squash(pixels, self._image_size)
         self._sizes.add(pixels.shape[:2])

@@ -15,12 +15,14 @@ from pathlib import PurePath
 from typing import BinaryIO
 
 from mplug2_fast.video.avi import check_chunks
-from mplug2_fast.video.limits import DamagedError, Guard, Steps
+from mplug2_fast.video.limits import DamagedError, Guard, LimitError, Steps
 from mplug2_fast.video.matroska import Blocks, ebml_number, find_blocks
 from mplug2_fast.video.mp4 import TOP_LEVEL, Movie, read_movie
 
 _JPEG_NAMES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo")
 _PNG = b"\x89PNG\r\n\x1a\n"
+_BITMAP_HEADERS = tuple(size.to_bytes(4, "little") for size in (40, 52, 56, 108, 124))
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _EBML = b"\x1a\x45\xdf\xa3"
 
 
@@ -64,6 +66,8 @@ def inspect_file(path: str, guard: Guard) -> FileFacts:
 def _inspect(file: BinaryIO, size: int, suffix: str, guard: Guard) -> FileFacts:
     facts = FileFacts()
     head = file.read(64)
+    _check_pixels(_picture_size(file, head), guard)
+    file.seek(0)
     announced = 0
     if head[4:8] in TOP_LEVEL:
         with _corrupt():
@@ -104,6 +108,42 @@ def _use_movie(facts: FileFacts, movie: Movie) -> None:
     facts.has_tiles = movie.primary_item == b"grid"
 
 
+def _check_pixels(size: tuple[int, int], guard: Guard) -> None:
+    """libav decodes a picture before it tells its size."""
+    width, height = size
+    most = guard.limits.pixels
+    if most is not None and width * height > most:
+        raise LimitError(f"has frames of {width:,}x{height:,} pixels, more than {most:,} in all; raise Limits.pixels")
+
+
+def _picture_size(file: BinaryIO, head: bytes) -> tuple[int, int]:
+    """Width and height by the header of a picture; 0 where they are not at a fixed place."""
+    if head.startswith(_PNG):
+        return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+    if head[:3] == b"GIF":
+        return int.from_bytes(head[6:8], "little"), int.from_bytes(head[8:10], "little")
+    if head[:2] == b"BM" and head[14:18] in _BITMAP_HEADERS:
+        return int.from_bytes(head[18:22], "little"), abs(int.from_bytes(head[22:26], "little", signed=True))
+    if head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X":
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    for marker, segment in _jpeg_segments(file, head):
+        if marker in _JPEG_FRAMES:
+            return int.from_bytes(segment[7:9], "big"), int.from_bytes(segment[5:7], "big")
+    return 0, 0
+
+
+def _jpeg_segments(file: BinaryIO, head: bytes) -> Iterator[tuple[int, bytes]]:
+    """The marker and the first bytes of each segment before the data of the first picture."""
+    position = 2 if head[:3] == b"\xff\xd8\xff" else None
+    for _ in range(1000 if position else 0):
+        file.seek(position)
+        segment = file.read(9)
+        if len(segment) < 9 or segment[0] != 0xFF or segment[1] == 0xDA:
+            return
+        yield segment[1], segment
+        position += 2 + int.from_bytes(segment[2:4], "big")
+
+
 def _is_picture(file: BinaryIO, head: bytes, suffix: str) -> bool:
     """Whether libav is to take a file for one picture.
 
@@ -113,7 +153,9 @@ def _is_picture(file: BinaryIO, head: bytes, suffix: str) -> bool:
     if head.startswith(_PNG):
         return not _is_animated_png(file)
     if head[:3] == b"\xff\xd8\xff":
-        return suffix in _JPEG_NAMES or _lists_pictures(file)
+        return suffix in _JPEG_NAMES or any(
+            marker == 0xE2 and segment[4:8] == b"MPF\0" for marker, segment in _jpeg_segments(file, head)
+        )
     return False
 
 
@@ -125,20 +167,6 @@ def _is_animated_png(file: BinaryIO) -> bool:
         if len(head) < 8 or head[4:] in (b"acTL", b"IDAT"):
             return head[4:] == b"acTL"
         position += 12 + int.from_bytes(head[:4], "big")
-    return False
-
-
-def _lists_pictures(file: BinaryIO) -> bool:
-    """Whether the segments before the first picture's data hold the list of a multi-picture file."""
-    position = 2
-    for _ in range(1000):
-        file.seek(position)
-        head = file.read(8)
-        if len(head) < 8 or head[0] != 0xFF or head[1] == 0xDA:
-            return False
-        if head[1] == 0xE2 and head[4:] == b"MPF\0":
-            return True
-        position += 2 + int.from_bytes(head[2:4], "big")
     return False
 
 
@@ -154,29 +182,34 @@ def _end_of_matroska(head: bytes) -> int:
 def _end_of_gif(file: BinaryIO, size: int, guard: Guard) -> int:
     """The position after the trailer, or one beyond the end of the file where that comes first."""
     steps = Steps(guard, size)
+    start, window = 0, b""
 
-    def read(position: int, count: int) -> bytes:
-        steps.take()
-        file.seek(position)
-        return file.read(count).ljust(count, b"\0")
+    def read(position: int) -> int:
+        nonlocal start, window
+        if not start <= position < start + len(window):
+            file.seek(position)
+            start, window = position, file.read(1 << 16)
+        return window[position - start] if window else 0
 
     def after_colours(flags: int, position: int) -> int:
         return position + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)
 
     def after_blocks(position: int) -> int:
-        while position < size and (length := read(position, 1)[0]):
+        while position < size and (length := read(position)):
+            steps.take()
             position += 1 + length
         return position + 1
 
     if size < 13:
         return size + 1
-    position = after_colours(read(10, 1)[0], 13)
+    position = after_colours(read(10), 13)
     while position < size:
-        kind = read(position, 1)[0]
+        steps.take()
+        kind = read(position)
         if kind == 0x21:  # an extension: a label, blocks
             position = after_blocks(position + 2)
         elif kind == 0x2C and position + 10 <= size:  # an image: colours, the code size, blocks
-            position = after_blocks(after_colours(read(position + 9, 1)[0], position + 10) + 1)
+            position = after_blocks(after_colours(read(position + 9), position + 10) + 1)
         else:
             return size + 1 if kind == 0x2C else position + 1  # the trailer, or what the decoder will judge
     return size + 1

@@ -27,14 +27,32 @@ class Orientation:
         return pixels[:, ::-1] if self.mirrored else pixels
 
 
-def orientation_of(frame: VideoFrame) -> Orientation:
-    """The orientation that a frame asks for: that of its container, or of the picture's EXIF data.
+class OrientationReader:
+    """Reads the orientation that frames ask for: that of their container, or of a picture's EXIF data.
 
-    Raises:
-        DamagedError: an angle that is not a multiple of 90 degrees.
+    A frame whose side data Python has looked at is not freed at once, and may be large. So libav picks the frames that
+    have a display matrix, and Python looks at that of a small copy.
     """
-    matrix = _display_matrix(frame)
-    return Orientation() if matrix is None else _orientation_of_matrix(struct.unpack("9i", matrix))
+
+    def __init__(self) -> None:
+        self._of: tuple[int, int, str] | None = None
+
+    def __call__(self, frame: VideoFrame) -> Orientation:
+        """The orientation of a frame.
+
+        Raises:
+            DamagedError: an angle that is not a multiple of 90 degrees.
+        """
+        if self._of != (frame.width, frame.height, frame.format.name):
+            self._of = frame.width, frame.height, frame.format.name
+            chosen = ("sidedata", "mode=select:type=DISPLAYMATRIX")
+            self._graph = _graph(frame, chosen, ("scale", "16:16"))
+        self._graph.push(frame)
+        try:
+            matrix = _display_matrix(self._graph.pull())
+        except (BlockingIOError, EOFError):
+            return Orientation()
+        return Orientation() if matrix is None else _orientation_of_matrix(struct.unpack("9i", matrix))
 
 
 def _orientation_of_matrix(matrix: tuple[int, ...]) -> Orientation:
@@ -73,11 +91,14 @@ def _display_matrix(frame: VideoFrame) -> bytes | None:
 
 
 def _without_side_data(frame: VideoFrame, kind: str) -> VideoFrame:
+    graph = _graph(frame, ("sidedata", f"mode=delete:type={kind}"))
+    graph.push(frame)
+    return graph.pull()
+
+
+def _graph(frame: VideoFrame, *filters: tuple[str, str]) -> Graph:
     graph = Graph()
-    source = graph.add("buffer", f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base=1/1")
-    delete, sink = graph.add("sidedata", f"mode=delete:type={kind}"), graph.add("buffersink")
-    source.link_to(delete)
-    delete.link_to(sink)
-    graph.configure()
-    source.push(frame)
-    return sink.pull()
+    size = f"{frame.width}x{frame.height}"
+    chain = [("buffer", f"video_size={size}:pix_fmt={frame.format.name}:time_base=1/1"), *filters, ("buffersink", "")]
+    graph.link_nodes(*[graph.add(name, arguments or None) for name, arguments in chain]).configure()
+    return graph
