@@ -380,21 +380,14 @@ def _open(name: str, scan: Scan, threads: int, guard: Guard) -> Iterator[tuple[I
     pixels = guard.limits.pixels
     limits = {} if pixels is None else {"max_pixels": str(min(pixels, 2**31 - 1))}
 
-    def opened(format: str | None) -> InputContainer:
-        return av.open(
+    with _errors_of(name, not_readable, guard):
+        container = av.open(
             f"file:{name}",
-            format=format,
+            format=PICTURE_FORMAT if scan.is_picture else None,
             options=_FORMAT_OPTIONS | limits,
             metadata_errors="replace",
             timeout=guard.seconds_left,
         )
-
-    with _errors_of(name, not_readable, guard):
-        container = opened(PICTURE_FORMAT if scan.is_picture else None)
-        if container.format.name.endswith("_pipe"):
-            container.close()
-            scan.is_picture = True
-            container = opened(PICTURE_FORMAT)
     with container:
         stream = _choose_stream(name, container)
         context = stream.codec_context

@@ -116,8 +116,8 @@ def _check_pixels(size: tuple[int, int], guard: Guard) -> None:
         raise LimitError(f"has frames of {width:,}x{height:,} pixels, more than {most:,} in all; raise Limits.pixels")
 
 
-def _picture_size(file: BinaryIO, head: bytes) -> tuple[int, int]:
-    """Width and height by the header of a picture; 0 where they are not at a fixed place."""
+def _picture_size(file: BinaryIO, head: bytes, start: int = 0) -> tuple[int, int]:
+    """Width and height by the header of a picture, which begins at `start`; 0 where they cannot be told."""
     if head.startswith(_PNG):
         return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
     if head[:3] == b"GIF":
@@ -126,16 +126,16 @@ def _picture_size(file: BinaryIO, head: bytes) -> tuple[int, int]:
         return int.from_bytes(head[18:22], "little"), abs(int.from_bytes(head[22:26], "little", signed=True))
     if head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X":
         return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
-    for marker, segment in _jpeg_segments(file, head):
+    for marker, segment in _jpeg_segments(file, head, start):
         if marker in _JPEG_FRAMES:
             return int.from_bytes(segment[7:9], "big"), int.from_bytes(segment[5:7], "big")
     return 0, 0
 
 
-def _jpeg_segments(file: BinaryIO, head: bytes) -> Iterator[tuple[int, bytes]]:
+def _jpeg_segments(file: BinaryIO, head: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
     """The marker and the first bytes of each segment before the data of the first picture."""
-    position = 2 if head[:3] == b"\xff\xd8\xff" else None
-    for _ in range(1000 if position else 0):
+    position = start + 2
+    for _ in range(1000 if head[:3] == b"\xff\xd8\xff" else 0):
         file.seek(position)
         segment = file.read(9)
         if len(segment) < 9 or segment[0] != 0xFF or segment[1] == 0xDA:
@@ -145,29 +145,44 @@ def _jpeg_segments(file: BinaryIO, head: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _is_picture(file: BinaryIO, head: bytes, suffix: str) -> bool:
-    """Whether libav is to take a file for one picture.
+    """Whether a file is one JPEG picture, whatever follows it.
 
-    A JPEG file may hold more pictures behind the first, as of several views or of brighter colours; a list of them
-    marks such a file. Without a list, JPEG pictures in a row are a video, unless the name says otherwise.
+    More pictures may follow the first: other views, or what makes it brighter. A list of them marks such a file.
+    Without a name or a list that says so, JPEG pictures of the same size in a row are a video.
     """
-    if head.startswith(_PNG):
-        return not _is_animated_png(file)
-    if head[:3] == b"\xff\xd8\xff":
-        return suffix in _JPEG_NAMES or any(
-            marker == 0xE2 and segment[4:8] == b"MPF\0" for marker, segment in _jpeg_segments(file, head)
-        )
-    return False
+    if head[:3] != b"\xff\xd8\xff":
+        return False
+    if suffix in _JPEG_NAMES:
+        return True
+    segments = list(_jpeg_segments(file, head))
+    if any(marker == 0xE2 and segment[4:8] == b"MPF\0" for marker, segment in segments):
+        return True
+    start = _after_jpeg(file)
+    file.seek(start)
+    following = file.read(64)
+    return _picture_size(file, following, start) != _picture_size(file, head)
 
 
-def _is_animated_png(file: BinaryIO) -> bool:
-    position = len(_PNG)
+def _after_jpeg(file: BinaryIO) -> int:
+    """The position after the first picture; 0 if it has no end."""
+    position = 2
     for _ in range(1000):
         file.seek(position)
-        head = file.read(8)
-        if len(head) < 8 or head[4:] in (b"acTL", b"IDAT"):
-            return head[4:] == b"acTL"
-        position += 12 + int.from_bytes(head[:4], "big")
-    return False
+        segment = file.read(4)
+        if len(segment) < 4 or segment[0] != 0xFF:
+            return 0
+        position += 2 + int.from_bytes(segment[2:4], "big")
+        if segment[1] == 0xDA:
+            break
+    file.seek(position)
+    before = b""
+    while data := file.read(1 << 20):
+        end = (before + data).find(b"\xff\xd9")
+        if end >= 0:
+            return position - len(before) + end + 2
+        position += len(data)
+        before = data[-1:]
+    return 0
 
 
 def _end_of_matroska(head: bytes) -> int:
