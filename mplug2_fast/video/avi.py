@@ -31,6 +31,7 @@ class _Found:
     frames: int = 0
     index: bytes = b""
     promises_index: bool = False
+    fillers: Steps | None = None
 
 
 def check_chunks(file: BinaryIO, size: int, guard: Guard) -> None:
@@ -45,6 +46,7 @@ def check_chunks(file: BinaryIO, size: int, guard: Guard) -> None:
     if riff + kind != b"RIFFAVI ":
         return
     found, steps = _Found(), Steps(guard, size)
+    found.fillers = Steps(guard, 0, 1 / 64)
     end = size if length in _OPEN else 8 + length
     _follow(file, size, 12, end, found, steps, guard)
     if end > size and found.promises_index and not found.index:
@@ -84,6 +86,8 @@ def _follow(file: BinaryIO, size: int, start: int, end: int, found: _Found, step
             if length == 0:
                 _follow(file, size, position + 12, size, found, steps, guard)
                 return
+        if name == b"JUNK":
+            found.fillers.take()
         _read_chunk(file, name, kind, position, length, found, steps, guard)
         position += 8 + length + length % 2
 
@@ -92,8 +96,8 @@ def _read_chunk(
     file: BinaryIO, name: bytes, kind: bytes, position: int, length: int, found: _Found, steps: Steps, guard: Guard
 ) -> None:
     most = guard.limits.packet_bytes
-    if most is not None and length > most and name not in (*_LISTS, b"JUNK"):
-        raise LimitError(f"has a chunk of {length:,} bytes; the limit is {most:,}: raise Limits.memory")
+    if length > most and name not in (*_LISTS, b"JUNK"):
+        raise LimitError(f"has a chunk of {length:,} bytes; the limit is {most:,}")
     if name == b"LIST" and kind in (b"hdrl", b"strl"):
         end = position + 8 + length
         with suppress(DamagedError):  # libav judges headers

@@ -11,16 +11,17 @@ at by the decoder.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from itertools import pairwise
 
 import numpy as np
 
 from mplug2_fast.errors import VideoError
 from mplug2_fast.video.files import FileFacts, inspect_file
-from mplug2_fast.video.limits import DamagedError, Guard, LimitError, too_much_memory
+from mplug2_fast.video.limits import CarefulFile, DamagedError, Guard, LimitError, too_much_memory
 from mplug2_fast.video.pixels import squash
 from mplug2_fast.video.seek import (
     CannotSeekError,
@@ -232,8 +233,9 @@ def orientation(name: str, scan: Scan, guard: Guard) -> Orientation:
 
 def _scan(name: str, facts: FileFacts, guard: Guard) -> Scan:
     """Reads all packets of the video stream without decoding them."""
-    scan = Scan(is_picture=facts.is_picture)
-    with _open(name, scan, 1, guard) as (container, stream):
+    scan = Scan(picture_end=facts.picture_end)
+    careful = None if facts.is_bounded or facts.picture_end else CarefulFile(name, guard)
+    with closing(careful) if careful else nullcontext(), _open(name, scan, 1, guard, careful) as (container, stream):
         context = stream.codec_context
         codec = scan.codec = context.codec.canonical_name
         scan.format = container.format.name
@@ -244,9 +246,11 @@ def _scan(name: str, facts: FileFacts, guard: Guard) -> Scan:
         blocks, tracks, last = facts.blocks, set(), None
         damaged = last_is_damaged = False
         most = guard.limits.frames
-        for packet in container.demux(stream):
+        for packet in container.demux() if careful else container.demux(stream):
             guard.check()
-            if not packet.size:
+            if careful:
+                careful.found_packet()
+            if not packet.size or packet.stream_index != stream.index:
                 continue
             damaged |= packet.is_corrupt
             last_is_damaged = packet.is_corrupt
@@ -374,16 +378,22 @@ def _threads(scan: Scan, threads: int) -> int:
 
 
 @contextmanager
-def _open(name: str, scan: Scan, threads: int, guard: Guard) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The file and its video stream, ready to decode."""
+def _open(
+    name: str, scan: Scan, threads: int, guard: Guard, careful: CarefulFile | None = None
+) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The file and its video stream, ready to decode; read by libav itself, or through a `CarefulFile`."""
     not_readable = "is not a video or image that can be read"
     pixels = guard.limits.pixels
     limits = {} if pixels is None else {"max_pixels": str(min(pixels, 2**31 - 1))}
 
+    source = careful or f"file:{name}"
+    if scan.picture_end:
+        with open(name, "rb") as file:
+            source = io.BytesIO(file.read(scan.picture_end))
     with _errors_of(name, not_readable, guard):
         container = av.open(
-            f"file:{name}",
-            format=PICTURE_FORMAT if scan.is_picture else None,
+            source,
+            format=PICTURE_FORMAT if scan.picture_end else None,
             options=_FORMAT_OPTIONS | limits,
             metadata_errors="replace",
             timeout=guard.seconds_left,
@@ -437,6 +447,8 @@ def _errors_of(name: str, reason: str | None, guard: Guard) -> Iterator[None]:
         if reason is None:
             raise
         detail = error.strerror or str(error)
+        if isinstance(error, av.ArgumentError) and guard.limits.pixels is not None:
+            detail += f", or frames have more than {guard.limits.pixels:,} pixels in all: raise Limits.pixels"
         raise _error(name, f"{reason} ({detail})") from error
 
 

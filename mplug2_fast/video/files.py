@@ -30,12 +30,14 @@ _EBML = b"\x1a\x45\xdf\xa3"
 class FileFacts:
     """What follows from the structure of a file, where it has one."""
 
-    is_picture: bool = False
-    """Whether it is a picture of a kind of which a file holds one, whatever follows it."""
+    picture_end: int | None = None
+    """Where the only picture of the file ends, whatever follows it."""
     blocks: Blocks | None = None
     crops: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)
     """The pixels to cut off at the top, bottom, left and right, of the streams of which the container asks for it."""
     has_tiles: bool = False
+    is_bounded: bool = False
+    """Whether its structure shows that its packets are not larger than the limit."""
 
 
 def inspect_file(path: str, guard: Guard) -> FileFacts:
@@ -54,7 +56,10 @@ def inspect_file(path: str, guard: Guard) -> FileFacts:
         if status.st_size == 0:
             raise DamagedError("is empty")
         with open(path, "rb") as file:
-            return _inspect(file, status.st_size, PurePath(path).suffix.lower(), guard)
+            facts = _inspect(file, status.st_size, PurePath(path).suffix.lower(), guard)
+        # Of a sparse file little is written, and much can be claimed.
+        facts.is_bounded &= 1024 * status.st_blocks >= status.st_size
+        return facts
     except FileNotFoundError:
         raise DamagedError("no such file") from None
     except PermissionError:
@@ -72,24 +77,30 @@ def _inspect(file: BinaryIO, size: int, suffix: str, guard: Guard) -> FileFacts:
     if head[4:8] in TOP_LEVEL:
         with _corrupt():
             movie = read_movie(file, size, guard)
-        announced = movie.end
+        announced, facts.is_bounded = movie.end, True
         _use_movie(facts, movie)
     elif head[:4] == _EBML:
         announced = _end_of_matroska(head)
         if announced <= size:
+            facts.is_bounded = True
             with _corrupt():
                 facts.blocks = find_blocks(file, size, guard)
             facts.crops = facts.blocks.crops
     elif head[:4] == b"RIFF" and head[8:12] == b"AVI ":
         check_chunks(file, size, guard)
+        facts.is_bounded = True
     elif head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         announced = 8 + int.from_bytes(head[4:8], "little")
         if head[12:16] == b"VP8X" and head[20] & 2:
             raise DamagedError("is an animated WebP file, which is not supported: convert it to GIF, APNG or a video")
+    elif head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE":
+        raise DamagedError("has no video stream, only audio")
     elif head[:6] in (b"GIF87a", b"GIF89a"):
-        announced = _end_of_gif(file, size, guard)
+        announced, facts.is_bounded = _end_of_gif(file, size, guard), True
     else:
-        facts.is_picture = _is_picture(file, head, suffix)
+        facts.picture_end = _end_of_only_picture(file, size, head, suffix)
+        if (facts.picture_end or 0) > guard.limits.packet_bytes:
+            raise LimitError(f"is a picture of {size:,} bytes; the limit is {guard.limits.packet_bytes:,}")
     if announced > size:
         raise DamagedError(f"is truncated: it has {size:,} bytes of at least {announced:,}")
     return facts
@@ -144,23 +155,21 @@ def _jpeg_segments(file: BinaryIO, head: bytes, start: int = 0) -> Iterator[tupl
         position += 2 + int.from_bytes(segment[2:4], "big")
 
 
-def _is_picture(file: BinaryIO, head: bytes, suffix: str) -> bool:
-    """Whether a file is one JPEG picture, whatever follows it.
+def _end_of_only_picture(file: BinaryIO, size: int, head: bytes, suffix: str) -> int | None:
+    """Where the picture of a JPEG file ends, whatever follows it; None if it is no JPEG file, or a video.
 
     More pictures may follow the first: other views, or what makes it brighter. A list of them marks such a file.
     Without a name or a list that says so, JPEG pictures of the same size in a row are a video.
     """
     if head[:3] != b"\xff\xd8\xff":
-        return False
-    if suffix in _JPEG_NAMES:
-        return True
-    segments = list(_jpeg_segments(file, head))
-    if any(marker == 0xE2 and segment[4:8] == b"MPF\0" for marker, segment in segments):
-        return True
-    start = _after_jpeg(file)
-    file.seek(start)
+        return None
+    end = _after_jpeg(file)
+    file.seek(end)
     following = file.read(64)
-    return _picture_size(file, following, start) != _picture_size(file, head)
+    is_list = any(marker == 0xE2 and segment[4:8] == b"MPF\0" for marker, segment in _jpeg_segments(file, head))
+    if suffix in _JPEG_NAMES or is_list or _picture_size(file, following, end) != _picture_size(file, head):
+        return end or size
+    return None
 
 
 def _after_jpeg(file: BinaryIO) -> int:
@@ -196,7 +205,7 @@ def _end_of_matroska(head: bytes) -> int:
 
 def _end_of_gif(file: BinaryIO, size: int, guard: Guard) -> int:
     """The position after the trailer, or one beyond the end of the file where that comes first."""
-    steps = Steps(guard, size)
+    steps = Steps(guard, size, 0.25)
     start, window = 0, b""
 
     def read(position: int) -> int:

@@ -6,8 +6,8 @@ taken for one of those is not opened.
 
 from __future__ import annotations
 
-PICTURE_FORMAT = "image2"
-"""One picture of any kind, whatever follows it in the file."""
+PICTURE_FORMAT = "jpeg_pipe"
+"""That of one JPEG picture."""
 
 _VIDEO = (
     "3dostr 4xm amv anm apng apv asf av1 avi avs avs2 avs3 bethsoftvid bfi bink bmv c93 cavsvideo cdxl cine dcstr derf "
@@ -24,6 +24,6 @@ _PICTURES = (
     "tiff_pipe txd vbn_pipe webp_pipe xbm_pipe xpm_pipe xwd_pipe"
 )
 # They hold no video, but the error can say so.
-_SOUND = "aac ac3 aiff amr ape au caf dts eac3 flac mp3 mpc mpc8 tta w64 wav wv"
+_SOUND = "aac ac3 amr ape dts eac3 flac mp3 mpc mpc8 tta wv"
 
 MEDIA_FORMATS = tuple(f"{_VIDEO} {_PICTURES} {_SOUND}".split())

@@ -6,10 +6,13 @@ the file, before a decoder acts on them.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass
 
+# libav counts the bits of a packet in 32 bits, and its parsers crash beyond that.
+_MAX_PACKET = 2**28 - 2**16
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -38,13 +41,9 @@ class Limits:
                 raise ValueError(f"{name} must be a positive number, or None for no limit, not {value!r}")
 
     @property
-    def packet_bytes(self) -> int | None:
+    def packet_bytes(self) -> int:
         """Bytes of one packet, or one part of the container that is held in memory."""
-        return None if self.memory is None else self.memory // 4
-
-    def steps(self, file_size: int) -> float:
-        """Parts of a container that may be looked at one by one."""
-        return float("inf") if self.frames is None else self.frames // 2 + file_size // 256
+        return _MAX_PACKET if self.memory is None else min(self.memory // 4, _MAX_PACKET)
 
 
 class LimitError(Exception):
@@ -93,11 +92,15 @@ class Guard:
 
 
 class Steps:
-    """Counts the parts of a container that are looked at."""
+    """Counts the parts of a container that are looked at one by one.
 
-    def __init__(self, guard: Guard, file_size: int) -> None:
+    Their number is limited to a share of the limit on frames, and by the size of the file.
+    """
+
+    def __init__(self, guard: Guard, file_size: int, share: float = 0.5) -> None:
         self._guard = guard
-        self._most = guard.limits.steps(file_size)
+        frames = guard.limits.frames
+        self._most = math.inf if frames is None else int(frames * share) + file_size // 256
         self._count = 0
 
     def take(self) -> None:
@@ -105,7 +108,41 @@ class Steps:
         if self._count & 4095 == 0:
             self._guard.check()
             if self._count > self._most:
-                raise LimitError(f"has more than {int(self._most):,} parts in its container; raise Limits.frames")
+                raise LimitError(f"has more than {self._most:,} parts in its container; raise Limits.frames")
+
+
+class CarefulFile:
+    """A file that libav reads through Python, which ends reading where too much of it gives no packet.
+
+    For files whose structure does not show how much there is to read before the next packet.
+    """
+
+    def __init__(self, name: str, guard: Guard) -> None:
+        self.name = name
+        self._file = open(name, "rb", buffering=0)  # noqa: SIM115  (closed by `close`)
+        self._guard = guard
+        self._read = 0
+        memory = guard.limits.memory
+        self._most = _MAX_PACKET if memory is None else min(memory // 8, _MAX_PACKET)
+
+    def found_packet(self) -> None:
+        self._read = 0
+
+    def read(self, size: int) -> bytes:
+        self._guard.check()
+        self._read += size
+        if self._read > self._most:
+            raise LimitError(f"has no frame or sound within {self._most:,} bytes; raise Limits.memory")
+        return self._file.read(size)
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        return self._file.seek(position, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def too_much_memory(limit: int) -> LimitError:

@@ -85,7 +85,7 @@ def find_blocks(file: BinaryIO, size: int, guard: Guard) -> Blocks:
     blocks = Blocks()
     tracks: set[int] = set()
     track, crop = 0, dict.fromkeys(_CROPS, 0)
-    most = guard.limits.packet_bytes
+    most, fillers = guard.limits.packet_bytes, Steps(guard, size, 1 / 64)
     for element, start, length, head in _elements(file, size, Steps(guard, size)):
         if element in (_SIMPLE_BLOCK, _BLOCK):
             number, begins = ebml_number(head, 0)
@@ -94,6 +94,8 @@ def find_blocks(file: BinaryIO, size: int, guard: Guard) -> Blocks:
             if length > begins + 3:  # after a time and flags, a frame
                 blocks.positions.append(start)
                 blocks.tracks.append(number)
+        elif element == _VOID:
+            fillers.take()
         elif element == _TRACK:
             crop = dict.fromkeys(_CROPS, 0)
         elif element == _TRACK_NUMBER:
@@ -103,8 +105,8 @@ def find_blocks(file: BinaryIO, size: int, guard: Guard) -> Blocks:
             crop[element] = int.from_bytes(head[:length], "big")
         if element in _CROPS or (element == _TRACK_NUMBER and any(crop.values())):
             blocks.crops[track] = tuple(crop.values())
-        if most is not None and length > most and element not in (*_ENTERED, _VOID):
-            raise LimitError(f"has an element of {length:,} bytes; the limit is {most:,}: raise Limits.memory")
+        if length > most and element not in (*_ENTERED, _VOID):
+            raise LimitError(f"has an element of {length:,} bytes; the limit is {most:,}")
     blocks.read = bytearray(len(blocks.positions))
     return blocks
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import BinaryIO
 
+import numpy as np
+
 from mplug2_fast.video.limits import DamagedError, Guard, LimitError, Steps
 
 TOP_LEVEL = frozenset(
@@ -25,6 +27,7 @@ _ENTERED = frozenset(b"moov trak mdia minf stbl edts moof traf mvex".split())
 # The bytes of one entry of a table, which begins with a version, flags and the number of its entries.
 _TABLES = {b"stts": 8, b"ctts": 8, b"stsc": 12, b"stco": 4, b"co64": 8, b"stss": 4, b"stps": 4}
 _MAX_HEADER = 1 << 26
+_MAX_DEPTH = 16
 
 
 @dataclass
@@ -64,7 +67,7 @@ def read_movie(file: BinaryIO, size: int, guard: Guard) -> Movie:
     for kind, start, end in _boxes(file, 0, size, steps, top=True):
         movie.end = end
         if end <= size:
-            _read_box(_Place(file, size, guard, movie, steps), kind, start, end, _Track())
+            _read_box(_Place(file, size, guard, movie, steps), kind, start, end, _Track(), 0)
     return movie
 
 
@@ -99,11 +102,13 @@ def _boxes(
         position += length
 
 
-def _read_box(place: _Place, kind: bytes, start: int, end: int, track: _Track) -> None:
+def _read_box(place: _Place, kind: bytes, start: int, end: int, track: _Track, depth: int) -> None:
     if kind in _ENTERED:
+        if depth > _MAX_DEPTH:
+            raise DamagedError(f"its boxes are nested more than {_MAX_DEPTH} deep")
         inner = _Track() if kind in (b"trak", b"traf") else track
         for box in _boxes(place.file, start, end, place.steps):
-            _read_box(place, *box, inner)
+            _read_box(place, *box, inner, depth + 1)
         if kind == b"trak":
             _finish_track(place, inner)
     elif kind == b"meta":
@@ -142,8 +147,17 @@ def _read_sample_sizes(place: _Place, kind: bytes, head: bytes, start: int, end:
         _check_table(kind, track.samples, 1, 2 * (end - start))
     elif size == 0:
         _check_table(kind, track.samples, 4, end - start - 12)
+        place.file.seek(start + 12)
+        _check_sample(place, int(np.frombuffer(place.file.read(4 * track.samples), ">u4").max(initial=0)))
     else:
         track.sample_bytes = size
+        _check_sample(place, size)
+
+
+def _check_sample(place: _Place, size: int) -> None:
+    most = place.guard.limits.packet_bytes
+    if size > most:
+        raise LimitError(f"claims a frame of {size:,} bytes; the limit is {most:,}")
 
 
 def _read_handler(place: _Place, kind: bytes, head: bytes, start: int, end: int, track: _Track) -> None:
@@ -238,7 +252,7 @@ def _read_compressed(place: _Place, start: int, end: int) -> None:
             if box[0] == b"moov":
                 for part in _boxes(inner.file, *box[1:], place.steps):
                     if part[0] != b"cmov":
-                        _read_box(inner, *part, _Track())
+                        _read_box(inner, *part, _Track(), 1)
 
 
 def _read_meta(place: _Place, start: int, end: int) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ class Scan:
     """The unit of presentation times."""
     last_duration: int = 0
     """That of the packet that is shown last, in that unit; 0 if it is not known."""
-    is_picture: bool = False
-    """Whether the file is one picture, whatever follows it in the file."""
+    picture_end: int | None = None
+    """Where the only picture of the file ends, whatever follows it."""
     crop: tuple[int, int, int, int] | None = None
     """The pixels that the container cuts off at the top, bottom, left and right."""
     is_heavy: bool = False
@@ -106,10 +107,13 @@ class Scan:
         """The time that the frames are shown for: by their times, or by their rate where those are missing."""
         times = self.times
         if times and self.seconds_a_tick:
-            span = times[-1] - times[0]
-            last = self.last_duration or (span / (len(times) - 1) if span else 0)
-            if span + last > 0:
-                return (span + last) * self.seconds_a_tick
+            gaps = sorted(later - earlier for earlier, later in pairwise(times))
+            usual = gaps[len(gaps) // 2] if gaps else 0
+            # Durations of packets in another order than that of frames are those between packets.
+            order = [packet.pts for packet in self.packets if packet.shown]
+            last = self.last_duration if order == times and self.last_duration else usual
+            if times[-1] + last > times[0]:
+                return (times[-1] + last - times[0]) * self.seconds_a_tick
         return frames / self.fps if self.fps else None
 
 
