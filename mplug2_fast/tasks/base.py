@@ -192,7 +192,7 @@ class VideoTask:
         vision = self.model.config.vision
         guard.restart()
         try:
-            video, frames = load_clip(path, vision.num_frames, vision.image_size, guard)
+            video, frames = load_clip(path, num_frames=vision.num_frames, image_size=vision.image_size, guard=guard)
         except (MPlug2Error, OSError, ValueError, RuntimeError, MemoryError) as problem:
             return _Decoded(path, None, time.perf_counter() - started, _reason(problem, path))
         return _Decoded(path, video[None], time.perf_counter() - started, None, tuple(frames), "pyav")
