@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | sanitize | fuzz | wheel: each sets up .venv first, with nothing needed but Python 3.10 or later.
+# make demo | test | lint | bench | sanitize | fuzz | fuzz-media | wheel: each sets up .venv first, with nothing needed but Python 3.10 or later.
 # make gpu-check runs with what is installed: PyTorch for CUDA, and pytest.
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ CLIPS := $(wildcard examples/moving_shapes/clips/*.mp4)
 MOVING := examples/moving_shapes/clips/red_square_moves_left.mp4
 FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-lowest test-sdist test-pythons wheel lint bench sanitized sanitize fuzz gpu-check clean
+.PHONY: demo test test-lowest test-sdist test-pythons wheel lint bench sanitized sanitize fuzz fuzz-media gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -89,6 +89,10 @@ test-pythons:
 			echo "Python $$version: passed"; \
 		else echo "Python $$version: not installed"; fi; \
 	done
+
+# Media files with random damage: each is accounted for once, in bounded time and memory.
+fuzz-media: $(INSTALLED)
+	$(BIN)/python -m tests.video.mutations --count 1000
 
 gpu-check:
 	$(PYTHON) bench/gpu_check.py

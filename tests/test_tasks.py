@@ -15,6 +15,7 @@ from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error, VideoE
 from mplug2_fast.tasks import Answerer, Captioner, Result, base
 from mplug2_fast.tasks import answerer as answering
 from mplug2_fast.text import Tokenizer
+from mplug2_fast.video.limits import Guard
 from tests.bulk.files import write_clip
 
 TEXT = "a video of the red blue square circle moves left right up what does do color is it yes no"
@@ -54,7 +55,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """No files: names become noise, and names with `bad` in them cannot be read. Lists what was asked for."""
     asked: list[str] = []
 
-    def load(path: str, num_frames: int, image_size: int) -> tuple[torch.Tensor, list[int]]:
+    def load(path: str, num_frames: int, image_size: int, guard: Guard) -> tuple[torch.Tensor, list[int]]:
         assert (num_frames, image_size) == (4, 32)
         asked.append(path)
         if "bad" in path:

@@ -89,9 +89,9 @@ def caption(
             "max_length": max_length,
         }
         if out is None:
-            bulk_options.require_none()
+            dataclasses.replace(bulk_options, timeout=None).require_none()
             captioner = load(Captioner, checkpoint, dtype, device)
-            _print(captioner.caption(files, **searching), files, as_json)
+            _print(captioner.caption(files, **searching, **_in_a_process(timeout)), files, as_json)
             return
         from mplug2_fast import bulk
 
@@ -163,11 +163,11 @@ def answer(
             "max_length": max_length,
         }
         if out is None:
-            bulk_options.require_none()
+            dataclasses.replace(bulk_options, timeout=None).require_none()
             if question is None:
                 raise ConfigError("--questions: only with --out, which names the file that the results go to")
             answerer = load(Answerer, checkpoint, dtype, device)
-            results = answerer.answer(files, question, choices, **searching)
+            results = answerer.answer(files, question, choices, **searching, **_in_a_process(timeout))
             _note_unknown_words(answerer, [question])
             _print(results, files, as_json, question=question)
             return
@@ -193,6 +193,11 @@ def answer(
             return bulk.Answer(answerer, bulk_options.frames_of(answerer), choices, searching)
 
         run_bulk(work, find, out, bulk_options, "answers")
+
+
+def _in_a_process(timeout: float | None) -> dict[str, Any]:
+    """Decode in one process, which can be ended at any time, and which gives results in the order of the files."""
+    return {"num_workers": 1, "timeout": timeout or 60.0}
 
 
 def load(task: Any, checkpoint: str | None, dtype: Dtype, device: str, *, quietly: bool = False) -> Any:

@@ -39,7 +39,7 @@ class Answerer(VideoTask):
         num_workers: int = 0,
         timeout: float | None = 60.0,
     ) -> Iterator[Result]:
-        """One `Result` a file, each as soon as it is ready; in the order of the files, unless worker processes decode.
+        """One `Result` a file, each as soon as it is ready; in the order of the files, unless several processes decode.
 
         Args:
             paths: one file or several, each asked the same question.

@@ -24,9 +24,12 @@ from mplug2_fast.tasks.memory import clip_bytes, is_out_of_memory, require_memor
 from mplug2_fast.text import Tokenizer
 from mplug2_fast.video import DecodePool
 from mplug2_fast.video.frames import load_clip
+from mplug2_fast.video.limits import Guard, Limits
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from mplug2_fast.video import Clip
 
 TINY_MODEL = Path(__file__).parents[1] / "data" / "tiny"
 """The model that ships: it knows the clips of examples/moving_shapes and nothing else."""
@@ -130,7 +133,9 @@ class VideoTask:
     def run(self, paths: Paths, words: Words, num_workers: int = 0, timeout: float | None = 60.0) -> Iterator[Result]:
         """One `Result` a path; see `Captioner.caption`."""
         files = _each(paths)
-        decoded = self._decoded_by_workers(files, num_workers, timeout) if num_workers else self._decoded(files)
+        decoded = (
+            self._decoded_by_workers(files, num_workers, timeout) if num_workers else self._decoded(files, timeout)
+        )
         for path, video, decoding, error, frames, decoder in decoded:
             if video is None:
                 yield Result(path, seconds={"decode": decoding}, error=error)
@@ -167,22 +172,27 @@ class VideoTask:
         found = words(image_embeds)
         return found, time.perf_counter() - started
 
-    def _decoded(self, paths: Iterable[PathLike]) -> Iterator[_Decoded]:
+    def _decoded(self, paths: Iterable[PathLike], timeout: float | None) -> Iterator[_Decoded]:
         """The files in order; while one is consumed, the next is decoded in a thread."""
         pending: deque[Future[_Decoded]] = deque()
+        guard = Guard(Limits(seconds=timeout))
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as pool:
-            for path in paths:
-                pending.append(pool.submit(self._decode, os.fspath(path)))
-                if len(pending) > 1:
+            try:
+                for path in paths:
+                    pending.append(pool.submit(self._decode, os.fspath(path), guard))
+                    if len(pending) > 1:
+                        yield pending.popleft().result()
+                while pending:
                     yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            finally:  # on Ctrl-C, do not wait until files are decoded
+                guard.cancel()
 
-    def _decode(self, path: str) -> _Decoded:
+    def _decode(self, path: str, guard: Guard) -> _Decoded:
         started = time.perf_counter()
         vision = self.model.config.vision
+        guard.restart()
         try:
-            video, frames = load_clip(path, num_frames=vision.num_frames, image_size=vision.image_size)
+            video, frames = load_clip(path, num_frames=vision.num_frames, image_size=vision.image_size, guard=guard)
         except (MPlug2Error, OSError, ValueError, RuntimeError, MemoryError) as problem:
             return _Decoded(path, None, time.perf_counter() - started, _reason(problem, path))
         return _Decoded(path, video[None], time.perf_counter() - started, None, tuple(frames), "pyav")
@@ -190,13 +200,14 @@ class VideoTask:
     def _decoded_by_workers(
         self, paths: Iterable[PathLike], num_workers: int, timeout: float | None
     ) -> Iterator[_Decoded]:
-        """The files as worker processes have them ready."""
+        """The files as worker processes have them ready; those of one process in order."""
         if isinstance(paths, Sized):
             num_workers = min(num_workers, max(len(paths), 1))
         vision, dtype = self.model.config.vision, next(self.model.parameters()).dtype
         sizes = {"num_frames": vision.num_frames, "image_size": vision.image_size}
         with DecodePool(num_workers, timeout=timeout, dtype=dtype, **sizes) as pool:
-            for clip in pool.clips(os.fspath(path) for path in paths):
+            clips = pool.clips(os.fspath(path) for path in paths)
+            for clip in _in_order(clips) if num_workers == 1 else clips:
                 video = None if clip.frames is None else clip.frames[None]
                 error = None if clip.error is None else _reason(clip.error, clip.source)
                 yield _Decoded(clip.source, video, clip.seconds, error, tuple(clip.indices), clip.backend)
@@ -259,6 +270,16 @@ def not_finite(dtype: torch.dtype) -> NotFiniteError:
     }
     remedy = remedies.get(dtype, "use a checkpoint whose training did not diverge")
     return NotFiniteError(f"the model's results are not finite (NaN or infinite): {remedy}")
+
+
+def _in_order(clips: Iterable[Clip]) -> Iterator[Clip]:
+    early: dict[int, Clip] = {}
+    index = 0
+    for clip in clips:
+        early[clip.index] = clip
+        while index in early:
+            yield early.pop(index)
+            index += 1
 
 
 def _each(paths: Paths) -> Iterable[PathLike]:

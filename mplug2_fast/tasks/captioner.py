@@ -27,7 +27,7 @@ class Captioner(VideoTask):
         num_workers: int = 0,
         timeout: float | None = 60.0,
     ) -> Iterator[Result]:
-        """One `Result` a file, each as soon as it is ready; in the order of the files, unless worker processes decode.
+        """One `Result` a file, each as soon as it is ready; in the order of the files, unless several processes decode.
 
         Args:
             paths: one file or several; an image is a video of one frame.
@@ -36,7 +36,7 @@ class Captioner(VideoTask):
             min_length, max_length: of the caption, in tokens, the end token included and [CLS] not.
             num_workers: processes that decode, in which a file that takes its decoder down costs only itself; 0 decodes
                 in a thread.
-            timeout: seconds that decoding a file may take in a worker process; None for no limit.
+            timeout: seconds that decoding a file may take; None for no limit.
 
         Raises:
             ConfigError: options that contradict one another or the model.

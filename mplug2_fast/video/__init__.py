@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mplug2_fast.video.dataset import ClipDataset
     from mplug2_fast.video.frames import load_video, read_frames
     from mplug2_fast.video.indices import frame_indices, random_frame_indices
+    from mplug2_fast.video.limits import Limits
     from mplug2_fast.video.pool import DecodePool
     from mplug2_fast.video.reader import VideoReader
 
@@ -23,6 +24,7 @@ _EXPORTS = {
     "ClipDataset": "dataset",
     "DaliLoader": "dali",
     "DecodePool": "pool",
+    "Limits": "limits",
     "VideoReader": "reader",
     "Windows": "clips",
     "frame_indices": "indices",
@@ -36,6 +38,7 @@ __all__ = [
     "ClipDataset",
     "DaliLoader",
     "DecodePool",
+    "Limits",
     "VideoReader",
     "Windows",
     "frame_indices",

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from mplug2_fast.errors import BackendError, VideoError
+from mplug2_fast.video.limits import Guard
 from mplug2_fast.video.seek import Scan
 
 _INSTALL = {
@@ -66,7 +67,7 @@ def check_backend(backend: str | None) -> str:
 
 
 def stream_frames(
-    backend: str, name: str, scan: Scan, indices: list[int], *, threads: int, image_size: int | None
+    backend: str, name: str, scan: Scan, indices: list[int], *, threads: int, image_size: int | None, guard: Guard
 ) -> Iterator[np.ndarray]:
     """The frames with these indices, in ascending order, as they are decoded; arrays as of `decode_frames`.
 
@@ -76,9 +77,10 @@ def stream_frames(
     if backend == "pyav":
         from mplug2_fast.video.decode import stream_scanned
 
-        return stream_scanned(name, scan, indices, threads=threads, image_size=image_size)
+        return stream_scanned(name, scan, indices, threads=threads, image_size=image_size, guard=guard)
     from mplug2_fast.video import torchcodec
+    from mplug2_fast.video.decode import orientation
 
-    if reason := torchcodec.reason_not_served(scan):
+    if reason := torchcodec.reason_not_served(scan, orientation(name, scan, guard)):
         raise VideoError(f"{name}: torchcodec may not decode it: {reason}; the backend pyav does")
     return torchcodec.stream_frames(name, scan, indices, threads=threads, image_size=image_size)

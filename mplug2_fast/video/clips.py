@@ -16,6 +16,7 @@ import numpy as np
 
 from mplug2_fast.video.backends import stream_frames
 from mplug2_fast.video.indices import frame_indices
+from mplug2_fast.video.limits import Guard, Limits
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class ClipOptions:
     windows: Windows | None
     threads: int
     backend: str
+    limits: Limits
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def clips_of(path: str | os.PathLike[str], options: ClipOptions) -> Iterator[Dec
     Raises:
         VideoError: the file cannot be turned into frames. Windows before the damage may have come out by then.
     """
-    decoding = {"threads": options.threads, "image_size": options.image_size}
+    decoding = {"threads": options.threads, "image_size": options.image_size, "guard": Guard(options.limits)}
     if options.windows is not None:
         for window in _windows(_all_frames(path, options.backend, decoding), options.windows):
             yield DecodedClip(*window, backend=options.backend)
@@ -87,7 +89,7 @@ def _chosen_frames(
     if backend == "pyav":
         return decode_frames(path, choose, **decoding)
     name = os.fsdecode(path)
-    scan = scan_packets(name)
+    scan = scan_packets(name, decoding["guard"])
     return list(stream_frames(backend, name, scan, choose(scan.shown), **decoding))
 
 
@@ -97,7 +99,7 @@ def _all_frames(path: str | os.PathLike[str], backend: str, decoding: dict[str, 
     if backend == "pyav":
         return iterate_frames(path, **decoding)
     name = os.fsdecode(path)
-    scan = scan_packets(name)
+    scan = scan_packets(name, decoding["guard"])
     return stream_frames(backend, name, scan, list(range(scan.shown)), **decoding)
 
 

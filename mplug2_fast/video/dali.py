@@ -157,8 +157,10 @@ class DaliLoader:
             return f"DALI does not decode {reader.scan.codec} on {self._device.type}"
         if not reader.scan.one_frame_a_packet:
             return "frames of this file cannot be told by its packets"
-        if reader.rotation:
+        if reader.rotation or reader.mirrored:
             return "DALI does not turn frames upright"
+        if reader.scan.crop is not None:
+            return "DALI does not crop frames as the container asks for"
         return None
 
     def _pipeline(self, source: Callable[[], tuple[list[np.ndarray], list[np.ndarray]]]) -> Any:

@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from mplug2_fast.errors import VideoError
 from mplug2_fast.ops.preprocess_frames import preprocess_frames
 from mplug2_fast.video.indices import frame_indices, random_frame_indices
+from mplug2_fast.video.limits import Guard, Limits
 
 
 class ClipDataset(IterableDataset[dict[str, Any]]):
@@ -35,6 +36,7 @@ class ClipDataset(IterableDataset[dict[str, Any]]):
         seed: of the order of files and the choice of frames.
         on_error: "raise", or "replace": a file that cannot be decoded gets a warning, and a random other one of the
             same share is taken instead, so that ranks keep step.
+        limits: on what one file may cost; None takes the defaults of `Limits`.
         rank, world_size: of this process; None takes them from `torch.distributed` where that is initialised.
 
     Raises:
@@ -51,6 +53,7 @@ class ClipDataset(IterableDataset[dict[str, Any]]):
         training: bool = True,
         seed: int = 0,
         on_error: Literal["raise", "replace"] = "raise",
+        limits: Limits | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
@@ -73,6 +76,7 @@ class ClipDataset(IterableDataset[dict[str, Any]]):
         self._training = training
         self._seed = seed
         self._on_error = on_error
+        self._limits = limits
         # Shared with workers, also with those that outlive an epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -117,6 +121,8 @@ class ClipDataset(IterableDataset[dict[str, Any]]):
             generator = np.random.default_rng((self._seed, int(self._epoch), index))
             return random_frame_indices(total, self._num_frames, generator)
 
-        frames = decode_frames(self._paths[index], choose, threads=1, image_size=self._image_size)
+        frames = decode_frames(
+            self._paths[index], choose, threads=1, image_size=self._image_size, guard=Guard(self._limits)
+        )
         pixels = torch.from_numpy(np.stack(frames))
         return {"frames": preprocess_frames(pixels, self._image_size, self._dtype), "index": index}

@@ -11,15 +11,17 @@ at by the decoder.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
+from itertools import pairwise
 
 import numpy as np
 
 from mplug2_fast.errors import VideoError
-from mplug2_fast.video.files import reason_not_readable
-from mplug2_fast.video.matroska import DamagedError, find_blocks
+from mplug2_fast.video.files import FileFacts, inspect_file
+from mplug2_fast.video.limits import CarefulFile, DamagedError, Guard, LimitError, too_much_memory
 from mplug2_fast.video.pixels import squash
 from mplug2_fast.video.seek import (
     CannotSeekError,
@@ -29,6 +31,7 @@ from mplug2_fast.video.seek import (
     is_fresh_start,
     is_shown,
     plan_segments,
+    split_units,
 )
 
 try:
@@ -40,18 +43,30 @@ try:
 except ImportError as error:
     raise ImportError("reading video files needs PyAV: pip install av") from error
 
+from mplug2_fast.video.formats import MEDIA_FORMATS, PICTURE_FORMAT
+from mplug2_fast.video.h264 import FieldCheck
+from mplug2_fast.video.orientation import Orientation, OrientationReader
+from mplug2_fast.video.transport import missing_packets
+
 Choice = Callable[[int], Sequence[int]]
 """From the number of frames in the file to the indices to take."""
 
-# Formats in which libav draws pictures of text, or follows a text to other files.
-_NOT_VIDEO_FORMATS = frozenset(("tty", "hls", "concat", "dash", "sdp"))
-_FORMAT_OPTIONS = {"protocol_whitelist": "file", "pattern_type": "none"}
+_FORMAT_OPTIONS = {
+    "format_whitelist": ",".join(MEDIA_FORMATS),
+    "protocol_whitelist": "file",
+    "pattern_type": "none",
+}
 # This decoder paints over damage without a word, unless told not to. Others must not be told: they take offence at
 # files that are merely unusual.
 _DECODER_OPTIONS = {"mjpeg": {"err_detect": "explode"}}
 # These decoders paint over damage too, and tell by a flag of the frame. With frames decoded side by side, a frame may
 # be handed out before its flags are set; with slices side by side, much damage is not noticed at all.
 _ONE_THREAD = frozenset(("h264", "mpeg4", "rv30", "rv40"))
+# The most pictures that a decoder keeps, and for the other codecs.
+_KEPT_PICTURES = {"h264": 18, "hevc": 18, "vvc": 18, "vp9": 10, "av1": 10}
+_KEPT_PICTURES_OTHERWISE = 3
+# What Python, NumPy and libav take before the first frame.
+_PROCESS_BYTES = 1 << 28
 
 
 def decode_frames(
@@ -61,6 +76,7 @@ def decode_frames(
     may_seek: bool = True,
     threads: int | None = None,
     image_size: int | None = None,
+    guard: Guard | None = None,
 ) -> list[np.ndarray]:
     """The chosen frames of a video or image file.
 
@@ -71,69 +87,84 @@ def decode_frames(
         threads: for decoding and for conversion to RGB; None takes as many as torch does.
         image_size: height and width that each frame is squashed to as soon as it is decoded, by the rule of
             `mplug2_fast.ops.preprocess_frames`; None leaves them as they are.
+        guard: limits on what the file may cost; None takes the default limits.
 
     Returns:
         one array for each index, (height, width, 3), uint8, RGB, upright.
 
     Raises:
-        VideoError: the file cannot be read or decoded, or the chosen frames differ in size.
+        VideoError: the file cannot be read or decoded, or exceeds a limit; without `image_size`, the chosen frames
+            differ in size.
     """
-    name = os.fsdecode(path)
-    return decode_scanned(
-        name, scan_packets(name), choose, may_seek=may_seek, threads=usual_threads(threads), image_size=image_size
-    )
+    name, guard = os.fsdecode(path), guard or Guard()
+    scan = scan_packets(name, guard)
+    threads = usual_threads(threads)
+    return decode_scanned(name, scan, choose, may_seek=may_seek, threads=threads, image_size=image_size, guard=guard)
 
 
 def decode_scanned(
-    name: str, scan: Scan, choose: Choice, *, may_seek: bool = True, threads: int, image_size: int | None
+    name: str,
+    scan: Scan,
+    choose: Choice,
+    *,
+    may_seek: bool = True,
+    threads: int,
+    image_size: int | None,
+    guard: Guard,
 ) -> list[np.ndarray]:
     """`decode_frames` of a file whose packets are known."""
     indices = choose(max(scan.shown, 1))
-    plan = plan_segments(scan, indices, _threads(scan.codec, threads)) if may_seek else None
+    plan = plan_segments(scan, indices, _threads(scan, threads)) if may_seek else None
     if plan is not None:
         segments, times = plan
-        convert = _Converter(name, image_size, threads)
+        convert = _Converter(name, scan, image_size, threads, guard)
         try:
-            with _open(name, threads) as (container, stream):
+            with _errors_of(name, None, guard), _open(name, scan, threads, guard) as (container, stream):
                 found = dict(decode_segments(container, stream, scan, segments, convert))
             return [found[time] for time in times]
         except (CannotSeekError, av.FFmpegError):
             pass  # decoding everything tells whether the file is at fault
-    count, found = _decode_all(name, indices, threads, image_size)
+    count, found = _decode_all(name, scan, indices, threads, image_size, guard)
     if count != scan.shown:
         indices = choose(count)
-        _, found = _decode_all(name, indices, threads, image_size)
+        _, found = _decode_all(name, scan, indices, threads, image_size, guard)
         if not found.keys() >= set(indices):
             raise _error(name, "does not decode to the same frames twice")
     return [found[index] for index in indices]
 
 
 def stream_scanned(
-    name: str, scan: Scan, indices: list[int], *, threads: int, image_size: int | None
+    name: str, scan: Scan, indices: list[int], *, threads: int, image_size: int | None, guard: Guard
 ) -> Iterator[np.ndarray]:
     """The frames with these indices, in ascending order, as they are decoded: none is held.
 
     Raises:
         VideoError: as in `decode_frames`, perhaps after frames that were good; or there are fewer frames.
     """
-    plan = plan_segments(scan, indices, _threads(scan.codec, threads)) if indices else None
-    convert = _Converter(name, image_size, threads)
+    plan = plan_segments(scan, indices, _threads(scan, threads)) if indices else None
+    convert = _Converter(name, scan, image_size, threads, guard)
     done = 0
     if plan is not None:
         segments, times = plan
-        with suppress(CannotSeekError, av.FFmpegError), _open(name, threads) as (container, stream):
+        with (
+            suppress(CannotSeekError, av.FFmpegError),
+            _errors_of(name, None, guard),
+            _open(name, scan, threads, guard) as (container, stream),
+        ):
             for time, pixels in decode_segments(container, stream, scan, segments, convert):
                 while done < len(times) and times[done] == time:
                     yield pixels
+                    guard.restart()
                     done += 1
             if done == len(times):
                 return
     count = 0
-    for frame in _every_frame(name, threads):
+    for frame in _every_frame(name, scan, threads, guard):
         if indices[done : done + 1] == [count]:
             pixels = convert(frame)
             while indices[done : done + 1] == [count]:
                 yield pixels
+                guard.restart()
                 done += 1
         count += 1
     if done < len(indices):
@@ -141,99 +172,154 @@ def stream_scanned(
 
 
 def iterate_frames(
-    path: str | os.PathLike[str], *, threads: int | None = None, image_size: int | None = None
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    image_size: int | None = None,
+    guard: Guard | None = None,
 ) -> Iterator[np.ndarray]:
     """Every frame of a file in order, as it is decoded: the arguments, arrays and errors of `decode_frames`.
 
     An error may come after frames that were good.
     """
-    name = os.fsdecode(path)
-    scan_packets(name)
+    name, guard = os.fsdecode(path), guard or Guard()
+    scan = scan_packets(name, guard)
     threads = usual_threads(threads)
-    convert = _Converter(name, image_size, threads)
-    for frame in _every_frame(name, threads):
+    convert = _Converter(name, scan, image_size, threads, guard)
+    for frame in _every_frame(name, scan, threads, guard):
         yield convert(frame)
+        guard.restart()
 
 
-def count_frames(name: str, scan: Scan, threads: int) -> int:
+def count_frames(name: str, scan: Scan, threads: int, guard: Guard) -> int:
     """The number of frames: what the packets tell where they can be trusted, or what decoding everything gives."""
-    return scan.shown if scan.one_frame_a_packet else sum(1 for _ in _every_frame(name, threads))
+    return scan.shown if scan.one_frame_a_packet else sum(1 for _ in _every_frame(name, scan, threads, guard))
 
 
-def scan_packets(name: str) -> Scan:
+def frame_times(name: str, scan: Scan, threads: int, guard: Guard) -> list[float]:
+    """When each frame is shown, in seconds after the first; by the rate of frames where times are missing."""
+    tick = scan.seconds_a_tick
+    if scan.one_frame_a_packet and tick:
+        times = [time * tick for time in scan.times]
+    else:
+        times = [frame.time for frame in _every_frame(name, scan, threads, guard)]
+        if None in times or any(later <= earlier for earlier, later in pairwise(times)):
+            times = [index / (scan.fps or 1) for index in range(len(times))]
+    return [time - times[0] for time in times]
+
+
+def scan_packets(name: str, guard: Guard) -> Scan:
     """All packets of a file that is whole as far as can be told without decoding.
 
     Raises:
-        VideoError: it is not, or has no packets.
+        VideoError: it is not, has no packets, or exceeds a limit.
     """
-    if reason := reason_not_readable(name):
-        raise _error(name, reason)
-    scan = _scan(name)
+    with _errors_of(name, "is corrupt: its packets cannot be read", guard):
+        facts = inspect_file(name, guard)
+        if facts.has_tiles:
+            raise DamagedError("is a picture that consists of tiles, which is not supported: convert it to JPEG or PNG")
+        scan = _scan(name, facts, guard)
     if not scan.packets:
         raise _error(name, "has no frames")
     return scan
 
 
-def rotation(name: str) -> int:
-    """Degrees by which the frames of a file are turned to be upright, counterclockwise."""
-    return next(_every_frame(name, 1)).rotation
+def orientation(name: str, scan: Scan, guard: Guard) -> Orientation:
+    """How the frames of a file are turned to be upright: that of the first."""
+    frame = next(_every_frame(name, scan, 1, guard))
+    with _errors_of(name, None, guard):
+        return OrientationReader()(frame)
 
 
-def _scan(name: str) -> Scan:
+def _scan(name: str, facts: FileFacts, guard: Guard) -> Scan:
     """Reads all packets of the video stream without decoding them."""
-    with _errors_of(name, "is corrupt: its packets cannot be read"), _open(name, 1) as (container, stream):
-        codec = stream.codec_context.codec.canonical_name
-        scan = Scan(
-            container.format.name,
-            codec,
-            fps=None if stream.average_rate is None else float(stream.average_rate),
-            seconds_a_tick=None if stream.time_base is None else float(stream.time_base),
-        )
-        blocks = _blocks(name) if scan.format == "matroska,webm" else {}
-        tracks = set()
-        for packet in container.demux(stream):
-            if not packet.size:
+    scan = Scan(picture_end=facts.picture_end)
+    careful = None if facts.is_bounded or facts.picture_end else CarefulFile(name, guard)
+    with closing(careful) if careful else nullcontext(), _open(name, scan, 1, guard, careful) as (container, stream):
+        context = stream.codec_context
+        codec = scan.codec = context.codec.canonical_name
+        scan.format = container.format.name
+        scan.fps = None if stream.average_rate is None else float(stream.average_rate)
+        scan.seconds_a_tick = None if stream.time_base is None else float(stream.time_base)
+        scan.crop = facts.crops.get(stream.id if scan.format != "matroska,webm" else stream.index + 1)
+        fields = FieldCheck(context.extradata or b"") if codec == "h264" else None
+        blocks, tracks, last = facts.blocks, set(), None
+        damaged = last_is_damaged = False
+        most = guard.limits.frames
+        for packet in container.demux() if careful else container.demux(stream):
+            guard.check()
+            if careful:
+                careful.found_packet()
+            if not packet.size or packet.stream_index != stream.index:
                 continue
-            if packet.is_corrupt:
-                raise _error(name, "is corrupt or truncated: a packet is incomplete")
-            tracks.add(blocks.pop(packet.pos, None))
-            fresh_start = is_fresh_start(packet, codec, stream.codec_context.extradata)
-            scan.packets.append(PacketInfo(packet.pts, packet.size, fresh_start, is_shown(packet, codec)))
+            damaged |= packet.is_corrupt
+            last_is_damaged = packet.is_corrupt
+            if blocks is not None:
+                tracks.add(blocks.mark_as_read(packet.pos))
+            fresh_start, shown = is_fresh_start(packet, codec, context.extradata), is_shown(packet, codec)
+            if fields is not None and (packet.is_keyframe or fields.fields_possible):
+                scan.has_fields |= fields.holds_one_field(split_units(bytes(packet), codec, context.extradata or b""))
+            scan.packets.append(PacketInfo(packet.pts, packet.size, fresh_start, shown))
             scan.changes |= packet.has_sidedata("new_extradata")
-    for position, track in blocks.items():
-        if track in tracks:
-            raise _error(name, f"is corrupt: the block at byte {position:,} cannot be read")
+            if shown and packet.pts is not None and (last is None or packet.pts >= last):
+                last, scan.last_duration = packet.pts, packet.duration or 0
+            if most is not None and len(scan.packets) > most:
+                raise LimitError(f"has more than {most:,} frames; raise Limits.frames")
+        if last_is_damaged or (damaged and not _is_joined(name, scan, stream, guard)):
+            raise DamagedError("is corrupt or truncated: a packet is incomplete")
+        _check_memory(scan, stream, guard)
+    if blocks is not None and (position := blocks.first_not_read(tracks)) is not None:
+        raise DamagedError(f"is corrupt: the block at byte {position:,} cannot be read")
     return scan
 
 
-def _blocks(name: str) -> dict[int, int]:
-    """The position and track of each block of a Matroska file, from its structure."""
-    try:
-        with open(name, "rb") as file:
-            return find_blocks(file, os.fstat(file.fileno()).st_size)
-    except DamagedError as error:
-        raise _error(name, f"is corrupt: {error}") from None
+def _is_joined(name: str, scan: Scan, stream: VideoStream, guard: Guard) -> bool:
+    """Whether packets look damaged only because whole transport streams were joined."""
+    if scan.format != "mpegts":
+        return False
+    with open(name, "rb") as file:
+        return not missing_packets(file, stream.id, guard)
+
+
+def _check_memory(scan: Scan, stream: VideoStream, guard: Guard) -> None:
+    """Compares the frames that a decoder keeps with the limit, by what the header says of their size."""
+    most, context = guard.limits.memory, stream.codec_context
+    if most is None or context.format is None:
+        return
+    pixels = context.width * context.height
+    frame = pixels * context.format.padded_bits_per_pixel // 8
+    kept = min(_KEPT_PICTURES.get(scan.codec, _KEPT_PICTURES_OTHERWISE), len(scan.packets) + 1)
+    room = most - _PROCESS_BYTES - 6 * pixels  # for a frame in RGB and its copy
+    if frame * min(kept, 2) > room:
+        raise too_much_memory(most)
+    scan.is_heavy = frame * 2 * kept > room
 
 
 def _decode_all(
-    name: str, indices: Sequence[int], threads: int, image_size: int | None
+    name: str, scan: Scan, indices: Sequence[int], threads: int, image_size: int | None, guard: Guard
 ) -> tuple[int, dict[int, np.ndarray]]:
     """The number of frames in the file, and those with these indices."""
     wanted, found, count = set(indices), {}, 0
-    convert = _Converter(name, image_size, threads)
-    for frame in _every_frame(name, threads):
+    convert = _Converter(name, scan, image_size, threads, guard)
+    for frame in _every_frame(name, scan, threads, guard):
         if count in wanted:
             found[count] = convert(frame)
         count += 1
     return count, found
 
 
-def _every_frame(name: str, threads: int) -> Iterator[av.VideoFrame]:
+def _every_frame(name: str, scan: Scan, threads: int, guard: Guard) -> Iterator[av.VideoFrame]:
     empty = True
-    with _errors_of(name, "is corrupt: it cannot be decoded"), _open(name, threads) as (container, stream):
+    if scan.is_heavy:
+        guard.watch_memory()
+    with (
+        _errors_of(name, "is corrupt: it cannot be decoded", guard),
+        _open(name, scan, threads, guard) as (container, stream),
+    ):
         for frame in container.decode(stream):
+            guard.check()
             if frame.is_corrupt:
-                raise _error(name, "is corrupt: the decoder reports a damaged frame")
+                raise DamagedError("is corrupt: the decoder reports a damaged frame")
             empty = False
             yield frame
     if empty:
@@ -243,21 +329,39 @@ def _every_frame(name: str, threads: int) -> Iterator[av.VideoFrame]:
 class _Converter:
     """From decoded frames to upright RGB arrays; what it sets up for a size and pixel format serves the next frame."""
 
-    def __init__(self, name: str, image_size: int | None, threads: int) -> None:
+    def __init__(self, name: str, scan: Scan, image_size: int | None, threads: int, guard: Guard) -> None:
         self._name = name
+        self._crop = scan.crop
         self._image_size = image_size
-        self._threads = threads
+        self._threads = 1 if scan.is_heavy else threads
+        self._guard = guard
         self._sizes: set[tuple[int, int]] = set()
         self._reformatter = VideoReformatter()
+        self._orientation_of = OrientationReader()
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        pixels = self._reformatter.reformat(frame, format="rgb24", threads=self._threads).to_ndarray()
-        pixels = np.rot90(pixels, round(frame.rotation / 90))
+        colours = f"its colours cannot be converted to RGB ({frame.format.name}, matrix {_matrix(frame)})"
+        with _errors_of(self._name, colours, self._guard):
+            self._guard.check()
+            pixels = self._reformatter.reformat(frame, format="rgb24", threads=self._threads).to_ndarray()
+            if self._crop is not None:
+                top, bottom, left, right = self._crop
+                height, width = pixels.shape[:2]
+                if top + bottom >= height or left + right >= width:
+                    raise DamagedError(f"is corrupt: cropping leaves nothing of its {width}x{height} frames")
+                pixels = pixels[top : height - bottom, left : width - right]
+            pixels = self._orientation_of(frame).upright(pixels)
+        if self._image_size is not None:
+            return squash(pixels, self._image_size)
         self._sizes.add(pixels.shape[:2])
         if len(self._sizes) > 1:
             sizes = " and ".join(f"{width}x{height}" for height, width in sorted(self._sizes))
-            raise _error(self._name, f"frames change size within the video ({sizes})")
-        return pixels if self._image_size is None else squash(pixels, self._image_size)
+            raise _error(self._name, f"frames change size within the video ({sizes}): give an image_size")
+        return pixels
+
+
+def _matrix(frame: av.VideoFrame) -> str:
+    return str(getattr(frame.colorspace, "name", frame.colorspace))
 
 
 def usual_threads(threads: int | None) -> int:
@@ -269,38 +373,82 @@ def usual_threads(threads: int | None) -> int:
     return torch.get_num_threads()
 
 
-def _threads(codec: str, threads: int) -> int:
-    return 1 if codec in _ONE_THREAD else threads
+def _threads(scan: Scan, threads: int) -> int:
+    return 1 if scan.codec in _ONE_THREAD or scan.is_heavy else threads
 
 
 @contextmanager
-def _open(name: str, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The file and its video stream, ready to decode."""
+def _open(
+    name: str, scan: Scan, threads: int, guard: Guard, careful: CarefulFile | None = None
+) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The file and its video stream, ready to decode; read by libav itself, or through a `CarefulFile`."""
     not_readable = "is not a video or image that can be read"
-    with _errors_of(name, not_readable):
-        container = av.open(f"file:{name}", options=_FORMAT_OPTIONS, metadata_errors="replace")
+    pixels = guard.limits.pixels
+    limits = {} if pixels is None else {"max_pixels": str(min(pixels, 2**31 - 1))}
+
+    source = careful or f"file:{name}"
+    if scan.picture_end:
+        with open(name, "rb") as file:
+            source = io.BytesIO(file.read(scan.picture_end))
+    with _errors_of(name, not_readable, guard):
+        container = av.open(
+            source,
+            format=PICTURE_FORMAT if scan.picture_end else None,
+            options=_FORMAT_OPTIONS | limits,
+            metadata_errors="replace",
+            timeout=guard.seconds_left,
+        )
     with container:
-        if container.format.name in _NOT_VIDEO_FORMATS:
-            raise _error(name, f"{not_readable} (it is taken for {container.format.long_name})")
-        streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-        if not streams:
-            raise _error(name, "has no video stream" + (", only audio" if container.streams.audio else ""))
-        stream = streams[0]
-        if stream.codec_context is None:
-            raise _error(name, "has a video stream of an unknown codec")
-        stream.codec_context.options = _DECODER_OPTIONS.get(stream.codec_context.name, {})
+        stream = _choose_stream(name, container)
+        context = stream.codec_context
+        if pixels is not None and context.width * context.height > pixels:
+            size = f"{context.width:,}x{context.height:,}"
+            raise _error(name, f"has frames of {size} pixels, more than {pixels:,} in all; raise Limits.pixels")
+        context.options = _DECODER_OPTIONS.get(context.name, {}) | limits
         stream.thread_type = "AUTO"
-        stream.codec_context.thread_count = _threads(stream.codec_context.codec.canonical_name, threads)
+        one_thread = context.codec.canonical_name in _ONE_THREAD or scan.is_heavy
+        context.thread_count = 1 if one_thread else threads
         yield container, stream
 
 
+def _choose_stream(name: str, container: InputContainer) -> VideoStream:
+    """The stream that libav takes for the best, unless it is the picture of a cover."""
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams:
+        raise _error(name, "has no video stream" + (", only audio" if container.streams.audio else ""))
+    best = container.streams.best("video")
+    if best not in streams:
+        best = max(streams, key=_area)
+    if best.codec_context is None:
+        raise _error(name, "has a video stream of an unknown codec")
+    return best
+
+
+def _area(stream: VideoStream) -> int:
+    return 0 if stream.codec_context is None else stream.codec_context.width * stream.codec_context.height
+
+
 @contextmanager
-def _errors_of(name: str, reason: str) -> Iterator[None]:
-    """Turns libav's errors into one line about the file."""
+def _errors_of(name: str, reason: str | None, guard: Guard) -> Iterator[None]:
+    """Turns what goes wrong with a file into one line about it; without a `reason`, libav's errors stay as they are."""
     try:
         yield
+    except (DamagedError, LimitError) as error:
+        raise _error(name, str(error)) from None
+    except MemoryError as error:
+        limit = guard.limits.memory
+        detail = "needs more memory than there is" if limit is None else str(too_much_memory(limit))
+        raise _error(name, detail) from error
     except av.FFmpegError as error:
+        try:
+            guard.check()
+        except LimitError as late:
+            raise _error(name, str(late)) from None
+        if reason is None:
+            raise
         detail = error.strerror or str(error)
+        if isinstance(error, av.ArgumentError) and guard.limits.pixels is not None:
+            detail += f", or frames have more than {guard.limits.pixels:,} pixels in all: raise Limits.pixels"
         raise _error(name, f"{reason} ({detail})") from error
 
 

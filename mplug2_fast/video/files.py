@@ -1,4 +1,4 @@
-"""What can be told of a file before it is decoded: that it is there, and that its end is.
+"""What a file shows before it is decoded: that it is a file, that its end is there, and that its claims are bounded.
 
 Decoders go to the end of what they find and call it the end of the video. Whether something is missing only the
 container knows, so its own account of its length is compared with the file's, and its index with its contents.
@@ -6,79 +6,192 @@ container knows, so its own account of its length is compared with the file's, a
 
 from __future__ import annotations
 
-import mmap
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import BinaryIO
 
-from mplug2_fast.video.avi import damaged_chunk
-from mplug2_fast.video.matroska import ebml_number
+from mplug2_fast.video.avi import check_chunks
+from mplug2_fast.video.limits import DamagedError, Guard, LimitError, Steps
+from mplug2_fast.video.matroska import Blocks, ebml_number, find_blocks
+from mplug2_fast.video.mp4 import TOP_LEVEL, Movie, read_movie
+
+_JPEG_NAMES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo")
+_PNG = b"\x89PNG\r\n\x1a\n"
+_BITMAP_HEADERS = tuple(size.to_bytes(4, "little") for size in (40, 52, 56, 108, 124))
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_EBML = b"\x1a\x45\xdf\xa3"
 
 
-def reason_not_readable(path: str) -> str | None:
-    """Why a path cannot be a whole video or image file, in a few words; None where nothing speaks against it."""
+@dataclass
+class FileFacts:
+    """What follows from the structure of a file, where it has one."""
+
+    picture_end: int | None = None
+    """Where the only picture of the file ends, whatever follows it."""
+    blocks: Blocks | None = None
+    crops: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)
+    """The pixels to cut off at the top, bottom, left and right, of the streams of which the container asks for it."""
+    has_tiles: bool = False
+    is_bounded: bool = False
+    """Whether its structure shows that its packets are not larger than the limit."""
+
+
+def inspect_file(path: str, guard: Guard) -> FileFacts:
+    """Reads the structure of a file, without decoding.
+
+    Raises:
+        DamagedError: it is not a whole video or image file; the message says why in a few words.
+        LimitError: it claims more than the limits allow.
+    """
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
-            return "is a directory, not a file"
+            raise DamagedError("is a directory, not a file")
         if not stat.S_ISREG(status.st_mode):
-            return "is not a regular file"
+            raise DamagedError("is not a regular file")
         if status.st_size == 0:
-            return "is empty"
+            raise DamagedError("is empty")
         with open(path, "rb") as file:
-            return _reason_not_whole(file, status.st_size)
+            facts = _inspect(file, status.st_size, PurePath(path).suffix.lower(), guard)
+        # Of a sparse file little is written, and much can be claimed.
+        facts.is_bounded &= 1024 * status.st_blocks >= status.st_size
+        return facts
     except FileNotFoundError:
-        return "no such file"
+        raise DamagedError("no such file") from None
     except PermissionError:
-        return "may not be read: permission denied"
+        raise DamagedError("may not be read: permission denied") from None
     except (OSError, ValueError) as error:
-        return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise DamagedError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _reason_not_whole(file: BinaryIO, size: int) -> str | None:
-    announced = _announced_size(file, size)
+def _inspect(file: BinaryIO, size: int, suffix: str, guard: Guard) -> FileFacts:
+    facts = FileFacts()
+    head = file.read(64)
+    _check_pixels(_picture_size(file, head), guard)
+    file.seek(0)
+    announced = 0
+    if head[4:8] in TOP_LEVEL:
+        with _corrupt():
+            movie = read_movie(file, size, guard)
+        announced, facts.is_bounded = movie.end, True
+        _use_movie(facts, movie)
+    elif head[:4] == _EBML:
+        announced = _end_of_matroska(head)
+        if announced <= size:
+            facts.is_bounded = True
+            with _corrupt():
+                facts.blocks = find_blocks(file, size, guard)
+            facts.crops = facts.blocks.crops
+    elif head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        check_chunks(file, size, guard)
+        facts.is_bounded = True
+    elif head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        announced = 8 + int.from_bytes(head[4:8], "little")
+        if head[12:16] == b"VP8X" and head[20] & 2:
+            raise DamagedError("is an animated WebP file, which is not supported: convert it to GIF, APNG or a video")
+    elif head[:4] in (b"RIFF", b"RF64") and head[8:12] == b"WAVE":
+        raise DamagedError("has no video stream, only audio")
+    elif head[:6] in (b"GIF87a", b"GIF89a"):
+        announced, facts.is_bounded = _end_of_gif(file, size, guard), True
+    else:
+        facts.picture_end = _end_of_only_picture(file, size, head, suffix)
+        if (facts.picture_end or 0) > guard.limits.packet_bytes:
+            raise LimitError(f"is a picture of {size:,} bytes; the limit is {guard.limits.packet_bytes:,}")
     if announced > size:
-        return f"is truncated: it has {size:,} bytes of at least {announced:,}"
-    damaged = damaged_chunk(file, size)
-    if damaged is not None:
-        return f"is corrupt: the chunk at byte {damaged:,} is not what it should be"
+        raise DamagedError(f"is truncated: it has {size:,} bytes of at least {announced:,}")
+    return facts
+
+
+@contextmanager
+def _corrupt() -> Iterator[None]:
+    try:
+        yield
+    except DamagedError as error:
+        raise DamagedError(f"is corrupt: {error}") from None
+
+
+def _use_movie(facts: FileFacts, movie: Movie) -> None:
+    facts.crops = movie.crops
+    facts.has_tiles = movie.primary_item == b"grid"
+
+
+def _check_pixels(size: tuple[int, int], guard: Guard) -> None:
+    """libav decodes a picture before it tells its size."""
+    width, height = size
+    most = guard.limits.pixels
+    if most is not None and width * height > most:
+        raise LimitError(f"has frames of {width:,}x{height:,} pixels, more than {most:,} in all; raise Limits.pixels")
+
+
+def _picture_size(file: BinaryIO, head: bytes, start: int = 0) -> tuple[int, int]:
+    """Width and height by the header of a picture, which begins at `start`; 0 where they cannot be told."""
+    if head.startswith(_PNG):
+        return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+    if head[:3] == b"GIF":
+        return int.from_bytes(head[6:8], "little"), int.from_bytes(head[8:10], "little")
+    if head[:2] == b"BM" and head[14:18] in _BITMAP_HEADERS:
+        return int.from_bytes(head[18:22], "little"), abs(int.from_bytes(head[22:26], "little", signed=True))
+    if head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X":
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    for marker, segment in _jpeg_segments(file, head, start):
+        if marker in _JPEG_FRAMES:
+            return int.from_bytes(segment[7:9], "big"), int.from_bytes(segment[5:7], "big")
+    return 0, 0
+
+
+def _jpeg_segments(file: BinaryIO, head: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
+    """The marker and the first bytes of each segment before the data of the first picture."""
+    position = start + 2
+    for _ in range(1000 if head[:3] == b"\xff\xd8\xff" else 0):
+        file.seek(position)
+        segment = file.read(9)
+        if len(segment) < 9 or segment[0] != 0xFF or segment[1] == 0xDA:
+            return
+        yield segment[1], segment
+        position += 2 + int.from_bytes(segment[2:4], "big")
+
+
+def _end_of_only_picture(file: BinaryIO, size: int, head: bytes, suffix: str) -> int | None:
+    """Where the picture of a JPEG file ends, whatever follows it; None if it is no JPEG file, or a video.
+
+    More pictures may follow the first: other views, or what makes it brighter. A list of them marks such a file.
+    Without a name or a list that says so, JPEG pictures of the same size in a row are a video.
+    """
+    if head[:3] != b"\xff\xd8\xff":
+        return None
+    end = _after_jpeg(file)
+    file.seek(end)
+    following = file.read(64)
+    is_list = any(marker == 0xE2 and segment[4:8] == b"MPF\0" for marker, segment in _jpeg_segments(file, head))
+    if suffix in _JPEG_NAMES or is_list or _picture_size(file, following, end) != _picture_size(file, head):
+        return end or size
     return None
 
 
-def _announced_size(file: BinaryIO, size: int) -> int:
-    """The least number of bytes that the container says it has; 0 where it does not say."""
-    head = file.read(64)
-    if head[4:8] in _BOXES:
-        return _end_of_boxes(file, size)
-    if head[:4] == b"\x1a\x45\xdf\xa3":
-        return _end_of_matroska(head)
-    if head[:4] == b"RIFF":
-        return 8 + int.from_bytes(head[4:8], "little")
-    if head[:6] in (b"GIF87a", b"GIF89a"):
-        return _end_of_gif(file)
-    return 0
-
-
-# The boxes at the top of an mp4 or mov file; anything else after them is not the container's.
-_BOXES = frozenset(
-    b"ftyp styp moov mdat moof mfra free skip wide pnot uuid meta sidx ssix emsg prft udta".split(),
-)
-
-
-def _end_of_boxes(file: BinaryIO, size: int) -> int:
-    position = 0
-    while position + 8 <= size:
+def _after_jpeg(file: BinaryIO) -> int:
+    """The position after the first picture; 0 if it has no end."""
+    position = 2
+    for _ in range(1000):
         file.seek(position)
-        header = file.read(16)
-        length = int.from_bytes(header[:4], "big")
-        if header[4:8] not in _BOXES or length == 0:  # 0: to the end of the file
+        segment = file.read(4)
+        if len(segment) < 4 or segment[0] != 0xFF:
+            return 0
+        position += 2 + int.from_bytes(segment[2:4], "big")
+        if segment[1] == 0xDA:
             break
-        if length == 1:
-            length = int.from_bytes(header[8:16], "big")
-        if length < 8:
-            break
-        position += length
-    return position
+    file.seek(position)
+    before = b""
+    while data := file.read(1 << 20):
+        end = (before + data).find(b"\xff\xd9")
+        if end >= 0:
+            return position - len(before) + end + 2
+        position += len(data)
+        before = data[-1:]
+    return 0
 
 
 def _end_of_matroska(head: bytes) -> int:
@@ -90,32 +203,37 @@ def _end_of_matroska(head: bytes) -> int:
     return 0 if segment_size is None else position + segment_size
 
 
-def _end_of_gif(file: BinaryIO) -> int:
+def _end_of_gif(file: BinaryIO, size: int, guard: Guard) -> int:
     """The position after the trailer, or one beyond the end of the file where that comes first."""
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return _end_of_gif_data(data)
+    steps = Steps(guard, size, 0.25)
+    start, window = 0, b""
 
-
-def _end_of_gif_data(data: mmap.mmap) -> int:
-    beyond = len(data) + 1
+    def read(position: int) -> int:
+        nonlocal start, window
+        if not start <= position < start + len(window):
+            file.seek(position)
+            start, window = position, file.read(1 << 16)
+        return window[position - start] if window else 0
 
     def after_colours(flags: int, position: int) -> int:
         return position + (3 << ((flags & 7) + 1) if flags & 0x80 else 0)
 
     def after_blocks(position: int) -> int:
-        while position < len(data) and data[position]:
-            position += 1 + data[position]
+        while position < size and (length := read(position)):
+            steps.take()
+            position += 1 + length
         return position + 1
 
-    if len(data) < 13:
-        return beyond
-    position = after_colours(data[10], 13)
-    while position < len(data):
-        kind = data[position]
+    if size < 13:
+        return size + 1
+    position = after_colours(read(10), 13)
+    while position < size:
+        steps.take()
+        kind = read(position)
         if kind == 0x21:  # an extension: a label, blocks
             position = after_blocks(position + 2)
-        elif kind == 0x2C and position + 10 <= len(data):  # an image: colours, the code size, blocks
-            position = after_blocks(after_colours(data[position + 9], position + 10) + 1)
+        elif kind == 0x2C and position + 10 <= size:  # an image: colours, the code size, blocks
+            position = after_blocks(after_colours(read(position + 9), position + 10) + 1)
         else:
-            return beyond if kind == 0x2C else position + 1  # the trailer, or what the decoder will judge
-    return beyond
+            return size + 1 if kind == 0x2C else position + 1  # the trailer, or what the decoder will judge
+    return size + 1

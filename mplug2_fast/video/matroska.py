@@ -7,14 +7,20 @@ the sizes tells: elements that are whole fill the element around them to the byt
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
+from mplug2_fast.video.limits import DamagedError, Guard, LimitError, Steps
+
 _SEGMENT = 0x18538067
-_TRACKS, _TRACK, _TRACK_NUMBER = 0x1654AE6B, 0xAE, 0xD7
+_TRACKS, _TRACK, _TRACK_NUMBER, _VIDEO = 0x1654AE6B, 0xAE, 0xD7, 0xE0
+_CROPS = (0x54BB, 0x54AA, 0x54CC, 0x54DD)
 _CLUSTER, _GROUP, _BLOCK, _SIMPLE_BLOCK = 0x1F43B675, 0xA0, 0xA1, 0xA3
 _VOID, _CHECKSUM = 0xEC, 0xBF
-_ENTERED = frozenset((_SEGMENT, _TRACKS, _TRACK, _CLUSTER, _GROUP))
+_ENTERED = frozenset((_SEGMENT, _TRACKS, _TRACK, _VIDEO, _CLUSTER, _GROUP))
 _MAY_BE_OPEN = (_SEGMENT, _CLUSTER)
 
 # The ids of one byte that there are in a cluster and in a group of blocks, and the most bytes that such an element can
@@ -33,50 +39,101 @@ _SHORT_IDS = {
 _HEAD = 4 + 8 + 8
 
 
-class DamagedError(Exception):
-    """The structure of a file is broken; the message says where."""
+@dataclass
+class Blocks:
+    """The blocks of a file, and how its tracks are to be cropped.
+
+    `positions` are those of what each block holds, ascending; `tracks` are the numbers of the tracks that they belong
+    to.
+    """
+
+    positions: array = field(default_factory=lambda: array("Q"))
+    tracks: array = field(default_factory=lambda: array("Q"))
+    crops: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)
+    """The pixels to cut off at the top, bottom, left and right of each track."""
+    read: bytearray = field(default_factory=bytearray)
+
+    def mark_as_read(self, position: int | None) -> int | None:
+        """The track of the block at this position, which libav has read; None where there is no such block."""
+        if position is None:
+            return None
+        index = bisect_left(self.positions, position)
+        if index == len(self.positions) or self.positions[index] != position:
+            return None
+        self.read[index] = 1
+        return self.tracks[index]
+
+    def first_not_read(self, tracks: set[int]) -> int | None:
+        """The position of the first block of these tracks that libav has left out."""
+        at = self.read.find(0)
+        while at >= 0:
+            if self.tracks[at] in tracks:
+                return self.positions[at]
+            at = self.read.find(0, at + 1)
+        return None
 
 
-def find_blocks(file: BinaryIO, size: int) -> dict[int, int]:
-    """The position of what each block holds, and the number of the track that it belongs to.
+def find_blocks(file: BinaryIO, size: int, guard: Guard) -> Blocks:
+    """The blocks of a file.
 
-    An element of open size, as in live recordings, ends the search.
+    In live recordings, whose segment has an open size, the search ends where elements no longer fit, or are open too.
 
     Raises:
         DamagedError: elements do not fit into one another, or a block belongs to no track.
+        LimitError: there are too many elements, or one is too large.
     """
-    blocks: dict[int, int] = {}
+    blocks = Blocks()
     tracks: set[int] = set()
-    for element, start, length, head in _elements(file, size):
+    track, crop = 0, dict.fromkeys(_CROPS, 0)
+    most, fillers = guard.limits.packet_bytes, Steps(guard, size, 1 / 64)
+    for element, start, length, head in _elements(file, size, Steps(guard, size)):
         if element in (_SIMPLE_BLOCK, _BLOCK):
-            track, begins = ebml_number(head, 0)
-            if tracks and track not in tracks:
+            number, begins = ebml_number(head, 0)
+            if tracks and number not in tracks:
                 raise DamagedError(f"the block at byte {start:,} belongs to no track")
             if length > begins + 3:  # after a time and flags, a frame
-                blocks[start] = track
+                blocks.positions.append(start)
+                blocks.tracks.append(number)
+        elif element == _VOID:
+            fillers.take()
+        elif element == _TRACK:
+            crop = dict.fromkeys(_CROPS, 0)
         elif element == _TRACK_NUMBER:
-            tracks.add(int.from_bytes(head[:length], "big"))
+            track = int.from_bytes(head[:length], "big")
+            tracks.add(track)
+        elif element in _CROPS and length <= 8:
+            crop[element] = int.from_bytes(head[:length], "big")
+        if element in _CROPS or (element == _TRACK_NUMBER and any(crop.values())):
+            blocks.crops[track] = tuple(crop.values())
+        if length > most and element not in (*_ENTERED, _VOID):
+            raise LimitError(f"has an element of {length:,} bytes; the limit is {most:,}")
+    blocks.read = bytearray(len(blocks.positions))
     return blocks
 
 
-def _elements(file: BinaryIO, size: int) -> Iterator[tuple[int, int, int, bytes]]:
+def _elements(file: BinaryIO, size: int, steps: Steps) -> Iterator[tuple[int, int, int, bytes]]:
     """The elements up to the end of the segment: id, start and length of what they hold, and its first bytes."""
-    position, parent_end, short_ids, outer = 0, size, None, []
+    position, parent_end, short_ids, outer, is_open = 0, size, None, [], False
     while position < parent_end:
+        steps.take()
         file.seek(position)
         head = file.read(_HEAD)
         id_size = 9 - head[0].bit_length()
         length, at = ebml_number(head, id_size)
         element = int.from_bytes(head[:id_size], "big")
-        if length is None and at > id_size and element in _MAY_BE_OPEN:
-            return
         start = position + at
+        if length is None and at > id_size and element in _MAY_BE_OPEN:
+            if element != _SEGMENT:
+                return
+            length, is_open = size - start, True
         if (
             length is None
             or start + length > parent_end
             or id_size > 4
             or (id_size == 1 and short_ids and length > short_ids.get(element, -1))
         ):
+            if is_open:
+                return
             raise DamagedError(f"the element at byte {position:,} does not fit into its place")
         yield element, start, length, head[at:]
         if element in _ENTERED:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from mplug2_fast.ops.preprocess_frames import DTYPES, preprocess_frames
 from mplug2_fast.video.backends import check_backend
 from mplug2_fast.video.clip import Clip, Source, check_source, shown
 from mplug2_fast.video.clips import ClipOptions, Windows
+from mplug2_fast.video.limits import Limits
 from mplug2_fast.video.worker import Worker
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class DecodePool:
         windows: one clip a window rather than one a file.
         prefetch: clips that are decoded ahead, for each worker.
         threads: threads of each decoder; None shares the usable cores among the workers.
+        limits: on the pixels and frames of a file and the memory of a worker; None takes the defaults of `Limits`. The
+            time limit is `timeout`.
 
     Raises:
         ValueError: an option out of its range.
@@ -72,6 +75,7 @@ class DecodePool:
         windows: Windows | None = None,
         prefetch: int = 2,
         threads: int | None = None,
+        limits: Limits | None = None,
     ) -> None:
         numbers = {"num_workers": num_workers, "num_frames": num_frames, "prefetch": prefetch}
         numbers |= {
@@ -85,7 +89,8 @@ class DecodePool:
         if dtype is not torch.uint8 and dtype not in DTYPES:
             raise ValueError(f"dtype must be torch.uint8, float32, bfloat16, float16 or float64, not {dtype}")
         threads = max(len(os.sched_getaffinity(0)) // num_workers, 1) if threads is None else threads
-        options = ClipOptions(num_frames, image_size, windows, threads, check_backend(backend))
+        limits = replace(Limits() if limits is None else limits, seconds=None)
+        options = ClipOptions(num_frames, image_size, windows, threads, check_backend(backend), limits)
         self._image_size = image_size
         self._dtype = dtype
         self._ahead = num_workers * prefetch

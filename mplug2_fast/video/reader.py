@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import pairwise
@@ -17,11 +18,14 @@ from torch import Tensor
 from mplug2_fast.errors import VideoError
 from mplug2_fast.video.backends import check_backend, stream_frames
 from mplug2_fast.video.clip import Source, shown
+from mplug2_fast.video.limits import Guard, Limits
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from typing_extensions import Self
+
+    from mplug2_fast.video.orientation import Orientation
 
 
 class VideoReader:
@@ -37,6 +41,8 @@ class VideoReader:
         image_size: height and width that frames are squashed to as soon as they are decoded, by the rule of
             `mplug2_fast.ops.preprocess_frames`; None leaves them as they are.
         threads: for decoding; None takes as many as torch does.
+        limits: on time, pixels, frames and memory; None takes the defaults of `Limits`. The time limit starts again
+            with each call, and with each frame that is decoded for the caller.
 
     Raises:
         VideoError: the file cannot be read; one line, "<path>: <reason>".
@@ -51,10 +57,12 @@ class VideoReader:
         backend: str | None = None,
         image_size: int | None = None,
         threads: int | None = None,
+        limits: Limits | None = None,
     ) -> None:
         from mplug2_fast.video.decode import scan_packets, usual_threads
 
         self._image_size = image_size
+        self._guard = Guard(limits)
         self._threads = usual_threads(threads)
         self.backend = check_backend(backend)
         if isinstance(source, bytes):
@@ -67,7 +75,7 @@ class VideoReader:
             self.close = weakref.finalize(self, lambda: None)
             self._name = self._shown = os.fsdecode(source)
         with self._errors():
-            self.scan = scan_packets(self._name)
+            self.scan = scan_packets(self._name, self._guard)
 
     def __enter__(self) -> Self:
         return self
@@ -86,25 +94,46 @@ class VideoReader:
         from mplug2_fast.video.decode import count_frames
 
         with self._errors():
-            return count_frames(self._name, self.scan, self._threads)
+            return count_frames(self._name, self.scan, self._threads, self._guard)
 
     @property
     def fps(self) -> float | None:
-        """Frames a second on average, as the container tells; None if it does not."""
-        return self.scan.fps
-
-    @property
-    def duration(self) -> float | None:
-        """Seconds, from the number of frames and their rate; None if that is not known."""
-        return self.num_frames / self.fps if self.fps else None
+        """Frames a second on average, over the whole duration; None if that is not known."""
+        return self.num_frames / self.duration if self.duration else None
 
     @cached_property
-    def rotation(self) -> int:
-        """Degrees by which frames are turned to be upright, counterclockwise; 0 for most."""
-        from mplug2_fast.video.decode import rotation
+    def duration(self) -> float | None:
+        """Seconds, by the times of the frames, or by their rate where times are missing; None if neither is known."""
+        return self.scan.seconds(self.num_frames)
+
+    @cached_property
+    def times(self) -> list[float]:
+        """When each frame is shown, in seconds after the first."""
+        from mplug2_fast.video.decode import frame_times
 
         with self._errors():
-            return rotation(self._name)
+            return frame_times(self._name, self.scan, self._threads, self._guard)
+
+    def indices_at(self, seconds: Iterable[float]) -> list[int]:
+        """The index of the frame that is shown at each time, in seconds after the first frame."""
+        return [max(bisect_right(self.times, time) - 1, 0) for time in seconds]
+
+    @property
+    def rotation(self) -> int:
+        """Degrees by which frames are turned to be upright, counterclockwise: 0 for most, 90, -90 or 180."""
+        return 90 * self._orientation.quarter_turns
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether frames are mirrored left to right after they are turned."""
+        return self._orientation.mirrored
+
+    @cached_property
+    def _orientation(self) -> Orientation:
+        from mplug2_fast.video.decode import orientation
+
+        with self._errors():
+            return orientation(self._name, self.scan, self._guard)
 
     @cached_property
     def size(self) -> tuple[int, int]:
@@ -112,7 +141,8 @@ class VideoReader:
         from mplug2_fast.video.decode import stream_scanned
 
         with self._errors():
-            first = next(stream_scanned(self._name, self.scan, [0], threads=1, image_size=None))
+            stream = stream_scanned(self._name, self.scan, [0], threads=1, image_size=None, guard=self._guard)
+            first = next(stream)
         return first.shape[:2]
 
     def frames(self, indices: Sequence[int]) -> Tensor:
@@ -166,12 +196,19 @@ class VideoReader:
                 raise IndexError(f"{self._shown}: has {self.num_frames:,} frames: there is no frame {index:,}")
         with self._errors():
             yield from stream_frames(
-                self.backend, self._name, self.scan, indices, threads=self._threads, image_size=self._image_size
+                self.backend,
+                self._name,
+                self.scan,
+                indices,
+                threads=self._threads,
+                image_size=self._image_size,
+                guard=self._guard,
             )
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Bytes have no path by which to call them."""
+        """Starts the time limit. Bytes have no path by which to call them."""
+        self._guard.restart()
         try:
             yield
         except VideoError as error:

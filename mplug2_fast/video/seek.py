@@ -13,6 +13,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -54,15 +55,25 @@ class PacketInfo:
 class Scan:
     """All packets of a video stream, in decoding order."""
 
-    format: str
-    codec: str
+    format: str = ""
+    codec: str = ""
     packets: list[PacketInfo] = field(default_factory=list)
     changes: bool = False
     """Whether the decoder's parameters change within the stream."""
+    has_fields: bool = False
+    """Whether a packet holds one field of a picture, so that two packets give one frame."""
     fps: float | None = None
     """The average rate that the container tells."""
     seconds_a_tick: float | None = None
     """The unit of presentation times."""
+    last_duration: int = 0
+    """That of the packet that is shown last, in that unit; 0 if it is not known."""
+    picture_end: int | None = None
+    """Where the only picture of the file ends, whatever follows it."""
+    crop: tuple[int, int, int, int] | None = None
+    """The pixels that the container cuts off at the top, bottom, left and right."""
+    is_heavy: bool = False
+    """Whether decoding could take more memory than the limit."""
 
     @property
     def shown(self) -> int:
@@ -78,12 +89,32 @@ class Scan:
             self.format in _FORMATS
             and self.codec in _CODECS
             and not self.changes
+            and not self.has_fields
             and all(packet.shown for packet in packets)
             and None not in times
             and len(set(times)) == len(times)
             and packets[0].fresh_start
             and times[0] == min(times)
         )
+
+    @property
+    def times(self) -> list[int] | None:
+        """The presentation times of the packets that are shown, ascending; None where some are missing or equal."""
+        times = sorted(packet.pts for packet in self.packets if packet.shown and packet.pts is not None)
+        return times if len(set(times)) == self.shown else None
+
+    def seconds(self, frames: int) -> float | None:
+        """The time that the frames are shown for: by their times, or by their rate where those are missing."""
+        times = self.times
+        if times and self.seconds_a_tick:
+            gaps = sorted(later - earlier for earlier, later in pairwise(times))
+            usual = gaps[len(gaps) // 2] if gaps else 0
+            # Durations of packets in another order than that of frames are those between packets.
+            order = [packet.pts for packet in self.packets if packet.shown]
+            last = self.last_duration if order == times and self.last_duration else usual
+            if times[-1] + last > times[0]:
+                return (times[-1] + last - times[0]) * self.seconds_a_tick
+        return frames / self.fps if self.fps else None
 
 
 @dataclass(frozen=True)
@@ -101,9 +132,10 @@ def is_fresh_start(packet: Packet, codec: str, extradata: bytes | None) -> bool:
         return False
     if codec not in _FRESH_STARTS:
         return True
-    for unit in _unit_types(bytes(packet), codec, extradata or b""):
-        if unit in _CODED_PICTURES[codec]:
-            return unit in _FRESH_STARTS[codec]
+    for unit in split_units(bytes(packet), codec, extradata or b""):
+        kind = unit[0] >> 1 & 63 if codec == "hevc" else unit[0] & 31
+        if kind in _CODED_PICTURES[codec]:
+            return kind in _FRESH_STARTS[codec]
     return False
 
 
@@ -192,22 +224,21 @@ def _decode_segment(
     stream.codec_context.flush_buffers()
 
 
-def _unit_types(data: bytes, codec: str, extradata: bytes) -> Iterator[int]:
-    """The types of the units that an h264 or hevc packet consists of."""
+def split_units(data: bytes, codec: str, extradata: bytes) -> Iterator[memoryview]:
+    """The units that an h264 or hevc packet consists of, each from its header on."""
+    view = memoryview(data)
     in_box = len(extradata) > 22 and extradata[0] == 1 if codec == "hevc" else len(extradata) > 6 and extradata[0] == 1
     if in_box:
         size_bytes = (extradata[21 if codec == "hevc" else 4] & 3) + 1
         position = 0
         while position + size_bytes < len(data):
             unit = position + size_bytes
-            yield _unit_type(data[unit], codec)
             position = unit + int.from_bytes(data[position:unit], "big")
+            if position > unit:
+                yield view[unit:position]
     else:
         position = data.find(b"\0\0\1")
         while 0 <= position < len(data) - 3:
-            yield _unit_type(data[position + 3], codec)
-            position = data.find(b"\0\0\1", position + 3)
-
-
-def _unit_type(header: int, codec: str) -> int:
-    return header >> 1 & 63 if codec == "hevc" else header & 31
+            following = data.find(b"\0\0\1", position + 3)
+            yield view[position + 3 : following if following >= 0 else len(data)]
+            position = following

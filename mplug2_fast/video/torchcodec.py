@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from mplug2_fast.errors import VideoError
+from mplug2_fast.video.orientation import Orientation
 from mplug2_fast.video.pixels import squash
 from mplug2_fast.video.seek import Scan
 
@@ -21,11 +22,15 @@ _SOUND = ("hevc", "vp8", "vp9")
 _BATCH = 4
 
 
-def reason_not_served(scan: Scan) -> str | None:
+def reason_not_served(scan: Scan, orientation: Orientation) -> str | None:
     if scan.codec not in _SOUND:
         return f"of {scan.codec} it decodes damaged files without an error"
     if not scan.one_frame_a_packet:
         return "its frames cannot be told by their times"
+    if scan.crop is not None:
+        return "it does not crop frames as the container asks for"
+    if orientation.mirrored:
+        return "it does not mirror frames"
     return None
 
 

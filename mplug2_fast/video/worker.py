@@ -17,6 +17,7 @@ import dataclasses
 import json
 import mmap
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -29,12 +30,16 @@ import numpy as np
 
 from mplug2_fast.errors import VideoError
 from mplug2_fast.video.clips import ClipOptions, DecodedClip, Windows, clips_of
+from mplug2_fast.video.limits import LimitError, Limits, too_much_memory
 
 _NEXT = b"N"
 _JOB, _JOB_IN_MEMORY = b"P", b"M"
 _DYING_LIMIT = 5.0
 _MAX_MESSAGE = 1 << 16
 _MAX_REASON = 1 << 12
+# Of the memory of a worker: what libraries and the frames that are handed over take, which the system's limit on data
+# leaves out.
+_SHARED_BYTES = 1 << 27
 
 
 class Worker:
@@ -116,15 +121,18 @@ def main(descriptor: int, parent: int, options: str) -> None:
     """Serves one parent until that is gone."""
     connection = socket.socket(fileno=descriptor)
     fields = json.loads(options)
-    windows = fields.pop("windows")
+    windows, limits = fields.pop("windows"), Limits(**fields.pop("limits"))
     _be_expendable(parent)
+    if limits.memory is not None:
+        most = max(limits.memory - _SHARED_BYTES, _SHARED_BYTES)
+        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     try:
         import mplug2_fast.video.decode  # noqa: F401  (so that the first file does not pay for it, or fail by it)
     except Exception:
         connection.send(json.dumps({"failed": traceback.format_exc()[-_MAX_REASON:]}).encode())
         return
     with contextlib.suppress(ConnectionError, EOFError):  # the parent is gone
-        _serve(connection, ClipOptions(**fields, windows=windows and Windows(**windows)))
+        _serve(connection, ClipOptions(**fields, windows=windows and Windows(**windows), limits=limits))
 
 
 def _be_expendable(parent: int) -> None:
@@ -165,7 +173,10 @@ def _run_job(connection: socket.socket, path: bytes, options: ClipOptions) -> tu
     except ConnectionError:
         raise
     except Exception as error:
-        reason = str(error) if isinstance(error, VideoError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, MemoryError) and options.limits.memory is not None:
+            error = too_much_memory(options.limits.memory)
+        told = isinstance(error, (VideoError, LimitError))
+        reason = str(error) if told else f"{type(error).__name__}: {error}"
         answer = {"error": reason.removeprefix(f"{name}: ")[:_MAX_REASON], "seconds": time.monotonic() - started}
         connection.send(json.dumps(answer).encode())
     return _receive(connection)

@@ -84,12 +84,6 @@ def song_with_a_cover(folder):
     return contents("cover.mp3", b"ID3\3\0\0" + size + frame + sound)(folder)
 
 
-def two_sizes(folder):
-    small = write_video(folder / "small.h264", "libx264", moving_frames(10, 96, 80))
-    large = write_video(folder / "large.h264", "libx264", moving_frames(10, 128, 96))
-    return contents("both.h264", small.read_bytes() + large.read_bytes())(folder)
-
-
 PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nother.ts\n#EXT-X-ENDLIST\n"
 FASTSTART = {"container_options": {"movflags": "faststart"}}
 BROKEN = {
@@ -118,7 +112,6 @@ BROKEN = {
         lambda folder: write_video(folder / "none.mp4", "libx264", []),
         "has no (frames|video)",
     ),
-    "two sizes": (two_sizes, r"frames change size within the video \(96x80 and 128x96\)"),
     "mp4 without its index": (cut_clip("mp4", "libx264", 0.6), "is truncated: it has [0-9,]+ bytes of at least"),
     "mp4 with its index first": (cut_clip("mp4", "libx264", 0.6, **FASTSTART), "is truncated"),
     "mp4 without its last byte": (cut_clip("mp4", "libx264", 0.9999, **FASTSTART), "is truncated"),

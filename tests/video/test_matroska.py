@@ -4,7 +4,8 @@ import io
 
 import pytest
 
-from mplug2_fast.video.matroska import DamagedError, find_blocks
+from mplug2_fast.video.limits import DamagedError, Guard
+from mplug2_fast.video.matroska import find_blocks
 
 OPEN = b"\x01" + b"\xff" * 7
 
@@ -29,9 +30,9 @@ def cluster(*elements, size=None):
 
 
 def tracks_of_blocks(data):
-    blocks = find_blocks(io.BytesIO(data), len(data))
-    assert all(data[position + 4 :].startswith(b"frame") for position in blocks)
-    return list(blocks.values())
+    blocks = find_blocks(io.BytesIO(data), len(data), Guard())
+    assert all(data[position + 4 :].startswith(b"frame") for position in blocks.positions)
+    return list(blocks.tracks)
 
 
 def test_blocks_are_found_with_their_tracks():
@@ -57,7 +58,7 @@ def test_what_follows_the_segment_does_not_count():
 
 def test_open_sizes_end_the_search():
     assert tracks_of_blocks(file_of(cluster(block()), cluster(block(), size=OPEN), b"\0\0")) == [1]
-    assert tracks_of_blocks(element("1a45dfa3", b"") + element("18538067", cluster(block()), OPEN)) == []
+    assert tracks_of_blocks(element("1a45dfa3", b"") + element("18538067", cluster(block()), OPEN)) == [1]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_open_sizes_end_the_search():
 def test_what_does_not_fit_is_reported(wrong, reason):
     data = file_of(cluster(block(), wrong), cluster(block()))
     with pytest.raises(DamagedError, match=rf"^the (element|block) at byte [0-9,]+ {reason}") as caught:
-        find_blocks(io.BytesIO(data), len(data))
+        find_blocks(io.BytesIO(data), len(data), Guard())
     position = int(str(caught.value).split()[4].replace(",", ""))
     end = data.rindex(bytes.fromhex("1f43b675"))
     assert end - len(wrong) <= position <= end

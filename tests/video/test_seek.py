@@ -8,6 +8,7 @@ import pytest
 
 from mplug2_fast.video import decode, frame_indices, seek
 from mplug2_fast.video.decode import decode_frames
+from mplug2_fast.video.limits import Guard
 from tests.video.clips import decode_all, moving_frames, write_video
 
 SEEKABLE = [
@@ -116,7 +117,7 @@ def test_open_gops_of_h264_are_decoded_whole(tmp_path, whole_decodes, whatever_i
     with av.open(str(path)) as container:
         assert sum(packet.is_keyframe for packet in container.demux(video=0)) > 1
     assert_frames(path, frame_indices(60, 6), decode_all(path))
-    scan = decode._scan(str(path))
+    scan = decode.scan_packets(str(path), Guard())
     assert sum(packet.fresh_start for packet in scan.packets) == 1
 
 
@@ -157,7 +158,7 @@ def test_hidden_frames_are_not_counted(tmp_path, whatever_it_costs, monkeypatch,
     if not foretold:  # as with codecs whose packets are not looked into
         monkeypatch.setattr(decode, "is_shown", lambda packet, codec: True)
         monkeypatch.setattr(seek, "_CODECS", ())
-    assert decode._scan(str(path)).shown == (36 if foretold else 40)
+    assert decode.scan_packets(str(path), Guard()).shown == (36 if foretold else 40)
     for num_frames in (1, 7, 36, 40):
         assert_frames_of_file(path, num_frames, everything)
 
