@@ -94,6 +94,12 @@ def fake(x, update, weight, bias, eps, scale, return_sum):
     return out, torch.empty_like(out) if return_sum else out.new_empty(0)
 
 
+def check_all(x, update, weight, bias, eps, scale, return_sum) -> None:
+    if update is None:
+        raise TypeError("update must be a tensor of the shape of x, got None: layer_norm is without one")
+    check(x, update, weight, bias)
+
+
 SPEC = Spec(
     name="add_layer_norm",
     axes={
@@ -137,7 +143,7 @@ OP = Op(
         Backend("torch", run_torch, differentiable=True),
     ],
     fake=fake,
-    check=lambda x, update, weight, bias, *_: check(x, update, weight, bias),
+    check=check_all,
 )
 
 

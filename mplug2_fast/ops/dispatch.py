@@ -30,7 +30,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _LIBRARY = torch.library.Library("mplug2_fast", "DEF")
 _CPU, _WITH_AUTOCAST = frozenset(("cpu",)), frozenset(("cpu", "cuda"))
 _is_cpu = attrgetter("is_cpu")
-_is_compiling = torch.compiler.is_compiling
+_is_compiling, _tracing = torch.compiler.is_compiling, torch._C._get_tracing_state
 
 _forced: ContextVar[str | None] = ContextVar("mplug2_fast_backend", default=None)
 _strict: ContextVar[bool] = ContextVar("mplug2_fast_strict", default=False)
@@ -262,8 +262,11 @@ class Op:
 
     def __call__(self, *arguments: Any) -> Any:
         tensors = self._tensors(arguments)
-        if not formula.is_tracing():  # where sizes are tensors, and comparing them warns
-            self._check_shapes(arguments)
+        if _tracing() is None:  # in a trace sizes are tensors, and comparing them warns
+            try:
+                self.check(*arguments)
+            except RuntimeError:
+                self._check_shapes(arguments)
         if self.autocast and (dtype := autocast_dtype(tensors[0])) is not None:
             arguments = _autocast(arguments, dtype)
             tensors = self._tensors(arguments)
@@ -271,11 +274,12 @@ class Op:
             # What is forced while a graph is made is part of the graph.
             saves = self._saving_devices and self._needs_grad(tensors) and self._saves(tensors, _forced_name())
             return self._trained(arguments) if saves else self._torch_op(*arguments)
-        if formula.is_needed(tensors):
-            return self._run_formula(arguments, tensors)
-        if formula.is_watched(tensors):
-            flop_formulas.register()
-            return self._torch_op(*arguments)
+        if not formula.is_ordinary(tensors):
+            if formula.is_needed(tensors):
+                return self._run_formula(arguments, tensors)
+            if formula.is_watched(tensors):
+                flop_formulas.register()
+                return self._torch_op(*arguments)
         if not memory.is_sound(tensors):
             if any(map(memory.is_opaque, tensors)):
                 return self._run_formula(arguments, tensors)

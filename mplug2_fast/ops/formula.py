@@ -21,6 +21,18 @@ _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 
 
+def is_ordinary(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing follows the call: neither `is_needed` nor `is_watched`, in one look."""
+    return (
+        _transforms() is None
+        and forward_ad._current_level < 0
+        and _tracing() is None
+        and not _dispatch_modes()
+        and not _function_modes()
+        and _PLAIN.issuperset(map(type, tensors))
+    )
+
+
 def is_needed(tensors: Sequence[Tensor]) -> bool:
     """Whether `reason` has one. Cheap: every call asks."""
     if _transforms() is not None or forward_ad._current_level >= 0 or _tracing() is not None:
@@ -45,11 +57,6 @@ def are_followed(grads: Sequence[Tensor | None]) -> bool:
     """Whether gradients of many results at once, `is_grads_batched`, or a transform pass through a backward."""
     given = [grad for grad in grads if grad is not None]
     return is_needed(given) or any(map(_is_batched, given))
-
-
-def is_tracing() -> bool:
-    """Whether torch.jit.trace is recording."""
-    return _tracing() is not None
 
 
 def differentiates() -> bool:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
+_is_neg = Tensor.is_neg
 
-def is_sound(tensors: Iterable[Tensor]) -> bool:
+
+def is_sound(tensors: Sequence[Tensor]) -> bool:
     """Whether kernels may read all of them as they are. Cheap: every call asks."""
-    for t in tensors:
-        try:
+    try:
+        for t in tensors:
             size = len(t.untyped_storage())
-        except (NotImplementedError, RuntimeError):
-            return False
-        if (size != t.nbytes or not t.is_contiguous()) and not is_opaque(t) and _reach(t) > size:
-            return False
-        if t.is_neg():
-            return False
-    return True
+            if (size != t.nbytes or not t.is_contiguous()) and _reach(t) > size:
+                return False
+    except (NotImplementedError, RuntimeError):  # sparse, say
+        return False
+    return not any(map(_is_neg, tensors))
 
 
 def is_opaque(t: Tensor) -> bool:
@@ -45,8 +45,9 @@ def check_written(name: str, t: Tensor) -> None:
 
 def _reach(t: Tensor) -> int:
     """Bytes of the storage up to the tensor's last element."""
-    shape: Sequence[int] = t.shape
-    if 0 in shape:
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(shape, t.stride(), strict=True))
-    return (t.storage_offset() + last + 1) * t.element_size()
+    last = t.storage_offset() + 1
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        if not size:
+            return 0
+        last += (size - 1) * stride
+    return last * t.element_size()

@@ -38,3 +38,8 @@ def test_sums_that_go_past_the_caches(channels, dtype):
     eager, exact = SPEC.reference(**given), SPEC.reference(**given, upcast=True)
     for ours, one, true in zip(ops.add_layer_norm.op(*given.values()), eager, exact, strict=True):
         assert_close_enough(ours, one, true, SPEC.noise_floor[dtype], "forward")
+
+
+def test_an_update_is_needed():
+    with pytest.raises(TypeError, match="update must be a tensor of the shape of x, got None"):
+        ops.add_layer_norm(torch.randn(3, 8), None)
