@@ -13,8 +13,10 @@ import functools
 import hashlib
 import inspect
 import itertools
+import multiprocessing
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -177,11 +179,18 @@ def _scalar(dtype: torch.dtype) -> str:
 
 
 def rows(kept: Mapping[str, Resources]) -> Iterator[str]:
-    """Lines of the table. A process a core compiles what is not kept."""
-    with ProcessPoolExecutor() as pool:
+    """Lines of the table. One process per core compiles what is not kept."""
+    # Not "fork": the guard recognises a process by its environment, which a fork has from before the guard began.
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(mp_context=context) as pool:
         works = itertools.product(operators(), DTYPES, CAPABILITIES)
-        for found in pool.map(functools.partial(_rows, kept), *zip(*works, strict=True)):
-            yield from found
+        try:
+            for found in pool.map(functools.partial(_rows, kept), *zip(*works, strict=True)):
+                yield from found
+        except (KeyboardInterrupt, SystemExit):  # leaving the pool waits for what it has begun
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
 
 
 def _rows(kept: Mapping[str, Resources], name: str, dtype: torch.dtype, capability: int) -> list[str]:
@@ -195,7 +204,7 @@ def _rows(kept: Mapping[str, Resources], name: str, dtype: torch.dtype, capabili
     return made
 
 
-def main() -> None:
+def main() -> int:
     compiler = f"Compiled ahead of time by Triton {triton.__version__}, "
     kept = written() if RESULT.exists() and compiler in RESULT.read_text() else {}
     lines = [
@@ -210,7 +219,10 @@ def main() -> None:
     ]
     RESULT.write_text("\n".join([*lines, *rows(kept)]) + "\n")
     print(f"wrote {RESULT}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    from bench import guard
+
+    sys.exit(guard.run(main))

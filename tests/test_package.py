@@ -1,4 +1,7 @@
-"""What a wheel and a source distribution hold, and what a build does where the compiler fails."""
+"""What a wheel and a source distribution hold, and what a build does where the compiler fails.
+
+Tests with the marker `package` build wheels and call compilers: `make test-package` runs them.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +18,45 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 240
+LIMIT = 1200
 # All that a build reads. Tests need what the source distribution holds.
 SOURCES = ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE", "NOTICE")
 FOLDERS = ("csrc", "kernels", "mplug2_fast")
 IGNORED = shutil.ignore_patterns("__pycache__", "_C*.so", "_native_build.json", "kernels")
 
-# A compiler that makes an empty object of every source, unless the line it is called with matches a pattern.
-COMPILER = """#!/bin/bash
+CRASH = "error: unable to execute command: Segmentation fault"
+
+# A compiler that crashes where its command line matches a pattern. If EMPTY is set, it compiles that file instead of
+# every source. It does not optimise.
+COMPILER = f"""#!/bin/bash
 printf '%s\\n' "$*" >> "$CALLS"
 if [[ "$*" =~ $CRASHES ]]; then
-    echo "clang++: error: unable to execute command: Segmentation fault"
+    echo "clang++: {CRASH}"
     exit 139
 fi
 for argument in "$@"; do
     shift
-    case "$argument" in */csrc/*.cpp) argument="$EMPTY" ;; esac
+    case "$argument" in
+        */csrc/*.cpp) argument="${{EMPTY:-$argument}}" ;;
+        -O3) argument=-O0 ;;
+        -flto*) continue ;;
+    esac
     set -- "$@" "$argument"
 done
 exec g++ "$@"
+"""
+
+# A CMake for which the compiler crashes on a target, or on the code that every build needs (`all`).
+CMAKE = f"""#!/bin/bash
+crash() {{ echo "clang++: {CRASH}"; exit 1; }}
+case "$1" in
+    -S) mkdir -p "$4" && printf 'avx2;avx512_bf16' > "$4/optional_kernels.txt" ;;
+    -DMPLUG2_LEFT_OUT=*) echo "${{1#*=}}" > "$2/left_out" ;;
+    --build)
+        if [[ "$CRASHES" == "$5" ]]; then crash; fi
+        if [[ -z "$5" && ("$CRASHES" == all || ! -e "$2/left_out") ]]; then crash; fi ;;
+    --install) mkdir -p "$4/mplug2_fast" && cp "$2/left_out" "$4/mplug2_fast/_C.so" ;;
+esac
 """
 
 
@@ -53,10 +76,16 @@ def build(sources: Path, what: str, **variables: str) -> tuple[Path, str]:
     """(the built archive, the output), by setuptools with what is installed here."""
     out = sources.parent / "built"
     code = f"from setuptools import build_meta; print(build_meta.build_{what}({str(out)!r}))"
+    output = run(["-c", code], sources, **variables)
+    return out / output.split()[-1], output
+
+
+def run(arguments: list[str], folder: Path, **variables: str) -> str:
+    """The output of Python. `AssertionError` with the output if it fails."""
     environment = {name: text for name, text in os.environ.items() if not name.startswith("MPLUG2_FAST")}
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=sources,
+        [sys.executable, *arguments],
+        cwd=folder,
         env=environment | {"MPLUG2_FAST_CUDA": "off"} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -65,7 +94,12 @@ def build(sources: Path, what: str, **variables: str) -> tuple[Path, str]:
         check=False,
     )
     assert done.returncode == 0, done.stdout
-    return out / done.stdout.split()[-1], done.stdout
+    return done.stdout
+
+
+def executable(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
 def modules(sources: Path) -> set[str]:
@@ -80,6 +114,43 @@ def files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
 
 
+def test_a_build_holds_what_the_sources_hold_whatever_was_built_before(tmp_path):
+    build_base = ["--build-base", str(tmp_path / "build")]
+    command = ["setup.py", "-q", "build", *build_base, "--build-lib", str(tmp_path / "build" / "lib")]
+    stale = tmp_path / "build" / "lib" / "mplug2_fast"
+    stale.mkdir(parents=True)
+    for name in ("_C.old.so", "gone.py"):
+        (stale / name).touch()
+    run(command, ROOT, MPLUG2_FAST_NATIVE="off")
+    ours = re.compile(r"mplug2_fast/(_C.*\.so|kernels|_native_build\.json)$")  # of an editable installation
+    wanted = {name for name in modules(ROOT) if not ours.match(name)} | {"mplug2_fast/_native_build.json"}
+    assert {str(path.relative_to(stale.parent)) for path in files(stale)} == wanted
+    assert json.loads((stale / "_native_build.json").read_text())["built"] is False
+
+
+@pytest.mark.parametrize("policy", ["auto", "required"])
+def test_an_instruction_set_that_the_compiler_crashes_on_is_left_out(tmp_path, policy):
+    package = build_with_fake_cmake(tmp_path, CRASHES="kernels_avx512_bf16", MPLUG2_FAST_NATIVE=policy)
+    report = json.loads((package / "_native_build.json").read_text())
+    assert report["built"] is True
+    assert report["left_out"] == {"avx512_bf16": f"The compiler failed: clang++: {CRASH}"}
+    assert (package / "_C.so").read_text() == "avx512_bf16\n"
+
+
+def test_code_that_every_build_needs_stops_the_build(tmp_path):
+    with pytest.raises(AssertionError, match="the native module of mplug2_fast does not build"):
+        build_with_fake_cmake(tmp_path, CRASHES="all")
+
+
+def build_with_fake_cmake(folder: Path, **variables: str) -> Path:
+    """The package's folder, with what `build_ext` writes."""
+    executable(folder / "cmake", CMAKE)
+    command = ["setup.py", "-q", "build_ext", "--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")]
+    run(command, ROOT, PATH=f"{folder}:{os.environ['PATH']}", **variables)
+    return folder / "lib" / "mplug2_fast"
+
+
+@pytest.mark.package
 def test_a_wheel_holds_what_the_sources_hold_whatever_was_built_before(sources):
     version = "".join(map(str, sys.version_info[:2]))
     machine = os.uname().machine
@@ -119,6 +190,7 @@ def test_a_wheel_holds_what_the_sources_hold_whatever_was_built_before(sources):
         assert {name for name in archive.namelist() if ".dist-info/" not in name} == wanted - {"mplug2_fast/ray.py"}
 
 
+@pytest.mark.package
 def test_an_editable_installation_without_the_native_module_removes_the_old_one(sources):
     code = "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))"
     suffix = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
@@ -137,33 +209,42 @@ def compiler(tmp_path, sources):
     if not all(map(shutil.which, ("cmake", "g++", "bash"))):
         pytest.skip("CMake or g++ is not installed")
     script = tmp_path / "c++"
-    script.write_text(COMPILER)
-    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    executable(script, COMPILER)
+    return {"CXX": str(script), "CALLS": str(tmp_path / "calls")}
+
+
+@pytest.fixture
+def empty(tmp_path):
     (tmp_path / "empty.cpp").touch()
-    return {"CXX": str(script), "EMPTY": str(tmp_path / "empty.cpp"), "CALLS": str(tmp_path / "calls")}
+    return {"EMPTY": str(tmp_path / "empty.cpp")}
 
 
+@pytest.mark.package
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(os.uname().machine != "x86_64", reason="no other processor has optional instruction sets")
-@pytest.mark.parametrize("policy", ["auto", "required"])
-def test_an_instruction_set_that_the_compiler_crashes_on_is_left_out(sources, compiler, policy):
+def test_a_module_without_an_instruction_set_works_and_info_names_it(sources, compiler, tmp_path):
     crashes = r"MPLUG2_ISA=avx512_bf16 .*/attention\.cpp"
-    wheel, output = build(sources, "wheel", **compiler, CRASHES=crashes, MPLUG2_FAST_NATIVE=policy)
-    with zipfile.ZipFile(wheel) as archive:
-        report = json.loads(archive.read("mplug2_fast/_native_build.json"))
-        assert any("/_C." in name for name in archive.namelist())
-    assert report["built"] is True
-    assert list(report["left_out"]) == ["avx512_bf16"]
-    assert "Segmentation fault" in report["left_out"]["avx512_bf16"]
+    wheel, output = build(sources, "wheel", **compiler, CRASHES=crashes, MPLUG2_FAST_NATIVE="required")
     assert "WITHOUT its kernels for avx512_bf16" in output
     # The rest was compiled for the sets that are there.
     last = [line for line in Path(compiler["CALLS"]).read_text().splitlines() if "bind/module.cpp" in line][-1]
     assert set(re.findall(r"-DMPLUG2_WITHOUT_\w+", last)) == {"-DMPLUG2_WITHOUT_AVX512_BF16"}
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+    path = {"PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1", "MPLUG2_FAST_NATIVE": "required"}
+    info = json.loads(run(["-m", "mplug2_fast", "info", "--json"], tmp_path, **path))
+    assert list(info["native"]["left_out"]) == ["avx512_bf16"]
+    assert "Segmentation fault" in info["native"]["left_out"]["avx512_bf16"]
+    code = "import torch; from mplug2_fast import ops, nn; print(nn.LayerNorm(8)(torch.ones(2, 8)).sum().item())"
+    assert run(["-c", code], tmp_path, **path).split()[-1] == "0.0"
 
 
+@pytest.mark.package
 @pytest.mark.parametrize("crashes", [r"MPLUG2_ISA=portable .*/layer_norm\.cpp", r"bind/module\.cpp"])
-def test_code_that_does_not_compile_at_all_stops_the_build(sources, compiler, crashes):
+def test_code_that_does_not_compile_at_all_stops_the_build(sources, compiler, empty, crashes):
     with pytest.raises(AssertionError, match="the native module of mplug2_fast does not build"):
-        build(sources, "wheel", **compiler, CRASHES=crashes)
+        build(sources, "wheel", **compiler, **empty, CRASHES=crashes)
 
 
 def test_the_native_module_here_has_every_instruction_set(native_module):
