@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,20 +180,15 @@ def _scalar(dtype: torch.dtype) -> str:
 def rows(kept: Mapping[str, Resources]) -> Iterator[str]:
     """Lines of the table. One process per core compiles what is not kept."""
     # Not "fork": the guard recognises a process by its environment, which a fork has from before the guard began.
-    context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(mp_context=context) as pool:
+    with multiprocessing.get_context("forkserver").Pool() as pool:  # leaving it ends its processes at once
         works = itertools.product(operators(), DTYPES, CAPABILITIES)
-        try:
-            for found in pool.map(functools.partial(_rows, kept), *zip(*works, strict=True)):
-                yield from found
-        except (KeyboardInterrupt, SystemExit):  # leaving the pool waits for what it has begun
-            for process in multiprocessing.active_children():
-                process.kill()
-            raise
+        for found in pool.imap(functools.partial(_rows, kept), works):
+            yield from found
 
 
-def _rows(kept: Mapping[str, Resources], name: str, dtype: torch.dtype, capability: int) -> list[str]:
+def _rows(kept: Mapping[str, Resources], work: tuple[str, torch.dtype, int]) -> list[str]:
     made = []
+    name, dtype, capability = work
     for launch in launches(name, dtype, capability):
         for config in launch.configs:
             begin = entry(name, launch, dtype, capability, config)
