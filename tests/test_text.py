@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mplug2_fast.errors import ConfigError
@@ -131,6 +131,7 @@ def test_a_caption_is_what_follows_the_last_prompt(tokenizer: Tokenizer) -> None
     assert tokenizer.decode_caption(ids, prompt="a picture of") == "a video of a video of a man"
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["a", "man", "is", "playing", "guitar", "color"]), max_size=12))
 def test_known_words_survive_the_round_trip(words: list[str]) -> None:
     tokenizer = _shared()
@@ -139,6 +140,7 @@ def test_known_words_survive_the_round_trip(words: list[str]) -> None:
     assert tokenizer.decode(ids[0]) == " ".join(words)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=4), st.integers(1, 8))
 def test_any_text_has_the_promised_form(texts: list[str], max_length: int) -> None:
     ids, mask = _shared().encode(texts, max_length, end=True)
@@ -264,6 +266,7 @@ def described(text: str) -> str:
 awkward = st.text(st.sampled_from(REMOVED + "-/<>pPersonAÉß İ \n\t"), max_size=60) | st.text(max_size=60)
 
 
+@settings(deadline=None)
 @given(awkward, st.integers(1, 12))
 def test_question_clean_up_as_described(text: str, max_words: int) -> None:
     expected = described(text)
@@ -275,6 +278,7 @@ def test_question_clean_up_as_described(text: str, max_words: int) -> None:
     assert cut.count(" ") == min(max_words - 1, expected.count(" "))
 
 
+@settings(deadline=None)
 @given(awkward, st.integers(1, 12))
 def test_caption_clean_up_as_described(text: str, max_words: int) -> None:
     out: list[str] = []

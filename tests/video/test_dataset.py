@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -24,6 +24,7 @@ def paths(tmp_path_factory):
     ]
 
 
+@settings(deadline=None)
 @given(total=st.integers(1, 3000), num_frames=st.integers(1, 40), seed=st.integers(0, 2**32 - 1))
 def test_a_random_frame_of_each_interval(total, num_frames, seed):
     indices = random_frame_indices(total, num_frames, np.random.default_rng(seed))
