@@ -14,7 +14,11 @@ from mplug2_fast.ops import onednn
 from mplug2_fast.ops.linear_act import CUDA_PLAIN_ROWS, CUDA_ROWS
 
 _FLOAT32_BLOCK = 1 << 28
-"""Multiplications of its first linear layer from which a vision block with local temporal modules gains."""
+"""Multiplications of its first linear layer from which a vision block with local temporal modules gains, and from
+which a local temporal module does so outside of one."""
+
+_WIDENED_TEMPORAL = 1 << 21
+"""The latter in a type that the processor has to widen."""
 
 _LARGE_WEIGHT = 1 << 21
 _FLOAT32_PRODUCT, _WIDENED_PRODUCT = 1 << 30, 1 << 17
@@ -64,3 +68,9 @@ def least_of_product(size: Size) -> int:
 def of_block(x: Tensor, size: Size) -> bool:
     """Of a vision block with local temporal modules, by the size of its first linear layer."""
     return x.is_cuda or x.numel() * size.outputs >= _FLOAT32_BLOCK or of_product(x, size, fused=True)
+
+
+def of_local_temporal(x: Tensor, size: Size) -> bool:
+    """Of a local temporal module outside a known block, by the size of its first product."""
+    narrow = x.element_size() < 4 and not onednn.multiplies(x.dtype)
+    return x.is_cuda or x.numel() * size.outputs >= (_WIDENED_TEMPORAL if narrow else _FLOAT32_BLOCK)

@@ -73,6 +73,7 @@ class State:
         session: the caches of the decoder that it belongs to, if it belongs to one.
         parts: the module and all modules inside it that the fast forward does without.
         dropouts: those of the parts that may draw random numbers.
+        batch_norms: those of the parts that take statistics of the batch in training.
         by_parts: whether modules inside it are swapped too, and compute where it does not serve a call.
         calls: what became of its calls.
         inside: whether it is a part of another swapped module, which gives the warnings.
@@ -85,6 +86,7 @@ class State:
     session: Session | None = None
     parts: tuple[Part, ...] = ()
     dropouts: tuple[nn.Module, ...] = ()
+    batch_norms: tuple[nn.Module, ...] = ()
     by_parts: bool = False
     inside: bool = False
     calls: Calls = field(default_factory=Calls)
@@ -95,6 +97,7 @@ class State:
         self.inside = inside
         self.parts = tuple(map(Part.of, parts))
         self.dropouts = tuple(p for p in parts if isinstance(p, (nn.modules.dropout._DropoutNd, nn.MultiheadAttention)))
+        self.batch_norms = tuple(p for p in parts if isinstance(p, nn.modules.batchnorm._BatchNorm))
         self.by_parts = any(isinstance(part, Swapped) for part in parts[1:])
 
 
@@ -227,6 +230,8 @@ def _why_not(kind: type[Kind], state: State, x: Any) -> str:
         return ""
     if not (x.is_cpu or x.is_cuda):
         return f"it is on the device {x.device.type}"
+    if any(norm.training for norm in state.batch_norms):
+        return "batch norm is in training"
     wanted = torch.is_grad_enabled()
     needs_grad = wanted and x.requires_grad
     for part in state.parts:

@@ -30,11 +30,13 @@ from mplug2_fast.acceleration.swap import (
     unswap,
     wrapper_of,
 )
+from mplug2_fast.acceleration.temporal import LocalTemporal
 
 KINDS: tuple[type[Kind], ...] = (
     TextDecoder,
     PredictionHead,
     TemporalBlock,
+    LocalTemporal,
     BertLayer,
     BertAttention,
     MultiheadAttention,

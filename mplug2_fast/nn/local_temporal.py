@@ -137,7 +137,7 @@ class LocalTemporal(nn.Module):
             raise ValueError(f"layout is {layout!r}: it must be 'channels_last' or 'channels_first'")
         if layout == "channels_first" and class_token:
             raise ValueError("(batch, dim, frames, height, width) has no class token: pass class_token=False")
-        _check_layers(norm, down_proj, conv, up_proj)
+        check_layers(norm, down_proj, conv, up_proj)
         self.activation: Activation = activation
         self.class_token, self.residual, self.layout = class_token, residual, layout
         batched = isinstance(norm, nn.modules.batchnorm._BatchNorm)
@@ -225,7 +225,7 @@ class LocalTemporal(nn.Module):
     def _operator(self, x: Tensor, class_token: bool, residual: bool, folded: bool = True) -> Tensor:
         ln, down_weight, down_bias = self.ln, self.down_proj.weight.flatten(1), self.down_proj.bias
         if self.bn is not None and folded:
-            down_weight, down_bias = _folded(self.bn, down_weight, down_bias)
+            down_weight, down_bias = fold_batch_norm(self.bn, down_weight, down_bias)
         return local_temporal(
             x,
             None if ln is None else ln.weight,
@@ -261,7 +261,7 @@ def _channels_first(layer: nn.Module, x: Tensor, axes: int) -> Tensor:
     return out.permute(0, 2, 3, 1)
 
 
-def _folded(bn: nn.modules.batchnorm._BatchNorm, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def fold_batch_norm(bn: nn.modules.batchnorm._BatchNorm, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """A batch norm by its running statistics and the product after it, weight `(inner, dim)`, as one product."""
     dtype = torch.promote_types(bn.running_var.dtype, torch.float32)
     scale = (bn.running_var.to(dtype) + bn.eps).rsqrt()
@@ -276,7 +276,7 @@ def _folded(bn: nn.modules.batchnorm._BatchNorm, weight: Tensor, bias: Tensor | 
     return (weight * scale).to(weight.dtype), moved.to(weight.dtype)
 
 
-def _check_layers(norm: nn.Module | None, down_proj: nn.Module, conv: nn.Module, up_proj: nn.Module) -> None:
+def check_layers(norm: nn.Module | None, down_proj: nn.Module, conv: nn.Module, up_proj: nn.Module) -> None:
     if isinstance(norm, nn.LayerNorm):
         if norm.weight is None or len(norm.normalized_shape) != 1:
             raise ValueError(f"the layer norm must be over one axis and have a weight, got {norm}")

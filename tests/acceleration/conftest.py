@@ -20,7 +20,7 @@ def no_call_is_left_to_the_original(request):
 def everything_gains(request, monkeypatch):
     """The models of tests are too small to gain. Tests marked `real_sizes` see what a user sees."""
     if request.node.get_closest_marker("real_sizes") is None:
-        for name in ("of_norm", "of_product", "of_block"):
+        for name in ("of_norm", "of_product", "of_block", "of_local_temporal"):
             monkeypatch.setattr(gain, name, lambda *_, **__: True)
         for name in ("least_of_norm", "least_of_product"):
             monkeypatch.setattr(gain, name, lambda *_: 0)

@@ -1,0 +1,341 @@
+"""Local temporal modules outside the official vision block: those of mPLUG-2, Youku-mPLUG and mPLUG-Owl-video,
+UniFormerV2's local MHRA and ST-Adapter."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from mplug2_fast.acceleration import gain, trial
+from mplug2_fast.acceleration.basic import laid_out_like
+from mplug2_fast.acceleration.products import keep_packed
+from mplug2_fast.acceleration.structure import is_plain, require, require_norm
+from mplug2_fast.acceleration.swap import Kind, State, Unserved, Unsuitable
+from mplug2_fast.nn.local_temporal import check_layers, fold_batch_norm
+from mplug2_fast.ops import local_temporal
+from mplug2_fast.ops.dispatch import autocast_dtype
+from mplug2_fast.ops.linear_act import EAGER, Activation
+from mplug2_fast.ops.residual import would_round
+
+_AXES = {"volume": 5, "tokens": 4, "frames": 3, "sequence": 3}
+"""Axes of x in each layout: (batch, channels, frames, height, width), (batch, frames, tokens, channels),
+(batch·frames, tokens, channels) and (tokens, batch·frames, channels)."""
+
+_ANY, _LEAST = 6, 4
+_TOKENS = (_ANY + 1, *(side * side + token for side in (2, 4, 7, 8, 12, 14, 16, 18, 24, 32) for token in (1, 0)))
+"""Tokens of a frame in trials. Some modules take squares only, with or without a class token, or only those that they
+were made for."""
+
+_BATCH = 2
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Paths of the layers inside a module; norm is None where there is no norm."""
+
+    norm: str | None
+    down: str
+    conv: str
+    up: str
+
+    def of(self, module: nn.Module) -> tuple[Any, Any, Any, Any]:
+        norm = None if self.norm is None else module.get_submodule(self.norm)
+        down, conv, up = (module.get_submodule(name) for name in (self.down, self.conv, self.up))
+        return norm, down, conv, up
+
+
+@dataclass(frozen=True)
+class FoundTemporal:
+    """How a module computes.
+
+    Attributes:
+        x, frames: names of its arguments; frames is None where the shape of x says how many there are.
+        patches: the first number of patches in a frame that it took: `_ANY`, which is no square, or a square.
+        eval_only: whether it computes something else in training.
+        dense: whether its result is contiguous where its input is.
+        class_token: whether the first token of each frame passes by.
+        residual: whether it returns the sum with its input.
+        in_place: whether it writes that sum into its input.
+    """
+
+    layers: Layers
+    x: str
+    frames: str | None
+    default: Any
+    layout: str
+    patches: int = _ANY
+    eval_only: bool = False
+    dense: bool = True
+    activation: Activation = "none"
+    class_token: bool = False
+    residual: bool = False
+    in_place: bool = False
+
+
+class LocalTemporal(Kind):
+    """Norm or none, fewer channels, depthwise convolution over time, activation or none, as many channels as before."""
+
+    is_faster_in_training = True
+
+    @staticmethod
+    def looks_like(module: nn.Module) -> bool:
+        return _layers_of(module) is not None
+
+    @staticmethod
+    def recognise(module: nn.Module) -> FoundTemporal:
+        layers = _layers_of(module)
+        assert layers is not None
+        _require_layers(module, layers)
+        arguments = list(inspect.signature(module.forward).parameters.values())
+        named = all(argument.kind is argument.POSITIONAL_OR_KEYWORD for argument in arguments)
+        require(named and 0 < len(arguments) <= 2, "its forward takes other arguments than x and a number of frames")
+        frames = arguments[1] if len(arguments) == 2 else None
+        layouts = ("volume", "tokens") if frames is None else ("frames", "sequence")
+        default = None if frames is None else frames.default
+        name = None if frames is None else frames.name
+        with trial.conditions(module):
+            refusals = []
+            for layout in layouts:
+                try:
+                    return _try_out(module, FoundTemporal(layers, arguments[0].name, name, default, layout))
+                except Unsuitable as reason:
+                    refusals.append(f"{layout}: {reason}")
+        raise Unsuitable(f"it is none of the known local temporal modules ({'; '.join(refusals)})")
+
+    @staticmethod
+    def weight(module: Any) -> Tensor:
+        layers = _layers_of(module)
+        assert layers is not None
+        return layers.of(module)[1].weight
+
+    @staticmethod
+    def pays(state: State, x: Tensor) -> bool:
+        return gain.of_local_temporal(x, state.size)
+
+    @staticmethod
+    def forward(module: Any, state: State, *args: Any, **kwargs: Any) -> Tensor:
+        found = state.found
+        names = [name for name in (found.x, found.frames) if name is not None]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        x, frames = given.pop(found.x), given.pop(found.frames, found.default)
+        if given or len(args) > len(names):
+            raise Unserved("it was called with arguments that are not known")
+        if any(part.training and part.p > 0 for part in state.dropouts):
+            raise Unserved("dropout is on")
+        if found.eval_only and any(part.module.training for part in state.parts):
+            raise Unserved("it computes something else in training")
+        return run(module, found, x, frames)
+
+
+def _layers_of(module: nn.Module) -> Layers | None:
+    """The layers of a module that has a depthwise convolution over several frames, two products around it, perhaps a
+    norm, and no other parameters."""
+    found: list[tuple[str, nn.Module]] = []
+    for name, part in module.named_modules():
+        if isinstance(part, _BatchNorm) or any(p is not None for p in part._parameters.values()):
+            found.append((name, part))
+        if len(found) > 4:
+            return None
+    norms = [name for name, part in found if isinstance(part, (nn.LayerNorm, _BatchNorm))]
+    others = [(name, part) for name, part in found if name not in norms]
+    if len(others) != 3 or len(norms) > 1 or not all(isinstance(part, (nn.Linear, _ConvNd)) for _, part in others):
+        return None
+    convolutions = [name for name, part in others if isinstance(part, _ConvNd) and _is_over_time(part)]
+    if len(convolutions) != 1:
+        return None
+    down, up = ((name, part.weight.shape[:2]) for name, part in others if name not in convolutions)
+    if down[1] != up[1][::-1]:
+        return None
+    inner = module.get_submodule(convolutions[0]).weight.shape[0]  # type: ignore[union-attr]
+    if down[1][0] != inner:
+        down, up = up, down
+    return Layers(norms[0] if norms else None, down[0], convolutions[0], up[0])
+
+
+def _is_over_time(conv: _ConvNd) -> bool:
+    return conv.groups == conv.in_channels and conv.kernel_size[0] > 1 and math.prod(conv.kernel_size[1:]) == 1
+
+
+def _require_layers(module: nn.Module, layers: Layers) -> None:
+    norm, *others = layers.of(module)
+    if isinstance(norm, nn.LayerNorm):
+        require_norm(module, layers.norm or "")
+    elif norm is not None:
+        plain = any(is_plain(norm, kind) for kind in (nn.BatchNorm3d, nn.SyncBatchNorm))
+        require(plain, f"{layers.norm} is a {type(norm).__name__}, not a BatchNorm3d")
+        require(norm.running_mean is not None, f"{layers.norm} keeps no running statistics")
+    for name, layer in zip((layers.down, layers.conv, layers.up), others, strict=True):
+        plain = any(is_plain(layer, kind) for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        require(plain, f"{name} is not a plain layer: its class replaces forward")
+    try:
+        check_layers(norm, *others)
+    except ValueError as error:
+        raise Unsuitable(str(error)) from error
+
+
+def _try_out(module: nn.Module, found: FoundTemporal) -> FoundTemporal:
+    """What a module computes on x in one layout, if it is a local temporal module."""
+    tokens, expected, in_place = _first_that_runs(module, found)
+    laid_out = replace(found, in_place=in_place, dense=expected.is_contiguous())
+    single, _ = _outcome(module, found, tokens, 1)
+    for candidate in _candidates(laid_out, tokens):
+        if _agrees(module, candidate, tokens, 3, expected) and _agrees(module, candidate, tokens, 1, single):
+            return replace(candidate, eval_only=_differs_in_training(module, found, tokens, expected))
+    raise Unsuitable("it computes something else than a local temporal module")
+
+
+def _first_that_runs(module: nn.Module, found: FoundTemporal) -> tuple[int, Tensor, bool]:
+    """The first number of tokens that a module takes, what it returns, and whether it does so in its input."""
+    refusal: Unsuitable | None = None
+    for tokens in _TOKENS:
+        try:
+            return tokens, *_outcome(module, found, tokens, 3)
+        except Unsuitable as reason:
+            refusal = refusal or reason
+    assert refusal is not None
+    raise refusal
+
+
+def _outcome(module: nn.Module, found: FoundTemporal, tokens: int, frames: int) -> tuple[Tensor, bool]:
+    """What a module returns for a trial input, and whether that is its input."""
+    x = _input(module, found, tokens, frames)
+    given = x.clone()
+    arguments = {} if found.frames is None else {found.frames: frames}
+    result = trial.outcome(type(module).forward, module, given, **arguments)
+    require(isinstance(result, Tensor) and result.shape == x.shape, "it does not return a tensor of its input's shape")
+    require(result is given or torch.equal(given, x), "it changes its input")
+    return result, result is given
+
+
+def _input(module: nn.Module, found: FoundTemporal, tokens: int, frames: int) -> Tensor:
+    channels = found.layers.of(module)[3].weight.shape[0]
+    shapes = {
+        "volume": (_BATCH, channels, frames, 1, tokens),
+        "tokens": (_BATCH, frames, tokens, channels),
+        "frames": (_BATCH * frames, tokens, channels),
+        "sequence": (tokens, _BATCH * frames, channels),
+    }
+    return trial.random(*shapes[found.layout], seed=frames)
+
+
+def _candidates(found: FoundTemporal, tokens: int) -> Iterator[FoundTemporal]:
+    """All local temporal modules that may be what a module is."""
+    class_tokens = (False,) if found.layout == "volume" else (True, False)
+    residuals = (True,) if found.in_place else (True, False)
+    for activation, class_token, residual in itertools.product(EAGER, class_tokens, residuals):
+        patches = _ANY if tokens == _TOKENS[0] else tokens - class_token
+        yield replace(found, patches=patches, activation=activation, class_token=class_token, residual=residual)
+
+
+def _agrees(module: nn.Module, found: FoundTemporal, tokens: int, frames: int, expected: Tensor) -> bool:
+    x = _input(module, found, tokens, frames)
+    try:
+        return trial.agree(expected, run(module, found, x.clone(), frames), without=x if found.residual else None)
+    except Unserved:  # a number of patches that this candidate does not have
+        return False
+
+
+def _differs_in_training(module: nn.Module, found: FoundTemporal, tokens: int, expected: Tensor) -> bool:
+    """Whether a module computes something else in training, apart from its batch norm."""
+    for part in module.modules():
+        part.training = not isinstance(part, _BatchNorm)
+    try:
+        return not trial.agree(expected, _outcome(module, found, tokens, 3)[0])
+    finally:
+        for part in module.modules():
+            part.training = False
+
+
+def run(module: nn.Module, found: FoundTemporal, x: Tensor, frames: Any) -> Tensor:
+    """The module on x in its layout. Raises `Unserved` before it has done anything."""
+    layers = found.layers.of(module)
+    _require_types(x, layers[1:])
+    if x.dim() != _AXES[found.layout]:
+        raise Unserved(f"it was called with {x.dim()} axes")
+    if found.layout == "volume":
+        out = _compute(found, layers, x.permute(0, 2, 3, 4, 1).flatten(2, 3), found.residual)
+        out = out.unflatten(2, x.shape[-2:]).permute(0, 4, 1, 2, 3)
+        last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+        return out if last or not found.dense else out.contiguous()
+    tokens = x.transpose(0, 1) if found.layout == "sequence" else x
+    _require_patches(found, tokens.shape[-2] - found.class_token)
+    if found.layout == "tokens":
+        videos = tokens
+    else:
+        if not isinstance(frames, int) or frames < 1 or tokens.shape[0] % frames:
+            raise Unserved(f"{tokens.shape[0]} rows are not a multiple of {frames} frames")
+        videos = tokens.unflatten(0, (-1, frames))
+    if found.in_place:
+        # What the gradients need must not be written over.
+        update = _compute(found, layers, videos.clone() if torch.is_grad_enabled() else videos, False)
+        tokens, update = (t[..., int(found.class_token) :, :] for t in (tokens, update.view(tokens.shape)))
+        tokens += update
+        return x
+    out = _compute(found, layers, videos, found.residual).view(tokens.shape)
+    if found.layout != "sequence":
+        return out
+    return laid_out_like(x, out) if found.dense else out.transpose(0, 1)
+
+
+def _require_types(x: Tensor, layers: tuple[Any, ...]) -> None:
+    if autocast_dtype(x) is None and any(layer.weight.dtype is not x.dtype for layer in layers):
+        raise Unserved(f"it was called with {x.dtype} and has parameters of another type")
+
+
+def _require_patches(found: FoundTemporal, patches: int) -> None:
+    """Raises `Unserved` for a number of patches that the module may refuse."""
+    if found.patches == _ANY:
+        return
+    square = math.isqrt(max(patches, 0)) ** 2 == patches
+    if not square or (found.patches > _LEAST and patches % found.patches):
+        raise Unserved(f"it was called with {patches} patches in a frame")
+
+
+def _compute(found: FoundTemporal, layers: tuple[Any, ...], x: Tensor, residual: bool) -> Tensor:
+    """`ops.local_temporal` of x `(batch, frames, tokens, channels)`."""
+    norm, down, conv, up = layers
+    batched = isinstance(norm, _BatchNorm)
+    ln = None if batched else norm
+    weight, bias = down.weight.flatten(1), down.bias
+    given = x
+    rows = x.numel() // max(1, x.shape[-1])
+    folded = batched and x.dtype is torch.float32 and autocast_dtype(x) is None
+    if folded:
+        weight, bias = fold_batch_norm(norm, weight, bias)
+    elif batched:  # narrow types would round the folded weights, which shows where the mean is far from zero
+        flat = x.reshape(-1, x.shape[-1])
+        statistics = (norm.running_mean, norm.running_var)
+        given = F.batch_norm(flat, *statistics, norm.weight, norm.bias, False, 0.0, norm.eps).view(x.shape)
+    for product in (up,) if folded else (down, up):
+        keep_packed(product.weight, rows)
+    outside = (given is not x or would_round(x)) and (residual or found.class_token)
+    out = local_temporal(
+        given,
+        None if ln is None else ln.weight,
+        None if ln is None else ln.bias,
+        weight,
+        bias,
+        conv.weight.flatten(1),
+        conv.bias,
+        up.weight.flatten(1),
+        up.bias,
+        eps=1e-5 if ln is None else ln.eps,
+        activation=found.activation,
+        class_token=found.class_token,
+        residual=residual and not outside,
+    )
+    if not outside:
+        return out
+    first = int(found.class_token)
+    out = x[:, :, first:] + out[:, :, first:] if residual else out[:, :, first:]
+    return torch.cat([x[:, :, :first], out], dim=2)
