@@ -62,7 +62,7 @@ class FoundTemporal:
         x, frames: names of its arguments; frames is None where the shape of x says how many there are.
         patches: the first number of patches in a frame that it took: `_ANY`, which is no square, or a square.
         eval_only: whether it computes something else in training.
-        dense: whether its result is contiguous where its input is.
+        dense: whether its result is contiguous, in the layout sequence, where its input is.
         class_token: whether the first token of each frame passes by.
         residual: whether it returns the sum with its input.
         in_place: whether it writes that sum into its input.
@@ -153,13 +153,20 @@ def _layers_of(module: nn.Module) -> Layers | None:
     convolutions = [name for name, part in others if isinstance(part, _ConvNd) and _is_over_time(part)]
     if len(convolutions) != 1:
         return None
-    down, up = ((name, part.weight.shape[:2]) for name, part in others if name not in convolutions)
+    inner = next(part.out_channels for name, part in others if name in convolutions)
+    down, up = ((name, _channels(part)) for name, part in others if name not in convolutions)
     if down[1] != up[1][::-1]:
         return None
-    inner = module.get_submodule(convolutions[0]).weight.shape[0]  # type: ignore[union-attr]
-    if down[1][0] != inner:
+    if down[1][1] != inner:
         down, up = up, down
     return Layers(norms[0] if norms else None, down[0], convolutions[0], up[0])
+
+
+def _channels(layer: Any) -> tuple[int, int]:
+    """Channels in and out, which a layer without weights as yet knows too."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels
 
 
 def _is_over_time(conv: _ConvNd) -> bool:
@@ -265,8 +272,8 @@ def run(module: nn.Module, found: FoundTemporal, x: Tensor, frames: Any) -> Tens
     if found.layout == "volume":
         out = _compute(found, layers, x.permute(0, 2, 3, 4, 1).flatten(2, 3), found.residual)
         out = out.unflatten(2, x.shape[-2:]).permute(0, 4, 1, 2, 3)
-        last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
-        return out if last or not found.dense else out.contiguous()
+        channels_last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+        return out if channels_last else out.contiguous()
     tokens = x.transpose(0, 1) if found.layout == "sequence" else x
     _require_patches(found, tokens.shape[-2] - found.class_token)
     if found.layout == "tokens":

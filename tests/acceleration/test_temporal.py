@@ -145,7 +145,7 @@ def test_result_and_gradients(name):
     with torch.no_grad():
         expected, out = (module(x.clone(), *others) for module in (plain, fast))
     assert relative_error(out, expected) < 1e-5
-    assert out.is_contiguous() == expected.is_contiguous()
+    assert out.is_contiguous() is (name != "sequence first")  # whose stand-in returns a view
     (expected, is_input, gradients), (out, ours_is_input, ours) = (called(m, x, *others) for m in (plain, fast))
     assert relative_error(out, expected) < 1e-5
     assert ours_is_input is is_input
@@ -188,12 +188,11 @@ def test_batch_norm_far_from_zero_in_half_precision():
     assert relative_error(out, exact) < 2 * relative_error(expected, exact) + 1e-3
 
 
-@pytest.mark.parametrize("name", ["UniFormerV2", "layer norm"])
-def test_memory_layout(name):
-    plain, fast, (x,) = made(name)
+def test_tokens_that_lie_side_by_side_stay_so():
+    _, fast, (x,) = made("UniFormerV2")
     with torch.no_grad():
-        for given in (x, x.to(memory_format=torch.channels_last_3d)):
-            assert fast(given).stride() == plain(given).stride()
+        out = fast(x.to(memory_format=torch.channels_last_3d))
+    assert out.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def test_batch_norm_in_training_is_left_to_pytorch():
@@ -291,6 +290,10 @@ LEFT = {
         ),
         "conv must be a depthwise convolution",
     ),
+    "weights not made yet": (
+        lambda: nn.Sequential(nn.LazyConv3d(8, 1), nn.Conv3d(8, 8, (3, 1, 1), groups=8), nn.Conv3d(8, 24, 1)),
+        None,
+    ),
     "space and time": (lambda: Adapter(kernel=(3, 3, 3)), None),
 }
 
@@ -298,7 +301,7 @@ LEFT = {
 @pytest.mark.parametrize("name", LEFT)
 def test_modules_that_are_left(name):
     make, why = LEFT[name]
-    module = randomised(make())
+    module = make()
     report = mf.accelerate(module)
     assert STATE not in vars(module)
     if why is not None:
