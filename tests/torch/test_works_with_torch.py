@@ -1,6 +1,6 @@
-"""Features of PyTorch and of libraries around it: each row of docs/torch.md is a test here, named as its last column says.
+"""Features of PyTorch and of the libraries around it. Each row of docs/torch.md names its test here.
 
-A test gives the subject and its twin of plain PyTorch the same treatment and compares results and gradients.
+A test gives the subject and its plain PyTorch twin the same treatment and compares results and gradients.
 """
 
 import copy
@@ -194,7 +194,8 @@ def test_autocast(subject):
     with torch.autocast("cpu", torch.bfloat16):
         found = results(ours, subject.inputs(0))
         expected = results(twin, subject.inputs(0))
-    assert found[2].keys() and all(g.dtype == torch.float32 for g in found[2].values())
+    assert found[2]
+    assert all(g.dtype == torch.float32 for g in found[2].values())
     assert (found[0] - exact).norm() <= 2 * (expected[0] - exact).norm() + 2e-3 * exact.norm()
 
 
@@ -368,9 +369,10 @@ def test_torchao(first):
     fast = copy.deepcopy(twin)
     for model in (ours, twin):
         quantisation.quantize_(model, quantisation.Int8WeightOnlyConfig())
-    for treat in (lambda: quantisation.quantize_(fast, quantisation.Int8WeightOnlyConfig()), lambda: mf.accelerate(fast))[
-        :: 1 if first else -1
-    ]:
+    for treat in (
+        lambda: quantisation.quantize_(fast, quantisation.Int8WeightOnlyConfig()),
+        lambda: mf.accelerate(fast),
+    )[:: 1 if first else -1]:
         treat()
     x = SUBJECTS["modules"].inputs(0)
     with torch.no_grad():
