@@ -23,7 +23,7 @@ from mplug2_fast import info
 from mplug2_fast.checkpoint import save_pretrained
 from mplug2_fast.cli import app
 from mplug2_fast.cli.tables import names_and_values
-from mplug2_fast.tasks import Answerer, Captioner, base
+from mplug2_fast.tasks import Answerer, Captioner
 
 av = pytest.importorskip("av")
 
@@ -215,11 +215,13 @@ def test_wrong_usage(arguments: list[str]) -> None:
 def test_warnings_are_one_line_on_standard_error(
     checkpoint: str, clips: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load(*_: object, **__: object) -> tuple[torch.Tensor, list[int]]:
-        warnings.warn("something\nis slow", RuntimeWarning, stacklevel=2)
-        return torch.zeros(3, 4, 32, 32), [0, 1, 2, 3]
+    encode = mf.Captioner.encode
 
-    monkeypatch.setattr(base, "load_clip", load)
+    def slow(captioner: mf.Captioner, videos: torch.Tensor) -> tuple[torch.Tensor, float]:
+        warnings.warn("something\nis slow", RuntimeWarning, stacklevel=2)
+        return encode(captioner, videos)
+
+    monkeypatch.setattr(mf.Captioner, "encode", slow)
     result = run("caption", clips[0], "--checkpoint", checkpoint)
     assert (result.exit_code, result.stderr) == (0, "warning: something is slow\n")
     assert len(rows(result)) == 1

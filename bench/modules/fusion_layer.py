@@ -81,7 +81,7 @@ def flop(config: MPlug2Config, with_gradients: bool) -> int:
 
 
 def main_operator(module: Ours, text: Tensor, visual: Tensor) -> Explanation:
-    query, key = (x.unflatten(-1, (module.layer.attention.num_heads, -1)) for x in (text, visual))
+    query, key = (x.unflatten(-1, (module.layer.attention.self.num_heads, -1)) for x in (text, visual))
     return explain(attention, query, key, key)
 
 

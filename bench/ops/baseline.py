@@ -48,4 +48,5 @@ def copy_of(*names: str) -> Callable[[Arguments], Callable[[], Any]]:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The product alone, by the best that PyTorch has for the device."""
-    return onednn.linear(x, weight, bias) if x.device.type == "cpu" else F.linear(x, weight, bias)
+    fast = x.is_cpu and onednn.multiplies(x.dtype)  # elsewhere oneDNN refuses the type, or PyTorch takes it anyway
+    return onednn.linear(x, weight, bias) if fast else F.linear(x, weight, bias)

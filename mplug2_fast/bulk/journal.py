@@ -191,6 +191,8 @@ class Journal:
     def _settle(self) -> None:
         """Compares the settings with those that the output was begun with, or writes them."""
         name = settings_file(self.path)
+        with contextlib.suppress(OSError):  # left by a run that was killed while it wrote the settings
+            os.unlink(_temporary(name))
         if os.fstat(self._file).st_size == 0:
             kept: dict[str, Any] = {}
             with contextlib.suppress(ConfigError):
@@ -306,9 +308,14 @@ def settings_file(path: str) -> str:
     return f"{path}.run"
 
 
+def _temporary(path: str | os.PathLike[str]) -> str:
+    """Where `write_whole` writes until the file is complete."""
+    return f"{os.fspath(path)}.tmp"
+
+
 def write_whole(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = True) -> None:
     """Write a file so that it is there in full or not at all. Raises `MPlug2Error`."""
-    temporary = f"{os.fspath(path)}.tmp"
+    temporary = _temporary(path)
     try:
         try:
             with open(temporary, "wb") as file:

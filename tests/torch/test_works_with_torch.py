@@ -3,6 +3,7 @@
 A test gives the subject and its plain PyTorch twin the same treatment and compares results and gradients.
 """
 
+import contextlib
 import copy
 import io
 import re
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -60,6 +62,17 @@ def both(subject, treat):
     """What `treat(model, x)` makes of the subject and of its twin."""
     ours, twin = subject.make()
     return treat(ours, subject.inputs(0)), treat(twin, subject.inputs(0))
+
+
+def both_by_formula(subject, treat):
+    """The same where PyTorch's attention on a CPU lacks a derivative, or is not counted, unless it is told to use the
+    formula."""
+    ours, twin = subject.make()
+    needs = subject is BLOCKS["accelerated"]
+    with sdpa_kernel(SDPBackend.MATH) if needs else contextlib.nullcontext():
+        found = treat(ours, subject.inputs(0))
+    with sdpa_kernel(SDPBackend.MATH):
+        return found, treat(twin, subject.inputs(0))
 
 
 # --- compilers
@@ -128,7 +141,7 @@ def test_func_vmap(block):
 
 
 def test_func_jvp(block):
-    ours, twin = both(block, lambda m, x: jvp(m, (x,), (torch.ones_like(x),)))
+    ours, twin = both_by_formula(block, lambda m, x: jvp(m, (x,), (torch.ones_like(x),)))
     close(ours[0], twin[0])
     close(ours[1], twin[1], 2e-4)
 
@@ -146,7 +159,7 @@ def test_func_second_order(block):
 
         return hessian(along)(0 * direction), jacrev(along)(0 * direction)
 
-    ours, twin = both(block, second)
+    ours, twin = both_by_formula(block, second)
     close(ours[0], twin[0], 1e-2)
     close(ours[1], twin[1], 1e-2)
 
@@ -159,7 +172,7 @@ def test_double_backward(block):
         first.norm().backward()
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
-    ours, twin = both(block, penalty)
+    ours, twin = both_by_formula(block, penalty)
     assert ours.keys() == twin.keys()
     for name in twin:
         assert (ours[name] - twin[name]).norm() <= 1e-4 * twin[name].norm() + 1e-4, name
@@ -338,7 +351,8 @@ def test_dynamic_quantisation(block):
             return quantised(x)
 
     ours, twin = both(block, run)
-    close(ours, twin, 1e-2)
+    # The twin's output projection is one that PyTorch leaves alone, and accelerated layers keep their precision.
+    assert (ours - twin).norm() <= 0.03 * twin.norm()
 
 
 def test_peft(block):
@@ -377,8 +391,10 @@ def test_torchao(first):
     x = SUBJECTS["modules"].inputs(0)
     with torch.no_grad():
         for rows in (x, x[:1, :3]):
-            close(ours(rows), twin(rows), 1e-4)
-            close(fast(rows), twin(rows), 1e-4)
+            expected = twin(rows)
+            close(fast(rows), expected, 1e-4)
+            # torchao leaves the output projection of the twin's attention alone, and quantises ours.
+            assert (ours(rows) - expected).norm() <= 0.01 * expected.norm()
 
 
 # --- devices, copies, counts
@@ -415,13 +431,13 @@ def test_copies(subject):
 def test_flop_counter(block):
     def count(model, x):
         x = x.clone().requires_grad_()
-        with FlopCounterMode(display=False) as forward, torch.no_grad():
+        with FlopCounterMode(display=False) as forward:
             model(x)
         with FlopCounterMode(display=False) as training:
             model(x).sum().backward()
         return forward.get_total_flops(), training.get_total_flops()
 
-    ours, twin = both(block, count)
+    ours, twin = both_by_formula(block, count)
     assert ours == twin
 
 
