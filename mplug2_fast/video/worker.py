@@ -177,7 +177,8 @@ def _run_job(connection: socket.socket, path: bytes, options: ClipOptions) -> tu
             error = too_much_memory(options.limits.memory)
         told = isinstance(error, (VideoError, LimitError))
         reason = str(error) if told else f"{type(error).__name__}: {error}"
-        answer = {"error": reason.removeprefix(f"{name}: ")[:_MAX_REASON], "seconds": time.monotonic() - started}
+        reason = reason.removeprefix(f"{name}: ".replace("\n", " "))
+        answer = {"error": reason[:_MAX_REASON], "seconds": time.monotonic() - started}
         connection.send(json.dumps(answer).encode())
     return _receive(connection)
 

@@ -8,6 +8,7 @@ from bench.selection import Selection
 from mplug2_fast import MPlug2Config
 from mplug2_fast.model import decoder
 from mplug2_fast.nn.attention import MultiHeadAttention
+from mplug2_fast.nn.fusion_layer import BertOutput
 from mplug2_fast.ops import decoder_layer, layer_norm
 
 TINY, LARGE = MPlug2Config.preset("tiny"), MPlug2Config.preset("large")
@@ -59,6 +60,8 @@ def test_what_is_wrong_is_noticed(name, direction, monkeypatch):
     def wrong_layer(x, norm, qkv, self_out, *others, **options):
         return decoder_layer(x, norm, qkv, (1.1 * self_out[0], self_out[1]), *others, **options)
 
+    output = BertOutput.forward
+    monkeypatch.setattr(BertOutput, "forward", lambda self, hidden, x: output(self, 1.1 * hidden, x))
     monkeypatch.setattr(MultiHeadAttention, "project_out", wrong)
     monkeypatch.setattr(decoder, "decoder_layer", wrong_layer)
     for key in cases.keys(Selection("tiny", dtypes=("bfloat16",), only=(name,), directions=(direction,))):
