@@ -2,6 +2,8 @@ import functools
 import inspect
 from typing import Any
 
+import numpy as np
+
 from mplug2_fast.ops import gpu
 from tests.ops.suite import pytest_generate_tests
 
@@ -18,6 +20,14 @@ if gpu.INTERPRETED:
         for name in _builtins(package):
             if interpreter.tl.core.is_builtin(member := getattr(package, name)):
                 interpreter._patch_attr(package, name, member, *others)
+
+    def _create_dot(self: Any, a: Any, b: Any, acc: Any, *_: Any) -> Any:
+        wide = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)) + acc.data
+        return interpreter.TensorHandle(wide.astype(acc.data.dtype), acc.dtype.scalar)
+
+    # NumPy's float32 products sum in an order that depends on the processor and on the shape. Two products of the same
+    # rows then differ where a GPU's are equal, and attention's backward subtracts one from the other.
+    interpreter.InterpreterBuilder.create_dot = _create_dot
 
     # Triton's own looks through its whole language whenever a function is called, which takes a third of the time.
     interpreter._patch_builtin = _patch_builtin
