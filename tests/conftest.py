@@ -18,9 +18,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", 'gpu: skipped without a CUDA device; with MPLUG2_FAST_GPU="required" skipping it is a failure'
     )
-    config.addinivalue_line(
-        "markers", "package: builds wheels or calls compilers; `make test-package` runs these tests"
-    )
     if "PYTEST_XDIST_WORKER" in os.environ:  # one worker a core: more threads would only get in each other's way
         torch.set_num_threads(1)
 

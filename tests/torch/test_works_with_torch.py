@@ -511,6 +511,7 @@ def test_tensor_parallel(block, one_rank):
 def test_trainer(tmp_path):
     """Three steps of transformers' Trainer, with its default optimizer, and an evaluation after each."""
     transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
     config = transformers.BertConfig(
         vocab_size=50,
         hidden_size=32,
