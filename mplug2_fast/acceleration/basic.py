@@ -29,7 +29,7 @@ class FoundNorm:
 
 
 class LayerNorm(Kind):
-    """`torch.nn.LayerNorm` over the last axis, by `ops.layer_norm`. A class of its own may cast around it."""
+    """`torch.nn.LayerNorm` over the last axis, by `ops.layer_norm`. A subclass may cast its input and result."""
 
     @staticmethod
     def looks_like(module: nn.Module) -> bool:

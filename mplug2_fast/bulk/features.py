@@ -144,7 +144,7 @@ class Features(Work[Row | NotFiniteError]):
     def _add(self, row: Tensor) -> Row | NotFiniteError:
         if not torch.stack(row.aminmax()).isfinite().all():
             return self.task.not_finite()
-        return self._shards.add(row.clone())  # with memory of its own: a view would keep the whole batch
+        return self._shards.add(row.clone())  # a copy: a view would keep the whole batch
 
     def keys(self, video: Source) -> list[Hashable]:
         return [video.path]

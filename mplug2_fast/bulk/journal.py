@@ -139,7 +139,7 @@ class Journal:
             self._write_settings()
 
     def keep(self, **values: Any) -> None:
-        """Have values on the disk, beside the settings, for the next run. Raises `MPlug2Error`."""
+        """Store values with the settings for the next run. Raises `MPlug2Error`."""
         self.kept |= values
         self._write_settings()
 

@@ -94,7 +94,7 @@ def copy_released(
     tensors: Mapping[str, torch.Tensor],
     done: Callable[[torch.Tensor], None] = lambda tensor: None,
 ) -> None:
-    """Copy `tensors`, already known to fit, into `views` one by one; `done` is told each source that was read.
+    """Copy `tensors`, already known to fit, into `views` one by one; `done` is called with each source once read.
 
     Raises `CheckpointError` at the first one that is not finite, or would not be in the dtype of its view.
     """

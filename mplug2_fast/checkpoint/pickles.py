@@ -278,7 +278,7 @@ def _rebuild_tensor_v3(
 
 
 def _rebuild_from_type(function: Any, kind: Any, arguments: Any, state: Any = None) -> Any:
-    """A tensor with attributes of its own, or of a subclass."""
+    """A tensor with extra attributes, or of a subclass."""
     if kind is not _plain_tensor:
         return OtherTensor("subclassed")
     if not _is_rebuilder(function):

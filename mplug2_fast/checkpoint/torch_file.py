@@ -137,7 +137,7 @@ class _ZipFile:
                 f"its {name.split('/')[-1]} has {entry.file_size:,} bytes, more than any checkpoint has; "
                 "save the state dict alone"
             )
-        if entry.compress_type == zipfile.ZIP_STORED and entry.CRC == 0:  # torch.save was told not to compute it
+        if entry.compress_type == zipfile.ZIP_STORED and entry.CRC == 0:  # torch.save can omit the checksum
             with self._path.open("rb") as stream:
                 stream.seek(self._start(entry))
                 return stream.read(entry.file_size)

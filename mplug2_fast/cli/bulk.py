@@ -71,7 +71,7 @@ class BulkOptions:
         return Frames(self.windows, Windows(self.windows, self.stride or self.windows))
 
     def decoding(self, device: str, videos: int, ranks: Ranks) -> Decoding:
-        """What decodes so many videos beside a device. Raises `ConfigError` for options that do not go together."""
+        """The decoder for this device. Raises `ConfigError` for options that do not go together."""
         from mplug2_fast.bulk import Decoding
 
         if self.decoder is Decoder.dali and (self.num_workers or self.timeout):

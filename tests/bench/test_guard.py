@@ -16,7 +16,7 @@ from bench import guard
 ROOT = Path(guard.__file__).parents[1]
 LIMIT = 60.0
 
-# A script that starts a process that starts another, in a session of its own, and then computes.
+# Starts a process that starts another in a new session; both then compute.
 SCRIPT = """
 import subprocess, sys, time
 from bench import guard

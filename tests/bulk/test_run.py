@@ -200,7 +200,7 @@ def test_a_worker_that_hangs_or_dies_costs_no_file(
 
 
 class Unlucky(DecodePool):
-    """The decoder dies with some files, as many times as it is told; keeps a record of the pools and their files."""
+    """A decoder that dies on some files a given number of times, and records the pools and their files."""
 
     deaths: ClassVar[dict[str, int]]
     pools: ClassVar[list[tuple[int, list[str]]]]

@@ -65,8 +65,8 @@ def both(subject, treat):
 
 
 def both_by_formula(subject, treat):
-    """The same where PyTorch's attention on a CPU lacks a derivative, or is not counted, unless it is told to use the
-    formula."""
+    """As `both`, with the twin's attention as plain operations: PyTorch's CPU kernel lacks some derivatives and is not
+    counted."""
     ours, twin = subject.make()
     needs = subject is BLOCKS["accelerated"]
     with sdpa_kernel(SDPBackend.MATH) if needs else contextlib.nullcontext():
