@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from mplug2_fast.config import MPlug2Config
-from mplug2_fast.model import MPlug2ForQuestionAnswering
+from mplug2_fast.models.mplug2 import MPlug2ForQuestionAnswering
+from mplug2_fast.models.mplug2.config import MPlug2Config
 
 TASKS = ("captioning", "answering", "features", "training", "vision", "universal", "decode")
 

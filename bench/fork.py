@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-PRELOADED = ("torch", "torch._dynamo", "torch._inductor.compile_fx", "mplug2_fast.ops", "mplug2_fast.model")
+PRELOADED = ("torch", "torch._dynamo", "torch._inductor.compile_fx", "mplug2_fast.ops", "mplug2_fast.models.mplug2")
 
 
 class ChildError(Exception):

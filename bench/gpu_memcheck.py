@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mplug2_fast import ops
-from mplug2_fast.ops.dispatch import Op
-from mplug2_fast.ops.spec import Sizes
+from mplug2_fast.ops.runtime.dispatch import Op
+from mplug2_fast.ops.runtime.spec import Sizes
 
 DTYPES = (torch.bfloat16, torch.float32)
 MOST = 3

@@ -11,10 +11,12 @@ from torch.overrides import TorchFunctionMode
 
 from bench.peer import Peer
 from bench.weights import fill
-from mplug2_fast import MPlug2Config, model, reference
+from mplug2_fast import MPlug2Config, reference
 from mplug2_fast.acceleration import accelerate
-from mplug2_fast.config import Task
-from mplug2_fast.ops import cuda, explain, layer_norm
+from mplug2_fast.models import mplug2
+from mplug2_fast.models.mplug2.config import Task
+from mplug2_fast.ops import explain, layer_norm
+from mplug2_fast.ops.runtime import cuda
 
 
 class NoInitialisation(TorchFunctionMode):
@@ -154,7 +156,7 @@ class Accelerated(Reference):
 
 
 class Fast(Implementation):
-    """The fast model, as `mplug2_fast.model` runs it."""
+    """The fast model, as `mplug2_fast.models.mplug2` runs it."""
 
     def build(self, task: Task, device: str) -> Any:
         x = torch.zeros(1, 1, dtype=self.weights_dtype, device=device)
@@ -162,7 +164,7 @@ class Fast(Implementation):
         self.backend = {"cpu": "native, oneDNN", "triton": "Triton, PyTorch"}.get(served or "", "PyTorch")
         if served == "triton" and not cuda.reasons(x):
             self.backend = f"CUDA, {self.backend}"
-        kinds = {"captioning": model.MPlug2ForCaptioning, "question_answering": model.MPlug2ForQuestionAnswering}
+        kinds = {"captioning": mplug2.MPlug2ForCaptioning, "question_answering": mplug2.MPlug2ForQuestionAnswering}
         return kinds[task](self.config, device="meta", dtype=self.weights_dtype).to_empty(device=device).eval()
 
     def prepare(self) -> None:

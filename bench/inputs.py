@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mplug2_fast.config import CLS_TOKEN_ID, SEP_TOKEN_ID
 from mplug2_fast.errors import VideoError
+from mplug2_fast.models.mplug2.config import CLS_TOKEN_ID, SEP_TOKEN_ID
 from mplug2_fast.ops import preprocess_frames
 from mplug2_fast.video import frame_indices, load_video
 

@@ -14,7 +14,7 @@ from torch import nn
 from bench.ops.baseline import Arguments
 from bench.row import Key
 from mplug2_fast import ops
-from mplug2_fast.ops import packages
+from mplug2_fast.ops.runtime import packages
 
 Prepare = Callable[[Arguments], Callable[[], Any]]
 """From an operator's arguments to a callable that runs the package once."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mplug2_fast.config import TextConfig
+from mplug2_fast.models.mplug2.config import TextConfig
 
 
 def split_heads(x: Tensor, parts: int, heads: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.peer_bert import Embeddings, Layer
-from mplug2_fast.config import PAD_TOKEN_ID, SEP_TOKEN_ID, TextConfig
+from mplug2_fast.models.mplug2.config import PAD_TOKEN_ID, SEP_TOKEN_ID, TextConfig
 
 
 class Decoder(nn.Module):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.peer_bert import merge_heads, split_heads
-from mplug2_fast.config import VisionConfig
+from mplug2_fast.models.mplug2.config import VisionConfig
 
 
 class TemporalModule(nn.Module):

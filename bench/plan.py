@@ -13,7 +13,7 @@ from bench.flops import TASKS
 from bench.row import Key
 from bench.workers import Spec
 from mplug2_fast import MPlug2Config
-from mplug2_fast.model import MPlug2ForCaptioning, MPlug2ForQuestionAnswering
+from mplug2_fast.models.mplug2 import MPlug2ForCaptioning, MPlug2ForQuestionAnswering
 
 BASELINES = ("reference", "eager", "compiled")
 # Tasks that share a process, for they need the same model in the same state.

@@ -21,8 +21,8 @@ from bench.held import hold
 from bench.implementations import NoInitialisation
 from mplug2_fast import MPlug2Config, _native
 from mplug2_fast._native import native
-from mplug2_fast.model import MPlug2ForCaptioning
-from mplug2_fast.model.decoder import Memory, SelfAttentionCache, TextDecoder
+from mplug2_fast.models.mplug2 import MPlug2ForCaptioning
+from mplug2_fast.nn.text_decoder import Memory, SelfAttentionCache, TextDecoder
 from mplug2_fast.ops import use_backend
 from mplug2_fast.outputs import GenerationOutput
 from mplug2_fast.reference import MPlug2ForCaptioning as ReferenceForCaptioning

@@ -15,35 +15,36 @@ if TYPE_CHECKING:
         acceleration,
         bulk,
         checkpoint,
+        generation,
         kernels,
-        model,
+        models,
         nn,
         ops,
+        predict,
         ray,
         reference,
-        tasks,
         text,
         video,
     )
     from mplug2_fast.acceleration import accelerate, accelerated, restore
     from mplug2_fast.checkpoint import from_pretrained, load_released, released_state_dict
-    from mplug2_fast.config import MPlug2Config
     from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error, NotFiniteError, VideoError
-    from mplug2_fast.model import GenerationOutput, MPlug2ForCaptioning, MPlug2ForQuestionAnswering
-    from mplug2_fast.tasks import Answerer, Captioner
+    from mplug2_fast.models.mplug2 import GenerationOutput, MPlug2ForCaptioning, MPlug2ForQuestionAnswering
+    from mplug2_fast.models.mplug2.config import MPlug2Config
+    from mplug2_fast.predict import Answerer, Captioner
     from mplug2_fast.video import load_video
 
 # The public names, each with the module that it is imported from when it is first asked for.
 _EXPORTS = {
-    "MPlug2Config": "mplug2_fast.config",
+    "MPlug2Config": "mplug2_fast.models.mplug2.config",
     "MPlug2Error": "mplug2_fast.errors",
     "ConfigError": "mplug2_fast.errors",
     "CheckpointError": "mplug2_fast.errors",
     "NotFiniteError": "mplug2_fast.errors",
     "VideoError": "mplug2_fast.errors",
-    "MPlug2ForCaptioning": "mplug2_fast.model",
-    "MPlug2ForQuestionAnswering": "mplug2_fast.model",
-    "GenerationOutput": "mplug2_fast.model",
+    "MPlug2ForCaptioning": "mplug2_fast.models.mplug2",
+    "MPlug2ForQuestionAnswering": "mplug2_fast.models.mplug2",
+    "GenerationOutput": "mplug2_fast.models.mplug2",
     "load_released": "mplug2_fast.checkpoint",
     "released_state_dict": "mplug2_fast.checkpoint",
     "from_pretrained": "mplug2_fast.checkpoint",
@@ -51,20 +52,21 @@ _EXPORTS = {
     "accelerate": "mplug2_fast.acceleration",
     "accelerated": "mplug2_fast.acceleration",
     "restore": "mplug2_fast.acceleration",
-    "Answerer": "mplug2_fast.tasks",
-    "Captioner": "mplug2_fast.tasks",
+    "Answerer": "mplug2_fast.predict",
+    "Captioner": "mplug2_fast.predict",
 }
 _MODULES = (
     "acceleration",
     "bulk",
     "checkpoint",
     "kernels",
-    "model",
+    "generation",
+    "models",
     "nn",
     "ops",
     "ray",
     "reference",
-    "tasks",
+    "predict",
     "text",
     "video",
 )
@@ -88,17 +90,18 @@ __all__ = [
     "bulk",
     "checkpoint",
     "from_pretrained",
+    "generation",
     "kernels",
     "load_released",
     "load_video",
-    "model",
+    "models",
     "nn",
     "ops",
+    "predict",
     "ray",
     "reference",
     "released_state_dict",
     "restore",
-    "tasks",
     "text",
     "video",
 ]

@@ -174,7 +174,7 @@ def _version(name: str) -> str:
         return "not installed" + ("" if name in OPTIONAL_PACKAGES else f": pip install {name}")
     version = _guarded(lambda: importlib.metadata.version(name.replace("_", "-")))
     if name == "apex":
-        from mplug2_fast.ops import apex
+        from mplug2_fast.ops.runtime import apex
 
         if not apex.is_nvidias():
             return f"{version}, which is PyPI's and another project than NVIDIA's: not used"
@@ -195,7 +195,7 @@ def _native() -> dict[str, Any]:
     which instruction sets were left out; or if it is not available `reason`, `remedy` and perhaps `traceback`."""
     error = native_error()
     if error is None:
-        from mplug2_fast.ops import native as kernels
+        from mplug2_fast.ops.runtime import cpu as kernels
 
         module = native()
         return {
@@ -213,7 +213,7 @@ def _cuda_kernels() -> dict[str, Any]:
     """The native module's kernels for GPUs, whether they can run: `available`, and if not `reason`."""
     import torch
 
-    from mplug2_fast.ops import cuda
+    from mplug2_fast.ops.runtime import cuda
 
     reason = cuda.error()
     if reason is None:

@@ -32,8 +32,8 @@ from mplug2_fast.bulk.runs import Decoding, decoder_for, retries, steps
 from mplug2_fast.bulk.sources import Question, Source
 from mplug2_fast.bulk.work import Answer, Caption, Frames, Work
 from mplug2_fast.errors import ConfigError
-from mplug2_fast.tasks import Answerer, Captioner
-from mplug2_fast.tasks.base import VideoTask
+from mplug2_fast.predict import Answerer, Captioner
+from mplug2_fast.predict.predictor import VideoTask
 
 Columns = dict[str, Any]
 

@@ -12,8 +12,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mplug2_fast.config import CLS_TOKEN_ID, PAD_TOKEN_ID, SEP_TOKEN_ID
 from mplug2_fast.errors import ConfigError
+from mplug2_fast.models.mplug2.config import CLS_TOKEN_ID, PAD_TOKEN_ID, SEP_TOKEN_ID
 
 PACKAGED_VOCABULARY = Path(__file__).parent / "data" / "bert-base-uncased-vocab.txt"
 

@@ -23,7 +23,7 @@ from mplug2_fast import info
 from mplug2_fast.checkpoint import save_pretrained
 from mplug2_fast.cli import app
 from mplug2_fast.cli.tables import names_and_values
-from mplug2_fast.tasks import Answerer, Captioner
+from mplug2_fast.predict import Answerer, Captioner
 
 av = pytest.importorskip("av")
 

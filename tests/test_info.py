@@ -16,7 +16,7 @@ import torch
 
 import mplug2_fast
 from mplug2_fast import _native, info
-from mplug2_fast.ops import cuda
+from mplug2_fast.ops.runtime import cuda
 
 PARTS = [
     "mplug2_fast",

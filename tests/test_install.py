@@ -54,7 +54,9 @@ import sys
 import torch
 before = set(sys.modules)
 import mplug2_fast.kernels
-from mplug2_fast import cli, model, nn, ops, reference, tasks, video
+from mplug2_fast import cli, nn, ops, reference, video
+from mplug2_fast.models import mplug2
+from mplug2_fast import predict
 loaded = {name.partition(".")[0] for name in set(sys.modules) - before}
 print(torch.cuda.is_initialized(), sorted(loaded & {"triton", "apex", "flash_attn", "xformers"}))
 """

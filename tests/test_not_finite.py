@@ -13,7 +13,7 @@ from mplug2_fast import bulk
 from mplug2_fast.bulk.batches import Batch
 from mplug2_fast.bulk.runs import steps
 from mplug2_fast.outputs import GenerationOutput
-from mplug2_fast.tasks import base
+from mplug2_fast.predict import predictor
 from mplug2_fast.video import Clip
 
 QUESTION = "what color is the circle"
@@ -38,7 +38,7 @@ def answerer() -> mf.Answerer:
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "load_clip", lambda path, *_, **__: (frames(path), [0, 1, 2, 3]))
+    monkeypatch.setattr(predictor, "load_clip", lambda path, *_, **__: (frames(path), [0, 1, 2, 3]))
 
 
 def assert_one_is_good(errors: list[str | None]) -> None:
@@ -141,4 +141,4 @@ def test_one_beam_that_is_not_finite_shows_in_the_score(backend, bad):
     [(torch.float16, "bfloat16 or float32"), (torch.bfloat16, "float32"), (torch.float32, "checkpoint")],
 )
 def test_the_error_names_a_remedy(dtype, remedy):
-    assert remedy in str(base.not_finite(dtype))
+    assert remedy in str(predictor.not_finite(dtype))

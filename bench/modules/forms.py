@@ -16,7 +16,7 @@ from bench.peer import TUNED
 from bench.row import Key
 from mplug2_fast import MPlug2Config
 from mplug2_fast.ops import Explanation
-from mplug2_fast.ops.spec import NOISE_FLOOR, normal
+from mplug2_fast.ops.runtime.spec import NOISE_FLOOR, normal
 
 BACKENDS = {"cpu": "native, oneDNN", "triton": "Triton, PyTorch", "torch": "PyTorch"}
 

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from bench.case import OURS, Agreement, Call, Case, agreement
 from bench.row import Key
-from mplug2_fast.ops import layer_norm, native
-from mplug2_fast.ops.spec import NOISE_FLOOR
+from mplug2_fast.ops import layer_norm
+from mplug2_fast.ops.runtime import cpu
+from mplug2_fast.ops.runtime.spec import NOISE_FLOOR
 
 DIRECTIONS = ("forward",)
 CALLS = 1000
@@ -29,7 +30,7 @@ def build(key: Key, *, compile: bool) -> Case:
     x, weight, bias, eps = given.values()
     ours = partial(layer_norm, x, weight, bias, eps=eps)
     ways = {OURS: ours, "torch": partial(F.layer_norm, x, x.shape[-1:], weight, bias, eps)}
-    if native.available():
+    if cpu.available():
         ways[KERNEL], _ = kernel(x, weight, bias, eps)
 
     def agree() -> Agreement:
@@ -50,9 +51,9 @@ def build(key: Key, *, compile: bool) -> Case:
 def kernel(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Callable[[], None], Tensor]:
     """The native kernel with everything that it is told made beforehand; and the result, the same at each call."""
     out, (rows, channels) = torch.empty_like(x), x.shape
-    run = native.module().layer_norm
+    run = cpu.module().layer_norm
     told = (
-        native.isa(), x.dtype == torch.bfloat16, 1, (1, rows, channels), x.data_ptr(), (0, channels), 0, (0, 0), 1.0,
+        cpu.isa(), x.dtype == torch.bfloat16, 1, (1, rows, channels), x.data_ptr(), (0, channels), 0, (0, 0), 1.0,
         weight.data_ptr(), bias.data_ptr(), eps, out.data_ptr(), 0,
     )  # fmt: skip
 

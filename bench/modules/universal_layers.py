@@ -14,7 +14,7 @@ from bench.peer import Peer
 from bench.row import DIRECTIONS as DIRECTIONS
 from bench.row import Key
 from mplug2_fast import MPlug2Config
-from mplug2_fast.model import MPlug2ForCaptioning
+from mplug2_fast.models.mplug2 import MPlug2ForCaptioning
 from mplug2_fast.ops import Explanation, attention, explain
 from mplug2_fast.reference import MPlug2ForCaptioning as ReferenceForCaptioning
 

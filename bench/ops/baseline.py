@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops import onednn
+from mplug2_fast.ops.runtime import onednn
 
 Arguments = dict[str, Any]
 

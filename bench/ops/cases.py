@@ -18,7 +18,7 @@ from bench.ops.baseline import Arguments
 from bench.row import Key
 from bench.selection import Selection
 from mplug2_fast import ops
-from mplug2_fast.ops.spec import Sizes, Spec
+from mplug2_fast.ops.runtime.spec import Sizes, Spec
 
 NAMES = tuple(ops.OPERATORS)
 # Inputs lie so far apart that none is in the cache when its turn comes.

@@ -17,8 +17,8 @@ from bench.video import decoding
 from bench.video.files import BundledClips, Clips
 from mplug2_fast import Captioner, MPlug2Config, load_released, ops
 from mplug2_fast.outputs import GenerationOutput
+from mplug2_fast.predict.predictor import TINY_MODEL
 from mplug2_fast.reference import MPlug2ForCaptioning as ReferenceForCaptioning
-from mplug2_fast.tasks.base import TINY_MODEL
 from mplug2_fast.video import load_video
 
 Load = Callable[..., Tensor]

@@ -11,7 +11,7 @@
 namespace mplug2_fast {
 namespace {
 
-// Elements below which waking another thread costs more than it saves: as mplug2_fast/ops/native.py has it.
+// Elements below which waking another thread costs more than it saves: as mplug2_fast/ops/runtime/cpu.py has it.
 constexpr std::int64_t kWorkOfAThread = 1 << 15;
 
 class Layer {

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mplug2_fast.ops import onednn
 from mplug2_fast.ops.linear_act import CUDA_PLAIN_ROWS, CUDA_ROWS
+from mplug2_fast.ops.runtime import onednn
 
 _FLOAT32_BLOCK = 1 << 28
 """Multiplications of its first linear layer from which a vision block with local temporal modules gains, and from

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mplug2_fast.ops import linear_act, pack_weight
 from mplug2_fast.ops.linear_act import Activation
-from mplug2_fast.ops.onednn import is_packed, pays
+from mplug2_fast.ops.runtime.onednn import is_packed, pays
 
 
 def keep_packed(weight: Tensor, rows: int) -> None:

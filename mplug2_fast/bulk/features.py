@@ -25,8 +25,8 @@ from mplug2_fast.bulk.journal import Journal, Line, read_lines, write_whole
 from mplug2_fast.bulk.sources import Source
 from mplug2_fast.bulk.work import Finished, Frames, Work, first_error, text_in
 from mplug2_fast.errors import ConfigError, MPlug2Error, NotFiniteError
-from mplug2_fast.tasks import Captioner
-from mplug2_fast.tasks.memory import clip_bytes
+from mplug2_fast.predict import Captioner
+from mplug2_fast.predict.memory import clip_bytes
 
 Kind = Literal["vision", "universal", "pooled"]
 Format = Literal["safetensors", "npy"]

@@ -32,7 +32,7 @@ from mplug2_fast.bulk.ranks import Ranks
 from mplug2_fast.bulk.sources import Source
 from mplug2_fast.bulk.work import Finished, Work
 from mplug2_fast.errors import ConfigError, MPlug2Error
-from mplug2_fast.tasks.memory import is_out_of_memory, require_memory
+from mplug2_fast.predict.memory import is_out_of_memory, require_memory
 from mplug2_fast.video import Clip, DaliLoader, DecodePool
 
 _LINES_AT_ONCE = 1000

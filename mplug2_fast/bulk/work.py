@@ -15,12 +15,12 @@ from torch import Tensor
 from mplug2_fast.bulk.journal import Journal, Line
 from mplug2_fast.bulk.sources import Source
 from mplug2_fast.errors import NotFiniteError
-from mplug2_fast.tasks import Alternative, Answerer, Captioner
-from mplug2_fast.tasks.memory import clip_bytes
+from mplug2_fast.predict import Alternative, Answerer, Captioner
+from mplug2_fast.predict.memory import clip_bytes
 from mplug2_fast.video import Windows
 
 if TYPE_CHECKING:
-    from mplug2_fast.tasks.base import Texts, VideoTask
+    from mplug2_fast.predict.predictor import Texts, VideoTask
     from mplug2_fast.video import Clip
 
 _T = TypeVar("_T")

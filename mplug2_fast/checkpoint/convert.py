@@ -25,8 +25,8 @@ from mplug2_fast.checkpoint.source import (
     open_checkpoint,
     vocabulary_path,
 )
-from mplug2_fast.config import MPlug2Config, Task
 from mplug2_fast.errors import CheckpointError
+from mplug2_fast.models.mplug2.config import MPlug2Config, Task
 
 _SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mplug2_fast.checkpoint.keys import POSITION_KEY, TIED_KEYS, KeyKind, KeyMap, Shape
-from mplug2_fast.config import MPlug2Config, Task
 from mplug2_fast.errors import CheckpointError
+from mplug2_fast.models.mplug2.config import MPlug2Config, Task
 
 _EXAMPLES = 3
 _GROUPS = 8

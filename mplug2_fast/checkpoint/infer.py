@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mplug2_fast.checkpoint.keys import LAYER_NUMBER, POSITION_KEY, KeyMap, Shape
-from mplug2_fast.config import TASKS, MPlug2Config, Task
 from mplug2_fast.errors import CheckpointError, ConfigError
+from mplug2_fast.models.mplug2.config import TASKS, MPlug2Config, Task
 
 _VISUAL = "visual_encoder.visual"
 _HEAD_DIM = 64

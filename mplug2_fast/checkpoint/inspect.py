@@ -14,8 +14,8 @@ from mplug2_fast.checkpoint.keys import Shape
 from mplug2_fast.checkpoint.load import dtypes_of
 from mplug2_fast.checkpoint.resolve import Resolved, resolve
 from mplug2_fast.checkpoint.source import Source, open_checkpoint, vocabulary_path
-from mplug2_fast.config import MPlug2Config, Task
 from mplug2_fast.errors import CheckpointError
+from mplug2_fast.models.mplug2.config import MPlug2Config, Task
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import enum
 import re
 from collections.abc import Iterator
 
-from mplug2_fast.config import TASKS, MPlug2Config, Task, TextConfig
 from mplug2_fast.errors import ConfigError
+from mplug2_fast.models.mplug2.config import TASKS, MPlug2Config, Task, TextConfig
 
 Shape = tuple[int, ...]
 

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from mplug2_fast.checkpoint.fit import Fit, check_fit
 from mplug2_fast.checkpoint.keys import TIED_KEYS
-from mplug2_fast.config import MPlug2Config, Task
 from mplug2_fast.errors import CheckpointError, printable
+from mplug2_fast.models.mplug2.config import MPlug2Config, Task
 
 _WRAPPERS = frozenset(
     {

@@ -11,12 +11,12 @@ from mplug2_fast.checkpoint.load import copy_released
 from mplug2_fast.checkpoint.pages import PageReleaser
 from mplug2_fast.checkpoint.resolve import require_twins, resolve
 from mplug2_fast.checkpoint.source import open_checkpoint
-from mplug2_fast.config import MPlug2Config, Task
 from mplug2_fast.devices import pick_device, pick_dtype
 from mplug2_fast.errors import CheckpointError
+from mplug2_fast.models.mplug2.config import MPlug2Config, Task
 
 if TYPE_CHECKING:
-    from mplug2_fast.model import MPlug2ForCaptioning, MPlug2ForQuestionAnswering
+    from mplug2_fast.models.mplug2 import MPlug2ForCaptioning, MPlug2ForQuestionAnswering
 
 
 def from_pretrained(
@@ -44,7 +44,7 @@ def from_pretrained(
     Raises `CheckpointError`, naming the file, the reason and the remedy, when the file cannot be read, would run code,
     or does not hold exactly such a model; `ConfigError` for a task, a dtype or a device that does not exist.
     """
-    from mplug2_fast import model as models
+    from mplug2_fast.models import mplug2 as models
 
     dtype = pick_dtype(dtype, torch.device("cpu")) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
     device = pick_device(device or "cpu")

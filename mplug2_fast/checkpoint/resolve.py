@@ -12,8 +12,8 @@ from mplug2_fast.checkpoint.fit import Fit, check_fit
 from mplug2_fast.checkpoint.infer import infer_config
 from mplug2_fast.checkpoint.load import check_dtypes, check_twins, shapes_of
 from mplug2_fast.checkpoint.source import Source
-from mplug2_fast.config import TASKS, MPlug2Config, Task
 from mplug2_fast.errors import CheckpointError, ConfigError
+from mplug2_fast.models.mplug2.config import TASKS, MPlug2Config, Task
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 from mplug2_fast.checkpoint.load import plain_state_dict
 from mplug2_fast.checkpoint.pickles import Inert, OtherTensor, RefusedError, StoredTensor
 from mplug2_fast.checkpoint.torch_file import BROKEN, LEGACY_MAGIC, TorchFile, open_torch_file, tensor_of
-from mplug2_fast.config import TASKS, MPlug2Config, Task
 from mplug2_fast.errors import CheckpointError, ConfigError, printable
+from mplug2_fast.models.mplug2.config import TASKS, MPlug2Config, Task
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"

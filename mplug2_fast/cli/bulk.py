@@ -18,7 +18,7 @@ from mplug2_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from mplug2_fast.bulk import Decoding, Frames, Plan, Ranks, Sources, Summary, Work
-    from mplug2_fast.tasks.base import VideoTask
+    from mplug2_fast.predict.predictor import VideoTask
 
 SECONDS_BETWEEN_NOTES = 30.0
 MAX_TIMEOUT = 1_000_000

@@ -81,7 +81,7 @@ def features(
         )
         from mplug2_fast import bulk
         from mplug2_fast.bulk.features import INDEX
-        from mplug2_fast.tasks import Captioner
+        from mplug2_fast.predict import Captioner
 
         def work(ranks: Ranks, sources: Sources) -> Work:
             try:

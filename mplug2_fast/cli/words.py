@@ -39,7 +39,7 @@ from mplug2_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from mplug2_fast.bulk import Ranks, Sources, Work
-    from mplug2_fast.tasks import Answerer, Result
+    from mplug2_fast.predict import Answerer, Result
 
 MOST_WORDS = 20
 """Of those that the model does not know, named in a note."""
@@ -80,7 +80,7 @@ def caption(
     """
     with reporting():
         bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder, retry_failed)
-        from mplug2_fast.tasks import Captioner
+        from mplug2_fast.predict import Captioner
 
         searching = {
             "num_beams": num_beams,
@@ -154,7 +154,7 @@ def answer(
     with reporting():
         bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder, retry_failed)
         choices = [*(candidate or ()), *_lines(candidates)] if candidate or candidates else None
-        from mplug2_fast.tasks import Answerer
+        from mplug2_fast.predict import Answerer
 
         searching = {
             "num_beams": num_beams,

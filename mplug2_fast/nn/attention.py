@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from mplug2_fast.nn.parts import add_linear, dropout_rate
 from mplug2_fast.ops.attention import attention_reference, attention_with_dropout, check
-from mplug2_fast.ops.dispatch import autocast_dtype
 from mplug2_fast.ops.linear_act import linear_act
+from mplug2_fast.ops.runtime.dispatch import autocast_dtype
 
 
 class MultiHeadAttention(nn.Module):

@@ -9,15 +9,15 @@ from mplug2_fast.ops.beam_attention import beam_attention
 from mplug2_fast.ops.beam_step import beam_step
 from mplug2_fast.ops.beam_update import beam_update
 from mplug2_fast.ops.decoder_layer import decoder_layer
-from mplug2_fast.ops.dispatch import Explanation, explain, strict, use_backend
 from mplug2_fast.ops.layer_norm import layer_norm
 from mplug2_fast.ops.linear_act import linear_act
 from mplug2_fast.ops.local_temporal import local_temporal
 from mplug2_fast.ops.mlp import mlp
 from mplug2_fast.ops.norm_linear_act import norm_linear_act
-from mplug2_fast.ops.onednn import pack as pack_weight
-from mplug2_fast.ops.onednn import unpack as unpack_weight
 from mplug2_fast.ops.preprocess_frames import preprocess_frames
+from mplug2_fast.ops.runtime.dispatch import Explanation, explain, strict, use_backend
+from mplug2_fast.ops.runtime.onednn import pack as pack_weight
+from mplug2_fast.ops.runtime.onednn import unpack as unpack_weight
 from mplug2_fast.ops.step_attention import step_attention
 
 OPERATORS = {

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mplug2_fast.ops import apex, gpu, native
-from mplug2_fast.ops.dispatch import Backend, Op
 from mplug2_fast.ops.layer_norm import SPEC as NORM
 from mplug2_fast.ops.layer_norm import (
     check,
@@ -20,8 +18,10 @@ from mplug2_fast.ops.layer_norm import (
     triton_reasons,
 )
 from mplug2_fast.ops.layer_norm import make as make_norm
-from mplug2_fast.ops.spec import Spec, normal
-from mplug2_fast.ops.spec import upcast as in_float64
+from mplug2_fast.ops.runtime import apex, cpu, triton
+from mplug2_fast.ops.runtime.dispatch import Backend, Op
+from mplug2_fast.ops.runtime.spec import Spec, normal
+from mplug2_fast.ops.runtime.spec import upcast as in_float64
 
 
 def reference(
@@ -129,14 +129,14 @@ OP = Op(
         Backend(
             "cpu",
             run_native,
-            lambda x, update, weight, bias, *_: native.reasons(x, update=update, weight=weight, bias=bias),
+            lambda x, update, weight, bias, *_: cpu.reasons(x, update=update, weight=weight, bias=bias),
             devices=("cpu",),
         ),
         Backend(
             "triton",
             run_triton,
             lambda x, update, *_: triton_reasons(x, update=update),
-            devices=gpu.DEVICES,
+            devices=triton.DEVICES,
             backward=backward_triton,
         ),
         Backend("apex", run_apex, apex_reasons, devices=("cuda",), differentiable=True),

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mplug2_fast.ops import attention_packages, gpu, native
-from mplug2_fast.ops.dispatch import Backend, Op
+from mplug2_fast.ops.runtime import attention_packages, cpu, triton
+from mplug2_fast.ops.runtime.dispatch import Backend, Op
+from mplug2_fast.ops.runtime.spec import Product, Spec, normal
+from mplug2_fast.ops.runtime.spec import upcast as in_float64
 from mplug2_fast.ops.scaled_dot_product import Attend, attend, attend_any_order
-from mplug2_fast.ops.spec import Product, Spec, normal
-from mplug2_fast.ops.spec import upcast as in_float64
 
 MAX_HEAD_DIM = 256
 """Of the native kernel."""
@@ -128,10 +128,10 @@ def attention_native(
     if out.numel() == 0:
         return out
     mask = None if key_padding_mask is None else key_padding_mask.bool().contiguous()
-    native.module().attention(
-        native.isa(),
+    cpu.module().attention(
+        cpu.isa(),
         query.dtype == torch.bfloat16,
-        native.threads(query.numel() * key.shape[1] // 8),
+        cpu.threads(query.numel() * key.shape[1] // 8),
         (batch, queries, key.shape[1], heads, head_dim),
         query.data_ptr(),
         query.stride()[:3],
@@ -139,7 +139,7 @@ def attention_native(
         key.stride()[:3],
         value.data_ptr(),
         value.stride()[:3],
-        native.address(mask),
+        cpu.address(mask),
         key.shape[1],
         head_dim**-0.5,
         causal,
@@ -149,7 +149,7 @@ def attention_native(
 
 
 def native_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
-    reasons = native.reasons(query, key=key, value=value)
+    reasons = cpu.reasons(query, key=key, value=value)
     if query.shape[-1] > MAX_HEAD_DIM:
         reasons.append(f"the native kernel is for heads of up to {MAX_HEAD_DIM} channels, not {query.shape[-1]}")
     return reasons
@@ -166,11 +166,11 @@ def attention_triton(
     """`saved`: where training leaves log2 Σ exp."""
     out = query.new_empty(query.shape[0], query.shape[1], query.shape[2] * query.shape[3])
     query, key, value = map(side_by_side, (query, key, value))
-    short = gpu.kernels("attention_short")
+    short = triton.kernels("attention_short")
     if key_padding_mask is None and not causal and short.serves(query, key):
         short.forward(query, key, value, out, *saved)
     else:
-        gpu.kernels("attention").forward(query, key, value, as_bytes(key_padding_mask), causal, out, *saved)
+        triton.kernels("attention").forward(query, key, value, as_bytes(key_padding_mask), causal, out, *saved)
     return out
 
 
@@ -194,7 +194,7 @@ def attention_backward_triton(
     grad = torch.zeros_like(out) if grads[0] is None else grads[0].contiguous()
     query, key, value = map(side_by_side, (query, tokens_first(key), tokens_first(value)))
     dkey, dvalue = map(tokens_first, made[1:]) if any(needs[1:]) else (None, None)
-    gpu.kernels("attention").backward(
+    triton.kernels("attention").backward(
         query, key, value, as_bytes(key_padding_mask), causal, out, logsum, grad, made[0], dkey, dvalue
     )
     return [gradient for gradient, need in zip(made, needs, strict=True) if need]
@@ -207,7 +207,7 @@ def saved_triton(query: Tensor, *_: Any) -> list[Tensor]:
 
 def side_by_side(tensor: Tensor) -> Tensor:
     """The tensor, its last axis copied together where it is not dense."""
-    return tensor if native.dense(tensor) else tensor.contiguous()
+    return tensor if cpu.dense(tensor) else tensor.contiguous()
 
 
 def as_bytes(key_padding_mask: Tensor | None) -> Tensor | None:
@@ -216,7 +216,7 @@ def as_bytes(key_padding_mask: Tensor | None) -> Tensor | None:
 
 
 def triton_reasons(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> list[str]:
-    reasons = gpu.reasons(query, key=key, value=value)
+    reasons = triton.reasons(query, key=key, value=value)
     if query.shape[-1] > MAX_TRITON_HEAD_DIM:
         reasons.append(
             f"the Triton kernels are for heads of up to {MAX_TRITON_HEAD_DIM} channels, not {query.shape[-1]}"
@@ -303,7 +303,7 @@ OP = Op(
             "triton",
             attention_triton,
             triton_reasons,
-            devices=gpu.DEVICES,
+            devices=triton.DEVICES,
             backward=lambda grads, arguments, saved, needs: attention_backward_triton(
                 grads, arguments[:4], arguments[4], saved, needs
             ),

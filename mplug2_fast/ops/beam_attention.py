@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops import gpu
 from mplug2_fast.ops.attention import (
     as_bytes,
     attention_any_order,
@@ -25,8 +24,9 @@ from mplug2_fast.ops.attention import (
 )
 from mplug2_fast.ops.attention import check as check_attention
 from mplug2_fast.ops.attention import make as make_attention
-from mplug2_fast.ops.dispatch import Backend, Op
-from mplug2_fast.ops.spec import Spec
+from mplug2_fast.ops.runtime import triton
+from mplug2_fast.ops.runtime.dispatch import Backend, Op
+from mplug2_fast.ops.runtime.spec import Spec
 
 
 def reference(
@@ -67,7 +67,7 @@ def run_triton(
     """`saved`: where training leaves log2 Σ exp."""
     out = query.new_empty(query.shape[0], query.shape[1], query.shape[2] * query.shape[3])
     query, key, value = map(side_by_side, (query, key.transpose(1, 2), value.transpose(1, 2)))
-    gpu.kernels("beam_attention").forward(query, key, value, as_bytes(key_padding_mask), out, *saved)
+    triton.kernels("beam_attention").forward(query, key, value, as_bytes(key_padding_mask), out, *saved)
     return out
 
 
@@ -119,7 +119,7 @@ OP = Op(
             "triton",
             run_triton,
             triton_reasons,
-            devices=gpu.DEVICES,
+            devices=triton.DEVICES,
             backward=lambda grads, arguments, saved, needs: attention_backward_triton(
                 grads, arguments, False, saved, needs, tokens_first=lambda memory: memory.transpose(1, 2)
             ),

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mplug2_fast.ops import gpu, native
-from mplug2_fast.ops.dispatch import Backend, Op
-from mplug2_fast.ops.spec import Spec, normal
-from mplug2_fast.ops.spec import upcast as in_float64
+from mplug2_fast.ops.runtime import cpu, triton
+from mplug2_fast.ops.runtime.dispatch import Backend, Op
+from mplug2_fast.ops.runtime.spec import Spec, normal
+from mplug2_fast.ops.runtime.spec import upcast as in_float64
 
 Step = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -78,10 +78,10 @@ def run_native(logits: Tensor, cumulative: Tensor, step: int, min_length: int, e
     batch, beams, vocabulary = logits.shape
     scores, total, origin, tokens = fake(logits, cumulative)
     cumulative = cumulative.contiguous()
-    native.module().beam_step(
-        native.isa(),
+    cpu.module().beam_step(
+        cpu.isa(),
         logits.dtype == torch.bfloat16,
-        native.threads(logits.numel()),
+        cpu.threads(logits.numel()),
         (batch, beams, vocabulary),
         logits.data_ptr(),
         logits.stride()[:2],
@@ -100,12 +100,12 @@ def run_triton(logits: Tensor, cumulative: Tensor, step: int, min_length: int, e
     results = fake(logits, cumulative)
     if logits.shape[0]:
         blocked = end_token_id if step < min_length else -1
-        gpu.kernels("beam_step").beam_step(logits, cumulative, length_penalty(step), blocked, *results)
+        triton.kernels("beam_step").beam_step(logits, cumulative, length_penalty(step), blocked, *results)
     return results
 
 
 def triton_reasons(logits: Tensor, *_: Any) -> list[str]:
-    reasons = gpu.reasons(logits)
+    reasons = triton.reasons(logits)
     for name, size, most in zip(("beams", "words"), logits.shape[1:], (MAX_BEAMS, MAX_VOCABULARY), strict=True):
         if size > most:
             reasons.append(f"the Triton kernel holds candidates in registers, of up to {most} {name}, not {size}")
@@ -167,10 +167,10 @@ OP = Op(
         Backend(
             "cpu",
             run_native,
-            lambda logits, *_: native.reasons(logits),
+            lambda logits, *_: cpu.reasons(logits),
             devices=("cpu",),
         ),
-        Backend("triton", run_triton, triton_reasons, devices=gpu.DEVICES),
+        Backend("triton", run_triton, triton_reasons, devices=triton.DEVICES),
         Backend("torch", run_torch, differentiable=True),
     ],
     fake=fake,

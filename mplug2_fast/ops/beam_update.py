@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mplug2_fast.ops import gpu
-from mplug2_fast.ops.dispatch import Backend, Op
-from mplug2_fast.ops.spec import Spec
+from mplug2_fast.ops.runtime import triton
+from mplug2_fast.ops.runtime.dispatch import Backend, Op
+from mplug2_fast.ops.runtime.spec import Spec
 
 Books = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -97,12 +97,12 @@ def run_triton(
     if sequences.shape[0]:
         given[4] = given[4].view(torch.uint8)
         bytes_ = (results[0], results[1].view(torch.uint8), *results[2:])
-        gpu.kernels("beam_update").beam_update(*given, bytes_, step, last, end_token_id)
+        triton.kernels("beam_update").beam_update(*given, bytes_, step, last, end_token_id)
     return results
 
 
 def triton_reasons(scores: Tensor, *others: Any) -> list[str]:
-    if found := gpu.error():
+    if found := triton.error():
         return [found]
     sequences, best_scores = others[2], others[5]
     sizes = (
@@ -175,7 +175,7 @@ OP = Op(
     "(Tensor scores, Tensor origin, Tensor tokens, Tensor sequences, Tensor done, Tensor best_sequences, "
     "Tensor best_scores, int step, bool last, int end_token_id) -> (Tensor, Tensor, Tensor, Tensor)",
     [
-        Backend("triton", run_triton, triton_reasons, devices=gpu.DEVICES),
+        Backend("triton", run_triton, triton_reasons, devices=triton.DEVICES),
         Backend("torch", reference, differentiable=True),
     ],
     fake=lambda *arguments: tuple(

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mplug2_fast.ops import formula, memory, native
+from mplug2_fast.ops.runtime import cpu, formula, memory
 
 
 def is_readable(tensor: Tensor) -> bool:
     """Whether a tensor is plain memory of the CPU without gaps, in which case `checksum` takes it."""
-    if formula.is_watched((tensor,)) or formula.is_needed((tensor,)) or not native.available():
+    if formula.is_watched((tensor,)) or formula.is_needed((tensor,)) or not cpu.available():
         return False
     if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_conj():
         return False
@@ -34,5 +34,5 @@ def checksum(tensors: Sequence[Tensor]) -> int:
     Zen 3.
     """
     pieces = [(tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in tensors]
-    threads = native.threads(sum(size for _, size in pieces) // 4)
-    return native.module().checksum(native.isa(), threads, pieces)
+    threads = cpu.threads(sum(size for _, size in pieces) // 4)
+    return cpu.module().checksum(cpu.isa(), threads, pieces)

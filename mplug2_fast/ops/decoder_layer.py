@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops import gpu, native
 from mplug2_fast.ops.attention import MAX_HEAD_DIM
 from mplug2_fast.ops.beam_attention import beam_attention
 from mplug2_fast.ops.beam_attention import make as make_memory
 from mplug2_fast.ops.beam_attention import reference as beam_reference
-from mplug2_fast.ops.dispatch import Backend, Op
 from mplug2_fast.ops.layer_norm import norm_reference
 from mplug2_fast.ops.linear_act import EAGER, FEW_ROWS, Activation, check_activation
 from mplug2_fast.ops.residual import linear_residual, norm_linear_residual
-from mplug2_fast.ops.spec import Spec, normal
-from mplug2_fast.ops.spec import upcast as in_float64
+from mplug2_fast.ops.runtime import cpu, triton
+from mplug2_fast.ops.runtime.dispatch import Backend, Op
+from mplug2_fast.ops.runtime.spec import Spec, normal
+from mplug2_fast.ops.runtime.spec import upcast as in_float64
 from mplug2_fast.ops.step_attention import check_states, step_attention
 from mplug2_fast.ops.step_attention import make as make_states
 from mplug2_fast.ops.step_attention import reference as step_reference
@@ -144,13 +144,13 @@ def run_cpu(x: Tensor, *others: Any) -> Tensor:
     parameters = [None if p is None else p.contiguous() for p in parameters]
     mask = None if mask is None else mask.bool().contiguous()
     hidden = parameters[2 * PARTS.index("fc")].shape[0]
-    native.module().decoder_layer(
-        native.isa(),
+    cpu.module().decoder_layer(
+        cpu.isa(),
         x.dtype == torch.bfloat16,
         torch.get_num_threads(),
         (*x.shape[:2], key.shape[1], key.shape[3], hidden, key.shape[2], step),
         x.data_ptr(),
-        [native.address(p) for p in parameters],
+        [cpu.address(p) for p in parameters],
         keys.data_ptr(),
         keys.stride()[:3],
         values.data_ptr(),
@@ -161,8 +161,8 @@ def run_cpu(x: Tensor, *others: Any) -> Tensor:
         key.stride()[:3],
         value.data_ptr(),
         value.stride()[:3],
-        native.address(mask),
-        native.activation(activation),
+        cpu.address(mask),
+        cpu.activation(activation),
         eps,
         out.data_ptr(),
     )
@@ -171,8 +171,8 @@ def run_cpu(x: Tensor, *others: Any) -> Tensor:
 
 def cpu_reasons(x: Tensor, *others: Any) -> list[str]:
     parameters, (keys, values, _), (key, value, _), _ = _split(others)
-    found = native.reasons(x, keys=keys, values=values, memory_key=key, memory_value=value)
-    found += native.parameter_reasons(x, parameters)
+    found = cpu.reasons(x, keys=keys, values=values, memory_key=key, memory_value=value)
+    found += cpu.parameter_reasons(x, parameters)
     if key.shape[3] > MAX_HEAD_DIM:
         found.append(f"it is for heads of up to {MAX_HEAD_DIM} channels, not {key.shape[3]}")
     return found
@@ -287,7 +287,7 @@ OP = Op(
     "Tensor memory_value, Tensor? key_padding_mask, int step, str activation, float eps) -> Tensor",
     [
         Backend("cpu", run_cpu, cpu_reasons, devices=("cpu",), slower_reasons=slower_than_composed),
-        Backend("triton", run_composed, lambda x, *_: gpu.reasons(x), devices=gpu.DEVICES),
+        Backend("triton", run_composed, lambda x, *_: triton.reasons(x), devices=triton.DEVICES),
         Backend("torch", run_composed, differentiable=True),
     ],
     fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),

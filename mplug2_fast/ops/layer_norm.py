@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops import apex, gpu, native
-from mplug2_fast.ops.dispatch import Backend, Op
-from mplug2_fast.ops.rows import Rows, pair, rows
-from mplug2_fast.ops.spec import Spec, normal
-from mplug2_fast.ops.spec import upcast as in_float64
+from mplug2_fast.ops.runtime import apex, cpu, triton
+from mplug2_fast.ops.runtime.dispatch import Backend, Op
+from mplug2_fast.ops.runtime.rows import Rows, pair, rows
+from mplug2_fast.ops.runtime.spec import Spec, normal
+from mplug2_fast.ops.runtime.spec import upcast as in_float64
 
 MAX_CHANNELS = 16384
 """Of the Triton kernel."""
@@ -69,10 +69,10 @@ def norm_native(
         (x, sizes, strides), update_strides = rows(x), (0, 0)
     else:
         (x, sizes, strides), (update, _, update_strides) = pair(x, update)
-    native.module().layer_norm(
-        native.isa(),
+    cpu.module().layer_norm(
+        cpu.isa(),
         x.dtype == torch.bfloat16,
-        native.threads(elements),
+        cpu.threads(elements),
         (*sizes, x.shape[-1]),
         x.data_ptr(),
         strides,
@@ -101,7 +101,7 @@ def norm_triton(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if out.numel():
         weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-        gpu.kernels("layer_norm").forward(*_pair(x, update), weight, bias, eps, out, scale, total)
+        triton.kernels("layer_norm").forward(*_pair(x, update), weight, bias, eps, out, scale, total)
     return out
 
 
@@ -130,7 +130,7 @@ def norm_backward_triton(
     grad = torch.zeros_like(x, memory_format=torch.contiguous_format) if grad is None else grad
     if x.numel():
         weights = None if weight is None else weight.contiguous()
-        dweight, dbias = gpu.kernels("layer_norm").backward(
+        dweight, dbias = triton.kernels("layer_norm").backward(
             grad, grad_total, *_pair(x, update), weights, eps, *made, scale
         )
     else:
@@ -143,13 +143,13 @@ def norm_backward_triton(
 
 
 def _pair(x: Tensor, update: Tensor | None) -> tuple[Rows, Rows | None]:
-    if not native.dense(x):
+    if not cpu.dense(x):
         x = x.contiguous()
-    return pair(x, update if update is None or native.dense(update) else update.contiguous())
+    return pair(x, update if update is None or cpu.dense(update) else update.contiguous())
 
 
 def triton_reasons(x: Tensor, **others: Tensor) -> list[str]:
-    reasons = gpu.reasons(x, **others)
+    reasons = triton.reasons(x, **others)
     if x.shape[-1] > MAX_CHANNELS:
         reasons.append(f"the Triton kernel holds a row in registers, up to {MAX_CHANNELS} channels, not {x.shape[-1]}")
     return reasons
@@ -201,14 +201,14 @@ OP = Op(
         Backend(
             "cpu",
             norm_native,
-            lambda x, weight, bias, eps: native.reasons(x, weight=weight, bias=bias),
+            lambda x, weight, bias, eps: cpu.reasons(x, weight=weight, bias=bias),
             devices=("cpu",),
         ),
         Backend(
             "triton",
             norm_triton,
             lambda x, *_: triton_reasons(x),
-            devices=gpu.DEVICES,
+            devices=triton.DEVICES,
             backward=lambda grads, arguments, _, needs: norm_backward_triton(
                 grads, arguments[0], None, *arguments[1:], needs
             ),

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops import cuda, gpu, native, onednn
-from mplug2_fast.ops.dispatch import Backend, Op
-from mplug2_fast.ops.rows import Rows
-from mplug2_fast.ops.rows import rows as rows_of
-from mplug2_fast.ops.spec import Spec, normal
-from mplug2_fast.ops.spec import upcast as in_float64
+from mplug2_fast.ops.runtime import cpu, cuda, onednn, triton
+from mplug2_fast.ops.runtime.dispatch import Backend, Op
+from mplug2_fast.ops.runtime.rows import Rows
+from mplug2_fast.ops.runtime.rows import rows as rows_of
+from mplug2_fast.ops.runtime.spec import Spec, normal
+from mplug2_fast.ops.runtime.spec import upcast as in_float64
 
 Activation = Literal["none", "gelu", "quick_gelu"]
 
@@ -108,7 +108,7 @@ def _in_float32(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str,
 
 
 def has_few_rows_kernel(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype in native.DTYPES and weight.is_contiguous() and native.available()
+    return x.dtype in cpu.DTYPES and weight.is_contiguous() and cpu.available()
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
@@ -117,17 +117,17 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, re
     out = x.new_empty(*x.shape[:-1], outputs)
     x = x.contiguous()
     bias, residual = (None if t is None else t.contiguous() for t in (bias, residual))
-    native.module().linear_act(
-        native.isa(),
+    cpu.module().linear_act(
+        cpu.isa(),
         x.dtype == torch.bfloat16,
-        native.threads(weight.numel()),
+        cpu.threads(weight.numel()),
         (x.numel() // inputs, inputs, outputs),
         x.data_ptr(),
         inputs,
         weight.data_ptr(),
-        native.address(bias),
-        native.activation(activation),
-        native.address(residual),
+        cpu.address(bias),
+        cpu.activation(activation),
+        cpu.address(residual),
         out.data_ptr(),
     )
     return out
@@ -165,7 +165,7 @@ def too_few_rows(x: Tensor, least: int) -> list[str]:
 def run_triton(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     if out.numel():
-        kernels = gpu.kernels("linear_act")
+        kernels = triton.kernels("linear_act")
         arguments = _kernel_arguments(x, weight, bias, activation, residual)
 
         def ours() -> None:
@@ -181,7 +181,7 @@ def run_triton(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, 
 def train_triton(x, weight, bias, activation, residual, saved: list[Tensor]) -> Tensor:
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     if out.numel():
-        gpu.kernels("linear_act").apply(*_kernel_arguments(x, weight, bias, activation, residual), out, *saved)
+        triton.kernels("linear_act").apply(*_kernel_arguments(x, weight, bias, activation, residual), out, *saved)
     return out
 
 
@@ -200,7 +200,7 @@ def backward_triton(
     dz, dbias = grad.view(-1, outputs), None
     if saved and dz.numel() and (wants_x or wants_weight or wants_bias):
         given, dz = dz, torch.empty_like(dz)
-        dbias = gpu.kernels("linear_act").backward(
+        dbias = triton.kernels("linear_act").backward(
             given, saved[0].view(-1, outputs), activation, dz, None, wants_bias=wants_bias
         )
     elif wants_bias:
@@ -220,13 +220,13 @@ def backward_triton(
 def _kernel_arguments(
     x, weight, bias, activation, residual
 ) -> tuple[Rows, Tensor, Tensor | None, Activation, Rows | None]:
-    x, weight, residual = (t if t is None or native.dense(t) else t.contiguous() for t in (x, weight, residual))
+    x, weight, residual = (t if t is None or cpu.dense(t) else t.contiguous() for t in (x, weight, residual))
     bias = None if bias is None else bias.contiguous()
     return rows_of(x), weight, bias, activation, None if residual is None else rows_of(residual)
 
 
 def triton_reasons(x, weight, bias, activation, residual) -> list[str]:
-    reasons = gpu.reasons(x, weight=weight, bias=bias, residual=residual)
+    reasons = triton.reasons(x, weight=weight, bias=bias, residual=residual)
     if weight.numel() == 0:
         reasons.append("there is nothing to multiply")
     return reasons
@@ -235,7 +235,7 @@ def triton_reasons(x, weight, bias, activation, residual) -> list[str]:
 def slower_reasons(needs_grad: bool, x, weight, bias, activation, residual) -> list[str]:
     """That which holds for all sizes, and what tuning found, which timed the forward alone. Few rows in a narrow type
     are not raced: how long kernels of two microseconds take is seen in a graph of many, not in one that is timed."""
-    kernels = gpu.kernels("linear_act")
+    kernels = triton.kernels("linear_act")
     if not needs_grad and x.numel() and kernels.is_few(rows_of(x), weight):
         return []
     why = kernels.slower(x.dtype, activation, residual is not None)
@@ -325,7 +325,7 @@ OP = Op(
             "triton",
             run_triton,
             triton_reasons,
-            devices=gpu.DEVICES,
+            devices=triton.DEVICES,
             backward=backward_triton,
             saved=saved_triton,
             train=train_triton,

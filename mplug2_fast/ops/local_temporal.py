@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops import gpu, native, onednn
-from mplug2_fast.ops.dispatch import Backend, Op
 from mplug2_fast.ops.layer_norm import MAX_CHANNELS, norm_backward_triton, norm_native, norm_torch, norm_triton
 from mplug2_fast.ops.linear_act import EAGER, Activation, check_activation
 from mplug2_fast.ops.linear_act import OP as LINEAR_ACT
-from mplug2_fast.ops.rows import rows as rows_of
-from mplug2_fast.ops.spec import Product, Spec, normal
-from mplug2_fast.ops.spec import upcast as in_float64
+from mplug2_fast.ops.runtime import cpu, onednn, triton
+from mplug2_fast.ops.runtime.dispatch import Backend, Op
+from mplug2_fast.ops.runtime.rows import rows as rows_of
+from mplug2_fast.ops.runtime.spec import Product, Spec, normal
+from mplug2_fast.ops.runtime.spec import upcast as in_float64
 
 MAX_FRAMES = 128
 """Of the Triton kernel."""
@@ -161,17 +161,17 @@ def _native_conv(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Act
     out = torch.empty_like(x)
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
     weight, bias = weight.float().t().contiguous(), bias.float().contiguous()
-    native.module().temporal_conv(
-        native.isa(),
+    cpu.module().temporal_conv(
+        cpu.isa(),
         x.dtype == torch.bfloat16,
-        native.threads(x.numel()),
+        cpu.threads(x.numel()),
         tuple(x.shape),
         weight.shape[0],
         x.data_ptr(),
         x.stride()[:3],
         weight.data_ptr(),
         bias.data_ptr(),
-        native.activation(activation),
+        cpu.activation(activation),
         out.data_ptr(),
     )
     return out
@@ -179,17 +179,17 @@ def _native_conv(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Act
 
 def not_supported_reasons(x, *others) -> list[str]:
     parameters = [other for other in others if isinstance(other, Tensor)]
-    return [*native.reasons(x), *onednn.not_supported_reasons(x, *parameters)]
+    return [*cpu.reasons(x), *onednn.not_supported_reasons(x, *parameters)]
 
 
 def run_triton(x, *others, h: Tensor | None = None) -> Tensor:
-    x = x if native.dense(x) else x.contiguous()
+    x = x if cpu.dense(x) else x.contiguous()
     others = [other.contiguous() if isinstance(other, Tensor) else other for other in others]
     if in_passes(x):
         return run_passes(x, *others, h=h)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
-        gpu.kernels("local_temporal").forward(x, *others, out, h)
+        triton.kernels("local_temporal").forward(x, *others, out, h)
     return out
 
 
@@ -208,9 +208,9 @@ def run_passes(
         down = (normed, down_weight, down_bias, "none", None)
         h = LINEAR_ACT.choose(down).run(*down)
     else:
-        gpu.kernels("linear_act").apply(rows_of(normed), down_weight, down_bias, "none", None, h)
+        triton.kernels("linear_act").apply(rows_of(normed), down_weight, down_bias, "none", None, h)
     a = torch.empty_like(h)
-    gpu.kernels("local_temporal").convolve(h, conv_weight, conv_bias, activation, class_token, a)
+    triton.kernels("local_temporal").convolve(h, conv_weight, conv_bias, activation, class_token, a)
     up = (a, up_weight, up_bias, "none", x if residual else None)
     out = LINEAR_ACT.choose(up).run(*up)
     if class_token:
@@ -240,7 +240,7 @@ def backward_triton(grads, arguments, saved, needs) -> list[Tensor]:
     da = torch.mm(by_row, up_weight).view(*x.shape[:-1], -1)
     a, dh = torch.empty_like(da), torch.empty_like(da)
     taps, bias = conv_weight.contiguous(), None if conv_bias is None else conv_bias.contiguous()
-    sums = gpu.kernels("local_temporal").backward(h, da, taps, bias, activation, class_token, a, dh)
+    sums = triton.kernels("local_temporal").backward(h, da, taps, bias, activation, class_token, a, dh)
     a, dh = a.view(rows, -1), dh.view(rows, -1)
 
     found = {}
@@ -275,7 +275,7 @@ def backward_triton(grads, arguments, saved, needs) -> list[Tensor]:
 
 
 def triton_reasons(x, norm_weight, norm_bias, down_weight, down_bias, conv_weight, conv_bias, up_weight, *_):
-    reasons = gpu.reasons(x, down_weight=down_weight, up_weight=up_weight)
+    reasons = triton.reasons(x, down_weight=down_weight, up_weight=up_weight)
     if x.shape[1] > MAX_FRAMES:
         reasons.append(f"a tile of the Triton kernel has all frames, up to {MAX_FRAMES}, not {x.shape[1]}")
     if norm_weight is not None and x.shape[-1] > MAX_CHANNELS:
@@ -395,7 +395,7 @@ OP = Op(
             "triton",
             run_triton,
             triton_reasons,
-            devices=gpu.DEVICES,
+            devices=triton.DEVICES,
             backward=backward_triton,
             saved=saved_triton,
             train=lambda *given: run_triton(*given[:-1], h=given[-1][0]),

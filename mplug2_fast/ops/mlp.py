@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops import cuda, gpu, native, onednn
-from mplug2_fast.ops.dispatch import Backend, Op
 from mplug2_fast.ops.layer_norm import check as check_norm
 from mplug2_fast.ops.layer_norm import norm_native, norm_reference, norm_torch, norm_triton
 from mplug2_fast.ops.layer_norm import triton_reasons as norm_reasons
@@ -24,9 +22,11 @@ from mplug2_fast.ops.linear_act import (
     too_few_rows,
 )
 from mplug2_fast.ops.linear_act import check as check_linear
-from mplug2_fast.ops.rows import rows as rows_of
-from mplug2_fast.ops.spec import Product, Spec, normal
-from mplug2_fast.ops.spec import upcast as in_float64
+from mplug2_fast.ops.runtime import cpu, cuda, onednn, triton
+from mplug2_fast.ops.runtime.dispatch import Backend, Op
+from mplug2_fast.ops.runtime.rows import rows as rows_of
+from mplug2_fast.ops.runtime.spec import Product, Spec, normal
+from mplug2_fast.ops.runtime.spec import upcast as in_float64
 
 # Rows are taken in blocks whose hidden activations fit in the last-level cache and stay under the allocator's
 # threshold for fresh pages (32 MiB in glibc), which would be faulted in again at every call.
@@ -136,7 +136,7 @@ def _quick_gelu_block(x, out, fc_weight, fc_bias, proj_weight, proj_bias, _, nor
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    if native.reasons(x, weight=weight, bias=bias):
+    if cpu.reasons(x, weight=weight, bias=bias):
         return norm_torch(x, weight, bias, eps)
     return norm_native(x, weight, bias, eps)
 
@@ -173,10 +173,10 @@ def run_triton(x: Tensor, *others: Any) -> Tensor:
     if out.numel():
 
         def ours() -> None:
-            gpu.kernels("mlp").forward(*_kernel_arguments(x, *others), out)
+            triton.kernels("mlp").forward(*_kernel_arguments(x, *others), out)
 
         ours()
-        gpu.kernels("mlp").AGAINST_TORCH.run(x.device, _race(x, *others), ours, lambda: run_torch(x, *others))
+        triton.kernels("mlp").AGAINST_TORCH.run(x.device, _race(x, *others), ours, lambda: run_torch(x, *others))
     return out
 
 
@@ -184,7 +184,7 @@ def train_triton(x, *others_and_saved: Any) -> Tensor:
     *others, saved = others_and_saved
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if out.numel():
-        gpu.kernels("mlp").forward(*_kernel_arguments(x, *others), out, saved[0].flatten(0, -2))
+        triton.kernels("mlp").forward(*_kernel_arguments(x, *others), out, saved[0].flatten(0, -2))
     return out
 
 
@@ -203,7 +203,7 @@ def backward_triton(
         return [torch.zeros_like(tensors[name], memory_format=torch.contiguous_format) for name in wanted]
     grad = torch.zeros_like(x) if grads[0] is None else grads[0]
     _, *others = _kernel_arguments(x, *arguments[1:])
-    made = gpu.kernels("mlp").backward(
+    made = triton.kernels("mlp").backward(
         grad.reshape(-1, channels).contiguous(),
         x.reshape(-1, channels).contiguous(),
         *others,
@@ -216,7 +216,7 @@ def backward_triton(
 def _kernel_arguments(
     x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps, residual
 ) -> tuple[Any, ...]:
-    x, fc_weight, proj_weight = (t if native.dense(t) else t.contiguous() for t in (x, fc_weight, proj_weight))
+    x, fc_weight, proj_weight = (t if cpu.dense(t) else t.contiguous() for t in (x, fc_weight, proj_weight))
     fc_bias, proj_bias, norm_weight, norm_bias = (
         None if t is None else t.contiguous() for t in (fc_bias, proj_bias, norm_weight, norm_bias)
     )
@@ -228,12 +228,12 @@ def _kernel_arguments(
 def triton_reasons(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, *_) -> list[str]:
     if norm_weight is not None and (reasons := norm_reasons(x)):
         return reasons
-    return gpu.reasons(x, fc_weight=fc_weight, fc_bias=fc_bias, proj_weight=proj_weight, proj_bias=proj_bias)
+    return triton.reasons(x, fc_weight=fc_weight, fc_bias=fc_bias, proj_weight=proj_weight, proj_bias=proj_bias)
 
 
 def slower_reasons(needs_grad: bool, x, *others: Any) -> list[str]:
     """That neither product gains by being fused, or what tuning found, which timed the forward alone."""
-    kernels, activation, residual = gpu.kernels("mlp"), others[4], others[8]
+    kernels, activation, residual = triton.kernels("mlp"), others[4], others[8]
     why = kernels.slower(x.dtype, activation, residual)
     if why is None and not needs_grad:
         why = kernels.AGAINST_TORCH.lost(x.device, _race(x, *others))
@@ -318,7 +318,7 @@ OP = Op(
             "triton",
             run_triton,
             triton_reasons,
-            devices=gpu.DEVICES,
+            devices=triton.DEVICES,
             backward=backward_triton,
             saved=saved_triton,
             train=train_triton,

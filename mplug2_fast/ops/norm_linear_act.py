@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops import gpu, native
-from mplug2_fast.ops.dispatch import Backend, Op
 from mplug2_fast.ops.layer_norm import check as check_norm
 from mplug2_fast.ops.layer_norm import norm_native, norm_reference, norm_torch, norm_triton
 from mplug2_fast.ops.layer_norm import triton_reasons as norm_reasons
@@ -20,9 +18,11 @@ from mplug2_fast.ops.linear_act import not_supported_reasons as linear_reasons
 from mplug2_fast.ops.linear_act import run_cpu as linear_cpu
 from mplug2_fast.ops.linear_act import run_torch as linear_torch
 from mplug2_fast.ops.linear_act import triton_reasons as linear_triton_reasons
-from mplug2_fast.ops.rows import rows as rows_of
-from mplug2_fast.ops.spec import Spec, normal
-from mplug2_fast.ops.spec import upcast as in_float64
+from mplug2_fast.ops.runtime import cpu, triton
+from mplug2_fast.ops.runtime.dispatch import Backend, Op
+from mplug2_fast.ops.runtime.rows import rows as rows_of
+from mplug2_fast.ops.runtime.spec import Spec, normal
+from mplug2_fast.ops.runtime.spec import upcast as in_float64
 
 
 def reference(
@@ -76,7 +76,7 @@ def run_cpu(x, norm_weight, norm_bias, weight, bias, activation, eps) -> tuple[T
 
 
 def cpu_reasons(x, norm_weight, norm_bias, weight, bias, activation, eps) -> list[str]:
-    reasons = native.reasons(x, norm_weight=norm_weight, norm_bias=norm_bias)
+    reasons = cpu.reasons(x, norm_weight=norm_weight, norm_bias=norm_bias)
     return [*reasons, *linear_reasons(x, weight, bias, activation, None)]
 
 
@@ -85,12 +85,12 @@ def run_triton(x, norm_weight, norm_bias, weight, bias, activation, eps) -> tupl
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     if out.numel() == 0:
         return out, normed
-    x, weight = (t if native.dense(t) else t.contiguous() for t in (x, weight))
+    x, weight = (t if cpu.dense(t) else t.contiguous() for t in (x, weight))
     norm_weight, norm_bias, bias = (None if t is None else t.contiguous() for t in (norm_weight, norm_bias, bias))
     rows = rows_of(x)
-    if gpu.kernels("linear_act").is_few(rows, weight):
+    if triton.kernels("linear_act").is_few(rows, weight):
         norm = (norm_weight, norm_bias, eps)
-        gpu.kernels("few_rows").forward(rows, weight, bias, activation, None, out, norm, normed)
+        triton.kernels("few_rows").forward(rows, weight, bias, activation, None, out, norm, normed)
         return out, normed
     normed = norm_triton(x, norm_weight, norm_bias, eps)
     arguments = (normed, weight, bias, activation, None)
@@ -98,7 +98,7 @@ def run_triton(x, norm_weight, norm_bias, weight, bias, activation, eps) -> tupl
 
 
 def triton_reasons(x, norm_weight, norm_bias, weight, bias, activation, eps) -> list[str]:
-    reasons = gpu.reasons(x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias)
+    reasons = triton.reasons(x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias)
     return reasons or [*norm_reasons(x), *linear_triton_reasons(x, weight, bias, activation, None)]
 
 
@@ -149,7 +149,7 @@ OP = Op(
     "-> (Tensor, Tensor)",
     [
         Backend("cpu", run_cpu, cpu_reasons, devices=("cpu",)),
-        Backend("triton", run_triton, triton_reasons, devices=gpu.DEVICES),
+        Backend("triton", run_triton, triton_reasons, devices=triton.DEVICES),
         Backend("torch", run_torch, differentiable=True),
     ],
     fake=lambda x, norm_weight, norm_bias, weight, *_: (

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mplug2_fast._native import native_error
-from mplug2_fast.ops import gpu, native
-from mplug2_fast.ops.dispatch import Backend, Op
-from mplug2_fast.ops.spec import Spec
+from mplug2_fast.ops.runtime import cpu, triton
+from mplug2_fast.ops.runtime.dispatch import Backend, Op
+from mplug2_fast.ops.runtime.spec import Spec
 
 # Mean and standard deviation of CLIP's training images, by channel, for values in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -101,7 +101,7 @@ def _table(dtype: torch.dtype) -> Tensor:
 def run_native(frames: Tensor, image_size: int, dtype: torch.dtype, patch_size: int | None) -> Tensor:
     table = _table(dtype)
     output = torch.empty(_shape(frames, image_size, patch_size), dtype=dtype, device="cpu")
-    native.module().preprocess_frames(
+    cpu.module().preprocess_frames(
         frames.data_ptr(),
         frames.shape[:3],
         frames.stride(),
@@ -110,7 +110,7 @@ def run_native(frames: Tensor, image_size: int, dtype: torch.dtype, patch_size: 
         table.data_ptr(),
         table.element_size(),
         output.data_ptr(),
-        native.threads(output.numel()),
+        cpu.threads(output.numel()),
     )
     return output
 
@@ -118,12 +118,12 @@ def run_native(frames: Tensor, image_size: int, dtype: torch.dtype, patch_size: 
 def run_triton(frames: Tensor, image_size: int, dtype: torch.dtype, patch_size: int | None) -> Tensor:
     output = frames.new_empty(_shape(frames, image_size, patch_size), dtype=dtype)
     layout = _layout(frames, image_size, patch_size)
-    gpu.kernels("preprocess_frames").preprocess_frames(frames, image_size, layout, MEAN, STD, output)
+    triton.kernels("preprocess_frames").preprocess_frames(frames, image_size, layout, MEAN, STD, output)
     return output
 
 
 def triton_reasons(frames: Tensor, image_size: int, dtype: torch.dtype, _: int | None) -> list[str]:
-    reasons = gpu.dtype_reasons(dtype)
+    reasons = triton.dtype_reasons(dtype)
     if (largest := image_size * max(image_size, *frames.shape[1:3])) >= 2**31:
         reasons.append(f"the Triton kernel counts in 32 bits, and image_size times the larger side is {largest}")
     return reasons
@@ -178,7 +178,7 @@ OP = Op(
     "(Tensor frames, int image_size, ScalarType dtype, int? patch_size) -> Tensor",
     [
         Backend("cpu", run_native, lambda *_: [str(error)] if (error := native_error()) else [], devices=("cpu",)),
-        Backend("triton", run_triton, triton_reasons, devices=gpu.DEVICES),
+        Backend("triton", run_triton, triton_reasons, devices=triton.DEVICES),
         Backend("torch", run_torch),
     ],
     fake=lambda frames, image_size, dtype, patch_size: frames.new_empty(

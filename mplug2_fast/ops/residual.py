@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mplug2_fast.ops.dispatch import autocast_dtype
 from mplug2_fast.ops.layer_norm import layer_norm
 from mplug2_fast.ops.linear_act import Activation, linear_act
 from mplug2_fast.ops.norm_linear_act import norm_linear_act
+from mplug2_fast.ops.runtime.dispatch import autocast_dtype
 
 
 def would_round(residual: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
-from mplug2_fast.ops import formula
+from mplug2_fast.ops.runtime import formula
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, bool], Tensor]
 """From query, key and value `(batch, heads, tokens, head_dim)`, a bool mask of what each query sees, the dropout and

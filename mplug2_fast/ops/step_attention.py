@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops import formula, gpu, native
-from mplug2_fast.ops.dispatch import Backend, Op
-from mplug2_fast.ops.spec import Spec, normal
-from mplug2_fast.ops.spec import upcast as in_float64
+from mplug2_fast.ops.runtime import cpu, formula, triton
+from mplug2_fast.ops.runtime.dispatch import Backend, Op
+from mplug2_fast.ops.runtime.spec import Spec, normal
+from mplug2_fast.ops.runtime.spec import upcast as in_float64
 
 
 def reference(
@@ -73,10 +73,10 @@ def run_cpu(query, key, value, keys, values, ancestors, step) -> Tensor:
         return run_torch(query, key, value, keys, values, ancestors, step)
     rows, heads, head_dim = query.shape
     out = query.new_empty(rows, heads * head_dim)
-    native.module().step_attention(
-        native.isa(),
+    cpu.module().step_attention(
+        cpu.isa(),
         query.dtype == torch.bfloat16,
-        native.threads(query.numel() * (step + 1) // 8),
+        cpu.threads(query.numel() * (step + 1) // 8),
         (rows, heads, head_dim, step),
         query.data_ptr(),
         query.stride()[:2],
@@ -97,18 +97,18 @@ def run_cpu(query, key, value, keys, values, ancestors, step) -> Tensor:
 
 
 def cpu_reasons(query, key, value, keys, values, ancestors, step) -> list[str]:
-    return native.reasons(query, key=key, value=value, keys=keys, values=values)
+    return cpu.reasons(query, key=key, value=value, keys=keys, values=values)
 
 
 def run_triton(query, key, value, keys, values, ancestors, step) -> Tensor:
     out = query.new_empty(query.shape[0], query.shape[1] * query.shape[2])
     if out.numel():
-        gpu.kernels("step_attention").forward(query, key, value, keys, values, ancestors, step, out)
+        triton.kernels("step_attention").forward(query, key, value, keys, values, ancestors, step, out)
     return out
 
 
 def triton_reasons(query, key, value, keys, values, ancestors, step) -> list[str]:
-    return gpu.reasons(query, key=key, value=value, keys=keys, values=values)
+    return triton.reasons(query, key=key, value=value, keys=keys, values=values)
 
 
 def check_states(new: Sequence[int], keys: Tensor, values: Tensor, ancestors: Tensor, step: int) -> None:
@@ -170,7 +170,7 @@ OP = Op(
     "-> Tensor",
     [
         Backend("cpu", run_cpu, cpu_reasons, devices=("cpu",)),
-        Backend("triton", run_triton, triton_reasons, devices=gpu.DEVICES),
+        Backend("triton", run_triton, triton_reasons, devices=triton.DEVICES),
         Backend("torch", run_torch, differentiable=True),
     ],
     fake=lambda query, *_: query.new_empty(query.shape[0], query.shape[1] * query.shape[2]),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mplug2_fast.config import TextConfig
+from mplug2_fast.models.mplug2.config import TextConfig
 
 SELF_ATTENTION_MASK = -10000.0
 

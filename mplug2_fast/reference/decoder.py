@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mplug2_fast.config import CLS_TOKEN_ID, SEP_TOKEN_ID, TextConfig
+from mplug2_fast.models.mplug2.config import CLS_TOKEN_ID, SEP_TOKEN_ID, TextConfig
 from mplug2_fast.reference.bert import (
     BertEmbeddings,
     BertEncoder,

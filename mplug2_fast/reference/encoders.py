@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mplug2_fast.config import TextConfig
+from mplug2_fast.models.mplug2.config import TextConfig
 from mplug2_fast.reference.bert import (
     BertEmbeddings,
     BertEncoder,

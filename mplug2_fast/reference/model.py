@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mplug2_fast.config import CLS_TOKEN_ID, PAD_TOKEN_ID, MPlug2Config, Task
+from mplug2_fast.models.mplug2.config import CLS_TOKEN_ID, PAD_TOKEN_ID, MPlug2Config, Task
 from mplug2_fast.modes import in_eval_mode
 from mplug2_fast.outputs import GenerationOutput
 from mplug2_fast.reference.decoder import Hypothesis, TextDecoder, beam_search

@@ -11,7 +11,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from mplug2_fast.config import VisionConfig
+from mplug2_fast.models.mplug2.config import VisionConfig
 
 
 class QuickGELU(nn.Module):

@@ -9,9 +9,9 @@ from torch import nn
 
 import mplug2_fast as mf
 from mplug2_fast.acceleration.swap import STATE
-from mplug2_fast.ops import onednn
+from mplug2_fast.ops.runtime import onednn
 from tests.golden.cases import relative_error
-from tests.models import SMALL, pair, random_text, random_video
+from tests.tiny import SMALL, pair, random_text, random_video
 
 TASKS = ("captioning", "question_answering")
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import mplug2_fast as mf
 from mplug2_fast.acceleration import cache
 from mplug2_fast.acceleration.swap import STATE
-from mplug2_fast.ops import onednn
+from mplug2_fast.ops.runtime import onednn
 from tests.acceleration.released import MPLUG2
 from tests.acceleration.test_decoder import CASE, check, extended, tiled, words
 

@@ -13,7 +13,7 @@ from mplug2_fast.acceleration.swap import STATE
 from tests.acceleration import released_bert, released_vision
 from tests.acceleration.released import MPLUG2
 from tests.golden.cases import CAPTIONING, GoldenCase, relative_error
-from tests.models import SMALL, pair, random_video
+from tests.tiny import SMALL, pair, random_video
 
 CASE = GoldenCase(CAPTIONING[0])
 

@@ -5,7 +5,7 @@ import torch
 
 import mplug2_fast as mf
 from tests.golden.cases import relative_error
-from tests.models import SMALL, pair, random_text, random_video
+from tests.tiny import SMALL, pair, random_text, random_video
 
 
 def train(model, steps=5):

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import flops
 from mplug2_fast import MPlug2Config, reference
-from mplug2_fast.model import MPlug2ForCaptioning
+from mplug2_fast.models.mplug2 import MPlug2ForCaptioning
 
 LARGE = MPlug2Config.preset("large")
 RUN = {"frames": 16, "beams": 5, "steps": 15}

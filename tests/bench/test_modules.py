@@ -6,7 +6,7 @@ import torch
 from bench.modules import cases, decoder_step, fusion_layer, operator_call, temporal_block, universal_layers
 from bench.selection import Selection
 from mplug2_fast import MPlug2Config
-from mplug2_fast.model import decoder
+from mplug2_fast.nn import text_decoder
 from mplug2_fast.nn.attention import MultiHeadAttention
 from mplug2_fast.nn.fusion_layer import BertOutput
 from mplug2_fast.ops import decoder_layer, layer_norm
@@ -63,7 +63,7 @@ def test_what_is_wrong_is_noticed(name, direction, monkeypatch):
     output = BertOutput.forward
     monkeypatch.setattr(BertOutput, "forward", lambda self, hidden, x: output(self, 1.1 * hidden, x))
     monkeypatch.setattr(MultiHeadAttention, "project_out", wrong)
-    monkeypatch.setattr(decoder, "decoder_layer", wrong_layer)
+    monkeypatch.setattr(text_decoder, "decoder_layer", wrong_layer)
     for key in cases.keys(Selection("tiny", dtypes=("bfloat16",), only=(name,), directions=(direction,))):
         found = cases.build(key, compile=False).agreement()
         assert found.ours > found.allowed

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from bench import packages
 from bench.row import Key
 from mplug2_fast import ops
-from mplug2_fast.ops import packages as installed
+from mplug2_fast.ops.runtime import packages as installed
 
 
 def key(name, dtype="bfloat16", direction="forward", level="ops", device="cpu"):

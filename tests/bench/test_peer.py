@@ -7,8 +7,8 @@ from torch.testing import assert_close
 from bench.peer import Peer
 from bench.weights import fill
 from mplug2_fast import MPlug2Config, reference
-from mplug2_fast.config import SEP_TOKEN_ID
-from tests.models import random_text
+from mplug2_fast.models.mplug2.config import SEP_TOKEN_ID
+from tests.tiny import random_text
 from tests.tolerance import relative
 
 TINY = MPlug2Config.preset("tiny")

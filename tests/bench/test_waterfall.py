@@ -17,7 +17,7 @@ from bench.rows import SCORE_NOISE
 from bench.waterfall_steps import Sizes, StepWorker, techniques
 from mplug2_fast import _native, ops
 from mplug2_fast._native import native
-from mplug2_fast.model import MPlug2ForCaptioning
+from mplug2_fast.models.mplug2 import MPlug2ForCaptioning
 
 
 class Silent:

@@ -3,7 +3,7 @@ import torch
 from bench.peer import Peer
 from bench.weights import fill, released_weight
 from mplug2_fast import MPlug2Config
-from mplug2_fast.model import MPlug2ForCaptioning
+from mplug2_fast.models.mplug2 import MPlug2ForCaptioning
 from mplug2_fast.reference import MPlug2ForCaptioning as ReferenceForCaptioning
 
 TINY = MPlug2Config.preset("tiny")

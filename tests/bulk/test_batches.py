@@ -15,9 +15,9 @@ import torch
 
 from mplug2_fast.bulk.batches import Ahead, batches_of_videos, batches_of_windows, in_groups
 from mplug2_fast.bulk.memory import CPU_BUDGET, MAX_BATCH, batch_size
-from mplug2_fast.config import MPlug2Config
 from mplug2_fast.errors import VideoError
-from mplug2_fast.tasks.memory import clip_bytes
+from mplug2_fast.models.mplug2.config import MPlug2Config
+from mplug2_fast.predict.memory import clip_bytes
 from mplug2_fast.video import Clip, DecodePool
 from tests.bulk.files import write_clip
 

@@ -32,7 +32,7 @@ MEASURE = """
 import sys, torch
 import mplug2_fast as mf
 from mplug2_fast.checkpoint import convert
-from mplug2_fast import model
+from mplug2_fast.models import mplug2
 
 def status(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mplug2_fast as mf
-from mplug2_fast.model.programs import MOST
+from mplug2_fast.generation.cuda_graphs import MOST
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,7 @@ from examples.moving_shapes.generator.clips import clip_frames
 from examples.moving_shapes.generator.scenes import held_out_scenes
 from mplug2_fast.ops import preprocess_frames
 from mplug2_fast.video import frame_indices
-from tests.models import SMALL, pair, random_text, random_video
+from tests.tiny import SMALL, pair, random_text, random_video
 
 pytestmark = pytest.mark.gpu
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mplug2_fast import ops
-from mplug2_fast.ops.spec import Sizes
+from mplug2_fast.ops.runtime.spec import Sizes
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mplug2_fast import ops
-from mplug2_fast.ops import gpu
+from mplug2_fast.ops.runtime import triton
 
 ROOT = Path(__file__).parents[2]
 # What an operator without gradients of its own has no tests of is not asked for.
@@ -47,4 +47,4 @@ def test_operator(name, part):
 
 
 def test_this_process_does_not_interpret():
-    assert not gpu.INTERPRETED
+    assert not triton.INTERPRETED

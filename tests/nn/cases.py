@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mplug2_fast.config import TextConfig, VisionConfig
-from mplug2_fast.model import released
+from mplug2_fast.models.mplug2 import official_names
+from mplug2_fast.models.mplug2.config import TextConfig, VisionConfig
 from mplug2_fast.nn import (
     MLP,
     CrossAttention,
@@ -125,7 +125,7 @@ def as_released(module: nn.Module, get: Callable[[Tensor], Tensor] = Tensor.deta
     temporal = [name for name, child in module.named_children() if isinstance(child, LocalTemporal)]
     found = {}
     for name in temporal:
-        found |= dict(released.local_temporal(getattr(module, name), name, get))
+        found |= dict(official_names.local_temporal(getattr(module, name), name, get))
     return found | {n: get(p) for n, p in module.named_parameters() if n.split(".")[0] not in temporal}
 
 

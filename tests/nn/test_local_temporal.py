@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mplug2_fast.nn import LocalTemporal
-from mplug2_fast.ops import onednn
+from mplug2_fast.ops.runtime import onednn
 
 DIM, INNER = 24, 16
 NORMS = {"layer": lambda: nn.LayerNorm(DIM), "batch": lambda: nn.BatchNorm3d(DIM), None: lambda: None}

@@ -9,7 +9,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune
 
 from mplug2_fast.nn import LocalTemporal, TemporalBlock
-from mplug2_fast.ops.spec import NOISE_FLOOR
+from mplug2_fast.ops.runtime.spec import NOISE_FLOOR
 from tests.nn.cases import CASES, DIM, HEADS, randomise
 from tests.nn.changes import CALLS, GRADIENTS, compiled, parametrisation
 from tests.nn.test_promises import gradients

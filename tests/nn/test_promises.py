@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from mplug2_fast.nn import CrossAttention, FusionLayer, LocalTemporal, SelfAttention
-from mplug2_fast.ops.spec import NOISE_FLOOR
+from mplug2_fast.ops.runtime.spec import NOISE_FLOOR
 from tests.nn.cases import CASES, DIM, HEADS, as_released, frames_of, gradient, memory_of, randomise, text_config
 from tests.tolerance import assert_close_enough, relative
 

@@ -4,12 +4,12 @@ from typing import Any
 
 import numpy as np
 
-from mplug2_fast.ops import gpu
+from mplug2_fast.ops.runtime import triton
 from tests.ops.suite import pytest_generate_tests
 
 __all__ = ["pytest_generate_tests"]
 
-if gpu.INTERPRETED:
+if triton.INTERPRETED:
     from triton.runtime import interpreter
 
     @functools.cache

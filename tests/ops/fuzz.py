@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from mplug2_fast import ops
-from mplug2_fast.ops import native
-from mplug2_fast.ops.dispatch import Op
+from mplug2_fast.ops.runtime import cpu
+from mplug2_fast.ops.runtime.dispatch import Op
 from tests.ops.suite import ISAS, as_tuple
 
 SECONDS = 120
@@ -234,7 +234,7 @@ def main() -> None:
     for name in chosen.only:
         for isa in ISAS:
             ended: Counter[str] = Counter()
-            with mock.patch.object(native, "isa", lambda isa=isa: isa):
+            with mock.patch.object(cpu, "isa", lambda isa=isa: isa):
                 for seed in range(chosen.first, chosen.first + chosen.calls):
                     faulthandler.dump_traceback_later(SECONDS, exit=True)
                     print(f"\r{name} {isa.name} {seed}", end="", file=sys.stderr, flush=True)

@@ -17,23 +17,21 @@ import torch
 from torch import Tensor
 
 from mplug2_fast import ops
-from mplug2_fast.ops import cuda, gpu, native, packages
-from mplug2_fast.ops.dispatch import Op
-from mplug2_fast.ops.spec import Sizes
+from mplug2_fast.ops.runtime import cpu, cuda, packages, triton
+from mplug2_fast.ops.runtime.dispatch import Op
+from mplug2_fast.ops.runtime.spec import Sizes
 from tests.tolerance import assert_close_enough
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The native kernels of every instruction set that this processor has.
 ISAS = (
-    [isa for isa in native.module().Isa.__members__.values() if native.module().is_supported(isa)]
-    if native.available()
-    else []
+    [isa for isa in cpu.module().Isa.__members__.values() if cpu.module().is_supported(isa)] if cpu.available() else []
 )
 
 # Where the Triton kernels run: on a GPU if there is one, on the CPU in a process where Triton interprets them.
 CUDA = torch.cuda.is_available()
-TRITON_DEVICE = "cuda" if CUDA else "cpu" if gpu.INTERPRETED else None
-TRITON_DTYPES = DTYPES if CUDA else (torch.float32, torch.float16) if gpu.INTERPRETED else ()
+TRITON_DEVICE = "cuda" if CUDA else "cpu" if triton.INTERPRETED else None
+TRITON_DTYPES = DTYPES if CUDA else (torch.float32, torch.float16) if triton.INTERPRETED else ()
 
 # Backends of GPUs that are free to refuse, and which of them can be tried here.
 CHOOSY = (*packages.BACKENDS, "cuda") if CUDA else ()
@@ -137,7 +135,7 @@ class OpSuite:
 
     def test_never_falls_back(self, native_module):
         for sizes in self.op.spec.awkward:
-            for dtype in native.DTYPES:
+            for dtype in cpu.DTYPES:
                 with ops.strict(), torch.no_grad():
                     self.op(*self.op.spec.inputs(sizes, dtype).values())
 
@@ -145,7 +143,7 @@ class OpSuite:
         if backend == "cpu":
             request.getfixturevalue("native_module")
         if isa is not None:
-            monkeypatch.setattr(native, "isa", lambda: isa)
+            monkeypatch.setattr(cpu, "isa", lambda: isa)
 
 
 class DifferentiableOpSuite(OpSuite):
@@ -216,15 +214,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     on_others = [(dtype, name) for name in choosy for dtype in DTYPES]
     others = [*((dtype, "torch") for dtype in DTYPES), *on_triton, *on_others]
     if "backend" in names:
-        ways = [(dtype, "cpu", isa) for dtype in native.DTYPES for isa in ISAS or [None] if cpu]
+        ways = [(dtype, "cpu", isa) for dtype in cpu.DTYPES for isa in ISAS or [None] if cpu]
         ways += [(*way, None) for way in others]
         metafunc.parametrize(("sizes", "dtype", "backend", "isa"), with_sizes(op, ways), ids=label)
     if "gradient_backend" in names:
-        ways = [(dtype, "cpu") for dtype in native.DTYPES if cpu] + others
+        ways = [(dtype, "cpu") for dtype in cpu.DTYPES if cpu] + others
         ways = [way for way in ways if way[1] != "triton" or op.backends["triton"].backward is not None]
         metafunc.parametrize(("sizes", "dtype", "gradient_backend"), with_sizes(op, ways), ids=label)
     if "anywhere" in names:
         metafunc.parametrize("anywhere", [None, "triton"] if triton else [None], ids=label)
     if "opcheck_dtype" in names:
-        ways = [(dtype, None) for dtype in native.DTYPES] + on_triton[:1]
+        ways = [(dtype, None) for dtype in cpu.DTYPES] + on_triton[:1]
         metafunc.parametrize(("opcheck_dtype", "opcheck_backend"), ways, ids=label)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from mplug2_fast import info, ops
 from mplug2_fast.errors import BackendError
-from mplug2_fast.ops import apex
+from mplug2_fast.ops.runtime import apex
 
 NORMS = """
 import torch

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from mplug2_fast import ops
 from mplug2_fast.errors import BackendError
-from mplug2_fast.ops import packages
+from mplug2_fast.ops.runtime import packages
 from tests.tolerance import assert_close_enough
 
 OP = ops.attention.op

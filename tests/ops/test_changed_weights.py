@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mplug2_fast import ops
-from mplug2_fast.ops import onednn
+from mplug2_fast.ops.runtime import onednn
 
 pytestmark = pytest.mark.usefixtures("native_module", "every_product_pays")
 ROWS = 80

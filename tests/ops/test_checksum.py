@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mplug2_fast.ops import native
 from mplug2_fast.ops.checksum import checksum, is_readable
+from mplug2_fast.ops.runtime import cpu
 
 pytestmark = pytest.mark.usefixtures("native_module")
 BLOCK, CHUNK = 256, 128 * 1024
@@ -18,7 +18,7 @@ BLOCK, CHUNK = 256, 128 * 1024
 def hashed(data, begin=0, end=None):
     """Of bytes from any address on."""
     part = data[begin:end]
-    return native.module().checksum(native.isa(), 1, [(part.data_ptr(), part.numel())])
+    return cpu.module().checksum(cpu.isa(), 1, [(part.data_ptr(), part.numel())])
 
 
 def random_bytes(size, seed=0):
@@ -59,7 +59,7 @@ def test_any_address():
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
 def test_instruction_sets_and_threads_do_not_count(size):
-    data, module = random_bytes(size), native.module()
+    data, module = random_bytes(size), cpu.module()
     isas = [isa for isa in module.Isa.__members__.values() if module.is_supported(isa)]
     assert len({module.checksum(isa, threads, [(data.data_ptr(), size)]) for isa in isas for threads in (1, 2, 7)}) == 1
 

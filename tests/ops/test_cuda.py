@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mplug2_fast import ops
-from mplug2_fast.ops import cuda
+from mplug2_fast.ops.runtime import cuda
 
 BF16 = torch.bfloat16
 NOT_BUILT = "they were turned off by MPLUG2_FAST_CUDA"

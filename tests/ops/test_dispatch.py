@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 
 from mplug2_fast import ops
 from mplug2_fast.errors import BackendError
-from mplug2_fast.ops import native
+from mplug2_fast.ops.runtime import cpu
 
 X, HALF = torch.randn(3, 16), torch.randn(3, 16).half()
 
@@ -117,18 +117,18 @@ class TestFaster:
 
 
 def test_without_the_native_module_torch_serves(monkeypatch):
-    monkeypatch.setattr(native, "native_error", lambda: "the native module is missing")
+    monkeypatch.setattr(cpu, "native_error", lambda: "the native module is missing")
     explanation = ops.explain(ops.layer_norm, X)
     assert explanation.chosen == "torch"
     assert explanation.reasons["cpu"] == ("the native module is missing",)
 
 
 def test_the_instruction_set_can_be_chosen(monkeypatch, native_module):
-    monkeypatch.setenv(native.ISA_VARIABLE, "portable")
-    assert native.isa.__wrapped__() == native_module.Isa.portable
-    monkeypatch.setenv(native.ISA_VARIABLE, "sse9")
+    monkeypatch.setenv(cpu.ISA_VARIABLE, "portable")
+    assert cpu.isa.__wrapped__() == native_module.Isa.portable
+    monkeypatch.setenv(cpu.ISA_VARIABLE, "sse9")
     with pytest.raises(ValueError, match="there is no instruction set sse9: choose portable"):
-        native.isa.__wrapped__()
+        cpu.isa.__wrapped__()
 
 
 def test_gradients_through_the_forced_native_kernel(native_module):

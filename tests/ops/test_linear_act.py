@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from mplug2_fast import ops
-from mplug2_fast.ops import gpu, onednn
 from mplug2_fast.ops.linear_act import EAGER, SPEC, quick_gelu
+from mplug2_fast.ops.runtime import onednn, triton
 from tests.ops.suite import TRITON_DEVICE, DifferentiableOpSuite
 
 
@@ -92,12 +92,12 @@ class TestTriton:
     @pytest.fixture(autouse=True)
     def kernels(self, monkeypatch):
         """For any number of rows, though few have a kernel of their own."""
-        monkeypatch.setattr(gpu.kernels("few_rows"), "MAX_ROWS", 0)
-        return gpu.kernels("linear_act")
+        monkeypatch.setattr(triton.kernels("few_rows"), "MAX_ROWS", 0)
+        return triton.kernels("linear_act")
 
     def described(self, kernels, *arguments):
         """Whether the tensor memory accelerator would be used on a GPU that has one."""
-        with gpu.kernels("_launch").record(90) as recorder, ops.use_backend("triton"):
+        with triton.kernels("_launch").record(90) as recorder, ops.use_backend("triton"):
             ops.linear_act(*arguments)
         return recorder.launches[0].constants["DESCRIBED"]
 
@@ -185,7 +185,7 @@ class TestTriton:
         x, weight = (torch.randn(6, 64, device=TRITON_DEVICE).half() for _ in range(2))
         for training in (False, True):
             x.requires_grad_(training)
-            with gpu.kernels("_launch").record(90) as recorder, ops.use_backend("triton"):
+            with triton.kernels("_launch").record(90) as recorder, ops.use_backend("triton"):
                 ops.linear_act(x, weight, None, "gelu")
             assert [launch.constants["SAVES_Z"] for launch in recorder.launches] == [training]
 
@@ -217,7 +217,7 @@ class TestWhatIsFaster:
     @pytest.fixture(autouse=True)
     def _triton(self):
         pytest.importorskip("triton")
-        if gpu.INTERPRETED:
+        if triton.INTERPRETED:
             pytest.skip("nothing is known to be faster under the interpreter")
 
     def reasons(self, dtype=torch.bfloat16, activation="none", residual=None, needs_grad=False):
@@ -244,7 +244,7 @@ class TestWhatIsFaster:
             torch.backends.cuda.matmul.allow_tf32 = False
 
     def test_what_tuning_found(self, monkeypatch):
-        race = gpu.kernels("linear_act").AGAINST_TORCH
+        race = triton.kernels("linear_act").AGAINST_TORCH
         asked = []
         monkeypatch.setattr(race, "lost", lambda device, key: asked.append((device.type, key)) or "0.02 against 0.03")
         assert self.reasons(activation="gelu") == ["0.02 against 0.03"]

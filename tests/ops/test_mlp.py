@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mplug2_fast import ops
-from mplug2_fast.ops import gpu
 from mplug2_fast.ops.mlp import SPEC
+from mplug2_fast.ops.runtime import triton
 from tests.ops.suite import TRITON_DEVICE, DifferentiableOpSuite
 
 
@@ -102,7 +102,7 @@ class TestTriton:
 )
 def test_where_neither_product_gains_pytorch_is_preferred(dtype, activation, residual, expected):
     pytest.importorskip("triton")
-    if gpu.INTERPRETED:
+    if triton.INTERPRETED:
         pytest.skip("nothing is known to be faster under the interpreter")
     sizes = {"rows": (4,), "channels": 8, "hidden": 16, "activation": activation, "residual": residual}
     why = ops.mlp.op.backends["triton"].slower_reasons(False, *SPEC.inputs(sizes, dtype).values())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mplug2_fast import ops
-from mplug2_fast.ops import onednn
+from mplug2_fast.ops.runtime import onednn
 from tests.ops.suite import label
 from tests.tolerance import assert_close_enough
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mplug2_fast import MPlug2Config, _native, ops
 from mplug2_fast.errors import BackendError
-from mplug2_fast.model.vision import VisionTransformer
+from mplug2_fast.nn.vision_transformer import VisionTransformer
 from mplug2_fast.ops import preprocess_frames
 from mplug2_fast.ops.preprocess_frames import MEAN, STD
 from tests.ops.suite import TRITON_DEVICE, TRITON_DTYPES, OpSuite, device

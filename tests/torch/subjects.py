@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import mplug2_fast as mf
-from tests.models import SMALL, pair, random_text, random_video
+from tests.tiny import SMALL, pair, random_text, random_video
 
 DIM, HEADS, HIDDEN = 64, 4, 128
 ROWS = (6, 100)  # enough rows for packed weights

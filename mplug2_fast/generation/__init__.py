@@ -1,0 +1,1 @@
+"""How text is generated: beam search over a cached decoder, and CUDA graphs that run it."""

@@ -1,0 +1,301 @@
+"""Sizes and defaults of an mPLUG-2 model, read from the released files or taken from a preset."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mplug2_fast.errors import ConfigError, printable
+from mplug2_fast.nn.config import BertConfig, VisionConfig
+
+Task = Literal["captioning", "question_answering"]
+TASKS: tuple[Task, ...] = ("captioning", "question_answering")
+
+CLS_TOKEN_ID = 101
+SEP_TOKEN_ID = 102
+PAD_TOKEN_ID = 0
+
+# The CLIP towers that the released configurations name: (width, layers, patch size).
+CLIP_TOWERS = {"ViT-L-14": (1024, 24, 14), "ViT-B-16": (768, 12, 16)}
+
+MAX_LAYERS = 1000
+MAX_PROMPT = 1000
+"""Characters."""
+MAX_IMAGE_SIDE = 400
+"""Patches in a row of an image."""
+# Larger values are mistakes, or meant to fill the memory: no model comes near them.
+_DEFAULT_MAX = 2**20
+_MAX: dict[str, int] = {
+    **dict.fromkeys(("layers", "stored_layers", "text_encoder_layers", "text_decode_layers"), MAX_LAYERS),
+    **dict.fromkeys(("width", "hidden_size", "head_dim", "num_attention_heads"), 2**16),
+    **dict.fromkeys(("num_beams", "mlp_ratio", "temporal_kernel_size", "patch_size"), 1024),
+    **dict.fromkeys(("num_frames", "temporal_stride"), 2**14),
+    "vocab_size": 2**24,
+}
+
+
+@dataclass(frozen=True)
+class TextConfig(BertConfig):
+    """The BERT layers of mPLUG-2: text encoder with its universal layers, fusion encoder, decoder."""
+
+    stored_layers: int = 24
+    """Layers that a checkpoint stores in the fusion encoder; the last `fusion_layers` of them run."""
+    text_encoder_layers: int = 24
+    num_uni_layer: int = 2
+    num_latents: int = 50
+    fusion_layers: int = 6
+    stride_layer: int = 1000
+    text_decode_layers: int = 12
+
+    def connected(self, n: int) -> bool:
+        """Whether fusion layer n, from 0 among those that run, attends over [visual; text] together.
+
+        mPLUG's cross-modal skip-connection (arXiv 2205.12005); such a layer has no use for its cross-attention.
+        """
+        return n > 0 and n % self.stride_layer == 0
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Defaults of `generate`. A length of None means the released default of the task."""
+
+    num_beams: int = 5
+    min_length: int | None = None
+    max_length: int | None = None
+    prompt: str = ""
+    prompt_length: int | None = None
+    """Tokens of the prompt without [CLS]. None counts words and punctuation marks, which is exact if the vocabulary
+    holds each of them whole. It holds those of the official prompt."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Number of targets after [CLS] that the captioning loss ignores: all tokens of the prompt but the last.
+
+        The official code ignores positions 0 to prompt_length - 1 of the input ids. Position 0 is [CLS], which is no
+        target, so the last token of the prompt is learned.
+        """
+        counted = len(re.findall(r"\w+|[^\w\s]", self.prompt)) if self.prompt_length is None else self.prompt_length
+        return max(counted - 1, 0)
+
+    def lengths(self, task: Task) -> tuple[int, int]:
+        """(min_length, max_length) of `task`, in tokens after [CLS]."""
+        low, high = (4, 20) if task == "captioning" else (1, 10)
+        return (
+            low if self.min_length is None else self.min_length,
+            high if self.max_length is None else self.max_length,
+        )
+
+
+@dataclass(frozen=True)
+class MPlug2Config:
+    """Everything that decides the shapes of an mPLUG-2 model, and its generation defaults.
+
+    Raises `ConfigError` for sizes that no model can have.
+    """
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    def __post_init__(self) -> None:
+        vision, text = self.vision, self.text
+        for part in (vision, text, self.generation):
+            for f in dataclasses.fields(part):
+                _check_field(f"{type(part).__name__}.{f.name}", f, getattr(part, f.name))
+        if vision.width % vision.head_dim:
+            raise ConfigError(
+                f"the vision width {vision.width} is not a multiple of the head dimension {vision.head_dim}"
+            )
+        if text.hidden_size % text.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size {text.hidden_size} is not a multiple of num_attention_heads {text.num_attention_heads}"
+            )
+        if vision.image_size % vision.patch_size:
+            raise ConfigError(
+                f"image_size {vision.image_size} is not a multiple of the patch size {vision.patch_size}: "
+                f"use {vision.image_size // vision.patch_size * vision.patch_size}"
+            )
+        if vision.image_size > MAX_IMAGE_SIDE * vision.patch_size:
+            raise ConfigError(
+                f"image_size {vision.image_size} is more than {MAX_IMAGE_SIDE} patches of {vision.patch_size} pixels"
+            )
+        if vision.temporal_reduction > vision.width:
+            raise ConfigError(
+                f"temporal_reduction {vision.temporal_reduction} leaves nothing of the vision width {vision.width}"
+            )
+        if vision.temporal_kernel_size % 2 == 0:
+            raise ConfigError(f"temporal_kernel_size must be odd, got {vision.temporal_kernel_size}")
+        if text.num_uni_layer != 2:
+            raise ConfigError(
+                f"num_uni_layer {text.num_uni_layer} is not known: mPLUG-2 has a first and a last universal layer"
+            )
+        if text.text_encoder_layers < text.num_uni_layer:
+            raise ConfigError(
+                f"text_encoder_layers {text.text_encoder_layers} includes the num_uni_layer "
+                f"{text.num_uni_layer} universal layers and cannot be smaller"
+            )
+        if text.fusion_layers > text.stored_layers:
+            raise ConfigError(f"fusion_layers {text.fusion_layers} is more than the stored layers {text.stored_layers}")
+        if text.num_uni_layer > text.text_decode_layers:
+            raise ConfigError(
+                f"text_decode_layers {text.text_decode_layers} is less than num_uni_layer {text.num_uni_layer}"
+            )
+
+    @classmethod
+    def from_released(
+        cls,
+        *,
+        bert: Mapping[str, Any],
+        model: Mapping[str, Any] | None = None,
+        clip: Mapping[str, Any] | None = None,
+    ) -> MPlug2Config:
+        """Read the released files: `config_bert*.json`, the task's YAML, and the CLIP sizes.
+
+        Args:
+            bert: the BERT JSON.
+            model: the YAML fields; absent ones have the released default.
+            clip: `width`, `layers` and `patch` of the image tower. None takes them from the YAML's `clip_name`.
+        """
+        model = dict(model or {})
+        if clip is None:
+            name = model.get("clip_name", "ViT-L-14")
+            if name not in CLIP_TOWERS:
+                raise ConfigError(
+                    f"clip_name {name!r} is not one of {', '.join(CLIP_TOWERS)}: "
+                    "pass clip, a dict of width, layers and patch"
+                )
+            clip = dict(zip(("width", "layers", "patch"), CLIP_TOWERS[name], strict=True))
+        missing = [key for key in ("width", "layers", "patch") if key not in clip]
+        if missing:
+            raise ConfigError(f"clip lacks {', '.join(missing)}")
+        names = {f.name for f in dataclasses.fields(TextConfig)}
+        text = {key: value for key, value in bert.items() if key in names}
+        text["stored_layers"] = bert.get("num_hidden_layers", TextConfig.stored_layers)
+        return cls(
+            VisionConfig(
+                width=clip["width"],
+                layers=clip["layers"],
+                patch_size=clip["patch"],
+                image_size=model.get("image_res", 224),
+                num_frames=model.get("model_num_frames", 16),
+                temporal_downsampling=bool(model.get("temporal_downsampling", False)),
+                temporal_stride=model.get("temporal_stride", 2),
+            ),
+            TextConfig(**text),
+            GenerationConfig(
+                num_beams=model.get("beam_size", 5),
+                min_length=model.get("min_length"),
+                max_length=model.get("max_length"),
+                prompt=model.get("prompt", ""),
+                prompt_length=model.get("prompt_length"),
+            ),
+        )
+
+    @classmethod
+    def preset(cls, name: str) -> MPlug2Config:
+        """`"large"` and `"base"` are the released sizes; `"tiny"` is the size of the model that ships."""
+        presets = {"large": _LARGE, "base": _BASE, "tiny": _TINY}
+        if name not in presets:
+            raise ConfigError(f"no preset {name!r}: choose one of {', '.join(presets)}")
+        return cls(*presets[name])
+
+    def replace(self, **changes: Any) -> MPlug2Config:
+        """A copy with fields changed; each name is looked up in the vision, text and generation parts."""
+        parts = {}
+        for part in ("vision", "text", "generation"):
+            names = {f.name for f in dataclasses.fields(getattr(self, part))}
+            mine = {key: changes.pop(key) for key in list(changes) if key in names}
+            parts[part] = dataclasses.replace(getattr(self, part), **mine)
+        if changes:
+            raise ConfigError(f"no such configuration field: {', '.join(changes)}")
+        return MPlug2Config(**parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dicts of plain values, as `config.json` stores them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MPlug2Config:
+        """The inverse of `to_dict`. Raises `ConfigError` for unknown fields."""
+        kinds = {"vision": VisionConfig, "text": TextConfig, "generation": GenerationConfig}
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"a configuration is an object with {', '.join(kinds)}, got {type(values).__name__}")
+        unknown = {str(key) for key in values} - set(kinds)
+        parts = {}
+        for part, kind in kinds.items():
+            known = {f.name for f in dataclasses.fields(kind)}
+            given = values.get(part, {})
+            if not isinstance(given, Mapping):
+                raise ConfigError(f"{part} must be an object with the fields of {kind.__name__}, got {_shown(given)}")
+            unknown |= {f"{part}.{key}" for key in given if key not in known}
+            parts[part] = {key: value for key, value in given.items() if key in known}
+        if unknown:
+            raise ConfigError(f"unknown configuration fields: {printable(', '.join(sorted(unknown)))}")
+        return cls(**{part: kind(**parts[part]) for part, kind in kinds.items()})
+
+
+def _check_field(name: str, field: dataclasses.Field[Any], value: Any) -> None:
+    """Raise `ConfigError` unless the value has the field's type and a size that a model can have."""
+    largest = _MAX.get(field.name, _DEFAULT_MAX)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if field.type == "int":
+        if not whole or value < 1:
+            raise ConfigError(f"{name} must be a positive whole number, got {_shown(value)}")
+        if value > largest:
+            raise ConfigError(f"{name} must be at most {largest:,}, got {_shown(value)}")
+    elif field.type == "int | None":
+        if value is not None and not (whole and 0 <= value <= largest):
+            raise ConfigError(f"{name} must be null or a whole number from 0 to {largest:,}, got {_shown(value)}")
+    elif field.type == "bool":
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} must be true or false, got {_shown(value)}")
+    elif field.type == "float":
+        if not ((whole or isinstance(value, float)) and 0 <= value <= 1):
+            raise ConfigError(f"{name} must be a number from 0 to 1, got {_shown(value)}")
+    elif not isinstance(value, str) or len(value) > MAX_PROMPT or not value.isprintable():
+        raise ConfigError(f"{name} must be a printable text of up to {MAX_PROMPT} characters, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """A value for messages."""
+    try:
+        return printable(repr(value), longest=60)
+    except (ValueError, RecursionError):  # too many digits, too deep
+        return f"a {type(value).__name__} that is too large to print"
+
+
+_LARGE = (VisionConfig(), TextConfig(), GenerationConfig(prompt="a video of"))
+_BASE = (
+    VisionConfig(width=768, layers=12, patch_size=16),
+    TextConfig(
+        hidden_size=768,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        stored_layers=12,
+        text_encoder_layers=12,
+        fusion_layers=3,
+        stride_layer=100,
+    ),
+    GenerationConfig(prompt="a video of"),
+)
+_TINY = (
+    VisionConfig(width=128, layers=3, patch_size=8, image_size=32, num_frames=4),
+    TextConfig(
+        hidden_size=128,
+        num_attention_heads=2,
+        intermediate_size=256,
+        vocab_size=256,
+        max_position_embeddings=32,
+        stored_layers=2,
+        text_encoder_layers=3,
+        fusion_layers=2,
+        text_decode_layers=2,
+        num_latents=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    ),
+    GenerationConfig(min_length=1, max_length=12),
+)

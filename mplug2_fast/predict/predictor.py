@@ -1,0 +1,300 @@
+"""The loop over files that both tasks share: decode one ahead, encode, turn into words, report what is bad."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sized
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mplug2_fast.checkpoint import from_pretrained, vocabulary_path
+from mplug2_fast.devices import pick_device, pick_dtype
+from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error, NotFiniteError
+from mplug2_fast.models.mplug2.config import Task
+from mplug2_fast.outputs import GenerationOutput
+from mplug2_fast.predict.memory import clip_bytes, is_out_of_memory, require_memory
+from mplug2_fast.text import Tokenizer
+from mplug2_fast.video import DecodePool
+from mplug2_fast.video.frames import load_clip
+from mplug2_fast.video.limits import Guard, Limits
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from mplug2_fast.video import Clip
+
+TINY_MODEL = Path(__file__).parents[1] / "data" / "tiny"
+"""The model that ships: it knows the clips of examples/moving_shapes and nothing else."""
+
+PathLike = str | os.PathLike[str]
+Paths = PathLike | Iterable[PathLike]
+
+
+class Alternative(NamedTuple):
+    """One text for a file, and its score: see `Result`."""
+
+    text: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out for one file: a text, or an error.
+
+    `score` is the length-normalised log probability of a generated text, or the probability of a given candidate
+    among the candidates. `alternatives` are the `num_return` best, best first, the text itself included. `frames` are
+    the indices of the frames that the model saw, and `decoder` is what decoded them.
+    `seconds` has the wall time of each stage: `decode` (file to pixels), `encode` (pixels to visual tokens) and
+    `generate` (tokens to words).
+    """
+
+    path: str
+    text: str | None = None
+    score: float | None = None
+    alternatives: tuple[Alternative, ...] = ()
+    frames: tuple[int, ...] = ()
+    decoder: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+
+class _Decoded(NamedTuple):
+    """A file's video `(1, 3, T, H, W)`, or the reason why there is none, and the seconds that decoding took; the
+    indices of its frames, and what decoded them."""
+
+    path: str
+    video: Tensor | None
+    seconds: float
+    error: str | None
+    frames: tuple[int, ...] = ()
+    decoder: str | None = None
+
+
+Texts = list[Alternative] | NotFiniteError
+"""The texts of a video, best first, or why the model has none."""
+
+Words = Callable[[Tensor], list[Texts]]
+"""From image_embeds `(B, S, D)` to the texts of each of the B videos."""
+
+
+class VideoTask:
+    """A model, its tokenizer, and the loop over files that both tasks share."""
+
+    task: ClassVar[Task]
+
+    def __init__(
+        self,
+        checkpoint: PathLike | torch.nn.Module | None = None,
+        tokenizer: Tokenizer | None = None,
+        *,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        """Load a checkpoint of any form that `mplug2_fast.from_pretrained` reads, or use a model that is there already.
+
+        Args:
+            checkpoint: the checkpoint; None takes the tiny model that ships. A `vocab.txt` in a directory is the
+                vocabulary, otherwise it is that of bert-base-uncased. A model is used as it is.
+            tokenizer: with a model, and only then: the one that it was trained with.
+            dtype: a dtype or its name; None or "auto": see `pick_dtype`. Not with a model.
+            device: a device or its name; None or "auto": see `pick_device`. Not with a model.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be read, or is not one of this task.
+            ConfigError: no such device or dtype, a vocabulary that does not fit the model, or arguments that do not go
+                together.
+        """
+        if isinstance(checkpoint, torch.nn.Module):
+            require(tokenizer is not None, "a model comes with the tokenizer that it was trained with: give that too")
+            require(dtype is None and device is None, "a model has its dtype and device: convert it before")
+            self.model, self.tokenizer = checkpoint, tokenizer
+        else:
+            require(tokenizer is None, "a checkpoint brings its own vocabulary: give a tokenizer only with a model")
+            self.model, self.tokenizer = _load(checkpoint, self.task, dtype, device)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: PathLike | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> Self:
+        """The same as the constructor with the path of a checkpoint."""
+        return cls(path, dtype=dtype, device=device)
+
+    def run(self, paths: Paths, words: Words, num_workers: int = 0, timeout: float | None = 60.0) -> Iterator[Result]:
+        """One `Result` a path; see `Captioner.caption`."""
+        files = _each(paths)
+        decoded = (
+            self._decoded_by_workers(files, num_workers, timeout) if num_workers else self._decoded(files, timeout)
+        )
+        for path, video, decoding, error, frames, decoder in decoded:
+            if video is None:
+                yield Result(path, seconds={"decode": decoding}, error=error)
+            else:
+                try:
+                    image_embeds, encoding = self.encode(video)
+                    (found,), generating = self.say(image_embeds, words)
+                except (RuntimeError, MemoryError) as problem:
+                    if not is_out_of_memory(problem):
+                        raise
+                    device = next(self.model.parameters()).device
+                    remedy = "use a smaller dtype, fewer beams, or the CPU"
+                    raise MPlug2Error(f"{device} ran out of memory: {remedy}") from problem
+                seconds = {"decode": decoding, "encode": encoding, "generate": generating}
+                if isinstance(found, NotFiniteError):
+                    yield Result(path, frames=frames, decoder=decoder, seconds=seconds, error=str(found))
+                    continue
+                yield Result(path, *found[0], tuple(found), frames, decoder, seconds)
+
+    @torch.inference_mode()
+    def encode(self, videos: Tensor) -> tuple[Tensor, float]:
+        """Videos `(B, 3, T, H, W)`, anywhere, to image_embeds `(B, S, D)` on the model's device, and the seconds."""
+        weights = next(self.model.parameters())
+        started = time.perf_counter()
+        image_embeds = self.model.encode_video(videos.to(weights.device, weights.dtype))
+        if weights.is_cuda:
+            torch.cuda.synchronize(weights.device)
+        return image_embeds, time.perf_counter() - started
+
+    @torch.inference_mode()
+    def say(self, image_embeds: Tensor, words: Words) -> tuple[list[Texts], float]:
+        """What `words` makes of image_embeds `(B, S, D)`, and the seconds that it took."""
+        started = time.perf_counter()
+        found = words(image_embeds)
+        return found, time.perf_counter() - started
+
+    def _decoded(self, paths: Iterable[PathLike], timeout: float | None) -> Iterator[_Decoded]:
+        """The files in order; while one is consumed, the next is decoded in a thread."""
+        pending: deque[Future[_Decoded]] = deque()
+        guard = Guard(Limits(seconds=timeout))
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as pool:
+            try:
+                for path in paths:
+                    pending.append(pool.submit(self._decode, os.fspath(path), guard))
+                    if len(pending) > 1:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:  # on Ctrl-C, do not wait until files are decoded
+                guard.cancel()
+
+    def _decode(self, path: str, guard: Guard) -> _Decoded:
+        started = time.perf_counter()
+        vision = self.model.config.vision
+        guard.restart()
+        try:
+            video, frames = load_clip(path, num_frames=vision.num_frames, image_size=vision.image_size, guard=guard)
+        except (MPlug2Error, OSError, ValueError, RuntimeError, MemoryError) as problem:
+            return _Decoded(path, None, time.perf_counter() - started, _reason(problem, path))
+        return _Decoded(path, video[None], time.perf_counter() - started, None, tuple(frames), "pyav")
+
+    def _decoded_by_workers(
+        self, paths: Iterable[PathLike], num_workers: int, timeout: float | None
+    ) -> Iterator[_Decoded]:
+        """The files as worker processes have them ready; those of one process in order."""
+        if isinstance(paths, Sized):
+            num_workers = min(num_workers, max(len(paths), 1))
+        vision, dtype = self.model.config.vision, next(self.model.parameters()).dtype
+        sizes = {"num_frames": vision.num_frames, "image_size": vision.image_size}
+        with DecodePool(num_workers, timeout=timeout, dtype=dtype, **sizes) as pool:
+            clips = pool.clips(os.fspath(path) for path in paths)
+            for clip in _in_order(clips) if num_workers == 1 else clips:
+                video = None if clip.frames is None else clip.frames[None]
+                error = None if clip.error is None else _reason(clip.error, clip.source)
+                yield _Decoded(clip.source, video, clip.seconds, error, tuple(clip.indices), clip.backend)
+
+    def generation_options(
+        self, num_beams: int | None, num_return: int, min_length: int | None, max_length: int | None
+    ) -> dict[str, int]:
+        """The options of `model.generate`, with the model's defaults filled in. Raises `ConfigError`."""
+        defaults, positions = self.model.config.generation, self.model.config.text.max_position_embeddings
+        shortest, longest = defaults.lengths(self.task)
+        beams = defaults.num_beams if num_beams is None else num_beams
+        shortest = shortest if min_length is None else min_length
+        longest = longest if max_length is None else max_length
+        require(beams >= 1, f"num_beams must be at least 1, got {beams}")
+        require(1 <= num_return <= beams, f"num_return must be from 1 to num_beams, {beams}; got {num_return}")
+        require(1 <= longest <= positions, f"max_length must be from 1 to {positions}, got {longest}")
+        require(0 <= shortest <= longest, f"min_length must be from 0 to max_length, {longest}; got {shortest}")
+        weights, config = next(self.model.parameters()), self.model.config
+        sizes = {"num_frames": config.vision.num_frames, "itemsize": weights.itemsize}
+        needed = clip_bytes(config, num_beams=beams, max_length=longest, **sizes)
+        require_memory(f"num_beams {beams:,}", needed, weights.device)
+        return {"num_beams": beams, "num_return": num_return, "min_length": shortest, "max_length": longest}
+
+    def texts(self, output: GenerationOutput, prompt: str = "") -> list[Texts]:
+        """The hypotheses of each video, without the rows that only pad, whose scores are -inf."""
+        return [
+            [
+                Alternative(self.tokenizer.decode_caption(ids, prompt), score)
+                for ids, score in zip(sequences, scores, strict=True)
+                if not math.isinf(score)
+            ]
+            if math.isfinite(scores[0]) and not any(math.isnan(score) or score == math.inf for score in scores)
+            else self.not_finite()
+            for sequences, scores in zip(output.sequences.tolist(), output.scores.tolist(), strict=True)
+        ]
+
+    def not_finite(self) -> NotFiniteError:
+        """The error for a video whose results are NaN or infinite."""
+        return not_finite(next(self.model.parameters()).dtype)
+
+
+def _load(
+    path: PathLike | None, task: Task, dtype: str | torch.dtype | None, device: str | torch.device | None
+) -> tuple[torch.nn.Module, Tokenizer]:
+    """The model of a checkpoint and its tokenizer."""
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    if path is None and not TINY_MODEL.exists():
+        raise CheckpointError(f"{TINY_MODEL}: the tiny model is not there: reinstall, or name a checkpoint")
+    path = TINY_MODEL if path is None else Path(path)
+    model = from_pretrained(path, task=task, dtype=dtype, device=device)
+    return model, Tokenizer.from_vocab(vocabulary_path(path), vocab_size=model.config.text.vocab_size)
+
+
+def not_finite(dtype: torch.dtype) -> NotFiniteError:
+    """The error for results of a model of `dtype` that are NaN or infinite."""
+    remedies = {
+        torch.float16: "float16 overflows for this video; use the dtype bfloat16 or float32",
+        torch.bfloat16: "use the dtype float32, or a checkpoint whose training did not diverge",
+    }
+    remedy = remedies.get(dtype, "use a checkpoint whose training did not diverge")
+    return NotFiniteError(f"the model's results are not finite (NaN or infinite): {remedy}")
+
+
+def _in_order(clips: Iterable[Clip]) -> Iterator[Clip]:
+    early: dict[int, Clip] = {}
+    index = 0
+    for clip in clips:
+        early[clip.index] = clip
+        while index in early:
+            yield early.pop(index)
+            index += 1
+
+
+def _each(paths: Paths) -> Iterable[PathLike]:
+    return [paths] if isinstance(paths, (str, os.PathLike)) else paths
+
+
+def _reason(problem: Exception, path: str) -> str:
+    """What an error says, on one line and without the path."""
+    return _one_line(str(problem) or type(problem).__name__).removeprefix(f"{_one_line(path)}: ")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
