@@ -166,8 +166,8 @@ def test_features(folder: Path, tmp_path: Path) -> None:
             ["answer", "x.mp4", "--question", "what?", "--candidates", "/dev/zero"],
             "candidates cannot be read: it is not",
         ),
-        (["convert", mf.tasks.base.TINY_MODEL, "/proc/x"], "/proc/x: the checkpoint cannot be written there"),
-        (["convert", mf.tasks.base.TINY_MODEL, "x" * 300], "x: the checkpoint cannot be written there: File name too"),
+        (["convert", mf.predict.predictor.TINY_MODEL, "/proc/x"], "/proc/x: the checkpoint cannot be written there"),
+        (["convert", mf.predict.predictor.TINY_MODEL, "x" * 300], "x: the checkpoint cannot be written there: File name too"),
     ],
 )
 def test_what_is_refused_is_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:

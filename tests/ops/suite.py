@@ -208,21 +208,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if operator is None:
         return
     names, op = metafunc.fixturenames, operator.op
-    cpu, triton = "cpu" in op.backends, "triton" in op.backends and TRITON_DEVICE is not None
-    on_triton = [(dtype, "triton") for dtype in TRITON_DTYPES if triton]
+    on_cpu, has_triton = "cpu" in op.backends, "triton" in op.backends and TRITON_DEVICE is not None
+    on_triton = [(dtype, "triton") for dtype in TRITON_DTYPES if has_triton]
     choosy = [name for name in CHOOSY if name in op.backends and (name != "cuda" or CUDA_KERNELS)]
     on_others = [(dtype, name) for name in choosy for dtype in DTYPES]
     others = [*((dtype, "torch") for dtype in DTYPES), *on_triton, *on_others]
     if "backend" in names:
-        ways = [(dtype, "cpu", isa) for dtype in cpu.DTYPES for isa in ISAS or [None] if cpu]
+        ways = [(dtype, "cpu", isa) for dtype in cpu.DTYPES for isa in ISAS or [None] if on_cpu]
         ways += [(*way, None) for way in others]
         metafunc.parametrize(("sizes", "dtype", "backend", "isa"), with_sizes(op, ways), ids=label)
     if "gradient_backend" in names:
-        ways = [(dtype, "cpu") for dtype in cpu.DTYPES if cpu] + others
+        ways = [(dtype, "cpu") for dtype in cpu.DTYPES if on_cpu] + others
         ways = [way for way in ways if way[1] != "triton" or op.backends["triton"].backward is not None]
         metafunc.parametrize(("sizes", "dtype", "gradient_backend"), with_sizes(op, ways), ids=label)
     if "anywhere" in names:
-        metafunc.parametrize("anywhere", [None, "triton"] if triton else [None], ids=label)
+        metafunc.parametrize("anywhere", [None, "triton"] if has_triton else [None], ids=label)
     if "opcheck_dtype" in names:
         ways = [(dtype, None) for dtype in cpu.DTYPES] + on_triton[:1]
         metafunc.parametrize(("opcheck_dtype", "opcheck_backend"), ways, ids=label)
