@@ -17,6 +17,7 @@ from mplug2_fast import bulk
 from mplug2_fast.bulk.journal import Journal
 from mplug2_fast.cli import app
 from mplug2_fast.cli import bulk as cli_bulk
+from mplug2_fast.predict.predictor import TINY_MODEL
 from tests.bulk.files import write_clip
 from tests.test_cli import read_all
 
@@ -166,8 +167,8 @@ def test_features(folder: Path, tmp_path: Path) -> None:
             ["answer", "x.mp4", "--question", "what?", "--candidates", "/dev/zero"],
             "candidates cannot be read: it is not",
         ),
-        (["convert", mf.predict.predictor.TINY_MODEL, "/proc/x"], "/proc/x: the checkpoint cannot be written there"),
-        (["convert", mf.predict.predictor.TINY_MODEL, "x" * 300], "x: the checkpoint cannot be written there: File name too"),
+        (["convert", TINY_MODEL, "/proc/x"], "/proc/x: the checkpoint cannot be written there"),
+        (["convert", TINY_MODEL, "x" * 300], "x: the checkpoint cannot be written there: File name too"),
     ],
 )
 def test_what_is_refused_is_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
