@@ -1,15 +1,14 @@
-"""How the model's inference runs: operation by operation, or, on a GPU, as CUDA graphs.
+"""Runs a model's inference operation by operation or, on a GPU, as CUDA graphs.
 
-A program is a function of tensors that yields after each part of its work. A part is what the host launches at once: on
-a GPU it becomes a graph, whose replay costs the host some microseconds where launching its kernels one by one takes
-longer than the kernels do. Between parts the host may look at what the device found, and stop.
+A program is a function of tensors that yields after each part of its work. On a GPU each part becomes one graph.
+Replaying a graph costs the host a few microseconds; launching its kernels one by one takes longer than running them.
+Between parts the host can check whether the program is done.
 
-A program that is called a second time with tensors of the same shapes is captured, all of it; from then on it is
-replayed on copies of its inputs. Graphs read weights at their addresses, so that writing to a weight counts at once;
-what is computed from weights alone, such as the latents before they meet a video, is part of the graph. Where a weight
-has moved or has another layout, or a module was exchanged, the program is captured anew. Nothing is captured where
-somebody wants to see every operation, as with hooks, modules of other packages, gradients or modes of PyTorch's
-dispatcher.
+The second call with tensors of the same shapes captures the whole program. Later calls copy their inputs in and replay
+it. Graphs read weights from memory, so a weight that is written in place counts at once. Values that depend on weights
+alone, such as the latents before they attend to a video, are computed inside the graph. The program is captured again
+when a weight moves or changes its layout, or when a module is replaced. It is not captured while someone needs to see
+every operation: with hooks, modules of other packages, gradients, or PyTorch dispatch modes.
 """
 
 from __future__ import annotations
@@ -29,91 +28,91 @@ from mplug2_fast.nn.unchanged import TENSORS
 from mplug2_fast.ops.runtime import dispatch
 
 Program = Callable[..., Iterator[tuple[Tensor | None, tuple[Tensor, ...]]]]
-"""Yields (one bool on the device that ends it, or None; the results so far)."""
+"""Yields pairs: a bool on the device that is true when the program is done, or None; and the results so far."""
 
-MOST = 8
-"""Programs that are kept as graphs, those used last. Each holds its inputs and results."""
-REMEMBERED = 64
-"""Calls that were seen once."""
-AHEAD = 2
-"""Parts that are launched before the host looks whether the program has ended: enough for the device not to wait."""
+MAX_CACHED_GRAPHS = 8
+"""Captured programs to keep, most recently used first. Each holds its inputs and results."""
+MAX_KNOWN_CALLS = 64
+"""Call signatures remembered, with and without graphs."""
+PARTS_AHEAD = 2
+"""Parts launched before the host waits for a `done` check: enough to keep the device busy."""
 EAGER_PARTS = {"cpu": 1}
-"""The same without graphs: parts between two looks."""
+"""Parts between two `done` checks without graphs, by device type."""
 DEFAULT_EAGER_PARTS = 4
 
 
-class Programs:
-    """Runs the programs of one model. A copy of it, as of a model that is copied or pickled, starts without graphs."""
+class CudaGraphRunner:
+    """Runs the programs of one model. Copies, such as those made when a model is copied or pickled, have no graphs."""
 
     def __init__(self) -> None:
-        self.graphs = True
-        self._captured: OrderedDict[Hashable, Captured | None] = OrderedDict()
+        self.enabled = True
+        self._captured: OrderedDict[Hashable, CapturedProgram | None] = OrderedDict()
         self._lock = threading.RLock()
 
-    def __deepcopy__(self, memo: Any) -> Programs:
-        copied = Programs()
-        copied.graphs = self.graphs
+    def __deepcopy__(self, memo: Any) -> CudaGraphRunner:
+        copied = CudaGraphRunner()
+        copied.enabled = self.enabled
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Programs, (), {"graphs": self.graphs}
+        return CudaGraphRunner, (), {"enabled": self.enabled}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.graphs = state["graphs"]
+        self.enabled = state["enabled"]
 
     def run(
         self, model: nn.Module, name: Hashable, program: Program, inputs: Sequence[Tensor | None], parts: int
     ) -> tuple[Tensor, ...]:
-        """The results of `program(*inputs)`, which no later call overwrites.
+        """Returns the results of `program(*inputs)`. Later calls do not overwrite them.
 
         Args:
-            model: whose weights the program reads.
-            name: of the program, with all that it depends on beside the tensors.
-            parts: how often it yields, if nothing ends it.
+            model: the model whose weights the program reads.
+            name: identifies the program, including every setting it depends on besides the tensors.
+            parts: how often the program yields if it is not done early.
         """
         tensors = [tensor for tensor in inputs if tensor is not None]
-        if not self.graphs or not tensors or not capturable(model, tensors):
-            return eagerly(program, inputs)
+        if not self.enabled or not tensors or not can_capture(model, tensors):
+            return run_eagerly(program, inputs)
         kinds = tuple(None if t is None else (t.shape, t.dtype, t.device) for t in inputs)
-        # Tensors of inference mode may not be written outside of it.
+        # Inference tensors cannot be written outside inference mode.
         modes = (dispatch.in_force(), torch.backends.cuda.matmul.allow_tf32, torch.is_inference_mode_enabled())
         key = (name, kinds, *modes)
         with self._lock, torch.cuda.device(tensors[0].device):
             captured = self._find(model, key, program, inputs, parts)
             if captured is None:
-                return eagerly(program, inputs)
+                return run_eagerly(program, inputs)
             return captured(inputs)
 
     def clear(self) -> None:
-        """Drops all graphs, and the memory that they hold."""
+        """Drops all graphs and frees their memory."""
         with self._lock:
             self._captured.clear()
 
     def _find(
         self, model: nn.Module, key: Hashable, program: Program, inputs: Sequence[Tensor | None], parts: int
-    ) -> Captured | None:
-        """The graphs for this call; None where it is seen for the first time, or cannot be captured."""
+    ) -> CapturedProgram | None:
+        """Returns the graphs for this call, or None if the call is new or cannot be captured."""
         if key not in self._captured:
             self._captured[key] = None
-            while len(self._captured) > REMEMBERED:
+            while len(self._captured) > MAX_KNOWN_CALLS:
                 self._captured.popitem(last=False)
             return None
         self._captured.move_to_end(key)
         captured = self._captured[key]
-        if captured is not None and not captured.weights.unmoved():
+        if captured is not None and not captured.layout.is_current():
             self._captured[key] = captured = None
-        weights = Weights(model) if captured is None else captured.weights
-        if weights.watched():
+        layout = ModelLayout(model) if captured is None else captured.layout
+        if layout.must_call_modules():
             return None
         if captured is None:
             self._make_room()
             try:
-                captured = Captured(weights, program, inputs, parts)
+                captured = CapturedProgram(layout, program, inputs, parts)
             except RuntimeError as error:
-                self.graphs = False
+                self.enabled = False
                 warnings.warn(
-                    f"{type(model).__name__} runs without CUDA graphs, which costs time at small batches, for it "
-                    f"cannot be captured: {str(error).splitlines()[0]}",
+                    f"{type(model).__name__} cannot be captured as CUDA graphs and runs without them, which is slower "
+                    f"for small batches: {str(error).splitlines()[0]}",
                     RuntimeWarning,
                     stacklevel=4,
                 )
@@ -123,45 +122,45 @@ class Programs:
 
     def _make_room(self) -> None:
         kept = [key for key, captured in self._captured.items() if captured is not None]
-        for key in kept[: max(0, len(kept) - MOST + 1)]:
+        for key in kept[: max(0, len(kept) - MAX_CACHED_GRAPHS + 1)]:
             del self._captured[key]
 
 
 @dataclass
 class Part:
-    """A graph and what it leaves: results, and whether the program has ended, which is then copied to the host."""
+    """A graph, its results, and its `done` flag, which is copied to the host after each replay."""
 
     graph: torch.cuda.CUDAGraph
     results: tuple[Tensor, ...]
-    ended: Tensor | None
-    told: Tensor = field(default_factory=lambda: torch.empty((), dtype=torch.bool, pin_memory=True))
+    done: Tensor | None
+    done_on_host: Tensor = field(default_factory=lambda: torch.empty((), dtype=torch.bool, pin_memory=True))
     event: torch.cuda.Event = field(default_factory=torch.cuda.Event)
 
     def replay(self) -> None:
         self.graph.replay()
-        if self.ended is not None:
-            self.told.copy_(self.ended, non_blocking=True)
+        if self.done is not None:
+            self.done_on_host.copy_(self.done, non_blocking=True)
             self.event.record()
 
-    def has_ended(self) -> bool:
-        """Waits for the device."""
-        if self.ended is None:
+    def is_done(self) -> bool:
+        """Waits for the device and returns its flag."""
+        if self.done is None:
             return False
         self.event.synchronize()
-        return bool(self.told)
+        return bool(self.done_on_host)
 
 
-class Captured:
-    """A program as graphs, with copies of its inputs.
+class CapturedProgram:
+    """A program as graphs, with its own input tensors.
 
     Raises:
-        RuntimeError: something in it cannot be captured.
+        RuntimeError: the program cannot be captured.
     """
 
-    def __init__(self, weights: Weights, program: Program, inputs: Sequence[Tensor | None], parts: int) -> None:
-        self.weights = weights
+    def __init__(self, layout: ModelLayout, program: Program, inputs: Sequence[Tensor | None], parts: int) -> None:
+        self.layout = layout
         self._inputs = [None if tensor is None else tensor.clone() for tensor in inputs]
-        # All of it once, beyond what ends it: kernels are compiled, tuned and loaded before they are captured.
+        # Run every part once, even past `done`: kernels must be compiled, tuned and loaded before capture.
         for _ in program(*self._inputs):
             pass
         torch.cuda.synchronize()
@@ -172,17 +171,17 @@ class Captured:
             running = program(*self._inputs)
             for _ in range(parts):
                 graph = torch.cuda.CUDAGraph()
-                # Other threads may go on allocating and copying.
+                # Other threads may allocate and copy meanwhile.
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
-                    ended, results = next(running)
+                    done, results = next(running)
                 finally:
                     graph.capture_end()
-                self._parts.append(Part(graph, results, ended))
+                self._parts.append(Part(graph, results, done))
         torch.cuda.current_stream().wait_stream(stream)
 
     def __call__(self, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-        if self._finished is not None:  # by another stream, perhaps
+        if self._finished is not None:  # the last call may have used another stream
             torch.cuda.current_stream().wait_event(self._finished)
         for own, given in zip(self._inputs, inputs, strict=True):
             if own is not None:
@@ -196,14 +195,14 @@ class Captured:
     def _replay(self) -> tuple[Tensor, ...]:
         for index, part in enumerate(self._parts):
             part.replay()
-            if index >= AHEAD and self._parts[index - AHEAD].has_ended():
+            if index >= PARTS_AHEAD and self._parts[index - PARTS_AHEAD].is_done():
                 break
         return part.results
 
 
-class Weights:
-    """Where a model's parameters and buffers are in memory and how they are laid out there, what its modules are, and
-    whether their calls must be seen. Values do not count: graphs read them at each replay."""
+class ModelLayout:
+    """A model's modules and the memory layout of its parameters and buffers. Their values do not matter: graphs read
+    them at each replay."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
@@ -220,9 +219,9 @@ class Weights:
             if tensor is not None
         ]
 
-    def watched(self) -> bool:
-        """Whether somebody's code runs when a module is called, which a graph would leave out: hooks, a forward of an
-        instance or of another package's class, tensors that are subclasses."""
+    def must_call_modules(self) -> bool:
+        """Whether calling a module runs code that a graph would skip: a hook, a `forward` on the instance, a class from
+        another package, or a tensor subclass."""
         return (
             _has_any_global_hook()
             or any(self._hooks)
@@ -231,8 +230,9 @@ class Weights:
             or any(layout is None for _, _, layout in self._tensors)
         )
 
-    def unmoved(self) -> bool:
-        # Tuples of modules are compared by identity, for that is how modules compare.
+    def is_current(self) -> bool:
+        """Whether the modules are the same and every tensor has kept its address and layout."""
+        # Modules compare by identity, so these tuples do too.
         return all(tuple(children.values()) == known for children, known in self._children) and all(
             (tensor := tensors.get(name)) is not None and _layout(tensor) == layout
             for tensors, name, layout in self._tensors
@@ -243,27 +243,27 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def _is_known(kind: type[nn.Module]) -> bool:
-    """Whether the class computes by a forward of PyTorch's layers or of this package."""
+    """Whether the `forward` of this class comes from PyTorch's layers or from this package."""
     return kind.forward.__module__.startswith(("torch.nn.modules.", "mplug2_fast."))
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...] | None:
-    """None for a subclass of `Tensor`, which may have several tensors inside."""
+    """Address and layout, or None for a `Tensor` subclass, which may hold several tensors."""
     return (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if type(tensor) in TENSORS else None
 
 
-def eagerly(program: Program, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """The results of a program, operation by operation, until it has ended."""
+def run_eagerly(program: Program, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """Runs a program operation by operation until it is done, and returns its results."""
     found: tuple[Tensor, ...] = ()
-    for index, (ended, results) in enumerate(program(*inputs), 1):
+    for index, (done, results) in enumerate(program(*inputs), 1):
         found = results
-        if ended is not None and index % EAGER_PARTS.get(ended.device.type, DEFAULT_EAGER_PARTS) == 0 and bool(ended):
+        if done is not None and index % EAGER_PARTS.get(done.device.type, DEFAULT_EAGER_PARTS) == 0 and bool(done):
             break
     return found
 
 
-def capturable(model: nn.Module, tensors: Sequence[Tensor]) -> bool:
-    """Whether graphs would do what the operations do, one by one, for whoever calls now."""
+def can_capture(model: nn.Module, tensors: Sequence[Tensor]) -> bool:
+    """Whether replaying graphs gives this caller the same as running the operations one by one."""
     if any(tensor.device.type != "cuda" or tensor.requires_grad for tensor in tensors):
         return False
     return not (

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import mplug2_fast as mf
-from mplug2_fast.generation.cuda_graphs import MOST
+from mplug2_fast.generation.cuda_graphs import MAX_CACHED_GRAPHS
 
 pytestmark = pytest.mark.gpu
 
@@ -34,7 +34,7 @@ def without_graphs(model, *arguments, **options):
 
 
 def captured(model):
-    return [entry for entry in model._programs._captured.values() if entry is not None]
+    return [entry for entry in model._graphs._captured.values() if entry is not None]
 
 
 def assert_same(actual, expected):
@@ -136,7 +136,7 @@ def test_other_streams_and_threads(model):
 
 
 def test_no_more_than_some_are_kept(model):
-    for count in range(1, MOST + 3):
+    for count in range(1, MAX_CACHED_GRAPHS + 3):
         for seed in range(2):
             model.generate(videos(count, seed), num_beams=2, max_length=2)
-    assert len(captured(model)) == MOST
+    assert len(captured(model)) == MAX_CACHED_GRAPHS

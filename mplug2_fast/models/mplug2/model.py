@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mplug2_fast.generation.beam_search import Hypotheses, beam_search, output
-from mplug2_fast.generation.cuda_graphs import Programs
+from mplug2_fast.generation.cuda_graphs import CudaGraphRunner
 from mplug2_fast.models.mplug2 import official_names
 from mplug2_fast.models.mplug2.config import CLS_TOKEN_ID, PAD_TOKEN_ID, SEP_TOKEN_ID, MPlug2Config, Task
 from mplug2_fast.models.mplug2.encoders import FusionEncoder, TextEncoder, UniversalLayers
@@ -44,7 +44,7 @@ class _MPlug2(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self._programs = Programs()
+        self._graphs = CudaGraphRunner()
         text = config.text
         self.dropout = nn.Dropout(text.hidden_dropout_prob)
         device = torch.get_default_device() if device is None else torch.device(device)
@@ -125,13 +125,13 @@ class _MPlug2(nn.Module):
     def cuda_graphs(self) -> bool:
         """Whether inference on a GPU is captured in CUDA graphs, from the second call with the same shapes on. False
         drops those that there are."""
-        return self._programs.graphs
+        return self._graphs.enabled
 
     @cuda_graphs.setter
     def cuda_graphs(self, wanted: bool) -> None:
-        self._programs.graphs = wanted
+        self._graphs.enabled = wanted
         if not wanted:
-            self._programs.clear()
+            self._graphs.clear()
 
     def encode_visual(self, video: Tensor) -> Tensor:
         """Video `(B, 3, T, H, W)` to the vision encoder's tokens `(B, S, D)`, brought to the BERT width."""
@@ -145,7 +145,7 @@ class _MPlug2(nn.Module):
         def program(video: Tensor) -> Iterator[tuple[None, tuple[Tensor]]]:
             yield None, (function(video),)
 
-        (encoded,) = self._programs.run(self, function.__name__, program, [video], 1)
+        (encoded,) = self._graphs.run(self, function.__name__, program, [video], 1)
         return encoded
 
     def _visual(self, video: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ class _MPlug2(nn.Module):
         def program(*tensors: Tensor | None) -> Iterator[tuple[Tensor, Hypotheses]]:
             yield from beam_search(self.decoder, remember(*tensors), **options)
 
-        return output(self._programs.run(self, ("generate", *options.values()), program, inputs, max_length))
+        return output(self._graphs.run(self, ("generate", *options.values()), program, inputs, max_length))
 
 
 def _checked(video: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What decides whether graphs are still those of a model, and how programs run without them."""
+"""When captured graphs are out of date, and how programs run without graphs."""
 
 import copy
 import pickle
@@ -6,7 +6,7 @@ import pickle
 import torch
 from torch import nn
 
-from mplug2_fast.generation.cuda_graphs import Programs, Weights
+from mplug2_fast.generation.cuda_graphs import CudaGraphRunner, ModelLayout
 from tests.nn.changes import parametrisation, subclass, wrapper
 
 
@@ -14,16 +14,16 @@ def model():
     return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Sequential(nn.Linear(4, 2)))
 
 
-def test_weights_that_stay():
+def test_writing_weights_in_place_keeps_graphs():
     module = model()
-    known = Weights(module)
+    known = ModelLayout(module)
     with torch.no_grad():
         module[0].weight.mul_(2)
     module.load_state_dict(model().state_dict())
-    assert known.unmoved()
+    assert known.is_current()
 
 
-def test_weights_that_move():
+def test_moving_weights_or_replacing_modules_drops_graphs():
     for change in (
         lambda m: setattr(m[0], "weight", nn.Parameter(m[0].weight.detach().clone())),
         lambda m: setattr(m[2][0], "bias", None),
@@ -36,12 +36,12 @@ def test_weights_that_move():
         lambda m: m.load_state_dict(copy.deepcopy(m.state_dict()), assign=True),
     ):
         module = model()
-        known = Weights(module)
+        known = ModelLayout(module)
         change(module)
-        assert not known.unmoved()
+        assert not known.is_current()
 
 
-def test_a_program_runs_until_it_has_ended():
+def test_a_program_runs_until_it_is_done():
     seen = []
 
     def program(x, nothing):
@@ -50,20 +50,20 @@ def test_a_program_runs_until_it_has_ended():
             seen.append(step)
             yield x == step, (x + step,)
 
-    (result,) = Programs().run(nn.Identity(), "count", program, [torch.tensor(3), None], 5)
+    (result,) = CudaGraphRunner().run(nn.Identity(), "count", program, [torch.tensor(3), None], 5)
     assert result == 6
     assert seen == [0, 1, 2, 3]
 
 
 def test_copies_keep_the_setting():
-    programs = Programs()
-    programs.graphs = False
-    assert not copy.deepcopy(programs).graphs
-    assert not pickle.loads(pickle.dumps(programs)).graphs
+    runner = CudaGraphRunner()
+    runner.enabled = False
+    assert not copy.deepcopy(runner).enabled
+    assert not pickle.loads(pickle.dumps(runner)).enabled
 
 
-def test_modules_whose_calls_must_be_seen():
-    assert not Weights(model()).watched()
+def test_hooks_and_foreign_code_prevent_capture():
+    assert not ModelLayout(model()).must_call_modules()
     for change in (
         lambda m: m[0].register_forward_hook(print),
         lambda m: m[0].register_forward_pre_hook(print, with_kwargs=True),
@@ -75,14 +75,14 @@ def test_modules_whose_calls_must_be_seen():
         lambda m: wrapper(m, "0", []),
     ):
         module = model()
-        known = Weights(module)
+        known = ModelLayout(module)
         change(module)
-        assert (Weights(module) if not known.unmoved() else known).watched()
+        assert (ModelLayout(module) if not known.is_current() else known).must_call_modules()
 
 
-def test_hooks_on_all_modules_are_seen():
-    known = Weights(model())
+def test_global_hooks_prevent_capture():
+    known = ModelLayout(model())
     handle = torch.nn.modules.module.register_module_forward_hook(print)
-    assert known.watched()
+    assert known.must_call_modules()
     handle.remove()
-    assert not known.watched()
+    assert not known.must_call_modules()
