@@ -107,12 +107,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        return getattr(importlib.import_module(_EXPORTS[name]), name)
-    if name in _MODULES:
-        return importlib.import_module(f"mplug2_fast.{name}")
-    raise AttributeError(f"module 'mplug2_fast' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a name that is not imported above is an error to a type checker
+
+    def __getattr__(name: str) -> Any:
+        if name in _EXPORTS:
+            return getattr(importlib.import_module(_EXPORTS[name]), name)
+        if name in _MODULES:
+            return importlib.import_module(f"mplug2_fast.{name}")
+        raise AttributeError(f"module 'mplug2_fast' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
