@@ -1,7 +1,7 @@
-"""Modules that other codebases can import: `(batch, frames, tokens, channels)` or `(batch, tokens, channels)`."""
+"""Modules for other codebases, on `(batch, frames, tokens, channels)` or `(batch, tokens, channels)`."""
 
 from mplug2_fast.nn.attention import CrossAttention, SelfAttention
-from mplug2_fast.nn.fusion_layer import FusionLayer
+from mplug2_fast.nn.bert_layer import BertLayer as FusionLayer
 from mplug2_fast.nn.layer_norm import LayerNorm
 from mplug2_fast.nn.local_temporal import LocalTemporal
 from mplug2_fast.nn.mlp import MLP

@@ -11,13 +11,8 @@ from mplug2_fast.ops.linear_act import linear_act
 from mplug2_fast.ops.runtime.dispatch import autocast_dtype
 
 
-class MultiHeadAttention(nn.Module):
-    """What all attention modules share: heads, dropout on the attention weights, and the product after them.
-
-    A subclass has `out_proj`, a linear layer, and projects.
-    """
-
-    out_proj: nn.Module
+class AttentionHeads(nn.Module):
+    """Attention of projected heads, with dropout on its weights. Subclasses add the projections."""
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -31,29 +26,7 @@ class MultiHeadAttention(nn.Module):
         """`(..., embed_dim)` to `(..., num_heads, head_dim)`."""
         return x.unflatten(-1, (self.num_heads, -1))
 
-    def project_out(self, context: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The output projection of context `(..., embed_dim)`, plus the residual of the same shape."""
-        return add_linear(self.out_proj, context, residual)
-
-    def attend_heads(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        key_padding_mask: Tensor | None = None,
-        causal: bool = False,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """Attention of projected heads, and the output projection, plus the residual `(..., q_len, embed_dim)`; the
-        other arguments as for `context_of_heads`.
-
-        Returns `(..., q_len, embed_dim)`.
-        """
-        context = self.context_of_heads(query, key, value, key_padding_mask=key_padding_mask, causal=causal)
-        return self.project_out(context, residual)
-
-    def context_of_heads(
+    def context(
         self,
         query: Tensor,
         key: Tensor,
@@ -62,16 +35,17 @@ class MultiHeadAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
         causal: bool = False,
     ) -> Tensor:
-        """Attention of projected heads.
+        """Attention without the output projection.
 
         Args:
-            query: `(..., q_len, num_heads, head_dim)`. key, value: `(..., k_len, num_heads, head_dim)`.
-            key_padding_mask: `(..., k_len)`. The leading axes are the same.
+            query: `(..., q_len, num_heads, head_dim)`.
+            key, value: `(..., k_len, num_heads, head_dim)`, with the leading axes of query.
+            key_padding_mask: `(..., k_len)`, nonzero for tokens.
 
         Returns `(..., q_len, embed_dim)`.
 
         Raises:
-            ValueError: shapes that do not go together.
+            ValueError: the shapes do not match.
         """
         if query.shape[:-3] != key.shape[:-3]:
             raise ValueError(
@@ -100,7 +74,8 @@ def attend(
     key_padding_mask: Tensor | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """`mplug2_fast.ops.attention` with a dropout on its weights. One that is not plain is called with all weights."""
+    """`mplug2_fast.ops.attention` with dropout on its weights. A dropout module that must be called gets the full
+    weight matrix."""
     rate = dropout_rate(dropout)
     if rate is None:
         check(query, key, value, key_padding_mask, causal)
@@ -109,7 +84,7 @@ def attend(
 
 
 def _as_batch(x: Tensor, axes: int) -> Tensor:
-    """x with one axis before its last `axes` axes, whatever stood there."""
+    """x with all axes before its last `axes` axes made one."""
     leading = x.dim() - axes
     if leading == 1:
         return x
@@ -117,85 +92,44 @@ def _as_batch(x: Tensor, axes: int) -> Tensor:
 
 
 def calm_padding(x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-    """x `(..., tokens, channels)`, where gradients may be asked for with zeros for numbers of the padding that would
-    overflow: gradients of weights, norms and keys multiply them by zero, which gives NaN."""
+    """x `(..., tokens, channels)`, with padding values that could overflow set to zero while gradients are enabled.
+
+    Gradients of weights, norms and keys multiply padding by zero, and zero times infinity is NaN.
+    """
     if key_padding_mask is None or key_padding_mask.shape != x.shape[:-1] or not torch.is_grad_enabled():
         return x
     limit = torch.finfo(autocast_dtype(x) or x.dtype).max ** 0.75
     return x.masked_fill(~(key_padding_mask[..., None].bool() | (x.abs() < limit)), 0)
 
 
-class _FusedAttention(MultiHeadAttention):
-    """The parameters of `torch.nn.MultiheadAttention`: `in_proj_weight` has those of queries, keys and values, in this
-    order, `embed_dim` rows each."""
+class FusedProjections(AttentionHeads):
+    """Heads with one weight for queries, keys and values, as in `torch.nn.MultiheadAttention`.
+
+    `in_proj_weight` and `in_proj_bias` hold those of queries, keys and values, in this order, `embed_dim` rows each.
+    """
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
         super().__init__(embed_dim, num_heads, dropout)
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim)) if bias else None
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
-        self.reset_parameters()
+        FusedProjections.reset_parameters(self)
 
     def reset_parameters(self) -> None:
         nn.init.xavier_uniform_(self.in_proj_weight)
-        self.out_proj.reset_parameters()
         if self.in_proj_bias is not None:
             nn.init.zeros_(self.in_proj_bias)
-            nn.init.zeros_(self.out_proj.bias)
-
-
-class SelfAttention(_FusedAttention):
-    """Self-attention within the last but one axis; queries, keys and values come from one product.
-
-    Replaces `torch.nn.MultiheadAttention` called with one tensor: the same state dict.
-
-    Args:
-        embed_dim: channels. num_heads: heads; must divide embed_dim. dropout: on the attention weights, when training.
-        bias: whether both projections have one.
-
-    Raises:
-        ValueError: num_heads does not divide embed_dim.
-    """
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x `(..., embed_dim)` to queries, keys and values, each a `(..., num_heads, head_dim)` view."""
         qkv = linear_act(x, self.in_proj_weight, self.in_proj_bias)
         return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        key_padding_mask: Tensor | None = None,
-        causal: bool = False,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """x and result `(..., tokens, embed_dim)`, any leading axes or none; key_padding_mask `(..., tokens)`, nonzero
-        for tokens; causal lets a token see itself and those before it; residual, of x's shape, is added to the
-        result."""
-        qkv = self.project(calm_padding(x, key_padding_mask))
-        return self.attend_heads(*qkv, key_padding_mask=key_padding_mask, causal=causal, residual=residual)
-
-
-class CrossAttention(_FusedAttention):
-    """Attention of one sequence to another; the memory's keys and values come from one product.
-
-    Replaces `torch.nn.MultiheadAttention` called with a query and a memory: the same state dict.
-
-    Args:
-        embed_dim: channels of both. num_heads: heads; must divide embed_dim. dropout: on the attention weights, when
-            training. bias: whether the projections have one.
-
-    Raises:
-        ValueError: num_heads does not divide embed_dim.
-    """
-
     def project_query(self, x: Tensor) -> Tensor:
         """x `(..., embed_dim)` to `(..., num_heads, head_dim)`."""
         return self.split_heads(linear_act(x, *self.query_parameters()))
 
     def query_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the queries' projection."""
+        """Weight and bias of the query projection."""
         dim, bias = self.embed_dim, self.in_proj_bias
         return self.in_proj_weight[:dim], None if bias is None else bias[:dim]
 
@@ -205,6 +139,75 @@ class CrossAttention(_FusedAttention):
         kv = linear_act(memory, self.in_proj_weight[dim:], None if bias is None else bias[dim:])
         return kv.unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
 
+
+class _TorchAttention(FusedProjections):
+    """The parameters of `torch.nn.MultiheadAttention`."""
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
+        super().__init__(embed_dim, num_heads, dropout, bias)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.out_proj.reset_parameters()
+        if self.out_proj.bias is not None:
+            nn.init.zeros_(self.out_proj.bias)
+
+
+class SelfAttention(_TorchAttention):
+    """Self-attention over the second to last axis. One product computes queries, keys and values.
+
+    Replaces `torch.nn.MultiheadAttention` called with one tensor. The state dict is the same.
+
+    Args:
+        embed_dim: channels.
+        num_heads: heads; must divide embed_dim.
+        dropout: on the attention weights, in training.
+        bias: whether both projections have one.
+
+    Raises:
+        ValueError: num_heads does not divide embed_dim.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        causal: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Attends within x.
+
+        Args:
+            x: `(..., tokens, embed_dim)`, with any leading axes.
+            key_padding_mask: `(..., tokens)`, nonzero for tokens.
+            causal: each token sees only itself and earlier ones.
+            residual: added to the result; has the shape of x.
+
+        Returns a tensor of x's shape.
+        """
+        heads = self.project(calm_padding(x, key_padding_mask))
+        context = self.context(*heads, key_padding_mask=key_padding_mask, causal=causal)
+        return add_linear(self.out_proj, context, residual)
+
+
+class CrossAttention(_TorchAttention):
+    """Attention of one sequence to another. One product computes the keys and values of the memory.
+
+    Replaces `torch.nn.MultiheadAttention` called with a query and a memory. The state dict is the same.
+
+    Args:
+        embed_dim: channels of both sequences.
+        num_heads: heads; must divide embed_dim.
+        dropout: on the attention weights, in training.
+        bias: whether the projections have one.
+
+    Raises:
+        ValueError: num_heads does not divide embed_dim.
+    """
+
     def forward(
         self,
         x: Tensor,
@@ -213,8 +216,16 @@ class CrossAttention(_FusedAttention):
         key_padding_mask: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """x and result `(..., q_len, embed_dim)`; memory `(..., k_len, embed_dim)`, with the same leading axes, any or
-        none; key_padding_mask `(..., k_len)`, nonzero for tokens; residual, of x's shape, is added to the result."""
+        """Attends from x to memory.
+
+        Args:
+            x: `(..., q_len, embed_dim)`, with any leading axes.
+            memory: `(..., k_len, embed_dim)`, with the same leading axes.
+            key_padding_mask: `(..., k_len)`, nonzero for tokens.
+            residual: added to the result; has the shape of x.
+
+        Returns a tensor of x's shape.
+        """
         return self.attend(self.project_query(x), memory, key_padding_mask=key_padding_mask, residual=residual)
 
     def attend(
@@ -227,4 +238,5 @@ class CrossAttention(_FusedAttention):
     ) -> Tensor:
         """`forward` with the result of `project_query` in place of x."""
         key, value = self.project_memory(calm_padding(memory, key_padding_mask))
-        return self.attend_heads(query, key, value, key_padding_mask=key_padding_mask, residual=residual)
+        context = self.context(query, key, value, key_padding_mask=key_padding_mask)
+        return add_linear(self.out_proj, context, residual)

@@ -7,8 +7,8 @@ from bench.modules import cases, decoder_step, fusion_layer, operator_call, temp
 from bench.selection import Selection
 from mplug2_fast import MPlug2Config
 from mplug2_fast.nn import text_decoder
-from mplug2_fast.nn.attention import MultiHeadAttention
-from mplug2_fast.nn.fusion_layer import BertOutput
+from mplug2_fast.nn.attention import AttentionHeads
+from mplug2_fast.nn.bert_layer import BertOutput
 from mplug2_fast.ops import decoder_layer, layer_norm
 
 TINY, LARGE = MPlug2Config.preset("tiny"), MPlug2Config.preset("large")
@@ -52,17 +52,17 @@ def test_every_way_runs_and_ours_agrees(key):
 @pytest.mark.parametrize("direction", ["forward", "both"])
 @pytest.mark.parametrize("name", list(cases.MODULES))
 def test_what_is_wrong_is_noticed(name, direction, monkeypatch):
-    project_out = MultiHeadAttention.project_out
+    context = AttentionHeads.context
 
-    def wrong(self, context, residual=None):
-        return project_out(self, 1.1 * context, residual)
+    def wrong(*args, **options):
+        return 1.1 * context(*args, **options)
 
     def wrong_layer(x, norm, qkv, self_out, *others, **options):
         return decoder_layer(x, norm, qkv, (1.1 * self_out[0], self_out[1]), *others, **options)
 
     output = BertOutput.forward
     monkeypatch.setattr(BertOutput, "forward", lambda self, hidden, x: output(self, 1.1 * hidden, x))
-    monkeypatch.setattr(MultiHeadAttention, "project_out", wrong)
+    monkeypatch.setattr(AttentionHeads, "context", wrong)
     monkeypatch.setattr(text_decoder, "decoder_layer", wrong_layer)
     for key in cases.keys(Selection("tiny", dtypes=("bfloat16",), only=(name,), directions=(direction,))):
         found = cases.build(key, compile=False).agreement()

@@ -90,7 +90,7 @@ def test_every_part_is_called(task, which, kind):
 
 
 @pytest.mark.parametrize(
-    "name", ["decoder", "decoder.layers.0", "decoder.layers.1.attention", "decoder.layers.0.cross"]
+    "name", ["decoder", "decoder.layers.0", "decoder.layers.1.attention", "decoder.layers.0.crossattention"]
 )
 def test_one_part_of_the_decoder(name):
     model = make("question_answering")
@@ -121,14 +121,14 @@ def test_a_hook_that_is_removed_leaves_nothing():
         "visual_projection",
         "visual_norm",
         "universal.first.attention",
-        "universal.first.cross",
-        "universal.last.mlp_norm",
+        "universal.first.crossattention",
+        "universal.last.output.LayerNorm",
         "decoder.embeddings.position",
         "decoder.embeddings.token_type",
         "decoder.layers.0",
-        "decoder.layers.0.attention.out_proj",
-        "decoder.layers.1.cross",
-        "decoder.layers.1.mlp",
+        "decoder.layers.0.attention.output.dense",
+        "decoder.layers.1.crossattention",
+        "decoder.layers.1.intermediate",
         "decoder.head",
         "decoder.head_norm",
     ],
@@ -201,7 +201,7 @@ def test_peft():
     peft = pytest.importorskip("peft")
     model = make()
     before = outcomes(model)
-    wanted = ["c_fc", "c_proj", "out_proj", "head", "visual_projection", "position"]
+    wanted = ["c_fc", "c_proj", "out_proj", "dense", "head", "visual_projection", "position"]
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=wanted, init_lora_weights=False))
     found = adapted(VIDEO, *TEXT)
     found.backward()
@@ -290,7 +290,7 @@ def test_norms_of_different_eps():
     """A step of one operator a layer has one eps."""
     model = make()
     reference = randomise(mf.reference.MPlug2ForCaptioning(CONFIG))
-    model.decoder.layers[0].cross_norm.eps = 0.5
+    model.decoder.layers[0].crossattention.output.LayerNorm.eps = 0.5
     reference.text_decoder.bert.encoder.layer["0"].crossattention.output.LayerNorm.eps = 0.5
     torch.testing.assert_close(generate(model).scores, generate(reference).scores, atol=1e-4, rtol=1e-4)
 

@@ -16,8 +16,8 @@ class UniversalLayers(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.latents = nn.Parameter(torch.empty(config.num_latents, config.hidden_size))
-        self.first = BertLayer(config, cross_attention=True)
-        self.last = BertLayer(config, cross_attention=True)
+        self.first = BertLayer.from_config(config, fused_projections=True)
+        self.last = BertLayer.from_config(config, fused_projections=True)
 
     def forward(self, visual: Tensor) -> Tensor:
         """Visual tokens `(B, S, D)` to `(B, S, D)`."""
@@ -25,20 +25,19 @@ class UniversalLayers(nn.Module):
         if not self._shares_latents():
             latents = first(self.latents.expand(batch, -1, -1), memory=visual)
             return self.last(visual, memory=latents)
-        # Until they meet the video the latents are the same for all videos: that part is done once, not once a video.
-        latents = first.attend_self(self.latents[None])
-        query = first.cross.project_query(latents).expand(batch, -1, -1, -1)
-        latents = first.attend_cross(latents.expand(batch, -1, -1), visual, query=query)
+        # Until they attend to the video, the latents are the same for all videos: compute that part once.
+        latents, cross = first.attention(self.latents[None]), first.crossattention
+        query = cross.self.project_query(latents).expand(batch, -1, -1, -1)
+        context = cross.self.context(query, *cross.self.project_memory(visual))
+        latents = cross.output(context, latents.expand(batch, -1, -1))
         return self.last(visual, memory=first.feed_forward(latents))
 
     def _shares_latents(self) -> bool:
-        """Whether all that the latents go through before they meet the video is ours and unchanged."""
-        first = self.first
-        return (
-            unchanged(BERT_KINDS, first)
-            and unchanged(BERT_KINDS, first.attention, first.attention_norm, first.dropout, first.cross)
-            and unchanged(BERT_KINDS, first.attention.out_proj, first.attention.dropout)
-        )
+        """Whether the modules that the latents pass before they attend to the video are unchanged."""
+        first, kinds = self.first, BERT_KINDS
+        if not unchanged(kinds, first) or not unchanged(kinds, first.attention, first.crossattention):
+            return False
+        return unchanged(kinds, *first.attention.modules(), first.crossattention.self)
 
 
 class TextEncoder(nn.Module):
@@ -48,7 +47,10 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.embeddings = BertEmbeddings(config)
         self.layers = nn.ModuleList(
-            [BertLayer(config, cross_attention=False) for _ in range(config.text_encoder_layers - config.num_uni_layer)]
+            [
+                BertLayer.from_config(config, cross_attention=False, fused_projections=True)
+                for _ in range(config.text_encoder_layers - config.num_uni_layer)
+            ]
         )
 
     def forward(self, input_ids: Tensor, mask: Tensor, universal: UniversalLayers) -> Tensor:
@@ -65,7 +67,12 @@ class FusionEncoder(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self._connected = [config.connected(n) for n in range(config.fusion_layers)]
-        self.layers = nn.ModuleList([BertLayer(config, cross_attention=not connected) for connected in self._connected])
+        self.layers = nn.ModuleList(
+            [
+                BertLayer.from_config(config, cross_attention=not connected, fused_projections=True)
+                for connected in self._connected
+            ]
+        )
 
     def forward(self, text: Tensor, text_mask: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
         """text `(B, tokens, D)`, its mask `(B, tokens)`, visual `(B, S, D)`, all of it seen. Returns (visual, text)."""

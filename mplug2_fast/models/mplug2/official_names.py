@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-from mplug2_fast.nn import CrossAttention, LocalTemporal, SelfAttention
+from mplug2_fast.nn import LocalTemporal
 from mplug2_fast.nn.bert_layer import BertEmbeddings, BertLayer
 from mplug2_fast.nn.vision_transformer import VisionTransformer
 
@@ -52,21 +52,14 @@ def embeddings(module: BertEmbeddings, name: str, get: Get) -> Views:
     yield from affine(module.norm, f"{name}.LayerNorm", get)
 
 
-def attention(module: SelfAttention | CrossAttention, norm: nn.LayerNorm, name: str, get: Get) -> Views:
-    for kind, parameter in (("weight", module.in_proj_weight), ("bias", module.in_proj_bias)):
-        for part, view in zip(("query", "key", "value"), get(parameter).chunk(3), strict=True):
-            yield f"{name}.self.{part}.{kind}", view
-    yield from affine(module.out_proj, f"{name}.output.dense", get)
-    yield from affine(norm, f"{name}.output.LayerNorm", get)
-
-
 def bert_layer(module: BertLayer, name: str, get: Get) -> Views:
-    yield from attention(module.attention, module.attention_norm, f"{name}.attention", get)
-    if module.cross is not None:
-        yield from attention(module.cross, module.cross_norm, f"{name}.crossattention", get)
-    yield from affine(module.mlp.c_fc, f"{name}.intermediate.dense", get)
-    yield from affine(module.mlp.c_proj, f"{name}.output.dense", get)
-    yield from affine(module.mlp_norm, f"{name}.output.LayerNorm", get)
+    for key, parameter in module.named_parameters():
+        attention, fused, kind = key.rpartition("in_proj_")
+        if not fused:
+            yield f"{name}.{key}", get(parameter)
+            continue
+        for part, view in zip(("query", "key", "value"), get(parameter).chunk(3), strict=True):
+            yield f"{name}.{attention}{part}.{kind}", view
 
 
 def model(module: nn.Module, get: Get) -> Views:
