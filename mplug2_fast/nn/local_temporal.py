@@ -1,4 +1,4 @@
-"""The local temporal module of mPLUG-2 and its siblings, usable in any video model."""
+"""The local temporal module of mPLUG-2 and similar modules of other video models."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mplug2_fast.nn.layer_norm import LayerNorm
 from mplug2_fast.nn.parts import plain
 from mplug2_fast.ops.linear_act import EAGER, Activation
 from mplug2_fast.ops.local_temporal import local_temporal
 from mplug2_fast.ops.residual import would_round
+from mplug2_fast.ops.runtime.dispatch import autocast_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -24,27 +26,30 @@ _PARTS = ("ln", "bn", "down_proj", "conv", "up_proj")
 
 
 class LocalTemporal(nn.Module):
-    """x + up(activation(depthwise convolution over time(down(norm(x))))) on patches; the class token passes by.
+    """x + up(activation(depthwise convolution over time(down(norm(x))))) on patches. The class token passes unchanged.
 
-    Starts as the identity: the up-projection is zero. The defaults are mPLUG-2's module under its released names:
-    `ln`, `down_proj`, `conv` and `up_proj`, those with the shapes of `nn.Conv3d`; a batch norm is named `bn`.
+    A new module is the identity, because its up-projection is zero. The defaults are mPLUG-2's module with the official
+    names: `ln`, `down_proj`, `conv` and `up_proj`, the last three shaped as in `nn.Conv3d`. A batch norm is named `bn`.
 
     Args:
-        dim: channels. reduction: int(dim // reduction) channels inside, or as many as `inner` says.
-        kernel_size: frames, odd. eps: of the norm.
+        dim: channels.
+        reduction: the inner channels are int(dim // reduction), unless `inner` is given.
+        kernel_size: frames, odd.
+        eps: of the norm.
+        inner: inner channels.
         norm: `"layer"` over the channels of a token, `"batch"` as `nn.BatchNorm3d` over (batch, frames, patches), or
             None.
         activation: `"quick_gelu"`, `"gelu"` (erf) or `"none"`.
-        class_token: whether the first token of each frame is one.
-        residual: False leaves the addition of x out; a class token still passes by.
+        class_token: whether the first token of each frame is a class token.
+        residual: False leaves out the addition of x. A class token still passes unchanged.
         bias: whether the three products have one.
-        layout: of x, `"channels_last"`: `(..., frames, tokens, dim)`, or `"channels_first"`:
-            `(batch, dim, frames, height, width)`, without a class token.
+        layout: of x: `"channels_last"` is `(..., frames, tokens, dim)`, `"channels_first"` is
+            `(batch, dim, frames, height, width)` without a class token.
 
     Raises:
-        ValueError: an even kernel_size, an unknown norm, activation or layout, channels first with a class token.
+        ValueError: an even kernel_size, an unknown norm, activation or layout, or channels first with a class token.
 
-    Source: mPLUG-2 (arXiv 2302.00402), section 3.2; released name `lmhra`. The siblings: UniFormerV2's local MHRA
+    Source: mPLUG-2 (arXiv 2302.00402), section 3.2; official name `lmhra`. Similar modules: UniFormerV2's local MHRA
     (arXiv 2211.09552), ST-Adapter (arXiv 2206.13559), mPLUG-Owl-video's local temporal module (arXiv 2304.14178).
     """
 
@@ -94,16 +99,17 @@ class LocalTemporal(nn.Module):
         residual: bool = True,
         layout: Layout = "channels_last",
     ) -> Self:
-        """A module that computes with the layers of another, which it shares: nothing is copied or initialised.
+        """Builds a module around the layers of another one. It shares them: nothing is copied or initialised, and each
+        layer stays in its own mode, training or evaluation.
 
         Args:
-            norm: a layer norm with a weight, a batch norm, or None for none.
-            down_proj, up_proj: `nn.Linear`, or a convolution whose kernel is 1.
-            conv: a depthwise convolution over time alone, of stride 1, padded with zeros to keep the number of frames.
-            activation, class_token, residual, layout: as above.
+            norm: a layer norm with a weight, a batch norm, or None.
+            down_proj, up_proj: `nn.Linear`, or a convolution with a kernel of 1.
+            conv: a depthwise convolution over time only, with stride 1, zero-padded to keep the number of frames.
+            activation, class_token, residual, layout: as for the class.
 
         Raises:
-            ValueError: layers of another kind.
+            ValueError: unsupported layers.
         """
         module = cls.__new__(cls)
         nn.Module.__init__(module)
@@ -117,7 +123,8 @@ class LocalTemporal(nn.Module):
             residual=residual,
             layout=layout,
         )
-        return module.train(down_proj.training)
+        module.training = down_proj.training
+        return module
 
     def _compose(
         self,
@@ -140,7 +147,7 @@ class LocalTemporal(nn.Module):
         check_layers(norm, down_proj, conv, up_proj)
         self.activation: Activation = activation
         self.class_token, self.residual, self.layout = class_token, residual, layout
-        batched = isinstance(norm, nn.modules.batchnorm._BatchNorm)
+        batched = isinstance(norm, _BatchNorm)
         self.ln = None if batched else norm
         self.bn = norm if batched else None
         self.down_proj, self.conv, self.up_proj = down_proj, conv, up_proj
@@ -155,19 +162,20 @@ class LocalTemporal(nn.Module):
             parameter.zero_()
 
     def load_renamed(self, state_dict: Mapping[str, Tensor], **names: str) -> None:
-        """Copies a sibling's parameters and running statistics in, whether its layers are linear or convolutions.
+        """Loads parameters and running statistics of a similar module whose layers have other names. Its products may
+        be linear layers or convolutions.
 
         Args:
-            state_dict: the sibling's; keys of no layer that is named are passed over.
-            names: for each of `ln`, `bn`, `down_proj`, `conv` and `up_proj` that this module has, the name of the
-                sibling's layer, `ln="blocks.0.norm"`; for what is left out it is the same.
+            state_dict: the other module's. Keys of other layers are ignored.
+            names: maps `ln`, `bn`, `down_proj`, `conv` or `up_proj` to the other module's name for that layer, such as
+                `ln="blocks.0.norm"`. Layers that are not given have the same name.
 
         Raises:
-            ValueError: a name of no such layer.
-            RuntimeError: a key is missing, or another shape than this module's, as for `load_state_dict`.
+            ValueError: this class has no layer of that name.
+            RuntimeError: a key is missing or has the wrong shape, as for `load_state_dict`.
         """
         if unknown := names.keys() - set(_PARTS):
-            raise ValueError(f"there is no layer {', '.join(sorted(unknown))}: name {', '.join(_PARTS)}")
+            raise ValueError(f"unknown layer {', '.join(sorted(unknown))}: use {', '.join(_PARTS)}")
         renamed = {}
         for key, own in self.state_dict().items():
             layer, kind = key.split(".")
@@ -177,8 +185,8 @@ class LocalTemporal(nn.Module):
         self.load_state_dict(renamed)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x and result: `(..., frames, tokens, dim)`, any leading axes or none, or `(batch, dim, frames, height,
-        width)` as the layout says; the tokens of a frame are its class token, where there is one, and its patches."""
+        """x and result: `(..., frames, tokens, dim)` with any leading axes, or `(batch, dim, frames, height, width)`,
+        depending on the layout. The tokens of a frame are its class token, if there is one, and its patches."""
         if self.layout == "channels_first":
             if x.dim() != 5:
                 raise ValueError(f"x must be (batch, dim, frames, height, width), got {tuple(x.shape)}")
@@ -194,21 +202,16 @@ class LocalTemporal(nn.Module):
         """x and result: `(batch, frames, tokens, dim)`."""
         norm = self.bn if self.ln is None else self.ln
         layers = (self.down_proj, self.conv, self.up_proj)
-        is_plain = plain(*layers) if norm is None else plain(norm, *layers)
-        on_batch = self.bn is not None and is_plain and (self.bn.training or self.bn.running_mean is None)
-        if is_plain and not on_batch and not (self.residual and would_round(x)):
-            return self._operator(x, self.class_token, self.residual)
+        options = {"activation": self.activation, "class_token": self.class_token, "residual": self.residual}
+        if plain(*layers) and (norm is None or plain(norm)):
+            return compute(x, norm, *layers, **options)
         patches = x[:, :, 1:] if self.class_token else x
-        if is_plain:
-            out = self._operator(self._batch_norm(patches) if on_batch else patches, False, False, folded=not on_batch)
-        else:
-            out = self._by_layers(patches)
+        out = self._call_layers(patches)
         out = patches + out if self.residual else out
         return torch.cat([x[:, :, :1].to(out.dtype), out], dim=2) if self.class_token else out
 
-    def _by_layers(self, patches: Tensor) -> Tensor:
-        """The update of patches `(batch, frames, patches, dim)`, every layer called as in the modules that it came
-        from."""
+    def _call_layers(self, patches: Tensor) -> Tensor:
+        """The update of patches `(batch, frames, patches, dim)`, by calls of every layer."""
         down, conv, up = self._axes
         if self.ln is not None:
             patches = self.ln(patches)
@@ -217,40 +220,70 @@ class LocalTemporal(nn.Module):
         inner = _channels_first(self.conv, _channels_first(self.down_proj, patches, down), conv)
         return _channels_first(self.up_proj, EAGER[self.activation](inner), up)
 
-    def _batch_norm(self, patches: Tensor) -> Tensor:
-        """The norm by the statistics of this batch, which it keeps."""
-        assert self.bn is not None
-        return self.bn(patches.reshape(-1, patches.shape[-1], 1, 1, 1)).view(patches.shape)
-
-    def _operator(self, x: Tensor, class_token: bool, residual: bool, folded: bool = True) -> Tensor:
-        ln, down_weight, down_bias = self.ln, self.down_proj.weight.flatten(1), self.down_proj.bias
-        if self.bn is not None and folded:
-            down_weight, down_bias = fold_batch_norm(self.bn, down_weight, down_bias)
-        return local_temporal(
-            x,
-            None if ln is None else ln.weight,
-            None if ln is None else ln.bias,
-            down_weight,
-            down_bias,
-            self.conv.weight.flatten(1),
-            self.conv.bias,
-            self.up_proj.weight.flatten(1),
-            self.up_proj.bias,
-            eps=1e-5 if ln is None else ln.eps,
-            activation=self.activation,
-            class_token=class_token,
-            residual=residual,
-        )
-
     def extra_repr(self) -> str:
         settings = ("activation", "class_token", "residual", "layout")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in settings)
 
 
+def compute(
+    x: Tensor,
+    norm: nn.Module | None,
+    down_proj: nn.Module,
+    conv: nn.Module,
+    up_proj: nn.Module,
+    *,
+    activation: Activation,
+    class_token: bool,
+    residual: bool,
+    keep_class_token: bool = False,
+) -> Tensor:
+    """`ops.local_temporal` with the parameters of layers, of x `(batch, frames, tokens, dim)`.
+
+    keep_class_token: under autocast, a class token without a residual keeps its type, and so does the result.
+    """
+    batch_norm = norm if isinstance(norm, _BatchNorm) else None
+    ln = norm if batch_norm is None else None
+    weight, bias = down_proj.weight.flatten(1), down_proj.bias
+    # Folded weights in a narrow type would lose precision if the mean is far from zero.
+    is_wide = x.element_size() >= 4 and autocast_dtype(x) is None
+    if batch_norm is not None and is_wide and not batch_norm.training and batch_norm.running_mean is not None:
+        weight, bias = fold_batch_norm(batch_norm, weight, bias)
+        batch_norm = None
+    adds_outside = batch_norm is not None or (would_round(x) and (residual or (class_token and keep_class_token)))
+    first = int(class_token)
+    given = x[:, :, first:] if adds_outside else x
+    if batch_norm is not None:
+        given = batch_norm(given.reshape(-1, given.shape[-1], 1, 1, 1)).view(given.shape)
+    out = local_temporal(
+        given,
+        None if ln is None else ln.weight,
+        None if ln is None else ln.bias,
+        weight,
+        bias,
+        conv.weight.flatten(1),
+        conv.bias,
+        up_proj.weight.flatten(1),
+        up_proj.bias,
+        eps=1e-5 if ln is None else ln.eps,
+        activation=activation,
+        class_token=class_token and not adds_outside,
+        residual=residual and not adds_outside,
+    )
+    if not adds_outside:
+        return out
+    out = x[:, :, first:] + out if residual else out
+    if not class_token:
+        return out
+    token = x[:, :, :1]
+    return torch.cat([token if keep_class_token else token.to(out.dtype), out], dim=2)
+
+
 def _channels_first(layer: nn.Module, x: Tensor, axes: int) -> Tensor:
-    """layer(x) of x `(batch, frames, patches, channels)`, in the order of axes that it takes: `(..., channels)` for a
-    linear layer, which has 0 axes, and `(batch, channels, ...)` for a convolution over 1, 2 or 3. One over 1 sees the
-    frames alone, each patch as a row of the batch."""
+    """Calls a layer with x `(batch, frames, patches, channels)` in the order of axes that it expects.
+
+    axes: 0 for a linear layer, which takes `(..., channels)`; 1, 2 or 3 for a convolution, which takes `(batch,
+        channels, ...)`. A convolution over 1 axis gets only the frames, with each patch as a row of the batch.
+    """
     if axes == 0:
         return layer(x)
     if axes == 1:
@@ -261,8 +294,11 @@ def _channels_first(layer: nn.Module, x: Tensor, axes: int) -> Tensor:
     return out.permute(0, 2, 3, 1)
 
 
-def fold_batch_norm(bn: nn.modules.batchnorm._BatchNorm, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A batch norm by its running statistics and the product after it, weight `(inner, dim)`, as one product."""
+def fold_batch_norm(bn: _BatchNorm, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight `(inner, dim)` and bias of the product after a batch norm, with the norm's running statistics folded in.
+
+    The fold is computed in at least float32 and cast once.
+    """
     dtype = torch.promote_types(bn.running_var.dtype, torch.float32)
     scale = (bn.running_var.to(dtype) + bn.eps).rsqrt()
     if bn.weight is not None:
@@ -270,7 +306,7 @@ def fold_batch_norm(bn: nn.modules.batchnorm._BatchNorm, weight: Tensor, bias: T
     shift = -scale * bn.running_mean
     if bn.bias is not None:
         shift = shift + bn.bias
-    moved = (weight * shift).sum(dim=1)  # in the wide type, under autocast too
+    moved = (weight * shift).sum(dim=1)  # stays wide under autocast
     if bias is not None:
         moved = moved + bias
     return (weight * scale).to(weight.dtype), moved.to(weight.dtype)
@@ -279,7 +315,7 @@ def fold_batch_norm(bn: nn.modules.batchnorm._BatchNorm, weight: Tensor, bias: T
 def check_layers(norm: nn.Module | None, down_proj: nn.Module, conv: nn.Module, up_proj: nn.Module) -> None:
     if isinstance(norm, nn.LayerNorm):
         if norm.weight is None or len(norm.normalized_shape) != 1:
-            raise ValueError(f"the layer norm must be over one axis and have a weight, got {norm}")
+            raise ValueError(f"a layer norm must be over one axis and have a weight, got {norm}")
     elif norm is not None and not isinstance(norm, (nn.BatchNorm3d, nn.SyncBatchNorm)):
         raise ValueError(f"norm must be a LayerNorm, a BatchNorm3d, a SyncBatchNorm or None, got {norm}")
     for name, layer in (("down_proj", down_proj), ("up_proj", up_proj)):
@@ -297,8 +333,8 @@ def check_layers(norm: nn.Module | None, down_proj: nn.Module, conv: nn.Module, 
         or conv.padding_mode != "zeros"
     ):
         raise ValueError(
-            "conv must be a depthwise convolution over an odd number of frames, of stride 1, padded with zeros to keep "
-            f"their number, got {conv}"
+            "conv must be a depthwise convolution over an odd number of frames, with stride 1 and zero padding that "
+            f"keeps the number of frames, got {conv}"
         )
 
 

@@ -92,7 +92,19 @@ def test_layers_of_another_module_are_shared(options):
     torch.testing.assert_close(ours(x), plain(x), atol=4e-6, rtol=1e-5)
 
 
-def test_linear_layers_serve_as_well():
+def test_shared_layers_keep_their_modes():
+    plain = Plain(norm="batch").train()
+    plain.norm.eval()  # frozen
+    ours = LocalTemporal.around(**plain.layers())
+    assert ours.training
+    assert not plain.norm.training
+    before = plain.norm.running_mean.clone()
+    x = torch.randn(2, 5, 7, DIM)
+    torch.testing.assert_close(ours(x), plain(x), atol=2e-6, rtol=1e-5)
+    assert torch.equal(plain.norm.running_mean, before)
+
+
+def test_linear_layers_work_too():
     plain = Plain()
     down, up = nn.Linear(DIM, INNER), nn.Linear(INNER, DIM)
     for linear, conv in ((down, plain.down_proj), (up, plain.up_proj)):
@@ -149,6 +161,17 @@ def test_autocast_rounds_no_residual(options, training):
     assert narrow.dtype == (torch.float32 if options.get("residual", True) else torch.bfloat16)
     torch.testing.assert_close(narrow.float(), plain(x), atol=0.1, rtol=0.05)
     assert torch.equal(narrow[:, :, 0], x[:, :, 0].to(narrow.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_batch_norm_far_from_zero_in_half_precision(dtype):
+    plain, ours = pair(False, norm="batch", residual=False)
+    for module in (plain.norm, ours.bn):
+        module.running_mean.fill_(50)
+    x = (torch.randn(2, 5, 7, DIM) + 50).to(dtype)
+    exact = plain(x.float())
+    eager, actual = (module.to(dtype)(x).float() - exact for module in (plain, ours))
+    assert actual.norm() < 1.5 * eager.norm()
 
 
 def test_a_narrow_module_with_wide_running_statistics():
@@ -247,7 +270,7 @@ def test_layers_of_another_kind(layers, message):
 
 
 def test_names_that_do_not_exist():
-    with pytest.raises(ValueError, match="there is no layer norm: name ln, bn, down_proj, conv, up_proj"):
+    with pytest.raises(ValueError, match="unknown layer norm: use ln, bn, down_proj, conv, up_proj"):
         LocalTemporal(DIM).load_renamed({}, norm="pos_embed.0")
     with pytest.raises(RuntimeError, match="Missing key"):
         LocalTemporal(DIM).load_renamed({})
