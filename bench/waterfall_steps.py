@@ -22,6 +22,7 @@ from bench.implementations import NoInitialisation
 from mplug2_fast import MPlug2Config, _native
 from mplug2_fast._native import native
 from mplug2_fast.models.mplug2 import MPlug2ForCaptioning
+from mplug2_fast.nn.bert_layer import KeysValues
 from mplug2_fast.nn.text_decoder import Memory, SelfAttentionCache, TextDecoder
 from mplug2_fast.ops import use_backend
 from mplug2_fast.outputs import GenerationOutput
@@ -102,8 +103,8 @@ class TiledDecoder(TextDecoder):
     def step(self, tokens: Tensor, step: int, cache: SelfAttentionCache, memory: Memory) -> Tensor:
         batch, beams = tokens.shape
         if step == 0:
-            for part in (memory.keys, memory.values):
-                part[:] = [t.repeat_interleave(beams, dim=0) for t in part]
+            tiled = [KeysValues(*(t.repeat_interleave(beams, dim=0) for t in each)) for each in memory.keys_values]
+            memory.keys_values[:] = tiled
         return super().step(tokens.view(-1, 1), step, cache, memory).view(batch, beams, -1)
 
 

@@ -95,9 +95,9 @@ class Ours(Step):
         return scores
 
     def backend(self) -> str:
-        memory, heads = self.memory, self.memory.keys[0].shape[1]
-        query = memory.keys[0].new_empty(1, BEAMS, heads, memory.keys[0].shape[-1])
-        served = explain(beam_attention, query, memory.keys[0], memory.values[0]).chosen or ""
+        keys, values = self.memory.keys_values[0]
+        query = keys.new_empty(1, BEAMS, keys.shape[1], keys.shape[-1])
+        served = explain(beam_attention, query, keys, values).chosen or ""
         return BACKENDS.get(served, served)
 
 

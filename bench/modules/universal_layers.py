@@ -78,7 +78,7 @@ def flop(config: MPlug2Config, with_gradients: bool) -> int:
 
 
 def main_operator(module: Ours, visual: Tensor) -> Explanation:
-    heads = visual.unflatten(-1, (module.universal.last.attention.num_heads, -1))
+    heads = visual.unflatten(-1, (module.universal.last.attention.self.num_heads, -1))
     return explain(attention, heads, heads, heads)
 
 

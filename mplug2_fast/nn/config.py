@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision encoder: a CLIP image tower with two local temporal modules a block."""
+    """Sizes of the vision encoder: a CLIP image tower with two local temporal modules per block."""
 
     width: int = 1024
     layers: int = 24
@@ -28,11 +28,11 @@ class VisionConfig:
 
     @property
     def num_patches(self) -> int:
-        """Patches of one frame, L."""
+        """Patches per frame, L."""
         return (self.image_size // self.patch_size) ** 2
 
     def output_frames(self, num_frames: int) -> int:
-        """Frames that the encoder works on when it is given `num_frames`."""
+        """Frames inside the encoder for `num_frames` input frames."""
         return (num_frames - 1) // self.temporal_stride + 1 if self.temporal_downsampling else num_frames
 
 

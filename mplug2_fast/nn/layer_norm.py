@@ -10,10 +10,12 @@ from mplug2_fast.ops.layer_norm import layer_norm
 
 
 class LayerNorm(nn.LayerNorm):
-    """`torch.nn.LayerNorm` over the last axis, by `mplug2_fast.ops.layer_norm`; same arguments, same state dict.
+    """`torch.nn.LayerNorm` over the last axis, with the same arguments and state dict.
 
     Args:
-        dim: channels. eps: added to the variance. elementwise_affine, bias: as in PyTorch.
+        dim: channels.
+        eps: added to the variance.
+        elementwise_affine, bias: as in PyTorch.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True) -> None:
@@ -24,7 +26,7 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, eps=self.eps)
 
     def add(self, x: Tensor, update: Tensor) -> Tensor:
-        """The norm of x + update, both `(..., dim)`, in one pass."""
+        """Normalises x + update, both `(..., dim)`, in one pass."""
         return norm_of_sum(self, x, update)
 
 
@@ -32,7 +34,7 @@ NORMS = frozenset((nn.LayerNorm, LayerNorm))
 
 
 def norm_of_sum(norm: nn.Module, x: Tensor, update: Tensor) -> Tensor:
-    """norm(x + update), in one pass where the norm is an unchanged layer norm."""
+    """norm(x + update), in one pass if the norm is an unchanged layer norm."""
     if not unchanged(NORMS, norm):
         return norm(x + update)
     return add_layer_norm(x, update, norm.weight, norm.bias, eps=norm.eps)

@@ -1,4 +1,4 @@
-"""The feed-forward part of a transformer block."""
+"""The feed-forward network of a transformer block."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from mplug2_fast.ops.residual import would_round
 
 
 class MLP(nn.Module):
-    """Two linear layers with an activation between them; the state dict is that of CLIP's `mlp`.
+    """Two linear layers with an activation between them. The state dict is that of CLIP's `mlp`.
 
     Args:
-        dim: channels in and out. hidden: channels between. activation: `"quick_gelu"`, `"gelu"` (erf) or `"none"`.
+        dim: input and output channels.
+        hidden: channels between the layers.
+        activation: `"quick_gelu"`, `"gelu"` (erf) or `"none"`.
         bias: whether the layers have one.
     """
 
@@ -27,9 +29,9 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Tensor, *, norm: nn.Module | None = None, residual: bool = False) -> Tensor:
-        """x and result `(..., dim)`, x through `norm` first where one is given; `residual` adds x to the result."""
+        """x and result `(..., dim)`. `norm` is applied to x first, if given; `residual` adds x to the result."""
         if isinstance(norm, nn.LayerNorm) and (norm.weight is None or norm.bias is None):
-            raise ValueError("norm must have a weight and a bias: apply another norm before the call")
+            raise ValueError("norm must have a weight and a bias; apply any other norm before the call")
         return feed_forward(x, self.c_fc, self.c_proj, self.activation, norm=norm, residual=residual)
 
 
@@ -42,11 +44,24 @@ def feed_forward(
     norm: nn.Module | None = None,
     residual: bool = False,
 ) -> Tensor:
-    """proj(activation(fc(norm(x)))), plus x where `residual` says so, of x `(..., dim)`."""
+    """proj(activation(fc(norm(x)))) of x `(..., dim)`, plus x if `residual`. Calls modules that are not plain."""
     if not plain(fc, proj) or not (norm is None or unchanged(NORMS, norm)):
         out = linear(proj, linear(fc, x if norm is None else norm(x), activation))
         return x + out if residual else out
-    outside = residual and would_round(x)
+    return compute(x, fc, proj, activation, norm=norm, residual=residual)
+
+
+def compute(
+    x: Tensor,
+    fc: nn.Module,
+    proj: nn.Module,
+    activation: Activation,
+    *,
+    norm: nn.Module | None = None,
+    residual: bool = False,
+) -> Tensor:
+    """`feed_forward` with the parameters of modules, which are not called."""
+    adds_outside = residual and would_round(x)
     out = mlp(
         x,
         fc.weight,
@@ -57,6 +72,6 @@ def feed_forward(
         norm_weight=None if norm is None else norm.weight,
         norm_bias=None if norm is None else norm.bias,
         eps=1e-5 if norm is None else norm.eps,
-        residual=residual and not outside,
+        residual=residual and not adds_outside,
     )
-    return x + out if outside else out
+    return x + out if adds_outside else out

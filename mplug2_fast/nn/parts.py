@@ -1,4 +1,4 @@
-"""Layers inside our modules: computed by operators where they are plain, and called where they are not."""
+"""Layers inside our modules. Operators compute plain layers; other layers are called."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ PLAIN: Kinds = NORMS | {
 _IDENTITY: Kinds = frozenset((nn.Identity,))
 
 plain = functools.partial(unchanged, PLAIN)
-"""Whether every one of these layers is unchanged."""
+"""Whether all of these layers are unchanged layers of PyTorch or this package."""
 
 
 def linear(layer: nn.Module, x: Tensor, activation: Activation = "none") -> Tensor:
-    """The activation of a linear layer of x `(..., in_features)`."""
+    """activation(layer(x)) for x `(..., in_features)`."""
     if not plain(layer):
         return EAGER[activation](layer(x))
     return linear_act(x, layer.weight, layer.bias, activation)
 
 
 def add_linear(layer: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
-    """A linear layer of x `(..., in_features)`, plus the residual `(..., out_features)` if there is one."""
+    """layer(x) for x `(..., in_features)`, plus the residual `(..., out_features)` if there is one."""
     if not plain(layer):
         return layer(x) if residual is None else residual + layer(x)
     return linear_residual(x, layer.weight, layer.bias, residual)
 
 
 def dropout_rate(dropout: nn.Module) -> float | None:
-    """The probability with which a dropout drops now, 0 where it passes its input on; None where it must be called."""
+    """The current dropout probability, 0 in evaluation mode. None if the module must be called."""
     if plain(dropout):
         return dropout.p if dropout.training else 0.0
     return 0.0 if unchanged(_IDENTITY, dropout) else None

@@ -11,19 +11,23 @@ from mplug2_fast.nn.mlp import MLP
 from mplug2_fast.nn.unchanged import Kinds, unchanged
 
 _ADDING: Kinds = frozenset((SelfAttention, MLP))
-"""What adds the residual itself."""
+"""Modules that can add the residual themselves."""
 
 
 class TemporalBlock(nn.Module):
     """Local temporal module, attention within each frame, local temporal module, MLP; pre-norm.
 
-    Replaces the released `ResidualAttentionBlock`, and CLIP's without temporal modules: the same state dict. Fresh
-    temporal modules compute nothing.
+    Replaces the official `ResidualAttentionBlock`, or CLIP's if temporal is False, with the same state dict. New
+    temporal modules are the identity.
 
     Args:
-        d_model: channels. n_head: heads; must divide d_model. mlp_ratio: channels inside the MLP, times d_model.
-        reduction: d_model // reduction channels inside the temporal modules. kernel_size: their frames, odd.
-        eps: of all layer norms. temporal: False leaves the temporal modules out.
+        d_model: channels.
+        n_head: heads; must divide d_model.
+        mlp_ratio: the MLP has mlp_ratio * d_model inner channels.
+        reduction: the temporal modules have d_model // reduction inner channels.
+        kernel_size: frames that a temporal module sees, odd.
+        eps: of all layer norms.
+        temporal: False leaves out the temporal modules.
 
     Source: mPLUG-2 (arXiv 2302.00402), section 3.2.
     """
@@ -48,7 +52,7 @@ class TemporalBlock(nn.Module):
         self.ln_2 = LayerNorm(d_model, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x and result: `(..., frames, 1 + patches, d_model)`, any leading axes or none."""
+        """x and result: `(..., frames, 1 + patches, d_model)`, with any leading axes."""
         x = x if self.lmhra1 is None else self.lmhra1(x)
         normed = self.ln_1(x)
         x = self.attn(normed, residual=x) if unchanged(_ADDING, self.attn) else x + self.attn(normed)

@@ -1,7 +1,7 @@
-"""Whether modules are unchanged, so that an operator may compute with their weights instead of calling them.
+"""Decides whether an operator may compute with a module's weights instead of calling the module.
 
-Adapters, hooks, pruning, parametrisations, wrappers, quantisation and offloading change what a module computes, or must
-see its call. Whoever owns a module with any of these has to call it.
+Adapters, pruning, parametrisations and quantisation change what a module computes. Hooks, wrappers and offloading must
+see its calls. A module with any of these must be called.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch.nn.modules.module import _has_any_global_hook
 Kinds = frozenset[type[nn.Module]]
 
 TENSORS = frozenset((Tensor, nn.Parameter, type(None), FakeTensor, FunctionalTensor))
-"""What operators take as weights, including the tensors of tracing. Other subclasses of `Tensor`, such as quantised or
-sharded weights, need the module's own call."""
+"""Tensor types that operators accept as weights, including those of tracing. Modules with other subclasses of `Tensor`,
+such as quantised or sharded weights, must be called."""
 
 
 def unchanged(kinds: Kinds, *modules: nn.Module) -> bool:
-    """Whether every module is exactly of one of these classes and has neither hooks nor a `forward` on the instance nor
-    parameters of another tensor type. Hooks on all modules count as hooks."""
+    """Whether every module is exactly of one of these classes, without hooks, without a `forward` on the instance and
+    with ordinary parameters. Global hooks count as hooks."""
     if _has_any_global_hook():
         return False
     for module in modules:

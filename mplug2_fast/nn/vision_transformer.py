@@ -1,4 +1,4 @@
-"""The vision encoder on contiguous `(batch, frames, 1 + patches, channels)` from end to end."""
+"""The vision encoder. Hidden states are contiguous `(batch, frames, 1 + patches, channels)` throughout."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mplug2_fast.nn.config import VisionConfig
 from mplug2_fast.nn.layer_norm import norm_of_sum
 from mplug2_fast.ops.linear_act import linear_act
 
-ALIGNED = 64
-"""What rows of pixels are padded to a multiple of on a GPU. The product with rows of 588 values, patches of 14 pixels,
-takes four times as long, because they do not begin at multiples of 16 bytes."""
+PIXEL_ROW_MULTIPLE = 64
+"""On a GPU, rows of pixels are padded to a multiple of this. Rows of 588 values (patches of 14 pixels) do not start at
+multiples of 16 bytes, which makes the product four times slower."""
 
 
 def padded(pixels: Tensor, zeros: int) -> Tensor:
-    """`(B, T', rows, columns, ...)` to `(B, T', rows, columns, values + zeros)`, in one copy."""
+    """Flattens and zero-pads `(B, T', rows, columns, ...)` to `(B, T', rows, columns, values + zeros)`, in one copy."""
     row = pixels[0, 0, 0, 0].numel()
     out = pixels.new_empty(*pixels.shape[:4], row + zeros)
     out[..., :row].unflatten(-1, pixels.shape[4:]).copy_(pixels)
@@ -26,13 +26,13 @@ def padded(pixels: Tensor, zeros: int) -> Tensor:
 
 
 class VisionTransformer(nn.Module):
-    """Video `(B, 3, T, H, W)` to tokens `(B, 1 + T'·L, width)`: the mean class token, then the patches, time-major."""
+    """Video `(B, 3, T, H, W)` to tokens `(B, 1 + T'·L, width)`: the mean class token, then patches, frame by frame."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
         kernel = 3 if config.temporal_downsampling else 1
-        # (width, 3·kernel·patch·patch): the patch convolution as one product.
+        # The patch convolution as a matrix (width, 3·kernel·patch·patch).
         self.patch_weight = nn.Parameter(torch.empty(config.width, 3 * kernel * config.patch_size**2))
         self.class_embedding = nn.Parameter(torch.empty(config.width))
         self.positional_embedding = nn.Parameter(torch.empty(1 + config.num_patches, config.width))
@@ -64,19 +64,22 @@ class VisionTransformer(nn.Module):
         grid = (height // patch, patch, width // patch, patch)
         video = video.reshape(batch, channels, frames, *grid, kernel)
         pixels, weight = video.permute(0, 2, 3, 5, 1, 7, 4, 6), self.patch_weight
-        if pixels.is_cuda and weight.shape[1] % ALIGNED:
-            pixels, weight = padded(pixels, -weight.shape[1] % ALIGNED), F.pad(weight, (0, -weight.shape[1] % ALIGNED))
+        if pixels.is_cuda and weight.shape[1] % PIXEL_ROW_MULTIPLE:
+            pixels, weight = (
+                padded(pixels, -weight.shape[1] % PIXEL_ROW_MULTIPLE),
+                F.pad(weight, (0, -weight.shape[1] % PIXEL_ROW_MULTIPLE)),
+            )
         return linear_act(pixels.flatten(4).flatten(2, 3), weight)
 
     def forward(self, video: Tensor) -> Tensor:
         size = self.config.image_size
         if video.shape[-2:] != (size, size):
             raise ValueError(
-                f"video frames have {video.shape[-2]}×{video.shape[-1]} pixels, the model was built for {size}×{size}: "
-                "resize them, or build the model with that image_size"
+                f"video frames have {video.shape[-2]}×{video.shape[-1]} pixels, the model was built for {size}×{size}; "
+                "resize the frames, or build the model with that image_size"
             )
         x = self.patches(video.to(self.patch_weight.dtype))
-        # The class token is added to where its position is, before a row of zeros.
+        # Position 0 is a row of zeros in x: add the class token there, with its position.
         embeddings = self.positional_embedding + F.pad(self.class_embedding[None], (0, 0, 0, x.shape[2]))
         x = F.pad(x, (0, 0, 1, 0))
         x = norm_of_sum(self.norm_pre, x, embeddings.expand_as(x))
