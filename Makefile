@@ -1,6 +1,6 @@
-# make demo | test | test-package | test-sdist | lint | bench | sanitize | fuzz | fuzz-media | wheel: each sets up .venv
-# first, with nothing needed but Python 3.10 or later.
-# make gpu-check runs with what is installed: PyTorch for CUDA, and pytest.
+# make demo | test | test-package | test-sdist | lint | docs | bench | sanitize | fuzz | fuzz-media | wheel: each creates
+# .venv first. Python 3.10 or later is enough.
+# make gpu-check uses the installed packages: PyTorch for CUDA, and pytest.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -13,7 +13,7 @@ CLIPS := $(wildcard examples/moving_shapes/clips/*.mp4)
 MOVING := examples/moving_shapes/clips/red_square_moves_left.mp4
 FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-package test-lowest test-sdist test-pythons wheel lint bench sanitized sanitize fuzz fuzz-media \
+.PHONY: demo test test-package test-lowest test-sdist test-pythons wheel lint docs bench sanitized sanitize fuzz fuzz-media \
 	gpu-check clean
 .DELETE_ON_ERROR:
 
@@ -33,6 +33,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+
+# The documentation: build/docs/index.html.
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet 'mplug2-fast[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(INSTALLED)
 	$(BIN)/python bench/run.py

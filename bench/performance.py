@@ -69,7 +69,7 @@ def headline(found: Iterable[Machine]) -> str:
                 )
             )
             about = f"{each.name}: {machine.words(run.machine, run.versions)}"
-            notes.append(" ".join([f"{about}, at {run.versions.get('commit')}.", *run.notes]))
+            notes.append(f"{about}, at {run.versions.get('commit')}.")
     if not lines:
         return "Not measured yet.\n"
     return _markdown(head, lines, text=2) + "\n\n" + "\n".join(f"- {note}" for note in dict.fromkeys(notes)) + "\n"

@@ -55,7 +55,7 @@ def operators_page() -> str:
         "Written by `python bench/report.py` from the specifications in `mplug2_fast/ops`: edit those.",
     ]
     for name, function in OPERATORS.items():
-        op, summary = function.op, (function.__doc__ or "").splitlines()[0]
+        op, summary = function.op, " ".join((function.__doc__ or "").split("\n\n")[0].split())
         backends = ", ".join(f"{b.name} ({' and '.join(b.devices) or 'any device'})" for b in op.backends.values())
         lines += [
             f"\n## `{name}`\n",
