@@ -1,18 +1,18 @@
-"""What a decoder remembers from one call to the next, and how it finds out that it may use it.
+"""What a decoder keeps from one call to the next, and how it checks that it may use it.
 
-Released generation calls the decoder with the whole prefix of all beams, and with the memory tiled over the beams, at
-every step. Nothing but their values tells that these continue an earlier call, and so the values are compared:
+Official generation calls the decoder at every step with the whole prefix of all beams, and with the memory tiled over
+the beams. Only the values show that a call continues an earlier one, so values are compared:
 
-- the memory's rows with those of the last call. Each different one is a video, whose cross-attention keys and values
-  are kept once;
-- the prefixes with those of the last call. Each row looks for the row of which it is the continuation (the beam search
-  reorders beams), and takes that row's keys, values and results.
+- the rows of the memory with those of the last call. Each distinct row is a video, whose cross-attention keys and
+  values are kept once;
+- the prefixes with those of the last call. Beam search reorders beams, so each row looks for the row that it continues
+  and reuses that row's keys, values and results.
 
-A call with another memory, or with prefixes that continue nothing, drops what was kept. Of one that starts with more
-than a token only what is small is kept: it may be no generation.
+A call with another memory, or with prefixes that continue nothing, drops everything. A call that starts with several
+tokens may not be a generation, so only small tensors are kept from it.
 
-Weights are compared with those of the last call too, by checksum or by value: PyTorch's count of writes misses those
-through `.data`, NumPy or fused optimizers. What was computed with other weights is computed again.
+Weights are also compared with those of the last call, by checksum or by value: PyTorch's version counter misses writes
+through `.data`, NumPy or fused optimizers. Results of other weights are computed again.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _FINGERPRINT_TOKENS, _FINGERPRINT_CHANNELS = 64, 4
 
 @dataclass(frozen=True)
 class Record:
-    """What one layer, or the head, computed in the last call, for all its rows and tokens.
+    """What one layer or the head computed in the last call, for all rows and tokens.
 
     Attributes:
-        weights: what its parameters were.
-        x, out: input and result, `(rows, tokens, ...)`; copies, since callers may write to theirs.
-        kept: further tensors of the layer's own.
+        weights: the values of its parameters.
+        x, out: copies of input and result, `(rows, tokens, ...)`, because callers may write to theirs.
+        kept: further tensors that the layer needs.
         visible: `(rows, tokens)`, which tokens are not padding; None for all.
-        index: the video of each row; None where a memory plays no part.
+        index: the video of each row; None without a memory.
     """
 
     weights: tuple[Values, ...]
@@ -53,11 +53,13 @@ class Record:
 
 @dataclass
 class Videos:
-    """The different rows of a memory.
+    """The distinct rows of a memory.
 
     Attributes:
-        memory: `(videos, tokens, channels)`. visible: `(videos, tokens)`, or None for all.
-        records: by layer.
+        memory: `(videos, tokens, channels)`.
+        visible: `(videos, tokens)`, or None for all.
+        fingerprint: of each row, see `_fingerprint`.
+        records: by the id of the layer.
     """
 
     memory: Tensor
@@ -68,7 +70,7 @@ class Videos:
 
 @dataclass(frozen=True)
 class _Seen:
-    """The memory of the last call: its checksum, None where it has none, and what was found in it."""
+    """The last call's memory: its checksum, or None if it cannot be read, its videos, and the video of each row."""
 
     checksum: tuple[Any, ...] | None
     videos: Videos
@@ -79,7 +81,7 @@ class Session:
     """The caches of one decoder."""
 
     def __init__(self) -> None:
-        self._seen: _Seen | None = None  # replaced as a whole: another thread may call the decoder
+        self._seen: _Seen | None = None  # replaced as a whole, because another thread may call the decoder
 
     def drop(self) -> None:
         self._seen = None
@@ -88,12 +90,12 @@ class Session:
     def is_empty(self) -> bool:
         return self._seen is None
 
-    def __reduce__(self) -> Any:  # copies and pickles of a decoder start without
+    def __reduce__(self) -> Any:  # copies and pickles of a decoder start empty
         return (Session, ())
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """One call of the decoder, in which layers and head may use what is kept."""
+        """A call of the decoder. Inside it, layers and head may use what is kept."""
         token = _current.set(Call(self))
         try:
             yield
@@ -101,7 +103,7 @@ class Session:
             _current.reset(token)
 
     def find(self, memory: Tensor, visible: Tensor | None) -> tuple[Videos, tuple[int, ...]]:
-        """The videos of a tiled memory `(rows, tokens, channels)`, and which of them each row is."""
+        """The videos of a tiled memory `(rows, tokens, channels)`, and the video of each row."""
         seen, found = self._seen, _checksum((memory,))
         if seen is not None:
             same = found is not None and seen.checksum == found
@@ -120,7 +122,7 @@ _current: ContextVar[Call | None] = ContextVar("mplug2_fast_decoder_call", defau
 
 
 class Call:
-    """What is known within one call of a decoder: the same memory and mask go to every layer of it."""
+    """What layers share within one call of a decoder, which passes the same memory and mask to all of them."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -133,12 +135,12 @@ class Call:
 
     @staticmethod
     def current(session: Session | None) -> Call | None:
-        """The call under way, if it is one of that session and may use caches."""
+        """The current call, if it belongs to that session and may use caches."""
         call = _current.get()
         return call if call is not None and call.session is session and not torch.is_grad_enabled() else None
 
     def find(self, memory: Tensor, visible: Tensor | None) -> tuple[Videos, tuple[int, ...]] | None:
-        """`Session.find`, done once; None for a second memory within one call."""
+        """`Session.find`, once per call. None for a second memory within one call."""
         if self.videos is None:
             self.videos, self._index = self.session.find(memory, visible)
             self._given = (memory, _writes(memory), visible)
@@ -147,10 +149,11 @@ class Call:
         return self.videos, self._index
 
     def parents(self, record: Record | None, x: Tensor, visible: Tensor | None, index: Any) -> list[int] | None:
-        """For each row of x `(rows, tokens, channels)` the row of the record that it continues; None if one does not.
+        """For each row of x `(rows, tokens, channels)`, the row of the record that it continues. None if a row does not
+        continue any.
 
-        The rows that the first layer finds are those of all others, which only check them: beams that are alike so far
-        must not be mixed up.
+        The first layer searches; the others only check its result, so that they do not mix up beams that are equal so
+        far.
         """
         if not self._searched:
             self._searched = True
@@ -168,28 +171,28 @@ class Call:
         return parents if _equal(now, before) else None
 
     def is_generation(self, x: Tensor) -> bool:
-        """Whether it looks like one, so that keeping what is large pays: x `(rows, tokens, channels)` is one token
-        long, or continues the last call. Whole sentences, as for a loss, mostly come alone."""
+        """Whether the call looks like a step of generation, so that keeping large tensors pays: x `(rows, tokens,
+        channels)` has one token or continues the last call. Whole sentences, as for a loss, usually do neither."""
         return x.shape[1] == 1 or self._parents is not None
 
 
 class Changed(Exception):
-    """A record's weights are no longer those that it was computed with."""
+    """The weights have changed since a record was computed."""
 
 
 class Weights:
-    """A layer's weights, read part by part just before each part computes, so that its products find them in the
+    """Checks a layer's weights, part by part, just before each part computes: its products then find them in the
     processor's cache.
 
     Args:
-        known: what they were, which they have to be still; None at first.
+        known: the values that the weights must still have, or None to accept any.
     """
 
     def __init__(self, known: tuple[Values, ...] | None) -> None:
         self._known, self._read = known, []
 
     def read(self, *parameters: Tensor) -> None:
-        """Raises `Changed` where these are not what they were."""
+        """Reads parameters. Raises `Changed` if their values differ."""
         values = Values(parameters)
         if self._known is not None and not values.same(self._known[len(self._read)]):
             raise Changed
@@ -201,7 +204,7 @@ class Weights:
 
 
 class Values:
-    """What tensors held when this was made: a checksum, or copies where they have none, as on a GPU."""
+    """The values of tensors at one time: a checksum, or copies if they cannot be read, as on a GPU."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         devices = sorted({tensor.device.type for tensor in tensors})
@@ -217,26 +220,26 @@ class Values:
 
 
 def _checksum(tensors: Sequence[Tensor]) -> tuple[Any, ...] | None:
-    """What tells tensors from all others of their shapes; None where memory cannot be read."""
+    """Identifies the values of tensors; None if their memory cannot be read."""
     if not all(map(is_readable, tensors)):
         return None
     return *((tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors), checksum(tensors)
 
 
 def _bytes(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Copies of tensors' bytes, joined for each device, so that comparing them takes few calls."""
+    """Copies of the tensors' bytes, joined per device so that comparing them takes few calls."""
     devices = dict.fromkeys(tensor.device for tensor in tensors)
     flat = [tensor.detach().reshape(-1).view(torch.uint8) for tensor in tensors]
     return tuple(torch.cat([each for each in flat if each.device == device]) for device in devices)
 
 
 def _writes(tensor: Tensor) -> int:
-    """Writes that torch has counted; -1 for tensors of inference mode, for which it does not count."""
+    """PyTorch's version counter; -1 for inference tensors, which have none."""
     return -1 if tensor.is_inference() else tensor._version
 
 
 def _search(record: Record, x: Tensor, index: Any) -> list[int] | None:
-    """A row of the record for each row of x that begins like it and reads the same video, found by a few channels."""
+    """For each row of x, a row of the record with the same prefix and video, compared by a few channels."""
     length = record.x.shape[1]
     if length >= x.shape[1] or record.x.shape[2] != x.shape[2] or record.x.dtype != x.dtype:
         return None
@@ -250,7 +253,7 @@ def _search(record: Record, x: Tensor, index: Any) -> list[int] | None:
 
 
 def _fingerprint(memory: Tensor) -> Tensor:
-    """`(rows, few)`: some channels of some tokens, by which rows that differ are mostly told apart."""
+    """`(rows, few)`: some channels of some tokens, which differ for most distinct rows."""
     tokens, channels = memory.shape[1] // _FINGERPRINT_TOKENS, memory.shape[2] // _FINGERPRINT_CHANNELS
     return memory[:, :: max(1, tokens), :: max(1, channels)].flatten(1)
 
@@ -294,7 +297,7 @@ def _same_padding(visible: Tensor | None, known: Tensor | None, index: tuple[int
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two masks are the same; None stands for all ones."""
+    """Whether two masks are equal; None means all ones."""
     if a is None or b is None:
         return all(mask is None or bool(mask.all()) for mask in (a, b))
     return torch.equal(a, b)

@@ -1,7 +1,7 @@
-"""From which size on fast modules are faster than the original ones.
+"""Minimum sizes for fast modules to win.
 
-Smaller calls go to the original's code: there the overhead of a call weighs more than what a faster kernel saves. The
-sizes for CPUs were measured on a Zen 3, which has no instructions for products in half precision.
+Smaller calls run the original code, because the overhead of a call exceeds what a faster kernel saves. The sizes for
+CPUs were measured on a Zen 3, which has no instructions for products in half precision.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from mplug2_fast.ops.linear_act import CUDA_PLAIN_ROWS, CUDA_ROWS
 from mplug2_fast.ops.runtime import onednn
 
 _FLOAT32_BLOCK = 1 << 28
-"""Multiplications of its first linear layer from which a vision block with local temporal modules gains, and from
-which a local temporal module does so outside of one."""
+"""Minimum multiplications of the first linear layer, for a vision block with local temporal modules, and for a local
+temporal module outside a block."""
 
 _WIDENED_TEMPORAL = 1 << 21
-"""The latter in a type that the processor has to widen."""
+"""The same for a local temporal module in a type that the processor must widen."""
 
 _LARGE_WEIGHT = 1 << 21
 _FLOAT32_PRODUCT, _WIDENED_PRODUCT = 1 << 30, 1 << 17
-"""Multiplications from which a product gains, in float32 and in a type that the processor has to widen."""
+"""Minimum multiplications of a product, in float32 and in a type that the processor must widen."""
 
 _FLOAT32_NORM, _HALF_NORM, _CUDA_NORM = 1 << 20, 3 << 16, 1 << 22
-"""Elements from which a layer norm gains."""
+"""Minimum elements of a layer norm."""
 
 
 def of_norm(x: Tensor) -> bool:
@@ -34,13 +34,13 @@ def of_norm(x: Tensor) -> bool:
     return x.numel() >= _CUDA_NORM
 
 
-def least_of_norm() -> int:
-    """Elements that are too few for `of_norm`, whatever their type."""
+def min_elements_of_norm() -> int:
+    """Inputs with fewer elements are too small for `of_norm` in any type."""
     return _HALF_NORM
 
 
 class Size(NamedTuple):
-    """Of the largest weight of a module: its outputs, and its elements."""
+    """Outputs and elements of a module's largest weight."""
 
     outputs: int
     elements: int
@@ -51,7 +51,7 @@ class Size(NamedTuple):
 
 
 def of_product(x: Tensor, size: Size, *, fused: bool = False) -> bool:
-    """Of linear layers. `fused`: with an activation or a residual."""
+    """Linear layers; `fused` with an activation or a residual."""
     if x.is_cuda:
         return x.numel() >= (CUDA_ROWS if fused else CUDA_PLAIN_ROWS) * x.shape[-1]
     work = x.numel() * size.outputs
@@ -60,17 +60,17 @@ def of_product(x: Tensor, size: Size, *, fused: bool = False) -> bool:
     return size.elements >= _LARGE_WEIGHT or work >= _FLOAT32_PRODUCT
 
 
-def least_of_product(size: Size) -> int:
-    """Elements that are too few for `of_product`, whatever their type."""
+def min_elements_of_product(size: Size) -> int:
+    """Inputs with fewer elements are too small for `of_product` in any type."""
     return 0 if size.elements >= _LARGE_WEIGHT else _WIDENED_PRODUCT // size.outputs
 
 
 def of_block(x: Tensor, size: Size) -> bool:
-    """Of a vision block with local temporal modules, by the size of its first linear layer."""
+    """A vision block with local temporal modules, by the size of its first linear layer."""
     return x.is_cuda or x.numel() * size.outputs >= _FLOAT32_BLOCK or of_product(x, size, fused=True)
 
 
 def of_local_temporal(x: Tensor, size: Size) -> bool:
-    """Of a local temporal module outside a known block, by the size of its first product."""
+    """A local temporal module outside a known block, by the size of its first product."""
     narrow = x.element_size() < 4 and not onednn.multiplies(x.dtype)
     return x.is_cuda or x.numel() * size.outputs >= (_WIDENED_TEMPORAL if narrow else _FLOAT32_BLOCK)

@@ -1,4 +1,4 @@
-"""Additive attention masks as BERT code makes them, turned back into what the operators take."""
+"""Turns the additive attention masks of BERT code back into what the operators take."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from torch import Tensor
 
 from mplug2_fast.acceleration.swap import Unserved
 
-_NEVER = -9000.0  # released self-attention masks add -1e4, cross-attention masks more
+_HIDDEN = -9000.0  # official self-attention masks add -1e4, cross-attention masks less
 
 
 Known = dict[tuple[Any, ...], tuple[Tensor, Tensor, "Mask"]]
-"""Masks that were looked at before, each with a copy of its values then, by identity and the sizes of the call."""
+"""Masks seen before, each with a copy of its values, by identity and the sizes of the call."""
 
 
 class Mask(NamedTuple):
-    """Which keys are seen: `visible` `(batch, keys)`, None for all; `causal`, query i sees keys up to i.
+    """Which keys a query sees.
 
-    A mask of another form is kept as it is, in `other`.
+    Attributes:
+        visible: `(batch, keys)`, or None for all.
+        causal: query i sees keys up to i.
+        other: a mask of any other form, unchanged.
     """
 
     visible: Tensor | None = None
@@ -28,22 +31,25 @@ class Mask(NamedTuple):
 
 
 def form(mask: Tensor | None) -> str:
-    """What may decide how a module reads a mask."""
+    """The form of a mask, which decides how a module reads it."""
     if mask is None:
         return "no mask"
     return "a boolean mask" if mask.dtype is torch.bool else "an additive mask"
 
 
 def understand(mask: Tensor | None, x: Tensor, memory: Tensor, known: Known | None) -> Mask:
-    """A mask `(batch or 1, heads or 1, queries or 1, keys)`, additive, or boolean with True for what is seen. Raises
-    `Unserved` for others.
+    """Reads a mask `(batch or 1, heads or 1, queries or 1, keys)`, additive, or boolean with True for visible keys.
 
     Args:
-        x: `(batch, queries, channels)`. memory: `(batch, keys, channels)`.
-        known: where masks are found again.
+        x: `(batch, queries, channels)`.
+        memory: `(batch, keys, channels)`.
+        known: masks seen before, which this call adds to.
+
+    Raises:
+        Unserved: any other mask.
     """
     if x.dim() != 3 or memory.dim() != 3 or x.shape[0] != memory.shape[0]:
-        raise Unserved(f"inputs {tuple(x.shape)} and {tuple(memory.shape)} are not of one batch")
+        raise Unserved(f"inputs {tuple(x.shape)} and {tuple(memory.shape)} do not have the same batch size")
     if mask is None:
         return Mask()
     sizes = (x.shape[0], x.shape[1], memory.shape[1])
@@ -61,11 +67,11 @@ def _look(mask: Tensor, batch: int, queries: int, keys: int, *, as_is: bool = Fa
     fits = mask.dim() == 4 and mask.shape[0] in (1, batch) and mask.shape[2] in (1, queries) and mask.shape[3] == keys
     is_bool = mask.dtype is torch.bool
     if not fits or not (is_bool or mask.is_floating_point()):
-        raise Unserved(f"an attention mask of {mask.dtype} {tuple(mask.shape)} is not known")
-    seen = mask if is_bool else mask > _NEVER
+        raise Unserved(f"it was called with an unknown attention mask: {mask.dtype} {tuple(mask.shape)}")
+    seen = mask if is_bool else mask > _HIDDEN
     if not bool(seen.any(dim=-1).all()):
-        raise Unserved("an attention mask leaves a query without any key")
-    if is_bool and as_is:  # PyTorch's attention takes it, and is as fast in float32
+        raise Unserved("an attention mask hides all keys from a query")
+    if is_bool and as_is:  # PyTorch's attention accepts it and is as fast in float32
         return Mask(other=mask)
     if mask.shape[1] > 1 or not (is_bool or bool((mask.masked_fill(~seen, 0) == 0).all())):
         return Mask(other=mask)

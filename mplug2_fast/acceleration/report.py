@@ -1,4 +1,4 @@
-"""What became of each module, and of its calls."""
+"""The report of `accelerate`: what happened to each module and to its calls."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from itertools import groupby
 
 @dataclass
 class Calls:
-    """How often a swapped module was called.
+    """Counts the calls of a swapped module.
 
     Attributes:
         served: calls that the fast forward computed.
-        no_gain: calls too small to gain, which the original's code computed.
-        by_parts: why the original's code computed with accelerated parts -> calls.
-        original: why the original's code computed -> calls.
+        no_gain: calls that were too small and ran the original code.
+        by_parts: reason -> calls that ran the original code with accelerated parts.
+        original: reason -> calls that ran the original code.
     """
 
     served: int = 0
@@ -26,7 +26,7 @@ class Calls:
     original: Counter[str] = field(default_factory=Counter)
 
     def left(self, reason: str, by_parts: bool) -> None:
-        """Counts a call that was left to the original's code."""
+        """Counts a call that ran the original code."""
         (self.by_parts if by_parts else self.original)[reason] += 1
 
     def __reduce__(self) -> tuple[type[Calls], tuple[()]]:  # copies of a module start at zero
@@ -45,16 +45,15 @@ class Calls:
 
 @dataclass(frozen=True)
 class Entry:
-    """One module.
+    """What happened to one module.
 
     Attributes:
         path: its name in the model; empty for the model itself.
         module: the name of its class.
-        replacement: what computes in its place, or None where it was left as it is.
-        reason: why it was left, or what there is to know about the replacement.
-        part_of: the path of the replaced module that it is inside of. It is called where that module does not serve a
-            call itself.
-        calls: what became of its calls since it was replaced.
+        replacement: the name of the fast module, or None if it was left unchanged.
+        reason: why it was left unchanged, or a note about the replacement.
+        part_of: the path of the replaced module around it, which calls it only if it cannot serve a call itself.
+        calls: its calls since it was replaced.
     """
 
     path: str
@@ -74,10 +73,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Report:
-    """What `accelerate` did. Printed, it has a line a module, or a line for a range of modules alike.
+    """What `accelerate` did. It prints one line per module, or per range of equal modules, with counts of their calls.
 
-    Modules inside a replaced one are printed once they have been called. After calls, the lines say how many of them
-    were served.
+    Modules inside a replaced one are printed after their first call.
     """
 
     entries: tuple[Entry, ...]
@@ -101,7 +99,7 @@ class Report:
         return "\n".join(f"{path:{paths}}  {module:{modules}}  {outcome}" for path, module, outcome in lines)
 
     def _lines(self) -> Iterator[tuple[str, str, str]]:
-        """(path, class, outcome), with neighbours that differ in one number of their path alone made one."""
+        """(path, class, outcome). Neighbours whose paths differ only in one number share a line."""
         by_pattern: dict[tuple[str, ...], list[Entry]] = {}
         for entry in self.entries:
             if entry.part_of is not None and not entry.calls:

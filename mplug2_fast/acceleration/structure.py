@@ -1,4 +1,4 @@
-"""What recognition asks of a module's parts."""
+"""The structure that recognition requires of a module: its parts and the arguments of its forward."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ ROLES = {
     "mode": "mode",
     "layer_nums": "place",
 }
-"""What the arguments of BERT modules stand for, by the names that implementations give them."""
+"""The role of each argument of BERT modules, by the names that implementations use."""
 
 
 def has(module: nn.Module, *names: str) -> bool:
-    """Whether a module has children of these names."""
+    """Whether a module has children with these names."""
     return all(isinstance(module._modules.get(name), nn.Module) for name in names)
 
 
@@ -38,11 +38,11 @@ def require(condition: bool, reason: str) -> None:
 
 def require_children(module: nn.Module, known: set[str]) -> None:
     unknown = sorted(name for name, child in module._modules.items() if child is not None and name not in known)
-    require(not unknown, f"it has a part that is not known: {', '.join(unknown)}")
+    require(not unknown, f"it has an unknown part: {', '.join(unknown)}")
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module computes what its base class does: an instance whose class has not replaced forward."""
+    """Whether a module is an instance of `kind` whose class does not replace `forward`."""
     return isinstance(module, kind) and type(module).forward is kind.forward  # type: ignore[attr-defined]
 
 
@@ -54,7 +54,7 @@ def require_linear(module: nn.Module, name: str) -> nn.Linear:
 
 
 def require_norm(module: nn.Module, name: str) -> nn.LayerNorm:
-    """A layer norm over the last axis with weight and bias. It may have a forward of its own: trials see to that."""
+    """A layer norm over the last axis with weight and bias. Its class may replace `forward`; a trial checks that."""
     part = module.get_submodule(name)
     require(isinstance(part, nn.LayerNorm), f"{name} is a {type(part).__name__}, not a LayerNorm")
     assert isinstance(part, nn.LayerNorm)
@@ -64,37 +64,37 @@ def require_norm(module: nn.Module, name: str) -> nn.LayerNorm:
 
 
 def require_one_axis(norm: nn.LayerNorm) -> None:
-    require(len(norm.normalized_shape) == 1, f"it normalises over several axes, {tuple(norm.normalized_shape)}")
+    require(len(norm.normalized_shape) == 1, f"it normalises over several axes: {tuple(norm.normalized_shape)}")
 
 
 def require_dropout(module: nn.Module, name: str = "dropout") -> None:
-    """A dropout, if there is one under that name."""
+    """Accepts a dropout, or nothing, under that name."""
     part = module._modules.get(name)
     require(part is None or isinstance(part, (nn.Dropout, nn.Identity)), f"{name} is a {type(part).__name__}")
 
 
 def dropout_of(module: nn.Module, name: str = "dropout") -> float:
-    """The probability of a module's dropout as things are."""
+    """The current probability of a module's dropout."""
     part = module._modules.get(name)
     return part.p if isinstance(part, nn.Dropout) and part.training else 0.0
 
 
 @dataclass(frozen=True)
 class Signature:
-    """The arguments of a BERT module's forward, in order, and the defaults of those that have one."""
+    """The arguments of a BERT module's forward in order, and their defaults."""
 
     names: tuple[str, ...]
     defaults: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @classmethod
     def of(cls, forward: Callable[..., Any]) -> Signature:
-        """Raises `Unsuitable` for a forward that names none or too little."""
+        """Raises `Unsuitable` for a forward without a known name for its input."""
         parameters = inspect.signature(forward).parameters.values()
         require(not any(p.kind is p.VAR_POSITIONAL for p in parameters), "its forward takes arguments without names")
         named = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         names = tuple(p.name for p in named)
         signature = cls(names, {p.name: p.default for p in named if p.default is not p.empty})
-        require("x" in signature.roles, f"its forward takes {', '.join(names) or 'nothing'}, which is not known")
+        require("x" in signature.roles, f"its forward takes unknown arguments: {', '.join(names) or 'none'}")
         return signature
 
     @property
@@ -103,15 +103,15 @@ class Signature:
 
     @property
     def roles(self) -> dict[str, str]:
-        """Role to name."""
+        """Role -> name of the argument."""
         return {ROLES[name]: name for name in self.names if name in ROLES}
 
     def arguments(self, **roles: Any) -> dict[str, Any]:
-        """Keyword arguments for a call, by role; roles that the forward lacks are left out."""
+        """Keyword arguments for a call, given by role. Roles that the forward lacks are left out."""
         return {self.roles[role]: value for role, value in roles.items() if role in self.roles}
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by role. Raises `Unserved` for arguments that no role knows what to do with."""
+        """The arguments of a call by role. Raises `Unserved` for one without a role, unless it is None or False."""
         if len(args) > len(self.names):
             raise Unserved(f"it was called with {len(args)} arguments")
         bound = {}
@@ -122,5 +122,5 @@ class Signature:
             if role is not None and (role in ("mode", "place") or isinstance(value, (Tensor, type(None)))):
                 bound[role] = value
             elif value is not None and value is not False:
-                raise Unserved(f"the argument {name} is not known")
+                raise Unserved(f"it was called with the unknown argument {name}")
         return bound

@@ -1,8 +1,8 @@
-"""Changing one module instance: its class becomes a subclass of that class which computes the same, faster.
+"""Changes one module instance: its class becomes a subclass of its class that computes the same, faster.
 
 The instance stays the same object, with its parameters, buffers, children, hooks and attributes. The subclass has the
-name and the signature of the original. Optimizers, state dicts, `isinstance` and code that looks up classes by name
-notice nothing. Giving the class back undoes the swap.
+name and the signature of the original, so optimizers, state dicts, `isinstance` and code that looks up classes by name
+work as before. Restoring the class undoes the swap.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mplug2_fast.acceleration.cache import Session
-from mplug2_fast.acceleration.gain import Size
+from mplug2_fast.acceleration import gain
+from mplug2_fast.acceleration.cache import Call, Session
 from mplug2_fast.acceleration.report import Calls
 from mplug2_fast.ops import unpack_weight
 
@@ -34,17 +34,21 @@ _modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.pe
 _forward_ad = torch.autograd.forward_ad
 
 
+HOOKED = "{} has a hook or its own forward"
+"""Why a fast forward may not replace the call of this part."""
+
+
 class Unsuitable(Exception):
     """Why a module is left as it is."""
 
 
 class Unserved(Exception):
-    """Why a swapped module leaves a call to the original's code."""
+    """Why the original code of a swapped module must run a call."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A module, and what it was when the module around it was swapped."""
+    """A module inside a swapped one, as it was at the swap."""
 
     module: nn.Module
     kind: type[nn.Module]
@@ -64,25 +68,25 @@ class Part:
 
 @dataclass
 class State:
-    """What a swapped module keeps.
+    """What is known about a swapped module.
 
     Attributes:
-        found: what recognition found out about it; of the kind's own type.
-        size: what decides from which input on it gains.
-        least: elements of an input that are too few to gain, whatever their type.
-        session: the caches of the decoder that it belongs to, if it belongs to one.
-        parts: the module and all modules inside it that the fast forward does without.
-        dropouts: those of the parts that may draw random numbers.
-        batch_norms: those of the parts that take statistics of the batch in training.
-        by_parts: whether modules inside it are swapped too, and compute where it does not serve a call.
-        calls: what became of its calls.
+        found: the result of recognition; its type depends on the kind.
+        size: of the weight that decides which inputs are large enough.
+        min_elements: smaller inputs are too small in any type.
+        session: the caches of the decoder that the module belongs to, if any.
+        parts: the module and all modules inside it that the fast forward replaces.
+        dropouts: the parts that may draw random numbers.
+        batch_norms: the parts that use batch statistics in training.
+        by_parts: whether modules inside it are swapped too, so that the original code runs with accelerated parts.
         inside: whether it is a part of another swapped module, which gives the warnings.
+        calls: counts of its calls.
         warned: reasons that were given in a warning.
     """
 
     found: Any
-    size: Size | None = None
-    least: int = 0
+    size: gain.Size | None = None
+    min_elements: int = 0
     session: Session | None = None
     parts: tuple[Part, ...] = ()
     dropouts: tuple[nn.Module, ...] = ()
@@ -92,57 +96,94 @@ class State:
     calls: Calls = field(default_factory=Calls)
     warned: set[str] = field(default_factory=set)
 
-    def know(self, parts: tuple[nn.Module, ...], inside: bool) -> None:
-        """Notes the parts as they are now."""
+    def record(self, parts: tuple[nn.Module, ...], inside: bool) -> None:
+        """Records the parts as they are now."""
         self.inside = inside
         self.parts = tuple(map(Part.of, parts))
         self.dropouts = tuple(p for p in parts if isinstance(p, (nn.modules.dropout._DropoutNd, nn.MultiheadAttention)))
         self.batch_norms = tuple(p for p in parts if isinstance(p, nn.modules.batchnorm._BatchNorm))
         self.by_parts = any(isinstance(part, Swapped) for part in parts[1:])
 
+    def require_no_dropout(self) -> None:
+        """Raises `Unserved` while a dropout inside is on."""
+        if any(part.training and part.p > 0 for part in self.dropouts):
+            raise Unserved("dropout is on")
+
 
 class Kind:
-    """A kind of module that is known: how it is recognised, and how it is computed. A namespace, without instances."""
+    """A kind of module that can be accelerated: how to recognise it and how to compute it. Never instantiated."""
 
     runs_original = False
-    """Whether `forward` runs the original's code, and only prepares it."""
+    """Whether `forward` runs the original code and only prepares it."""
 
     is_faster_in_training = False
-    """Whether it is faster than the original on a CPU where gradients are needed."""
+    """Whether `forward` is faster than the original on a CPU with gradients."""
+
+    @classmethod
+    def replacement(cls) -> str:
+        """What a report calls the fast module."""
+        return f"Fast{cls.__name__.removesuffix('Kind')}"
 
     @staticmethod
     def looks_like(module: nn.Module) -> bool:
-        """Whether the module is to be taken for this kind at all."""
+        """Whether the module has the structure of this kind."""
         raise NotImplementedError
 
     @staticmethod
     def recognise(module: nn.Module) -> Any:
-        """What `forward` needs to know of the module. Raises `Unsuitable` where it computes something else."""
+        """Returns what `forward` needs to know about the module. Raises `Unsuitable` if it computes something else."""
         raise NotImplementedError
 
     @staticmethod
     def weight(module: Any) -> Tensor | None:
-        """The weight whose size decides from which input on the module gains, if it has one."""
+        """The weight whose size decides which inputs are large enough, if there is one."""
         return None
 
-    @staticmethod
-    def least(size: Size | None) -> int:
-        """Elements of the first argument that are too few to gain, whatever their type. It is asked first."""
+    @classmethod
+    def min_elements(cls, size: gain.Size | None) -> int:
+        """Minimum elements of the first argument, in any type. This cheap check comes before `pays`."""
         return 0
 
-    @staticmethod
-    def pays(state: Any, x: Tensor) -> bool:
-        """Whether `forward` is faster than the original's for a first argument of this size and type."""
+    @classmethod
+    def pays(cls, state: Any, x: Tensor) -> bool:
+        """Whether `forward` is faster than the original for a first argument of this size and type."""
         return True
 
     @staticmethod
     def forward(module: Any, state: State, *args: Any, **kwargs: Any) -> Any:
-        """The original's forward. Raises `Unserved` before it has done anything."""
+        """Replaces the original forward. Raises `Unserved` before it changes anything."""
         raise NotImplementedError
 
 
+class ProductKind(Kind):
+    """A kind whose cost is its matrix products."""
+
+    is_fused = True
+    """Whether the products have an activation or a residual."""
+
+    @classmethod
+    def min_elements(cls, size: gain.Size) -> int:
+        return gain.min_elements_of_product(size)
+
+    @classmethod
+    def pays(cls, state: State, x: Tensor) -> bool:
+        return gain.of_product(x, state.size, fused=cls.is_fused)
+
+
+class DecoderPartKind(ProductKind):
+    """A kind that may be part of a decoder, where small calls win by reusing what earlier calls computed."""
+
+    @classmethod
+    def min_elements(cls, size: gain.Size) -> int:
+        return 0
+
+    @classmethod
+    def pays(cls, state: State, x: Tensor) -> bool:
+        return x.is_cuda or Call.current(state.session) is not None or super().pays(state, x)
+
+
 class Swapped:
-    """What is mixed into the class of a module that is swapped."""
+    """Mixed into the class of a swapped module."""
 
     _mplug2_fast_kind: type[Kind]
     _mplug2_fast_original: type[nn.Module]
@@ -158,7 +199,7 @@ class Swapped:
 
 
 def original_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """What a swapped module's forward was before."""
+    """Runs the forward that a swapped module had before."""
     return module._mplug2_fast_original.forward(module, *args, **kwargs)
 
 
@@ -179,8 +220,8 @@ def _subclass(kind: type[Kind], original: type[nn.Module]) -> type[nn.Module]:
 
 
 def _forward_of(kind: type[Kind], original: type[nn.Module]) -> Callable[..., Any]:
-    """The forward of a swapped module. A call that is not served goes to the original's, as do all calls that torch
-    records, transforms or compiles."""
+    """The forward of a swapped module. The original forward runs the calls that are not served, and all calls that
+    torch records, transforms or compiles."""
     plain = original.forward
     first = next(iter(list(inspect.signature(plain).parameters)[1:2]), "")
     pays = kind.pays
@@ -192,7 +233,7 @@ def _forward_of(kind: type[Kind], original: type[nn.Module]) -> Callable[..., An
         state = self.__dict__[STATE]
         x = args[0] if args else kwargs.get(first)
         if type(x) in _PLAIN:
-            if x.numel() < state.least or not pays(state, x):
+            if x.numel() < state.min_elements or not pays(state, x):
                 state.calls.no_gain += 1
                 return plain(self, *args, **kwargs)
         elif not kind.runs_original:
@@ -207,7 +248,7 @@ def _forward_of(kind: type[Kind], original: type[nn.Module]) -> Callable[..., An
                 reason = str(why)
                 _warn(self, state, reason)
             else:
-                state.calls.served += not kind.runs_original  # those count by themselves
+                state.calls.served += not kind.runs_original  # these count their own calls
                 return result
         state.calls.left(reason, state.by_parts)
         return plain(self, *args, **kwargs)
@@ -219,13 +260,13 @@ def _warn(module: Any, state: State, reason: str) -> None:
     if reason not in state.warned and not state.inside:
         state.warned.add(reason)
         parts = ", with accelerated parts" if state.by_parts else ""
-        warnings.warn(f"{type(module).__name__}: {reason}. The original's code computes{parts}.", RuntimeWarning, 3)
+        warnings.warn(f"{type(module).__name__}: {reason}. The original code runs{parts}.", RuntimeWarning, 3)
 
 
 def _why_not(kind: type[Kind], state: State, x: Any) -> str:
-    """Why the original's code is to run, though nobody made a mistake. Empty where nothing speaks against serving."""
+    """Why the original code must run a call that deserves no warning. Empty if the call can be served."""
     if _modes() or _transforms() is not None or _forward_ad._current_level >= 0:
-        return "a mode or transform of torch is in force"
+        return "a torch mode or transform is active"
     if kind.runs_original:
         return ""
     if not (x.is_cpu or x.is_cuda):
@@ -243,7 +284,7 @@ def _why_not(kind: type[Kind], state: State, x: Any) -> str:
     if x.is_cpu:
         if needs_grad and not kind.is_faster_in_training:
             return "no gain with gradients"
-        # A recomputed forward, which has gradients, must draw what this one draws.
+        # A forward that is recomputed for gradients must draw the same random numbers.
         if any(part.training and _probability(part) > 0 for part in state.dropouts):
             return "dropout is on"
     return ""
@@ -262,8 +303,8 @@ def swap(module: nn.Module, kind: type[Kind], found: Any, session: Session | Non
     except TypeError as error:
         raise Unsuitable(f"its class cannot be changed: {error}") from error
     weight = kind.weight(module)
-    size = None if weight is None else Size.of(weight)
-    vars(module)[STATE] = State(found, size, kind.least(size), session)
+    size = None if weight is None else gain.Size.of(weight)
+    vars(module)[STATE] = State(found, size, kind.min_elements(size), session)
     _replace_in_wrapper(module, original.forward, new.forward)
 
 
@@ -281,17 +322,17 @@ def unswap(module: nn.Module) -> None:
 
 
 def _rebased(cls: Any, old: type, new: type) -> Any:
-    """A class that was made from `old` later on, as FSDP and parametrisations do, made from `new` instead."""
+    """Rebuilds a class that was derived from `old`, as FSDP and parametrisations do, on `new`."""
     bases = tuple(new if base is old else base for base in cls.__bases__)
     return type(cls)(cls.__name__, bases, {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")})
 
 
-# --- forwards that a wrapper put on the instance
+# --- wrappers that replace forward on the instance
 
 
 def wrapper_of(module: nn.Module) -> functools.partial[Any] | None:
-    """The wrapper on an instance that calls the forward of its class, as fairscale's `checkpoint_wrapper` makes it: a
-    `functools.partial` of that function and a weak reference to the module."""
+    """A `forward` on the instance that wraps the forward of its class, as fairscale's `checkpoint_wrapper` makes it: a
+    `functools.partial` with that function and a weak reference to the module."""
     own = vars(module).get("forward")
     if not isinstance(own, functools.partial) or type(module).forward not in own.args:
         return None
@@ -310,12 +351,12 @@ def _replace_in_wrapper(module: nn.Module, old: Any, new: Any) -> None:
 
 
 def inner(module: nn.Module) -> tuple[nn.Module, ...]:
-    """The modules inside a module, itself left out."""
+    """All modules inside a module, without itself."""
     return tuple(module.modules())[1:]
 
 
 def hooked(modules: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
-    """Those that something watches or has changed: hooks, or a forward of the instance's own."""
+    """Those with a hook, or with a `forward` on the instance."""
     for module in modules:
         own = vars(module)
         if "forward" in own or any(own[hooks] for hooks in _HOOKS):
@@ -323,14 +364,14 @@ def hooked(modules: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
 
 
 def require_plain_weights(module: nn.Module) -> None:
-    """Raises `Unsuitable` for weights that are tensors of a subclass: quantised, sharded, or recorded."""
+    """Raises `Unsuitable` for weights of a tensor subclass: quantised, sharded or recorded."""
     for name, parameter in module.named_parameters():
         if type(parameter) not in _PLAIN:
             raise Unsuitable(f"{name} is a {type(parameter).__name__}")
 
 
 def _require_intact(module: nn.Module, state: State) -> None:
-    """Raises `Unserved` where the parts that a fast forward passes by are no longer those that were recognised."""
+    """Raises `Unserved` if the parts that the fast forward replaces have changed since recognition."""
     parts = state.parts
     for part in parts:
         if type(part.module) is not part.kind and part.module is not module:
@@ -340,11 +381,11 @@ def _require_intact(module: nn.Module, state: State) -> None:
     if len(parts) < 2:
         return
     if torch.nn.modules.module._has_any_global_hook():
-        raise Unserved("hooks on all modules are in force")
+        raise Unserved("global module hooks are active")
     for part in parts[1:]:
         own = part.module.__dict__
         if "forward" in own or any(own[hooks] for hooks in _HOOKS):
-            raise Unserved(f"a hook, or a forward of the instance's own, is on {name_of(part.module, module)}")
+            raise Unserved(HOOKED.format(name_of(part.module, module)))
 
 
 def name_of(part: nn.Module, module: nn.Module) -> str:

@@ -1,25 +1,26 @@
-"""Recognition by trial: whether a module computes what its parts let one expect, on small random inputs.
+"""Trials: whether a module computes on small random inputs what its structure suggests.
 
-The parameters are random meanwhile, too, on the CPU and in float32, whatever and wherever the real ones are: a weight
-that is zero, such as a fresh up-projection's, would hide what comes before it.
+Structure cannot show what a `forward` does. During a trial the parameters are random, in float32 and on the CPU: a zero
+weight, such as that of a new up-projection, would hide what comes before it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mplug2_fast.acceleration.swap import Unsuitable
 
 TOLERANCE = 2e-5
-"""Relative, in float32: a tenth of what separates the two forms of GELU."""
+"""Relative, in float32: a tenth of the difference between the two forms of GELU."""
 
-_POOL = 1048573  # prime: no two rows of a longer tensor are alike
+_POOL = 1048573  # prime, so that no two rows of a larger tensor are equal
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -35,7 +36,7 @@ def padding(batch: int, keys: int) -> Tensor:
 
 @contextmanager
 def conditions(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, no autocast, and random float32 parameters; all of it undone afterwards."""
+    """Sets evaluation mode, no gradients, no autocast and random float32 parameters, and undoes it afterwards."""
     parts = list(module.modules())
     training = [part.training for part in parts]
     tensors = [(dict(part._parameters), dict(part._buffers)) for part in parts]
@@ -60,7 +61,7 @@ def conditions(module: nn.Module) -> Iterator[None]:
 
 
 class _Substitutes:
-    """Random values in place of parameters; one value for a parameter, wherever it is."""
+    """Random values for parameters. A shared parameter gets one value."""
 
     def __init__(self) -> None:
         self._known: dict[int, Tensor] = {}
@@ -75,28 +76,28 @@ class _Substitutes:
         shape, start = parameter.shape, index * 104729 % _POOL
         repeats = math.ceil((start + parameter.numel()) / _POOL)
         values = self._pool.repeat(repeats)[start : start + parameter.numel()].view(shape)
-        if len(shape) < 2:  # a norm's weight, or a bias: nothing here depends on which
+        if len(shape) < 2:  # a bias, or a norm's weight; both work with these values
             return 0.2 * values + 0.5
         return values * (1.5 / math.sqrt(math.prod(shape[1:])))
 
 
 def _on_cpu(buffer: Tensor) -> Tensor:
     if buffer.is_meta:
-        raise Unsuitable("it is on the meta device: accelerate it when it is loaded")
+        raise Unsuitable("it has a buffer on the meta device; accelerate the model after loading")
     return buffer.detach().to("cpu", torch.float32 if buffer.is_floating_point() else None)
 
 
 def outcome(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What the call returns. Raises `Unsuitable` with what it raised."""
+    """Calls a function. Raises `Unsuitable` if it fails."""
     try:
         return function(*args, **kwargs)
     except Exception as error:
         text = " ".join(str(error).split())[:120]
-        raise Unsuitable(f"it does not run on a trial input: {type(error).__name__}: {text}") from error
+        raise Unsuitable(f"it fails on a trial input: {type(error).__name__}: {text}") from error
 
 
 def agree(expected: Any, actual: Any, without: Tensor | None = None) -> bool:
-    """Whether two results are of one form and the same up to rounding; `without`, a residual, counts for nothing."""
+    """Whether two results have the same form and agree up to rounding, relative to `expected - without`."""
     if isinstance(expected, (tuple, list)):
         return (
             isinstance(actual, type(expected))
@@ -111,11 +112,20 @@ def agree(expected: Any, actual: Any, without: Tensor | None = None) -> bool:
     return bool((expected - actual).norm() <= TOLERANCE * size.norm())
 
 
-def activation_of(function: Callable[[Tensor], Tensor], known: dict[str, Callable[[Tensor], Tensor]]) -> str:
-    """The name of the known activation that a function is. Raises `Unsuitable` where it is none of them."""
-    x = torch.linspace(-8, 8, 4001)
-    values = outcome(function, x)
-    for name, candidate in known.items():
-        if isinstance(values, Tensor) and values.shape == x.shape and torch.allclose(values, candidate(x), 1e-5, 1e-6):
+def activation_of(
+    function: Callable[[Tensor], Tensor], known: Mapping[str, Callable[[Tensor], Tensor]], *layers: nn.Linear
+) -> Any:
+    """The name of the known activation that a function applies after the first of its linear layers; others follow.
+
+    Raises:
+        Unsuitable: it applies another one.
+    """
+    x = random(64, layers[0].in_features) * 2.5  # the forms of GELU differ most at 2.5
+    expected = outcome(function, x)
+    for name, activation in known.items():
+        out = activation(F.linear(x, layers[0].weight, layers[0].bias))
+        for layer in layers[1:]:
+            out = F.linear(out, layer.weight, layer.bias)
+        if agree(expected, out):
             return name
     raise Unsuitable(f"its activation is none of {', '.join(known)}")

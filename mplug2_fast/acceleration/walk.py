@@ -1,4 +1,4 @@
-"""`accelerate` and what undoes it."""
+"""`accelerate`, and how to undo it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from mplug2_fast import nn as fast_nn
-from mplug2_fast.acceleration.attention import BertAttention
-from mplug2_fast.acceleration.basic import MLP, LayerNorm, Linear, MultiheadAttention
-from mplug2_fast.acceleration.blocks import TemporalBlock
+from mplug2_fast.acceleration.basic import LayerNormKind, LinearKind, MLPKind, MultiheadAttentionKind
+from mplug2_fast.acceleration.bert_attention import BertAttentionKind
+from mplug2_fast.acceleration.bert_layer import BertLayerKind
 from mplug2_fast.acceleration.cache import Session
-from mplug2_fast.acceleration.decoder import PredictionHead, TextDecoder
-from mplug2_fast.acceleration.layers import BertLayer
+from mplug2_fast.acceleration.local_temporal import LocalTemporalKind
 from mplug2_fast.acceleration.report import Entry, Report
 from mplug2_fast.acceleration.swap import (
+    HOOKED,
     STATE,
     Kind,
     Swapped,
@@ -30,45 +30,45 @@ from mplug2_fast.acceleration.swap import (
     unswap,
     wrapper_of,
 )
-from mplug2_fast.acceleration.temporal import LocalTemporal
+from mplug2_fast.acceleration.temporal_block import TemporalBlockKind
+from mplug2_fast.acceleration.text_decoder import PredictionHeadKind, TextDecoderKind
 
 KINDS: tuple[type[Kind], ...] = (
-    TextDecoder,
-    PredictionHead,
-    TemporalBlock,
-    LocalTemporal,
-    BertLayer,
-    BertAttention,
-    MultiheadAttention,
-    MLP,
-    LayerNorm,
-    Linear,
+    TextDecoderKind,
+    PredictionHeadKind,
+    TemporalBlockKind,
+    LocalTemporalKind,
+    BertLayerKind,
+    BertAttentionKind,
+    MultiheadAttentionKind,
+    MLPKind,
+    LayerNormKind,
+    LinearKind,
 )
-"""What is known, wholes before their parts."""
+"""All kinds; modules come before their parts."""
 
 _FAST = tuple(getattr(fast_nn, name) for name in fast_nn.__all__)
 
 
 def accelerate(model: nn.Module) -> Report:
-    """Makes the modules of this instance that are known compute by `mplug2_fast.ops`, in place.
+    """Makes all known modules of this model compute with `mplug2_fast.ops`, in place.
 
-    Modules are recognised by what they are made of and by what they compute on a small trial input with random
-    parameters, wherever they were imported from: those of the released mPLUG-2, of `mplug2_fast.reference`, and such
-    parts of any model. What else they do beside returning a result, such as printing, is not noticed. The instances
-    keep their parameters, children and hooks, and remain instances of their classes; classes, and other instances, do
-    not change.
+    A module is recognised by its structure and by what it computes on a small trial input with random parameters,
+    wherever its class comes from: the official mPLUG-2, `mplug2_fast.reference`, or any model with such parts. Side
+    effects of a forward, such as printing, are not noticed. Instances keep their parameters, children and hooks, and
+    remain instances of their classes. Classes and other instances do not change.
 
-    A call that a module cannot serve goes to its own code with accelerated parts, and a `RuntimeWarning` says so once.
-    Calls too small to gain, calls with gradients on a CPU, and calls under torch's compilers, transforms and modes go
-    to its own code without a warning.
+    A call that a module cannot serve runs the original code with accelerated parts; a `RuntimeWarning` says so once.
+    Without a warning, the original code runs calls that are too small to win, calls with gradients on a CPU, and calls
+    under torch's compilers, transforms and modes.
 
-    A text decoder that is called step by step with whole prefixes and a tiled memory, as the released beam search does,
+    A text decoder that is called step by step with whole prefixes and a tiled memory, as in the official beam search,
     keeps keys and values between calls in evaluation mode without gradients: see `mplug2_fast.acceleration.cache`. On
-    a CPU, weights that many rows go through are kept a second time, in the layout of the processor's matrix products.
-    Both compare weights by value, so that weights may change in any way.
+    a CPU, weights of large products are kept a second time, in the layout of the processor's matrix products. Both
+    compare weights by value, so weights may change in any way.
 
-    Returns a report of what became of each module, which counts its calls from then on. A model that is accelerated
-    already stays as it is.
+    Returns a report of what happened to each module; from then on it also counts calls. A model that is accelerated
+    already does not change.
     """
     walk = _Walk()
     walk.go(model)
@@ -76,7 +76,7 @@ def accelerate(model: nn.Module) -> Report:
 
 
 def restore(model: nn.Module) -> None:
-    """Undoes `accelerate`: every module is what it was, with the parameters as they are now."""
+    """Undoes `accelerate`. Parameters keep their current values."""
     for module in model.modules():
         if isinstance(module, Swapped):
             unswap(module)
@@ -84,7 +84,7 @@ def restore(model: nn.Module) -> None:
 
 @contextmanager
 def accelerated(model: nn.Module) -> Iterator[Report]:
-    """A context in which the model is accelerated. What was so before remains so after it."""
+    """Accelerates the model inside a context. Modules that were accelerated before stay so."""
     walk = _Walk()
     walk.go(model)
     try:
@@ -116,11 +116,12 @@ class _Walk:
 
     def _visit(self, module: nn.Module, path: str, session: Session | None, part_of: str | None = None) -> None:
         if id(module) in self._paths:
-            self._report(module, path, f"it is {self._paths[id(module)]}, met before", part_of)
+            reason = f"it is the same module as {self._paths[id(module)]}"
+            self.entries.append(Entry(path, type(module).__name__, None, reason, part_of))
             return
         self._paths[id(module)] = path or "the model"
         if isinstance(module, Swapped):
-            self._report_swapped(module, path, "already", part_of)
+            self._report(module, path, "already", part_of)
             state = vars(module)[STATE]
             self._visit_children(module, path, state.session, self._whole(module, path, part_of))
             return
@@ -142,7 +143,7 @@ class _Walk:
             self._visit_children(module, path, session, part_of)
 
     def _visit_children(self, module: nn.Module, path: str, session: Session | None, part_of: str | None) -> None:
-        if isinstance(module, nn.MultiheadAttention):  # it never calls its part
+        if isinstance(module, nn.MultiheadAttention):  # it does not call its out_proj
             return
         for name, child in module._modules.items():
             if child is not None:
@@ -150,64 +151,60 @@ class _Walk:
 
     @staticmethod
     def _whole(module: Any, path: str, part_of: str | None) -> str | None:
-        """Whose parts the modules inside a swapped module are."""
+        """The path of the module that the modules inside this swapped one are parts of."""
         return part_of if module._mplug2_fast_kind.runs_original or part_of is not None else path
 
     def _swap(
         self, module: nn.Module, path: str, kind: type[Kind], session: Session | None, part_of: str | None
     ) -> None:
         if "forward" in vars(module) and wrapper_of(module) is None:
-            raise Unsuitable("its forward is replaced on the instance, in a way that is not known")
+            raise Unsuitable("its forward is replaced on the instance in an unknown way")
         parts = () if kind.runs_original else inner(module)
         for part in hooked(parts):
-            raise Unsuitable(f"a hook, or a forward of the instance's own, is on {name_of(part, module)}")
+            raise Unsuitable(HOOKED.format(name_of(part, module)))
         if any(isinstance(part, Swapped) for part in parts):
-            raise Unsuitable("parts of it are accelerated already: restore first")
+            raise Unsuitable("parts of it are accelerated already; call restore first")
         if not kind.runs_original:
             require_plain_weights(module)
         found = self._recognise(module, kind)
-        session = Session() if kind is TextDecoder else session
+        session = Session() if kind is TextDecoderKind else session
         swap(module, kind, found, session)
         self._swapped.append(module)
         place = len(self.entries)
         self._visit_children(module, path, session, self._whole(module, path, part_of))
         note = ""
-        if kind is TextDecoder:
-            layers = [m for m in module.modules() if isinstance(m, Swapped) and m._mplug2_fast_kind is BertLayer]
+        if kind is TextDecoderKind:
+            layers = [m for m in module.modules() if isinstance(m, Swapped) and m._mplug2_fast_kind is BertLayerKind]
             if not layers:
                 self._swapped.remove(module)
                 unswap(module)
                 self._report(module, path, "none of its layers is known", part_of, place)
                 return
             note = "keeps keys and values between calls"
-        vars(module)[STATE].know((module, *parts), inside=part_of is not None)
-        self._report_swapped(module, path, note, part_of, place)
+        vars(module)[STATE].record((module, *parts), inside=part_of is not None)
+        self._report(module, path, note, part_of, place)
 
     def _recognise(self, module: nn.Module, kind: type[Kind]) -> Any:
-        """`kind.recognise`, once for modules that are made alike."""
+        """`kind.recognise`, once for modules that are built alike."""
         key = (kind, _make(module))
         if key not in self._known:
             try:
                 self._known[key] = kind.recognise(module)
             except Unsuitable as reason:
                 self._known[key] = reason
-            except Exception as error:  # made in a way that recognition did not think of
-                self._known[key] = Unsuitable(f"it could not be looked at: {type(error).__name__}: {error}")
+            except Exception as error:  # a structure that recognition did not expect
+                self._known[key] = Unsuitable(f"recognition failed: {type(error).__name__}: {error}")
         found = self._known[key]
         if isinstance(found, Unsuitable):
             raise found
         return found
 
-    def _report(self, module: nn.Module, path: str, reason: str, part_of: str | None, place: int | None = None) -> None:
-        self._enter(Entry(path, type(module).__name__, None, reason, part_of), place)
-
-    def _report_swapped(
-        self, module: Any, path: str, reason: str, part_of: str | None, place: int | None = None
-    ) -> None:
-        name, replacement = type(module).__name__, f"Fast{module._mplug2_fast_kind.__name__}"
-        self._enter(Entry(path, name, replacement, reason, part_of, vars(module)[STATE].calls), place)
-
-    def _enter(self, entry: Entry, place: int | None) -> None:
+    def _report(self, module: Any, path: str, reason: str, part_of: str | None, place: int | None = None) -> None:
+        """Adds an entry, by default at the end."""
+        replacement, calls = None, None
+        if isinstance(module, Swapped):
+            replacement, calls = module._mplug2_fast_kind.replacement(), vars(module)[STATE].calls
+        entry = Entry(path, type(module).__name__, replacement, reason, part_of, calls)
         self.entries.insert(len(self.entries) if place is None else place, entry)
 
 
@@ -216,7 +213,7 @@ _PLAIN = (int, float, str, bool, type(None), list, tuple, set, dict)
 
 
 def _make(module: nn.Module) -> tuple[Any, ...]:
-    """What two modules that compute the same function, apart from the values of their parameters, have in common."""
+    """A key that is equal for modules that compute the same, apart from the values of their parameters."""
     made = []
     for name, part in module.named_modules():
         own = [(k, v) for k, v in vars(part).items() if k not in _OF_EVERY_MODULE]

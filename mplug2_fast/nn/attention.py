@@ -106,6 +106,7 @@ class FusedProjections(AttentionHeads):
     """Heads with one weight for queries, keys and values, as in `torch.nn.MultiheadAttention`.
 
     `in_proj_weight` and `in_proj_bias` hold those of queries, keys and values, in this order, `embed_dim` rows each.
+    The projections use only attributes that `torch.nn.MultiheadAttention` has too.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
@@ -126,7 +127,7 @@ class FusedProjections(AttentionHeads):
 
     def project_query(self, x: Tensor) -> Tensor:
         """x `(..., embed_dim)` to `(..., num_heads, head_dim)`."""
-        return self.split_heads(linear_act(x, *self.query_parameters()))
+        return linear_act(x, *FusedProjections.query_parameters(self)).unflatten(-1, (self.num_heads, -1))
 
     def query_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the query projection."""

@@ -225,6 +225,14 @@ class LocalTemporal(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in settings)
 
 
+def folds(norm: nn.Module | None, x: Tensor) -> bool:
+    """Whether a batch norm is folded into the product after it: in evaluation mode, and not in a narrow type, which
+    would lose precision if the mean is far from zero."""
+    if not isinstance(norm, _BatchNorm) or norm.training or norm.running_mean is None:
+        return False
+    return x.element_size() >= 4 and autocast_dtype(x) is None
+
+
 def compute(
     x: Tensor,
     norm: nn.Module | None,
@@ -244,9 +252,7 @@ def compute(
     batch_norm = norm if isinstance(norm, _BatchNorm) else None
     ln = norm if batch_norm is None else None
     weight, bias = down_proj.weight.flatten(1), down_proj.bias
-    # Folded weights in a narrow type would lose precision if the mean is far from zero.
-    is_wide = x.element_size() >= 4 and autocast_dtype(x) is None
-    if batch_norm is not None and is_wide and not batch_norm.training and batch_norm.running_mean is not None:
+    if folds(norm, x):
         weight, bias = fold_batch_norm(batch_norm, weight, bias)
         batch_norm = None
     adds_outside = batch_norm is not None or (would_round(x) and (residual or (class_token and keep_class_token)))

@@ -1,4 +1,4 @@
-"""The reference, accelerated and restored: what it computes, and what of it stays as it was."""
+"""The reference model, accelerated and restored: its results, and what does not change."""
 
 import copy
 import io
@@ -84,7 +84,7 @@ def test_ranking():
     torch.testing.assert_close(after[1], before[1], atol=1e-5, rtol=0)
 
 
-def test_restored_it_computes_the_same_bits(model, task):
+def test_a_restored_model_computes_the_same_bits(model, task):
     video, question = random_video(SMALL, 3), inputs(task)
     modules, shown = dict(model.named_modules()), repr(model)
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_parameters_are_the_same_objects(model):
     assert [(name, id(p)) for name, p in model.named_parameters()] == [(n, id(p)) for n, p in parameters.items()]
 
 
-def test_training_in_between_is_seen_by_the_original(model, task):
+def test_restore_keeps_trained_weights(model, task):
     mf.accelerate(model)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -162,7 +162,7 @@ def test_the_report_shows_the_swaps(model, task):
             assert any(name == path or name.startswith(f"{path}.") for path in paths), name
 
 
-def test_twice_is_once(model):
+def test_accelerating_twice_changes_nothing(model):
     first = mf.accelerate(model)
     shown = repr(model)
     second = mf.accelerate(model)
@@ -191,13 +191,13 @@ def test_context_leaves_what_was_accelerated_before(model):
     assert len(fast_modules(model)) == count
 
 
-def test_an_error_on_the_way_undoes_everything(model, monkeypatch):
-    from mplug2_fast.acceleration.decoder import PredictionHead
+def test_an_error_undoes_everything(model, monkeypatch):
+    from mplug2_fast.acceleration.text_decoder import PredictionHeadKind
 
     def interrupted(module):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(PredictionHead, "recognise", interrupted)
+    monkeypatch.setattr(PredictionHeadKind, "recognise", interrupted)
     shown = repr(model)
     with pytest.raises(KeyboardInterrupt):
         mf.accelerate(model)
@@ -274,7 +274,7 @@ def test_copies(model, task, way):
     assert torch.equal(model.generate(video, **question).scores, expected.scores)
 
 
-def test_state_dicts_go_in_and_out(model, task):
+def test_state_dicts_load(model, task):
     other = pair(SMALL, task, seed=1)[0]
     mf.accelerate(model)
     model.load_state_dict(other.state_dict())
@@ -293,13 +293,13 @@ def test_a_module_at_two_places():
     assert model["a"] is model["b"]["c"] is norm
     assert str(report).splitlines() == [
         "a    LayerNorm  → FastLayerNorm",
-        "b.c  LayerNorm  left: it is a, met before",
+        "b.c  LayerNorm  left: it is the same module as a",
     ]
     mf.restore(model)
     assert type(norm) is nn.LayerNorm
 
 
-def test_packed_weights_notice_changes_and_go_away(monkeypatch, native_module):
+def test_packed_weights_follow_changes_and_restore_drops_them(monkeypatch, native_module):
     monkeypatch.setattr(onednn, "MUCH_WORK", 0)
     config = SMALL.replace(image_size=64, num_frames=9)  # 585 tokens
     model, video = pair(config)[0], random_video(config, 1)

@@ -1,4 +1,4 @@
-"""What becomes of calls: served, by parts, or by the original's code, and what the report says of it."""
+"""Calls of accelerated modules: served, by parts or by the original code, and their counts in the report."""
 
 import copy
 import pickle
@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import mplug2_fast as mf
-from tests.acceleration import released_vision
+from tests.acceleration import official_vision
 from tests.golden.cases import relative_error
 
 
@@ -21,12 +21,12 @@ def clip_mlp():
 
 def block():
     torch.manual_seed(0)
-    return released_vision.TemporalBlock(64, 1).eval()
+    return official_vision.TemporalBlock(64, 1).eval()
 
 
 @torch.no_grad()
 def compare(module, x, *args):
-    """The report after a call of the accelerated module, whose result has to be the original's."""
+    """Checks a call of the accelerated module against the original, and returns the report."""
     plain = copy.deepcopy(module)
     report = mf.accelerate(module)
     assert relative_error(module(x, *args), plain(x, *args)) < 1e-5
@@ -44,7 +44,7 @@ def test_served_calls_are_counted():
     assert str(report.calls[""]) == "served 2"
 
 
-def test_a_call_that_is_not_served_goes_to_fast_parts():
+def test_an_unserved_call_runs_with_accelerated_parts():
     module, x = block(), torch.randn(5, 4, 64)
     report = compare(module, x, 2)
     handle = module.ln_1.register_forward_hook(lambda _, __, out: 2 * out)
@@ -56,10 +56,10 @@ def test_a_call_that_is_not_served_goes_to_fast_parts():
         for _ in range(2):
             assert relative_error(module(x, 2), expected(x, 2)) < 1e-5
     assert len(caught) == 1
-    assert "a forward of the instance's own, is on ln_1" in str(caught[0].message)
-    assert dict(report.calls[""].by_parts) == {"a hook, or a forward of the instance's own, is on ln_1": 2}
+    assert "ln_1 has a hook or its own forward" in str(caught[0].message)
+    assert dict(report.calls[""].by_parts) == {"ln_1 has a hook or its own forward": 2}
     assert report.calls["attn"].served == report.calls["mlp"].served == 2
-    assert "served 1, by parts 2 (a hook" in str(report)
+    assert "served 1, by parts 2 (ln_1 has a hook" in str(report)
     handle.remove()
     with torch.no_grad():
         module(x, 2)
@@ -67,7 +67,7 @@ def test_a_call_that_is_not_served_goes_to_fast_parts():
 
 
 @pytest.mark.real_sizes
-def test_small_calls_are_left_to_the_original():
+def test_small_calls_run_the_original_code():
     module = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64))
     x = torch.randn(1, 64)
     expected = module(x)
@@ -91,7 +91,7 @@ def test_large_calls_are_served(dtype):
 
 
 @pytest.mark.real_sizes
-def test_gradients_on_a_cpu_are_left_to_the_original():
+def test_gradients_on_a_cpu_run_the_original_code():
     module, x = clip_mlp(), torch.randn(9, 64)
     report = mf.accelerate(module)
     module(x).sum().backward()
@@ -155,7 +155,7 @@ CHANGES = [scaled, pruned, weight_normed, old_weight_normed, spectral_normed, re
 @pytest.mark.unserved_calls
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_what_is_put_on_a_part_counts(change, when):
+def test_changed_parts_count(change, when):
     torch.manual_seed(0)
     plain, x = clip_mlp(), torch.randn(9, 64)
     fast = copy.deepcopy(plain)
@@ -181,7 +181,7 @@ def test_what_is_put_on_a_part_counts(change, when):
 
 
 @pytest.mark.unserved_calls
-def test_a_parametrised_module_itself():
+def test_a_parametrised_module():
     linear, x = nn.Linear(64, 64), torch.randn(600, 64)
     mf.accelerate(linear)
     parametrizations.weight_norm(linear)
@@ -195,7 +195,7 @@ def test_a_parametrised_module_itself():
 
 
 @pytest.mark.unserved_calls
-def test_dropout_of_a_mlp_draws_as_before():
+def test_dropout_of_a_mlp_draws_the_same_numbers():
     class Mlp(nn.Module):
         def __init__(self):
             super().__init__()
@@ -221,7 +221,7 @@ def test_dropout_of_a_mlp_draws_as_before():
 
 
 def checkpointed(module):
-    """Checkpoints a module by a forward on the instance, in the manner of fairscale."""
+    """Checkpoints a module with a forward on the instance, as fairscale does."""
     import functools
     import weakref
 
@@ -314,9 +314,9 @@ def test_norms_that_cast(kind, given, parameters):
         assert report.calls[""].served == (kind is not Rounding or given is torch.float32)
 
 
-def test_norms_that_do_something_else():
+def test_norms_that_compute_something_else():
     for norm in (WithoutEps(8, eps=0.1), ChannelsFirst(8)):
         (entry,) = mf.accelerate(norm).entries
         assert entry.replacement is None
-        assert "LayerNorm on a trial input" in entry.reason or "does not run on a trial input" in entry.reason
+        assert "LayerNorm on a trial input" in entry.reason or "fails on a trial input" in entry.reason
     assert mf.accelerate(WithoutEps(8)).replaced  # the default is the same

@@ -1,4 +1,4 @@
-"""Weights and inputs that change between calls, in ways that PyTorch does not count."""
+"""Weights and inputs that change between calls without PyTorch's version counter."""
 
 import importlib
 
@@ -11,7 +11,7 @@ import mplug2_fast as mf
 from mplug2_fast.acceleration import cache
 from mplug2_fast.acceleration.swap import STATE
 from mplug2_fast.ops.runtime import onednn
-from tests.acceleration.released import MPLUG2
+from tests.acceleration.official import MPLUG2
 from tests.acceleration.test_decoder import CASE, check, extended, tiled, words
 
 
@@ -25,7 +25,7 @@ def decoders():
 
 @pytest.fixture(params=[True, False], ids=["checksums", "copies"])
 def comparison(request, monkeypatch):
-    """By checksums, or by copies where memory cannot be read, as on a GPU."""
+    """By checksums, or by copies if memory cannot be read, as on a GPU."""
     if request.param:
         request.getfixturevalue("native_module")
     else:
@@ -44,7 +44,7 @@ def write(decoder, name):
 
 
 def goes_on(plain, fast, ids, memory):
-    """Whether calls continue one another again where nothing has changed."""
+    """Whether calls continue one another again if nothing changes."""
     for step in range(3):
         ids = extended(ids, torch.arange(6), 90 + step)
         counts = check(plain, fast, ids, memory)
@@ -52,7 +52,7 @@ def goes_on(plain, fast, ids, memory):
 
 
 @pytest.mark.usefixtures("comparison")
-def test_every_weight_counts_between_two_steps(decoders):
+def test_every_weight_may_change_between_steps(decoders):
     plain, fast = decoders
     memory, ids = tiled(2), words(6, 1)
     check(plain, fast, ids, memory)
@@ -65,8 +65,8 @@ def test_every_weight_counts_between_two_steps(decoders):
 
 
 @pytest.mark.usefixtures("comparison")
-def test_weights_that_are_swapped_and_swapped_back(decoders):
-    """What was computed with the first weights is not taken for a continuation when they are back."""
+def test_weights_swapped_and_swapped_back(decoders):
+    """Results from before the swap are not reused when the first weights are back."""
     memory, ids = tiled(2), words(6, 1)
     own = {name: parameter.detach().clone() for name, parameter in decoders[0].named_parameters()}
     other = {name: value + 0.05 * torch.randn_like(value) for name, value in own.items()}
@@ -93,7 +93,7 @@ def test_a_fused_optimizer_between_two_steps(decoders):
 
 
 @pytest.mark.usefixtures("comparison")
-def test_a_memory_that_is_written_to_uncounted(decoders):
+def test_a_memory_written_without_the_version_counter(decoders):
     memory, ids = tiled(2), words(6, 1)
     check(*decoders, ids, memory)
     for step, change in enumerate((memory.data.neg_, lambda: memory.numpy().__imul__(2), memory.data[0, 0].zero_)):
@@ -103,7 +103,7 @@ def test_a_memory_that_is_written_to_uncounted(decoders):
     assert goes_on(*decoders, ids, memory)
 
 
-def test_a_mask_that_is_written_to(decoders):
+def test_a_mask_written_in_place(decoders):
     memory, ids, mask = tiled(2), words(6, 1), torch.ones(6, 11)
     for step in range(3):
         check(*decoders, ids, memory, mask)
@@ -111,7 +111,7 @@ def test_a_mask_that_is_written_to(decoders):
         ids = extended(ids, torch.arange(6), step)
 
 
-def test_weights_of_inference_mode():
+def test_weights_created_in_inference_mode():
     with torch.inference_mode():
         decoders = [MPLUG2.of(CASE).text_decoder for _ in range(2)]
         mf.accelerate(decoders[1])
@@ -124,7 +124,7 @@ def test_weights_of_inference_mode():
         check(*decoders, extended(ids, torch.arange(6), 1), memory)
 
 
-def test_nothing_of_the_weights_is_kept_twice(decoders, native_module):
+def test_checksums_need_no_copies_of_weights(decoders, native_module):
     check(*decoders, words(6, 1), tiled(2))
     seen = vars(decoders[1])[STATE].session._seen
     assert all(values._bytes == () for record in seen.videos.records.values() for values in record.weights)
@@ -140,7 +140,7 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own keys", "others' keys"])
-def test_attention_from_a_fused_weight_whole_and_in_parts(monkeypatch, native_module, own):
+def test_a_fused_weight_is_packed_whole_or_in_parts(monkeypatch, native_module, own):
     monkeypatch.setattr(onednn, "MUCH_WORK", 0)
     torch.manual_seed(0)
     module = Attention().eval()
@@ -161,7 +161,7 @@ def test_attention_from_a_fused_weight_whole_and_in_parts(monkeypatch, native_mo
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}], ids=str)
-def test_training_and_evaluating_in_turn(monkeypatch, native_module, options):
+def test_training_and_evaluating_alternate(monkeypatch, native_module, options):
     monkeypatch.setattr(onednn, "MUCH_WORK", 0)
     torch.manual_seed(0)
     model, x = nn.Linear(64, 64), torch.randn(600, 64)
@@ -177,7 +177,7 @@ def test_training_and_evaluating_in_turn(monkeypatch, native_module, options):
 
 @pytest.fixture
 def mesh():
-    """One process, without a network."""
+    """A mesh of one process."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()
@@ -185,7 +185,7 @@ def mesh():
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_training_and_evaluating_in_turn_with_fsdp(monkeypatch, native_module, mesh):
-    """It gathers weights into the same memory each time, and puts back PyTorch's count of writes."""
+    """FSDP gathers weights into the same memory each time and restores the version counter."""
     fsdp = importlib.import_module("torch.distributed.fsdp")
     monkeypatch.setattr(onednn, "MUCH_WORK", 0)
     model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(600, 64)

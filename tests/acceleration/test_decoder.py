@@ -1,4 +1,4 @@
-"""What the decoder keeps between calls: only what the next call would compute again, whatever that call is."""
+"""What the decoder keeps between calls never changes the result of a later call."""
 
 import threading
 from contextlib import contextmanager
@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import mplug2_fast as mf
-from mplug2_fast.acceleration import decoder as decoder_module
-from mplug2_fast.acceleration.attention import Projections
+from mplug2_fast.acceleration import text_decoder
+from mplug2_fast.acceleration.bert_attention import Projections
 from mplug2_fast.acceleration.swap import STATE
-from tests.acceleration.released import MPLUG2
+from tests.acceleration.official import MPLUG2
 from tests.golden.cases import CAPTIONING, GoldenCase, relative_error
 
 CASE = GoldenCase(CAPTIONING[0])
@@ -39,9 +39,9 @@ def words(*shape, seed=0):
 
 @contextmanager
 def counted():
-    """How many tokens went through layers, memories' tokens through cross-attention, and tokens through heads."""
+    """Counts tokens in layers, rows of memory in cross-attention, and tokens in heads."""
     counts = {"tokens": 0, "memory": 0, "logits": 0}
-    originals = Projections.finish, Projections.key_value, decoder_module._logits
+    originals = Projections.finish, Projections.key_value, text_decoder._logits
 
     def finish(self, context, residual):
         counts["tokens"] += residual.shape[0] * residual.shape[1]
@@ -55,11 +55,11 @@ def counted():
         counts["logits"] += x.shape[0] * x.shape[1]
         return originals[2](head, found, x, *embeddings)
 
-    Projections.finish, Projections.key_value, decoder_module._logits = finish, key_value, logits
+    Projections.finish, Projections.key_value, text_decoder._logits = finish, key_value, logits
     try:
         yield counts
     finally:
-        Projections.finish, Projections.key_value, decoder_module._logits = originals
+        Projections.finish, Projections.key_value, text_decoder._logits = originals
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def call(decoder, ids, memory, mask=None, **options):
 
 
 def check(plain, fast, ids, memory, mask=None, **options):
-    """The logits of all tokens are those of the original; returns what was computed for them."""
+    """Compares the logits of all tokens with the original's. Returns what was computed."""
     expected = call(plain, ids, memory, mask, **options).logits
     with counted() as counts:
         actual = call(fast, ids, memory, mask, **options).logits
@@ -81,7 +81,7 @@ def tiled(videos, seed=0):
 
 
 def extended(ids, rows, seed):
-    """Prefixes that continue the given rows."""
+    """Prefixes with one more token than the given rows."""
     return torch.cat([ids[rows], words(len(rows), 1, seed=seed)], dim=1)
 
 
@@ -114,7 +114,7 @@ def test_rows_of_a_memory_in_any_order(plain, fast, order):
     assert counts["logits"] == len(order)
 
 
-def test_beams_of_different_videos_with_the_same_words(plain, fast):
+def test_beams_of_different_videos_with_the_same_tokens(plain, fast):
     ids = words(1, 3).expand(6, 3).contiguous()
     memory = tiled(2)
     for length in (1, 2, 3):
@@ -131,7 +131,7 @@ def test_the_same_memory_object_is_not_compared(plain, fast, monkeypatch):
 
 
 @pytest.mark.parametrize("inference", [False, True])
-def test_a_memory_that_was_written_to(plain, fast, inference):
+def test_a_memory_written_in_place(plain, fast, inference):
     with torch.inference_mode(inference):
         memory, ids = tiled(2).clone(), words(6, 1)
         check(plain, fast, ids, memory)
@@ -174,7 +174,7 @@ def test_padding_of_the_memory(plain, fast):
     check(plain, fast, ids, memory, masks[2])
 
 
-def test_padding_of_the_words(plain, fast):
+def test_padding_of_the_tokens(plain, fast):
     memory, ids = tiled(2), words(6, 5)
     mask = torch.ones(6, 5)
     mask[1, 2:], mask[4, 4:] = 0, 0
@@ -206,7 +206,7 @@ def test_prefixes_that_continue_nothing(plain, fast):
     assert check(plain, fast, other, memory)["logits"] == 18
 
 
-def test_positions_and_types_count_too(plain, fast):
+def test_positions_and_token_types_count(plain, fast):
     memory, ids = tiled(2), words(6, 1)
     check(plain, fast, ids, memory)
     longer = extended(ids, torch.arange(6), 1)
@@ -221,9 +221,9 @@ def test_without_the_causal_mask(plain, fast):
         check(plain, fast, ids[:, :length], memory, is_decoder=False)
 
 
-def test_a_memory_for_all_rows_is_left_to_the_original(plain, fast):
+def test_one_memory_for_all_rows_runs_the_original_code(plain, fast):
     memory, ids = random(1, KEYS, WIDTH), words(4, 3)
-    with pytest.warns(RuntimeWarning, match="not of one batch"):
+    with pytest.warns(RuntimeWarning, match="do not have the same batch size"):
         check(plain, fast, ids, memory)
 
 
@@ -267,7 +267,7 @@ def test_weights_that_change(plain, fast):
 
 
 def test_a_new_generation_computes_everything_again(plain, fast):
-    """Also for the same video: what was written through `.data`, which torch does not count, is seen then."""
+    """Even for the same video, it uses weights written through `.data`."""
     ids, memory = words(6, 2), tiled(2)
     check(plain, fast, ids[:, :1], memory)
     for decoder in (plain, fast):
@@ -275,7 +275,7 @@ def test_a_new_generation_computes_everything_again(plain, fast):
     check(plain, fast, ids[:, :1], memory)
 
 
-def test_other_things_that_a_call_may_ask_for(plain, fast):
+def test_other_outputs_that_a_call_may_request(plain, fast):
     ids, memory = words(6, 3), tiled(2)
     check(plain, fast, ids[:, :2], memory)
     options = {"use_cache": True, "output_hidden_states": True}
@@ -304,7 +304,7 @@ def test_other_things_that_a_call_may_ask_for(plain, fast):
         check(plain, fast, ids, memory, output_attentions=True)
 
 
-def test_keys_and_values_that_the_caller_keeps(plain, fast):
+def test_keys_and_values_kept_by_the_caller(plain, fast):
     ids, memory = words(6, 2), tiled(2)
     given = [call(decoder, ids[:, :1], memory, use_cache=True).past_key_values for decoder in (plain, fast)]
     expected = call(plain, ids[:, 1:], memory, past_key_values=given[0]).logits
@@ -351,7 +351,7 @@ def test_the_memory_of_another_video_replaces_the_first(plain, fast):
 
 
 def test_threads(fast):
-    """Two generations that take turns in any way are right, if not fast."""
+    """Two generations that interleave in any way are correct."""
     inputs = [(tiled(2, seed), words(6, 6, seed=seed)) for seed in range(2)]
     expected = []
     for memory, ids in inputs:

@@ -1,4 +1,4 @@
-"""What is swapped and what is left, and why: modules are known by their parts and by what they compute."""
+"""Which modules are accelerated, which are left unchanged, and why."""
 
 import warnings
 from collections import OrderedDict
@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 import mplug2_fast as mf
 from mplug2_fast.acceleration.swap import STATE
-from tests.acceleration import released_bert, released_vision
-from tests.acceleration.released import MPLUG2
+from tests.acceleration import official_bert, official_vision
+from tests.acceleration.official import MPLUG2
 from tests.golden.cases import CAPTIONING, GoldenCase, relative_error
 from tests.tiny import SMALL, pair, random_video
 
@@ -19,7 +19,7 @@ CASE = GoldenCase(CAPTIONING[0])
 
 
 def reason(module, part=""):
-    """Why a module, or a part of it, is left as it is; "" where it is swapped."""
+    """Why a module, or a part of it, is left unchanged; "" if it is accelerated."""
     report = mf.accelerate(nn.ModuleDict({"m": module}))
     path = f"m.{part}" if part else "m"
     entry = next(entry for entry in report.entries if entry.path == path)
@@ -28,7 +28,7 @@ def reason(module, part=""):
 
 def config(**changes):
     changes = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **changes}
-    return released_bert.bert_config(CASE.description["bert"], **changes)
+    return official_bert.bert_config(CASE.description["bert"], **changes)
 
 
 def randomised(module):
@@ -52,7 +52,7 @@ def test_layer_norm(shape, options):
     torch.testing.assert_close(norm(x), expected)
 
 
-def test_layer_norms_that_are_left():
+def test_unsupported_layer_norms():
     class Doubled(nn.LayerNorm):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -60,8 +60,8 @@ def test_layer_norms_that_are_left():
     class Named(nn.LayerNorm):
         """Computes what LayerNorm does."""
 
-    assert reason(nn.LayerNorm((3, 8))) == "it normalises over several axes, (3, 8)"
-    assert reason(Doubled(8)) == "its class computes something else than LayerNorm on a trial input"
+    assert reason(nn.LayerNorm((3, 8))) == "it normalises over several axes: (3, 8)"
+    assert reason(Doubled(8)) == "its class computes something other than LayerNorm on a trial input"
     assert reason(Named(8)) == ""
 
 
@@ -77,7 +77,7 @@ def test_linear():
     assert reason(parametrised) == "it is not a plain Linear"
 
 
-@pytest.mark.parametrize("activation", [nn.GELU(), released_vision.QuickGELU()], ids=["gelu", "quick_gelu"])
+@pytest.mark.parametrize("activation", [nn.GELU(), official_vision.QuickGELU()], ids=["gelu", "quick_gelu"])
 def test_mlp(activation):
     mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(8, 32), gelu=activation, c_proj=nn.Linear(32, 8)))
     x = torch.randn(2, 3, 8) * 4
@@ -123,25 +123,25 @@ def test_multihead_attention(batch_first, bias):
     [
         ({"add_bias_kv": True}, "it adds a bias to keys and values (add_bias_kv)"),
         ({"add_zero_attn": True}, "it adds a zero to keys and values (add_zero_attn)"),
-        ({"kdim": 8, "vdim": 8}, "its keys or values have channels of their own (kdim, vdim)"),
+        ({"kdim": 8, "vdim": 8}, "its keys or values have other widths (kdim, vdim)"),
     ],
     ids=str,
 )
-def test_multihead_attention_that_is_left(options, why):
+def test_unsupported_multihead_attention(options, why):
     assert reason(nn.MultiheadAttention(16, 2, **options)) == why
 
 
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({}, "weights of attention"),
+        ({}, "attention weights"),
         ({"need_weights": False, "attn_mask": torch.ones(4, 4)}, "attn_mask"),
         ({"need_weights": False, "attn_mask": torch.eye(4) > 0}, "attn_mask"),
         ({"need_weights": False, "key_padding_mask": torch.zeros(3, 4)}, "key_padding_mask of torch.float32"),
     ],
     ids=["weights", "bias", "not causal", "float padding"],
 )
-def test_calls_of_multihead_attention_that_are_left_to_it(options, why):
+def test_unserved_calls_of_multihead_attention(options, why):
     module, x = randomised(nn.MultiheadAttention(16, 2)), torch.randn(4, 3, 16)
     expected = module(x, x, x, **options)
     mf.accelerate(module)
@@ -163,7 +163,7 @@ def test_clip_text_tower():
 
 
 def block(**replaced):
-    made = released_vision.TemporalBlock(64, 1)
+    made = official_vision.TemporalBlock(64, 1)
     for name, module in replaced.items():
         made.set_submodule(name.replace("__", "."), module)
     return randomised(made)
@@ -183,42 +183,45 @@ def test_block_keeps_the_layout_of_its_input(batch_first, frames):
     assert out.transpose(0, 1).is_contiguous() is batch_first
 
 
-def test_a_fresh_block_is_known_although_its_up_projections_are_zero():
-    class NoActivation(released_vision.LocalTemporal):
+def test_a_new_block_is_recognised_although_its_up_projections_are_zero():
+    class NoActivation(official_vision.LocalTemporal):
         def forward(self, x):
             normed = self.ln(x.movedim(1, -1)).movedim(-1, 1)
             return self.up_proj(self.conv(self.down_proj(normed)))
 
-    assert reason(released_vision.TemporalBlock(64, 1)) == ""
-    other = released_vision.TemporalBlock(64, 1)
+    assert reason(official_vision.TemporalBlock(64, 1)) == ""
+    other = official_vision.TemporalBlock(64, 1)
     other.lmhra2 = NoActivation(64)
-    assert reason(other) == "on a trial input it computes something else than the released block"
+    assert reason(other) == "on a trial input it computes something other than the official block"
 
 
 @pytest.mark.parametrize(
     ("replaced", "why"),
     [
         ({"mlp__gelu": nn.ReLU()}, "its activation is none of quick_gelu, gelu"),
-        ({"lmhra1__conv": nn.Conv3d(32, 32, (3, 1, 1), padding=(1, 0, 0))}, "lmhra1.conv is not the convolution"),
-        ({"lmhra1__activation": nn.GELU()}, "on a trial input it computes something else"),
+        (
+            {"lmhra1__conv": nn.Conv3d(32, 32, (3, 1, 1), padding=(1, 0, 0))},
+            "lmhra1.conv is not the expected convolution",
+        ),
+        ({"lmhra1__activation": nn.GELU()}, "on a trial input it computes something other"),
         ({"ln_2": nn.BatchNorm1d(64)}, "ln_2 is a BatchNorm1d, not a LayerNorm"),
         ({"attn": nn.MultiheadAttention(64, 1, add_zero_attn=True)}, "(add_zero_attn)"),
-        ({"adapter": nn.Linear(64, 64)}, "it has a part that is not known: adapter"),
+        ({"adapter": nn.Linear(64, 64)}, "it has an unknown part: adapter"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
-def test_blocks_that_are_left(replaced, why):
+def test_unsupported_blocks(replaced, why):
     module = block(**replaced)
     assert why in reason(module)
     assert hasattr(module.mlp if "mlp__gelu" not in replaced else module.attn, STATE)
 
 
 def test_a_block_that_computes_something_else():
-    class Scaled(released_vision.TemporalBlock):
+    class Scaled(official_vision.TemporalBlock):
         def forward(self, x, T=8, use_checkpoint=False):
             return super().forward(x, T) + 1e-3 * x
 
-    assert reason(Scaled(64, 1)) == "on a trial input it computes something else than the released block"
+    assert reason(Scaled(64, 1)) == "on a trial input it computes something other than the official block"
 
 
 def test_paths_dropped_in_training():
@@ -239,12 +242,12 @@ def test_paths_dropped_in_training():
 
 def layer(index=0, **changes):
     settings = config(num_hidden_layers=3, num_uni_layer=2, **changes)
-    return randomised(released_bert.BertLayer(settings, index))
+    return randomised(official_bert.BertLayer(settings, index))
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
 @pytest.mark.parametrize("decoder", [False, True])
-def test_layers_in_all_their_modes(index, decoder):
+def test_layers_in_all_modes(index, decoder):
     module = layer(index, add_cross_attention=decoder)
     x, memory = torch.randn(2, 4, 128), torch.randn(2, 6, 128)
     mask, memory_mask = torch.zeros(2, 1, 1, 4), torch.zeros(2, 1, 1, 6)
@@ -262,8 +265,8 @@ def test_layers_in_all_their_modes(index, decoder):
             assert relative_error(actual, out) < 1e-5
 
 
-class ModalLayer(released_bert.BertLayer):
-    """A layer that reads its memory in the mode "multimodal" alone, as BLIP's do."""
+class ModalLayer(official_bert.BertLayer):
+    """A layer that reads its memory only in the mode "multimodal", as BLIP's do."""
 
     def forward(
         self, hidden_states, attention_mask=None, encoder_hidden_states=None, encoder_attention_mask=None, mode=None
@@ -290,16 +293,16 @@ def test_modes_of_other_models():
         assert relative_error(module(x, mask, **call), out) < 1e-5
 
 
-def test_calls_of_a_layer_that_are_left_to_it():
+def test_unserved_calls_of_a_layer():
     module, x = layer(), torch.randn(2, 4, 128)
     past = tuple(torch.randn(2, 2, 3, 64) for _ in range(2))
     calls = {
         "output_attentions": {"output_attentions": True},
         "past_key_value": {"past_key_value": past},
         "head_mask": {"head_mask": torch.ones(2, 1, 1)},
-        "not known": {"attention_mask": torch.zeros(1, 4)},
-        "without any key": {"attention_mask": torch.full((2, 1, 1, 4), -10000.0)},
-        "was not tried: no memory, mode fusion": {"mode": "fusion"},
+        "an unknown attention mask": {"attention_mask": torch.zeros(1, 4)},
+        "hides all keys": {"attention_mask": torch.full((2, 1, 1, 4), -10000.0)},
+        "in an unknown way: no memory, mode fusion": {"mode": "fusion"},
     }
     expected = {why: module(x, **call) for why, call in calls.items()}
     mf.accelerate(module)
@@ -326,7 +329,7 @@ def test_masks_of_any_values(mask):
         assert relative_error(actual, out) < 1e-5
 
 
-def test_layers_that_are_left():
+def test_unsupported_layers():
     relative = layer()
     relative.attention.self.position_embedding_type = "relative_key"
     relative.attention.self.distance_embedding = nn.Embedding(127, 64)
@@ -336,36 +339,36 @@ def test_layers_that_are_left():
 
     tanh = layer()
     tanh.intermediate.intermediate_act_fn = lambda x: F.gelu(x, approximate="tanh")
-    assert reason(tanh) == "the activation of intermediate is none of quick_gelu, gelu"
+    assert reason(tanh) == "its activation is none of quick_gelu, gelu"
     assert hasattr(tanh.attention, STATE)
 
-    class PreNorm(released_bert.BertLayer):
+    class PreNorm(official_bert.BertLayer):
         def forward(self, hidden_states, attention_mask=None):
             return super().forward(self.output.LayerNorm(hidden_states), attention_mask)
 
-    class Nameless(released_bert.BertLayer):
+    class Nameless(official_bert.BertLayer):
         def forward(self, *args, **kwargs):
             return super().forward(*args, **kwargs)
 
     settings = config(num_hidden_layers=3)
-    assert reason(PreNorm(settings, 0)) == "on a trial input it computes something else than a BERT layer"
+    assert reason(PreNorm(settings, 0)) == "on a trial input it computes something other than a BERT layer"
     assert reason(Nameless(settings, 0)) == "its forward takes arguments without names"
 
-    class Scaled(released_bert.BertSelfAttention):
+    class Scaled(official_bert.BertSelfAttention):
         def transpose_for_scores(self, x):
             return 1.001 * super().transpose_for_scores(x)
 
     scaled = layer()
     scaled.attention.self = Scaled(config(), False)
-    assert reason(scaled) == "on a trial input it computes something else than a BERT layer"
+    assert reason(scaled) == "on a trial input it computes something other than a BERT layer"
     scaled = layer()
     scaled.attention.self = Scaled(config(), False)
-    assert reason(scaled, "attention") == "on a trial input it computes something else than BERT's attention"
+    assert reason(scaled, "attention") == "on a trial input it computes something other than BERT's attention"
 
 
 @pytest.mark.parametrize("cross", [False, True])
-def test_attention_by_itself(cross):
-    module = nn.ModuleDict({"a": randomised(released_bert.BertAttention(config(encoder_width=96), cross))})
+def test_attention_alone(cross):
+    module = nn.ModuleDict({"a": randomised(official_bert.BertAttention(config(encoder_width=96), cross))})
     x, memory = torch.randn(2, 4, 128), torch.randn(2, 6, 96)
     call = {"encoder_hidden_states": memory, "encoder_attention_mask": torch.zeros(2, 1, 1, 6)} if cross else {}
     expected = module["a"](x, **call)
@@ -376,7 +379,7 @@ def test_attention_by_itself(cross):
     assert relative_error(value, expected[1][1]) < 1e-5
 
 
-def test_attention_of_the_reference_by_itself():
+def test_attention_of_the_reference_alone():
     attention = pair(SMALL)[0].text_decoder.bert.encoder.layer["0"].attention
     x, memory = torch.randn(2, 4, 64), torch.randn(2, 6, 64)
     expected = attention(x, x, None), attention(x, memory, None)
@@ -387,7 +390,7 @@ def test_attention_of_the_reference_by_itself():
 
 @pytest.mark.parametrize("stride", [1, 2, 1000])
 def test_fusion_layers(stride):
-    module = randomised(released_bert.FusionLayer(config(stride_layer=stride)))
+    module = randomised(official_bert.FusionLayer(config(stride_layer=stride)))
     x, memory = torch.randn(2, 4, 128), torch.randn(2, 6, 128)
     mask, memory_mask = torch.zeros(2, 1, 1, 4), torch.zeros(2, 1, 1, 6)
     mask[0, ..., -1], memory_mask[1, ..., 3:] = -10000.0, -1e9
@@ -398,7 +401,7 @@ def test_fusion_layers(stride):
             assert relative_error(actual, out) < 1e-5
 
 
-def test_attention_that_is_saved():
+def test_saved_attention_weights():
     module = layer(1)
     mf.accelerate(module)
     module.crossattention.self.save_attention = True
@@ -418,7 +421,7 @@ def test_a_hook_on_a_part_is_called():
     report = mf.accelerate(model)
     path = "visual_encoder.visual.transformer.resblocks"
     outcomes = {entry.path: entry for entry in report.entries}
-    assert outcomes[f"{path}.0"].reason == "a hook, or a forward of the instance's own, is on mlp.c_fc"
+    assert outcomes[f"{path}.0"].reason == "mlp.c_fc has a hook or its own forward"
     assert outcomes[f"{path}.1"].replacement == "FastTemporalBlock"
     assert outcomes[f"{path}.0.attn"].replacement == "FastMultiheadAttention"
     model.encode_video(video)
@@ -426,24 +429,24 @@ def test_a_hook_on_a_part_is_called():
     handle.remove()
     assert mf.accelerate(model)
     outcomes = {entry.path: entry for entry in mf.accelerate(model).entries}
-    assert outcomes[f"{path}.0"].reason == "parts of it are accelerated already: restore first"
+    assert outcomes[f"{path}.0"].reason == "parts of it are accelerated already; call restore first"
 
 
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
-def test_a_hook_that_comes_later_is_called(kind):
+def test_a_later_hook_on_a_part_is_called(kind):
     module, x = block(), torch.randn(5, 4, 64, requires_grad=True)
     mf.accelerate(module)
     expected = module(x, 2)
     seen = []
     getattr(module.mlp.c_fc, f"register_{kind}")(lambda *_: seen.append(1))
-    with pytest.warns(RuntimeWarning, match="is on mlp.c_fc"):
+    with pytest.warns(RuntimeWarning, match="mlp.c_fc has a hook"):
         out = module(x, 2)
     assert relative_error(out, expected) < 1e-5
     out.sum().backward()
     assert seen == [1]
 
 
-def test_hooks_on_a_swapped_module_itself():
+def test_hooks_on_a_swapped_module():
     module, x = block(), torch.randn(5, 4, 64)
     expected = module(x, 2)
     module.register_forward_hook(lambda _, __, out: 2 * out)
@@ -451,20 +454,20 @@ def test_hooks_on_a_swapped_module_itself():
     assert relative_error(module(x, 2), 2 * expected) < 1e-5
 
 
-def test_hooks_on_all_modules_are_called():
+def test_global_hooks_are_called():
     module, x = block(), torch.randn(5, 4, 64)
     mf.accelerate(module)
     seen = []
     handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(m))
     try:
-        with pytest.warns(RuntimeWarning, match="hooks on all modules"):
+        with pytest.warns(RuntimeWarning, match="global module hooks"):
             module(x, 2)
     finally:
         handle.remove()
     assert module.mlp.c_fc in seen
 
 
-def test_parts_that_are_replaced_later():
+def test_parts_replaced_later():
     module, x = block(), torch.randn(5, 4, 64)
     mf.accelerate(module)
     module.mlp.c_proj = randomised(nn.Linear(256, 64))
@@ -475,26 +478,26 @@ def test_parts_that_are_replaced_later():
     assert relative_error(out, mf_free(x, 2)) < 1e-5
 
 
-def test_a_forward_of_the_instance_s_own():
+def test_a_forward_on_the_instance():
     module = block()
     module.forward = lambda x, T: x
-    assert reason(module) == "its forward is replaced on the instance, in a way that is not known"
+    assert reason(module) == "its forward is replaced on the instance in an unknown way"
     x = torch.randn(5, 4, 64)
     assert module(x, 2) is x
 
 
-def test_decoder_whose_layers_are_not_known():
+def test_a_decoder_with_unknown_layers():
     model = pair(SMALL)[0]
     for made in model.text_decoder.bert.encoder.layer.values():
         made.adapter = nn.Linear(64, 64)
     outcomes = {entry.path: entry for entry in mf.accelerate(model).entries}
     assert outcomes["text_decoder"].reason == "none of its layers is known"
-    assert outcomes["text_decoder.bert.encoder.layer.0"].reason == "it has a part that is not known: adapter"
+    assert outcomes["text_decoder.bert.encoder.layer.0"].reason == "it has an unknown part: adapter"
     assert outcomes["text_decoder.bert.encoder.layer.0.attention"].replacement == "FastBertAttention"
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-def test_what_is_fast_already_is_left():
+def test_fast_modules_are_left():
     report = mf.accelerate(nn.ModuleDict({"a": mf.nn.LayerNorm(8), "b": torch.jit.script(nn.LayerNorm(8))}))
     assert [entry.reason for entry in report.entries] == ["it is a fast module", "it is compiled by TorchScript"]
 
@@ -505,7 +508,7 @@ def test_nothing_to_do():
     assert str(report) == "(the model)  LayerNorm  → FastLayerNorm"
 
 
-def test_a_warning_is_given_once_a_place():
+def test_a_warning_is_given_once():
     module, x = randomised(nn.MultiheadAttention(16, 2)), torch.randn(4, 3, 16)
     mf.accelerate(module)
     with warnings.catch_warnings(record=True) as caught:

@@ -1,4 +1,4 @@
-"""Local temporal modules outside the official vision block, in stand-ins for those of other models."""
+"""Local temporal modules of other models, as stand-ins, outside the official vision block."""
 
 import copy
 
@@ -8,7 +8,7 @@ from torch import nn
 
 import mplug2_fast as mf
 from mplug2_fast.acceleration.swap import STATE
-from tests.acceleration.released_vision import LayerNorm, LocalTemporal, QuickGELU
+from tests.acceleration.official_vision import LayerNorm, LocalTemporal, QuickGELU
 from tests.golden.cases import relative_error
 
 
@@ -29,7 +29,7 @@ class LocalMHRA(nn.Module):
 
 
 class NormedMHRA(nn.Module):
-    """The same with a layer norm, as a video retrieval model has it."""
+    """The same with a layer norm, as in a video retrieval model."""
 
     def __init__(self, width=24, inner=16):
         super().__init__()
@@ -41,7 +41,7 @@ class NormedMHRA(nn.Module):
 
 
 class Adapter(nn.Module):
-    """ST-Adapter's: the sum is written into the input."""
+    """ST-Adapter's, which adds its result to its input in place."""
 
     def __init__(self, width=24, inner=12, kernel=(3, 1, 1)):
         super().__init__()
@@ -71,7 +71,7 @@ class SequenceFirst(NewAdapter):
 
 
 class OwlTemporal(nn.Module):
-    """mPLUG-Owl-video's, for images of one size: the sum is the caller's."""
+    """mPLUG-Owl-video's, for one image size. The caller adds the residual."""
 
     def __init__(self, width=24, side=4):
         super().__init__()
@@ -120,7 +120,7 @@ def randomised(module):
 
 
 def made(name):
-    """A module, the same accelerated, and a call's arguments."""
+    """A module, an accelerated copy, and arguments for a call."""
     torch.manual_seed(0)
     make, inputs = MODULES[name]
     plain = randomised(make())
@@ -155,7 +155,7 @@ def test_result_and_gradients(name):
 
 
 def halved(module):
-    """In half precision but for layer norms, as CLIP has it."""
+    """Converts all but layer norms to half precision, as CLIP does."""
     for part in module.modules():
         if not isinstance(part, nn.LayerNorm):
             part._apply(lambda tensor: tensor.bfloat16(), recurse=False)
@@ -188,14 +188,14 @@ def test_batch_norm_far_from_zero_in_half_precision():
     assert relative_error(out, exact) < 2 * relative_error(expected, exact) + 1e-3
 
 
-def test_tokens_that_lie_side_by_side_stay_so():
+def test_channels_last_memory_format_is_kept():
     _, fast, (x,) = made("UniFormerV2")
     with torch.no_grad():
         out = fast(x.to(memory_format=torch.channels_last_3d))
     assert out.is_contiguous(memory_format=torch.channels_last_3d)
 
 
-def test_batch_norm_in_training_is_left_to_pytorch():
+def test_batch_norm_in_training_runs_the_original_code():
     plain, fast, (x,) = made("UniFormerV2")
     for module in (plain.train(), fast.train()):
         module(x)
@@ -256,7 +256,7 @@ def test_arguments():
     ],
     ids=["frames", "no square", "another image size", "axes"],
 )
-def test_calls_that_the_original_refuses(name, args):
+def test_calls_that_the_original_rejects(name, args):
     plain, fast, _ = made(name)
     messages = []
     for module in (plain, fast):
@@ -278,8 +278,8 @@ def with_activation(activation):
 
 
 LEFT = {
-    "other results": (Doubled, "it computes something else"),
-    "other activation": (lambda: with_activation(nn.ReLU()), "it computes something else"),
+    "other results": (Doubled, "it computes something other"),
+    "other activation": (lambda: with_activation(nn.ReLU()), "it computes something other"),
     "no statistics": (
         lambda: nn.Sequential(nn.BatchNorm3d(24, track_running_stats=False), *LocalMHRA().pos_embed[1:]),
         "0 keeps no running statistics",
@@ -299,7 +299,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_modules_that_are_left(name):
+def test_unsupported_modules(name):
     make, why = LEFT[name]
     module = make()
     report = mf.accelerate(module)
@@ -342,7 +342,7 @@ def test_inside_an_unknown_block():
 
 
 @pytest.mark.real_sizes
-def test_small_calls_go_to_the_original():
+def test_small_calls_run_the_original_code():
     _, fast, (x,) = made("UniFormerV2")
     fast(x)
     assert vars(fast)[STATE].calls.no_gain == 1

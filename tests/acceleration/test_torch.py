@@ -13,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mplug2_fast as mf
 from mplug2_fast.acceleration.swap import STATE
-from tests.acceleration import released_vision
+from tests.acceleration import official_vision
 from tests.golden.cases import relative_error
 
 
 class Net(nn.Module):
-    """Every basic kind, with a class, a signature and a norm of its own."""
+    """A network with every basic kind of module, and its own signature."""
 
     def __init__(self):
         super().__init__()
@@ -48,13 +48,6 @@ def fast(plain):
 @pytest.fixture
 def x():
     return torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
-
-
-def test_compile(plain, fast, x):
-    compiled = torch.compile(fast, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), plain(x))
-        torch.testing.assert_close(compiled(x[:, :4]), plain(x[:, :4]))
 
 
 def test_export(plain, fast, x):
@@ -104,17 +97,6 @@ def test_forward_mode(plain, fast, x):
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.real_sizes
-def test_double_backward(plain, fast, x):
-    found = []
-    for model in (plain, fast):
-        given = x.clone().requires_grad_()
-        out = model.mlp(model.norm(model.first(given)))
-        (first,) = torch.autograd.grad(out.square().sum(), given, create_graph=True)
-        found.append(torch.autograd.grad(first.norm(), model.first.weight)[0])
-    torch.testing.assert_close(found[1], found[0])
-
-
 def test_modes(plain, fast, x):
     totals = []
     for model in (plain, fast):
@@ -137,7 +119,7 @@ def test_the_meta_device(fast, x):
 
 
 class Tagged(torch.Tensor):
-    """A subclass without an implementation of its own."""
+    """A tensor subclass that implements nothing."""
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -210,7 +192,7 @@ def test_fully_sharded_data_parallelism(plain, x, mesh):
         torch.testing.assert_close(fast(x), plain(x))
 
 
-def test_what_others_read_is_the_original_s(plain, fast):
+def test_names_and_signatures_are_those_of_the_original(plain, fast):
     for ours, theirs in zip(fast.modules(), plain.modules(), strict=True):
         kind, original = type(ours), type(theirs)
         assert isinstance(ours, original)
@@ -223,7 +205,7 @@ def test_what_others_read_is_the_original_s(plain, fast):
         assert inspect.signature(ours.forward) == inspect.signature(theirs.forward)
         assert ours.forward.__doc__ == theirs.forward.__doc__
     assert repr(fast) == repr(plain)
-    block = released_vision.TemporalBlock(64, 1)
+    block = official_vision.TemporalBlock(64, 1)
     names = list(inspect.signature(block.forward).parameters)
     mf.accelerate(block)
     assert list(inspect.signature(block.forward).parameters) == names

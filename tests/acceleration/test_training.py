@@ -1,4 +1,4 @@
-"""Training through fast modules is training as it was."""
+"""Training with accelerated modules equals training without them."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.tiny import SMALL, pair, random_text, random_video
 
 
 def train(model, steps=5):
-    """The losses of a few steps, and the model after them."""
+    """Trains the model for a few steps and returns the losses."""
     video = random_video(SMALL, 3)
     ids, mask = random_text(SMALL, 3, 7)
     # The gradients of keys' biases are rounding alone, which Adam would blow up with a smaller eps.
@@ -38,7 +38,7 @@ def test_five_steps():
 
 
 def test_generation_between_steps():
-    """Keys and values of before do not survive a step."""
+    """A training step drops the keys and values of earlier calls."""
     model = pair(SMALL, scale=2.0)[0]
     video = random_video(SMALL, 2)
     mf.accelerate(model)
@@ -66,8 +66,8 @@ def test_dropout_drops():
 
 
 @pytest.mark.parametrize("where", ["", "attention.self.", "crossattention.output.", "layer.1.output."])
-def test_dropout_alone_in_training_mode(where):
-    """As for estimates of uncertainty: every call draws anew, for all tokens."""
+def test_only_dropout_in_training_mode(where):
+    """Monte Carlo dropout: every call draws new random numbers for all tokens."""
     config = SMALL.replace(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     model = pair(config)[0]
     mf.accelerate(model)

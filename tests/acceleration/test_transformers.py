@@ -1,4 +1,4 @@
-"""Models of transformers, accelerated: the same results, and a report that says what computed them."""
+"""Accelerated models of transformers: equal results, and a report of what computed them."""
 
 import copy
 import inspect
@@ -40,7 +40,7 @@ def words():
 
 @torch.no_grad()
 def compare(model, **inputs):
-    """The report after a call, whose result has to be that of the model as it was."""
+    """Compares a call before and after accelerating, and returns the report."""
     expected = model(**inputs)
     report = mf.accelerate(model)
     found = model(**inputs)
@@ -156,7 +156,7 @@ def test_models(name, config, inputs):
 
 
 @pytest.mark.unserved_calls
-def test_what_transformers_reads(tmp_path, words):
+def test_signature_and_saved_config_stay(tmp_path, words):
     model = decoder()
     names = list(inspect.signature(model.forward).parameters)
     mf.accelerate(model)

@@ -1,4 +1,4 @@
-"""Every module beside a twin of plain PyTorch with the same parameters and the same call."""
+"""Every module, with a twin in plain PyTorch that has the same parameters and the same call."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def text_config(hidden_dropout_prob: float = 0.0, attention_probs_dropout_prob: 
 
 
 def flat(x: Tensor | None, axes: int) -> Tensor | None:
-    """x with one axis before its last `axes` axes."""
+    """x with all axes before its last `axes` axes made one."""
     return None if x is None else x[None].flatten(0, x.dim() - axes)
 
 
 class TorchAttention(nn.MultiheadAttention):
-    """Self-attention where there is no memory."""
+    """Self-attention without a memory, else cross-attention."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(DIM, HEADS, batch_first=True, **options)
@@ -109,7 +109,7 @@ class TorchBert(BertLayer):
 
 
 def randomise(module: nn.Module) -> nn.Module:
-    """No parameter is left at zero or one, where it would hide what is done with it."""
+    """Randomises all parameters: zeros and ones would hide errors."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             noise = torch.randn_like(parameter)
@@ -120,8 +120,8 @@ def randomise(module: nn.Module) -> nn.Module:
     return module
 
 
-def as_released(module: nn.Module, get: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
-    """Released name to a view of the parameter, or of its gradient."""
+def by_official_name(module: nn.Module, get: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
+    """Official name -> a view of the parameter, or of its gradient."""
     temporal = [name for name, child in module.named_children() if isinstance(child, LocalTemporal)]
     found = {}
     for name in temporal:
@@ -134,7 +134,7 @@ def gradient(parameter: Tensor) -> Tensor:
 
 
 def padding(*shape: int) -> Tensor:
-    """A mask of `(..., tokens)` that leaves out tokens but never the first."""
+    """A mask `(..., tokens)` that hides some tokens, but never the first."""
     mask = torch.rand(shape) > 0.3
     mask[..., :1] = True
     return mask.long()
@@ -154,7 +154,7 @@ def memory_of(*lead: int) -> Inputs:
 
 @dataclass(frozen=True)
 class Case:
-    """Makers of the module, of its twin, and of the arguments of both for any leading axes."""
+    """Functions that make the module, its twin, and the arguments of both for any leading axes."""
 
     make: Callable[[], nn.Module]
     twin: Callable[[], nn.Module]
@@ -164,7 +164,7 @@ class Case:
         """(ours, twin) with the same random parameters, in training mode."""
         torch.manual_seed(seed)
         ours, twin = randomise(self.make()), self.twin()
-        twin.load_state_dict({name: view.clone() for name, view in as_released(ours).items()})
+        twin.load_state_dict({name: view.clone() for name, view in by_official_name(ours).items()})
         return ours, twin
 
 

@@ -1,4 +1,4 @@
-"""Ways to change a part of a module that leave what it computes, each with a record of its calls."""
+"""Changes to a part of a module that do not change its result and record its calls."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch.nn.utils import parametrize
 
 Calls = list[str]
 Change = Callable[[nn.Module, str, Calls], None]
-"""Takes the module, the name of a part of it, and the list that the name joins whenever the part is called."""
+"""Takes a module, the name of a part, and a list to which each call of the part appends the name."""
 
 
 def owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds a part, and the part's name there."""
+    """The parent module of a part, and the part's name in it."""
     path, _, last = name.rpartition(".")
     return module.get_submodule(path), last
 
@@ -25,7 +25,7 @@ def replace(module: nn.Module, name: str, part: nn.Module) -> None:
 
 
 class Wrapper(nn.Module):
-    """A part inside another module, as adapters and checkpoint wrappers put it."""
+    """Wraps a part, as adapters and checkpoint wrappers do."""
 
     def __init__(self, part: nn.Module, called: Callable[[], None]) -> None:
         super().__init__()
@@ -110,10 +110,10 @@ CALLS: dict[str, Change] = {
     "subclass": subclass,
     "wrapper": wrapper,
 }
-"""Those that see every call of a part."""
+"""Changes that see every call of a part."""
 
 GRADIENTS: dict[str, Change] = {
     "backward hook": _hook("full_backward_hook"),
     "backward pre-hook": _hook("full_backward_pre_hook"),
 }
-"""Those that see a part's gradients."""
+"""Changes that see a part's gradients."""

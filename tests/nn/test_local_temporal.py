@@ -1,4 +1,4 @@
-"""LocalTemporal beside the modules that it stands for, each written in plain PyTorch."""
+"""LocalTemporal compared with the modules that it replaces, in plain PyTorch."""
 
 import pytest
 import torch
@@ -117,7 +117,7 @@ def test_linear_layers_work_too():
     torch.testing.assert_close(loaded(x), plain(x), atol=2e-6, rtol=1e-5)
 
 
-def test_released_names_and_shapes():
+def test_official_names_and_shapes():
     shapes = {name: tuple(value.shape) for name, value in LocalTemporal(DIM, 1.5, 5).state_dict().items()}
     assert shapes == {
         "ln.weight": (DIM,),
@@ -192,7 +192,7 @@ def test_compiles_whole(options, training):
     torch.testing.assert_close(compiled(x), ours(x))
 
 
-def test_packed_weights_serve_through_their_views(monkeypatch, native_module):
+def test_views_of_packed_weights_use_the_packed_copy(monkeypatch, native_module):
     monkeypatch.setattr(onednn, "pays", lambda weight, rows: True)
     _, ours = pair(False)
     x, seen = torch.randn(2, 5, 7, DIM), []
@@ -212,7 +212,7 @@ def test_packed_weights_serve_through_their_views(monkeypatch, native_module):
 
 
 class Seen:
-    """oneDNN's linear and its binary form, which tell what weights they are given."""
+    """Wraps oneDNN's linear and its binary form, and records their weights."""
 
     def __init__(self, linear, seen):
         self.linear, self.seen = linear, seen
@@ -226,7 +226,7 @@ class Seen:
         return self.linear.binary(x, residual, weight, *others)
 
 
-def test_a_square_weight_and_its_transpose_are_not_taken_for_one_another(native_module):
+def test_a_packed_square_weight_does_not_serve_its_transpose(native_module):
     weight = torch.randn(16, 16)
     onednn.pack(weight, 70)
     assert onednn.packed(weight) is not None
@@ -264,12 +264,12 @@ def test_bad_settings(options, message):
     ],
     ids=str,
 )
-def test_layers_of_another_kind(layers, message):
+def test_unsupported_layers(layers, message):
     with pytest.raises(ValueError, match=message):
         LocalTemporal.around(**{**Plain().layers(), **layers})
 
 
-def test_names_that_do_not_exist():
+def test_unknown_names():
     with pytest.raises(ValueError, match="unknown layer norm: use ln, bn, down_proj, conv, up_proj"):
         LocalTemporal(DIM).load_renamed({}, norm="pos_embed.0")
     with pytest.raises(RuntimeError, match="Missing key"):

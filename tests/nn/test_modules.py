@@ -16,7 +16,7 @@ def as_in_torch(kind, embed_dim, num_heads, **options):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_self_attention_is_torchs(bias):
+def test_self_attention_equals_torch(bias):
     ours, theirs = as_in_torch(SelfAttention, 32, 4, bias=bias)
     x, mask = torch.randn(2, 7, 32), torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
     expected = theirs(x, x, x, key_padding_mask=mask == 0, need_weights=False)[0]
@@ -27,7 +27,7 @@ def test_self_attention_is_torchs(bias):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_cross_attention_is_torchs(bias):
+def test_cross_attention_equals_torch(bias):
     ours, theirs = as_in_torch(CrossAttention, 32, 2, bias=bias)
     x, memory = torch.randn(2, 3, 32), torch.randn(2, 11, 32)
     mask = torch.tensor([[1] * 11, [1] * 5 + [0] * 6])
@@ -49,7 +49,7 @@ def test_dropout_only_when_training():
 
 
 @pytest.mark.parametrize("kind", [SelfAttention, CrossAttention])
-def test_heads_must_divide(kind):
+def test_num_heads_must_divide_embed_dim(kind):
     with pytest.raises(ValueError, match="embed_dim 30 is not a multiple of num_heads 4"):
         kind(30, 4)
 

@@ -1,4 +1,4 @@
-"""State dicts are those of the modules that are replaced, and parameters can be shared with them."""
+"""State dicts have the names of the replaced modules, and parameters can be shared with them."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,14 +8,14 @@ import torch
 
 from mplug2_fast import MPlug2Config
 from mplug2_fast.nn import MLP, CrossAttention, FusionLayer, LayerNorm, SelfAttention, TemporalBlock
-from tests.nn.cases import DIM, HEADS, HIDDEN, TorchBert, as_released, randomise, text_config
+from tests.nn.cases import DIM, HEADS, HIDDEN, TorchBert, by_official_name, randomise, text_config
 
 KEYS = Path(__file__).parents[1] / "checkpoint/data/large_keys.txt"
 LARGE = MPlug2Config.preset("large").text
 
 
-def released_shapes(prefix, without=()):
-    """Name below the prefix to shape, from the list of a released checkpoint."""
+def official_shapes(prefix, without=()):
+    """Name without the prefix -> shape, from the list of an official checkpoint."""
     lines = [
         line.removeprefix(prefix).split(" ", 1) for line in KEYS.read_text().splitlines() if line.startswith(prefix)
     ]
@@ -28,7 +28,7 @@ def shapes(named):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kind", [SelfAttention, CrossAttention])
-def test_attention_has_torchs_names(kind, bias):
+def test_attention_has_the_names_of_torch(kind, bias):
     theirs = torch.nn.MultiheadAttention(DIM, HEADS, 0.1, bias)
     ours = kind(DIM, HEADS, 0.1, bias)
     assert list(shapes(ours.state_dict()).items()) == list(shapes(theirs.state_dict()).items())
@@ -38,17 +38,17 @@ def test_attention_has_torchs_names(kind, bias):
         assert not ours.out_proj.bias.any()
 
 
-def test_block_has_the_released_names():
+def test_block_has_the_official_names():
     with torch.device("meta"):
         block = TemporalBlock(1024, 16)
-    expected = released_shapes("visual_encoder.visual.transformer.resblocks.{0..23}.")
-    assert shapes(as_released(block, lambda parameter: parameter)) == expected
+    expected = official_shapes("visual_encoder.visual.transformer.resblocks.{0..23}.")
+    assert shapes(by_official_name(block, lambda parameter: parameter)) == expected
 
 
-def test_block_without_temporal_modules_has_clips_names():
+def test_block_without_temporal_modules_has_the_names_of_clip():
     with torch.device("meta"):
         block = TemporalBlock(768, 12, temporal=False)
-    assert shapes(block.state_dict()) == released_shapes("visual_encoder.transformer.resblocks.{0..11}.")
+    assert shapes(block.state_dict()) == official_shapes("visual_encoder.transformer.resblocks.{0..11}.")
 
 
 @pytest.mark.parametrize(
@@ -59,14 +59,14 @@ def test_block_without_temporal_modules_has_clips_names():
         ("fusion_encoder.encoder.layer.{0..23}.", True),
     ],
 )
-def test_fusion_layer_has_the_released_names(prefix, cross_attention):
+def test_fusion_layer_has_the_official_names(prefix, cross_attention):
     with torch.device("meta"):
         layer = FusionLayer.from_config(LARGE, cross_attention=cross_attention)
-    expected = released_shapes(prefix, without=("latents", "intermediate_vision", "output_vision"))
+    expected = official_shapes(prefix, without=("latents", "intermediate_vision", "output_vision"))
     assert shapes(layer.state_dict()) == expected
 
 
-def test_a_block_whose_temporal_modules_are_fresh_is_clips():
+def test_a_new_block_computes_what_clips_block_does():
     ours, plain = TemporalBlock(DIM, HEADS), TemporalBlock(DIM, HEADS, temporal=False)
     plain.load_state_dict(ours.state_dict(), strict=False)
     x = torch.randn(2, 3, 5, DIM)
@@ -119,8 +119,8 @@ def test_fusion_layer_from_a_configuration():
 
 @pytest.mark.parametrize("hidden", [0.0, 1.0])
 @pytest.mark.parametrize("attention", [0.0, 1.0])
-def test_dropout_where_the_released_layer_has_it(hidden, attention):
-    """With all or nothing dropped there is no chance in it."""
+def test_dropout_is_where_the_official_layer_has_it(hidden, attention):
+    """Probabilities of 0 and 1 make dropout deterministic."""
     config = text_config(hidden, attention)
     theirs = randomise(TorchBert(config, cross_attention=True))
     ours = FusionLayer.from_config(config)
@@ -147,6 +147,6 @@ def make_inputs():
         (lambda x, m: FusionLayer(hidden_size=30, num_attention_heads=4, intermediate_size=8), "not a multiple"),
     ],
 )
-def test_bad_input_is_named(call, message):
+def test_errors_for_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call(*make_inputs())

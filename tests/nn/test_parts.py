@@ -1,4 +1,4 @@
-"""Parts of modules count: what changes or watches one of them has the effect that it has on PyTorch's modules."""
+"""Hooks, adapters and other changes on parts of modules have the same effect as on PyTorch's modules."""
 
 import copy
 
@@ -56,7 +56,7 @@ FEW = ["MLP", "CrossAttention", "TemporalBlock", "FusionLayer", "LocalTemporal, 
 
 
 def parts(module, inputs):
-    """The names of all modules inside that a call with these inputs goes through."""
+    """The names of all inner modules that take part in a call with these inputs."""
     found = [name for name, part in module.named_modules() if name and not isinstance(part, nn.ModuleDict)]
     return [name for name in found if not name.startswith("crossattention") or "memory" in inputs]
 
@@ -66,7 +66,7 @@ def close(actual, expected, part=""):
 
 
 @pytest.mark.parametrize("name", WITH_PARTS)
-def test_a_part_that_is_watched_is_called(name):
+def test_a_part_with_a_hook_is_called(name):
     module, inputs = make(name)
     module.eval()
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_every_part_is_called(name, kind):
 
 
 def layers(module, inputs):
-    """The parts that are layers of PyTorch's kinds with parameters."""
+    """The parts that are PyTorch layers with parameters."""
     return [name for name in parts(module, inputs) if module.get_submodule(name)._parameters.get("weight") is not None]
 
 
@@ -169,7 +169,7 @@ def test_a_compiled_part_is_called(name):
     assert calls
 
 
-def test_hooks_on_all_modules_see_every_part():
+def test_global_hooks_see_every_part():
     module, inputs = make("TemporalBlock")
     seen = set()
     handle = register_module_forward_hook(lambda part, *_: seen.add(part))
@@ -211,7 +211,7 @@ CHANGES = {
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("change", CHANGES)
-def test_changes_have_the_effect_that_they_have_on_torchs_modules(change):
+def test_changes_have_the_same_effect_as_on_torch_modules(change):
     """Three steps of training, then evaluation."""
     results = []
     for module in twins():
@@ -239,7 +239,7 @@ def test_a_quantised_part_is_called():
 
 
 def test_the_input_projection_may_be_spectrally_normed():
-    """By a hook that runs before the call of the attention module."""
+    """Spectral norm is a hook that runs before the attention module."""
     torch.manual_seed(0)
     block = randomise(TemporalBlock(DIM, HEADS, temporal=False))
     x = torch.randn(2, 5, DIM)

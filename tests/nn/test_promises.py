@@ -1,5 +1,5 @@
-"""What every module promises: its twin's function and gradients, any leading axes, narrow types, autocast, compiled
-graphs, recomputed activations, frozen parameters, and the same training."""
+"""What every module guarantees: results and gradients of its twin, any leading axes, half precision, autocast, compiled
+graphs, recomputed activations, frozen parameters, and equal training."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mplug2_fast.nn import CrossAttention, FusionLayer, LocalTemporal, SelfAttention
 from mplug2_fast.ops.runtime.spec import NOISE_FLOOR
-from tests.nn.cases import CASES, DIM, HEADS, as_released, frames_of, gradient, memory_of, randomise, text_config
+from tests.nn.cases import CASES, DIM, HEADS, by_official_name, frames_of, gradient, memory_of, randomise, text_config
 from tests.tolerance import assert_close_enough, relative
 
 
@@ -30,17 +30,17 @@ def floating(inputs):
 
 
 def leaves(inputs):
-    """The same inputs, the floating ones detached and asking for gradients."""
+    """The inputs with floating tensors as leaves that require gradients."""
     return {**inputs, **{name: value.detach().clone().requires_grad_() for name, value in floating(inputs).items()}}
 
 
 def gradients(module, inputs, *, call=None):
-    """Output, and gradients of a fixed projection of it by the names of inputs and, released, of parameters."""
+    """The output, and the gradients of a fixed projection of it by names of inputs and official names of parameters."""
     module.zero_grad(set_to_none=True)
     inputs = leaves(inputs)
     out = (module if call is None else call)(**inputs)
     out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.dtype))
-    found = {name: value.grad for name, value in floating(inputs).items()} | as_released(module, gradient)
+    found = {name: value.grad for name, value in floating(inputs).items()} | by_official_name(module, gradient)
     return out.detach(), found
 
 
@@ -53,7 +53,7 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("lead", [(), (2,), (2, 3), (2, 1, 2), (0,), (2, 0)], ids=str)
 @pytest.mark.parametrize("mode", ["inference", "training"])
-def test_computes_what_its_twin_does_whatever_the_leading_axes(case, lead, mode):
+def test_computes_what_its_twin_does_for_any_leading_axes(case, lead, mode):
     ours, twin = case.pair()
     inputs = case.inputs(*lead)
     with torch.set_grad_enabled(mode == "training"):
@@ -88,7 +88,7 @@ def test_gradients(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_narrow_parameters(case, dtype):
+def test_half_precision_parameters(case, dtype):
     ours, twin = (module.to(dtype) for module in case.pair())
     inputs = cast(case.inputs(2), dtype)
     exact = copy.deepcopy(twin).double()(**cast(inputs, torch.float64)).detach()
@@ -100,7 +100,7 @@ def test_narrow_parameters(case, dtype):
 
 
 def test_autocast(case):
-    """Narrow products, and wide sums where PyTorch has wide sums; parameters and their gradients stay as they are."""
+    """Products are narrow, sums are wide where PyTorch's are, parameters and gradients keep their types."""
     ours, twin = case.pair()
     inputs = case.inputs(2)
     exact, exact_gradients = gradients(copy.deepcopy(twin).double(), cast(inputs, torch.float64))
@@ -162,7 +162,7 @@ def test_recomputed_dropout_is_the_same(use_reentrant):
     assert_same(*results)
 
 
-def test_frozen_parameters_get_no_gradients_and_change_none(case):
+def test_frozen_parameters_get_no_gradients_and_do_not_affect_others(case):
     ours, _ = case.pair()
     inputs = case.inputs(2)
     _, expected = gradients(ours, inputs)
@@ -198,15 +198,15 @@ def test_five_steps_of_training_end_where_the_twins_end(case):
     assert losses[0][-1] < losses[0][0]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert relative(ours(**inputs).detach(), twin(**inputs).detach().double()) < 1e-4
-    expected = as_released(twin)
-    for name, parameter in as_released(ours).items():
+    expected = by_official_name(twin)
+    for name, parameter in by_official_name(ours).items():
         parameter, other = without_key_bias(name, parameter), without_key_bias(name, expected[name])
         assert relative(parameter, other.double()) < 1e-4, name
 
 
 def without_key_bias(name, parameter):
-    """A bias of all keys shifts all scores of a query alike, which the softmax does not see: its gradient is zero, and
-    AdamW makes steps of the rounding that is there instead."""
+    """A bias on keys shifts all scores of a query equally, which the softmax ignores. Its gradient is only rounding
+    noise, which AdamW turns into steps."""
     if name.endswith("in_proj_bias"):
         return torch.cat([parameter[:DIM], parameter[2 * DIM :]])
     return parameter[:0] if name.endswith("key.bias") else parameter
@@ -223,7 +223,7 @@ def test_compiled_by_the_default_compiler():
 
 @pytest.mark.parametrize("kind", [SelfAttention, CrossAttention])
 def test_dropout_of_attention_drops_weights_when_training(kind):
-    """With everything dropped nothing but the output's bias is left."""
+    """If everything is dropped, only the output's bias is left."""
     module, x = randomise(kind(DIM, HEADS, dropout=1.0)), torch.randn(2, 7, DIM)
     inputs = (x,) if kind is SelfAttention else (x, torch.randn(2, 9, DIM))
     torch.testing.assert_close(module(*inputs), module.out_proj.bias.expand_as(x))

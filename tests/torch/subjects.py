@@ -1,4 +1,4 @@
-"""What every feature of PyTorch is tried on, each beside a twin of plain PyTorch that computes the same function."""
+"""The models on which features of PyTorch are tested, each with a twin in plain PyTorch that computes the same."""
 
 from __future__ import annotations
 

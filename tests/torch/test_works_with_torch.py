@@ -50,7 +50,7 @@ def results(model, x, call=None):
 
 
 def assert_same(ours, twin, tolerance=2e-5):
-    """Compares results and gradients; parameters are compared where both models have the name."""
+    """Compares results and gradients, those of parameters if both models have the name."""
     close(ours[0], twin[0], tolerance)
     close(ours[1], twin[1], tolerance)
     scale = max((float(g.abs().max()) for g in twin[2].values()), default=1.0)
@@ -59,14 +59,14 @@ def assert_same(ours, twin, tolerance=2e-5):
 
 
 def both(subject, treat):
-    """What `treat(model, x)` makes of the subject and of its twin."""
+    """The results of `treat(model, x)` for the subject and for its twin."""
     ours, twin = subject.make()
     return treat(ours, subject.inputs(0)), treat(twin, subject.inputs(0))
 
 
 def both_by_formula(subject, treat):
-    """As `both`, with the twin's attention as plain operations: PyTorch's CPU kernel lacks some derivatives and is not
-    counted."""
+    """As `both`, with the twin's attention as plain operations: some derivatives and the FLOPs of PyTorch's CPU kernel
+    are missing."""
     ours, twin = subject.make()
     needs = subject is BLOCKS["accelerated"]
     with sdpa_kernel(SDPBackend.MATH) if needs else contextlib.nullcontext():
@@ -250,7 +250,7 @@ def test_optimizers(subject, name):
 
 
 def assert_current(subject, model):
-    """Whether the model computes with the weights that it has: a fresh one is given the same."""
+    """Checks that the model uses its current weights, by comparison with a new model with the same weights."""
     fresh, _ = subject.make()
     fresh.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -268,7 +268,7 @@ WRITES = {
 
 @pytest.mark.parametrize("write", WRITES)
 def test_ema(subject, write):
-    """Weights swapped for their average and back, in ways that autograd does not count."""
+    """Weights are swapped for their average and back, without the version counter."""
     ours, _ = subject.make()
     average = AveragedModel(ours, multi_avg_fn=get_ema_multi_avg_fn(0.5))
     average.update_parameters(ours)
@@ -455,7 +455,7 @@ def test_names_and_signatures():
 
 @pytest.fixture
 def one_rank(monkeypatch):
-    """A process group of this process alone."""
+    """A process group with one process."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -555,7 +555,7 @@ def test_trainer(tmp_path):
 # --- the page
 
 
-def test_every_row_of_the_page_is_a_test_and_every_test_a_row():
+def test_the_page_lists_exactly_these_tests():
     rows = set(re.findall(r"\| `(test_\w+)` \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
     tests = {name for name, value in globals().items() if name.startswith("test_") and callable(value)}
-    assert rows == tests - {"test_every_row_of_the_page_is_a_test_and_every_test_a_row"}
+    assert rows == tests - {"test_the_page_lists_exactly_these_tests"}

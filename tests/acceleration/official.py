@@ -1,4 +1,4 @@
-"""A stand-in for the released mPLUG-2 of both tasks, and its beam search; see `released_vision`, `released_bert`."""
+"""A stand-in for the official mPLUG-2 of both tasks, and its beam search; see `official_vision`, `official_bert`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.acceleration.released_bert import (
+from tests.acceleration.official_bert import (
     BertLMHeadModel,
     BertModel,
     BertPrefixModel,
@@ -16,14 +16,14 @@ from tests.acceleration.released_bert import (
     LanguageModel,
     bert_config,
 )
-from tests.acceleration.released_vision import XCLIP
+from tests.acceleration.official_vision import XCLIP
 from tests.golden.cases import CAPTIONING, GoldenCase
 
 START, END, PAD = 101, 102, 0
 
 
 class TextGenerator:
-    """The released search: whole prefixes, a memory tiled over beams and carried along with them, at every step."""
+    """The official search: every step passes whole prefixes, and a memory tiled over beams and reordered with them."""
 
     def __init__(self, config: dict, decoder: LanguageModel) -> None:
         self.decoder = decoder
@@ -78,7 +78,7 @@ def tile(x: Tensor, count: int) -> Tensor:
 
 
 class MPLUG2(nn.Module):
-    """Captioning; the subclass answers questions. `bert`, `config` and `clip` are those of the released files."""
+    """Captioning; the subclass answers questions. `bert`, `config` and `clip` come from the official files."""
 
     decoder: type[LanguageModel] = BertPrefixModel
 
@@ -221,5 +221,5 @@ class MPLUG2ForQuestions(MPLUG2):
 
 
 def pair(case: GoldenCase, name: str) -> SimpleNamespace:
-    """What a tokenizer returns, of the case's inputs of that name."""
+    """The tokenizer output for the input of that name."""
     return SimpleNamespace(input_ids=case.inputs[f"{name}_ids"], attention_mask=case.inputs[f"{name}_mask"])

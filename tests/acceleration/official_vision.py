@@ -1,4 +1,4 @@
-"""A stand-in for the vision side of the released model: the same attributes, arguments and results, written anew.
+"""A stand-in for the vision side of the official model: independent code, same attributes, arguments and results.
 
 Activations are `(1 + patches, batch · frames, channels)`, as CLIP has them.
 """
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class LayerNorm(nn.LayerNorm):
-    """CLIP's: in float32, whatever comes in."""
+    """CLIP's layer norm, which computes in float32 for any input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float()).to(x.dtype)
@@ -116,7 +116,7 @@ class VideoFormer(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    """Of CLIP's text tower, which is stored and not used."""
+    """The block of CLIP's text tower, which is stored but not used."""
 
     def __init__(self, width: int, heads: int, attn_mask: Tensor) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
-"""The stand-in for the released model computes what the released model did, and so it does accelerated."""
+"""The stand-in for the official model reproduces the official results, also when accelerated."""
 
 import pytest
 import torch
 
 import mplug2_fast as mf
-from tests.acceleration.released import MPLUG2, pair
+from tests.acceleration.official import MPLUG2, pair
 from tests.golden.cases import CAPTIONING, QUESTION_ANSWERING, GoldenCase, relative_error
 
 CASES = {name: GoldenCase(name) for name in (*CAPTIONING, *QUESTION_ANSWERING)}
@@ -23,7 +23,7 @@ def model(request, case):
     return model
 
 
-def test_keys_are_the_released_ones(case):
+def test_official_keys(case):
     shapes = {key: tuple(value.shape) for key, value in MPLUG2.of(case).state_dict().items()}
     assert shapes == {key: tuple(shape) for key, shape in case.description["keys"].items()}
 

@@ -1,4 +1,4 @@
-"""The released vision block: CLIP's residual attention block with two local temporal modules."""
+"""The official vision block: CLIP's residual attention block with two local temporal modules."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from mplug2_fast.acceleration import gain, trial
 from mplug2_fast.acceleration.basic import ACTIVATIONS, attend, laid_out_like, require_attention, run_mlp
-from mplug2_fast.acceleration.products import keep_packed
+from mplug2_fast.acceleration.local_temporal import compute
 from mplug2_fast.acceleration.structure import has, require, require_children, require_linear, require_norm
 from mplug2_fast.acceleration.swap import Kind, State, Unserved, Unsuitable
-from mplug2_fast.ops import layer_norm, local_temporal
+from mplug2_fast.ops import layer_norm
 from mplug2_fast.ops.linear_act import Activation
 
 _CHILDREN = {"lmhra1", "lmhra2", "attn", "ln_1", "mlp", "ln_2", "drop_path"}
@@ -22,14 +22,14 @@ _WITHOUT_EFFECT = {"use_checkpoint"}
 
 @dataclass(frozen=True)
 class FoundBlock:
-    """frames: the argument that tells how many frames there are, and what it is where it is not given."""
+    """frames, default: name and default of the argument with the number of frames."""
 
     activation: Activation
     frames: str
     default: Any
 
 
-class TemporalBlock(Kind):
+class TemporalBlockKind(Kind):
     """Local temporal module, attention within each frame, local temporal module, MLP; batch-first in memory."""
 
     is_faster_in_training = True
@@ -49,28 +49,27 @@ class TemporalBlock(Kind):
         for name in ("lmhra1", "lmhra2"):
             _require_temporal(module, name)
         require(has(module.mlp, "c_fc", "c_proj"), "mlp has no c_fc and c_proj")
-        for name in ("mlp.c_fc", "mlp.c_proj"):
-            require_linear(module, name)
+        layers = [require_linear(module, name) for name in ("mlp.c_fc", "mlp.c_proj")]
         require(len(module.mlp._modules) == 3, "mlp has other parts than c_fc, an activation and c_proj")
         frames = list(inspect.signature(module.forward).parameters.values())[1:2]
         require(bool(frames), "its forward takes no number of frames")
         width = module.ln_1.normalized_shape[0]
         with trial.conditions(module):
-            activation = trial.activation_of(list(module.mlp.children())[1], ACTIVATIONS)
+            activation = trial.activation_of(module.mlp, ACTIVATIONS, *layers)
             found = FoundBlock(activation, frames[0].name, frames[0].default)
             for count in (1, 3):
                 x = trial.random(5, 2 * count, width, seed=count)
                 expected = trial.outcome(type(module).forward, module, x, count)
                 if not trial.agree(expected, run(module, found, x, count), without=x):
-                    raise Unsuitable("on a trial input it computes something else than the released block")
+                    raise Unsuitable("on a trial input it computes something other than the official block")
         return found
 
     @staticmethod
     def weight(module: Any) -> Tensor:
         return module.mlp.c_fc.weight
 
-    @staticmethod
-    def pays(state: State, x: Tensor) -> bool:
+    @classmethod
+    def pays(cls, state: State, x: Tensor) -> bool:
         return gain.of_block(x, state.size)
 
     @staticmethod
@@ -78,7 +77,7 @@ class TemporalBlock(Kind):
         found = state.found
         frames = args[0] if args else kwargs.pop(found.frames, found.default)
         if len(args) > 2 or kwargs.keys() - _WITHOUT_EFFECT or not isinstance(frames, int):
-            raise Unserved("it was called with arguments that are not known")
+            raise Unserved("it was called with unknown arguments")
         if module.training and not isinstance(module._modules.get("drop_path"), (nn.Identity, type(None))):
             raise Unserved("it drops paths in training")
         return run(module, found, x, frames)
@@ -94,7 +93,7 @@ def _require_temporal(module: nn.Module, name: str) -> None:
     shapes["conv"] = (conv, (inner, 1, conv.weight.shape[2], 1, 1))
     for part, (convolution, shape) in shapes.items():
         fits = isinstance(convolution, nn.Conv3d) and tuple(convolution.weight.shape) == shape
-        require(fits and convolution.bias is not None, f"{name}.{part} is not the convolution that it should be")
+        require(fits and convolution.bias is not None, f"{name}.{part} is not the expected convolution")
 
 
 def run(block: Any, found: FoundBlock, x: Tensor, frames: int) -> Tensor:
@@ -102,27 +101,15 @@ def run(block: Any, found: FoundBlock, x: Tensor, frames: int) -> Tensor:
     tokens, rows, width = x.shape
     if rows % frames:
         raise Unserved(f"{rows} rows are not a multiple of {frames} frames")
-    h = x.transpose(0, 1).reshape(rows // frames, frames, tokens, width)
-    h = _temporal(block.lmhra1, h).view(rows, tokens, width)
+
+    def temporal(module: Any, h: Tensor) -> Tensor:
+        layers = (module.ln, module.down_proj, module.conv, module.up_proj)
+        h = h.view(rows // frames, frames, tokens, width)
+        out = compute(h, layers, activation="quick_gelu", class_token=True, residual=True)
+        return out.view(rows, tokens, width)
+
+    h = temporal(block.lmhra1, x.transpose(0, 1).reshape(rows, tokens, width))
     normed = layer_norm(h, block.ln_1.weight, block.ln_1.bias, eps=block.ln_1.eps)
-    h = attend(block.attn, normed, normed, residual=h)
-    h = _temporal(block.lmhra2, h.view(rows // frames, frames, tokens, width)).view(rows, tokens, width)
-    h = run_mlp(h, block.mlp.c_fc, block.mlp.c_proj, found.activation, norm=block.ln_2, add=True)
+    h = temporal(block.lmhra2, attend(block.attn, normed, normed, residual=h))
+    h = run_mlp(h, block.mlp.c_fc, block.mlp.c_proj, found.activation, norm=block.ln_2, residual=True)
     return laid_out_like(x, h.to(x.dtype))
-
-
-def _temporal(module: Any, x: Tensor) -> Tensor:
-    for convolution in (module.down_proj, module.up_proj):
-        keep_packed(convolution.weight, x.numel() // x.shape[-1])
-    return local_temporal(
-        x,
-        module.ln.weight,
-        module.ln.bias,
-        module.down_proj.weight.flatten(1),
-        module.down_proj.bias,
-        module.conv.weight[:, 0, :, 0, 0],
-        module.conv.bias,
-        module.up_proj.weight.flatten(1),
-        module.up_proj.bias,
-        eps=module.ln.eps,
-    )

@@ -1,7 +1,7 @@
-"""BERT's attention, post-norm, under the names that BERT's checkpoints gave its parts.
+"""BERT's attention, post-norm, with BERT's parameter names.
 
-Implementations differ in the arguments and results of these modules. The names of arguments tell what those are; trials
-tell what is returned.
+Implementations differ in the arguments and results of these modules. The arguments are known by their names, the form
+of the result by trial.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mplug2_fast.acceleration import gain, trial
+from mplug2_fast.acceleration import trial
 from mplug2_fast.acceleration.masks import Known, Mask, form, understand
 from mplug2_fast.acceleration.products import product
 from mplug2_fast.acceleration.structure import (
@@ -26,12 +26,12 @@ from mplug2_fast.acceleration.structure import (
     require_linear,
     require_norm,
 )
-from mplug2_fast.acceleration.swap import Kind, State, Unserved, Unsuitable
+from mplug2_fast.acceleration.swap import ProductKind, State, Unserved, Unsuitable
 from mplug2_fast.ops import add_layer_norm, attention_with_dropout, layer_norm
 
 
 class Projections:
-    """An attention module `self` and `output`, as functions of tensors."""
+    """The steps of an attention module with the parts `self` and `output`, as functions of tensors."""
 
     def __init__(self, attention: Any) -> None:
         self.inner, self.output = attention.self, attention.output
@@ -59,16 +59,16 @@ class Projections:
 
     @property
     def dropout(self) -> float:
-        """The larger of its dropouts' probabilities, as things are."""
+        """The larger of its current dropout probabilities."""
         return max(dropout_of(self.inner), dropout_of(self.output))
 
     def finish(self, context: Tensor, residual: Tensor) -> Tensor:
-        """The projection of what was attended to, residual, layer norm."""
+        """Output projection, residual, layer norm."""
         return add_norm(self.output, residual, product, context, self.output.dense.weight, self.output.dense.bias)
 
 
 def add_norm(output: Any, residual: Tensor, sublayer: Any, *args: Any) -> Tensor:
-    """layer_norm(residual + dropout(sublayer(*args))), where a sublayer can add the residual itself."""
+    """layer_norm(residual + dropout(sublayer(*args))). Without dropout, the sublayer adds the residual."""
     norm, dropout = output.LayerNorm, dropout_of(output)
     if dropout > 0:
         update = F.dropout(sublayer(*args), dropout)
@@ -81,7 +81,7 @@ def _heads(inner: nn.Module) -> int:
 
 
 def require_bert_attention(module: nn.Module, name: str) -> None:
-    """Raises `Unsuitable` where the parts of an attention module are not those of BERT."""
+    """Raises `Unsuitable` unless the parts of an attention module are BERT's."""
     attention = module.get_submodule(name)
     prefix = f"{name}." if name else ""
     for part in ("self.query", "self.key", "self.value", "output.dense"):
@@ -95,20 +95,23 @@ def require_bert_attention(module: nn.Module, name: str) -> None:
     for part in (inner, output):
         require_dropout(part)  # type: ignore[arg-type]
     heads = _heads(inner)  # type: ignore[arg-type]
-    require(heads > 0, f"{prefix}self does not tell its number of heads")
-    require(inner.query.weight.shape[0] % heads == 0, f"{prefix}self has heads that do not divide its channels")
+    require(heads > 0, f"{prefix}self has no number of heads")
+    require(
+        inner.query.weight.shape[0] % heads == 0,
+        f"{prefix}self has a number of heads that does not divide its channels",
+    )
 
 
 def require_unsaved(attention: Any) -> None:
     if getattr(attention.self, "save_attention", False):
-        raise Unserved("it saves its attention (save_attention)")
+        raise Unserved("it saves its attention weights (save_attention)")
 
 
-# --- what a module returns
+# --- results
 
 
 def result_forms(out: Tensor, key: Tensor, value: Tensor) -> dict[str, Any]:
-    """The forms in which implementations return a result, with keys and values `(batch, heads, tokens, head_dim)`."""
+    """The forms of results in known implementations. Keys and values are `(batch, heads, tokens, head_dim)`."""
     return {
         "tensor": out,
         "(tensor,)": (out,),
@@ -119,19 +122,19 @@ def result_forms(out: Tensor, key: Tensor, value: Tensor) -> dict[str, Any]:
 
 
 def form_of(expected: Any, result: tuple[Tensor, Tensor, Tensor]) -> str | None:
-    """The form in which `expected` is the result; None where it is another result."""
+    """The form of `expected` that agrees with the result, or None."""
     return next((name for name, form in result_forms(*result).items() if trial.agree(expected, form)), None)
 
 
 MASKS = ("an additive mask", "no mask", "a boolean mask")
-"""Forms of masks that are tried, see `masks.form`."""
+"""Forms of masks to try, see `masks.form`."""
 
 Readings = dict[str, bool]
-"""Form of a mask -> whether only earlier tokens are seen besides; forms that are read otherwise are not in it."""
+"""Form of a mask -> whether it also makes attention causal. Forms that a module reads in another way are left out."""
 
 
 def trial_mask(form: str, batch: int, keys: int, queries: int) -> Tensor | None:
-    """A mask of a form that hides the last key of the last row."""
+    """A mask of this form that hides the last key of the last row."""
     if form == "no mask":
         return None
     mask = trial.padding(batch, keys)
@@ -139,24 +142,26 @@ def trial_mask(form: str, batch: int, keys: int, queries: int) -> Tensor | None:
 
 
 def read(mask: Tensor | None, x: Tensor, memory: Tensor, readings: Readings, known: Known | None = None) -> Mask:
-    """`understand`, for a module that reads masks in these ways."""
+    """`understand`, for a module with these readings."""
     if form(mask) not in readings:
-        raise Unserved(f"it was called with {form(mask)}, which was not tried or is not known")
+        raise Unserved(f"it was called with {form(mask)}, and it reads such masks in an unknown way")
     found = understand(mask, x, memory, known)
     return found._replace(causal=True) if readings[form(mask)] else found
 
 
 @dataclass(frozen=True)
 class FoundAttention:
-    """readings: how masks are read without a memory, and with one."""
+    """readings: how it reads masks, without (False) and with a memory (True)."""
 
     signature: Signature
     form: str
     readings: dict[bool, Readings] = field(hash=False)
 
 
-class BertAttention(Kind):
+class BertAttentionKind(ProductKind):
     """Self- or cross-attention with its output layer."""
+
+    is_fused = False
 
     @staticmethod
     def looks_like(module: nn.Module) -> bool:
@@ -165,7 +170,7 @@ class BertAttention(Kind):
         return has(module.self, "query", "key", "value") and has(module.output, "dense", "LayerNorm")
 
     @staticmethod
-    def recognise(module: nn.Module) -> FoundAttention:
+    def recognise(module: Any) -> FoundAttention:
         require_children(module, {"self", "output"})
         require_bert_attention(module, "")
         signature = Signature.of(module.forward)
@@ -195,20 +200,13 @@ class BertAttention(Kind):
                         forms.add(result)
                     elif given == MASKS[0]:
                         forms.add("")
-        require("" not in forms and len(forms) == 1, _SOMETHING_ELSE)
+        agrees = "" not in forms and len(forms) == 1
+        require(agrees, "on a trial input it computes something other than BERT's attention")
         return FoundAttention(signature, forms.pop(), readings)
 
     @staticmethod
     def weight(module: Any) -> Tensor:
         return module.self.query.weight
-
-    @staticmethod
-    def least(size: gain.Size) -> int:
-        return gain.least_of_product(size)
-
-    @staticmethod
-    def pays(state: State, x: Tensor) -> bool:
-        return gain.of_product(x, state.size)
 
     @staticmethod
     def forward(module: Any, state: State, *args: Any, **kwargs: Any) -> Any:
@@ -219,15 +217,12 @@ class BertAttention(Kind):
         return result_forms(out, key, value)[found.form]
 
 
-_SOMETHING_ELSE = "on a trial input it computes something else than BERT's attention"
-
-
 def _has_memory(bound: dict[str, Any]) -> bool:
     return bound.get("memory") is not None and bound["memory"] is not bound["x"]
 
 
 def _reading(module: Any, call: dict[str, Any], given: str, expected: Any) -> tuple[bool, str] | None:
-    """(Whether only earlier tokens are seen, the form of the result) in a call with such a mask; None for neither."""
+    """(Whether attention is causal, the form of the result) in a call with such a mask, or None if nothing agrees."""
     for causal in (False, True) if not _has_memory(call) else (False,):
         result = form_of(expected, _attention(module, call, {given: causal}))
         if result is not None:

@@ -1,7 +1,7 @@
-"""BERT layers: self-attention, cross-attention where there is a memory, feed-forward part.
+"""BERT layers: self-attention, cross-attention if there is a memory, feed-forward network.
 
-What a layer does with a memory, in the mode for a video's tokens, or at its place in the fusion encoder, differs from
-one to the next, and trials tell it.
+Trials find out what a layer does with a memory, in the mode for a video's tokens and at each place in the fusion
+encoder, because implementations differ.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mplug2_fast.acceleration import gain, trial
-from mplug2_fast.acceleration.attention import (
+from mplug2_fast.acceleration import trial
+from mplug2_fast.acceleration.basic import ACTIVATIONS, run_mlp
+from mplug2_fast.acceleration.bert_attention import (
     MASKS,
-    BertAttention,
+    BertAttentionKind,
     Projections,
     Readings,
     add_norm,
@@ -28,10 +28,9 @@ from mplug2_fast.acceleration.attention import (
     result_forms,
     trial_mask,
 )
-from mplug2_fast.acceleration.basic import ACTIVATIONS, run_mlp
 from mplug2_fast.acceleration.cache import Call
+from mplug2_fast.acceleration.cached_layer import CausalLayer
 from mplug2_fast.acceleration.masks import Mask, understand
-from mplug2_fast.acceleration.steps import decode
 from mplug2_fast.acceleration.structure import (
     Signature,
     dropout_of,
@@ -42,17 +41,23 @@ from mplug2_fast.acceleration.structure import (
     require_linear,
     require_norm,
 )
-from mplug2_fast.acceleration.swap import Kind, State, Unserved, Unsuitable
+from mplug2_fast.acceleration.swap import DecoderPartKind, State, Unserved, Unsuitable
 from mplug2_fast.ops.linear_act import Activation
 
 MODES = {"norm": ("v_module",), None: ("text", "multimodal")}
-"""Modes that implementations have, by their default."""
+"""Default mode -> the other modes of an implementation."""
 
 
 @dataclass(frozen=True)
 class FoundLayer:
-    """signature: of its forward. form: in which it returns. uses: kind of call -> what the layer does then. own, other:
-    how it reads the masks of its own tokens and of the memory."""
+    """How a layer computes.
+
+    Attributes:
+        signature: of its forward.
+        form: of its result, see `result_forms`.
+        uses: kind of call -> what the layer does in it.
+        own, other: how it reads the masks of its own tokens and of the memory.
+    """
 
     activation: Activation
     signature: Signature
@@ -62,14 +67,14 @@ class FoundLayer:
     other: Readings = field(hash=False)
 
 
-class BertLayer(Kind):
-    """Self-attention, cross-attention where there is a memory, feed-forward part; in a decoder with cached keys."""
+class BertLayerKind(DecoderPartKind):
+    """Self-attention, cross-attention if there is a memory, feed-forward network; in a decoder with cached keys."""
 
     @staticmethod
     def looks_like(module: nn.Module) -> bool:
         if not has(module, "attention", "intermediate", "output"):
             return False
-        return BertAttention.looks_like(module.attention) and has(module.intermediate, "dense")  # type: ignore[arg-type]
+        return BertAttentionKind.looks_like(module.attention) and has(module.intermediate, "dense")  # type: ignore[arg-type]
 
     @staticmethod
     def recognise(module: nn.Module) -> FoundLayer:
@@ -80,13 +85,12 @@ class BertLayer(Kind):
             if has(module, name):
                 require_children(module.get_submodule(name), {"self", "output"})
                 require_bert_attention(module, name)
-        for name in ("intermediate.dense", "output.dense"):
-            require_linear(module, name)
+        dense, _ = (require_linear(module, name) for name in ("intermediate.dense", "output.dense"))
         require_norm(module, "output.LayerNorm")
         require_dropout(module.output)  # type: ignore[arg-type]
         signature = Signature.of(module.forward)
         with trial.conditions(module):
-            activation = _activation(module)
+            activation = trial.activation_of(module.intermediate, ACTIVATIONS, dense)  # type: ignore[arg-type]
             return _try_out(module, signature, activation)
 
     @staticmethod
@@ -94,18 +98,12 @@ class BertLayer(Kind):
         return module.intermediate.dense.weight
 
     @staticmethod
-    def pays(state: State, x: Tensor) -> bool:
-        if Call.current(state.session) is not None:  # what earlier calls have computed is not computed again
-            return True
-        return x.is_cuda or gain.of_product(x, state.size, fused=True)
-
-    @staticmethod
     def forward(module: Any, state: State, *args: Any, **kwargs: Any) -> Any:
         found = state.found
         bound = found.signature.bind(args, kwargs)
         kind = _kind_of_call(module, bound)
         if kind not in found.uses:
-            raise Unserved(f"it was called in a way that was not tried: {kind}")
+            raise Unserved(f"it was called in an unknown way: {kind}")
         for name in ("attention", "crossattention"):
             if has(module, name):
                 require_unsaved(module.get_submodule(name))
@@ -113,21 +111,8 @@ class BertLayer(Kind):
         return result_forms(out.to(bound["x"].dtype), key, value)[found.form]
 
 
-def _activation(module: Any) -> Activation:
-    """The activation of the feed-forward part, which may be a module, an attribute or a line of code."""
-    intermediate = module.intermediate
-    # 2.5 times a unit normal reaches where the forms of GELU differ most.
-    x = trial.random(64, intermediate.dense.in_features) * 2.5
-    expected = trial.outcome(intermediate, x)
-    hidden = F.linear(x, intermediate.dense.weight, intermediate.dense.bias)
-    for name, function in ACTIVATIONS.items():
-        if trial.agree(expected, function(hidden)):
-            return name  # type: ignore[return-value]
-    raise Unsuitable(f"the activation of intermediate is none of {', '.join(ACTIVATIONS)}")
-
-
 def _kind_of_call(module: nn.Module, bound: dict[str, Any]) -> str:
-    """What may decide what a layer does."""
+    """Everything about a call that may decide what a layer does."""
     memory = "a memory" if bound.get("memory") is not None else "no memory"
     place = ""
     if bound.get("place") is not None:
@@ -137,13 +122,13 @@ def _kind_of_call(module: nn.Module, bound: dict[str, Any]) -> str:
 
 
 def _is_connected(module: nn.Module, place: Any) -> bool:
-    """Whether a layer at this place among those that run is one of connected attention."""
+    """Whether the layer at this place among those that run has connected attention."""
     stride = getattr(module, "stride_layer", None)
     return stride is not None and int(place) != 0 and int(place) % stride == 0
 
 
 def _try_out(module: Any, signature: Signature, activation: Activation) -> FoundLayer:
-    """What the layer does in each kind of call that it accepts, and the form in which it returns."""
+    """Finds out what the layer does in each kind of call that it accepts, and the form of its results."""
     found: dict[str, set[tuple[str, str] | None]] = {}
     own: dict[str, set[bool | None]] = {}
     other: dict[str, set[bool | None]] = {}
@@ -163,22 +148,22 @@ def _try_out(module: Any, signature: Signature, activation: Activation) -> Found
             other.setdefault(masks[1], set()).add(None if match is None else False)
     if not found:
         raise refusals[0]
-    # What a layer does in one kind of call must be one thing, and known; calls of other kinds are left to it.
+    # Serve a kind of call only if the layer does one known thing in all calls of that kind.
     known = {kind: matches.pop() for kind, matches in found.items() if len(matches) == 1}
     uses = {kind: match[0] for kind, match in known.items() if match is not None}
     forms = {match[1] for match in known.values() if match is not None}
-    require(bool(uses), "on a trial input it computes something else than a BERT layer")
-    require(len(forms) == 1, f"it returns now {', now '.join(sorted(forms))}")
+    require(bool(uses), "on a trial input it computes something other than a BERT layer")
+    require(len(forms) == 1, f"its results have several forms: {', '.join(sorted(forms))}")
     return FoundLayer(activation, signature, forms.pop(), uses, _readings(own), _readings(other))
 
 
 def _readings(found: dict[str, set[bool | None]]) -> Readings:
-    """Those forms of masks that are read in one way, which is known."""
+    """The forms of masks that are read in one known way."""
     return {form: causal for form, (causal, *more) in found.items() if causal is not None and not more}
 
 
 def _calls(module: Any, signature: Signature) -> Iterator[tuple[dict[str, Any], tuple[str, str]]]:
-    """Calls by role, and the forms of their masks: all kinds with additive masks, and the first with others too."""
+    """Calls by role, with the forms of their masks: all kinds with additive masks, the first also with other masks."""
     width = module.attention.self.query.in_features
     other = module.crossattention.self.key.in_features if has(module, "crossattention") else width
     x, memory = trial.random(2, 5, width), trial.random(2, 7, other, seed=1)
@@ -211,13 +196,13 @@ def _calls(module: Any, signature: Signature) -> Iterator[tuple[dict[str, Any], 
 def _match(
     module: Any, call: dict[str, Any], masks: tuple[str, str], activation: Activation, expected: Any
 ) -> tuple[tuple[str, str], bool] | None:
-    """((what the layer has done, the form of the result), whether only earlier tokens were seen)."""
+    """((what the layer did, the form of the result), whether it was causal), or None if nothing agrees."""
     for causal in (False, True):
         for use in _uses(module, call):
             tried = FoundLayer(activation, None, "", {}, {masks[0]: causal}, {masks[1]: False})  # type: ignore[arg-type]
             try:
                 form = form_of(expected, _layer(module, call, use, tried, None))
-            except Unserved:  # such as masks that this use reads otherwise
+            except Unserved:  # such as a mask that this use reads in another way
                 continue
             if form is not None:
                 return (use, form), causal
@@ -238,7 +223,7 @@ def _uses(module: Any, call: dict[str, Any]) -> list[str]:
 def _layer(
     module: Any, bound: dict[str, Any], use: str, found: FoundLayer, call: Call | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(result, keys, values) of the layer; keys and values are those of self-attention."""
+    """(result, keys, values); keys and values are those of self-attention."""
     x, memory, mask, memory_mask = (bound.get(role) for role in ("x", "memory", "mask", "memory_mask"))
     if use == "latents":
         x = module.latents.expand(x.shape[0], -1, -1)
@@ -270,7 +255,8 @@ def _layer(
     dropout = max(own.dropout, cross.dropout, dropout_of(module.output))
     whole = seen.other is None and memory_seen.other is None
     if call is not None and whole and (seen.causal or x.shape[1] == 1) and x.numel() > 0 and dropout == 0:
-        step = decode(call, module, own, cross, feed_forward, x, seen.visible, memory, memory_seen.visible)
+        layer = CausalLayer(call, module, own, cross, feed_forward)
+        step = layer.decode(x, seen.visible, memory, memory_seen.visible)
         if step is not None:
             return step
     x, key, value = attend_self(own, x, seen)
@@ -281,16 +267,16 @@ def _layer(
 
 def _joined(memory_mask: Tensor | None, mask: Tensor | None) -> Tensor | None:
     if memory_mask is None or mask is None or not (memory_mask.is_floating_point() and mask.is_floating_point()):
-        raise Unserved("it was called without additive masks for both what it reads")
+        raise Unserved("connected attention was called without two additive masks")
     return torch.cat([memory_mask, mask], dim=3)
 
 
 def _mlp(x: Tensor, module: Any, activation: Activation, residual: Tensor | None = None) -> Tensor:
-    return run_mlp(x, module.intermediate.dense, module.output.dense, activation, add=residual is not None)
+    return run_mlp(x, module.intermediate.dense, module.output.dense, activation, residual=residual is not None)
 
 
 def attend_self(attention: Projections, x: Tensor, mask: Mask) -> tuple[Tensor, Tensor, Tensor]:
-    """(result, keys, values). Rows that are all one row, as latents are before they meet a video, are computed once."""
+    """(result, keys, values). Computes equal rows once, such as the latents before they attend to a video."""
     rows = x.shape[0]
     once = is_constant(x) and mask.visible is None and mask.other is None and attention.dropout == 0
     x = x[:1] if once else x
@@ -302,5 +288,5 @@ def attend_self(attention: Projections, x: Tensor, mask: Mask) -> tuple[Tensor, 
 
 
 def is_constant(x: Tensor) -> bool:
-    """Whether all rows of x are the same memory."""
+    """Whether all rows of x share memory."""
     return x.shape[0] > 1 and x.stride(0) == 0

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
@@ -21,27 +20,24 @@ from mplug2_fast.acceleration.basic import laid_out_like
 from mplug2_fast.acceleration.products import keep_packed
 from mplug2_fast.acceleration.structure import is_plain, require, require_norm
 from mplug2_fast.acceleration.swap import Kind, State, Unserved, Unsuitable
-from mplug2_fast.nn.local_temporal import check_layers, fold_batch_norm
-from mplug2_fast.ops import local_temporal
+from mplug2_fast.nn import local_temporal
 from mplug2_fast.ops.linear_act import EAGER, Activation
-from mplug2_fast.ops.residual import would_round
 from mplug2_fast.ops.runtime.dispatch import autocast_dtype
 
 _AXES = {"volume": 5, "tokens": 4, "frames": 3, "sequence": 3}
 """Axes of x in each layout: (batch, channels, frames, height, width), (batch, frames, tokens, channels),
 (batch·frames, tokens, channels) and (tokens, batch·frames, channels)."""
 
-_ANY, _LEAST = 6, 4
+_ANY, _MIN_SQUARE = 6, 4
 _TOKENS = (_ANY + 1, *(side * side + token for side in (2, 4, 7, 8, 12, 14, 16, 18, 24, 32) for token in (1, 0)))
-"""Tokens of a frame in trials. Some modules take squares only, with or without a class token, or only those that they
-were made for."""
+"""Tokens per frame to try. Some modules accept only squares, with or without a class token, or only one size."""
 
 _BATCH = 2
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Paths of the layers inside a module; norm is None where there is no norm."""
+    """Paths of the layers inside a module; norm is None if there is none."""
 
     norm: str | None
     down: str
@@ -59,11 +55,13 @@ class FoundTemporal:
     """How a module computes.
 
     Attributes:
-        x, frames: names of its arguments; frames is None where the shape of x says how many there are.
-        patches: the first number of patches in a frame that it took: `_ANY`, which is no square, or a square.
+        x, frames: names of its arguments; frames is None if the shape of x gives the number of frames.
+        default: of the argument `frames`.
+        layout: of x, a key of `_AXES`.
+        patches: the first number of patches per frame that it accepted: `_ANY`, which is no square, or a square.
         eval_only: whether it computes something else in training.
-        dense: whether its result is contiguous, in the layout sequence, where its input is.
-        class_token: whether the first token of each frame passes by.
+        dense: whether its result is contiguous if its input is; for the layout "sequence".
+        class_token: whether the first token of each frame passes unchanged.
         residual: whether it returns the sum with its input.
         in_place: whether it writes that sum into its input.
     """
@@ -82,8 +80,8 @@ class FoundTemporal:
     in_place: bool = False
 
 
-class LocalTemporal(Kind):
-    """Norm or none, fewer channels, depthwise convolution over time, activation or none, as many channels as before."""
+class LocalTemporalKind(Kind):
+    """Norm or none, down-projection, depthwise convolution over time, activation or none, up-projection."""
 
     is_faster_in_training = True
 
@@ -110,7 +108,7 @@ class LocalTemporal(Kind):
                     return _try_out(module, FoundTemporal(layers, arguments[0].name, name, default, layout))
                 except Unsuitable as reason:
                     refusals.append(f"{layout}: {reason}")
-        raise Unsuitable(f"it is none of the known local temporal modules ({'; '.join(refusals)})")
+        raise Unsuitable(f"it is not a known local temporal module ({'; '.join(refusals)})")
 
     @staticmethod
     def weight(module: Any) -> Tensor:
@@ -118,8 +116,8 @@ class LocalTemporal(Kind):
         assert layers is not None
         return layers.of(module)[1].weight
 
-    @staticmethod
-    def pays(state: State, x: Tensor) -> bool:
+    @classmethod
+    def pays(cls, state: State, x: Tensor) -> bool:
         return gain.of_local_temporal(x, state.size)
 
     @staticmethod
@@ -129,17 +127,16 @@ class LocalTemporal(Kind):
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         x, frames = given.pop(found.x), given.pop(found.frames, found.default)
         if given or len(args) > len(names):
-            raise Unserved("it was called with arguments that are not known")
-        if any(part.training and part.p > 0 for part in state.dropouts):
-            raise Unserved("dropout is on")
+            raise Unserved("it was called with unknown arguments")
+        state.require_no_dropout()
         if found.eval_only and any(part.module.training for part in state.parts):
             raise Unserved("it computes something else in training")
         return run(module, found, x, frames)
 
 
 def _layers_of(module: nn.Module) -> Layers | None:
-    """The layers of a module that has a depthwise convolution over several frames, two products around it, perhaps a
-    norm, and no other parameters."""
+    """The layers of a module with a depthwise convolution over time between two products, at most one norm, and no
+    other parameters."""
     found: list[tuple[str, nn.Module]] = []
     for name, part in module.named_modules():
         if isinstance(part, _BatchNorm) or any(p is not None for p in part._parameters.values()):
@@ -163,7 +160,7 @@ def _layers_of(module: nn.Module) -> Layers | None:
 
 
 def _channels(layer: Any) -> tuple[int, int]:
-    """Channels in and out, which a layer without weights as yet knows too."""
+    """Input and output channels. A layer whose weights do not exist yet knows them too."""
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     return layer.in_channels, layer.out_channels
@@ -183,26 +180,26 @@ def _require_layers(module: nn.Module, layers: Layers) -> None:
         require(norm.running_mean is not None, f"{layers.norm} keeps no running statistics")
     for name, layer in zip((layers.down, layers.conv, layers.up), others, strict=True):
         plain = any(is_plain(layer, kind) for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        require(plain, f"{name} is not a plain layer: its class replaces forward")
+        require(plain, f"the class of {name} replaces forward")
     try:
-        check_layers(norm, *others)
+        local_temporal.check_layers(norm, *others)
     except ValueError as error:
         raise Unsuitable(str(error)) from error
 
 
 def _try_out(module: nn.Module, found: FoundTemporal) -> FoundTemporal:
-    """What a module computes on x in one layout, if it is a local temporal module."""
+    """Finds out how a module computes on x in one layout. Raises `Unsuitable` for other modules."""
     tokens, expected, in_place = _first_that_runs(module, found)
     laid_out = replace(found, in_place=in_place, dense=expected.is_contiguous())
     single, _ = _outcome(module, found, tokens, 1)
     for candidate in _candidates(laid_out, tokens):
         if _agrees(module, candidate, tokens, 3, expected) and _agrees(module, candidate, tokens, 1, single):
             return replace(candidate, eval_only=_differs_in_training(module, found, tokens, expected))
-    raise Unsuitable("it computes something else than a local temporal module")
+    raise Unsuitable("it computes something other than a local temporal module")
 
 
 def _first_that_runs(module: nn.Module, found: FoundTemporal) -> tuple[int, Tensor, bool]:
-    """The first number of tokens that a module takes, what it returns, and whether it does so in its input."""
+    """The first number of tokens that a module accepts, its result, and whether the result is its input."""
     refusal: Unsuitable | None = None
     for tokens in _TOKENS:
         try:
@@ -214,7 +211,7 @@ def _first_that_runs(module: nn.Module, found: FoundTemporal) -> tuple[int, Tens
 
 
 def _outcome(module: nn.Module, found: FoundTemporal, tokens: int, frames: int) -> tuple[Tensor, bool]:
-    """What a module returns for a trial input, and whether that is its input."""
+    """The result for a trial input, and whether it is the input itself."""
     x = _input(module, found, tokens, frames)
     given = x.clone()
     arguments = {} if found.frames is None else {found.frames: frames}
@@ -236,7 +233,7 @@ def _input(module: nn.Module, found: FoundTemporal, tokens: int, frames: int) ->
 
 
 def _candidates(found: FoundTemporal, tokens: int) -> Iterator[FoundTemporal]:
-    """All local temporal modules that may be what a module is."""
+    """All ways in which the module may compute."""
     class_tokens = (False,) if found.layout == "volume" else (True, False)
     residuals = (True,) if found.in_place else (True, False)
     for activation, class_token, residual in itertools.product(EAGER, class_tokens, residuals):
@@ -248,12 +245,12 @@ def _agrees(module: nn.Module, found: FoundTemporal, tokens: int, frames: int, e
     x = _input(module, found, tokens, frames)
     try:
         return trial.agree(expected, run(module, found, x.clone(), frames), without=x if found.residual else None)
-    except Unserved:  # a number of patches that this candidate does not have
+    except Unserved:  # a number of patches that this candidate does not accept
         return False
 
 
 def _differs_in_training(module: nn.Module, found: FoundTemporal, tokens: int, expected: Tensor) -> bool:
-    """Whether a module computes something else in training, apart from its batch norm."""
+    """Whether a module, apart from its batch norm, computes something else in training."""
     for part in module.modules():
         part.training = not isinstance(part, _BatchNorm)
     try:
@@ -264,13 +261,14 @@ def _differs_in_training(module: nn.Module, found: FoundTemporal, tokens: int, e
 
 
 def run(module: nn.Module, found: FoundTemporal, x: Tensor, frames: Any) -> Tensor:
-    """The module on x in its layout. Raises `Unserved` before it has done anything."""
+    """The module on x in its layout. Raises `Unserved` before it changes anything."""
     layers = found.layers.of(module)
     _require_types(x, layers[1:])
     if x.dim() != _AXES[found.layout]:
         raise Unserved(f"it was called with {x.dim()} axes")
+    options = {"activation": found.activation, "class_token": found.class_token}
     if found.layout == "volume":
-        out = _compute(found, layers, x.permute(0, 2, 3, 4, 1).flatten(2, 3), found.residual)
+        out = compute(x.permute(0, 2, 3, 4, 1).flatten(2, 3), layers, residual=found.residual, **options)
         out = out.unflatten(2, x.shape[-2:]).permute(0, 4, 1, 2, 3)
         channels_last = x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
         return out if channels_last else out.contiguous()
@@ -283,12 +281,12 @@ def run(module: nn.Module, found: FoundTemporal, x: Tensor, frames: Any) -> Tens
             raise Unserved(f"{tokens.shape[0]} rows are not a multiple of {frames} frames")
         videos = tokens.unflatten(0, (-1, frames))
     if found.in_place:
-        # What the gradients need must not be written over.
-        update = _compute(found, layers, videos.clone() if torch.is_grad_enabled() else videos, False)
+        # Do not overwrite what the gradients need.
+        update = compute(videos.clone() if torch.is_grad_enabled() else videos, layers, residual=False, **options)
         tokens, update = (t[..., int(found.class_token) :, :] for t in (tokens, update.view(tokens.shape)))
         tokens += update
         return x
-    out = _compute(found, layers, videos, found.residual).view(tokens.shape)
+    out = compute(videos, layers, residual=found.residual, **options).view(tokens.shape)
     if found.layout != "sequence":
         return out
     return laid_out_like(x, out) if found.dense else out.transpose(0, 1)
@@ -296,53 +294,23 @@ def run(module: nn.Module, found: FoundTemporal, x: Tensor, frames: Any) -> Tens
 
 def _require_types(x: Tensor, layers: tuple[Any, ...]) -> None:
     if autocast_dtype(x) is None and any(layer.weight.dtype is not x.dtype for layer in layers):
-        raise Unserved(f"it was called with {x.dtype} and has parameters of another type")
+        raise Unserved(f"it was called with {x.dtype}, and its parameters have another type")
 
 
 def _require_patches(found: FoundTemporal, patches: int) -> None:
-    """Raises `Unserved` for a number of patches that the module may refuse."""
+    """Raises `Unserved` for a number of patches that the module may reject."""
     if found.patches == _ANY:
         return
     square = math.isqrt(max(patches, 0)) ** 2 == patches
-    if not square or (found.patches > _LEAST and patches % found.patches):
-        raise Unserved(f"it was called with {patches} patches in a frame")
+    if not square or (found.patches > _MIN_SQUARE and patches % found.patches):
+        raise Unserved(f"it was called with {patches} patches per frame")
 
 
-def _compute(found: FoundTemporal, layers: tuple[Any, ...], x: Tensor, residual: bool) -> Tensor:
-    """`ops.local_temporal` of x `(batch, frames, tokens, channels)`."""
+def compute(x: Tensor, layers: tuple[Any, ...], **options: Any) -> Tensor:
+    """`nn.local_temporal.compute` of x `(batch, frames, tokens, channels)` with packed weights."""
     norm, down, conv, up = layers
-    batched = isinstance(norm, _BatchNorm)
-    ln = None if batched else norm
-    weight, bias = down.weight.flatten(1), down.bias
-    given = x
     rows = x.numel() // max(1, x.shape[-1])
-    folded = batched and x.dtype is torch.float32 and autocast_dtype(x) is None
-    if folded:
-        weight, bias = fold_batch_norm(norm, weight, bias)
-    elif batched:  # narrow types would round the folded weights, which shows where the mean is far from zero
-        flat = x.reshape(-1, x.shape[-1])
-        statistics = (norm.running_mean, norm.running_var)
-        given = F.batch_norm(flat, *statistics, norm.weight, norm.bias, False, 0.0, norm.eps).view(x.shape)
-    for product in (up,) if folded else (down, up):
-        keep_packed(product.weight, rows)
-    outside = (given is not x or would_round(x)) and (residual or found.class_token)
-    out = local_temporal(
-        given,
-        None if ln is None else ln.weight,
-        None if ln is None else ln.bias,
-        weight,
-        bias,
-        conv.weight.flatten(1),
-        conv.bias,
-        up.weight.flatten(1),
-        up.bias,
-        eps=1e-5 if ln is None else ln.eps,
-        activation=found.activation,
-        class_token=found.class_token,
-        residual=residual and not outside,
-    )
-    if not outside:
-        return out
-    first = int(found.class_token)
-    out = x[:, :, first:] + out[:, :, first:] if residual else out[:, :, first:]
-    return torch.cat([x[:, :, :first], out], dim=2)
+    for layer in (down, up):
+        if layer is up or not local_temporal.folds(norm, x):  # a folded weight is computed in each call
+            keep_packed(layer.weight, rows)
+    return local_temporal.compute(x, norm, down, conv, up, keep_class_token=True, **options)

@@ -9,27 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mplug2_fast.acceleration import gain, trial
+from mplug2_fast.acceleration import trial
 from mplug2_fast.acceleration.basic import ACTIVATIONS
 from mplug2_fast.acceleration.cache import Call, Record, Values
 from mplug2_fast.acceleration.products import product
 from mplug2_fast.acceleration.structure import has, require, require_children, require_linear, require_norm
-from mplug2_fast.acceleration.swap import Kind, State, Unserved, Unsuitable, original_forward
+from mplug2_fast.acceleration.swap import DecoderPartKind, Kind, State, Unserved, Unsuitable, original_forward
 from mplug2_fast.ops import layer_norm, linear_act
 from mplug2_fast.ops.linear_act import Activation
 
 _MAX_LOGITS_BYTES = 256 << 20
-"""Logits that take more are not kept."""
-
+"""Larger logits are not kept."""
 
 _CACHES = ("cache", "past_key_values", "past_key_value")
-"""Arguments with keys and values that the caller keeps; nothing is kept besides."""
+"""Arguments for keys and values that the caller keeps. With one of them, the session keeps nothing."""
 
 
-class TextDecoder(Kind):
-    """A decoder whose layers and head keep what they have computed while calls continue one another.
+class TextDecoderKind(Kind):
+    """A decoder whose layers and head keep their results while each call continues the one before.
 
-    Its own code runs as it is.
+    The decoder's own code runs unchanged.
     """
 
     runs_original = True
@@ -43,7 +42,7 @@ class TextDecoder(Kind):
     @staticmethod
     def recognise(module: nn.Module) -> None:
         layers = module.bert.encoder.layer.children()  # type: ignore[union-attr]
-        require(all(has(layer, "crossattention") for layer in layers), "not all of its layers have cross-attention")
+        require(all(has(layer, "crossattention") for layer in layers), "some of its layers have no cross-attention")
 
     @staticmethod
     def forward(module: Any, state: State, *args: Any, **kwargs: Any) -> Any:
@@ -53,25 +52,23 @@ class TextDecoder(Kind):
         elif any(kwargs.get(name) is not None for name in _CACHES):
             reason = "the caller keeps keys and values"
         else:
-            reason = ""
-        if reason:
-            state.calls.left(reason, by_parts=True)
-            state.session.drop()
-            return original_forward(module, *args, **kwargs)
-        state.calls.served += 1
-        with state.session.call():
-            return original_forward(module, *args, **kwargs)
+            state.calls.served += 1
+            with state.session.call():
+                return original_forward(module, *args, **kwargs)
+        state.calls.left(reason, by_parts=True)
+        state.session.drop()
+        return original_forward(module, *args, **kwargs)
 
 
 @dataclass(frozen=True)
 class FoundHead:
-    """embeddings: whether the output embeddings are an argument of its forward, instead of a part, `decoder`."""
+    """embeddings: whether the output embeddings are an argument of its forward, or else its part `decoder`."""
 
     activation: Activation
     embeddings: bool
 
 
-class PredictionHead(Kind):
+class PredictionHeadKind(DecoderPartKind):
     """Dense, activation, layer norm, output embeddings."""
 
     @staticmethod
@@ -97,23 +94,17 @@ class PredictionHead(Kind):
                 found = FoundHead(activation, given)  # type: ignore[arg-type]
                 if trial.agree(expected, _logits(module, found, x, *rest)):
                     return found
-        raise Unsuitable("on a trial input it computes something else than BERT's head")
+        raise Unsuitable("on a trial input it computes something other than BERT's head")
 
     @staticmethod
     def weight(module: Any) -> Tensor:
         return module.transform.dense.weight
 
     @staticmethod
-    def pays(state: State, x: Tensor) -> bool:
-        if Call.current(state.session) is not None:  # what earlier calls have computed is not computed again
-            return True
-        return x.is_cuda or gain.of_product(x, state.size, fused=True)
-
-    @staticmethod
     def forward(module: Any, state: State, x: Tensor, *embeddings: Tensor) -> Tensor:
         found = state.found
         if len(embeddings) != found.embeddings:
-            raise Unserved("it was called with arguments that are not known")
+            raise Unserved("it was called with unknown arguments")
         call = Call.current(state.session)
         if call is None or x.dim() != 3 or call.videos is None:
             return _logits(module, found, x, *embeddings)
@@ -125,12 +116,12 @@ def _logits(module: Any, found: FoundHead, x: Tensor, *embeddings: Tensor) -> Te
     h = product(x, transform.dense.weight, transform.dense.bias, found.activation)
     h = layer_norm(h, transform.LayerNorm.weight, transform.LayerNorm.bias, eps=transform.LayerNorm.eps)
     weight, bias = (embeddings[0], module.bias) if embeddings else (module.decoder.weight, module.decoder.bias)
-    return linear_act(h, weight, bias)  # the embeddings are large, and the rows few: not packed
+    return linear_act(h, weight, bias)  # not packed: the embeddings are large and the rows few
 
 
 def _continue(head: Any, found: FoundHead, call: Call, x: Tensor, *embeddings: Tensor) -> Tensor:
-    """The logits of all tokens of x `(rows, tokens, channels)`; only the newest are computed where its rows continue
-    those of the last call."""
+    """The logits of all tokens of x `(rows, tokens, channels)`. Computes only those of new tokens if the rows continue
+    rows of the last call."""
     record = call.videos.records.get(id(head))
     weights = (Values((*head.parameters(), *embeddings)),)
     if record is not None and not weights[0].same(record.weights[0]):

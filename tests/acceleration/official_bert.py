@@ -1,4 +1,4 @@
-"""A stand-in for the text side of the released model: BERT in the manner of ALBEF, written anew.
+"""A stand-in for the text side of the official model: an independent version of ALBEF's BERT.
 
 The attributes, arguments and results are those of Hugging Face's BERT of that time, with mPLUG-2's additions: latents,
 `mode="v_module"`, the fusion layers, and a decoder that takes its memory at every call.
@@ -20,7 +20,7 @@ ACTIVATIONS = {"gelu": F.gelu}
 
 @dataclass
 class ModelOutput:
-    """Fields by name, or by number with those that are None left out."""
+    """Fields by name, or by index among those that are not None."""
 
     def __getitem__(self, index: Any) -> Any:
         return getattr(self, index) if isinstance(index, str) else self.to_tuple()[index]
@@ -188,7 +188,7 @@ class BertIntermediate(nn.Module):
 
 
 class Layer(nn.Module):
-    """What layers of all kinds have in common."""
+    """Shared by all kinds of layers."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -485,7 +485,7 @@ class BertOnlyMLMHead(nn.Module):
 
 
 class LanguageModel(PreTrainedModel):
-    """The text decoder, apart from how it makes one loss of those of the tokens."""
+    """The text decoder. Subclasses reduce the losses of tokens to one."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
