@@ -1,4 +1,4 @@
-"""Score a checkpoint on held-out clips, from mp4 files to words.
+"""Score a checkpoint on held-out clips: mp4 files in, text out.
 
 Run as `python -m examples.moving_shapes.evaluate [CHECKPOINT]` from the repository root.
 """
@@ -34,7 +34,7 @@ from mplug2_fast.text import Tokenizer
 
 PACKAGED = Path(mf.__file__).parent / "data" / "tiny"
 FIRST_HELD_OUT = 10_000
-"""The first of the held-out scenes that are scored; those before are for the bundled clips."""
+"""The first held-out scene that is scored. The clips in `clips/` come from earlier ones."""
 
 
 def make_clips(scenes: Scenes, folder: Path) -> list[Path]:
@@ -46,7 +46,7 @@ def make_clips(scenes: Scenes, folder: Path) -> list[Path]:
 
 
 def load_clips(paths: list[Path], config: mf.MPlug2Config) -> Tensor:
-    """(n, 3, T, H, W) of the video files."""
+    """The video files as `(n, 3, frames, height, width)`."""
     size = config.vision
     return torch.stack([mf.load_video(path, num_frames=size.num_frames, image_size=size.image_size) for path in paths])
 
@@ -65,16 +65,16 @@ def generate_answers(
 
 
 def pick_question(scenes: Scenes, i: int, kind: str) -> str:
-    """One of the ways of asking, a different one from scene to scene."""
+    """One way to ask the question. It differs from scene to scene."""
     ways = questions(scenes, i, kind)
     return ways[i % len(ways)]
 
 
 def score(scenes: Scenes, captions: list[str], answers: dict[str, list[str]]) -> dict[str, float]:
-    """Shares of captions and answers that are exactly right, and of directions.
+    """Shares of captions, answers and directions that are exactly right.
 
-    `axis` is the share of moving, growing and shrinking clips whose caption has the right action or its opposite;
-    `direction` is, of those, the share that has the right one. Chance is 0.5: a guess between the two.
+    `axis` counts clips that move, grow or shrink: the share whose caption has the right action or its opposite.
+    `direction` is the share of those that has the right action. Guessing gives 0.5.
     """
     n = len(scenes)
     result = {"clips": n, "captions": sum(captions[i] == caption(scenes, i) for i in range(n)) / n}
@@ -102,7 +102,7 @@ def show(result: dict[str, float], console: Console) -> None:
 
 
 def main(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder; the one that ships if not given.")] = PACKAGED,
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder. Default: the packaged one.")] = PACKAGED,
     clips: Annotated[int, typer.Option(min=1, help="Number of held-out clips.")] = 500,
     first: Annotated[int, typer.Option(help="Number of the first held-out scene.")] = FIRST_HELD_OUT,
     batch_size: Annotated[int, typer.Option(min=1)] = 50,

@@ -1,4 +1,4 @@
-"""Train the tiny model from scratch on moving shapes: captions and answers together, fresh clips at every step.
+"""Train the tiny model from scratch on moving shapes. Each step uses new clips, with captions and answers.
 
 Run as `python -m examples.moving_shapes.train OUTPUT_FOLDER` from the repository root.
 """
@@ -38,11 +38,11 @@ from mplug2_fast.text import Tokenizer
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights that come out, but for the number of threads."""
+    """Everything that decides the trained weights, except the number of threads."""
 
     round_steps: int = 5000
     learning_rates: tuple[float, ...] = (5e-4, 3e-4)
-    """One a round. A round starts from float16 weights, those that a checkpoint holds, with a fresh optimizer."""
+    """One per round. A round starts with a new optimizer and rounds the weights to float16, as in a checkpoint."""
     batch_size: int = 32
     warmup_steps: int = 100
     weight_decay: float = 0.02
@@ -58,7 +58,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Batch:
-    """One training batch: each clip with its caption and one question of a random kind."""
+    """One training batch: clips, each with its caption and one question of a random kind."""
 
     video: Tensor
     caption: tuple[Tensor, Tensor]
@@ -71,7 +71,7 @@ def make_tokenizer() -> Tokenizer:
 
 
 def make_batch(recipe: Recipe, step: int, tokenizer: Tokenizer, image_size: int = 32) -> Batch:
-    """The batch of one step, a function of the seed and the step only."""
+    """The batch of one step. It depends only on the seed and the step."""
     rng = training_rng(recipe.seed, step)
     scenes = sample_scenes(rng, recipe.batch_size)
     frames = training_frames(scenes, rng, image_size)
@@ -86,18 +86,18 @@ def make_batch(recipe: Recipe, step: int, tokenizer: Tokenizer, image_size: int 
 
 
 def as_video(frames) -> Tensor:
-    """uint8 frames (B, T, H, W, 3) to the model's input, (B, 3, T, H, W) float32, by the package's own pixel op."""
+    """uint8 frames `(batch, frames, height, width, 3)` to float32 `(batch, 3, frames, height, width)`."""
     batch, time_, height, width, _ = frames.shape
     flat = torch.from_numpy(frames).view(batch * time_, height, width, 3)
     return preprocess_frames(flat, height).view(3, batch, time_, height, width).transpose(0, 1).contiguous()
 
 
 def make_model(recipe: Recipe) -> mf.MPlug2ForQuestionAnswering:
-    """The tiny model with fresh weights.
+    """The tiny model with new weights.
 
-    Matrices have the standard deviation that keeps the scale of what they multiply, word embeddings 0.02, and positions
-    one that patches, which are of scale 1, do not drown. Local temporal modules start by computing nothing; the
-    ablation leaves them at that, which is the encoder without them.
+    The standard deviation of matrices preserves the scale of their inputs. That of word embeddings is 0.02. That of
+    positions is large enough to show beside patches, which have scale 1. Local temporal modules start as the identity.
+    The ablation never trains them, so its encoder computes as if they were absent.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     config = mf.MPlug2Config.preset("tiny").replace(vocab_size=len(vocabulary()))
@@ -121,7 +121,7 @@ def make_model(recipe: Recipe) -> mf.MPlug2ForQuestionAnswering:
 def make_optimizer(
     model: nn.Module, recipe: Recipe, learning_rate: float
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW without decay on biases and norms; linear warm-up, then a cosine to zero at the end of the round."""
+    """AdamW without decay for biases and norms. Linear warm-up, then a cosine to zero at the end of the round."""
     learned = [p for p in model.parameters() if p.requires_grad]
     matrices, vectors = [p for p in learned if p.ndim > 1], [p for p in learned if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -139,7 +139,7 @@ def make_optimizer(
 def losses(
     model: mf.MPlug2ForQuestionAnswering, captioner: mf.MPlug2ForCaptioning, batch: Batch
 ) -> tuple[Tensor, Tensor]:
-    """The package's captioning and question answering losses, over one encoding of the clips."""
+    """The captioning and the question answering loss. The clips are encoded once."""
     image_embeds = model.encode_video(batch.video)
     n = len(image_embeds)
     ones = torch.ones(n)
@@ -151,7 +151,7 @@ def losses(
 
 
 class Trainer:
-    """A model, its optimizer, and the number of the next step."""
+    """A model with its optimizer, and the index of the next step."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -161,7 +161,7 @@ class Trainer:
         self.step = 0
 
     def resume(self, folder: Path) -> None:
-        """Go on after the first round from what was saved at its end."""
+        """Continue after the first round, from the checkpoint written at its end."""
         mf.load_released(self.model, load_file(folder / "model.safetensors"))
         self.step = self.recipe.round_steps
 
@@ -173,7 +173,7 @@ class Trainer:
         self.optimizer, self.schedule = make_optimizer(self.model, self.recipe, rate)
 
     def train_step(self) -> tuple[float, float]:
-        """One update. Returns the captioning and the question answering loss before it."""
+        """Make one update. Returns the captioning and the question answering loss before it."""
         if self.step % self.recipe.round_steps == 0:
             self._start_round()
         batch = make_batch(self.recipe, self.step, self.tokenizer)
@@ -187,7 +187,7 @@ class Trainer:
         return caption_loss.item(), answer_loss.item()
 
     def save(self, folder: Path) -> None:
-        """config.json, model.safetensors in float16, vocab.txt."""
+        """Write config.json, model.safetensors in float16, and vocab.txt."""
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as vocab:
             vocab.write("\n".join(vocabulary()) + "\n")
             vocab.flush()
@@ -196,15 +196,17 @@ class Trainer:
 
 def main(
     output: Annotated[Path, typer.Argument(help="Folder to write the checkpoint to.")],
-    round_steps: Annotated[int, typer.Option(help="Updates a round; there are two rounds.")] = Recipe.round_steps,
+    round_steps: Annotated[int, typer.Option(help="Updates per round; there are two rounds.")] = Recipe.round_steps,
     seed: Annotated[int, typer.Option(help="Seed of weights and clips.")] = Recipe.seed,
     local_temporal: Annotated[
-        bool, typer.Option(help="Without: the ablation, an encoder that cannot see the order of frames.")
+        bool, typer.Option(help="Whether the encoder sees the order of frames; --no-local-temporal is the ablation.")
     ] = True,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; PyTorch's choice if not given.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads. Default: PyTorch's choice.")] = None,
     log: Annotated[Path | None, typer.Option(help="File for a JSON line every 50 steps.")] = None,
-    save_every: Annotated[int, typer.Option(help="Also save to OUTPUT-STEP every so many steps; 0 does not.")] = 0,
-    resume: Annotated[Path | None, typer.Option(help="Checkpoint of the first round: run the others only.")] = None,
+    save_every: Annotated[int, typer.Option(help="Also save to OUTPUT-STEP every N steps; 0 never.")] = 0,
+    resume: Annotated[
+        Path | None, typer.Option(help="Checkpoint of the first round: run only the second.")
+    ] = None,
 ) -> None:
     """Train the tiny model on moving shapes and save it."""
     if threads:

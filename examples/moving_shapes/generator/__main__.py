@@ -1,4 +1,4 @@
-"""Write held-out clips as mp4 files, with what they show in clips.json.
+"""Write held-out clips as mp4 files, and their captions and answers to clips.json.
 
 Run as `python -m examples.moving_shapes.generator FOLDER --scene 22 --scene 30` from the repository root.
 """
@@ -24,7 +24,7 @@ from examples.moving_shapes.generator import (
 
 def main(
     folder: Annotated[Path, typer.Argument(help="Folder to write to.")],
-    scene: Annotated[list[int], typer.Option(help="Number of a held-out scene; may be given again.")],
+    scene: Annotated[list[int], typer.Option(help="Number of a held-out scene. May be repeated.")],
 ) -> None:
     """Write held-out clips and clips.json into a folder."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Scenes as real video files."""
+"""Scenes as video files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from examples.moving_shapes.generator.scenes import Scenes
 
 
 def clip_frames(scene: Scenes) -> np.ndarray:
-    """All frames of one scene's clip, (16, 128, 128, 3) uint8."""
+    """All frames of one scene, `(16, 128, 128, 3)` uint8."""
     return to_uint8(render(scene, np.arange(CLIP_FRAMES), np.arange(CLIP_SIZE), CLIP_SIZE))[0]
 
 
 def write_clip(path: str | Path, frames: np.ndarray, fps: int = 8, crf: int = 22) -> None:
-    """Encode frames, (T, H, W, 3) uint8, as an h264 file of the container that the path's ending names."""
+    """Encode uint8 frames `(frames, height, width, 3)` as h264. The extension of `path` chooses the container."""
     import av
 
     with av.open(str(path), "w") as container:

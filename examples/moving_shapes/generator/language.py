@@ -1,4 +1,4 @@
-"""What is said about a scene: captions, questions with their answers, and the vocabulary of both."""
+"""Captions, questions and answers for scenes, and their vocabulary."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _SPECIAL = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]"}
 
 
 def caption(scenes: Scenes, i: int) -> str:
-    """Such as "a red circle moves left"."""
+    """The caption of scene i, such as "a red circle moves left"."""
     color = _COLOR_NAMES[scenes.color[i]]
     return _caption(color, SHAPES[scenes.shape[i]], ACTIONS[scenes.action[i]])
 
 
 def questions(scenes: Scenes, i: int, kind: str) -> list[str]:
-    """Every way of asking for the colour, shape, action or direction of scene i; the first is the plainest."""
+    """All ways to ask for the colour, shape, action or direction of scene i. The first is the simplest."""
     return _questions(kind, SHAPES[scenes.shape[i]])
 
 
 def answer(scenes: Scenes, i: int, kind: str) -> str:
-    """The answer to a question of that kind: "red", "circle", "moves left", "left"."""
+    """The answer to a question of a kind: "red", "circle", "moves left", "left"."""
     if kind == "color":
         return _COLOR_NAMES[scenes.color[i]]
     if kind == "shape":
@@ -42,7 +42,7 @@ def answer(scenes: Scenes, i: int, kind: str) -> str:
 
 
 def all_sentences() -> Iterator[str]:
-    """Every caption, question and answer that can occur."""
+    """All possible captions, questions and answers."""
     for color in COLORS:
         for shape in SHAPES:
             for action in ACTIONS:
@@ -54,10 +54,10 @@ def all_sentences() -> Iterator[str]:
 
 
 def vocabulary(size: int = 256) -> list[str]:
-    """A WordPiece vocabulary: BERT's special entries at BERT's ids, the words, and single characters for all others.
+    """A WordPiece vocabulary: BERT's special tokens at BERT's ids, the words, and single characters.
 
     Raises:
-        ValueError: the words and characters do not fit into `size` entries.
+        ValueError: the entries do not fit into `size`.
     """
     words = sorted({word for sentence in all_sentences() for word in sentence.split()})
     characters = string.ascii_lowercase + string.digits

@@ -1,6 +1,6 @@
-"""Pixels of scenes, at any resolution, a whole batch at once.
+"""Renders a batch of scenes at any resolution.
 
-Every shape is drawn from one table: the distance of its outline from its centre in each direction.
+One table holds all shapes: the distance of the outline from the centre in each direction.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from examples.moving_shapes.generator.scenes import SHAPES, Scenes
 CLIP_FRAMES = 16
 CLIP_SIZE = 128
 SEEN_FRAMES = (1, 5, 9, 13)
-"""The frames of a 16-frame clip that a model of 4 frames is given: the middle one of each quarter."""
+"""The frames of a 16-frame clip that a model with 4 frames sees: the middle of each quarter."""
 
 _MIDDLE = sum(SEEN_FRAMES) / len(SEEN_FRAMES)
 _ANGLES = 1440
@@ -31,12 +31,12 @@ def render(
 
     Args:
         scenes: n scenes.
-        frames: T frame numbers of the 16-frame clip.
-        pixels: the P pixel rows that are wanted, and the columns of the same numbers, of an image of side `size`.
-        softness: width of the shapes' edges in pixels of that image, one number or (n,).
+        frames: T frame indices of the 16-frame clip.
+        pixels: P indices. They select rows, and columns, of an image with side `size`.
+        softness: width of the shapes' edges in pixels of that image, one number or `(n,)`.
 
     Returns:
-        (n, T, P, P, 3) float32 from 0 to 1.
+        `(n, T, P, P, 3)` float32 from 0 to 1.
     """
     at = ((np.asarray(pixels) + 0.5) / size).astype(np.float32)
     u = ((np.asarray(frames) - _MIDDLE) / (CLIP_FRAMES / 2)).astype(np.float32)
@@ -46,13 +46,13 @@ def render(
 
 
 def training_frames(scenes: Scenes, rng: np.random.Generator, image_size: int = 32) -> np.ndarray:
-    """What a model of 4 frames sees of each scene's clip, with what encoding does to it imitated.
+    """The 4 frames that a model sees of each scene, with artefacts like those of video encoding.
 
-    The pixels are those that nearest-neighbour resizing picks from the 128-pixel clip. Edges are softened, brightness
-    and contrast vary a little from clip to clip, and noise is added.
+    Nearest-neighbour resizing of the 128-pixel clip picks the same pixels. Edges are soft, brightness and contrast vary
+    slightly from clip to clip, and there is noise.
 
     Returns:
-        (n, 4, image_size, image_size, 3) uint8.
+        `(n, 4, image_size, image_size, 3)` uint8.
     """
     n = len(scenes)
     pixels = np.arange(image_size) * CLIP_SIZE // image_size
@@ -65,12 +65,12 @@ def training_frames(scenes: Scenes, rng: np.random.Generator, image_size: int = 
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
-    """Round 0-to-1 floats to the nearest of 256 levels."""
+    """Round floats from 0 to 1 to the nearest of 256 levels."""
     return (np.clip(image, 0, 1) * np.float32(255) + np.float32(0.5)).astype(np.uint8)
 
 
 def _backgrounds(scenes: Scenes, at: np.ndarray) -> np.ndarray:
-    """(n, P, P, 3): a mixture of two colours, by a ramp and a few plane waves."""
+    """`(n, P, P, 3)`: two colours, mixed by a ramp and a few plane waves."""
     x, y = at[None, None, :], at[None, :, None]
 
     def plane(vectors: np.ndarray) -> np.ndarray:
@@ -88,7 +88,7 @@ def _backgrounds(scenes: Scenes, at: np.ndarray) -> np.ndarray:
 
 
 def _cover(scenes: Scenes, at: np.ndarray, u: np.ndarray, edge: np.ndarray) -> np.ndarray:
-    """(n, T, P, P): how far each pixel is covered by the shape, 0 to 1."""
+    """`(n, T, P, P)`: the share of each pixel that the shape covers, from 0 to 1."""
     center = scenes.center[:, None] + scenes.velocity[:, None] * u[None, :, None]
     radius = scenes.radius[:, None] * np.exp(scenes.growth[:, None] * u[None])
     dx = at[None, None, None, :] - center[..., 0, None, None]
@@ -102,7 +102,7 @@ def _cover(scenes: Scenes, at: np.ndarray, u: np.ndarray, edge: np.ndarray) -> n
 
 
 def _corners(shape: str) -> np.ndarray:
-    """(corners, 2) of a shape of radius 1, in the order of their angles."""
+    """`(corners, 2)` of a shape with radius 1, sorted by angle."""
     if shape == "circle":
         turn = np.linspace(-np.pi, np.pi, 90, endpoint=False)
         return np.stack([np.cos(turn), np.sin(turn)], -1)
@@ -128,14 +128,14 @@ def _corners(shape: str) -> np.ndarray:
 
 @functools.cache
 def _outlines() -> np.ndarray:
-    """(shapes, angles): distance of each outline from the centre, for angles from 0 to 2 pi, y downwards."""
+    """`(shapes, angles)`: distance of each outline from the centre, for angles from 0 to 2π, y downwards."""
     turn = (np.arange(_ANGLES) + 0.5) * 2 * np.pi / _ANGLES
     ray = np.stack([np.cos(turn), np.sin(turn)], -1)[:, None]
     rows = []
     for shape in SHAPES:
         start = _corners(shape)[None]
         end = np.roll(start, -1, axis=1)
-        # The ray meets an edge where it leaves the triangle (centre, start, end) on that side.
+        # The ray crosses the edge from start to end if it points between them.
         between = (_cross(start, ray) >= 0) & (_cross(ray, end) >= 0)
         with np.errstate(divide="ignore", invalid="ignore"):
             distance = _cross(start, end) / _cross(ray, end - start)

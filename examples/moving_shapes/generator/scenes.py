@@ -1,8 +1,8 @@
-"""What a clip shows: random scenes, held as one array a property so that a batch is drawn and rendered at once.
+"""Random scenes. Each property is one array, so that a batch is drawn and rendered at once.
 
-The direction of a motion can be read from the order of the frames only. A scene's motion is `amplitude * u`, where the
-time u runs from -1 to 1 and the frames that the model sees lie symmetrically around 0; opposite actions differ in the
-sign of the motion and in nothing else, so they show the same frames in opposite orders.
+Only the order of the frames shows the direction of a motion. A scene's motion is `amplitude * u`, where the time u runs
+from -1 to 1. The frames that the model sees are symmetric around 0. Opposite actions differ only in the sign of the
+motion, so they show the same frames in opposite orders.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COLORS = {
 SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 ACTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "shrinks", "stays still")
 OPPOSITE = np.array([1, 0, 3, 2, 5, 4, 6])
-"""For each action, the one that plays it backwards."""
+"""For each action, the action that it shows when played backwards."""
 
 _VELOCITY = np.array([(-1, 0), (1, 0), (0, -1), (0, 1), (0, 0), (0, 0), (0, 0)], np.float32)
 _GROWTH = np.array([0, 0, 0, 0, 1, -1, 0], np.float32)
@@ -45,21 +45,21 @@ class Scenes:
     action: np.ndarray
     """(n,) index into ACTIONS"""
     rgb: np.ndarray
-    """(n, 3) the colour with its variation, 0 to 1"""
+    """(n, 3) the colour with a random variation, 0 to 1"""
     center: np.ndarray
     """(n, 2) at u = 0"""
     radius: np.ndarray
     """(n,) at u = 0"""
     velocity: np.ndarray
-    """(n, 2) way from u = 0 to u = 1"""
+    """(n, 2) displacement from u = 0 to u = 1"""
     growth: np.ndarray
-    """(n,) log of the radius at u = 1 over that at u = 0"""
+    """(n,) log of the ratio of the radius at u = 1 to that at u = 0"""
     background_rgb: np.ndarray
     """(n, 2, 3) the two colours that the background mixes"""
     ramp: np.ndarray
     """(n, 2) linear part of the mixture"""
     wave_vectors: np.ndarray
-    """(n, waves, 2) periods a side"""
+    """(n, waves, 2) periods per image side"""
     wave_phases: np.ndarray
     """(n, waves)"""
     wave_weights: np.ndarray
@@ -69,18 +69,18 @@ class Scenes:
         return len(self.color)
 
     def __getitem__(self, index: int | slice | np.ndarray) -> Scenes:
-        """Some of the scenes; a single index gives a `Scenes` of length 1."""
+        """A selection of scenes. A single index gives a `Scenes` of length 1."""
         if isinstance(index, int | np.integer):
             index = slice(index, index + 1)
         return Scenes(**{f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self)})
 
     def backwards(self) -> Scenes:
-        """The same scenes with the motion turned round."""
+        """The same scenes with reversed motion."""
         return dataclasses.replace(self, action=OPPOSITE[self.action], velocity=-self.velocity, growth=-self.growth)
 
 
 def sample_scenes(rng: np.random.Generator, n: int) -> Scenes:
-    """Draw n scenes: every colour, shape and action equally often."""
+    """Draw n scenes. All colours, shapes and actions are equally likely."""
     color, shape, action = (rng.integers(len(names), size=n) for names in (COLORS, SHAPES, ACTIONS))
 
     def uniform(low: float, high: float, *shape: int) -> np.ndarray:
@@ -125,11 +125,11 @@ def _sample_backgrounds(rng: np.random.Generator, n: int) -> dict[str, np.ndarra
 
 
 def training_rng(seed: int, step: int) -> np.random.Generator:
-    """The generator of one training step: every step has fresh scenes, none of them held out."""
+    """The random generator of one training step. Each step has new scenes, never held-out ones."""
     return np.random.default_rng([_TRAINING, seed, step])
 
 
 def held_out_scenes(n: int, first: int = 0) -> Scenes:
-    """The held-out scenes number `first` to `first + n`, from seeds that no training run uses."""
+    """Held-out scenes `first` to `first + n - 1`, from seeds that no training run uses."""
     scenes = [sample_scenes(np.random.default_rng([_HELD_OUT, first + i]), 1) for i in range(n)]
     return Scenes(**{f.name: np.concatenate([getattr(s, f.name) for s in scenes]) for f in dataclasses.fields(Scenes)})
