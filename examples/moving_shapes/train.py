@@ -204,9 +204,7 @@ def main(
     threads: Annotated[int | None, typer.Option(help="CPU threads. Default: PyTorch's choice.")] = None,
     log: Annotated[Path | None, typer.Option(help="File for a JSON line every 50 steps.")] = None,
     save_every: Annotated[int, typer.Option(help="Also save to OUTPUT-STEP every N steps; 0 never.")] = 0,
-    resume: Annotated[
-        Path | None, typer.Option(help="Checkpoint of the first round: run only the second.")
-    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Checkpoint of the first round: run only the second.")] = None,
 ) -> None:
     """Train the tiny model on moving shapes and save it."""
     if threads:

@@ -13,23 +13,24 @@ Measure = Callable[[Tensor, Tensor], float]
 
 
 def frobenius(actual: Tensor, expected: Tensor, smallest: float = 0.0) -> float:
-    """Frobenius norm of the difference, divided by that of `expected`; or a tenth of the largest entry's error, divided
-    by the root mean square of `expected`, if that is more. The second one notices a single wrong entry of many.
+    """Frobenius norm of the difference, divided by that of `expected`; or the largest error of an entry, if greater.
 
-    The root mean square counts as at least `smallest`.
+    The error of an entry is relative to the sum of its size and the root mean square of `expected`. It shows a single
+    wrong entry among many. The root mean square counts as at least `smallest`.
     """
-    difference = _difference(actual, expected)
+    difference = _difference(actual, expected).abs()
     if not difference.any():
         return 0.0
-    count = expected.numel() ** 0.5
-    scale = max(expected.nan_to_num(nan=0, posinf=0, neginf=0).norm().item(), smallest * count)
-    largest = 0.1 * count * difference.abs().max()
-    return (torch.maximum(difference.norm(), largest) / scale).item()
+    expected = expected.nan_to_num(nan=0, posinf=0, neginf=0)
+    root_mean_square = expected.square().mean().sqrt().clamp(min=smallest)
+    largest = (difference / (root_mean_square + expected.abs())).nan_to_num(nan=0, posinf=torch.inf).max()
+    norm = difference.square().mean().sqrt() / root_mean_square
+    return torch.maximum(norm, largest).item()
 
 
 def gradient(actual: Tensor, expected: Tensor) -> float:
     """`frobenius` with a floor, because a key's bias has a gradient of zero, up to rounding."""
-    return frobenius(actual, expected, smallest=1e-4)
+    return frobenius(actual, expected, smallest=3e-4)
 
 
 def absolute(actual: Tensor, expected: Tensor) -> float:
