@@ -38,6 +38,8 @@ _UNMERGED_REMEDIES = {
     ),
 }
 _MAX_NAME = 500
+_PIECE = 2**17
+"""Numbers that are copied and checked at a time."""
 
 WEIGHT_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
@@ -99,9 +101,23 @@ def copy_released(
     Raises `CheckpointError` at the first one that is not finite, or would not be in the dtype of its view.
     """
     for key, view in views.items():
-        check_finite(key, tensors[key], view.dtype)
-        _copy({key: view}, tensors)
+        if not _copied_finite(view.detach(), fitted(tensors[key], tuple(view.shape))):
+            check_finite(key, tensors[key], view.dtype)
         done(tensors[key])
+
+
+def _copied_finite(view: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Copy `tensor` into `view`; False if a copied number may be NaN or infinite.
+
+    Each piece is checked while it is still in the processor's cache. Its sum is only finite if all its numbers are.
+    """
+    if not (view.is_cpu and view.is_contiguous() and tensor.is_contiguous()):
+        view.copy_(tensor)
+        return False
+    sums = []
+    for target, source in zip(view.view(-1).split(_PIECE), tensor.view(-1).split(_PIECE), strict=True):
+        sums.append(target.copy_(source).sum())
+    return bool(torch.stack(sums).isfinite().all())
 
 
 def _copy(views: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mplug2_fast as mf
+from mplug2_fast.checkpoint.load import _PIECE, copy_released
 
 POSITIONS = "visual_encoder.visual.positional_embedding"
 
@@ -184,3 +185,18 @@ def test_positions_of_another_resolution_are_resized(golden_weights, golden_conf
 def test_positions_of_another_width_are_not_resized(golden_weights, golden_config):
     report = refused(build("captioning", golden_config), golden_weights | {POSITIONS: torch.zeros(17, 64)})
     assert f"{POSITIONS} [17, 64], needed [17, 128]" in report
+
+
+@pytest.mark.parametrize("position", [0, _PIECE - 1, _PIECE, -1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300])
+def test_numbers_are_checked_as_they_are_copied(position, value):
+    weights = torch.zeros(2 * _PIECE + 5, dtype=torch.float64)
+    weights[position] = value
+    with pytest.raises(mf.CheckpointError, match=r"not finite|infinite in float32"):
+        copy_released({"w": torch.empty(weights.shape)}, {"w": weights})
+
+
+def test_large_numbers_are_finite_though_their_sum_is_not():
+    weights, view = torch.full((_PIECE + 5,), 3e38), torch.empty(_PIECE + 5)
+    copy_released({"w": view}, {"w": weights})
+    assert torch.equal(view, weights)
