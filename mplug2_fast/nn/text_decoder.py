@@ -1,6 +1,6 @@
 """The text decoder: whole sequences for training and ranking, single cached steps for generation.
 
-Sequences that share a memory, such as beams or candidate answers, have an axis of their own: `(batch, sequences,
+Sequences that share a memory, such as beams or candidate answers, have a separate axis: `(batch, sequences,
 tokens, channels)`. The memory's keys and values are computed once and serve all of them.
 """
 
@@ -234,7 +234,7 @@ class TextDecoder(nn.Module):
                     _pair(layer.output.dense),
                     *cache.states[index],
                     cache.ancestors,
-                    *self._memory_of(index, memory),
+                    *(memory.keys_values[index] or self._memory_of(index, memory)),
                     step=step,
                     activation="gelu",
                     key_padding_mask=memory.mask,
