@@ -1,5 +1,5 @@
-# make demo | test | test-package | test-sdist | lint | docs | bench | sanitize | fuzz | fuzz-media | wheel: each creates
-# .venv first. Python 3.10 or later is enough.
+# make demo | test | test-package | soak | test-sdist | lint | docs | bench | sanitize | fuzz | fuzz-media | wheel: each
+# creates .venv first. Python 3.10 or later is enough.
 # make gpu-check uses the installed packages: PyTorch for CUDA, and pytest.
 
 PYTHON ?= python3
@@ -13,7 +13,7 @@ CLIPS := $(wildcard examples/moving_shapes/clips/*.mp4)
 MOVING := examples/moving_shapes/clips/red_square_moves_left.mp4
 FORMATTED := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-package test-lowest test-sdist test-pythons wheel lint docs bench sanitized sanitize fuzz fuzz-media \
+.PHONY: demo test test-package soak test-lowest test-sdist test-pythons wheel lint docs bench sanitized sanitize fuzz fuzz-media \
 	gpu-check clean
 .DELETE_ON_ERROR:
 
@@ -22,12 +22,17 @@ demo: $(INSTALLED)
 	$(BIN)/mplug2-fast answer $(MOVING) --question "Which way does the square move?"
 	$(BIN)/python bench/run.py --quick
 
+# Bytecode is written, so that the processes that tests start load faster.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # What `make test` leaves out: wheels are built, and compilers called, for minutes.
 test-package: $(INSTALLED)
 	$(BIN)/python -m pytest -m package tests/test_package.py
+
+# Long versions of tests in `make test`.
+soak: $(INSTALLED)
+	$(BIN)/python -m pytest -m soak
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import mplug2_fast as mf
-from mplug2_fast import info
+from mplug2_fast import cli, info
 from mplug2_fast.checkpoint import save_pretrained
 from mplug2_fast.cli import app
 from mplug2_fast.cli.tables import names_and_values
@@ -304,11 +304,16 @@ def test_version() -> None:
 
 
 @pytest.mark.parametrize(("given", "asked"), [({}, True), ({"THP_MEM_ALLOC_ENABLE": "0"}, False)])
-def test_activations_lie_in_huge_pages_unless_that_is_forbidden(given: dict[str, str], asked: bool) -> None:
+def test_activations_lie_in_huge_pages_unless_that_is_forbidden(
+    given: dict[str, str], asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     others = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
-    command = [*COMMAND, "info", "--json"]
-    finished = subprocess.run(command, env=others | given, capture_output=True, text=True, check=True)
-    assert json.loads(finished.stdout)["torch"]["asks_for_huge_pages"] is asked
+    monkeypatch.setattr(os, "environ", others | given)
+    found = []
+    monkeypatch.setattr(cli, "prepare_streams", lambda: None)
+    monkeypatch.setattr(cli, "app", lambda: found.append(info.collect()["torch"]["asks_for_huge_pages"]))
+    cli.main()
+    assert found == [asked]
 
 
 def test_help_imports_nothing_heavy() -> None:

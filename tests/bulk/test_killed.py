@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from mplug2_fast import bulk
@@ -34,18 +35,19 @@ def run(command: str, folder: Path, paths: list[str], output: Path, kills: int, 
     return [int(count) for count in done.stdout.split()]
 
 
-def test_200_files_20_of_them_broken_killed_at_10_moments(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("good", "bad", "kills"), [(54, 6, 5), pytest.param(180, 20, 10, marks=pytest.mark.soak)])
+def test_captions_of_a_run_that_is_killed(tmp_path: Path, good: int, bad: int, kills: int) -> None:
     (tmp_path / "files").mkdir()
-    paths, broken = mixed_files(tmp_path / "files", good=180, broken=20)
+    paths, broken = mixed_files(tmp_path / "files", good=good, broken=bad)
     seed = random.SystemRandom().randrange(2**32)
     whole = tmp_path / "whole.jsonl"
-    killed_at = run("caption", tmp_path, paths, tmp_path / "killed.jsonl", 10, seed, whole)
-    assert len(killed_at) == 10
+    killed_at = run("caption", tmp_path, paths, tmp_path / "killed.jsonl", kills, seed, whole)
+    assert len(killed_at) == kills
     assert killed_at == sorted(killed_at), f"lines got lost, seed {seed}"
-    assert killed_at[-1] < 200
+    assert killed_at[-1] < len(paths)
 
     found = results(tmp_path / "killed.jsonl")
-    assert len(found) == 200, f"seed {seed}"
+    assert len(found) == len(paths), f"seed {seed}"
     assert {line["path"] for line in found} == set(paths), f"seed {seed}"
     assert {line["path"] for line in found if line["error"] is not None} == broken
     assert all((line["text"] is None) == (line["path"] in broken) for line in found)

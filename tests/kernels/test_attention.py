@@ -19,7 +19,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    "capability", [90, *(pytest.param(each, marks=pytest.mark.soak) for each in CAPABILITIES if each != 90)]
+)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_spills(variant: str, capability: int):
     operator, sizes = VARIANTS[variant]

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from mplug2_fast import ops
 from mplug2_fast.ops.local_temporal import MANY_ROWS, in_passes, temporal_conv
-from tests.ops.suite import CUDA, TRITON_DEVICE, TRITON_DTYPES, DifferentiableOpSuite, device, label
+from tests.ops.suite import CUDA, TRITON_DEVICE, TRITON_DTYPES, DifferentiableOpSuite, device, label, with_sizes
 from tests.tolerance import assert_close_enough
 
 # Whose name is also that of the function in it.
@@ -104,13 +104,16 @@ def test_which_rows_go_in_passes():
 
 
 @pytest.mark.skipif(TRITON_DEVICE is None, reason="no GPU, and Triton does not interpret")
-@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=label)
-@pytest.mark.parametrize("sizes", ops.local_temporal.op.spec.awkward, ids=label)
-def test_triton_in_passes(sizes, dtype, request, monkeypatch):
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "backend"),
+    with_sizes(ops.local_temporal.op, [(dtype, "triton") for dtype in TRITON_DTYPES]),
+    ids=label,
+)
+def test_triton_in_passes(sizes, dtype, backend, request, monkeypatch):
     """The kernels of many rows, with few."""
     monkeypatch.setattr(MODULE, "in_passes", lambda x: x.numel() > 0)
-    TestSpecification().test_forward(sizes, dtype, "triton", None, request, monkeypatch)
-    TestSpecification().test_gradients(sizes, dtype, "triton", request, monkeypatch)
+    TestSpecification().test_forward(sizes, dtype, backend, request, monkeypatch)
+    TestSpecification().test_gradients(sizes, dtype, backend, request)
 
 
 @pytest.mark.skipif(TRITON_DEVICE is None, reason="no GPU, and Triton does not interpret")
