@@ -58,6 +58,22 @@ def test_commands_print_the_lines_below_them(lines, monkeypatch):
         assert (done.stdout.strip(), done.exit_code) == (expected.strip(), 0), done.stderr
 
 
+def test_messages_of_runs_are_those_of_the_page(tmp_path, monkeypatch):
+    """Each line of the sessions in bulk.md is printed, with other numbers."""
+    (tmp_path / "videos").mkdir()
+    for clip in (ROOT / "examples/moving_shapes/clips").glob("*.mp4"):
+        (tmp_path / "videos" / clip.name).write_bytes(clip.read_bytes())
+    (tmp_path / "videos/truncated.mp4").write_bytes(clip.read_bytes()[:3000])
+    (tmp_path / "videos/notes.md").touch()
+    monkeypatch.chdir(tmp_path)
+    sessions = re.findall(r"^\$ mplug2-fast (caption .*)\n((?:.+\n)*)", text(DOCS / "bulk.md"), re.MULTILINE)
+    assert len(sessions) == 3
+    for command, expected in sessions:
+        output = CliRunner().invoke(app, shlex.split(command)).output
+        for line in filter(None, expected.replace("```", "").split("\n")):
+            assert re.sub(r"[\d,.]*\d", "#", line) in re.sub(r"[\d,.]*\d", "#", output).split("\n"), command
+
+
 def anchors(page):
     """The anchors of a page's headings, as GitHub and MkDocs make them."""
     headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
