@@ -439,7 +439,7 @@ def _errors_of(name: str, reason: str | None, guard: Guard) -> Iterator[None]:
         limit = guard.limits.memory
         detail = "needs more memory than there is" if limit is None else str(too_much_memory(limit))
         raise _error(name, detail) from error
-    except av.FFmpegError as error:
+    except (av.FFmpegError, OSError) as error:  # the second if the file cannot be read
         try:
             guard.check()
         except LimitError as late:

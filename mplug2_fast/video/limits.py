@@ -6,6 +6,7 @@ the file, before a decoder acts on them.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import time
@@ -136,7 +137,12 @@ class CarefulFile:
         return self._file.read(size)
 
     def seek(self, position: int, whence: int = 0) -> int:
-        return self._file.seek(position, whence)
+        """The new position, or the negative error number, as libav's own files return it: a damaged container may name
+        a position before the start."""
+        try:
+            return self._file.seek(position, whence)
+        except OSError as error:
+            return -(error.errno or errno.EIO)
 
     def tell(self) -> int:
         return self._file.tell()

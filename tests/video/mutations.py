@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import tempfile
 import threading
 import time
@@ -138,7 +139,9 @@ def check(folder: Path, count: int, seed: int = 0, num_workers: int = 2) -> dict
                 message = str(clip.error)
                 assert message.startswith(f"{clip.source}: "), message
                 assert "\n" not in message, message
-                errors[message.removeprefix(f"{clip.source}: ").split(":")[0].split("(")[0][:60]] += 1
+                reason = message.removeprefix(f"{clip.source}: ")
+                assert not re.match(r"\w+(Error|Exception)\b", reason), message
+                errors[reason.split(":")[0].split("(")[0][:60]] += 1
         peak = watch.end()
     assert seen == Counter(range(count)), "a file is missing, or was given twice"
     assert peak < MEMORY, f"a worker took {peak:,} bytes"

@@ -1,18 +1,20 @@
 """Files that claim more than they hold: each is one error, soon, before memory is taken for what it claims."""
 
+import errno
 import os
 import signal
 import struct
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 
 from mplug2_fast import VideoError
 from mplug2_fast.video import DecodePool, Limits, VideoReader, load_video
 from mplug2_fast.video.decode import decode_frames
-from mplug2_fast.video.limits import Guard
+from mplug2_fast.video.limits import CarefulFile, Guard
 from tests.video import mutations
 from tests.video.clips import moving_frames, write_video
 
@@ -206,3 +208,22 @@ def test_mutated_files_are_accounted_for(tmp_path):
     found = mutations.check(tmp_path, 48)
     assert found["files"] == 48
     assert 0 < found["decoded"] < 48
+
+
+def test_a_container_may_name_a_position_before_its_start(tmp_path):
+    path = tmp_path / "a.nut"
+    path.write_bytes(b"0123")
+    with closing(CarefulFile(str(path), Guard(Limits()))) as file:
+        assert file.seek(-1) == -errno.EINVAL
+        assert file.seek(2) == 2
+        assert file.read(9) == b"23"
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def read(file, size):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    path = write_video(tmp_path / "a.nut", "ffv1", moving_frames(3))
+    monkeypatch.setattr(CarefulFile, "read", read)
+    with pytest.raises(VideoError, match=rf"^{path}: is .*\(Input/output error\)$"):
+        load_video(path, 2, 32)
