@@ -12,7 +12,7 @@ def hold(model: nn.Module, device: str, *parts: str) -> dict[str, Tensor]:
     """Gives parts of a model on the meta device memory and their seeded weights.
 
     Args:
-        model: has `released_parameters()`.
+        model: has `official_parameters()`.
         parts: names of modules or parameters; one that this configuration does without is passed over.
 
     Returns released name -> view, of all that the model holds.
@@ -25,6 +25,6 @@ def hold(model: nn.Module, device: str, *parts: str) -> dict[str, Tensor]:
             setattr(owner, last, nn.Parameter(torch.empty_like(part, device=device), part.requires_grad))
         elif part is not None:
             part.to_empty(device=device)
-    held = {name: view for name, view in model.released_parameters().items() if not view.is_meta}
+    held = {name: view for name, view in model.official_parameters().items() if not view.is_meta}
     fill(held)
     return held

@@ -49,7 +49,7 @@ class Implementation:
         task: Task = "question_answering" if family == "answering" else "captioning"
         with NoInitialisation():
             self.model = self.build(task, device)
-        fill(self.model.released_parameters())
+        fill(self.model.official_parameters())
         self.prepare()
         if self.trains:
             self.model.train().requires_grad_(True)
@@ -115,10 +115,10 @@ class Implementation:
             loss = self.loss(video, caption, mask)
         loss.backward()
         self.model.train()
-        return self.released_gradients()
+        return self.official_gradients()
 
-    def released_gradients(self) -> Mapping[str, Tensor]:
-        return self.model.released_gradients()
+    def official_gradients(self) -> Mapping[str, Tensor]:
+        return self.model.official_gradients()
 
 
 class Reference(Implementation):
@@ -141,7 +141,7 @@ class Reference(Implementation):
         out = self.model._beam_search(embeds, None, self.beams, self.steps, self.steps, 1)
         return out.scores[:, 0]
 
-    def released_gradients(self) -> Mapping[str, Tensor]:
+    def official_gradients(self) -> Mapping[str, Tensor]:
         return {name: parameter.grad for name, parameter in self.model.named_parameters()}
 
 

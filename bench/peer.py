@@ -23,7 +23,7 @@ TUNED = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
 
 
 class Peer(nn.Module):
-    """Captioning, or question answering. Parameters are uninitialised: write into `released_parameters()`.
+    """Captioning, or question answering. Parameters are uninitialised: write into `official_parameters()`.
 
     It starts in inference mode, without gradients.
     """
@@ -130,11 +130,11 @@ class Peer(nn.Module):
                 break
         return best, best_scores
 
-    def released_parameters(self) -> dict[str, Tensor]:
+    def official_parameters(self) -> dict[str, Tensor]:
         """Released key to a view into the parameters, for the keys that the task uses."""
         return self._released(Tensor.detach)
 
-    def released_gradients(self) -> dict[str, Tensor]:
+    def official_gradients(self) -> dict[str, Tensor]:
         """Released key to a view of the gradient. Every parameter must have one."""
         return self._released(lambda parameter: parameter.grad)
 

@@ -41,6 +41,6 @@ def seeded_noise(name: str, *shape: int) -> Tensor:
 
 @torch.no_grad()
 def fill(parameters: Mapping[str, Tensor], seed: int = 0) -> None:
-    """Writes the values into a model's `released_parameters()`, of any dtype and device."""
+    """Writes the values into a model's `official_parameters()`, of any dtype and device."""
     for name, parameter in parameters.items():
         parameter.copy_(released_weight(name, parameter.shape, seed))

@@ -27,9 +27,15 @@ if TYPE_CHECKING:
         video,
     )
     from mplug2_fast.acceleration import accelerate, accelerated, restore
-    from mplug2_fast.checkpoint import from_pretrained, load_released, released_state_dict
+    from mplug2_fast.checkpoint import (
+        from_pretrained,
+        load_official,
+        load_released,
+        official_state_dict,
+        released_state_dict,
+    )
     from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error, NotFiniteError, VideoError
-    from mplug2_fast.models.mplug2 import GenerationOutput, MPlug2ForCaptioning, MPlug2ForQuestionAnswering
+    from mplug2_fast.models.mplug2 import GenerationOutput, MPlug2, MPlug2ForCaptioning, MPlug2ForQuestionAnswering
     from mplug2_fast.models.mplug2.config import MPlug2Config
     from mplug2_fast.predict import Answerer, Captioner
     from mplug2_fast.video import load_video
@@ -42,10 +48,13 @@ _EXPORTS = {
     "CheckpointError": "mplug2_fast.errors",
     "NotFiniteError": "mplug2_fast.errors",
     "VideoError": "mplug2_fast.errors",
+    "MPlug2": "mplug2_fast.models.mplug2",
     "MPlug2ForCaptioning": "mplug2_fast.models.mplug2",
     "MPlug2ForQuestionAnswering": "mplug2_fast.models.mplug2",
     "GenerationOutput": "mplug2_fast.models.mplug2",
+    "load_official": "mplug2_fast.checkpoint",
     "load_released": "mplug2_fast.checkpoint",
+    "official_state_dict": "mplug2_fast.checkpoint",
     "released_state_dict": "mplug2_fast.checkpoint",
     "from_pretrained": "mplug2_fast.checkpoint",
     "load_video": "mplug2_fast.video",
@@ -67,6 +76,7 @@ _MODULES = (
     "ray",
     "reference",
     "predict",
+    "tasks",
     "text",
     "video",
 )
@@ -77,6 +87,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "GenerationOutput",
+    "MPlug2",
     "MPlug2Config",
     "MPlug2Error",
     "MPlug2ForCaptioning",
@@ -92,16 +103,19 @@ __all__ = [
     "from_pretrained",
     "generation",
     "kernels",
+    "load_official",
     "load_released",
     "load_video",
     "models",
     "nn",
+    "official_state_dict",
     "ops",
     "predict",
     "ray",
     "reference",
     "released_state_dict",
     "restore",
+    "tasks",
     "text",
     "video",
 ]

@@ -30,10 +30,9 @@ from mplug2_fast.bulk.batches import batches_of_videos
 from mplug2_fast.bulk.journal import Line
 from mplug2_fast.bulk.runs import Decoding, decoder_for, retries, steps
 from mplug2_fast.bulk.sources import Question, Source
-from mplug2_fast.bulk.work import Answer, Caption, Frames, Work
+from mplug2_fast.bulk.work import Frames, Predict, Work
 from mplug2_fast.errors import ConfigError
-from mplug2_fast.predict import Answerer, Captioner
-from mplug2_fast.predict.predictor import VideoTask
+from mplug2_fast.predict import Answerer, Captioner, Predictor
 
 Columns = dict[str, Any]
 
@@ -85,9 +84,9 @@ class Captions(_Step):
         timeout: float | None = 60.0,
         **options: int,
     ) -> None:
-        task = Captioner(checkpoint, dtype=dtype, device=device)
-        filled = task.generation_options(**_searching(options))
-        super().__init__(Caption(task, _frames(task, num_frames), filled), num_workers, timeout)
+        captioner = Captioner(checkpoint, dtype=dtype, device=device)
+        filled = captioner.generation_options(**_searching(options))
+        super().__init__(Predict(captioner, _frames(captioner, num_frames), filled), num_workers, timeout)
 
     def __call__(self, batch: Columns) -> Columns:
         """A batch with a column `path`."""
@@ -115,25 +114,23 @@ class Answers(_Step):
         timeout: float | None = 60.0,
         **options: int,
     ) -> None:
-        task = Answerer(checkpoint, dtype=dtype, device=device)
-        filled = _searching(options)
-        if candidates is None:
-            filled = task.generation_options(**filled)
+        answerer = Answerer(checkpoint, dtype=dtype, device=device)
+        predictor, filled = answerer.with_options(candidates, **_searching(options))
         self._question = question
-        super().__init__(Answer(task, _frames(task, num_frames), candidates, filled), num_workers, timeout)
+        super().__init__(Predict(predictor, _frames(predictor, num_frames), filled), num_workers, timeout)
 
     def __call__(self, batch: Columns) -> Columns:
         """A batch with a column `path`, and perhaps one `question`."""
         questions = batch["question"] if self._question is None else [self._question] * len(batch["path"])
         for question in dict.fromkeys(questions):
-            self._work.task.check_question(question)
+            self._work.predictor.check_text(question)
         asked = zip(batch["path"], questions, strict=True)
         videos = [Source(str(path), (Question(str(question)),)) for path, question in asked]
         return batch | _columns(self._lines(videos))
 
 
-def _frames(task: VideoTask, num_frames: int | None) -> Frames:
-    return Frames(num_frames or task.model.config.vision.num_frames)
+def _frames(predictor: Predictor, num_frames: int | None) -> Frames:
+    return Frames(num_frames or predictor.model.config.vision.num_frames)
 
 
 def _searching(options: dict[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mplug2_fast.errors import ConfigError
-from mplug2_fast.models.mplug2.config import CLS_TOKEN_ID, PAD_TOKEN_ID, SEP_TOKEN_ID
 
 PACKAGED_VOCABULARY = Path(__file__).parent / "data" / "bert-base-uncased-vocab.txt"
 
+PAD_TOKEN_ID, CLS_TOKEN_ID, SEP_TOKEN_ID = 0, 101, 102
+"""As in the vocabulary of bert-base-uncased."""
 _SPECIAL_IDS = {"[PAD]": PAD_TOKEN_ID, "[CLS]": CLS_TOKEN_ID, "[SEP]": SEP_TOKEN_ID}
 _OTHER_SPECIALS = ("[UNK]", "[MASK]")
 _REMOVED = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")

@@ -21,7 +21,7 @@ def test_large_is_the_released_large():
 
 def test_the_clip_sizes_follow_from_the_released_name():
     bert = {"hidden_size": 768, "num_attention_heads": 12}
-    config = mf.MPlug2Config.from_released(bert=bert, model={"clip_name": "ViT-B-16"})
+    config = mf.MPlug2Config.from_official(bert=bert, model={"clip_name": "ViT-B-16"})
     assert (config.vision.width, config.vision.layers, config.vision.patch_size) == (768, 12, 16)
     assert config.text.stored_layers == 24
 
@@ -57,8 +57,8 @@ def test_what_cannot_be_is_named(changes, message):
     [
         (lambda: mf.MPlug2Config.preset("huge"), "large, base, tiny"),
         (lambda: mf.MPlug2Config.from_dict({"vision": {"widht": 3}}), "vision.widht"),
-        (lambda: mf.MPlug2Config.from_released(bert={}, model={"clip_name": "RN50"}), "RN50"),
-        (lambda: mf.MPlug2Config.from_released(bert={}, clip={"width": 64}), "clip lacks layers, patch"),
+        (lambda: mf.MPlug2Config.from_official(bert={}, model={"clip_name": "RN50"}), "RN50"),
+        (lambda: mf.MPlug2Config.from_official(bert={}, clip={"width": 64}), "clip lacks layers, patch"),
     ],
 )
 def test_bad_sources_are_named(call, message):

@@ -23,7 +23,7 @@ SMALL = mf.MPlug2Config.preset("tiny").replace(
 def randomise(model: torch.nn.Module, seed: int = 0, scale: float = 1.0) -> torch.nn.Module:
     """Fills every parameter, also those that start at zero or one, from the released names, so that two implementations
     of one configuration and seed compute the same function."""
-    for key, view in sorted(model.released_parameters().items()):
+    for key, view in sorted(model.official_parameters().items()):
         generator = torch.Generator().manual_seed(hash_name(key) + seed)
         noise = torch.randn(view.shape, generator=generator)
         if view.ndim == 1:

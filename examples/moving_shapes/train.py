@@ -102,7 +102,7 @@ def make_model(recipe: Recipe) -> mf.MPlug2ForQuestionAnswering:
     generator = torch.Generator().manual_seed(recipe.seed)
     config = mf.MPlug2Config.preset("tiny").replace(vocab_size=len(vocabulary()))
     model = mf.MPlug2ForQuestionAnswering(config)
-    for name, weight in model.released_parameters().items():
+    for name, weight in model.official_parameters().items():
         if ".up_proj." in name or name.endswith("bias"):
             weight.zero_()
         elif name.endswith(("positional_embedding", "class_embedding")):
@@ -167,7 +167,7 @@ class Trainer:
 
     def _start_round(self) -> None:
         if self.step:
-            for weight in self.model.released_parameters().values():
+            for weight in self.model.official_parameters().values():
                 weight.copy_(weight.half())
         rate = self.recipe.learning_rates[self.step // self.recipe.round_steps]
         self.optimizer, self.schedule = make_optimizer(self.model, self.recipe, rate)

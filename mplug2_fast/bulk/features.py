@@ -25,7 +25,7 @@ from mplug2_fast.bulk.journal import Journal, Line, read_lines, write_whole
 from mplug2_fast.bulk.sources import Source
 from mplug2_fast.bulk.work import Finished, Frames, Work, first_error, text_in
 from mplug2_fast.errors import ConfigError, MPlug2Error, NotFiniteError
-from mplug2_fast.predict import Captioner
+from mplug2_fast.predict import Predictor
 from mplug2_fast.predict.memory import clip_bytes
 
 Kind = Literal["vision", "universal", "pooled"]
@@ -115,8 +115,8 @@ class Features(Work[Row | NotFiniteError]):
     command = "features"
     guarded = True
 
-    def __init__(self, task: Captioner, frames: Frames, kind: Kind, format: Format, folder: Path) -> None:
-        super().__init__(task, frames)
+    def __init__(self, predictor: Predictor, frames: Frames, kind: Kind, format: Format, folder: Path) -> None:
+        super().__init__(predictor, frames)
         for name, value, known in (("kind", kind, get_args(Kind)), ("format", format, get_args(Format))):
             if value not in known:
                 raise ConfigError(f"there is no {name} of features {value!r}: choose {', '.join(known)}")
@@ -130,20 +130,20 @@ class Features(Work[Row | NotFiniteError]):
         return {**super().settings(), "kind": self._kind, "format": self._format}
 
     def bytes_of_clip(self) -> int:
-        return clip_bytes(self.task.model.config, num_frames=self.frames.length, itemsize=self.weights.itemsize)
+        return clip_bytes(self.predictor.model.config, num_frames=self.frames.length, itemsize=self.weights.itemsize)
 
     def begin(self, rank: int) -> None:
         self._shards = Shards(self._folder, rank, self._format)
 
     def compute(self, frames: Tensor, videos: Sequence[Source]) -> tuple[list[Row | NotFiniteError], dict[str, float]]:
         started = time.perf_counter()
-        features = features_of(self.task.model, frames, self._kind)
+        features = features_of(self.predictor.model, frames, self._kind)
         seconds = {"encode": time.perf_counter() - started}
         return [self._add(row) for row in features], seconds
 
     def _add(self, row: Tensor) -> Row | NotFiniteError:
         if not torch.stack(row.aminmax()).isfinite().all():
-            return self.task.not_finite()
+            return self.predictor.not_finite()
         return self._shards.add(row.clone())  # a copy: a view would keep the whole batch
 
     def keys(self, video: Source) -> list[Hashable]:

@@ -1,4 +1,4 @@
-"""What a bulk run does with each batch, and the lines that it writes: one class for each command."""
+"""What a bulk run does with each batch, and the lines that it writes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from torch import Tensor
 from mplug2_fast.bulk.journal import Journal, Line
 from mplug2_fast.bulk.sources import Source
 from mplug2_fast.errors import NotFiniteError
-from mplug2_fast.predict import Alternative, Answerer, Captioner
 from mplug2_fast.predict.memory import clip_bytes
+from mplug2_fast.tasks import Alternative
 from mplug2_fast.video import Windows
 
 if TYPE_CHECKING:
-    from mplug2_fast.predict.predictor import Texts, VideoTask
+    from mplug2_fast.predict import Predictor
+    from mplug2_fast.tasks import Texts
     from mplug2_fast.video import Clip
 
 _T = TypeVar("_T")
@@ -68,31 +69,31 @@ class Work(ABC, Generic[_T]):
     """From batches of clips to lines.
 
     Args:
-        task: the model. frames: of a clip.
+        predictor: the model and its task. frames: of a clip.
     """
 
     command: str
     guarded: bool = False
     """Whether other files depend on the journal: see `Journal`."""
 
-    def __init__(self, task: VideoTask, frames: Frames) -> None:
-        self.task = task
+    def __init__(self, predictor: Predictor, frames: Frames) -> None:
+        self.predictor = predictor
         self.frames = frames
 
     @property
     def weights(self) -> Tensor:
         """One of the model's: it knows the device and the dtype."""
-        return next(self.task.model.parameters())
+        return next(self.predictor.model.parameters())
 
     @property
     def image_size(self) -> int:
-        return self.task.model.config.vision.image_size
+        return self.predictor.model.config.vision.image_size
 
     def settings(self) -> dict[str, Any]:
         """What the lines depend on, apart from the videos."""
         return {
             "command": self.command,
-            "model": fingerprint(self.task.model),
+            "model": fingerprint(self.predictor.model),
             "dtype": str(self.weights.dtype).removeprefix("torch."),
             **self.frames.settings(),
         }
@@ -164,125 +165,91 @@ class Work(ABC, Generic[_T]):
         }
 
 
-class _Words(Work[_T]):
-    """Work that ends in texts."""
+class Predict(Work["list[Texts]"]):
+    """Results of any task: one line per video, or one per question about a video, which is encoded once for all.
 
-    def __init__(self, task: VideoTask, frames: Frames, options: dict[str, Any]) -> None:
-        super().__init__(task, frames)
+    Args:
+        predictor: the model and its task. frames: of a clip.
+        options: of the task, complete: a run with other options does not go on with this one's file.
+    """
+
+    def __init__(self, predictor: Predictor, frames: Frames, options: dict[str, Any]) -> None:
+        super().__init__(predictor, frames)
+        self.command = predictor.command
         self._options = options
+        self._respond = predictor.responder(**options)
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), **self._options}
+        options = {
+            name: _digest("\n".join(value).encode()) if name == "candidates" else value
+            for name, value in self._options.items()
+        }
+        return {**super().settings(), "task": self.predictor.task.name, **options}
 
     def bytes_of_clip(self) -> int:
-        options = {name: self._options[name] or 1 for name in ("num_beams", "max_length")}
+        options = {name: self._options.get(name) or 1 for name in ("num_beams", "max_length")}
         return clip_bytes(
-            self.task.model.config, num_frames=self.frames.length, itemsize=self.weights.itemsize, **options
+            self.predictor.model.config, num_frames=self.frames.length, itemsize=self.weights.itemsize, **options
         )
 
-    def _texts(self, per_clip: list[Texts], finished: Finished[Any]) -> Line:
-        """The fields for the texts of one clip, or of each window, and the ending of the line."""
-        error = first_error(per_clip)
-        found = self._no_texts() if error is not None else self._good_texts(per_clip)
-        return {**found, **self._ending(finished, error)}
-
-    def _good_texts(self, per_clip: list[list[Alternative]]) -> Line:
-        if self.frames.windows is not None:
-            return {"windows": [_best_first(found) for found in per_clip]}
-        return _best_first(per_clip[0])
-
-    def _no_texts(self) -> Line:
-        return {"windows": []} if self.frames.windows is not None else _best_first([])
-
-
-class Caption(_Words["Texts"]):
-    """Captions: a line a video.
-
-    Args:
-        options: of `Captioner.words`, as `VideoTask.generation_options` fills them in.
-    """
-
-    command = "caption"
-
-    def __init__(self, task: Captioner, frames: Frames, options: dict[str, Any]) -> None:
-        super().__init__(task, frames, options)
-        self._words = task.words(**options)
-
-    def compute(self, frames: Tensor, videos: Sequence[Source]) -> tuple[list[Texts], dict[str, float]]:
-        image_embeds, encoding = self.task.encode(frames)
-        found, generating = self.task.say(image_embeds, self._words)
-        return found, {"encode": encoding, "generate": generating}
-
-    def keys(self, video: Source) -> list[Hashable]:
-        return [video.path]
-
-    def key(self, line: Line) -> Hashable:
-        return text_in(line, "path")
-
-    def lines(self, finished: Finished[Texts]) -> list[Line]:
-        return [{"path": finished.video.path, **self._texts(finished.outcomes, finished)}]
-
-    def no_lines(self, video: Source) -> list[Line]:
-        return [{"path": video.path, **self._no_texts()}]
-
-
-class Answer(_Words["list[Texts]"]):
-    """Answers: a line for each question about a video, which is decoded and encoded once for all of them.
-
-    Args:
-        candidates: to choose from; None writes answers freely.
-        options: of `Answerer.asker`.
-    """
-
-    command = "answer"
-
-    def __init__(
-        self, task: Answerer, frames: Frames, candidates: Sequence[str] | None, options: dict[str, Any]
-    ) -> None:
-        super().__init__(task, frames, options)
-        self._candidates = candidates
-        self._ask = task.asker(candidates, **options)
-
-    def settings(self) -> dict[str, Any]:
-        chosen_from = None if self._candidates is None else _digest("\n".join(self._candidates).encode())
-        return {**super().settings(), "candidates": chosen_from}
-
     def compute(self, frames: Tensor, videos: Sequence[Source]) -> tuple[list[list[Texts]], dict[str, float]]:
-        image_embeds, encoding = self.task.encode(frames)
-        asked = [(clip, question.text) for clip, video in enumerate(videos) for question in video.questions]
+        image_embeds, encoding = self.predictor.encode(frames)
+        asked = [(clip, text) for clip, video in enumerate(videos) for text in _texts(video)]
         found: list[list[Texts]] = [[] for _ in videos]
         generating = 0.0
         for start in range(0, len(asked), len(videos)):  # as many at a time as there is memory for
-            clips, questions = zip(*asked[start : start + len(videos)], strict=True)
+            clips, texts = zip(*asked[start : start + len(videos)], strict=True)
             chosen = image_embeds[torch.tensor(clips, device=image_embeds.device)]
-            answers, seconds = self.task.say(chosen, lambda embeds, questions=questions: self._ask(embeds, questions))
+            results, seconds = self.predictor.say(chosen, lambda embeds, texts=texts: self._respond(embeds, texts))
             generating += seconds
-            for clip, answer in zip(clips, answers, strict=True):
-                found[clip].append(answer)
+            for clip, result in zip(clips, results, strict=True):
+                found[clip].append(result)
         return found, {"encode": encoding, "generate": generating}
 
     def keys(self, video: Source) -> list[Hashable]:
-        return [(video.path, question.text, question.id) for question in video.questions]
+        return [self.key(head) for head in _heads(video)]
 
     def key(self, line: Line) -> Hashable:
-        return (text_in(line, "path"), text_in(line, "question"), line.get("id"))
+        path = text_in(line, "path")
+        return (path, text_in(line, "question"), line.get("id")) if self.predictor.task.reads_text else path
 
     def lines(self, finished: Finished[list[Texts]]) -> list[Line]:
-        heads = self._heads(finished.video)
         return [
-            {**head, **self._texts([answers[number] for answers in finished.outcomes], finished)}
-            for number, head in enumerate(heads)
+            {**head, **self._fields([texts[number] for texts in finished.outcomes], finished)}
+            for number, head in enumerate(_heads(finished.video))
         ]
 
     def no_lines(self, video: Source) -> list[Line]:
-        return [{**head, **self._no_texts()} for head in self._heads(video)]
+        return [{**head, **self._no_fields()} for head in _heads(video)]
 
-    @staticmethod
-    def _heads(video: Source) -> list[Line]:
-        return [
-            {"path": video.path, "question": question.text, **({} if question.id is None else {"id": question.id})}
-            for question in video.questions
-        ]
+    def _fields(self, per_clip: list[Texts], finished: Finished[Any]) -> Line:
+        """The fields for the results of one clip, or of each window, and the ending of the line."""
+        error = first_error(per_clip)
+        if error is not None:
+            found = self._no_fields()
+        elif self.frames.windows is not None:
+            found = {"windows": [_best_first(found) for found in per_clip]}
+        else:
+            found = _best_first(per_clip[0])
+        return {**found, **self._ending(finished, error)}
+
+    def _no_fields(self) -> Line:
+        return {"windows": []} if self.frames.windows is not None else _best_first([])
+
+
+def _texts(video: Source) -> list[str | None]:
+    """What is asked about a video: one thing, without a text, if there are no questions."""
+    return [question.text for question in video.questions] or [None]
+
+
+def _heads(video: Source) -> list[Line]:
+    """The beginning of each line of a video."""
+    if not video.questions:
+        return [{"path": video.path}]
+    return [
+        {"path": video.path, "question": question.text, **({} if question.id is None else {"id": question.id})}
+        for question in video.questions
+    ]
 
 
 def first_error(outcomes: Sequence[Any]) -> NotFiniteError | None:

@@ -1,4 +1,4 @@
-"""Write the directory form: config.json, model.safetensors with the keys that a task uses, and perhaps a vocabulary."""
+"""Write the directory form: config.json, model.safetensors with the keys that the tasks use, perhaps a vocabulary."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mplug2_fast.checkpoint.keys import Shape, needed_keys
-from mplug2_fast.checkpoint.load import ReleasedModel, check_finite, fitted
+from mplug2_fast.checkpoint.load import OfficialModel, check_finite, fitted
 from mplug2_fast.checkpoint.pages import PageReleaser
-from mplug2_fast.checkpoint.resolve import require_twins, resolve
+from mplug2_fast.checkpoint.resolve import Tasks, require_twins, resolve
 from mplug2_fast.checkpoint.source import (
     CONFIG_NAME,
     METADATA_KEY,
@@ -26,7 +25,9 @@ from mplug2_fast.checkpoint.source import (
     vocabulary_path,
 )
 from mplug2_fast.errors import CheckpointError
-from mplug2_fast.models.mplug2.config import MPlug2Config, Task
+from mplug2_fast.models import FAMILIES, official_names
+from mplug2_fast.models.names import Shape
+from mplug2_fast.tasks import Task, get, title_of
 
 _SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -34,18 +35,18 @@ _SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16
 def convert(
     src: str | Path,
     dst: str | Path,
-    task: Task | None = None,
+    task: Tasks = None,
     dtype: torch.dtype | None = None,
-    config: MPlug2Config | None = None,
+    config: Any = None,
 ) -> Path:
     """Convert a checkpoint of any form to the directory form, one tensor in memory at a time.
 
     Args:
         src: as `from_pretrained` takes it.
         dst: a directory that does not exist yet, or is empty. It appears complete, or not at all.
-        task: what to keep; None decides as `from_pretrained` does.
+        task: the task or tasks to keep; None decides as `from_pretrained` does.
         dtype: None keeps each tensor's own.
-        config: overrides what the file says and its shapes tell.
+        config: overrides what the file says and what its shapes imply.
 
     Returns `dst`. Raises `CheckpointError` as `from_pretrained` does, and for a `dst` that holds something.
     """
@@ -54,8 +55,8 @@ def convert(
     resolved = resolve(source, task, config)
     resolved.require(source)
     release = PageReleaser(source.file)
-    require_twins(source, resolved.fit, release)
-    wanted = needed_keys(resolved.config, resolved.task)
+    require_twins(source, resolved, release)
+    wanted = resolved.names.needed
     described = {key: (dtype or source.tensors[key].dtype, shape) for key, shape in wanted.items()}
 
     def tensors() -> Iterator[torch.Tensor]:
@@ -67,15 +68,15 @@ def convert(
             yield fitted(source.tensors[key], shape).to(kind)
             release(source.tensors[key])
 
-    return _write(dst, resolved.config, resolved.task, described, tensors(), vocabulary_path(src))
+    return _write(dst, resolved.config, resolved.tasks, described, tensors(), vocabulary_path(src))
 
 
 def save_pretrained(
-    model: ReleasedModel,
+    model: OfficialModel,
     directory: str | Path,
     dtype: torch.dtype | None = None,
     vocab: str | Path | None = None,
-    task: Task | None = None,
+    task: Tasks = None,
 ) -> Path:
     """Write a fast or a reference model in the directory form.
 
@@ -84,19 +85,21 @@ def save_pretrained(
         directory: as `convert`'s `dst`.
         dtype: None keeps each parameter's own.
         vocab: a WordPiece vocabulary to put beside the weights; None means BERT's.
-        task: None is the model's own; `"captioning"` keeps the captioning part of a question answering model.
+        task: what to keep, such as captioning of a question answering model; None keeps all of the model's tasks.
 
-    Returns the directory. Raises `CheckpointError` for a directory that holds something, for a task that the model has
-    not the parts of, and for weights that are not finite, or would not be in `dtype`.
+    Returns the directory. Raises `CheckpointError` for a directory that holds something, for a task whose modules the
+    model lacks, and for weights that are not finite, or would not be in `dtype`.
     """
-    task = task or model.task
-    views = model.released_parameters()
-    wanted = needed_keys(model.config, task)
-    lacking = wanted.keys() - views.keys()
-    if lacking:
+    given = [task] if isinstance(task, (str, Task)) else list(task or model.tasks.values())
+    tasks = [model.tasks.get(each, each) if isinstance(each, str) else each for each in given]
+    tasks = [get(each) for each in tasks]
+    views = model.official_parameters()
+    wanted = official_names(FAMILIES[model.config.family], model.config, tasks).needed
+    missing = wanted.keys() - views.keys()
+    if missing:
         raise CheckpointError(
-            f"a {model.task.replace('_', ' ')} model has not all that {task.replace('_', ' ')} needs: "
-            f"{len(lacking)} entries lack, such as {min(lacking)}; save it for its own task"
+            f"a {title_of(model.tasks.values())} model lacks {len(missing)} entries that {title_of(tasks)} needs, such "
+            f"as {min(missing)}; save it for its own tasks"
         )
     described = {key: (dtype or views[key].dtype, shape) for key, shape in wanted.items()}
 
@@ -105,18 +108,18 @@ def save_pretrained(
             check_finite(key, views[key], kind)
             yield views[key].to("cpu", kind)
 
-    return _write(directory, model.config, task, described, tensors(), None if vocab is None else Path(vocab))
+    return _write(directory, model.config, tasks, described, tensors(), None if vocab is None else Path(vocab))
 
 
 def _write(
     dst: str | Path,
-    config: MPlug2Config,
-    task: Task,
+    config: Any,
+    tasks: Sequence[Task],
     described: Mapping[str, tuple[torch.dtype, Shape]],
     tensors: Iterator[torch.Tensor],
     vocabulary: Path | None,
 ) -> Path:
-    stated = {"task": task, **config.to_dict()}
+    stated = {"family": config.family, "tasks": [task.name for task in tasks], **config.to_dict()}
     with _appearing(Path(dst).expanduser()) as folder:
         (folder / CONFIG_NAME).write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
         _write_safetensors(

@@ -7,9 +7,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mplug2_fast.checkpoint.keys import POSITION_KEY, TIED_KEYS, KeyKind, KeyMap, Shape
 from mplug2_fast.errors import CheckpointError
-from mplug2_fast.models.mplug2.config import MPlug2Config, Task
+from mplug2_fast.models.names import KeyKind, OfficialNames, Shape
 
 _EXAMPLES = 3
 _GROUPS = 8
@@ -17,21 +16,22 @@ _GROUPS = 8
 
 @dataclass(frozen=True)
 class Fit:
-    """Every entry of a state dict, sorted by what it is to a task.
+    """Every entry of a state dict, sorted by what it is to a model.
 
     Attributes:
-        task: the task that was asked for.
-        needed: keys that the task uses and that fit.
-        missing: keys that the task uses and that are not there, with their shapes.
+        title: the model, for messages: the tasks that it is for.
+        needed: keys that the model uses and that fit.
+        missing: keys that the model uses and that are not there, with their shapes.
         mismatched: key -> (shape found, shape wanted).
-        unexpected: keys that no mPLUG-2 checkpoint of this size has.
-        unused: known keys that the task does not use.
+        unexpected: keys that no checkpoint of this family and size has.
+        unused: known keys that the model does not use.
         tied: twins of needed keys.
-        momentum: momentum copies of question answering's training.
+        momentum: momentum copies of training.
         resized: key -> (shape found, shape wanted), for position embeddings that are resized while loading.
+        servable: tasks for which nothing is missing.
     """
 
-    task: Task
+    title: str
     needed: tuple[str, ...] = ()
     missing: dict[str, Shape] = field(default_factory=dict)
     mismatched: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
@@ -40,10 +40,11 @@ class Fit:
     tied: tuple[str, ...] = ()
     momentum: tuple[str, ...] = ()
     resized: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    servable: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether everything that the task needs is there, and nothing foreign is."""
+        """Whether everything that the model needs is there, and nothing unexpected."""
         return not (self.missing or self.mismatched or self.unexpected)
 
     def require(self, name: str) -> None:
@@ -53,7 +54,7 @@ class Fit:
 
     def report(self, name: str) -> str:
         """What does not fit, by subtree, with counts, examples and the remedy."""
-        lines = [f"{name} does not fit a {self.task.replace('_', ' ')} model of these sizes; nothing was loaded"]
+        lines = [f"{name} does not fit a {self.title} model of these sizes; nothing was loaded"]
         lines += _section("missing", {key: f"{key} {list(shape)}" for key, shape in self.missing.items()})
         lines += _section("unexpected", {key: key for key in self.unexpected})
         lines += _section(
@@ -64,13 +65,16 @@ class Fit:
 
     def _remedy(self) -> str:
         if not (self.needed or self.mismatched):
-            return "this is not an mPLUG-2 checkpoint: use one that is"
-        question_answering = ("text_encoder.", "fusion_encoder.")
-        if self.missing and not self.mismatched and all(key.startswith(question_answering) for key in self.missing):
-            return (
-                'the parts that only question answering uses are not there: load it with task="captioning", '
-                "or use a question answering checkpoint"
-            )
+            return "this is another kind of checkpoint: use one of this family"
+        if self.missing and not self.mismatched:
+            heads = sorted({key.split(".")[1] for key in self.missing if key.startswith("heads.")})
+            if heads and all(key.startswith("heads.") for key in self.missing):
+                return f"no weights for the head of {', '.join(heads)}: load the other tasks, then add it with add_task"
+            if self.servable:
+                return (
+                    f"the parts that only {self.title} uses are not there: load it with task={self.servable[0]!r}, "
+                    f"or use a {self.title} checkpoint"
+                ).replace("'", '"')
         if self.mismatched:
             return "build the model with the sizes of this checkpoint (without config= they are read from its shapes)"
         if self.missing:
@@ -78,34 +82,30 @@ class Fit:
         return "remove the unexpected entries if they are known to be harmless, or use the checkpoint of this model"
 
 
-def check_fit(
-    shapes: Mapping[str, Shape], config: MPlug2Config, task: Task, needed: Mapping[str, Shape] | None = None
-) -> Fit:
+def check_fit(shapes: Mapping[str, Shape], names: OfficialNames, title: str, servable: tuple[str, ...] = ()) -> Fit:
     """Sort the entries of a state dict.
 
     Args:
-        shapes: released key -> shape, `module.` prefixes already gone.
-        config: the sizes of the model to fill.
-        task: the task to serve.
-        needed: what the model itself asks for. None: what `config` and `task` imply.
+        shapes: official key -> shape, prefixes of wrappers already gone.
+        names: of the model to fill. title: the model, for messages.
+        servable: tasks that the state dict has weights for, for messages.
     """
-    keys = KeyMap(config, task)
-    needed = keys.needed if needed is None else needed
+    needed = names.needed
     sorted_keys: dict[KeyKind, list[str]] = {kind: [] for kind in KeyKind}
     mismatched: dict[str, tuple[Shape, Shape]] = {}
     resized: dict[str, tuple[Shape, Shape]] = {}
     for key, shape in shapes.items():
-        kind = KeyKind.NEEDED if key in needed else keys.classify(key)
-        wanted = needed.get(TIED_KEYS.get(key, key))
+        kind = names.classify(key)
+        wanted = needed.get(names.tied.get(key, key))
         if kind in (KeyKind.NEEDED, KeyKind.TIED) and wanted is not None and shape != wanted:
-            if key == POSITION_KEY and _is_resizable(shape, wanted):
+            if key in names.resizable and _is_resizable(shape, wanted):
                 resized[key] = (shape, wanted)
             else:
                 mismatched[key] = (shape, wanted)
                 continue
         sorted_keys[kind].append(key)
     return Fit(
-        task=task,
+        title=title,
         needed=tuple(sorted_keys[KeyKind.NEEDED]),
         missing={key: shape for key, shape in needed.items() if key not in shapes},
         mismatched=mismatched,
@@ -114,6 +114,7 @@ def check_fit(
         tied=tuple(sorted_keys[KeyKind.TIED]),
         momentum=tuple(sorted_keys[KeyKind.MOMENTUM]),
         resized=resized,
+        servable=servable,
     )
 
 

@@ -1,4 +1,4 @@
-"""Tell what a checkpoint is: its form, task, sizes and dtypes, and what is missing, unexpected or unused in it."""
+"""Describe a checkpoint: its form, tasks, sizes and dtypes, and what is missing, unexpected or unused in it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from types import MappingProxyType
 from typing import Any
 
 from mplug2_fast.checkpoint.fit import Fit, group_of
-from mplug2_fast.checkpoint.keys import Shape
 from mplug2_fast.checkpoint.load import dtypes_of
-from mplug2_fast.checkpoint.resolve import Resolved, resolve
+from mplug2_fast.checkpoint.resolve import Resolved, Tasks, resolve
 from mplug2_fast.checkpoint.source import Source, open_checkpoint, vocabulary_path
 from mplug2_fast.errors import CheckpointError
-from mplug2_fast.models.mplug2.config import MPlug2Config, Task
+from mplug2_fast.models.names import Shape
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,13 @@ class Inspection:
         entry: the top-level entry that the weights are from; None where they are alone.
         others: what else the file holds, such as optimizer state.
         vocabulary: whether a vocabulary of its own lies beside it.
-        task: the task that the groups below are told for; None when `problem` is set.
-        tasks: every task that the weights are there for.
+        family: its family. tasks: the tasks that the groups below refer to; empty when the sizes are unknown.
+        servable: every task of this package that there are weights for.
         config: the sizes; None when they cannot be told.
         assumed: dotted field -> released default, for fields that nothing in the file tells.
-        needed_parameters: numbers that the task reads.
+        needed_parameters: numbers that the tasks read.
         groups: the entries by kind and subtree.
-        problem: the report of why it cannot be loaded for `task`; None when it can.
+        problem: the report of why it cannot be loaded for `tasks`; None when it can.
     """
 
     path: str
@@ -62,17 +61,23 @@ class Inspection:
     entry: str | None = None
     others: tuple[str, ...] = ()
     vocabulary: bool = False
-    task: Task | None = None
-    tasks: tuple[Task, ...] = ()
-    config: MPlug2Config | None = None
+    family: str | None = None
+    tasks: tuple[str, ...] = ()
+    servable: tuple[str, ...] = ()
+    config: Any = None
     assumed: dict[str, Any] = field(default_factory=dict)
     needed_parameters: int = 0
     groups: tuple[KeyGroup, ...] = ()
     problem: str | None = None
 
     @property
+    def task(self) -> str | None:
+        """The first of `tasks`."""
+        return next(iter(self.tasks), None)
+
+    @property
     def ok(self) -> bool:
-        """Whether it can be loaded for `task`, as far as names, shapes and dtypes tell."""
+        """Whether it can be loaded for `tasks`, as far as names, shapes and dtypes tell."""
         return self.problem is None
 
     def counts(self) -> dict[str, int]:
@@ -84,13 +89,13 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, ready for JSON."""
-        return asdict(self) | {"ok": self.ok, "counts": self.counts()}
+        return asdict(self) | {"task": self.task, "ok": self.ok, "counts": self.counts()}
 
 
-def inspect(path: str | Path, task: Task | None = None, config: MPlug2Config | None = None) -> Inspection:
+def inspect(path: str | Path, task: Tasks = None, config: Any = None) -> Inspection:
     """Describe a checkpoint without reading its weights.
 
-    A readable file that is not the checkpoint of such a model gives an `Inspection` with `problem`; one that cannot be
+    A readable file that is not a checkpoint of a known family gives an `Inspection` with `problem`; one that cannot be
     read at all raises `CheckpointError`, as in `from_pretrained`. `ConfigError` for a task that does not exist.
     """
     source = open_checkpoint(path)
@@ -111,8 +116,9 @@ def inspect(path: str | Path, task: Task | None = None, config: MPlug2Config | N
         return Inspection(**described, groups=_groups(source, {"unexpected": source.tensors}), problem=str(error))
     return Inspection(
         **described,
-        task=resolved.task,
-        tasks=resolved.tasks,
+        family=resolved.family.title,
+        tasks=tuple(each.name for each in resolved.tasks),
+        servable=resolved.servable,
         config=resolved.config,
         assumed=resolved.assumed,
         needed_parameters=sum(source.tensors[key].numel() for key in resolved.fit.needed),

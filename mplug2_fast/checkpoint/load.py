@@ -1,4 +1,4 @@
-"""Copy a released state dict into a model, and back out of it."""
+"""Copy an official state dict into a model, and out of it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch.nn import functional
 
 from mplug2_fast.checkpoint.fit import Fit, check_fit
-from mplug2_fast.checkpoint.keys import TIED_KEYS
 from mplug2_fast.errors import CheckpointError, printable
-from mplug2_fast.models.mplug2.config import MPlug2Config, Task
+from mplug2_fast.models.names import OfficialNames
+from mplug2_fast.tasks import Task, title_of
 
 _WRAPPERS = frozenset(
     {
@@ -44,20 +44,24 @@ _PIECE = 2**17
 WEIGHT_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
-class ReleasedModel(Protocol):
-    """What the fast and the reference models share, as far as checkpoints go."""
+class OfficialModel(Protocol):
+    """What fast and reference models share, as far as checkpoints go."""
 
-    config: MPlug2Config
-    task: Task
+    config: Any
+    tasks: dict[str, Task]
 
-    def released_parameters(self) -> dict[str, torch.Tensor]:
-        """Released key -> a detached view into the model's own parameters."""
+    @property
+    def official_names(self) -> OfficialNames:
+        """The official name of every parameter."""
+
+    def official_parameters(self) -> dict[str, torch.Tensor]:
+        """Official name -> a detached view into the model's own parameters."""
 
 
-def load_released(model: ReleasedModel, state_dict: Mapping[str, Any]) -> Fit:
-    """Fill every parameter of `model` from a released state dict; all of it, or nothing.
+def load_official(model: OfficialModel, state_dict: Mapping[str, Any]) -> Fit:
+    """Fill every parameter of `model` from an official state dict; all of it, or nothing.
 
-    Known entries that the task does not use are left alone. Position embeddings of another resolution are resized
+    Known entries that the model does not use are ignored. Position embeddings of another resolution are resized
     bilinearly over the grid (pixel centres aligned, not corners), the class token kept.
 
     Args:
@@ -71,27 +75,28 @@ def load_released(model: ReleasedModel, state_dict: Mapping[str, Any]) -> Fit:
     weight is not finite, or would not be in the model's dtype.
     """
     tensors = {key: _as_tensor(key, value) for key, value in plain_state_dict(state_dict).items()}
-    views = model.released_parameters()
+    views = model.official_parameters()
     if any(view.is_meta for view in views.values()):
         raise CheckpointError(
             "the model is on the meta device and has no storage: call model.to_empty(device=...) first"
         )
-    fit = check_fit(shapes_of(tensors), model.config, model.task, shapes_of(views))
+    names = model.official_names
+    fit = check_fit(shapes_of(tensors), names, title_of(model.tasks.values()))
     fit.require("the state dict")
     check_dtypes(fit, tensors)
-    check_twins(fit, tensors)
+    check_twins(fit, names, tensors)
     for key, view in views.items():
         check_finite(key, tensors[key], view.dtype)
     _copy(views, tensors)
     return fit
 
 
-def released_state_dict(model: ReleasedModel) -> dict[str, torch.Tensor]:
-    """Copies of exactly the parameters that the model's task uses, under their released names."""
-    return {key: view.clone() for key, view in model.released_parameters().items()}
+def official_state_dict(model: OfficialModel) -> dict[str, torch.Tensor]:
+    """Copies of all parameters of a model, under their official names."""
+    return {key: view.clone() for key, view in model.official_parameters().items()}
 
 
-def copy_released(
+def copy_official(
     views: Mapping[str, torch.Tensor],
     tensors: Mapping[str, torch.Tensor],
     done: Callable[[torch.Tensor], None] = lambda tensor: None,
@@ -165,17 +170,20 @@ def check_dtypes(fit: Fit, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def check_twins(
-    fit: Fit, tensors: Mapping[str, torch.Tensor], done: Callable[[torch.Tensor], None] = lambda tensor: None
+    fit: Fit,
+    names: OfficialNames,
+    tensors: Mapping[str, torch.Tensor],
+    done: Callable[[torch.Tensor], None] = lambda tensor: None,
 ) -> None:
     """Raise `CheckpointError` for tied twins that differ; `done` is told each tensor that was read."""
     for key in fit.tied:
-        twin = TIED_KEYS[key]
+        twin = names.tied[key]
         same = torch.equal(tensors[key], tensors[twin].to(tensors[key].dtype))
         done(tensors[key])
         done(tensors[twin])
         if not same:
             raise CheckpointError(
-                f"{key} differs from {twin}, and an mPLUG-2 model has one tensor for both; nothing was loaded\n"
+                f"{key} differs from {twin}, and the model has one tensor for both; nothing was loaded\n"
                 f"  remedy: find out which one training used, and remove {key} if it is {twin}"
             )
 

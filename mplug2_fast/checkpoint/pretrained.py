@@ -1,63 +1,83 @@
-"""Build a fast model from a checkpoint file, holding little more than the model itself in memory."""
+"""Build a fast model from a checkpoint file, with little more memory than the model itself takes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from mplug2_fast.checkpoint.load import copy_released
+from mplug2_fast.checkpoint.load import copy_official
 from mplug2_fast.checkpoint.pages import PageReleaser
 from mplug2_fast.checkpoint.resolve import require_twins, resolve
 from mplug2_fast.checkpoint.source import open_checkpoint
 from mplug2_fast.devices import pick_device, pick_dtype
-from mplug2_fast.errors import CheckpointError
-from mplug2_fast.models.mplug2.config import MPlug2Config, Task
+from mplug2_fast.errors import CheckpointError, ConfigError
+from mplug2_fast.tasks import Task
 
 if TYPE_CHECKING:
-    from mplug2_fast.models.mplug2 import MPlug2ForCaptioning, MPlug2ForQuestionAnswering
+    from mplug2_fast.models.mplug2 import MPlug2, MPlug2ForCaptioning, MPlug2ForQuestionAnswering
+
+
+@overload
+def from_pretrained(
+    path: str | Path, task: Literal["captioning"], *args: Any, **options: Any
+) -> MPlug2ForCaptioning: ...
+
+
+@overload
+def from_pretrained(
+    path: str | Path, task: Literal["question_answering"], *args: Any, **options: Any
+) -> MPlug2ForQuestionAnswering: ...
+
+
+@overload
+def from_pretrained(path: str | Path, task: Task | str | None = None, *args: Any, **options: Any) -> MPlug2: ...
 
 
 def from_pretrained(
     path: str | Path,
-    task: Task | None = None,
+    task: Task | str | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
-    config: MPlug2Config | None = None,
+    config: Any = None,
     *,
+    tasks: Sequence[Task | str] | None = None,
     pack: bool = True,
-) -> MPlug2ForCaptioning | MPlug2ForQuestionAnswering:
-    """A fast model in eval mode, filled from a checkpoint. Only what the task needs is read, tensor by tensor.
+) -> Any:
+    """A fast model in eval mode, filled from a checkpoint. Only what its tasks need is read, tensor by tensor.
 
     Args:
-        path: a released `.pth` (its weights under `model` or `module`, or alone), a directory with config.json and
-            model.safetensors, or a `.safetensors` with released names.
-        task: None takes the one that the file states, else question answering where its parts are there (the model's
-            `captioner()` shares them), else captioning.
+        path: an official `.pth` (its weights under `model` or `module`, or alone), a directory with config.json and
+            model.safetensors, or a `.safetensors` with official names.
+        task: one task, by name or as an object. tasks: several. Without either, what the file says, or else the task
+            with the most modules that the weights serve.
         dtype: of the parameters, whatever the file's, or its name; None is torch's default dtype.
         device: None is the CPU.
-        config: overrides what the file says and its shapes tell; with another image size, position embeddings are
-            resized as `load_released` does.
+        config: overrides what the file says and what its shapes imply; with another image size, position embeddings
+            are resized as `load_official` does.
         pack: whether to call the model's `pack()`, which makes it faster on a CPU and larger by half.
+
+    Returns an `MPlug2`: for one of the tasks of the official checkpoints, `MPlug2ForCaptioning` or
+    `MPlug2ForQuestionAnswering`.
 
     Raises `CheckpointError`, naming the file, the reason and the remedy, when the file cannot be read, would run code,
     or does not hold exactly such a model; `ConfigError` for a task, a dtype or a device that does not exist.
     """
-    from mplug2_fast.models import mplug2 as models
-
+    if task is not None and tasks is not None:
+        raise ConfigError("give either task or tasks")
     dtype = pick_dtype(dtype, torch.device("cpu")) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
     device = pick_device(device or "cpu")
     source = open_checkpoint(path)
-    resolved = resolve(source, task, config)
+    resolved = resolve(source, task or tasks, config)
     resolved.require(source)
     release = PageReleaser(source.file)
-    require_twins(source, resolved.fit, release)
-    kind = models.MPlug2ForCaptioning if resolved.task == "captioning" else models.MPlug2ForQuestionAnswering
-    built = kind(resolved.config, device="meta", dtype=dtype)
+    require_twins(source, resolved, release)
+    built = resolved.family.build(resolved.config, resolved.tasks, "meta", dtype)
     built = built.to_empty(device=device)
     try:
-        copy_released(built.released_parameters(), source.tensors, release)
+        copy_official(built.official_parameters(), source.tensors, release)
     except CheckpointError as error:
         raise CheckpointError(f"{source.name}: {error}") from error
     return built.pack().eval() if pack else built.eval()

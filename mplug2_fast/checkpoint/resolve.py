@@ -1,19 +1,23 @@
-"""Decide what a checkpoint is to be loaded as: the sizes, the task, and how its entries fit them."""
+"""Decide what a checkpoint is to be loaded as: family, sizes, tasks, and how its entries fit them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mplug2_fast.checkpoint.fit import Fit, check_fit
-from mplug2_fast.checkpoint.infer import infer_config
 from mplug2_fast.checkpoint.load import check_dtypes, check_twins, shapes_of
 from mplug2_fast.checkpoint.source import Source
-from mplug2_fast.errors import CheckpointError, ConfigError
-from mplug2_fast.models.mplug2.config import TASKS, MPlug2Config, Task
+from mplug2_fast.errors import CheckpointError, ConfigError, printable
+from mplug2_fast.models import FAMILIES, Family, infer_config, official_names
+from mplug2_fast.models.names import OfficialNames
+from mplug2_fast.tasks import TASKS, Task, get, title_of
+
+Tasks = Task | str | Sequence[Task | str] | None
+"""Tasks as callers name them: one, several, or None for what the file says."""
 
 
 @dataclass(frozen=True)
@@ -21,18 +25,21 @@ class Resolved:
     """What a checkpoint is loaded as.
 
     Attributes:
-        config: the sizes: the caller's, else the file's own, else those of the shapes.
-        task: the caller's, else the file's own, else the widest that the weights serve.
-        fit: how the entries fit `config` and `task`.
-        tasks: every task that the weights are there for.
-        assumed: dotted field -> released default, for fields that nothing tells.
-        undetermined: dotted fields that `task` needs, that nothing tells, and that have no released default.
+        family: of the model. config: the caller's, else the file's own, else that of the shapes.
+        tasks: the caller's, else the file's own, else the one with the most modules that the weights serve.
+        names: the official names of a model for these tasks.
+        fit: how the entries fit `names`.
+        servable: names of all tasks that there are weights for.
+        assumed: dotted field -> official default, for fields that nothing determines.
+        undetermined: dotted fields that a task needs, that nothing determines, and that have no official default.
     """
 
-    config: MPlug2Config
-    task: Task
-    fit: Fit
+    family: Family
+    config: Any
     tasks: tuple[Task, ...]
+    names: OfficialNames
+    fit: Fit
+    servable: tuple[str, ...]
     assumed: dict[str, Any]
     undetermined: tuple[str, ...] = ()
 
@@ -40,8 +47,8 @@ class Resolved:
         """Raise `CheckpointError` unless the checkpoint can be loaded so, as far as names, shapes and dtypes tell."""
         if self.undetermined:
             raise CheckpointError(
-                f"{source.name}: {', '.join(self.undetermined)} is not told by shapes and has no released value at "
-                'this size; pass config= with it, or load it for task="captioning", which does not need it'
+                f"{source.name}: {', '.join(self.undetermined)} cannot be inferred from the weights and has no default "
+                'at this size; pass config= with it, or load it for task="captioning", which does not need it'
             )
         self.fit.require(source.name)
         try:
@@ -50,35 +57,59 @@ class Resolved:
             raise CheckpointError(f"{source.name}: {error}") from error
 
 
-def resolve(source: Source, task: Task | None = None, config: MPlug2Config | None = None) -> Resolved:
-    """Settle configuration and task of an opened checkpoint; the fit is returned, not required.
+def resolve(source: Source, tasks: Tasks = None, config: Any = None) -> Resolved:
+    """Settle family, configuration and tasks of an opened checkpoint. The fit is returned, not required.
 
-    Raises `ConfigError` for a task that does not exist, `CheckpointError` when the sizes cannot be told.
+    Raises:
+        ConfigError: a task does not exist. CheckpointError: the sizes cannot be determined, or the file states a task
+            that does not come with the package and that the caller did not pass.
     """
-    if task is not None and task not in TASKS:
-        raise ConfigError(f"no task {task!r}: choose one of {', '.join(TASKS)}")
+    given = [tasks] if isinstance(tasks, (str, Task)) else list(tasks or ())
+    wanted = tuple(map(get, given))
     shapes = shapes_of(source.tensors)
     assumed: dict[str, Any] = {}
-    undetermined: tuple[str, ...] = ()
+    undetermined: dict[str, str] = {}
     config = config or source.config
     if config is None:
         try:
-            inferred = infer_config(shapes, source.released)
+            inferred = infer_config(shapes, source.stated)
         except CheckpointError as error:
             raise CheckpointError(f"{source.name}: {error}") from error
         config, assumed, undetermined = inferred.config, inferred.assumed, inferred.undetermined
-        tasks = inferred.tasks
+        servable = [task for task in TASKS.values() if task.modules <= inferred.modules]
+        family = FAMILIES[config.family]
     else:
-        tasks = tuple(name for name in TASKS if not check_fit(shapes, config, name).missing)
-    task = task or source.task or (tasks[-1] if tasks else "captioning")
-    if task == "captioning":
-        undetermined = ()
-    return Resolved(config, task, check_fit(shapes, config, task), tasks, assumed, undetermined)
+        family = FAMILIES[config.family]
+        servable = [t for t in TASKS.values() if not _missing(official_names(family, config, [t]), shapes)]
+    wanted = wanted or _stated(source) or (max(servable, key=lambda task: len(task.modules), default=None),)
+    if wanted == (None,):
+        wanted = (next(iter(TASKS.values())),)
+    names = official_names(family, config, wanted)
+    modules = frozenset[str]().union(*(task.modules for task in wanted))
+    missing = tuple(name for name, module in undetermined.items() if module in modules)
+    known = tuple(task.name for task in servable)
+    fit = check_fit(shapes, names, title_of(wanted), known)
+    return Resolved(family, config, wanted, names, fit, known, assumed, missing)
 
 
-def require_twins(source: Source, fit: Fit, done: Callable[[torch.Tensor], None]) -> None:
-    """Raise `CheckpointError` when tied twins in the file differ; `done` is told each tensor that was read."""
+def _missing(names: OfficialNames, shapes: Any) -> bool:
+    return any(key not in shapes for key in names.needed)
+
+
+def _stated(source: Source) -> tuple[Task, ...]:
     try:
-        check_twins(fit, source.tensors, done)
+        return tuple(map(get, source.tasks))
+    except ConfigError as error:
+        unknown = next(name for name in source.tasks if name not in TASKS)
+        raise CheckpointError(
+            f"{source.name}: its task {printable(unknown)} does not come with this package; pass the Task object: "
+            "tasks=[...], or --task file.py:Name on the command line"
+        ) from error
+
+
+def require_twins(source: Source, resolved: Resolved, done: Callable[[torch.Tensor], None]) -> None:
+    """Raise `CheckpointError` when tied twins in the file differ. `done` is called with each tensor that was read."""
+    try:
+        check_twins(resolved.fit, resolved.names, source.tensors, done)
     except CheckpointError as error:
         raise CheckpointError(f"{source.name}: {error}") from error

@@ -17,7 +17,7 @@ from mplug2_fast.checkpoint.load import plain_state_dict
 from mplug2_fast.checkpoint.pickles import Inert, OtherTensor, RefusedError, StoredTensor
 from mplug2_fast.checkpoint.torch_file import BROKEN, LEGACY_MAGIC, TorchFile, open_torch_file, tensor_of
 from mplug2_fast.errors import CheckpointError, ConfigError, printable
-from mplug2_fast.models.mplug2.config import TASKS, MPlug2Config, Task
+from mplug2_fast.models import FAMILIES
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -44,8 +44,8 @@ class Source:
         container: the form, in words.
         tensors: official key -> tensor, prefixes of wrappers gone, views of the mapped file.
         config: the configuration, where the file states it in full.
-        task: the task that the file says it is for.
-        released: the `config` entry of a training checkpoint.
+        tasks: the tasks that the file says it is for.
+        stated: the `config` entry of a training checkpoint.
         entry: the top-level entry that the weights are from; None where they are alone.
         others: top-level entries beside the weights, such as optimizer state.
     """
@@ -54,9 +54,9 @@ class Source:
     file: Path
     container: str
     tensors: dict[str, torch.Tensor]
-    config: MPlug2Config | None = None
-    task: Task | None = None
-    released: Mapping[str, Any] = field(default_factory=dict)
+    config: Any = None
+    tasks: tuple[str, ...] = ()
+    stated: Mapping[str, Any] = field(default_factory=dict)
     entry: str | None = None
     others: tuple[str, ...] = ()
 
@@ -140,14 +140,14 @@ def _open_directory(path: Path) -> Source:
     with weights.open("rb") as stream:
         head = stream.read(512)
     try:
-        config, task = _stated_config(text)
+        config, tasks = _stated_config(text)
     except CheckpointError as error:
         raise CheckpointError(f"{shown_path(file)}: {error}; restore it, or convert again") from error
     try:
         source = _open_safetensors(weights, head)
     except CheckpointError as error:
         raise CheckpointError(f"{shown_path(weights)}: {error}") from error
-    return Source(path, weights, f"directory with {CONFIG_NAME} and {WEIGHTS_NAME}", source.tensors, config, task)
+    return Source(path, weights, f"directory with {CONFIG_NAME} and {WEIGHTS_NAME}", source.tensors, config, tasks)
 
 
 def _open_safetensors(path: Path, head: bytes) -> Source:
@@ -169,17 +169,17 @@ def _open_safetensors(path: Path, head: bytes) -> Source:
         raise CheckpointError(
             f"not a readable safetensors file: truncated or corrupt ({reason}); download or convert it again"
         ) from error
-    config = task = None
+    config, tasks = None, ()
     if METADATA_KEY in metadata:
         try:
-            config, task = _stated_config(metadata[METADATA_KEY].encode("utf-8", "surrogatepass"))
+            config, tasks = _stated_config(metadata[METADATA_KEY].encode("utf-8", "surrogatepass"))
         except CheckpointError as error:
             raise CheckpointError(f"its header's {METADATA_KEY}: {error}; convert again") from error
-    return Source(path, path, "safetensors file", plain_state_dict(tensors), config, task)
+    return Source(path, path, "safetensors file", plain_state_dict(tensors), config, tasks)
 
 
-def _stated_config(text: bytes) -> tuple[MPlug2Config, Task | None]:
-    """The configuration and the task in a JSON text."""
+def _stated_config(text: bytes) -> tuple[Any, tuple[str, ...]]:
+    """The configuration and the tasks in a JSON text."""
     if len(text) > _MAX_CONFIG_BYTES:
         raise CheckpointError(f"not a configuration: it has more than {_MAX_CONFIG_BYTES:,} bytes")
     try:
@@ -189,11 +189,15 @@ def _stated_config(text: bytes) -> tuple[MPlug2Config, Task | None]:
         raise CheckpointError(f"not readable as JSON ({reason})") from error
     if not isinstance(stated, dict):
         raise CheckpointError(f"holds no configuration but {type(stated).__name__}")
-    task = stated.pop("task", None)
-    if task is not None and task not in TASKS:
-        raise CheckpointError(f"its task {printable(repr(task))} is not one of {', '.join(TASKS)}")
+    task, tasks = stated.pop("task", None), stated.pop("tasks", None)
+    tasks = tasks if tasks is not None else [] if task is None else [task]
+    if not isinstance(tasks, list) or not all(isinstance(name, str) for name in tasks):
+        raise CheckpointError(f"its tasks are {printable(repr(tasks))}, not a list of names")
+    family = stated.pop("family", next(iter(FAMILIES)))
+    if family not in FAMILIES:
+        raise CheckpointError(f"its family {printable(repr(family))} is not one of {', '.join(FAMILIES)}")
     try:
-        return MPlug2Config.from_dict(stated), task
+        return FAMILIES[family].config.from_dict(stated), tuple(tasks)
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
 
@@ -246,14 +250,14 @@ def _torch_source(path: Path, file: TorchFile, container: str) -> Source:
         )
     tensors = {key: tensor_of(file, value) for key, value in weights.items()}
     _require_own_memory(tensors)
-    released = {} if name is None else loaded.get("config")
-    released = vars(released) if isinstance(released, argparse.Namespace) else released
+    stated = {} if name is None else loaded.get("config")
+    stated = vars(stated) if isinstance(stated, argparse.Namespace) else stated
     return Source(
         path,
         path,
         container,
         plain_state_dict(tensors),
-        released=released if isinstance(released, Mapping) else {},
+        stated=stated if isinstance(stated, Mapping) else {},
         entry=name,
         others=() if name is None else tuple(printable(str(key)) for key in loaded if key != name),
     )

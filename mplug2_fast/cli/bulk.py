@@ -18,7 +18,7 @@ from mplug2_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from mplug2_fast.bulk import Decoding, Frames, Plan, Ranks, Sources, Summary, Work
-    from mplug2_fast.predict.predictor import VideoTask
+    from mplug2_fast.predict import Predictor
 
 SECONDS_BETWEEN_NOTES = 30.0
 MAX_TIMEOUT = 1_000_000
@@ -57,7 +57,7 @@ class BulkOptions:
         if given:
             raise ConfigError(f"{', '.join(given)}: only with --out, which names the file that the results go to")
 
-    def frames_of(self, task: VideoTask) -> Frames:
+    def frames_of(self, predictor: Predictor) -> Frames:
         """The clips that they describe. Raises `ConfigError` for options that contradict one another."""
         from mplug2_fast.bulk import Frames
         from mplug2_fast.video import Windows
@@ -65,7 +65,7 @@ class BulkOptions:
         if self.windows is None:
             if self.stride is not None:
                 raise ConfigError("--stride: only with --windows")
-            return Frames(self.frames or task.model.config.vision.num_frames)
+            return Frames(self.frames or predictor.model.config.vision.num_frames)
         if self.frames is not None:
             raise ConfigError("--frames and --windows: a clip is one or the other")
         return Frames(self.windows, Windows(self.windows, self.stride or self.windows))

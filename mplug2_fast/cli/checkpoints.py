@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
-from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,17 +15,16 @@ from mplug2_fast.cli.tables import columns, names_and_values
 
 if TYPE_CHECKING:
     from mplug2_fast.checkpoint import Inspection
-
-
-class TaskName(str, Enum):
-    """The names that `--task` knows."""
-
-    captioning = "captioning"
-    question_answering = "question_answering"
+    from mplug2_fast.tasks import Task
 
 
 TaskOption = Annotated[
-    TaskName | None, typer.Option(help="The task to look at.  [default: what the file says, or all that it can do]")
+    list[str] | None,
+    typer.Option(
+        metavar="TASK",
+        help="A task, such as captioning, or file.py:Name for one of your own; repeat it for several."
+        "  [default: what the file says, or the task with the most modules]",
+    ),
 ]
 
 
@@ -47,9 +45,11 @@ def convert(
         from mplug2_fast.devices import DTYPES
 
         with waiting(f"converting {shown(source)}"):
-            checkpoint.convert(source, target, task=task and task.value, dtype=DTYPES.get(dtype.value))
-        written = checkpoint.inspect(target)
-        emit(f"{shown(target)}\t{written.task}, {_million(written.parameters)} parameters, {_dtypes(written)}")
+            checkpoint.convert(source, target, task=_tasks(task), dtype=DTYPES.get(dtype.value))
+        written = checkpoint.inspect(target, task=_tasks(task))
+        emit(
+            f"{shown(target)}\t{', '.join(written.tasks)}, {_million(written.parameters)} parameters, {_dtypes(written)}"
+        )
 
 
 def inspect(
@@ -57,20 +57,26 @@ def inspect(
     task: TaskOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Tell what a checkpoint is.
+    """Describe a checkpoint.
 
-    Prints its task, sizes and dtype, and what in it is needed, missing, unexpected or unused. The exit status is 2 when
-    it cannot be loaded; the report on standard error says why.
+    Prints its tasks, sizes and dtype, and what in it is needed, missing, unexpected or unused. The exit status is 2
+    when it cannot be loaded; the report on standard error says why.
     """
     with reporting():
         from mplug2_fast import checkpoint
 
         with waiting(f"reading {shown(file)}"):
-            found = checkpoint.inspect(file, task=task and task.value)
+            found = checkpoint.inspect(file, task=_tasks(task))
         emit(json.dumps(found.to_dict()) if as_json else _described(found))
         if found.problem is not None:
             note(f"error: {found.problem}", lines=True)
             raise typer.Exit(BAD_INPUT)
+
+
+def _tasks(names: list[str] | None) -> list[Task] | None:
+    from mplug2_fast.tasks import load
+
+    return None if not names else [load(name) for name in names]
 
 
 def _described(found: Inspection) -> str:
@@ -88,9 +94,11 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "form", f"{found.container}, {found.file_bytes / 1e6:,.1f} MB"
     if found.entry is not None:
         yield "weights", f"its entry {found.entry!r}"
-    yield "task", "cannot be told" if found.task is None else found.task
-    if len(found.tasks) > 1:
-        yield "serves", ", ".join(found.tasks)
+    if found.family is not None:
+        yield "family", found.family
+    yield "task", ", ".join(found.tasks) or "unknown"
+    if len(found.servable) > 1:
+        yield "serves", ", ".join(found.servable)
     yield "dtype", _dtypes(found)
     yield "entries", f"{found.entries:,}, {_million(found.parameters)} parameters"
     yield "needed", f"{_million(found.needed_parameters)} parameters"

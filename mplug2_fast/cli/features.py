@@ -25,7 +25,7 @@ from mplug2_fast.cli.options import (
     WindowsOption,
     WorkersOption,
 )
-from mplug2_fast.cli.words import load
+from mplug2_fast.cli.predict import load
 from mplug2_fast.errors import ConfigError
 
 if TYPE_CHECKING:

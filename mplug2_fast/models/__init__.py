@@ -1,1 +1,37 @@
-"""One folder per model family."""
+"""One folder per model family, and the table of families."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mplug2_fast.errors import CheckpointError
+from mplug2_fast.models.family import Family, InferredConfig, official_names
+from mplug2_fast.models.mplug2.family import MPLUG2
+from mplug2_fast.models.names import Shape
+
+FAMILIES: dict[str, Family] = {"mplug2": MPLUG2}
+"""Name, as configurations state it, to family."""
+
+__all__ = ["FAMILIES", "Family", "InferredConfig", "infer_config", "official_names"]
+
+
+def infer_config(shapes: Mapping[str, Shape], stated: Mapping[str, object] | None = None) -> InferredConfig:
+    """The configuration behind an official state dict of any family.
+
+    Args:
+        shapes: official name -> shape, prefixes of wrappers already gone.
+        stated: the `config` entry that training stores in a checkpoint. The shapes win over it.
+
+    Raises:
+        CheckpointError: the names are those of no family, or the entries that determine the sizes are missing or
+            contradict each other.
+    """
+    scores = {name: family.recognise(shapes) for name, family in FAMILIES.items()}
+    best = max(scores, key=lambda name: scores[name])
+    if not scores[best]:
+        titles = " or ".join(family.title for family in FAMILIES.values())
+        raise CheckpointError(
+            f"these are not the weights of an {titles} model\n"
+            "  remedy: use a whole checkpoint, with its official key names"
+        )
+    return FAMILIES[best].infer(shapes, stated or {})

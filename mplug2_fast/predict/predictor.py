@@ -1,8 +1,8 @@
-"""The loop over files that both tasks share: decode one ahead, encode, turn into words, report what is bad."""
+"""From files to results, for any task: decode one file ahead, encode, predict, report what failed."""
 
 from __future__ import annotations
 
-import math
+import copy
 import os
 import time
 from collections import deque
@@ -10,18 +10,19 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mplug2_fast.checkpoint import from_pretrained, vocabulary_path
 from mplug2_fast.devices import pick_device, pick_dtype
-from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error, NotFiniteError
-from mplug2_fast.models.mplug2.config import Task
-from mplug2_fast.outputs import GenerationOutput
+from mplug2_fast.errors import CheckpointError, MPlug2Error, NotFiniteError
 from mplug2_fast.predict.memory import clip_bytes, is_out_of_memory, require_memory
-from mplug2_fast.text import Tokenizer
+from mplug2_fast.tasks import Alternative, Respond, Task, Texts, get
+from mplug2_fast.tasks.base import require
+from mplug2_fast.tasks.generative import text_options
+from mplug2_fast.text import Tokenizer, clean_question
 from mplug2_fast.video import DecodePool
 from mplug2_fast.video.frames import load_clip
 from mplug2_fast.video.limits import Guard, Limits
@@ -32,17 +33,10 @@ if TYPE_CHECKING:
     from mplug2_fast.video import Clip
 
 TINY_MODEL = Path(__file__).parents[1] / "data" / "tiny"
-"""The model that ships: it knows the clips of examples/moving_shapes and nothing else."""
+"""The model that comes with the package. It knows the clips of examples/moving_shapes and nothing else."""
 
 PathLike = str | os.PathLike[str]
 Paths = PathLike | Iterable[PathLike]
-
-
-class Alternative(NamedTuple):
-    """One text for a file, and its score: see `Result`."""
-
-    text: str
-    score: float
 
 
 @dataclass(frozen=True)
@@ -78,47 +72,54 @@ class _Decoded(NamedTuple):
     decoder: str | None = None
 
 
-Texts = list[Alternative] | NotFiniteError
-"""The texts of a video, best first, or why the model has none."""
-
 Words = Callable[[Tensor], list[Texts]]
-"""From image_embeds `(B, S, D)` to the texts of each of the B videos."""
+"""From image_embeds `(B, S, D)` to the results of each of the B videos."""
 
 
-class VideoTask:
-    """A model, its tokenizer, and the loop over files that both tasks share."""
+class Predictor:
+    """A model, its tokenizer and one of its tasks: files in, results out.
 
-    task: ClassVar[Task]
+    Attributes:
+        model, tokenizer: as given or loaded. task: the task.
+    """
+
+    command: ClassVar[str] = "predict"
+    """What the settings of a bulk run call it."""
+    default_task: ClassVar[str | None] = None
 
     def __init__(
         self,
         checkpoint: PathLike | torch.nn.Module | None = None,
         tokenizer: Tokenizer | None = None,
         *,
+        task: Task | str | None = None,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        """Load a checkpoint of any form that `mplug2_fast.from_pretrained` reads, or use a model that is there already.
+        """Load a checkpoint of any form that `mplug2_fast.from_pretrained` reads, or use a model as it is.
 
         Args:
-            checkpoint: the checkpoint; None takes the tiny model that ships. A `vocab.txt` in a directory is the
-                vocabulary, otherwise it is that of bert-base-uncased. A model is used as it is.
+            checkpoint: the checkpoint, or a model; None is the tiny model that comes with the package. A `vocab.txt`
+                in a directory is the vocabulary, otherwise it is that of bert-base-uncased.
             tokenizer: with a model, and only then: the one that it was trained with.
+            task: a name in `mplug2_fast.tasks.TASKS`, or a task; None is the first task that the checkpoint states.
             dtype: a dtype or its name; None or "auto": see `pick_dtype`. Not with a model.
             device: a device or its name; None or "auto": see `pick_device`. Not with a model.
 
         Raises:
-            CheckpointError: the checkpoint cannot be read, or is not one of this task.
+            CheckpointError: the checkpoint cannot be read, or does not serve the task.
             ConfigError: no such device or dtype, a vocabulary that does not fit the model, or arguments that do not go
                 together.
         """
+        task = task or self.default_task
         if isinstance(checkpoint, torch.nn.Module):
             require(tokenizer is not None, "a model comes with the tokenizer that it was trained with: give that too")
             require(dtype is None and device is None, "a model has its dtype and device: convert it before")
             self.model, self.tokenizer = checkpoint, tokenizer
         else:
             require(tokenizer is None, "a checkpoint brings its own vocabulary: give a tokenizer only with a model")
-            self.model, self.tokenizer = _load(checkpoint, self.task, dtype, device)
+            self.model, self.tokenizer = _load(checkpoint, task, dtype, device)
+        self.task = next(iter(self.model.tasks.values())) if task is None else get(task)
 
     @classmethod
     def from_pretrained(
@@ -130,8 +131,56 @@ class VideoTask:
         """The same as the constructor with the path of a checkpoint."""
         return cls(path, dtype=dtype, device=device)
 
+    def for_task(self, task: Task | str) -> Self:
+        """The same model and tokenizer for another of its tasks."""
+        other = copy.copy(self)
+        other.task = get(task)
+        return other
+
+    def predict(
+        self,
+        paths: Paths,
+        text: str | None = None,
+        *,
+        num_workers: int = 0,
+        timeout: float | None = 60.0,
+        **options: Any,
+    ) -> Iterator[Result]:
+        """One `Result` per file, as soon as it is ready; in the order of the files, unless several processes decode.
+
+        Args:
+            paths: one file or several; an image is a video of one frame.
+            text: what goes with each file, such as a question; only for tasks that read text.
+            num_workers: processes that decode, in which a file that crashes its decoder costs only itself; 0 decodes in
+                a thread.
+            timeout: seconds that decoding a file may take; None for no limit.
+            options: of the task, such as num_beams, num_return, min_length and max_length of beam search.
+
+        Raises:
+            ConfigError: options that contradict one another or the model, or a text that the model cannot read.
+            MPlug2Error: the device ran out of memory.
+        """
+        self.check_text(text)
+        respond = self.responder(**options)
+        return self.run(paths, lambda embeds: respond(embeds, [text] * len(embeds)), num_workers, timeout)
+
+    def responder(self, **options: Any) -> Respond:
+        """What turns image_embeds and texts into results. Raises `ConfigError` for bad options."""
+        return self.task.respond(self.model, self.tokenizer, **options)
+
+    def check_text(self, text: str | None) -> None:
+        """Raise `ConfigError` for a text that the task does not take, or that the model cannot read."""
+        require(self.task.reads_text or text is None, f"{self.task.name} reads no text")
+        if self.task.reads_text:
+            require(text is not None, f"{self.task.name} needs a text")
+            self.task.check_text(self.model, self.tokenizer, str(text))
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of a text that the model's vocabulary lacks. The model cannot tell them apart."""
+        return self.tokenizer.unknown_words(clean_question(text))
+
     def run(self, paths: Paths, words: Words, num_workers: int = 0, timeout: float | None = 60.0) -> Iterator[Result]:
-        """One `Result` a path; see `Captioner.caption`."""
+        """One `Result` per path; see `predict`."""
         files = _each(paths)
         decoded = (
             self._decoded_by_workers(files, num_workers, timeout) if num_workers else self._decoded(files, timeout)
@@ -167,7 +216,7 @@ class VideoTask:
 
     @torch.inference_mode()
     def say(self, image_embeds: Tensor, words: Words) -> tuple[list[Texts], float]:
-        """What `words` makes of image_embeds `(B, S, D)`, and the seconds that it took."""
+        """The results of `words` for image_embeds `(B, S, D)`, and the seconds that it took."""
         started = time.perf_counter()
         found = words(image_embeds)
         return found, time.perf_counter() - started
@@ -212,64 +261,28 @@ class VideoTask:
                 error = None if clip.error is None else _reason(clip.error, clip.source)
                 yield _Decoded(clip.source, video, clip.seconds, error, tuple(clip.indices), clip.backend)
 
-    def generation_options(
-        self, num_beams: int | None, num_return: int, min_length: int | None, max_length: int | None
-    ) -> dict[str, int]:
-        """The options of `model.generate`, with the model's defaults filled in. Raises `ConfigError`."""
-        defaults, positions = self.model.config.generation, self.model.config.text.max_position_embeddings
-        shortest, longest = defaults.lengths(self.task)
-        beams = defaults.num_beams if num_beams is None else num_beams
-        shortest = shortest if min_length is None else min_length
-        longest = longest if max_length is None else max_length
-        require(beams >= 1, f"num_beams must be at least 1, got {beams}")
-        require(1 <= num_return <= beams, f"num_return must be from 1 to num_beams, {beams}; got {num_return}")
-        require(1 <= longest <= positions, f"max_length must be from 1 to {positions}, got {longest}")
-        require(0 <= shortest <= longest, f"min_length must be from 0 to max_length, {longest}; got {shortest}")
+    def generation_options(self, **options: int | None) -> dict[str, int]:
+        """All options of beam search, with defaults filled in. Raises `ConfigError`, also for too little memory."""
+        filled = text_options(self.task, self.model, **options)
         weights, config = next(self.model.parameters()), self.model.config
         sizes = {"num_frames": config.vision.num_frames, "itemsize": weights.itemsize}
+        beams, longest = filled["num_beams"], filled["max_length"]
         needed = clip_bytes(config, num_beams=beams, max_length=longest, **sizes)
         require_memory(f"num_beams {beams:,}", needed, weights.device)
-        return {"num_beams": beams, "num_return": num_return, "min_length": shortest, "max_length": longest}
-
-    def texts(self, output: GenerationOutput, prompt: str = "") -> list[Texts]:
-        """The hypotheses of each video, without the rows that only pad, whose scores are -inf."""
-        return [
-            [
-                Alternative(self.tokenizer.decode_caption(ids, prompt), score)
-                for ids, score in zip(sequences, scores, strict=True)
-                if not math.isinf(score)
-            ]
-            if math.isfinite(scores[0]) and not any(math.isnan(score) or score == math.inf for score in scores)
-            else self.not_finite()
-            for sequences, scores in zip(output.sequences.tolist(), output.scores.tolist(), strict=True)
-        ]
-
-    def not_finite(self) -> NotFiniteError:
-        """The error for a video whose results are NaN or infinite."""
-        return not_finite(next(self.model.parameters()).dtype)
+        return filled
 
 
 def _load(
-    path: PathLike | None, task: Task, dtype: str | torch.dtype | None, device: str | torch.device | None
+    path: PathLike | None, task: Task | str | None, dtype: str | torch.dtype | None, device: str | torch.device | None
 ) -> tuple[torch.nn.Module, Tokenizer]:
     """The model of a checkpoint and its tokenizer."""
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
     if path is None and not TINY_MODEL.exists():
-        raise CheckpointError(f"{TINY_MODEL}: the tiny model is not there: reinstall, or name a checkpoint")
+        raise CheckpointError(f"{TINY_MODEL}: the tiny model is missing: reinstall, or name a checkpoint")
     path = TINY_MODEL if path is None else Path(path)
     model = from_pretrained(path, task=task, dtype=dtype, device=device)
     return model, Tokenizer.from_vocab(vocabulary_path(path), vocab_size=model.config.text.vocab_size)
-
-
-def not_finite(dtype: torch.dtype) -> NotFiniteError:
-    """The error for results of a model of `dtype` that are NaN or infinite."""
-    remedies = {
-        torch.float16: "float16 overflows for this video; use the dtype bfloat16 or float32",
-        torch.bfloat16: "use the dtype float32, or a checkpoint whose training did not diverge",
-    }
-    remedy = remedies.get(dtype, "use a checkpoint whose training did not diverge")
-    return NotFiniteError(f"the model's results are not finite (NaN or infinite): {remedy}")
 
 
 def _in_order(clips: Iterable[Clip]) -> Iterator[Clip]:
@@ -293,8 +306,3 @@ def _reason(problem: Exception, path: str) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)

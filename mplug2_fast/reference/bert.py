@@ -1,6 +1,7 @@
 """BERT layers as mPLUG-2 uses them: eager attention with explicit scores and additive masks, post-norm.
 
-Hidden states are `(batch, tokens, channels)`; masks are additive, `(batch, 1, 1 or queries, keys)`.
+Hidden states are `(batch, tokens, channels)`. Masks are additive, `(batch, 1, 1 or queries, keys)`. Parameters have the
+names and layouts of the fast layers, in which the weights of queries, keys and values are one tensor.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mplug2_fast.models.mplug2.config import TextConfig
+from mplug2_fast.nn.config import BertConfig
 
 SELF_ATTENTION_MASK = -10000.0
 
@@ -31,84 +32,67 @@ def cross_attention_mask(key_padding_mask: Tensor, dtype: torch.dtype) -> Tensor
 
 
 class BertEmbeddings(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=0)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        x = self.word_embeddings(input_ids) + self.token_type_embeddings(torch.zeros_like(input_ids))
-        x = x + self.position_embeddings(positions)
-        return self.dropout(self.LayerNorm(x))
+        x = self.word(input_ids) + self.token_type(torch.zeros_like(input_ids))
+        return self.dropout(self.norm(x + self.position(positions)))
 
 
-class BertSelfAttention(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
+class BertAttention(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
         super().__init__()
+        size = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * size, size))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * size))
+        self.out_proj = nn.Linear(size, size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], self.num_heads, -1).permute(0, 2, 1, 3)
-
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
-        query, key, value = self._heads(self.query(x)), self._heads(self.key(memory)), self._heads(self.value(memory))
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        query, key, value = (
+            F.linear(states, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for states, weight, bias in zip((x, memory, memory), weights, biases, strict=True)
+        )
         scores = torch.matmul(query, key.transpose(-1, -2)) / math.sqrt(query.shape[-1])
         if mask is not None:
             scores = scores + mask
         context = torch.matmul(self.dropout(scores.softmax(dim=-1)), value)
-        return context.permute(0, 2, 1, 3).contiguous().flatten(2)
+        return self.out_proj(context.transpose(1, 2).flatten(2))
 
 
-class BertOutput(nn.Module):
-    """Projection, dropout, residual, layer norm: the end of an attention (inner = hidden) and of an FFN."""
-
-    def __init__(self, config: TextConfig, inner: int) -> None:
+class MLP(nn.Module):
+    def __init__(self, size: int, inner: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(inner, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
-
-
-class BertAttention(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.self = BertSelfAttention(config)
-        self.output = BertOutput(config, config.hidden_size)
-
-    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
-        return self.output(self.self(x, memory, mask), x)
-
-
-class BertIntermediate(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.c_fc = nn.Linear(size, inner)
+        self.c_proj = nn.Linear(inner, size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.dense(x))
+        return self.c_proj(F.gelu(self.c_fc(x)))
 
 
 class BertLayer(nn.Module):
-    def __init__(self, config: TextConfig, *, cross_attention: bool, latents: bool = False) -> None:
+    """Self-attention, cross-attention where there is a memory, MLP. Each is followed by dropout, residual and norm."""
+
+    def __init__(self, config: BertConfig, *, cross_attention: bool) -> None:
         super().__init__()
+        size, eps = config.hidden_size, config.layer_norm_eps
         self.attention = BertAttention(config)
-        if latents:
-            self.latents = nn.Parameter(torch.empty(config.num_latents, config.hidden_size))
+        self.attention_norm = nn.LayerNorm(size, eps=eps)
         if cross_attention:
-            self.crossattention = BertAttention(config)
-        self.intermediate = BertIntermediate(config)
-        self.output = BertOutput(config, config.intermediate_size)
+            self.cross = BertAttention(config)
+            self.cross_norm = nn.LayerNorm(size, eps=eps)
+        self.mlp = MLP(size, config.intermediate_size)
+        self.mlp_norm = nn.LayerNorm(size, eps=eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
         self,
@@ -117,16 +101,29 @@ class BertLayer(nn.Module):
         memory: Tensor | None = None,
         memory_mask: Tensor | None = None,
     ) -> Tensor:
-        """Self-attention, cross-attention where there is a memory, FFN."""
-        x = self.attention(x, x, mask)
+        x = self.attention_norm(self.dropout(self.attention(x, x, mask)) + x)
         if memory is not None:
-            x = self.crossattention(x, memory, memory_mask)
-        return self.output(self.intermediate(x), x)
+            x = self.cross_norm(self.dropout(self.cross(x, memory, memory_mask)) + x)
+        return self.mlp_norm(self.dropout(self.mlp(x)) + x)
 
 
-class BertEncoder(nn.Module):
-    """Layers under their index in the released file, so that the layers that a task does not use need not exist."""
+class TextDecoder(nn.Module):
+    """Causal layers with cross-attention, and a language-model head that shares the word embeddings."""
 
-    def __init__(self, layers: dict[int, BertLayer]) -> None:
+    def __init__(self, config: BertConfig, num_layers: int) -> None:
         super().__init__()
-        self.layer = nn.ModuleDict({str(index): layer for index, layer in layers.items()})
+        self.embeddings = BertEmbeddings(config)
+        self.layers = nn.ModuleList([BertLayer(config, cross_attention=True) for _ in range(num_layers)])
+        self.head = nn.Linear(config.hidden_size, config.hidden_size)
+        self.head_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.head_bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, memory: Tensor, memory_mask: Tensor | None) -> Tensor:
+        """Logits `(batch, tokens, vocabulary)` of whole sequences."""
+        x = self.embeddings(input_ids)
+        mask = self_attention_mask(attention_mask, x.dtype, causal=True)
+        if memory_mask is not None:
+            memory_mask = cross_attention_mask(memory_mask, x.dtype)
+        for layer in self.layers:
+            x = layer(x, mask, memory, memory_mask)
+        return F.linear(self.head_norm(F.gelu(self.head(x))), self.embeddings.word.weight, self.head_bias)

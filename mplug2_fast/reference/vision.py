@@ -10,8 +10,9 @@ from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from mplug2_fast.models.mplug2.config import VisionConfig
+from mplug2_fast.nn.config import VisionConfig
 
 
 class QuickGELU(nn.Module):
@@ -20,7 +21,7 @@ class QuickGELU(nn.Module):
 
 
 class LocalTemporal(nn.Module):
-    """LayerNorm → 1×1×1 down → depthwise convolution over time → QuickGELU → 1×1×1 up (released name: `lmhra`)."""
+    """LayerNorm → 1×1×1 down → depthwise convolution over time → QuickGELU → 1×1×1 up (official name: `lmhra`)."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -71,44 +72,37 @@ class ResidualAttentionBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class Transformer(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.resblocks = nn.ModuleList([ResidualAttentionBlock(config) for _ in range(config.layers)])
-
-
 class VisionTransformer(nn.Module):
     """Video `(B, 3, T, H, W)` to tokens `(B, 1 + T'·L, width)`: the mean class token, then the patches, time-major."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        patch, width = config.patch_size, config.width
-        down = config.temporal_downsampling
-        self.conv1 = nn.Conv3d(
-            3,
-            width,
-            kernel_size=(3 if down else 1, patch, patch),
-            stride=(config.temporal_stride if down else 1, patch, patch),
-            padding=(1 if down else 0, 0, 0),
-            bias=False,
-        )
+        width, kernel = config.width, 3 if config.temporal_downsampling else 1
+        self.patch_weight = nn.Parameter(torch.empty(width, 3 * kernel * config.patch_size**2))
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(1 + config.num_patches, width))
-        self.ln_pre = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.transformer = Transformer(config)
-        self.ln_post = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.norm_pre = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.blocks = nn.ModuleList([ResidualAttentionBlock(config) for _ in range(config.layers)])
+        self.norm_post = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, video: Tensor) -> Tensor:
-        x = self.conv1(video)
+        config, patch = self.config, self.config.patch_size
+        down = config.temporal_downsampling
+        x = F.conv3d(
+            video,
+            self.patch_weight.view(config.width, 3, -1, patch, patch),
+            stride=(config.temporal_stride if down else 1, patch, patch),
+            padding=(1 if down else 0, 0, 0),
+        )
         batch, width, frames, _, _ = x.shape
         x = x.permute(0, 2, 3, 4, 1).reshape(batch * frames, -1, width)
         x = torch.cat([self.class_embedding.expand(batch * frames, 1, width), x], dim=1)
-        x = self.ln_pre(x + self.positional_embedding)
+        x = self.norm_pre(x + self.positional_embedding)
         x = x.permute(1, 0, 2)
-        for block in self.transformer.resblocks:
+        for block in self.blocks:
             x = block(x, frames)
         x = x.permute(1, 0, 2).reshape(batch, frames, -1, width)
         class_token = x[:, :, 0].mean(dim=1, keepdim=True)
         patches = x[:, :, 1:].reshape(batch, -1, width)
-        return self.ln_post(torch.cat([class_token, patches], dim=1))
+        return self.norm_post(torch.cat([class_token, patches], dim=1))

@@ -23,7 +23,7 @@ def build(config, task="captioning", end_bias=0.0):
     model = REFERENCES[task](config, device="meta").to_empty(device="cpu").eval()
     peer = Peer(config, task)
     for each in (model, peer):
-        parameters = each.released_parameters()
+        parameters = each.official_parameters()
         fill(parameters)
         parameters["text_decoder.cls.predictions.bias"][SEP_TOKEN_ID] += end_bias
     size = config.vision.image_size
@@ -89,7 +89,7 @@ def test_training(changes):
     assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     expected.backward()
     loss.backward()
-    gradients = peer.released_gradients()
+    gradients = peer.official_gradients()
     largest = max(parameter.grad.norm() for parameter in model.parameters())
     for name, parameter in model.named_parameters():
         # A shift of all scores of a query changes nothing: the gradient of a key's bias is rounding.

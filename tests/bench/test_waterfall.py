@@ -125,7 +125,7 @@ def test_a_row_holds_the_weights_that_it_uses(technique):
         patch.setattr(held_module, "fill", lambda weights: held.append(weights))
         techniques("cpu")[technique](Sizes(PLAN.config, torch.float32, "cpu", 2, 3))
     names = [name for weights in held for name in weights]
-    whole = MPlug2ForCaptioning(PLAN.config, device="meta").released_parameters()
+    whole = MPlug2ForCaptioning(PLAN.config, device="meta").official_parameters()
     assert len(names) == len(set(names))
     assert set(names) == set(whole)
 

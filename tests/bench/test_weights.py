@@ -11,7 +11,7 @@ TINY = MPlug2Config.preset("tiny")
 
 def test_all_implementations_hold_the_same_weights_and_none_is_zero():
     models = [ReferenceForCaptioning(TINY), MPlug2ForCaptioning(TINY), Peer(TINY)]
-    views = [model.released_parameters() for model in models]
+    views = [model.official_parameters() for model in models]
     for parameters in views:
         fill(parameters)
     assert views[0].keys() == views[1].keys() == views[2].keys()

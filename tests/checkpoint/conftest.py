@@ -44,7 +44,7 @@ def large_shapes() -> Shapes:
 @pytest.fixture(scope="session")
 def golden_config() -> MPlug2Config:
     """The sizes behind `golden_shapes`."""
-    return MPlug2Config.from_released(
+    return MPlug2Config.from_official(
         bert={
             "hidden_size": 128,
             "num_attention_heads": 2,

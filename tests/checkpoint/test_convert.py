@@ -80,8 +80,8 @@ def test_converting_twice_changes_nothing(golden_file, tmp_path):
 def test_positions_are_resized_for_another_image_size(golden_file, golden_config, tmp_path):
     config = golden_config.replace(image_size=84)
     folder = convert(golden_file, tmp_path / "folder", task="captioning", config=config)
-    direct = mf.from_pretrained(golden_file, task="captioning", config=config).released_parameters()
-    converted = mf.from_pretrained(folder).released_parameters()
+    direct = mf.from_pretrained(golden_file, task="captioning", config=config).official_parameters()
+    converted = mf.from_pretrained(folder).official_parameters()
     for key, tensor in direct.items():
         assert torch.equal(tensor, converted[key]), key
 
@@ -136,7 +136,7 @@ def test_save_and_load_again(golden_weights, golden_config, tmp_path, implementa
     assert (folder / "vocab.txt").read_text() == "[PAD]\n"
     again = mf.from_pretrained(folder, dtype=dtype)
     assert again.config == golden_config
-    for key, tensor in again.released_parameters().items():
+    for key, tensor in again.official_parameters().items():
         assert torch.equal(tensor, golden_weights[key].to(tensor.dtype)), key
 
 

@@ -110,6 +110,6 @@ def test_models_hold_exactly_the_needed_keys(golden_config, changes, task, imple
     models = mf if implementation == "fast" else mf.reference
     kind = models.MPlug2ForCaptioning if task == "captioning" else models.MPlug2ForQuestionAnswering
     model = kind(config, device="meta")
-    views = model.released_parameters()
+    views = model.official_parameters()
     assert {key: tuple(view.shape) for key, view in views.items()} == needed_keys(config, task)
     assert sum(view.numel() for view in views.values()) == sum(p.numel() for p in model.parameters())

@@ -43,7 +43,7 @@ def test_saved_tensors_are_copies(golden_weights, golden_config):
     mf.load_released(model, golden_weights)
     for tensor in mf.released_state_dict(model).values():
         tensor.zero_()
-    assert torch.equal(model.released_parameters()[POSITIONS], golden_weights[POSITIONS])
+    assert torch.equal(model.official_parameters()[POSITIONS], golden_weights[POSITIONS])
 
 
 def test_arrays_of_any_layout(golden_weights, golden_config):
@@ -71,7 +71,7 @@ def refused(model, given) -> str:
     before = mf.released_state_dict(model)
     with pytest.raises(mf.CheckpointError) as caught:
         mf.load_released(model, given)
-    for key, tensor in model.released_parameters().items():
+    for key, tensor in model.official_parameters().items():
         assert torch.equal(tensor, before[key]), key
     return str(caught.value)
 
@@ -132,7 +132,7 @@ def test_momentum_copies_are_left_alone(golden_weights, golden_config):
     model = build("question_answering", golden_config)
     fit = mf.load_released(model, given)
     assert len(fit.momentum) == len(golden_weights)
-    assert torch.equal(model.released_parameters()["visn_emb_norm.weight"], golden_weights["visn_emb_norm.weight"])
+    assert torch.equal(model.official_parameters()["visn_emb_norm.weight"], golden_weights["visn_emb_norm.weight"])
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_positions_of_another_resolution_are_resized(golden_weights, golden_conf
     model = build("captioning", golden_config.replace(image_size=112), implementation)
     fit = mf.load_released(model, golden_weights)
     assert fit.resized == {POSITIONS: ((17, 128), (65, 128))}
-    old, new = golden_weights[POSITIONS], model.released_parameters()[POSITIONS]
+    old, new = golden_weights[POSITIONS], model.official_parameters()[POSITIONS]
     assert torch.equal(new[0], old[0])
     # Twice the side: an inner pixel lies a quarter of the way from one old centre to the next.
     grid, resized = old[1:].view(4, 4, 128), new[1:].view(8, 8, 128)

@@ -17,7 +17,7 @@ POSITIONS = "visual_encoder.visual.positional_embedding"
 
 
 def assert_holds(model, weights, dtype=torch.float32):
-    views = model.released_parameters()
+    views = model.official_parameters()
     assert views.keys() == needed_keys(model.config, model.task).keys()
     for key, view in views.items():
         assert view.dtype == dtype
@@ -149,9 +149,9 @@ def test_another_image_size_resizes_positions(golden_file, golden_config, golden
     by_hand = mf.MPlug2ForCaptioning(config)
     fit = mf.load_released(by_hand, golden_weights)
     assert POSITIONS in fit.resized
-    resized = model.released_parameters()[POSITIONS]
+    resized = model.official_parameters()[POSITIONS]
     assert resized.shape == (37, 128)
-    assert torch.equal(resized, by_hand.released_parameters()[POSITIONS])
+    assert torch.equal(resized, by_hand.official_parameters()[POSITIONS])
 
 
 def test_report_names_the_file(tmp_path, golden_weights, golden_config):
@@ -213,10 +213,10 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, golden_weights, golde
         convert(path, tmp_path / "folder", task="captioning")
     assert not (tmp_path / "folder").exists()
     model = mf.MPlug2ForCaptioning(golden_config)
-    before = {name: tensor.clone() for name, tensor in model.released_parameters().items()}
+    before = {name: tensor.clone() for name, tensor in model.official_parameters().items()}
     with pytest.raises(mf.CheckpointError, match="nothing was loaded"):
         mf.load_released(model, changed)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.released_parameters().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.official_parameters().items())
 
 
 def test_weights_that_overflow_in_the_models_dtype(tmp_path, golden_weights):

@@ -30,7 +30,7 @@ SHORT = Recipe(round_steps=2, batch_size=4, warmup_steps=1)
 
 
 def weights(trainer):
-    return {name: value.clone() for name, value in trainer.model.released_parameters().items()}
+    return {name: value.clone() for name, value in trainer.model.official_parameters().items()}
 
 
 def train(recipe):

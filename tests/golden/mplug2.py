@@ -23,7 +23,7 @@ def caption(case: GoldenCase, implementation: str) -> Quantities:
                 :, 0
             ]
         else:
-            computed["teacher_logits"] = model.text_decoder(ids, mask, embeds, None)
+            computed["teacher_logits"] = model.decoder(ids, mask, embeds, None)
     return computed | _beams(model, case) | _training_step(model, case, ["caption_ids", "caption_mask"])
 
 
@@ -33,12 +33,9 @@ def question_answering(case: GoldenCase, implementation: str) -> Quantities:
     with torch.no_grad():
         computed = _video_side(model, case)
         embeds = computed["image_embeds"]
-        if implementation == "fast":
-            text = model.text(ids, mask, model.universal)
-            fusion_image, fusion_text = model.fusion(text, mask, embeds)
-        else:
-            text = model.text_encoder(ids, mask)
-            fusion_image, fusion_text = model.fusion_encoder(text, mask, embeds, mask.new_ones(embeds.shape[:2]))
+        text = model.text(ids, mask, model.universal)
+        visual_mask = [] if implementation == "fast" else [mask.new_ones(embeds.shape[:2])]
+        fusion_image, fusion_text = model.fusion(text, mask, embeds, *visual_mask)
     answers = [case.inputs["answer_list_ids"], case.inputs["answer_list_mask"]]
     k = min(_columns(case, "rank_ids"), answers[0].shape[0])
     rank_ids, rank_probs = model.rank_answers(case.video, *question, *answers, k=k)
@@ -53,18 +50,16 @@ def build(case: GoldenCase, implementation: str, class_name: str) -> nn.Module:
     """The model in eval mode with the case's weights."""
     library: ModuleType = mf if implementation == "fast" else mf.reference
     description = case.description
-    config = mf.MPlug2Config.from_released(
+    config = mf.MPlug2Config.from_official(
         bert=description["bert"], model=description["config"], clip=description["clip"]
     )
     model = getattr(library, class_name)(config).eval()
-    mf.load_released(model, case.state_dict)
+    mf.load_official(model, case.state_dict)
     return model
 
 
 def _video_side(model: nn.Module, case: GoldenCase) -> Quantities:
-    fast = hasattr(model, "universal")
-    visual = (model.visual if fast else model.visual_encoder.visual)(case.video)
-    universal = (model.universal if fast else model.text_encoder.v_module)(model.encode_visual(case.video))
+    visual, universal = model.visual(case.video), model.universal(model.encode_visual(case.video))
     return {"visual": visual, "universal": universal, "image_embeds": model.encode_video(case.video)}
 
 
@@ -87,10 +82,7 @@ def _training_step(model: nn.Module, case: GoldenCase, inputs: list[str]) -> Qua
             module.p = 0.0
     loss = model(case.video, *(case.inputs[name] for name in inputs))
     loss.backward()
-    if hasattr(model, "released_gradients"):
-        gradients = model.released_gradients()
-    else:
-        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = model.official_gradients()
     return {"loss": loss, **{f"grad:{key}": gradient for key, gradient in gradients.items()}}
 
 

@@ -27,9 +27,9 @@ def config(request):
 @pytest.mark.parametrize("task", ["captioning", "question_answering"])
 def test_same_released_keys_and_shapes(config, task):
     reference, fast = pair(config, task)
-    shapes = [{key: tuple(v.shape) for key, v in m.released_parameters().items()} for m in (reference, fast)]
+    shapes = [{key: tuple(v.shape) for key, v in m.official_parameters().items()} for m in (reference, fast)]
     assert shapes[0] == shapes[1]
-    assert sum(p.numel() for p in fast.parameters()) == sum(v.numel() for v in fast.released_parameters().values())
+    assert sum(p.numel() for p in fast.parameters()) == sum(v.numel() for v in fast.official_parameters().values())
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 5])
@@ -74,7 +74,7 @@ def test_strided_and_low_precision_video():
 def test_captioning_beam_search(options, end_bias):
     reference, fast = pair(SMALL, seed=3, scale=2.0)
     for model in (reference, fast):
-        model.released_parameters()["text_decoder.cls.predictions.bias"][102] = end_bias
+        model.official_parameters()["text_decoder.cls.predictions.bias"][102] = end_bias
     video = random_video(SMALL, batch=3)
     ours, theirs = (model.generate(video, **options) for model in (fast, reference))
     torch.testing.assert_close(ours.scores, theirs.scores, atol=1e-4, rtol=1e-5)
@@ -107,7 +107,7 @@ def test_losses_and_gradients(config):
         torch.testing.assert_close(losses[1], losses[0], atol=0, rtol=1e-5)
         for loss in losses:
             loss.backward()
-        gradients = fast.released_gradients()
+        gradients = fast.official_gradients()
         for key, parameter in reference.named_parameters():
             if parameter.grad is not None and parameter.grad.norm() > 1e-4:
                 assert relative_error(gradients[key], parameter.grad) < 1e-4, key
@@ -191,7 +191,7 @@ def test_an_empty_batch_encodes_to_nothing():
 
 def test_only_what_the_task_uses_is_built():
     captioning, answering = (
-        set(kind(SMALL, device="meta").released_parameters())
+        set(kind(SMALL, device="meta").official_parameters())
         for kind in (mf.MPlug2ForCaptioning, mf.MPlug2ForQuestionAnswering)
     )
     assert captioning < answering

@@ -27,8 +27,8 @@ def test_five_steps_end_where_the_reference_ends(vision):
             losses[-1].append(loss.item())
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     reference, fast = (model.eval() for model in models)
-    expected, width = reference.released_parameters(), vision.vision.width
-    for name, parameter in fast.released_parameters().items():
+    expected, width = reference.official_parameters(), vision.vision.width
+    for name, parameter in fast.official_parameters().items():
         if name.endswith("key.bias"):
             continue
         rows = torch.ones(len(parameter), dtype=torch.bool)

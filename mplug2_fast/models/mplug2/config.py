@@ -1,4 +1,4 @@
-"""Sizes and defaults of an mPLUG-2 model, read from the released files or taken from a preset."""
+"""Sizes and defaults of mPLUG-2: presets, and what the official configuration files say."""
 
 from __future__ import annotations
 
@@ -6,35 +6,21 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar
 
-from mplug2_fast.errors import ConfigError, printable
+from mplug2_fast.errors import ConfigError
+from mplug2_fast.models.config import Config
 from mplug2_fast.nn.config import BertConfig, VisionConfig
-
-Task = Literal["captioning", "question_answering"]
-TASKS: tuple[Task, ...] = ("captioning", "question_answering")
 
 CLS_TOKEN_ID = 101
 SEP_TOKEN_ID = 102
 PAD_TOKEN_ID = 0
 
-# The CLIP towers that the released configurations name: (width, layers, patch size).
 CLIP_TOWERS = {"ViT-L-14": (1024, 24, 14), "ViT-B-16": (768, 12, 16)}
+"""Image towers in the official configurations: name to (width, layers, patch size)."""
 
-MAX_LAYERS = 1000
-MAX_PROMPT = 1000
-"""Characters."""
 MAX_IMAGE_SIDE = 400
-"""Patches in a row of an image."""
-# Larger values are mistakes, or meant to fill the memory: no model comes near them.
-_DEFAULT_MAX = 2**20
-_MAX: dict[str, int] = {
-    **dict.fromkeys(("layers", "stored_layers", "text_encoder_layers", "text_decode_layers"), MAX_LAYERS),
-    **dict.fromkeys(("width", "hidden_size", "head_dim", "num_attention_heads"), 2**16),
-    **dict.fromkeys(("num_beams", "mlp_ratio", "temporal_kernel_size", "patch_size"), 1024),
-    **dict.fromkeys(("num_frames", "temporal_stride"), 2**14),
-    "vocab_size": 2**24,
-}
+"""Patches along one side of a frame."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +46,7 @@ class TextConfig(BertConfig):
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Defaults of `generate`. A length of None means the released default of the task."""
+    """Defaults of `generate`. A length of None means the official default of the task."""
 
     num_beams: int = 5
     min_length: int | None = None
@@ -80,18 +66,10 @@ class GenerationConfig:
         counted = len(re.findall(r"\w+|[^\w\s]", self.prompt)) if self.prompt_length is None else self.prompt_length
         return max(counted - 1, 0)
 
-    def lengths(self, task: Task) -> tuple[int, int]:
-        """(min_length, max_length) of `task`, in tokens after [CLS]."""
-        low, high = (4, 20) if task == "captioning" else (1, 10)
-        return (
-            low if self.min_length is None else self.min_length,
-            high if self.max_length is None else self.max_length,
-        )
-
 
 @dataclass(frozen=True)
-class MPlug2Config:
-    """Everything that decides the shapes of an mPLUG-2 model, and its generation defaults.
+class MPlug2Config(Config):
+    """The sizes of an mPLUG-2 model, and its defaults for generation.
 
     Raises `ConfigError` for sizes that no model can have.
     """
@@ -100,11 +78,11 @@ class MPlug2Config:
     text: TextConfig = field(default_factory=TextConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
+    family: ClassVar[str] = "mplug2"
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         vision, text = self.vision, self.text
-        for part in (vision, text, self.generation):
-            for f in dataclasses.fields(part):
-                _check_field(f"{type(part).__name__}.{f.name}", f, getattr(part, f.name))
         if vision.width % vision.head_dim:
             raise ConfigError(
                 f"the vision width {vision.width} is not a multiple of the head dimension {vision.head_dim}"
@@ -145,18 +123,18 @@ class MPlug2Config:
             )
 
     @classmethod
-    def from_released(
+    def from_official(
         cls,
         *,
         bert: Mapping[str, Any],
         model: Mapping[str, Any] | None = None,
         clip: Mapping[str, Any] | None = None,
     ) -> MPlug2Config:
-        """Read the released files: `config_bert*.json`, the task's YAML, and the CLIP sizes.
+        """Read the official files: `config_bert*.json`, the task's YAML, and the CLIP sizes.
 
         Args:
             bert: the BERT JSON.
-            model: the YAML fields; absent ones have the released default.
+            model: the YAML fields; absent ones have the official default.
             clip: `width`, `layers` and `patch` of the image tower. None takes them from the YAML's `clip_name`.
         """
         model = dict(model or {})
@@ -194,77 +172,8 @@ class MPlug2Config:
             ),
         )
 
-    @classmethod
-    def preset(cls, name: str) -> MPlug2Config:
-        """`"large"` and `"base"` are the released sizes; `"tiny"` is the size of the model that ships."""
-        presets = {"large": _LARGE, "base": _BASE, "tiny": _TINY}
-        if name not in presets:
-            raise ConfigError(f"no preset {name!r}: choose one of {', '.join(presets)}")
-        return cls(*presets[name])
-
-    def replace(self, **changes: Any) -> MPlug2Config:
-        """A copy with fields changed; each name is looked up in the vision, text and generation parts."""
-        parts = {}
-        for part in ("vision", "text", "generation"):
-            names = {f.name for f in dataclasses.fields(getattr(self, part))}
-            mine = {key: changes.pop(key) for key in list(changes) if key in names}
-            parts[part] = dataclasses.replace(getattr(self, part), **mine)
-        if changes:
-            raise ConfigError(f"no such configuration field: {', '.join(changes)}")
-        return MPlug2Config(**parts)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Nested dicts of plain values, as `config.json` stores them."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> MPlug2Config:
-        """The inverse of `to_dict`. Raises `ConfigError` for unknown fields."""
-        kinds = {"vision": VisionConfig, "text": TextConfig, "generation": GenerationConfig}
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"a configuration is an object with {', '.join(kinds)}, got {type(values).__name__}")
-        unknown = {str(key) for key in values} - set(kinds)
-        parts = {}
-        for part, kind in kinds.items():
-            known = {f.name for f in dataclasses.fields(kind)}
-            given = values.get(part, {})
-            if not isinstance(given, Mapping):
-                raise ConfigError(f"{part} must be an object with the fields of {kind.__name__}, got {_shown(given)}")
-            unknown |= {f"{part}.{key}" for key in given if key not in known}
-            parts[part] = {key: value for key, value in given.items() if key in known}
-        if unknown:
-            raise ConfigError(f"unknown configuration fields: {printable(', '.join(sorted(unknown)))}")
-        return cls(**{part: kind(**parts[part]) for part, kind in kinds.items()})
-
-
-def _check_field(name: str, field: dataclasses.Field[Any], value: Any) -> None:
-    """Raise `ConfigError` unless the value has the field's type and a size that a model can have."""
-    largest = _MAX.get(field.name, _DEFAULT_MAX)
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if field.type == "int":
-        if not whole or value < 1:
-            raise ConfigError(f"{name} must be a positive whole number, got {_shown(value)}")
-        if value > largest:
-            raise ConfigError(f"{name} must be at most {largest:,}, got {_shown(value)}")
-    elif field.type == "int | None":
-        if value is not None and not (whole and 0 <= value <= largest):
-            raise ConfigError(f"{name} must be null or a whole number from 0 to {largest:,}, got {_shown(value)}")
-    elif field.type == "bool":
-        if not isinstance(value, bool):
-            raise ConfigError(f"{name} must be true or false, got {_shown(value)}")
-    elif field.type == "float":
-        if not ((whole or isinstance(value, float)) and 0 <= value <= 1):
-            raise ConfigError(f"{name} must be a number from 0 to 1, got {_shown(value)}")
-    elif not isinstance(value, str) or len(value) > MAX_PROMPT or not value.isprintable():
-        raise ConfigError(f"{name} must be a printable text of up to {MAX_PROMPT} characters, got {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    """A value for messages."""
-    try:
-        return printable(repr(value), longest=60)
-    except (ValueError, RecursionError):  # too many digits, too deep
-        return f"a {type(value).__name__} that is too large to print"
+    from_released = from_official
+    """The former name."""
 
 
 _LARGE = (VisionConfig(), TextConfig(), GenerationConfig(prompt="a video of"))
@@ -299,3 +208,5 @@ _TINY = (
     ),
     GenerationConfig(min_length=1, max_length=12),
 )
+
+MPlug2Config.presets = {"large": _LARGE, "base": _BASE, "tiny": _TINY}

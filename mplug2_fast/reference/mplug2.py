@@ -1,4 +1,4 @@
-"""mPLUG-2 for captioning and for question answering, as released."""
+"""mPLUG-2 for captioning and for question answering: the official computation."""
 
 from __future__ import annotations
 
@@ -8,61 +8,135 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mplug2_fast.models.mplug2.config import CLS_TOKEN_ID, PAD_TOKEN_ID, MPlug2Config, Task
+from mplug2_fast.models.mplug2.config import CLS_TOKEN_ID, PAD_TOKEN_ID, SEP_TOKEN_ID, MPlug2Config, TextConfig
+from mplug2_fast.models.mplug2.official_names import MPlug2Names
 from mplug2_fast.modes import in_eval_mode
 from mplug2_fast.outputs import GenerationOutput
-from mplug2_fast.reference.decoder import Hypothesis, TextDecoder, beam_search
-from mplug2_fast.reference.encoders import FusionEncoder, TextEncoder
+from mplug2_fast.reference.beam_search import Hypothesis, beam_search
+from mplug2_fast.reference.bert import (
+    BertEmbeddings,
+    BertLayer,
+    TextDecoder,
+    cross_attention_mask,
+    self_attention_mask,
+)
 from mplug2_fast.reference.vision import LocalTemporal, VisionTransformer
+from mplug2_fast.tasks import AnswerRanking, Captioning, QuestionAnswering, Task
+
+
+class UniversalLayers(nn.Module):
+    """The two layers that text and video share: plain self-attention layers for text, see `forward` for a video."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.empty(config.num_latents, config.hidden_size))
+        self.first = BertLayer(config, cross_attention=True)
+        self.last = BertLayer(config, cross_attention=True)
+
+    def forward(self, visual: Tensor) -> Tensor:
+        """Visual tokens `(B, S, D)`: into the latents, and back onto all tokens."""
+        latents = self.first(self.latents.expand(visual.shape[0], -1, -1), memory=visual)
+        return self.last(visual, memory=latents)
+
+
+class TextEncoder(nn.Module):
+    """Embeddings and the layers below the universal ones."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.embeddings = BertEmbeddings(config)
+        below = config.text_encoder_layers - config.num_uni_layer
+        self.layers = nn.ModuleList([BertLayer(config, cross_attention=False) for _ in range(below)])
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, universal: UniversalLayers) -> Tensor:
+        x = self.embeddings(input_ids)
+        mask = self_attention_mask(attention_mask, x.dtype)
+        for layer in (*self.layers, universal.first, universal.last):
+            x = layer(x, mask)
+        return x
+
+
+class FusionEncoder(nn.Module):
+    """The last `fusion_layers` of the stored layers, with connected attention every `stride_layer`."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(
+            [BertLayer(config, cross_attention=not config.connected(n)) for n in range(config.fusion_layers)]
+        )
+
+    def forward(self, text: Tensor, text_mask: Tensor, visual: Tensor, visual_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (visual, text), of the shapes that came in."""
+        for n, layer in enumerate(self.layers):
+            if not self.config.connected(n):
+                memory_mask = cross_attention_mask(visual_mask, text.dtype)
+                text = layer(text, self_attention_mask(text_mask, text.dtype), visual, memory_mask)
+            else:
+                both = layer(
+                    torch.cat([visual, text], dim=1),
+                    self_attention_mask(torch.cat([visual_mask, text_mask], dim=1), text.dtype),
+                )
+                visual = visual + both[:, : visual.shape[1]]
+                text = both[:, visual.shape[1] :]
+        return visual, text
 
 
 class _MPlug2(nn.Module):
-    task: Task
+    task_types: tuple[type[Task], ...]
 
     def __init__(
         self, config: MPlug2Config, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         self.config = config
+        self.tasks = {kind.name: kind() for kind in self.task_types}
         text = config.text
         with torch.device(device or torch.get_default_device()):
-            self.visual_encoder = nn.Module()
-            self.visual_encoder.visual = VisionTransformer(config.vision)
+            self.visual = VisionTransformer(config.vision)
             if config.vision.width != text.hidden_size:
-                self.visn_fc = nn.Linear(config.vision.width, text.hidden_size)
-                self.visn_layer_norm = nn.LayerNorm(text.hidden_size, eps=1e-12)
-            self.visn_emb_norm = nn.LayerNorm(text.hidden_size, eps=1e-12)
+                self.visual_projection = nn.Linear(config.vision.width, text.hidden_size)
+                self.visual_projection_norm = nn.LayerNorm(text.hidden_size, eps=1e-12)
+            self.visual_norm = nn.LayerNorm(text.hidden_size, eps=1e-12)
             self.dropout = nn.Dropout(text.hidden_dropout_prob)
-            self.text_encoder = TextEncoder(text, text=self.task == "question_answering")
-            if self.task == "question_answering":
-                self.fusion_encoder = FusionEncoder(text)
-            self.text_decoder = TextDecoder(text)
-        for module in self.modules():
-            for parameter in module.parameters(recurse=False):
-                if parameter.ndim > 1:
-                    nn.init.normal_(parameter, std=text.initializer_range)
-        nn.init.normal_(self.visual_encoder.visual.class_embedding, std=text.initializer_range)
+            self.universal = UniversalLayers(text)
+            self.decoder = TextDecoder(text, text.text_decode_layers)
+            if QuestionAnswering.name in self.tasks:
+                self.text = TextEncoder(text)
+                self.fusion = FusionEncoder(text)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1 or "embedding" in name:
+                nn.init.normal_(parameter, std=text.initializer_range)
         for module in self.modules():
             if isinstance(module, LocalTemporal):
                 nn.init.zeros_(module.up_proj.weight)
                 nn.init.zeros_(module.up_proj.bias)
         self.to(dtype=dtype)
 
-    def released_parameters(self) -> dict[str, Tensor]:
-        """Released key to a detached view of this model's parameter."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+    @property
+    def official_names(self) -> MPlug2Names:
+        """The official name of every parameter."""
+        return MPlug2Names(self.config, next(iter(self.tasks.values())).modules)
+
+    def official_parameters(self) -> dict[str, Tensor]:
+        """Official name -> a detached view into this model's parameters."""
+        return self.official_names.views(self)
+
+    def official_gradients(self) -> dict[str, Tensor]:
+        """Official name -> a view into the gradient."""
+        return self.official_names.views(self, lambda parameter: parameter.grad)
 
     def encode_visual(self, video: Tensor) -> Tensor:
         """Video `(B, 3, T, H, W)` to the vision encoder's tokens `(B, S, D)`, brought to the BERT width."""
-        x = self.visual_encoder.visual(video.to(self.visn_emb_norm.weight.dtype))
-        if hasattr(self, "visn_fc"):
-            x = self.dropout(self.visn_layer_norm(self.visn_fc(x)))
+        x = self.visual(video.to(self.visual_norm.weight.dtype))
+        if hasattr(self, "visual_projection"):
+            x = self.dropout(self.visual_projection_norm(self.visual_projection(x)))
         return x
 
     def encode_video(self, video: Tensor) -> Tensor:
         """Video `(B, 3, T, H, W)`, normalised, to image_embeds `(B, S, D)`."""
         x = self.encode_visual(video)
-        return self.dropout(self.visn_emb_norm(x + self.text_encoder.v_module(x)))
+        return self.dropout(self.visual_norm(x + self.universal(x)))
 
     def _beam_search(
         self,
@@ -74,17 +148,21 @@ class _MPlug2(nn.Module):
         num_return: int,
     ) -> GenerationOutput:
         defaults = self.config.generation
-        low, high = defaults.lengths(self.task)
+        low, high = next(iter(self.tasks.values())).lengths
+        low = low if defaults.min_length is None else defaults.min_length
+        high = high if defaults.max_length is None else defaults.max_length
         beams = defaults.num_beams if num_beams is None else num_beams
 
         def next_logits(sequences: Tensor, alive: Tensor) -> Tensor:
             tiled = memory[alive].repeat_interleave(beams, dim=0)
             tiled_mask = None if memory_mask is None else memory_mask[alive].repeat_interleave(beams, dim=0)
-            return self.text_decoder(sequences, torch.ones_like(sequences), tiled, tiled_mask)[:, -1]
+            return self.decoder(sequences, torch.ones_like(sequences), tiled, tiled_mask)[:, -1]
 
         found = beam_search(
             next_logits,
             memory.shape[0],
+            start_token_id=CLS_TOKEN_ID,
+            end_token_id=SEP_TOKEN_ID,
             num_beams=beams,
             min_length=low if min_length is None else min_length,
             max_length=high if max_length is None else max_length,
@@ -113,7 +191,7 @@ def shifted_labels(input_ids: Tensor, prompt_tokens: int = 0) -> Tensor:
 
 
 class MPlug2ForCaptioning(_MPlug2):
-    task: Task = "captioning"
+    task_types = (Captioning,)
 
     def forward(self, video: Tensor, caption_ids: Tensor, caption_mask: Tensor) -> Tensor:
         """Training loss: the mean cross-entropy over the targets. All tokens of the prompt but the last are ignored.
@@ -121,7 +199,7 @@ class MPlug2ForCaptioning(_MPlug2):
         Args:
             video: `(B, 3, T, H, W)`. caption_ids, caption_mask: `(B, tokens)`.
         """
-        logits = self.text_decoder(caption_ids, caption_mask, self.encode_video(video), None)
+        logits = self.decoder(caption_ids, caption_mask, self.encode_video(video), None)
         labels = shifted_labels(caption_ids, self.config.generation.prompt_tokens)
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
 
@@ -141,14 +219,14 @@ class MPlug2ForCaptioning(_MPlug2):
 
 
 class MPlug2ForQuestionAnswering(_MPlug2):
-    task: Task = "question_answering"
+    task_types = (QuestionAnswering, AnswerRanking)
 
     def encode_question(self, video: Tensor, question_ids: Tensor, question_mask: Tensor) -> tuple[Tensor, Tensor]:
         """The decoder's memory `(B, S + tokens, D)`, [fusion visual; fusion text], and its padding mask."""
         visual = self.encode_video(video)
         visual_mask = torch.ones(visual.shape[:2], dtype=question_mask.dtype, device=visual.device)
-        text = self.text_encoder(question_ids, question_mask)
-        visual, text = self.fusion_encoder(text, question_mask, visual, visual_mask)
+        text = self.text(question_ids, question_mask, self.universal)
+        visual, text = self.fusion(text, question_mask, visual, visual_mask)
         return torch.cat([visual, text], dim=1), torch.cat([visual_mask, question_mask], dim=1)
 
     def forward(
@@ -172,7 +250,7 @@ class MPlug2ForQuestionAnswering(_MPlug2):
         counts = torch.as_tensor(answers_per_question, device=memory.device)
         memory = memory.repeat_interleave(counts, dim=0)
         memory_mask = memory_mask.repeat_interleave(counts, dim=0)
-        logits = self.text_decoder(answer_ids, answer_mask, memory, memory_mask)
+        logits = self.decoder(answer_ids, answer_mask, memory, memory_mask)
         labels = shifted_labels(answer_ids)
         losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none").sum(dim=1)
         return (losses * answer_weights).sum() / video.shape[0]
@@ -209,12 +287,12 @@ class MPlug2ForQuestionAnswering(_MPlug2):
         memory, mask = self.encode_question(video, question_ids, question_mask)
         batch = memory.shape[0]
         start = torch.full((batch, 1), CLS_TOKEN_ID, dtype=torch.long, device=memory.device)
-        first_probs = self.text_decoder(start, torch.ones_like(start), memory, mask)[:, 0].float().softmax(dim=-1)
+        first_probs = self.decoder(start, torch.ones_like(start), memory, mask)[:, 0].float().softmax(dim=-1)
         top_probs, top = first_probs[:, answer_ids[:, 1]].topk(k, dim=-1)
 
         memory, mask = memory.repeat_interleave(k, dim=0), mask.repeat_interleave(k, dim=0)
         ids = answer_ids[top.flatten()]
-        logits = self.text_decoder(ids, answer_mask[top.flatten()], memory, mask)
+        logits = self.decoder(ids, answer_mask[top.flatten()], memory, mask)
         nll = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), shifted_labels(ids), reduction="none").sum(dim=1)
         probs, order = (top_probs.log() - nll.view(batch, k)).softmax(dim=-1).sort(dim=-1, descending=True)
         return top.gather(1, order), probs

@@ -1,4 +1,4 @@
-"""`mplug2-fast caption` and `mplug2-fast answer`."""
+"""`mplug2-fast caption`, `answer` and `predict`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -39,7 +39,9 @@ from mplug2_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from mplug2_fast.bulk import Ranks, Sources, Work
-    from mplug2_fast.predict import Answerer, Result
+    from mplug2_fast.predict import Predictor, Result
+
+_Predictor = TypeVar("_Predictor", bound="Predictor")
 
 MOST_WORDS = 20
 """Of those that the model does not know, named in a note."""
@@ -97,7 +99,7 @@ def caption(
 
         def work(ranks: Ranks, sources: Sources) -> Work:
             captioner = load(Captioner, checkpoint, dtype, ranks.device(device), quietly=ranks.rank > 0)
-            return bulk.Caption(captioner, bulk_options.frames_of(captioner), captioner.generation_options(**searching))
+            return bulk.Predict(captioner, bulk_options.frames_of(captioner), captioner.generation_options(**searching))
 
         run_bulk(work, lambda: bulk.find_videos(files), out, bulk_options, "captions")
 
@@ -180,19 +182,119 @@ def answer(
 
         def work(ranks: Ranks, sources: Sources) -> Work:
             answerer = load(Answerer, checkpoint, dtype, ranks.device(device), quietly=ranks.rank > 0)
-            asked = dict.fromkeys(question.text for video in sources.videos for question in video.questions)
-            for text in asked:
-                try:
-                    answerer.check_question(text)
-                except ConfigError as error:
-                    raise ConfigError(f"{text[:MOST_CHARACTERS]!r}: {error}") from error
-            if ranks.rank == 0:
-                _note_unknown_words(answerer, asked)
-            if choices is None:
-                searching.update(answerer.generation_options(**searching))
-            return bulk.Answer(answerer, bulk_options.frames_of(answerer), choices, searching)
+            _check_texts(answerer, sources, ranks)
+            predictor, options = answerer.with_options(choices, **searching)
+            return bulk.Predict(predictor, bulk_options.frames_of(predictor), options)
 
         run_bulk(work, find, out, bulk_options, "answers")
+
+
+def predict(
+    files: Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help=VIDEOS_HELP)] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK",
+            help="A task, such as captioning, or file.py:Name for your own.  [default: what the checkpoint says]",
+        ),
+    ] = None,
+    text: Annotated[str | None, typer.Option(metavar="TEXT", help="The text that goes with each file.")] = None,
+    texts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="JSONL",
+            help="With --out: the videos and texts, each an object with path, question, perhaps id.",
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An option of the task, such as num_beams=3; repeat it for several."),
+    ] = None,
+    out: OutOption = None,
+    checkpoint: CheckpointOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    frames: FramesOption = None,
+    windows: WindowsOption = None,
+    stride: StrideOption = None,
+    num_workers: WorkersOption = None,
+    timeout: TimeoutOption = None,
+    batch_memory: BatchMemoryOption = None,
+    decoder: DecoderOption = None,
+    retry_failed: RetryOption = False,
+) -> None:
+    """Run any task on videos and images.
+
+    Prints one line per file, in order: its name, a tab, and the result. With --out the results go to a file, one JSON
+    object per video or text. Rerun the same command to resume an interrupted run.
+    """
+    if bool(files) == (texts is not None):
+        raise typer.BadParameter("give files, or --texts, which names them itself")
+    with reporting():
+        bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder, retry_failed)
+        from mplug2_fast import tasks
+        from mplug2_fast.predict import Predictor
+
+        chosen = None if task is None else tasks.load(task)
+        options = dict(map(_option, option or ()))
+        if out is None:
+            dataclasses.replace(bulk_options, timeout=None).require_none()
+            if texts is not None:
+                raise ConfigError("--texts: only with --out, which names the file that the results go to")
+            predictor = load(Predictor, checkpoint, dtype, device, task=chosen)
+            _check_options(predictor, options)
+            results = predictor.predict(files, text, **options, **_in_a_process(timeout))
+            _print(results, files, as_json, **({} if text is None else {"text_given": text}))
+            return
+        from mplug2_fast import bulk
+
+        def find() -> Sources:
+            if texts is not None:
+                return bulk.read_questions(texts)
+            found = bulk.find_videos(files)
+            return found if text is None else bulk.ask_all(found, text)
+
+        def work(ranks: Ranks, sources: Sources) -> Work:
+            predictor = load(Predictor, checkpoint, dtype, ranks.device(device), task=chosen, quietly=ranks.rank > 0)
+            _check_options(predictor, options)
+            if predictor.task.reads_text or text is not None or texts is not None:
+                _check_texts(predictor, sources, ranks)
+            return bulk.Predict(predictor, bulk_options.frames_of(predictor), options)
+
+        run_bulk(work, find, out, bulk_options, "results")
+
+
+def _option(given: str) -> tuple[str, Any]:
+    """`name=value`, the value as JSON, or else as it is."""
+    name, equals, value = given.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"--option {given}: give it as NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _check_options(predictor: Predictor, options: dict[str, Any]) -> None:
+    unknown = options.keys() - set(predictor.task.options)
+    if unknown:
+        known = ", ".join(predictor.task.options) or "none"
+        raise ConfigError(f"{predictor.task.name} has no option {', '.join(sorted(unknown))}; it has: {known}")
+
+
+def _check_texts(predictor: Predictor, sources: Sources, ranks: Ranks) -> None:
+    """Raise `ConfigError` for the first text that the model cannot read."""
+    asked = dict.fromkeys(question.text for video in sources.videos for question in video.questions)
+    for text in asked or (None,):
+        try:
+            predictor.check_text(text)
+        except ConfigError as error:
+            if text is None:
+                raise
+            raise ConfigError(f"{text[:MOST_CHARACTERS]!r}: {error}") from error
+    if ranks.rank == 0:
+        _note_unknown_words(predictor, asked)
 
 
 def _in_a_process(timeout: float | None) -> dict[str, Any]:
@@ -200,16 +302,18 @@ def _in_a_process(timeout: float | None) -> dict[str, Any]:
     return {"num_workers": 1, "timeout": timeout or 60.0}
 
 
-def load(task: Any, checkpoint: str | None, dtype: Dtype, device: str, *, quietly: bool = False) -> Any:
-    """A task with the model of a checkpoint."""
+def load(
+    kind: type[_Predictor], checkpoint: str | None, dtype: Dtype, device: str, *, quietly: bool = False, **more: Any
+) -> _Predictor:
+    """A predictor with the model of a checkpoint."""
     if checkpoint is None and not quietly:
         note("note: this is the tiny model that ships, which knows moving shapes only; --checkpoint takes another")
     with waiting("loading the model"):
-        return task(checkpoint, dtype=dtype.value, device=device)
+        return kind(checkpoint, dtype=dtype.value, device=device, **more)
 
 
-def _note_unknown_words(answerer: Answerer, questions: Iterable[str]) -> None:
-    unknown = list(dict.fromkeys(word for question in questions for word in answerer.unknown_words(question)))
+def _note_unknown_words(predictor: Predictor, questions: Iterable[str]) -> None:
+    unknown = list(dict.fromkeys(word for question in questions for word in predictor.unknown_words(question)))
     if unknown:
         more = f" and {len(unknown) - MOST_WORDS} more" if len(unknown) > MOST_WORDS else ""
         told = f"{', '.join(unknown[:MOST_WORDS])}{more}"

@@ -1,0 +1,129 @@
+"""What the configurations of all families share: checked fields, presets, conversion to and from plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from mplug2_fast.errors import ConfigError, printable
+
+MAX_LAYERS = 1000
+MAX_TEXT = 1000
+"""Characters of a text field."""
+# Larger values are mistakes, or attempts to fill the memory. No model comes near them.
+_DEFAULT_MAX = 2**20
+_MAX: dict[str, int] = {
+    **dict.fromkeys(("layers", "stored_layers", "text_encoder_layers", "text_decode_layers"), MAX_LAYERS),
+    **dict.fromkeys(("width", "hidden_size", "head_dim", "num_attention_heads"), 2**16),
+    **dict.fromkeys(("num_beams", "mlp_ratio", "temporal_kernel_size", "patch_size"), 1024),
+    **dict.fromkeys(("num_frames", "temporal_stride"), 2**14),
+    "vocab_size": 2**24,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A configuration of one family. Its fields are parts, each a dataclass of plain values.
+
+    Raises `ConfigError` for values that no model can have.
+    """
+
+    family: ClassVar[str]
+    """Key of the family in `mplug2_fast.models.FAMILIES`."""
+    presets: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Name to the parts, in the order of the fields."""
+
+    def __post_init__(self) -> None:
+        for part in dataclasses.fields(self):
+            values = getattr(self, part.name)
+            for f in dataclasses.fields(values):
+                _check_field(f"{type(values).__name__}.{f.name}", f, getattr(values, f.name))
+
+    @classmethod
+    def preset(cls, name: str) -> Any:
+        """The configuration of a published size. Raises `ConfigError` for a name that does not exist."""
+        if name not in cls.presets:
+            raise ConfigError(f"no preset {name!r}: choose one of {', '.join(cls.presets)}")
+        return cls(*cls.presets[name])
+
+    def replace(self, **changes: Any) -> Any:
+        """A copy with fields changed: `replace(text={"num_latents": 8}, vision={"num_frames": 4})`.
+
+        A field's name alone works too, `replace(num_frames=4)`, if only one part has it.
+
+        Raises `ConfigError` for a name that no part has, or that several have.
+        """
+        names = {part.name: {f.name for f in dataclasses.fields(getattr(self, part.name))} for part in _parts(self)}
+        wanted: dict[str, dict[str, Any]] = {part: dict(changes.pop(part, {})) for part in names}
+        for name, value in changes.items():
+            owners = [part for part, fields in names.items() if name in fields]
+            if len(owners) > 1:
+                ways = " or ".join(f"{part}={{{name!r}: ...}}" for part in owners)
+                raise ConfigError(f"{name} is a field of {' and '.join(owners)}: use {ways}")
+            if not owners:
+                raise ConfigError(f"no such configuration field: {name}")
+            wanted[owners[0]][name] = value
+        unknown = [f"{part}.{name}" for part, values in wanted.items() for name in values if name not in names[part]]
+        if unknown:
+            raise ConfigError(f"no such configuration field: {', '.join(unknown)}")
+        return type(self)(
+            **{part: dataclasses.replace(getattr(self, part), **values) for part, values in wanted.items()}
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dicts of plain values, as `config.json` stores them."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Any:
+        """The inverse of `to_dict`. Raises `ConfigError` for unknown fields."""
+        kinds = {part.name: part.default_factory for part in _parts(cls)}
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"a configuration is an object with {', '.join(kinds)}, got {type(values).__name__}")
+        unknown = {str(key) for key in values} - set(kinds)
+        parts = {}
+        for part, kind in kinds.items():
+            known = {f.name for f in dataclasses.fields(kind)}
+            given = values.get(part, {})
+            if not isinstance(given, Mapping):
+                raise ConfigError(f"{part} must be an object with the fields of {kind.__name__}, got {_shown(given)}")
+            unknown |= {f"{part}.{key}" for key in given if key not in known}
+            parts[part] = {key: value for key, value in given.items() if key in known}
+        if unknown:
+            raise ConfigError(f"unknown configuration fields: {printable(', '.join(sorted(unknown)))}")
+        return cls(**{part: kind(**parts[part]) for part, kind in kinds.items()})
+
+
+def _parts(config: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(config)
+
+
+def _check_field(name: str, field: dataclasses.Field[Any], value: Any) -> None:
+    """Raise `ConfigError` unless the value has the field's type and a size that a model can have."""
+    largest = _MAX.get(field.name, _DEFAULT_MAX)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if field.type == "int":
+        if not whole or value < 1:
+            raise ConfigError(f"{name} must be a positive whole number, got {_shown(value)}")
+        if value > largest:
+            raise ConfigError(f"{name} must be at most {largest:,}, got {_shown(value)}")
+    elif field.type == "int | None":
+        if value is not None and not (whole and 0 <= value <= largest):
+            raise ConfigError(f"{name} must be null or a whole number from 0 to {largest:,}, got {_shown(value)}")
+    elif field.type == "bool":
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} must be true or false, got {_shown(value)}")
+    elif field.type == "float":
+        if not ((whole or isinstance(value, float)) and 0 <= value <= 1):
+            raise ConfigError(f"{name} must be a number from 0 to 1, got {_shown(value)}")
+    elif not isinstance(value, str) or len(value) > MAX_TEXT or not value.isprintable():
+        raise ConfigError(f"{name} must be a printable text of up to {MAX_TEXT} characters, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    """A value for messages."""
+    try:
+        return printable(repr(value), longest=60)
+    except (ValueError, RecursionError):  # too many digits, too deep
+        return f"a {type(value).__name__} that is too large to print"

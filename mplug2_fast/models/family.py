@@ -1,0 +1,63 @@
+"""What the package knows of a family of models: everything outside of the family's folder goes through this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from mplug2_fast.models.config import Config
+from mplug2_fast.models.names import OfficialNames, Shape, with_heads
+from mplug2_fast.tasks import Task
+
+
+@dataclass(frozen=True)
+class InferredConfig:
+    """Sizes found in a state dict.
+
+    Attributes:
+        config: the whole configuration.
+        modules: the modules that the state dict has. A module counts when its first parts are there, so that a single
+            missing entry is reported as missing and does not hide the module.
+        assumed: dotted field -> value, for fields that neither the shapes nor the file's own configuration determine,
+            and that have the official default.
+        undetermined: dotted field -> the module that needs it, for fields without an official default at this size. A
+            wrong guess would load without an error and give noise.
+    """
+
+    config: Any
+    modules: frozenset[str]
+    assumed: dict[str, Any]
+    undetermined: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    Attributes:
+        title: for people.
+        config: its configuration class, with its presets.
+        names: (configuration, modules) -> official names.
+        recognise: how many of the entries that determine the sizes a state dict has.
+        infer: (shapes, the checkpoint's own `config` entry) -> configuration.
+        build: (configuration, tasks, device, dtype) -> model.
+    """
+
+    title: str
+    config: type[Config]
+    names: Callable[[Any, frozenset[str]], OfficialNames]
+    recognise: Callable[[Mapping[str, Shape]], int]
+    infer: Callable[[Mapping[str, Shape], Mapping[str, Any]], InferredConfig]
+    build: Callable[..., nn.Module]
+
+
+def official_names(family: Family, config: Any, tasks: Sequence[Task]) -> OfficialNames:
+    """The official names of a model for these tasks, heads included. Builds no model."""
+    modules = frozenset[str]().union(*(task.modules for task in tasks))
+    with torch.device("meta"):
+        heads = {task.name: head for task in tasks if (head := task.head(config)) is not None}
+    return with_heads(family.names(config, modules), heads)

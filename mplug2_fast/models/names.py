@@ -1,0 +1,93 @@
+"""Official parameter names of a family: what each name is to a model, and the views into the model's tensors."""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+Shape = tuple[int, ...]
+
+LAYER_NUMBER = r"(0|[1-9][0-9]{0,3})"
+"""Pattern of a layer's number. Keys with larger numbers are unexpected: no model has as many layers."""
+
+
+class Entry(NamedTuple):
+    """One official parameter.
+
+    Attributes:
+        official: its name in a checkpoint. shape: its shape there.
+        path: our parameter. It may hold several official ones, one after another along the first axis.
+        part: which of them this is. parts: how many there are.
+    """
+
+    official: str
+    shape: Shape
+    path: str
+    part: int = 0
+    parts: int = 1
+
+
+class KeyKind(enum.Enum):
+    """What a key of a state dict is to a model."""
+
+    NEEDED = "needed"
+    TIED = "tied"
+    UNUSED = "unused"
+    MOMENTUM = "momentum"
+    UNEXPECTED = "unexpected"
+
+
+class OfficialNames:
+    """The official names of one size of a family.
+
+    Attributes:
+        entries: the parameters that the model computes with.
+        needed: official name -> shape of exactly these.
+        tied: names that a file stores twice -> the name that the models use.
+        resizable: position embeddings that are resized where the resolution differs.
+    """
+
+    tied: ClassVar[Mapping[str, str]] = {}
+    resizable: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self.entries: list[Entry] = []
+        self.needed: dict[str, Shape] = {}
+        for entry in entries:
+            self.add(entry)
+
+    def add(self, entry: Entry) -> None:
+        """Make a parameter one that the model computes with."""
+        self.entries.append(entry)
+        self.needed[entry.official] = entry.shape
+
+    def classify(self, key: str) -> KeyKind:
+        """What `key` is. Prefixes of wrappers, such as `module.`, must already be gone."""
+        if key in self.needed:
+            return KeyKind.NEEDED
+        return KeyKind.TIED if key in self.tied else KeyKind.UNEXPECTED
+
+    def views(self, model: nn.Module, of: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
+        """Official name -> view into the model's parameters, or into what `of` makes of each: their gradients, say."""
+        return {
+            entry.official: of(_attribute(model, entry.path)).chunk(entry.parts)[entry.part].view(entry.shape)
+            for entry in self.entries
+        }
+
+
+def _attribute(model: nn.Module, path: str) -> Tensor:
+    """By attributes, which wrappers of modules pass on, not by `named_parameters`, which has the wrappers' names."""
+    return functools.reduce(getattr, path.split("."), model)
+
+
+def with_heads(names: OfficialNames, heads: Mapping[str, nn.Module]) -> OfficialNames:
+    """The names, and those of the heads of tasks: `heads.TASK.PARAMETER`, in checkpoints and in the model."""
+    for task, head in heads.items():
+        for name, parameter in head.named_parameters():
+            path = f"heads.{task}.{name}"
+            names.add(Entry(path, tuple(parameter.shape), path))
+    return names

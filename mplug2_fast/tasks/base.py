@@ -1,0 +1,96 @@
+"""What a task is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mplug2_fast.errors import ConfigError, NotFiniteError
+
+if TYPE_CHECKING:
+    from mplug2_fast.text import Tokenizer
+
+
+class Alternative(NamedTuple):
+    """One text for a file, and its score."""
+
+    text: str
+    score: float
+
+
+Texts = list[Alternative] | NotFiniteError
+"""The texts of a video, best first, or why the model has none."""
+
+Respond = Callable[[Tensor, Sequence[str | None]], list[Texts]]
+"""From image_embeds `(B, S, D)` and the text that goes with each of the B videos, or None, to the results of each."""
+
+
+class Task(ABC):
+    """One task: the modules that it needs, its head, its loss, and its predictions.
+
+    A task holds no parameters and no state. One instance serves any number of models.
+
+    Attributes:
+        name: how checkpoints and the command line name it.
+        modules: the modules of the model that it computes with.
+        reads_text: whether it takes a text with each video, such as a question.
+        lengths: defaults of min_length and max_length, in tokens after [CLS], where it generates text.
+        options: names of the options that `respond` takes.
+    """
+
+    name: ClassVar[str]
+    modules: ClassVar[frozenset[str]]
+    reads_text: ClassVar[bool] = False
+    lengths: ClassVar[tuple[int, int]] = (1, 20)
+    options: ClassVar[tuple[str, ...]] = ()
+
+    def head(self, config: Any) -> nn.Module | None:
+        """A new head, with the parameters that only this task has, or None."""
+        return None
+
+    @abstractmethod
+    def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+        """The training loss of a batch: one number."""
+
+    @abstractmethod
+    def predict(self, model: Any, **inputs: Any) -> Any:
+        """The results for a batch of tensors. The model is in evaluation mode, and no gradient is recorded."""
+
+    @abstractmethod
+    def respond(self, model: Any, tokenizer: Tokenizer, **options: Any) -> Respond:
+        """The function that turns encoded videos and texts into results. Raises `ConfigError` for bad options."""
+
+    def check_text(self, model: Any, tokenizer: Tokenizer, text: str) -> None:  # noqa: B027 (nothing to check)
+        """Raise `ConfigError` for a text that the model cannot read."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError` with the message, unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def best_labels(probabilities: Tensor, labels: Sequence[str], count: int) -> list[Texts]:
+    """The `count` most likely labels of each row of `probabilities` `(B, classes)`."""
+    top = probabilities.float().topk(min(count, len(labels)), dim=1)
+    rows = zip(top.indices.tolist(), top.values.tolist(), probabilities.isfinite().all(dim=1).tolist(), strict=True)
+    return [
+        [Alternative(labels[i], p) for i, p in zip(indices, values, strict=True)]
+        if finite
+        else not_finite(probabilities.dtype)
+        for indices, values, finite in rows
+    ]
+
+
+def not_finite(dtype: torch.dtype) -> NotFiniteError:
+    """The error for results of a model of `dtype` that are NaN or infinite."""
+    remedies = {
+        torch.float16: "float16 overflows for this video; use the dtype bfloat16 or float32",
+        torch.bfloat16: "use the dtype float32, or a checkpoint whose training did not diverge",
+    }
+    remedy = remedies.get(dtype, "use a checkpoint whose training did not diverge")
+    return NotFiniteError(f"the model's results are not finite (NaN or infinite): {remedy}")

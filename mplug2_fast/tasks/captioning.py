@@ -1,0 +1,58 @@
+"""Video captioning (mPLUG-2, section 3.3; tasks of generation)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from mplug2_fast.outputs import GenerationOutput
+from mplug2_fast.tasks.base import Respond, Task, Texts
+from mplug2_fast.tasks.generative import BEFORE_LAST, search_options, shifted_labels, text_options, texts_of
+
+if TYPE_CHECKING:
+    from mplug2_fast.text import Tokenizer
+
+
+class Captioning(Task):
+    """A caption for a video, by beam search."""
+
+    name = "captioning"
+    modules = frozenset({"vision", "universal", "decoder"})
+    lengths = (4, 20)
+    options = ("num_beams", "num_return", "min_length", "max_length")
+
+    def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+        """The mean cross-entropy over the targets. All tokens of the prompt but the last are ignored.
+
+        Args:
+            model: with the modules of this task.
+            batch: `video` `(B, 3, T, H, W)` or `image_embeds` `(B, S, D)` from `encode_video`; `caption_ids` and
+                `caption_mask` `(B, tokens)`, from [CLS] on, mask 1 for tokens and 0 for padding.
+        """
+        memory = model.decoder.remember(model.embed(batch.get("video"), batch.get("image_embeds")))
+        ids, mask = batch["caption_ids"], batch["caption_mask"]
+        logits = model.decoder(ids[:, None], mask[:, None], memory, positions=BEFORE_LAST)[:, 0]
+        labels = shifted_labels(ids, model.pad_token_id, model.config.generation.prompt_tokens)
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+    def predict(
+        self, model: Any, video: Tensor | None = None, image_embeds: Tensor | None = None, **options: int | None
+    ) -> GenerationOutput:
+        """Captions of videos `(B, 3, T, H, W)`, or of image_embeds `(B, S, D)`. Options: see `search_options`."""
+
+        def remember(video: Tensor | None, image_embeds: Tensor | None) -> Any:
+            return model.decoder.remember(model.embed(video, image_embeds))
+
+        return model.search(self.name, remember, [video, image_embeds], **search_options(self, model, **options))
+
+    def respond(self, model: Any, tokenizer: Tokenizer, **options: Any) -> Respond:
+        filled = text_options(self, model, **options)
+        prompt = model.config.generation.prompt
+
+        def respond(image_embeds: Tensor, texts: Sequence[str | None]) -> list[Texts]:
+            return texts_of(model.predict(self, image_embeds=image_embeds, **filled), tokenizer, prompt, model)
+
+        return respond
