@@ -173,7 +173,7 @@ def _work() -> Any:
 
     captioner = mf.Captioner(device="cpu")
     frames = bulk.Frames(captioner.model.config.vision.num_frames)
-    return bulk.Caption(captioner, frames, captioner.generation_options(None, 1, None, None))
+    return bulk.Predict(captioner, frames, captioner.generation_options(None, 1, None, None))
 
 
 def write_clips(folder: Path, count: int, size: int, frames: int = 16) -> list[str]:

@@ -62,11 +62,10 @@ def test_one_video_at_a_time(captioner, answerer):
 
 def works(captioner: mf.Captioner, answerer: mf.Answerer, folder: Path) -> list[bulk.Work]:
     searching = captioner.generation_options(None, 1, None, None)
-    options = {"num_beams": None, "num_return": 1, "min_length": None, "max_length": None}
+    generating, ranking = answerer.with_options(), answerer.with_options(["red", "blue", "green"])
     return [
-        bulk.Caption(captioner, bulk.Frames(4), searching),
-        bulk.Answer(answerer, bulk.Frames(4), None, answerer.generation_options(**options)),
-        bulk.Answer(answerer, bulk.Frames(4), ["red", "blue", "green"], options),
+        bulk.Predict(captioner, bulk.Frames(4), searching),
+        *(bulk.Predict(predictor, bulk.Frames(4), options) for predictor, options in (generating, ranking)),
         *(bulk.Features(captioner, bulk.Frames(4), kind, "npy", folder) for kind in ("vision", "universal", "pooled")),
     ]
 
@@ -89,7 +88,7 @@ def test_batches(captioner, answerer, tmp_path, number, together):
 
 
 def test_a_window_that_is_not_finite_is_an_error_of_the_video(captioner):
-    work = bulk.Caption(
+    work = bulk.Predict(
         captioner, bulk.Frames(4, mf.video.Windows(4, 4)), captioner.generation_options(None, 1, None, None)
     )
     clips = [

@@ -13,7 +13,6 @@ import mplug2_fast as mf
 from mplug2_fast.checkpoint import save_pretrained
 from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error, VideoError
 from mplug2_fast.predict import Answerer, Captioner, Result, predictor
-from mplug2_fast.predict import answerer as answering
 from mplug2_fast.text import Tokenizer
 from mplug2_fast.video.limits import Guard
 from tests.bulk.files import write_clip
@@ -364,7 +363,7 @@ def test_without_a_path_it_is_the_model_that_ships(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(predictor, "TINY_MODEL", folder)
     assert Captioner.from_pretrained().tokenizer.vocab_size == len(VOCABULARY)
     monkeypatch.setattr(predictor, "TINY_MODEL", folder / "none")
-    with pytest.raises(CheckpointError, match="the tiny model is not there"):
+    with pytest.raises(CheckpointError, match="the tiny model is missing"):
         Captioner.from_pretrained()
 
 
@@ -380,6 +379,6 @@ class FixedModel(torch.nn.Module):
     def encode_video(self, video: torch.Tensor) -> torch.Tensor:
         return video.flatten(1)[:, None]
 
-    def generate(self, *, image_embeds: torch.Tensor, **_: int) -> mf.GenerationOutput:
+    def predict(self, task: object, *, image_embeds: torch.Tensor, **_: int) -> mf.GenerationOutput:
         scores = -torch.arange(1.0, len(self.ids) + 1)[None]
         return mf.GenerationOutput(torch.tensor([self.ids]), scores)

@@ -25,7 +25,7 @@ from mplug2_fast.checkpoint.source import (
     vocabulary_path,
 )
 from mplug2_fast.errors import CheckpointError
-from mplug2_fast.models import FAMILIES, official_names
+from mplug2_fast.models import official_names
 from mplug2_fast.models.names import Shape
 from mplug2_fast.tasks import Task, get, title_of
 
@@ -94,7 +94,7 @@ def save_pretrained(
     tasks = [model.tasks.get(each, each) if isinstance(each, str) else each for each in given]
     tasks = [get(each) for each in tasks]
     views = model.official_parameters()
-    wanted = official_names(FAMILIES[model.config.family], model.config, tasks).needed
+    wanted = official_names(model.config, tasks).needed
     missing = wanted.keys() - views.keys()
     if missing:
         raise CheckpointError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,8 +14,9 @@ from torch.nn import functional
 
 from mplug2_fast.checkpoint.fit import Fit, check_fit
 from mplug2_fast.errors import CheckpointError, printable
+from mplug2_fast.models import official_names
 from mplug2_fast.models.names import OfficialNames
-from mplug2_fast.tasks import Task, title_of
+from mplug2_fast.tasks import TASKS, Task, title_of
 
 _WRAPPERS = frozenset(
     {
@@ -81,7 +83,10 @@ def load_official(model: OfficialModel, state_dict: Mapping[str, Any]) -> Fit:
             "the model is on the meta device and has no storage: call model.to_empty(device=...) first"
         )
     names = model.official_names
-    fit = check_fit(shapes_of(tensors), names, title_of(model.tasks.values()))
+    shapes = shapes_of(tensors)
+    fit = check_fit(shapes, names, title_of(model.tasks.values()))
+    if not fit.ok:
+        fit = replace(fit, servable=servable_tasks(shapes, model.config))
     fit.require("the state dict")
     check_dtypes(fit, tensors)
     check_twins(fit, names, tensors)
@@ -89,6 +94,11 @@ def load_official(model: OfficialModel, state_dict: Mapping[str, Any]) -> Fit:
         check_finite(key, tensors[key], view.dtype)
     _copy(views, tensors)
     return fit
+
+
+def servable_tasks(shapes: Mapping[str, Any], config: Any) -> tuple[str, ...]:
+    """The tasks of this package for which no entry is missing."""
+    return tuple(name for name in TASKS if official_names(config, name).needed.keys() <= shapes.keys())
 
 
 def official_state_dict(model: OfficialModel) -> dict[str, torch.Tensor]:

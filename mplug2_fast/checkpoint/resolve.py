@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mplug2_fast.checkpoint.fit import Fit, check_fit
-from mplug2_fast.checkpoint.load import check_dtypes, check_twins, shapes_of
+from mplug2_fast.checkpoint.load import check_dtypes, check_twins, servable_tasks, shapes_of
 from mplug2_fast.checkpoint.source import Source
 from mplug2_fast.errors import CheckpointError, ConfigError, printable
 from mplug2_fast.models import FAMILIES, Family, infer_config, official_names
@@ -77,23 +77,17 @@ def resolve(source: Source, tasks: Tasks = None, config: Any = None) -> Resolved
             raise CheckpointError(f"{source.name}: {error}") from error
         config, assumed, undetermined = inferred.config, inferred.assumed, inferred.undetermined
         servable = [task for task in TASKS.values() if task.modules <= inferred.modules]
-        family = FAMILIES[config.family]
     else:
-        family = FAMILIES[config.family]
-        servable = [t for t in TASKS.values() if not _missing(official_names(family, config, [t]), shapes)]
+        servable = [TASKS[name] for name in servable_tasks(shapes, config)]
     wanted = wanted or _stated(source) or (max(servable, key=lambda task: len(task.modules), default=None),)
     if wanted == (None,):
         wanted = (next(iter(TASKS.values())),)
-    names = official_names(family, config, wanted)
+    names = official_names(config, wanted)
     modules = frozenset[str]().union(*(task.modules for task in wanted))
     missing = tuple(name for name, module in undetermined.items() if module in modules)
     known = tuple(task.name for task in servable)
     fit = check_fit(shapes, names, title_of(wanted), known)
-    return Resolved(family, config, wanted, names, fit, known, assumed, missing)
-
-
-def _missing(names: OfficialNames, shapes: Any) -> bool:
-    return any(key not in shapes for key in names.needed)
+    return Resolved(FAMILIES[config.family], config, wanted, names, fit, known, assumed, missing)
 
 
 def _stated(source: Source) -> tuple[Task, ...]:

@@ -47,9 +47,8 @@ def convert(
         with waiting(f"converting {shown(source)}"):
             checkpoint.convert(source, target, task=_tasks(task), dtype=DTYPES.get(dtype.value))
         written = checkpoint.inspect(target, task=_tasks(task))
-        emit(
-            f"{shown(target)}\t{', '.join(written.tasks)}, {_million(written.parameters)} parameters, {_dtypes(written)}"
-        )
+        tasks, size = ", ".join(written.tasks), _million(written.parameters)
+        emit(f"{shown(target)}\t{tasks}, {size} parameters, {_dtypes(written)}")
 
 
 def inspect(

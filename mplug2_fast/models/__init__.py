@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
 
 from mplug2_fast.errors import CheckpointError
-from mplug2_fast.models.family import Family, InferredConfig, official_names
+from mplug2_fast.models.family import Family, InferredConfig
 from mplug2_fast.models.mplug2.family import MPLUG2
-from mplug2_fast.models.names import Shape
+from mplug2_fast.models.names import OfficialNames, Shape, with_heads
+from mplug2_fast.tasks import Task, get
 
 FAMILIES: dict[str, Family] = {"mplug2": MPLUG2}
 """Name, as configurations state it, to family."""
 
 __all__ = ["FAMILIES", "Family", "InferredConfig", "infer_config", "official_names"]
+
+
+def official_names(config: Any, tasks: Task | str | Sequence[Task | str]) -> OfficialNames:
+    """The official names of a model for these tasks, with their heads. Builds no model.
+
+    Raises:
+        ConfigError: a task does not exist.
+    """
+    found = [get(task) for task in ([tasks] if isinstance(tasks, (str, Task)) else tasks)]
+    modules = frozenset[str]().union(*(task.modules for task in found))
+    with torch.device("meta"):
+        heads = {task.name: head for task in found if (head := task.head(config)) is not None}
+    return with_heads(FAMILIES[config.family].names(config, modules), heads)
 
 
 def infer_config(shapes: Mapping[str, Shape], stated: Mapping[str, object] | None = None) -> InferredConfig:

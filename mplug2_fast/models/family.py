@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from mplug2_fast.models.config import Config
-from mplug2_fast.models.names import OfficialNames, Shape, with_heads
-from mplug2_fast.tasks import Task
+from mplug2_fast.models.names import OfficialNames, Shape
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,3 @@ class Family:
     recognise: Callable[[Mapping[str, Shape]], int]
     infer: Callable[[Mapping[str, Shape], Mapping[str, Any]], InferredConfig]
     build: Callable[..., nn.Module]
-
-
-def official_names(family: Family, config: Any, tasks: Sequence[Task]) -> OfficialNames:
-    """The official names of a model for these tasks, heads included. Builds no model."""
-    modules = frozenset[str]().union(*(task.modules for task in tasks))
-    with torch.device("meta"):
-        heads = {task.name: head for task in tasks if (head := task.head(config)) is not None}
-    return with_heads(family.names(config, modules), heads)

@@ -261,8 +261,15 @@ class Predictor:
                 error = None if clip.error is None else _reason(clip.error, clip.source)
                 yield _Decoded(clip.source, video, clip.seconds, error, tuple(clip.indices), clip.backend)
 
-    def generation_options(self, **options: int | None) -> dict[str, int]:
+    def generation_options(
+        self,
+        num_beams: int | None = None,
+        num_return: int = 1,
+        min_length: int | None = None,
+        max_length: int | None = None,
+    ) -> dict[str, int]:
         """All options of beam search, with defaults filled in. Raises `ConfigError`, also for too little memory."""
+        options = {"num_beams": num_beams, "num_return": num_return, "min_length": min_length, "max_length": max_length}
         filled = text_options(self.task, self.model, **options)
         weights, config = next(self.model.parameters()), self.model.config
         sizes = {"num_frames": config.vision.num_frames, "itemsize": weights.itemsize}

@@ -33,7 +33,7 @@ def main(command: str, paths_file: str, output: str, kills: int, seed: int, whol
 
     def run(output: str) -> None:
         if command == "caption":
-            work = bulk.Caption(captioner, bulk.Frames(4), options)
+            work = bulk.Predict(captioner, bulk.Frames(4), options)
         else:
             work = bulk.Features(captioner, bulk.Frames(4), "universal", "safetensors", Path(output).parent)
         bulk.run(work, bulk.find_videos(paths).videos, output, batch_memory=6 * work.bytes_of_clip())

@@ -80,7 +80,7 @@ def test_two_programs_one_of_them_killed_and_started_again(tmp_path: Path) -> No
 
 
 def test_parts_that_were_left_are_taken_in_by_one_program(captioner, clips: list[str], tmp_path: Path) -> None:
-    work = bulk.Caption(captioner, FRAMES, OPTIONS)
+    work = bulk.Predict(captioner, FRAMES, OPTIONS)
     whole, out = tmp_path / "whole.jsonl", tmp_path / "a.jsonl"
     bulk.run(work, videos(clips), whole, batch_memory=budget(work, 1))
     lines = [json.loads(line) for line in whole.read_text().splitlines()]
@@ -95,7 +95,7 @@ def test_parts_that_were_left_are_taken_in_by_one_program(captioner, clips: list
 
 
 def test_a_part_that_is_still_being_written_keeps_others_out(captioner, clips: list[str], tmp_path: Path) -> None:
-    work = bulk.Caption(captioner, FRAMES, OPTIONS)
+    work = bulk.Predict(captioner, FRAMES, OPTIONS)
     out = str(tmp_path / "a.jsonl")
     with (
         Journal(runs._part(out, 1), work.key, {**work.settings(), "decoder": "pyav"}),
@@ -108,7 +108,7 @@ def test_a_part_that_is_still_being_written_keeps_others_out(captioner, clips: l
 @pytest.mark.parametrize("windows", [False, True])
 def test_programs_share_what_is_left_and_leave_nothing_out(captioner, size: int, windows: bool) -> None:
     frames = bulk.Frames(4, Windows(4, 4)) if windows else FRAMES
-    work = bulk.Caption(captioner, frames, OPTIONS)
+    work = bulk.Predict(captioner, frames, OPTIONS)
     done = bytes([1, 1, 0, 0, 1, 1, 1, 0, 0, 1, 0])
     shared = runs._Shared("", done, 3)
     plans = []
@@ -158,7 +158,7 @@ def test_programs_that_do_not_see_the_same_are_refused(captioner, clips: list[st
             return self.shared
 
     second = Second(TORCHRUN)
-    work = bulk.Caption(captioner, FRAMES, OPTIONS)
+    work = bulk.Predict(captioner, FRAMES, OPTIONS)
     for digest, message in (("other", "see different files"), (runs._digest(videos(clips)), "is not to be seen here")):
         second.shared = runs._Shared(digest, bytes(5), 2)
         with pytest.raises(ConfigError, match=message):

@@ -75,7 +75,7 @@ def approximately(alternatives: Iterable[tuple[str, float]]) -> list[dict]:
 def test_captions_are_those_of_one_file_at_a_time(
     captioner: mf.Captioner, clips: list[str], tmp_path: Path, batch: int
 ) -> None:
-    work = bulk.Caption(captioner, FRAMES, OPTIONS)
+    work = bulk.Predict(captioner, FRAMES, OPTIONS)
     out = tmp_path / "a.jsonl"
     missing = str(tmp_path / "missing.mp4")
     paths = [*clips[:2], missing, *clips[2:]]
@@ -99,7 +99,7 @@ def test_captions_are_those_of_one_file_at_a_time(
 
 
 def test_windows_are_captioned_one_by_one(captioner: mf.Captioner, clips: list[str], tmp_path: Path) -> None:
-    work = bulk.Caption(captioner, WINDOWS, OPTIONS)
+    work = bulk.Predict(captioner, WINDOWS, OPTIONS)
     broken = tmp_path / "broken.mp4"
     broken.touch()
     bulk.run(work, videos([*clips, str(broken)]), tmp_path / "a.jsonl", batch_memory=budget(work, 2))
@@ -109,7 +109,7 @@ def test_windows_are_captioned_one_by_one(captioner: mf.Captioner, clips: list[s
     assert list(found[clips[0]]) == ["path", "windows", "frames", "decoder", "seconds", "error"]
     assert (found[str(broken)]["windows"], found[str(broken)]["error"]) == ([], "is empty")
     with DecodePool(1, image_size=32, windows=Windows(4, 3)) as pool:
-        (words,) = [captioner.words(**OPTIONS)]
+        respond = captioner.responder(**OPTIONS)
         for clip in pool.clips(clips):
             expected, _ = captioner.say(captioner.encode(clip.frames[None])[0], words)
             window = found[clip.source]["windows"][clip.window]
@@ -131,7 +131,8 @@ def test_answers_are_those_of_one_file_at_a_time(
     ]
     (tmp_path / "q.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in asked))
     options = {"num_return": 2} if candidates else OPTIONS
-    work = bulk.Answer(answerer, FRAMES, candidates, {**dict.fromkeys(OPTIONS), **options})
+    predictor, filled = answerer.with_options(candidates, **options)
+    work = bulk.Predict(predictor, FRAMES, filled)
     sources = bulk.read_questions(tmp_path / "q.jsonl").videos
     summary = bulk.run(work, sources, tmp_path / "a.jsonl", batch_memory=budget(work, 2))
     assert (summary.lines, summary.failed) == (5, 1)
@@ -148,7 +149,7 @@ def test_answers_are_those_of_one_file_at_a_time(
 @pytest.mark.parametrize("backend", ["torchcodec", "dali"])
 def test_other_decoders(captioner: mf.Captioner, tmp_path: Path, backend: str) -> None:
     paths = [str(write_clip(tmp_path / f"{seed}.webm", "libvpx-vp9", seed)) for seed in range(3)]
-    work = bulk.Caption(captioner, FRAMES, OPTIONS)
+    work = bulk.Predict(captioner, FRAMES, OPTIONS)
     decoding = bulk.Decoding(backend=backend)
     if reason := reason_not_available(backend):
         with pytest.raises(BackendError, match=re.escape(reason)):
@@ -164,7 +165,7 @@ def test_other_decoders(captioner: mf.Captioner, tmp_path: Path, backend: str) -
 def test_dali_decodes_no_windows(captioner: mf.Captioner, clips: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="DALI decodes no windows"):
         bulk.run(
-            bulk.Caption(captioner, WINDOWS, OPTIONS),
+            bulk.Predict(captioner, WINDOWS, OPTIONS),
             videos(clips),
             tmp_path / "a.jsonl",
             decoding=bulk.Decoding(backend="dali"),
@@ -193,7 +194,7 @@ def test_a_worker_that_hangs_or_dies_costs_no_file(
 ) -> None:
     pool = type("Pool", (Disturbed,), {"signal": getattr(signal, name)})
     monkeypatch.setattr(runs, "DecodePool", pool)
-    work = bulk.Caption(captioner, FRAMES, OPTIONS)
+    work = bulk.Predict(captioner, FRAMES, OPTIONS)
     summary = bulk.run(work, videos(clips), tmp_path / "a.jsonl", decoding=bulk.Decoding(1, timeout=1.0))
     assert (summary.lines, summary.failed) == (5, 0)
     assert sorted(line["path"] for line in lines(tmp_path / "a.jsonl")) == sorted(clips)
@@ -238,7 +239,7 @@ def test_what_may_have_been_bad_luck_is_tried_once_more_alone_after_the_others(
     captioner: mf.Captioner, clips: list[str], tmp_path: Path, deaths: dict[str, int], frames: bulk.Frames
 ) -> None:
     missing = str(tmp_path / "missing.mp4")
-    work = bulk.Caption(captioner, frames, OPTIONS)
+    work = bulk.Predict(captioner, frames, OPTIONS)
     bulk.run(work, videos([*clips, missing]), tmp_path / "whole.jsonl", batch_memory=budget(work, 1))
     Unlucky.pools.clear()
     deaths |= {clips[0]: 1, clips[2]: 5}
@@ -274,7 +275,7 @@ def test_what_may_have_been_bad_luck_is_tried_once_more_alone_after_the_others(
 def test_failed_files_are_done_again_when_that_is_asked_for(
     captioner: mf.Captioner, clips: list[str], tmp_path: Path, deaths: dict[str, int]
 ) -> None:
-    work = bulk.Caption(captioner, FRAMES, OPTIONS)
+    work = bulk.Predict(captioner, FRAMES, OPTIONS)
     late, out, other = tmp_path / "late.mp4", tmp_path / "a.jsonl", str(tmp_path / "other.mp4")
     deaths[clips[1]] = 2
     first = bulk.run(work, videos([*clips, str(late), other]), out, batch_memory=budget(work, 2))
@@ -298,16 +299,16 @@ def test_failed_files_are_done_again_when_that_is_asked_for(
 def test_a_batch_that_is_too_large_goes_in_halves(
     captioner: mf.Captioner, clips: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    computed = bulk.Caption.compute
+    computed = bulk.Predict.compute
 
-    def at_most_two(work: bulk.Caption, frames: torch.Tensor, sources: list[bulk.Source]) -> object:
+    def at_most_two(work: bulk.Predict, frames: torch.Tensor, sources: list[bulk.Source]) -> object:
         if len(frames) > 2:
             raise torch.OutOfMemoryError
         return computed(work, frames, sources)
 
-    work = bulk.Caption(captioner, FRAMES, OPTIONS)
+    work = bulk.Predict(captioner, FRAMES, OPTIONS)
     bulk.run(work, videos(clips), tmp_path / "whole.jsonl")
-    monkeypatch.setattr(bulk.Caption, "compute", at_most_two)
+    monkeypatch.setattr(bulk.Predict, "compute", at_most_two)
     with pytest.warns(UserWarning, match="5 clips at a time are too many for cpu"):
         bulk.run(work, videos(clips), tmp_path / "halves.jsonl")
     halves, whole = lines(tmp_path / "halves.jsonl"), lines(tmp_path / "whole.jsonl")
@@ -316,7 +317,7 @@ def test_a_batch_that_is_too_large_goes_in_halves(
     def never(*_: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(bulk.Caption, "compute", never)
+    monkeypatch.setattr(bulk.Predict, "compute", never)
     with (
         pytest.warns(UserWarning, match="too many"),
         pytest.raises(MPlug2Error, match="cpu ran out of memory for one clip"),
@@ -328,7 +329,7 @@ def test_a_batch_that_is_too_large_goes_in_halves(
 
 
 def test_a_second_run_does_what_is_left(captioner: mf.Captioner, clips: list[str], tmp_path: Path) -> None:
-    work = bulk.Caption(captioner, FRAMES, OPTIONS)
+    work = bulk.Predict(captioner, FRAMES, OPTIONS)
     out, whole = tmp_path / "a.jsonl", tmp_path / "whole.jsonl"
     bulk.run(work, videos(clips), whole, batch_memory=budget(work, 2))
     told = []
@@ -351,13 +352,13 @@ def test_a_run_with_another_model_or_other_options_is_refused(
     captioner: mf.Captioner, clips: list[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "a.jsonl"
-    bulk.run(bulk.Caption(captioner, FRAMES, OPTIONS), videos(clips[:1]), out)
+    bulk.run(bulk.Predict(captioner, FRAMES, OPTIONS), videos(clips[:1]), out)
     other = mf.MPlug2ForCaptioning(captioner.model.config)
     others = {
-        "model was": bulk.Caption(mf.Captioner(other, captioner.tokenizer), FRAMES, OPTIONS),
-        "num_beams was 2 and is 3": bulk.Caption(captioner, FRAMES, {**OPTIONS, "num_beams": 3}),
-        "frames was 4 and is 5": bulk.Caption(captioner, bulk.Frames(5), OPTIONS),
-        r"frames was 4 and is None; windows was None and is \[4, 3\]": bulk.Caption(captioner, WINDOWS, OPTIONS),
+        "model was": bulk.Predict(mf.Captioner(other, captioner.tokenizer), FRAMES, OPTIONS),
+        "num_beams was 2 and is 3": bulk.Predict(captioner, FRAMES, {**OPTIONS, "num_beams": 3}),
+        "frames was 4 and is 5": bulk.Predict(captioner, bulk.Frames(5), OPTIONS),
+        r"frames was 4 and is None; windows was None and is \[4, 3\]": bulk.Predict(captioner, WINDOWS, OPTIONS),
         "command was 'caption' and is 'features'": bulk.Features(captioner, FRAMES, "pooled", "npy", tmp_path),
     }
     for message, work in others.items():
@@ -369,7 +370,7 @@ def test_a_run_with_another_model_or_other_options_is_refused(
 def test_the_batch_size_stays_unless_it_is_asked_for(
     captioner: mf.Captioner, clips: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = bulk.Caption(captioner, FRAMES, OPTIONS)
+    work = bulk.Predict(captioner, FRAMES, OPTIONS)
     sizes = []
 
     def started(plan: bulk.Plan) -> object:

@@ -5,7 +5,8 @@ import re
 import pytest
 
 import mplug2_fast as mf
-from mplug2_fast.checkpoint import infer_config, needed_keys
+from mplug2_fast.checkpoint import infer_config, official_names
+from mplug2_fast.tasks import TASKS
 
 VISUAL = "visual_encoder.visual"
 
@@ -13,14 +14,14 @@ VISUAL = "visual_encoder.visual"
 def test_large_is_the_preset(large_shapes):
     found = infer_config(large_shapes)
     assert found.config == mf.MPlug2Config.preset("large")
-    assert found.tasks == ("captioning", "question_answering")
+    assert found.modules == {"vision", "universal", "text", "fusion", "decoder"}
     assert found.assumed["text.fusion_layers"] == 6
-    assert found.undetermined == ()
+    assert found.undetermined == {}
 
 
 def test_base_is_the_preset():
     config = mf.MPlug2Config.preset("base")
-    shapes = needed_keys(config.replace(fusion_layers=12), "question_answering")
+    shapes = official_names(config.replace(fusion_layers=12), "question_answering").needed
     assert infer_config(shapes).config == config
 
 
@@ -68,21 +69,21 @@ def test_stored_configuration_fills_what_shapes_leave_open(golden_shapes):
 @pytest.mark.parametrize("task", ["captioning", "question_answering"])
 def test_used_keys_alone_tell_the_sizes(golden_config, changes, task):
     config = golden_config.replace(**changes)
-    shapes = needed_keys(config, task)
+    shapes = official_names(config, task).needed
     found = infer_config(shapes)
-    assert found.tasks[-1] == task
-    assert needed_keys(found.config, task) == shapes
-    assert found.undetermined == ()
+    assert found.modules == TASKS[task].modules
+    assert official_names(found.config, task).needed == shapes
+    assert found.undetermined == {}
 
 
 def test_connected_layers_tell_the_stride(golden_config):
     config = golden_config.replace(stored_layers=7, fusion_layers=6, stride_layer=2)
-    found = infer_config(needed_keys(config, "question_answering"))
+    found = infer_config(official_names(config, "question_answering").needed)
     assert (found.config.text.fusion_layers, found.config.text.stride_layer) == (6, 2)
 
 
 def test_fusion_layers_of_an_unknown_size_are_not_guessed(golden_shapes):
-    assert infer_config(golden_shapes).undetermined == ("text.fusion_layers",)
+    assert infer_config(golden_shapes).undetermined == {"text.fusion_layers": "fusion"}
 
 
 def test_a_lost_fusion_layer_changes_no_size(large_shapes):
@@ -92,7 +93,7 @@ def test_a_lost_fusion_layer_changes_no_size(large_shapes):
 
 def test_no_fusion_encoder_means_captioning(golden_shapes):
     shapes = {key: shape for key, shape in golden_shapes.items() if not key.startswith("fusion_encoder.")}
-    assert infer_config(shapes).tasks == ("captioning",)
+    assert infer_config(shapes).modules == TASKS["captioning"].modules
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_no_fusion_encoder_means_captioning(golden_shapes):
         (f"{VISUAL}.conv1.weight", (128, 3, 14, 14), "no mPLUG-2 model has"),
         (f"{VISUAL}.conv1.weight", (100, 3, 1, 14, 14), "multiple of the head dimension"),
         ("text_encoder.encoder.layer.2.latents", (0, 128), "num_latents"),
-        (f"{VISUAL}.conv1.weight", None, "tell the model's sizes are missing"),
+        (f"{VISUAL}.conv1.weight", None, "determine the model's sizes are missing"),
     ],
 )
 def test_impossible_shapes(golden_shapes, key, shape, message):

@@ -19,7 +19,10 @@ def test_training_checkpoint(golden_file, golden_weights, golden_config):
     assert found.parameters == sum(tensor.numel() for tensor in golden_weights.values())
     assert found.dtypes == {"float32": 372, "int64": 3}
     assert found.others == ("optimizer", "config", "epoch")
-    assert (found.task, found.tasks) == ("question_answering", ("captioning", "question_answering"))
+    assert (found.task, found.servable) == (
+        "question_answering",
+        ("captioning", "question_answering", "answer_ranking"),
+    )
     assert found.config == golden_config.replace(num_beams=3)
     assert found.counts() == {"needed": 269, "unused": 104, "tied": 2}
     assert found.needed_parameters == 2_144_272
@@ -55,7 +58,7 @@ def test_directory(golden_file, tmp_path):
     assert found.ok
     assert "directory" in found.container
     assert found.dtypes == {"bfloat16": 180}
-    assert found.tasks == ("captioning",)
+    assert found.servable == ("captioning",)
     assert found.vocabulary
     assert found.assumed == {}
     assert found.counts() == {"needed": 180}

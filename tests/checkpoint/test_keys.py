@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 import mplug2_fast as mf
-from mplug2_fast.checkpoint import KeyKind, KeyMap, needed_keys
+from mplug2_fast.checkpoint import KeyKind, official_names
 
 TASKS = ("captioning", "question_answering")
 
@@ -16,7 +16,7 @@ TASKS = ("captioning", "question_answering")
     [("captioning", (180, 2, 193)), ("question_answering", (269, 2, 104))],
 )
 def test_every_golden_key_is_known(golden_shapes, golden_config, task, counts):
-    keys = KeyMap(golden_config, task)
+    keys = official_names(golden_config, task)
     kinds = Counter(keys.classify(key) for key in golden_shapes)
     assert (kinds[KeyKind.NEEDED], kinds[KeyKind.TIED], kinds[KeyKind.UNUSED]) == counts
     assert sum(counts) == len(golden_shapes)
@@ -25,7 +25,7 @@ def test_every_golden_key_is_known(golden_shapes, golden_config, task, counts):
 
 @pytest.mark.parametrize(("task", "parameters"), [("captioning", 621_853_498), ("question_answering", 1_031_533_370)])
 def test_every_large_key_is_known(large_shapes, task, parameters):
-    keys = KeyMap(mf.MPlug2Config.preset("large"), task)
+    keys = official_names(mf.MPlug2Config.preset("large"), task)
     kinds = Counter(keys.classify(key) for key in large_shapes)
     assert kinds[KeyKind.UNEXPECTED] == kinds[KeyKind.MOMENTUM] == 0
     assert keys.needed.items() <= large_shapes.items()
@@ -35,7 +35,7 @@ def test_every_large_key_is_known(large_shapes, task, parameters):
 def test_momentum_copies_are_known(golden_shapes, golden_config):
     trees = ("visual_encoder", "text_encoder", "fusion_encoder", "text_decoder", "visn_emb_norm")
     for task in TASKS:
-        keys = KeyMap(golden_config, task)
+        keys = official_names(golden_config, task)
         for key in golden_shapes:
             tree, rest = key.split(".", 1)
             assert tree in trees
@@ -63,29 +63,29 @@ def test_momentum_copies_are_known(golden_shapes, golden_config):
     ],
 )
 def test_foreign_keys_are_unexpected(golden_config, key):
-    assert KeyMap(golden_config, "question_answering").classify(key) is KeyKind.UNEXPECTED
+    assert official_names(golden_config, "question_answering").classify(key) is KeyKind.UNEXPECTED
 
 
 def test_captioning_takes_any_fusion_encoder(golden_config):
     key = "fusion_encoder.encoder.layer.23.output.dense.weight"
-    assert KeyMap(golden_config, "captioning").classify(key) is KeyKind.UNUSED
+    assert official_names(golden_config, "captioning").classify(key) is KeyKind.UNUSED
 
 
 def test_projection_exists_only_between_different_widths(golden_config):
-    assert not any(key.startswith("visn_fc") for key in needed_keys(golden_config, "captioning"))
-    needed = needed_keys(golden_config.replace(width=192), "captioning")
+    assert not any(key.startswith("visn_fc") for key in official_names(golden_config, "captioning").needed)
+    needed = official_names(golden_config.replace(width=192), "captioning").needed
     assert needed["visn_fc.weight"] == (128, 192)
     assert needed["visn_layer_norm.bias"] == (128,)
 
 
 def test_temporal_downsampling_has_a_kernel_over_frames(golden_config):
-    needed = needed_keys(golden_config.replace(temporal_downsampling=True), "captioning")
+    needed = official_names(golden_config.replace(temporal_downsampling=True), "captioning").needed
     assert needed["visual_encoder.visual.conv1.weight"] == (128, 3, 3, 14, 14)
 
 
 def test_unknown_task_is_refused(golden_config):
     with pytest.raises(mf.ConfigError, match="retrieval"):
-        KeyMap(golden_config, "retrieval")
+        official_names(golden_config, "retrieval")
 
 
 @pytest.mark.parametrize("implementation", ["fast", "reference"])
@@ -111,5 +111,5 @@ def test_models_hold_exactly_the_needed_keys(golden_config, changes, task, imple
     kind = models.MPlug2ForCaptioning if task == "captioning" else models.MPlug2ForQuestionAnswering
     model = kind(config, device="meta")
     views = model.official_parameters()
-    assert {key: tuple(view.shape) for key, view in views.items()} == needed_keys(config, task)
+    assert {key: tuple(view.shape) for key, view in views.items()} == official_names(config, task).needed
     assert sum(view.numel() for view in views.values()) == sum(p.numel() for p in model.parameters())

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mplug2_fast as mf
-from mplug2_fast.checkpoint import needed_keys
+from mplug2_fast.checkpoint import official_names
 from mplug2_fast.checkpoint.pages import PageReleaser
 
 MIB = 2**20
@@ -55,7 +55,9 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="me
 def large_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """All of question answering in float32; in the `.pth` an optimizer state beside it."""
     path = tmp_path_factory.mktemp("large") / f"checkpoint.{request.param}"
-    weights = {key: torch.full(shape, 0.5) for key, shape in needed_keys(CONFIG, "question_answering").items()}
+    weights = {
+        key: torch.full(shape, 0.5) for key, shape in official_names(CONFIG, "question_answering").needed.items()
+    }
     if request.param == "pth":
         twin = "text_decoder.cls.predictions.decoder.weight"
         weights[twin] = weights["text_decoder.bert.embeddings.word_embeddings.weight"]
@@ -69,7 +71,7 @@ def large_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def size(task: str, itemsize: int) -> int:
-    return itemsize * sum(torch.Size(shape).numel() for shape in needed_keys(CONFIG, task).values())
+    return itemsize * sum(torch.Size(shape).numel() for shape in official_names(CONFIG, task).needed.values())
 
 
 def peak(action: str, path: Path) -> int:

@@ -11,14 +11,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mplug2_fast as mf
-from mplug2_fast.checkpoint import convert, needed_keys
+from mplug2_fast.checkpoint import convert, official_names
 
 POSITIONS = "visual_encoder.visual.positional_embedding"
 
 
 def assert_holds(model, weights, dtype=torch.float32):
     views = model.official_parameters()
-    assert views.keys() == needed_keys(model.config, model.task).keys()
+    assert views.keys() == official_names(model.config, model.task).needed.keys()
     for key, view in views.items():
         assert view.dtype == dtype
         assert torch.equal(view, weights[key].to(dtype)), key

@@ -165,7 +165,8 @@ def test_directory_with_truncated_weights(folder):
     [
         ("{not json", "not readable as JSON"),
         ("[]", "no configuration but list"),
-        (json.dumps({"task": "retrieval"}), "its task 'retrieval'"),
+        (json.dumps({"tasks": "retrieval"}), "its tasks are 'retrieval', not a list"),
+        (json.dumps({"family": "blip"}), "its family 'blip' is not one of mplug2"),
         (json.dumps({"vision": {"depth": 3}}), "unknown configuration fields: vision.depth"),
         (json.dumps({"vision": {"width": "wide"}}), "must be a positive whole number"),
         (json.dumps({"vision": 3}), "config.json: "),

@@ -67,8 +67,8 @@ def test_other_configuration(tmp_path, capsys):
     case["clip"] |= {"width": 64}
     case["config"] |= {"temporal_downsampling": True}
     case["bert"] |= {"fusion_layers": 3, "stride_layer": 1}
-    config = mf.MPlug2Config.from_released(bert=case["bert"], model=case["config"], clip=case["clip"])
-    parameters = mf.reference.MPlug2ForQuestionAnswering(config).released_parameters()
+    config = mf.MPlug2Config.from_official(bert=case["bert"], model=case["config"], clip=case["clip"])
+    parameters = mf.reference.MPlug2ForQuestionAnswering(config).official_parameters()
     case["keys"] = {key: list(value.shape) for key, value in parameters.items()}
     (tmp_path / "case.json").write_text(json.dumps(case))
     (tmp_path / "inputs.npz").write_bytes((FOLDER / "qa_a" / "inputs.npz").read_bytes())

@@ -122,6 +122,11 @@ class MPlug2(nn.Module):
                 module.reset_parameters()
 
     @property
+    def task(self) -> str:
+        """The name of the first task."""
+        return next(iter(self.tasks))
+
+    @property
     def module_names(self) -> frozenset[str]:
         """The modules that the model has: of "vision", "universal", "text", "fusion" and "decoder"."""
         return frozenset[str]().union(*(task.modules for task in self.tasks.values()))
