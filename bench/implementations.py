@@ -14,7 +14,6 @@ from bench.weights import fill
 from mplug2_fast import MPlug2Config, reference
 from mplug2_fast.acceleration import accelerate
 from mplug2_fast.models import mplug2
-from mplug2_fast.models.mplug2.config import Task
 from mplug2_fast.ops import explain, layer_norm
 from mplug2_fast.ops.runtime import cuda
 
@@ -46,7 +45,7 @@ class Implementation:
         self.trains = family == "training"
         self.weights_dtype = torch.float32 if self.trains else dtype
         self.autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype != self.weights_dtype)
-        task: Task = "question_answering" if family == "answering" else "captioning"
+        task: str = "question_answering" if family == "answering" else "captioning"
         with NoInitialisation():
             self.model = self.build(task, device)
         fill(self.model.official_parameters())
@@ -59,7 +58,7 @@ class Implementation:
         # min_length = max_length makes the end token impossible, so that every implementation does the same work.
         self.generation = {"num_beams": beams, "min_length": steps, "max_length": steps}
 
-    def build(self, task: Task, device: str) -> Any:
+    def build(self, task: str, device: str) -> Any:
         """The model in evaluation mode, its parameters uninitialised and of `weights_dtype`."""
         raise NotImplementedError
 
@@ -127,7 +126,7 @@ class Reference(Implementation):
     backend = "eager"
     fused_optimizer = False
 
-    def build(self, task: Task, device: str) -> Any:
+    def build(self, task: str, device: str) -> Any:
         kinds = {
             "captioning": reference.MPlug2ForCaptioning,
             "question_answering": reference.MPlug2ForQuestionAnswering,
@@ -135,14 +134,11 @@ class Reference(Implementation):
         return kinds[task](self.config, device="meta", dtype=self.weights_dtype).to_empty(device=device).eval()
 
     def universal(self, visual: Tensor) -> Tensor:
-        return self.model.visn_emb_norm(visual + self.model.text_encoder.v_module(visual))
+        return self.model.visual_norm(visual + self.model.universal(visual))
 
     def decode(self, embeds: Tensor) -> Tensor:
         out = self.model._beam_search(embeds, None, self.beams, self.steps, self.steps, 1)
         return out.scores[:, 0]
-
-    def official_gradients(self) -> Mapping[str, Tensor]:
-        return {name: parameter.grad for name, parameter in self.model.named_parameters()}
 
 
 class Accelerated(Reference):
@@ -150,7 +146,7 @@ class Accelerated(Reference):
 
     def prepare(self) -> None:
         accelerate(self.model)
-        weight = self.model.visn_emb_norm.weight
+        weight = self.model.visual_norm.weight
         served = explain(layer_norm, weight.new_zeros(1, weight.shape[0])).chosen
         self.backend = "native, oneDNN" if served == "cpu" else "PyTorch"
 
@@ -158,7 +154,7 @@ class Accelerated(Reference):
 class Fast(Implementation):
     """The fast model, as `mplug2_fast.models.mplug2` runs it."""
 
-    def build(self, task: Task, device: str) -> Any:
+    def build(self, task: str, device: str) -> Any:
         x = torch.zeros(1, 1, dtype=self.weights_dtype, device=device)
         served = explain(layer_norm, x).chosen
         self.backend = {"cpu": "native, oneDNN", "triton": "Triton, PyTorch"}.get(served or "", "PyTorch")
@@ -186,7 +182,7 @@ class Eager(Implementation):
 
     backend = "eager"
 
-    def build(self, task: Task, device: str) -> Peer:
+    def build(self, task: str, device: str) -> Peer:
         return Peer(self.config, task, device=device, dtype=self.weights_dtype)
 
     def universal(self, visual: Tensor) -> Tensor:
@@ -211,7 +207,7 @@ class Compiled(Eager):
 
     backend = "torch.compile"
 
-    def build(self, task: Task, device: str) -> Peer:
+    def build(self, task: str, device: str) -> Peer:
         peer = super().build(task, device)
         peer.compile()
         return peer
@@ -227,7 +223,7 @@ class Frozen(Compiled):
 
     backend = "torch.compile, frozen"
 
-    def build(self, task: Task, device: str) -> Peer:
+    def build(self, task: str, device: str) -> Peer:
         text = self.config.text
         bert_layers = text.text_encoder_layers + text.num_uni_layer + text.fusion_layers
         torch._inductor.config.freezing = True

@@ -15,7 +15,7 @@ from bench import peer_weights
 from bench.peer_bert import Fusion, Layer, TextEncoder
 from bench.peer_decoder import Decoder
 from bench.peer_vision import Vision
-from mplug2_fast.models.mplug2.config import CLS_TOKEN_ID, SEP_TOKEN_ID, MPlug2Config, Task
+from mplug2_fast.models.mplug2.config import CLS_TOKEN_ID, SEP_TOKEN_ID, MPlug2Config
 
 # What mode="max-autotune-no-cudagraphs" tunes on a GPU, but for two searches that take minutes: products by Triton,
 # where all of the wide ones of the Large model were found to be fastest by cuBLAS, and coordinate descent.
@@ -31,7 +31,7 @@ class Peer(nn.Module):
     def __init__(
         self,
         config: MPlug2Config,
-        task: Task = "captioning",
+        task: str = "captioning",
         *,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,

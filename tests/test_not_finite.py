@@ -14,6 +14,8 @@ from mplug2_fast.bulk.batches import Batch
 from mplug2_fast.bulk.runs import steps
 from mplug2_fast.outputs import GenerationOutput
 from mplug2_fast.predict import predictor
+from mplug2_fast.tasks.base import not_finite
+from mplug2_fast.tasks.generative import texts_of
 from mplug2_fast.video import Clip
 
 QUESTION = "what color is the circle"
@@ -112,7 +114,8 @@ def test_a_window_that_is_not_finite_is_an_error_of_the_video(captioner):
 )
 def test_which_scores_are_good(captioner, scores, good):
     sequences = torch.tensor([[[101, 110, 102], [101, 111, 102]]])
-    (found,) = captioner.texts(GenerationOutput(sequences, torch.tensor([scores])))
+    output = GenerationOutput(sequences, torch.tensor([scores]))
+    (found,) = texts_of(output, captioner.tokenizer, "", captioner.model)
     assert isinstance(found, list) == good
     if good:
         assert len(found) == 1
@@ -140,4 +143,4 @@ def test_one_beam_that_is_not_finite_shows_in_the_score(backend, bad):
     [(torch.float16, "bfloat16 or float32"), (torch.bfloat16, "float32"), (torch.float32, "checkpoint")],
 )
 def test_the_error_names_a_remedy(dtype, remedy):
-    assert remedy in str(predictor.not_finite(dtype))
+    assert remedy in str(not_finite(dtype))

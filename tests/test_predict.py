@@ -13,6 +13,7 @@ import mplug2_fast as mf
 from mplug2_fast.checkpoint import save_pretrained
 from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error, VideoError
 from mplug2_fast.predict import Answerer, Captioner, Result, predictor
+from mplug2_fast.tasks import question_answering
 from mplug2_fast.text import Tokenizer
 from mplug2_fast.video.limits import Guard
 from tests.bulk.files import write_clip
@@ -266,7 +267,7 @@ def test_candidates_are_ranked_by_the_model(
 def test_more_candidates_than_are_scored_in_full(
     loaded: list[str], answerer: Answerer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answering, "MAX_CANDIDATES", 2)
+    monkeypatch.setattr(question_answering, "MAX_CANDIDATES", 2)
     (two,) = answerer.answer("one.mp4", "what", ["yes", "no", "up"], num_return=1)
     (three,) = answerer.answer("one.mp4", "what", ["yes", "no", "up"], num_return=3)
     assert two.text == three.text
@@ -285,7 +286,7 @@ def test_more_candidates_than_are_scored_in_full(
         ("what", "yes", {}, "must be a list"),
         ("what", ["yes " * 40], {}, "a candidate has 42 tokens"),
         ("what", ["yes"], {"num_return": 2}, "num_return must be from 1 to the 1 candidates, got 2"),
-        ("what", ["yes"], {"num_beams": 2, "max_length": 3}, "num_beams, max_length: of no use"),
+        ("what", ["yes"], {"num_beams": 2, "max_length": 3}, "num_beams, max_length: not used"),
         ("what", None, {"num_return": 9}, "num_return must be from 1 to num_beams"),
     ],
 )

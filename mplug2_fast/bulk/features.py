@@ -27,6 +27,7 @@ from mplug2_fast.bulk.work import Finished, Frames, Work, first_error, text_in
 from mplug2_fast.errors import ConfigError, MPlug2Error, NotFiniteError
 from mplug2_fast.predict import Predictor
 from mplug2_fast.predict.memory import clip_bytes
+from mplug2_fast.tasks.base import not_finite
 
 Kind = Literal["vision", "universal", "pooled"]
 Format = Literal["safetensors", "npy"]
@@ -143,7 +144,7 @@ class Features(Work[Row | NotFiniteError]):
 
     def _add(self, row: Tensor) -> Row | NotFiniteError:
         if not torch.stack(row.aminmax()).isfinite().all():
-            return self.predictor.not_finite()
+            return not_finite(self.weights.dtype)
         return self._shards.add(row.clone())  # a copy: a view would keep the whole batch
 
     def keys(self, video: Source) -> list[Hashable]:

@@ -1,7 +1,7 @@
 """BERT layers as mPLUG-2 uses them: eager attention with explicit scores and additive masks, post-norm.
 
 Hidden states are `(batch, tokens, channels)`. Masks are additive, `(batch, 1, 1 or queries, keys)`. Parameters have the
-names and layouts of the fast layers, in which the weights of queries, keys and values are one tensor.
+names of the fast layers, in which the weights of queries, keys and values are one tensor.
 """
 
 from __future__ import annotations
@@ -46,53 +46,68 @@ class BertEmbeddings(nn.Module):
         return self.dropout(self.norm(x + self.position(positions)))
 
 
-class BertAttention(nn.Module):
+class BertSelfAttention(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         size = config.hidden_size
         self.num_heads = config.num_attention_heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * size, size))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * size))
-        self.out_proj = nn.Linear(size, size)
+        self.query, self.key, self.value = nn.Linear(size, size), nn.Linear(size, size), nn.Linear(size, size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         query, key, value = (
-            F.linear(states, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for states, weight, bias in zip((x, memory, memory), weights, biases, strict=True)
+            states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for states in (self.query(x), self.key(memory), self.value(memory))
         )
         scores = torch.matmul(query, key.transpose(-1, -2)) / math.sqrt(query.shape[-1])
         if mask is not None:
             scores = scores + mask
         context = torch.matmul(self.dropout(scores.softmax(dim=-1)), value)
-        return self.out_proj(context.transpose(1, 2).flatten(2))
+        return context.transpose(1, 2).flatten(2)
 
 
-class MLP(nn.Module):
-    def __init__(self, size: int, inner: int) -> None:
+class BertOutput(nn.Module):
+    """Projection, dropout, residual, layer norm: the end of an attention (inner = hidden) and of an MLP."""
+
+    def __init__(self, config: BertConfig, inner: int) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(size, inner)
-        self.c_proj = nn.Linear(inner, size)
+        self.dense = nn.Linear(inner, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+
+class BertAttention(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.self = BertSelfAttention(config)
+        self.output = BertOutput(config, config.hidden_size)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
+        return self.output(self.self(x, memory, mask), x)
+
+
+class BertIntermediate(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x)))
+        return F.gelu(self.dense(x))
 
 
 class BertLayer(nn.Module):
-    """Self-attention, cross-attention where there is a memory, MLP. Each is followed by dropout, residual and norm."""
+    """Self-attention, cross-attention where there is a memory, MLP."""
 
     def __init__(self, config: BertConfig, *, cross_attention: bool) -> None:
         super().__init__()
-        size, eps = config.hidden_size, config.layer_norm_eps
         self.attention = BertAttention(config)
-        self.attention_norm = nn.LayerNorm(size, eps=eps)
         if cross_attention:
-            self.cross = BertAttention(config)
-            self.cross_norm = nn.LayerNorm(size, eps=eps)
-        self.mlp = MLP(size, config.intermediate_size)
-        self.mlp_norm = nn.LayerNorm(size, eps=eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+            self.crossattention = BertAttention(config)
+        self.intermediate = BertIntermediate(config)
+        self.output = BertOutput(config, config.intermediate_size)
 
     def forward(
         self,
@@ -101,10 +116,10 @@ class BertLayer(nn.Module):
         memory: Tensor | None = None,
         memory_mask: Tensor | None = None,
     ) -> Tensor:
-        x = self.attention_norm(self.dropout(self.attention(x, x, mask)) + x)
+        x = self.attention(x, x, mask)
         if memory is not None:
-            x = self.cross_norm(self.dropout(self.cross(x, memory, memory_mask)) + x)
-        return self.mlp_norm(self.dropout(self.mlp(x)) + x)
+            x = self.crossattention(x, memory, memory_mask)
+        return self.output(self.intermediate(x), x)
 
 
 class TextDecoder(nn.Module):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mplug2_fast.errors import ConfigError, printable
-from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts
+from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, best_labels
 from mplug2_fast.tasks.captioning import Captioning
 from mplug2_fast.tasks.question_answering import AnswerRanking, QuestionAnswering
 
@@ -25,6 +25,7 @@ __all__ = [
     "Respond",
     "Task",
     "Texts",
+    "best_labels",
     "get",
     "load",
     "title_of",

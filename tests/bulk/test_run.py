@@ -111,7 +111,7 @@ def test_windows_are_captioned_one_by_one(captioner: mf.Captioner, clips: list[s
     with DecodePool(1, image_size=32, windows=Windows(4, 3)) as pool:
         respond = captioner.responder(**OPTIONS)
         for clip in pool.clips(clips):
-            expected, _ = captioner.say(captioner.encode(clip.frames[None])[0], words)
+            expected, _ = captioner.say(captioner.encode(clip.frames[None])[0], lambda embeds: respond(embeds, [None]))
             window = found[clip.source]["windows"][clip.window]
             assert window["alternatives"] == approximately(expected[0])
             assert window["text"] == window["alternatives"][0]["text"]

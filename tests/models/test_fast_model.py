@@ -108,9 +108,9 @@ def test_losses_and_gradients(config):
         for loss in losses:
             loss.backward()
         gradients = fast.official_gradients()
-        for key, parameter in reference.named_parameters():
-            if parameter.grad is not None and parameter.grad.norm() > 1e-4:
-                assert relative_error(gradients[key], parameter.grad) < 1e-4, key
+        for key, gradient in reference.official_gradients().items():
+            if gradient.norm() > 1e-4:
+                assert relative_error(gradients[key], gradient) < 1e-4, key
 
 
 def test_text_padding_does_not_matter():
@@ -156,7 +156,7 @@ def test_generation_never_drops_out_and_leaves_the_mode(library):
 
     expected = outcomes()
     model.train()
-    model.visn_emb_norm.eval() if library is mf.reference else model.visual.eval()
+    model.visual.eval()
     modes = [module.training for module in model.modules()]
     assert outcomes() == expected
     assert [module.training for module in model.modules()] == modes
@@ -236,7 +236,7 @@ def test_fresh_temporal_modules_are_the_identity():
     ("call", "message"),
     [
         (lambda m: m.generate(random_video(SMALL), num_beams=0), "at least 1"),
-        (lambda m: m.generate(random_video(SMALL), max_length=33), "33 is more than the 32 positions"),
+        (lambda m: m.generate(random_video(SMALL), max_length=33), "max_length must be from 1 to 32, got 33"),
         (lambda m: m.encode_video(torch.zeros(3, 4, 32, 32)), "batch, 3, frames"),
         (lambda m: m.encode_video(torch.zeros(1, 3, 4, 40, 40)), "40×40 pixels, the model was built for 32×32"),
         (lambda m: m.encode_video(torch.zeros(1, 3, 4, 33, 32)), "33×32 pixels"),

@@ -30,9 +30,9 @@ _FUSION_DEFAULTS = {24: (6, 1000), 12: (3, 100)}
 _PATCHES, _POSITIONS = "visual.patch_weight", "visual.positional_embedding"
 _TEMPORAL, _VISION_MLP = "visual.blocks.0.lmhra1.conv.weight", "visual.blocks.0.mlp.c_fc.weight"
 _WORDS, _TOKENS = "decoder.embeddings.word.weight", "decoder.embeddings.position.weight"
-_TYPES, _TEXT_MLP = "decoder.embeddings.token_type.weight", "decoder.layers.0.mlp.c_fc.weight"
-_LATENTS, _FUSION_LAYER = "universal.latents", "fusion.layers.0.mlp.c_fc.weight"
-_TEXT_LAYER = "text.layers.0.mlp.c_fc.weight"
+_TYPES, _TEXT_MLP = "decoder.embeddings.token_type.weight", "decoder.layers.0.intermediate.dense.weight"
+_LATENTS, _FUSION_LAYER = "universal.latents", "fusion.layers.0.intermediate.dense.weight"
+_TEXT_LAYER = "text.layers.0.intermediate.dense.weight"
 _ANCHORS = {_PATCHES: 5, _POSITIONS: 2, _TEMPORAL: 5, _VISION_MLP: 2, _WORDS: 2, _TOKENS: 2, _TYPES: 2, _TEXT_MLP: 2}
 """Our parameters whose shapes determine the sizes -> their number of axes."""
 
@@ -171,7 +171,7 @@ def _text_sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 
 def _first_connected(shapes: Iterable[str], first_layer: int) -> int | None:
     """Which of the fusion layers that run is the first without cross-attention, where those were left out."""
-    cross = official_name("fusion.layers.0.cross.in_proj_weight").split(".")[4]
+    cross = official_name("fusion.layers.0.crossattention.self.in_proj_weight").split(".")[4]
     crossing = _layers((key for key in shapes if f".{cross}." in key), stack_of(_FUSION_LAYER))
     stored = sorted(_layers(shapes, stack_of(_FUSION_LAYER)))
     return next((n - first_layer for n in stored if n > first_layer and n not in crossing), None)

@@ -109,18 +109,18 @@ def _vision(config: MPlug2Config) -> Iterator[Entry]:
 
 
 def _bert_layer(official: str, ours: str, text: TextConfig, *, cross: bool = True) -> Iterator[Entry]:
+    """Our layer has BERT's names too, but for queries, keys and values, which are one parameter."""
     size, inner = text.hidden_size, text.intermediate_size
-    for name, own in (("attention", "attention"), ("crossattention", "cross"))[: 1 + cross]:
+    for name in ("attention", "crossattention")[: 1 + cross]:
         for part, projection in enumerate(("query", "key", "value")):
             for kind, shape in (("weight", (size, size)), ("bias", (size,))):
-                yield Entry(
-                    f"{official}.{name}.self.{projection}.{kind}", shape, f"{ours}.{own}.in_proj_{kind}", part, 3
-                )
-        yield from _linear(f"{official}.{name}.output.dense", f"{ours}.{own}.out_proj", size, size)
-        yield from _norm(f"{official}.{name}.output.LayerNorm", f"{ours}.{own}_norm", size)
-    yield from _linear(f"{official}.intermediate.dense", f"{ours}.mlp.c_fc", size, inner)
-    yield from _linear(f"{official}.output.dense", f"{ours}.mlp.c_proj", inner, size)
-    yield from _norm(f"{official}.output.LayerNorm", f"{ours}.mlp_norm", size)
+                path = f"{ours}.{name}.self.in_proj_{kind}"
+                yield Entry(f"{official}.{name}.self.{projection}.{kind}", shape, path, part, 3)
+        yield from _linear(f"{official}.{name}.output.dense", f"{ours}.{name}.output.dense", size, size)
+        yield from _norm(f"{official}.{name}.output.LayerNorm", f"{ours}.{name}.output.LayerNorm", size)
+    yield from _linear(f"{official}.intermediate.dense", f"{ours}.intermediate.dense", size, inner)
+    yield from _linear(f"{official}.output.dense", f"{ours}.output.dense", inner, size)
+    yield from _norm(f"{official}.output.LayerNorm", f"{ours}.output.LayerNorm", size)
 
 
 def _embeddings(official: str, ours: str, text: TextConfig) -> Iterator[Entry]:
@@ -169,6 +169,7 @@ class MPlug2Names(OfficialNames):
         super().__init__(entries(config, modules))
         text = config.text
         self._modules = modules
+        self._all = {entry.official for entry in entries(config, frozenset(MODULES))}
         # Stored layers of each stack, and from which of them on the layers have unused vision parts.
         self._stacks = {
             "text_encoder": (text.text_encoder_layers, text.text_encoder_layers - text.num_uni_layer),
@@ -184,7 +185,7 @@ class MPlug2Names(OfficialNames):
         if momentum:
             original = self.classify(f"{momentum[1]}.{key[momentum.end() :]}")
             return KeyKind.UNEXPECTED if original is KeyKind.UNEXPECTED else KeyKind.MOMENTUM
-        if key == f"{_VISUAL}.proj" or _CLIP_TEXT.fullmatch(key) or self._is_stored_text(key):
+        if key in self._all or key == f"{_VISUAL}.proj" or _CLIP_TEXT.fullmatch(key) or self._is_stored_text(key):
             return KeyKind.UNUSED
         return KeyKind.UNEXPECTED
 
