@@ -134,7 +134,7 @@ class Reference(Implementation):
         return kinds[task](self.config, device="meta", dtype=self.weights_dtype).to_empty(device=device).eval()
 
     def universal(self, visual: Tensor) -> Tensor:
-        return self.model.visual_norm(visual + self.model.universal(visual))
+        return self.model.visn_emb_norm(visual + self.model.text_encoder.v_module(visual))
 
     def decode(self, embeds: Tensor) -> Tensor:
         out = self.model._beam_search(embeds, None, self.beams, self.steps, self.steps, 1)
@@ -146,7 +146,7 @@ class Accelerated(Reference):
 
     def prepare(self) -> None:
         accelerate(self.model)
-        weight = self.model.visual_norm.weight
+        weight = self.model.visn_emb_norm.weight
         served = explain(layer_norm, weight.new_zeros(1, weight.shape[0])).chosen
         self.backend = "native, oneDNN" if served == "cpu" else "PyTorch"
 
@@ -171,7 +171,7 @@ class Fast(Implementation):
         return [] if self.model.cuda_graphs else ["it runs without CUDA graphs, for it could not be captured"]
 
     def universal(self, visual: Tensor) -> Tensor:
-        return self.model.visual_norm(visual + self.model.universal(visual))
+        return self.model.visn_emb_norm(visual + self.model.text_encoder.v_module(visual))
 
     def decode(self, embeds: Tensor) -> Tensor:
         return self.model.generate(image_embeds=embeds, **self.generation).scores[:, 0]

@@ -28,8 +28,8 @@ from mplug2_fast.ops import use_backend
 from mplug2_fast.outputs import GenerationOutput
 from mplug2_fast.reference import MPlug2ForCaptioning as ReferenceForCaptioning
 
-VISION = ("visual", "visual_projection", "visual_projection_norm")
-UNIVERSAL = ("universal", "visual_norm")
+VISION = ("visual_encoder", "visn_fc", "visn_layer_norm")
+UNIVERSAL = ("text_encoder", "visn_emb_norm")
 FAST = ("visual", "visual_projection", "visual_projection_norm", "universal", "visual_norm", "decoder")
 
 Caption = Callable[[Tensor], GenerationOutput]
@@ -62,7 +62,7 @@ class Sizes:
 
 
 def released(sizes: Sizes) -> Caption:
-    model = sizes.reference(*VISION, *UNIVERSAL, "decoder")
+    model = sizes.reference(*VISION, *UNIVERSAL, "text_decoder")
     return lambda video: model.generate(video, **sizes.generation)
 
 
@@ -82,9 +82,9 @@ class Remembered(nn.Module):
 
 def remembering(sizes: Sizes) -> Caption:
     """The reference, whose decoder projects the video once and not at every step; every beam still has its copy."""
-    model = sizes.reference(*VISION, *UNIVERSAL, "decoder")
+    model = sizes.reference(*VISION, *UNIVERSAL, "text_decoder")
     found = []
-    for layer in model.decoder.layers:
+    for layer in model.text_decoder.bert.encoder.layer.values():
         attention = layer.crossattention.self
         attention.key, attention.value = (Remembered(part, sizes.beams) for part in (attention.key, attention.value))
         found += [attention.key, attention.value]

@@ -106,8 +106,8 @@ class Released(Step):
 
     def __init__(self, config: MPlug2Config, device: str, dtype: torch.dtype) -> None:
         model = ReferenceForCaptioning(config, device="meta", dtype=dtype).eval()
-        hold(model, device, "decoder")
-        self.decoder, self.given = model.decoder, Given(config, device)
+        hold(model, device, "text_decoder")
+        self.decoder, self.given = model.text_decoder, Given(config, device)
         self.memory = self.given.memory.to(dtype)
 
     def logits(self) -> Tensor:

@@ -66,8 +66,8 @@ def ours(config: MPlug2Config, device: str, dtype: torch.dtype) -> Form:
 
 def reference(config: MPlug2Config, device: str, dtype: torch.dtype) -> Form:
     model = ReferenceForQuestionAnswering(config, device="meta", dtype=dtype)
-    weights = hold(model, device, "fusion.layers.0")
-    return Form(Released(model.fusion.layers[0]), weights)
+    weights = hold(model, device, f"fusion_encoder.encoder.layer.{first(config)}")
+    return Form(Released(model.fusion_encoder.encoder.layer[str(first(config))]), weights)
 
 
 def peer(config: MPlug2Config, device: str, dtype: torch.dtype) -> Form:

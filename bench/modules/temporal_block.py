@@ -45,8 +45,8 @@ def ours(config: MPlug2Config, device: str, dtype: torch.dtype) -> Form:
 
 def reference(config: MPlug2Config, device: str, dtype: torch.dtype) -> Form:
     model = ReferenceForCaptioning(config, device="meta", dtype=dtype)
-    weights = hold(model, device, "visual.blocks.0")
-    return Form(Released(model.visual.blocks[0]), weights)
+    weights = hold(model, device, "visual_encoder.visual.transformer.resblocks.0")
+    return Form(Released(model.visual_encoder.visual.transformer.resblocks[0]), weights)
 
 
 def peer(config: MPlug2Config, device: str, dtype: torch.dtype) -> Form:

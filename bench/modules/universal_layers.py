@@ -31,10 +31,10 @@ class Ours(nn.Module):
 class Released(nn.Module):
     def __init__(self, model: ReferenceForCaptioning) -> None:
         super().__init__()
-        self.universal, self.norm = model.universal, model.visual_norm
+        self.text_encoder, self.norm = model.text_encoder, model.visn_emb_norm
 
     def forward(self, visual: Tensor) -> Tensor:
-        return self.norm(visual + self.universal(visual))
+        return self.norm(visual + self.text_encoder.v_module(visual))
 
 
 class OfPeer(nn.Module):
@@ -58,7 +58,7 @@ def ours(config: MPlug2Config, device: str, dtype: torch.dtype) -> Form:
 
 def reference(config: MPlug2Config, device: str, dtype: torch.dtype) -> Form:
     model = ReferenceForCaptioning(config, device="meta", dtype=dtype)
-    weights = hold(model, device, "universal", "visual_norm")
+    weights = hold(model, device, "text_encoder", "visn_emb_norm")
     return Form(Released(model), weights)
 
 

@@ -43,6 +43,7 @@ class Family:
         recognise: how many of the entries that determine the sizes a state dict has.
         infer: (shapes, the checkpoint's own `config` entry) -> configuration.
         build: (configuration, tasks, device, dtype) -> model.
+        clip_bytes: the memory of a clip: see `mplug2_fast.predict.memory`.
     """
 
     title: str
@@ -51,3 +52,4 @@ class Family:
     recognise: Callable[[Mapping[str, Shape]], int]
     infer: Callable[[Mapping[str, Shape], Mapping[str, Any]], InferredConfig]
     build: Callable[..., nn.Module]
+    clip_bytes: Callable[..., int]

@@ -76,23 +76,14 @@ class OfficialNames:
     def views(self, model: nn.Module, of: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
         """Official name -> view into the model's parameters, or into what `of` makes of each: their gradients, say."""
         return {
-            entry.official: of(parameter).chunk(parts)[entry.part if parts > 1 else 0].view(entry.shape)
+            entry.official: of(_attribute(model, entry.path)).chunk(entry.parts)[entry.part].view(entry.shape)
             for entry in self.entries
-            for parameter, parts in [_parameter(model, entry)]
         }
 
 
-def _parameter(model: nn.Module, entry: Entry) -> tuple[Tensor, int]:
-    """The parameter that holds an official one, and how many of them it holds.
-
-    Found by attributes, which wrappers of modules pass on. A module that keeps its parts separate, as the reference's
-    attention does, has them under the last two components of the official names.
-    """
-    *owners, name = entry.path.split(".")
-    owner = functools.reduce(getattr, owners, model)
-    if entry.parts == 1 or hasattr(owner, name):
-        return getattr(owner, name), entry.parts
-    return functools.reduce(getattr, entry.official.split(".")[-2:], owner), 1
+def _attribute(model: nn.Module, path: str) -> Tensor:
+    """By attributes, which wrappers of modules pass on, not by `named_parameters`, which has the wrappers' names."""
+    return functools.reduce(getattr, path.split("."), model)
 
 
 def with_heads(names: OfficialNames, heads: Mapping[str, nn.Module]) -> OfficialNames:

@@ -8,78 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mplug2_fast.models.mplug2.config import CLS_TOKEN_ID, PAD_TOKEN_ID, SEP_TOKEN_ID, MPlug2Config, TextConfig
+from mplug2_fast.models.mplug2.config import CLS_TOKEN_ID, PAD_TOKEN_ID, MPlug2Config
 from mplug2_fast.models.mplug2.official_names import MPlug2Names
 from mplug2_fast.modes import in_eval_mode
 from mplug2_fast.outputs import GenerationOutput
-from mplug2_fast.reference.beam_search import Hypothesis, beam_search
-from mplug2_fast.reference.bert import (
-    BertEmbeddings,
-    BertLayer,
-    TextDecoder,
-    cross_attention_mask,
-    self_attention_mask,
-)
+from mplug2_fast.reference.decoder import Hypothesis, TextDecoder, beam_search
+from mplug2_fast.reference.encoders import FusionEncoder, TextEncoder
 from mplug2_fast.reference.vision import LocalTemporal, VisionTransformer
 from mplug2_fast.tasks import AnswerRanking, Captioning, QuestionAnswering, Task
-
-
-class UniversalLayers(nn.Module):
-    """The two layers that text and video share: plain self-attention layers for text, see `forward` for a video."""
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.latents = nn.Parameter(torch.empty(config.num_latents, config.hidden_size))
-        self.first = BertLayer(config, cross_attention=True)
-        self.last = BertLayer(config, cross_attention=True)
-
-    def forward(self, visual: Tensor) -> Tensor:
-        """Visual tokens `(B, S, D)`: into the latents, and back onto all tokens."""
-        latents = self.first(self.latents.expand(visual.shape[0], -1, -1), memory=visual)
-        return self.last(visual, memory=latents)
-
-
-class TextEncoder(nn.Module):
-    """Embeddings and the layers below the universal ones."""
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.embeddings = BertEmbeddings(config)
-        below = config.text_encoder_layers - config.num_uni_layer
-        self.layers = nn.ModuleList([BertLayer(config, cross_attention=False) for _ in range(below)])
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, universal: UniversalLayers) -> Tensor:
-        x = self.embeddings(input_ids)
-        mask = self_attention_mask(attention_mask, x.dtype)
-        for layer in (*self.layers, universal.first, universal.last):
-            x = layer(x, mask)
-        return x
-
-
-class FusionEncoder(nn.Module):
-    """The last `fusion_layers` of the stored layers, with connected attention every `stride_layer`."""
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.layers = nn.ModuleList(
-            [BertLayer(config, cross_attention=not config.connected(n)) for n in range(config.fusion_layers)]
-        )
-
-    def forward(self, text: Tensor, text_mask: Tensor, visual: Tensor, visual_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (visual, text), of the shapes that came in."""
-        for n, layer in enumerate(self.layers):
-            if not self.config.connected(n):
-                memory_mask = cross_attention_mask(visual_mask, text.dtype)
-                text = layer(text, self_attention_mask(text_mask, text.dtype), visual, memory_mask)
-            else:
-                both = layer(
-                    torch.cat([visual, text], dim=1),
-                    self_attention_mask(torch.cat([visual_mask, text_mask], dim=1), text.dtype),
-                )
-                visual = visual + both[:, : visual.shape[1]]
-                text = both[:, visual.shape[1] :]
-        return visual, text
 
 
 class _MPlug2(nn.Module):
@@ -91,22 +27,25 @@ class _MPlug2(nn.Module):
         super().__init__()
         self.config = config
         self.tasks = {kind.name: kind() for kind in self.task_types}
+        answers = QuestionAnswering.name in self.tasks
         text = config.text
         with torch.device(device or torch.get_default_device()):
-            self.visual = VisionTransformer(config.vision)
+            self.visual_encoder = nn.Module()
+            self.visual_encoder.visual = VisionTransformer(config.vision)
             if config.vision.width != text.hidden_size:
-                self.visual_projection = nn.Linear(config.vision.width, text.hidden_size)
-                self.visual_projection_norm = nn.LayerNorm(text.hidden_size, eps=1e-12)
-            self.visual_norm = nn.LayerNorm(text.hidden_size, eps=1e-12)
+                self.visn_fc = nn.Linear(config.vision.width, text.hidden_size)
+                self.visn_layer_norm = nn.LayerNorm(text.hidden_size, eps=1e-12)
+            self.visn_emb_norm = nn.LayerNorm(text.hidden_size, eps=1e-12)
             self.dropout = nn.Dropout(text.hidden_dropout_prob)
-            self.universal = UniversalLayers(text)
-            self.decoder = TextDecoder(text, text.text_decode_layers)
-            if QuestionAnswering.name in self.tasks:
-                self.text = TextEncoder(text)
-                self.fusion = FusionEncoder(text)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim > 1 or "embedding" in name:
-                nn.init.normal_(parameter, std=text.initializer_range)
+            self.text_encoder = TextEncoder(text, text=answers)
+            if answers:
+                self.fusion_encoder = FusionEncoder(text)
+            self.text_decoder = TextDecoder(text)
+        for module in self.modules():
+            for parameter in module.parameters(recurse=False):
+                if parameter.ndim > 1:
+                    nn.init.normal_(parameter, std=text.initializer_range)
+        nn.init.normal_(self.visual_encoder.visual.class_embedding, std=text.initializer_range)
         for module in self.modules():
             if isinstance(module, LocalTemporal):
                 nn.init.zeros_(module.up_proj.weight)
@@ -119,24 +58,24 @@ class _MPlug2(nn.Module):
         return MPlug2Names(self.config, next(iter(self.tasks.values())).modules)
 
     def official_parameters(self) -> dict[str, Tensor]:
-        """Official name -> a detached view into this model's parameters."""
-        return self.official_names.views(self)
+        """Official name -> this model's parameter, detached. The modules have the official names themselves."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
-    def official_gradients(self) -> dict[str, Tensor]:
-        """Official name -> a view into the gradient."""
-        return self.official_names.views(self, lambda parameter: parameter.grad)
+    def official_gradients(self) -> dict[str, Tensor | None]:
+        """Official name -> gradient."""
+        return {name: parameter.grad for name, parameter in self.named_parameters()}
 
     def encode_visual(self, video: Tensor) -> Tensor:
         """Video `(B, 3, T, H, W)` to the vision encoder's tokens `(B, S, D)`, brought to the BERT width."""
-        x = self.visual(video.to(self.visual_norm.weight.dtype))
-        if hasattr(self, "visual_projection"):
-            x = self.dropout(self.visual_projection_norm(self.visual_projection(x)))
+        x = self.visual_encoder.visual(video.to(self.visn_emb_norm.weight.dtype))
+        if hasattr(self, "visn_fc"):
+            x = self.dropout(self.visn_layer_norm(self.visn_fc(x)))
         return x
 
     def encode_video(self, video: Tensor) -> Tensor:
         """Video `(B, 3, T, H, W)`, normalised, to image_embeds `(B, S, D)`."""
         x = self.encode_visual(video)
-        return self.dropout(self.visual_norm(x + self.universal(x)))
+        return self.dropout(self.visn_emb_norm(x + self.text_encoder.v_module(x)))
 
     def _beam_search(
         self,
@@ -156,13 +95,11 @@ class _MPlug2(nn.Module):
         def next_logits(sequences: Tensor, alive: Tensor) -> Tensor:
             tiled = memory[alive].repeat_interleave(beams, dim=0)
             tiled_mask = None if memory_mask is None else memory_mask[alive].repeat_interleave(beams, dim=0)
-            return self.decoder(sequences, torch.ones_like(sequences), tiled, tiled_mask)[:, -1]
+            return self.text_decoder(sequences, torch.ones_like(sequences), tiled, tiled_mask)[:, -1]
 
         found = beam_search(
             next_logits,
             memory.shape[0],
-            start_token_id=CLS_TOKEN_ID,
-            end_token_id=SEP_TOKEN_ID,
             num_beams=beams,
             min_length=low if min_length is None else min_length,
             max_length=high if max_length is None else max_length,
@@ -199,7 +136,7 @@ class MPlug2ForCaptioning(_MPlug2):
         Args:
             video: `(B, 3, T, H, W)`. caption_ids, caption_mask: `(B, tokens)`.
         """
-        logits = self.decoder(caption_ids, caption_mask, self.encode_video(video), None)
+        logits = self.text_decoder(caption_ids, caption_mask, self.encode_video(video), None)
         labels = shifted_labels(caption_ids, self.config.generation.prompt_tokens)
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
 
@@ -225,8 +162,8 @@ class MPlug2ForQuestionAnswering(_MPlug2):
         """The decoder's memory `(B, S + tokens, D)`, [fusion visual; fusion text], and its padding mask."""
         visual = self.encode_video(video)
         visual_mask = torch.ones(visual.shape[:2], dtype=question_mask.dtype, device=visual.device)
-        text = self.text(question_ids, question_mask, self.universal)
-        visual, text = self.fusion(text, question_mask, visual, visual_mask)
+        text = self.text_encoder(question_ids, question_mask)
+        visual, text = self.fusion_encoder(text, question_mask, visual, visual_mask)
         return torch.cat([visual, text], dim=1), torch.cat([visual_mask, question_mask], dim=1)
 
     def forward(
@@ -250,7 +187,7 @@ class MPlug2ForQuestionAnswering(_MPlug2):
         counts = torch.as_tensor(answers_per_question, device=memory.device)
         memory = memory.repeat_interleave(counts, dim=0)
         memory_mask = memory_mask.repeat_interleave(counts, dim=0)
-        logits = self.decoder(answer_ids, answer_mask, memory, memory_mask)
+        logits = self.text_decoder(answer_ids, answer_mask, memory, memory_mask)
         labels = shifted_labels(answer_ids)
         losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none").sum(dim=1)
         return (losses * answer_weights).sum() / video.shape[0]
@@ -287,12 +224,12 @@ class MPlug2ForQuestionAnswering(_MPlug2):
         memory, mask = self.encode_question(video, question_ids, question_mask)
         batch = memory.shape[0]
         start = torch.full((batch, 1), CLS_TOKEN_ID, dtype=torch.long, device=memory.device)
-        first_probs = self.decoder(start, torch.ones_like(start), memory, mask)[:, 0].float().softmax(dim=-1)
+        first_probs = self.text_decoder(start, torch.ones_like(start), memory, mask)[:, 0].float().softmax(dim=-1)
         top_probs, top = first_probs[:, answer_ids[:, 1]].topk(k, dim=-1)
 
         memory, mask = memory.repeat_interleave(k, dim=0), mask.repeat_interleave(k, dim=0)
         ids = answer_ids[top.flatten()]
-        logits = self.decoder(ids, answer_mask[top.flatten()], memory, mask)
+        logits = self.text_decoder(ids, answer_mask[top.flatten()], memory, mask)
         nll = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), shifted_labels(ids), reduction="none").sum(dim=1)
         probs, order = (top_probs.log() - nll.view(batch, k)).softmax(dim=-1).sort(dim=-1, descending=True)
         return top.gather(1, order), probs

@@ -10,7 +10,6 @@ from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mplug2_fast.nn.config import VisionConfig
 
@@ -72,37 +71,44 @@ class ResidualAttentionBlock(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class Transformer(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList([ResidualAttentionBlock(config) for _ in range(config.layers)])
+
+
 class VisionTransformer(nn.Module):
     """Video `(B, 3, T, H, W)` to tokens `(B, 1 + T'·L, width)`: the mean class token, then the patches, time-major."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        width, kernel = config.width, 3 if config.temporal_downsampling else 1
-        self.patch_weight = nn.Parameter(torch.empty(width, 3 * kernel * config.patch_size**2))
-        self.class_embedding = nn.Parameter(torch.empty(width))
-        self.positional_embedding = nn.Parameter(torch.empty(1 + config.num_patches, width))
-        self.norm_pre = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.blocks = nn.ModuleList([ResidualAttentionBlock(config) for _ in range(config.layers)])
-        self.norm_post = nn.LayerNorm(width, eps=config.layer_norm_eps)
-
-    def forward(self, video: Tensor) -> Tensor:
-        config, patch = self.config, self.config.patch_size
+        patch, width = config.patch_size, config.width
         down = config.temporal_downsampling
-        x = F.conv3d(
-            video,
-            self.patch_weight.view(config.width, 3, -1, patch, patch),
+        self.conv1 = nn.Conv3d(
+            3,
+            width,
+            kernel_size=(3 if down else 1, patch, patch),
             stride=(config.temporal_stride if down else 1, patch, patch),
             padding=(1 if down else 0, 0, 0),
+            bias=False,
         )
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.positional_embedding = nn.Parameter(torch.empty(1 + config.num_patches, width))
+        self.ln_pre = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.transformer = Transformer(config)
+        self.ln_post = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def forward(self, video: Tensor) -> Tensor:
+        x = self.conv1(video)
         batch, width, frames, _, _ = x.shape
         x = x.permute(0, 2, 3, 4, 1).reshape(batch * frames, -1, width)
         x = torch.cat([self.class_embedding.expand(batch * frames, 1, width), x], dim=1)
-        x = self.norm_pre(x + self.positional_embedding)
+        x = self.ln_pre(x + self.positional_embedding)
         x = x.permute(1, 0, 2)
-        for block in self.blocks:
+        for block in self.transformer.resblocks:
             x = block(x, frames)
         x = x.permute(1, 0, 2).reshape(batch, frames, -1, width)
         class_token = x[:, :, 0].mean(dim=1, keepdim=True)
         patches = x[:, :, 1:].reshape(batch, -1, width)
-        return self.norm_post(torch.cat([class_token, patches], dim=1))
+        return self.ln_post(torch.cat([class_token, patches], dim=1))

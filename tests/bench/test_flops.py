@@ -58,10 +58,10 @@ def test_question_answering_against_what_the_reference_does():
     model = reference.MPlug2ForQuestionAnswering(config, device="meta").eval()
     ids, visual = torch.zeros(1, 7, dtype=torch.long, device="meta"), torch.empty(1, 65, 128, device="meta")
     mask, seen = torch.ones_like(ids), torch.ones(1, 65, dtype=torch.long, device="meta")
-    assert flops.text_encoder(config, 7) == counted(lambda: model.text(ids, mask, model.universal))
+    assert flops.text_encoder(config, 7) == counted(lambda: model.text_encoder(ids, mask))
     text = torch.empty(1, 7, 128, device="meta")
     assert flops.visual_tokens(config, 4) == 65
-    assert flops.fusion(config, 4, 7) == counted(lambda: model.fusion(text, mask, visual, seen))
+    assert flops.fusion(config, 4, 7) == counted(lambda: model.fusion_encoder(text, mask, visual, seen))
     parts = flops.needed("features", config, **RUN) + flops.decoding(config, 257 + 7, 5, 15)
     asked = flops.text_encoder(config, 7) + flops.fusion(config, 16, 7)
     assert flops.needed("answering", config, **RUN, question=7) == parts + asked

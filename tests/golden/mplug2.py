@@ -23,7 +23,7 @@ def caption(case: GoldenCase, implementation: str) -> Quantities:
                 :, 0
             ]
         else:
-            computed["teacher_logits"] = model.decoder(ids, mask, embeds, None)
+            computed["teacher_logits"] = model.text_decoder(ids, mask, embeds, None)
     return computed | _beams(model, case) | _training_step(model, case, ["caption_ids", "caption_mask"])
 
 
@@ -33,9 +33,12 @@ def question_answering(case: GoldenCase, implementation: str) -> Quantities:
     with torch.no_grad():
         computed = _video_side(model, case)
         embeds = computed["image_embeds"]
-        text = model.text(ids, mask, model.universal)
-        visual_mask = [] if implementation == "fast" else [mask.new_ones(embeds.shape[:2])]
-        fusion_image, fusion_text = model.fusion(text, mask, embeds, *visual_mask)
+        if implementation == "fast":
+            text = model.text(ids, mask, model.universal)
+            fusion_image, fusion_text = model.fusion(text, mask, embeds)
+        else:
+            text = model.text_encoder(ids, mask)
+            fusion_image, fusion_text = model.fusion_encoder(text, mask, embeds, mask.new_ones(embeds.shape[:2]))
     answers = [case.inputs["answer_list_ids"], case.inputs["answer_list_mask"]]
     k = min(_columns(case, "rank_ids"), answers[0].shape[0])
     rank_ids, rank_probs = model.rank_answers(case.video, *question, *answers, k=k)
@@ -59,7 +62,9 @@ def build(case: GoldenCase, implementation: str, class_name: str) -> nn.Module:
 
 
 def _video_side(model: nn.Module, case: GoldenCase) -> Quantities:
-    visual, universal = model.visual(case.video), model.universal(model.encode_visual(case.video))
+    fast = hasattr(model, "universal")
+    visual = (model.visual if fast else model.visual_encoder.visual)(case.video)
+    universal = (model.universal if fast else model.text_encoder.v_module)(model.encode_visual(case.video))
     return {"visual": visual, "universal": universal, "image_embeds": model.encode_video(case.video)}
 
 
@@ -82,7 +87,7 @@ def _training_step(model: nn.Module, case: GoldenCase, inputs: list[str]) -> Qua
             module.p = 0.0
     loss = model(case.video, *(case.inputs[name] for name in inputs))
     loss.backward()
-    gradients = model.official_gradients()
+    gradients = {name: gradient for name, gradient in model.official_gradients().items() if gradient is not None}
     return {"loss": loss, **{f"grad:{key}": gradient for key, gradient in gradients.items()}}
 
 

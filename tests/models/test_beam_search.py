@@ -8,7 +8,7 @@ import torch
 from mplug2_fast.generation.beam_search import beam_search, output
 from mplug2_fast.models.mplug2.config import CLS_TOKEN_ID, SEP_TOKEN_ID
 from mplug2_fast.nn.text_decoder import Memory
-from mplug2_fast.reference.beam_search import beam_search as released_beam_search
+from mplug2_fast.reference.decoder import beam_search as released_beam_search
 
 VIDEOS, STEPS, WORDS = 6, 6, SEP_TOKEN_ID + 3
 
@@ -59,8 +59,6 @@ def test_the_released_search(seed, num_beams, min_length, num_return):
         decoder.next_logits,
         VIDEOS,
         device=torch.device("cpu"),
-        start_token_id=CLS_TOKEN_ID,
-        end_token_id=SEP_TOKEN_ID,
         **options,
     )
     ended_at = {len(hypotheses[-1][1]) for hypotheses in expected}

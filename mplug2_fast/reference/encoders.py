@@ -1,0 +1,80 @@
+"""Text encoder with the universal layers, and fusion encoder."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mplug2_fast.models.mplug2.config import TextConfig
+from mplug2_fast.reference.bert import (
+    BertEmbeddings,
+    BertEncoder,
+    BertLayer,
+    cross_attention_mask,
+    self_attention_mask,
+)
+
+
+class TextEncoder(nn.Module):
+    """BERT whose last two layers are universal: plain self-attention layers for text, `v_module` for a video.
+
+    Args:
+        text: False leaves out what only a text needs, the embeddings and the layers below the universal ones.
+    """
+
+    def __init__(self, config: TextConfig, *, text: bool) -> None:
+        super().__init__()
+        first_universal = config.text_encoder_layers - config.num_uni_layer
+        if text:
+            self.embeddings = BertEmbeddings(config)
+        self.encoder = BertEncoder(
+            {
+                i: BertLayer(
+                    config,
+                    cross_attention=i >= first_universal,
+                    num_latents=config.num_latents if i == first_universal else 0,
+                )
+                for i in range(0 if text else first_universal, config.text_encoder_layers)
+            }
+        )
+        self.universal = [str(i) for i in range(first_universal, config.text_encoder_layers)]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embeddings(input_ids)
+        mask = self_attention_mask(attention_mask, x.dtype)
+        for layer in self.encoder.layer.values():
+            x = layer(x, mask)
+        return x
+
+    def v_module(self, visual: Tensor) -> Tensor:
+        """Visual tokens `(B, S, D)` through the universal layers: into the latents, and back onto all tokens."""
+        first, last = (self.encoder.layer[index] for index in self.universal)
+        latents = first(first.latents.expand(visual.shape[0], -1, -1), memory=visual)
+        return last(visual, memory=latents)
+
+
+class FusionEncoder(nn.Module):
+    """The last `fusion_layers` of the stored layers, with connected attention every `stride_layer`."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        first = config.stored_layers - config.fusion_layers
+        self.encoder = BertEncoder(
+            {first + n: BertLayer(config, cross_attention=not config.connected(n)) for n in range(config.fusion_layers)}
+        )
+
+    def forward(self, text: Tensor, text_mask: Tensor, visual: Tensor, visual_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (visual, text), of the shapes that came in."""
+        for n, layer in enumerate(self.encoder.layer.values()):
+            if not self.config.connected(n):
+                memory_mask = cross_attention_mask(visual_mask, text.dtype)
+                text = layer(text, self_attention_mask(text_mask, text.dtype), visual, memory_mask)
+            else:
+                both = layer(
+                    torch.cat([visual, text], dim=1),
+                    self_attention_mask(torch.cat([visual_mask, text_mask], dim=1), text.dtype),
+                )
+                visual = visual + both[:, : visual.shape[1]]
+                text = both[:, visual.shape[1] :]
+        return visual, text
