@@ -36,7 +36,7 @@ def test_the_page(folder, monkeypatch, capsys):
         r"^```\n(.*?)^```$", PAGE.split('title="train.py"')[1].split("```", 1)[1], re.DOTALL | re.MULTILINE
     )
     assert capsys.readouterr().out == shown[1]
-    (session,) = re.findall(r"^```console\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    (session,) = re.findall(r"^```console title=\"shell\"\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
     for step in re.split(r"^\$ ", session, flags=re.MULTILINE)[1:]:
         command, expected = step.split("\n", 1)
         done = CliRunner().invoke(app, shlex.split(command)[1:])
