@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mplug2_fast as mf
-from mplug2_fast.checkpoint.load import _PIECE, copy_released
+from mplug2_fast.checkpoint.load import _PIECE, copy_official
 
 POSITIONS = "visual_encoder.visual.positional_embedding"
 
@@ -193,10 +193,10 @@ def test_numbers_are_checked_as_they_are_copied(position, value):
     weights = torch.zeros(2 * _PIECE + 5, dtype=torch.float64)
     weights[position] = value
     with pytest.raises(mf.CheckpointError, match=r"not finite|infinite in float32"):
-        copy_released({"w": torch.empty(weights.shape)}, {"w": weights})
+        copy_official({"w": torch.empty(weights.shape)}, {"w": weights})
 
 
 def test_large_numbers_are_finite_though_their_sum_is_not():
     weights, view = torch.full((_PIECE + 5,), 3e38), torch.empty(_PIECE + 5)
-    copy_released({"w": view}, {"w": weights})
+    copy_official({"w": view}, {"w": weights})
     assert torch.equal(view, weights)
