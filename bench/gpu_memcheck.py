@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mplug2_fast import ops
-from mplug2_fast.ops.runtime.dispatch import Op
+from mplug2_fast.ops.runtime.op import Op
 from mplug2_fast.ops.runtime.spec import Sizes
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -22,7 +22,7 @@ MOST = 3
 
 def chosen(op: Op) -> list[Sizes]:
     """Some of the operator's awkward sizes, from all over the list."""
-    return list(op.spec.awkward[:: -(-len(op.spec.awkward) // MOST)])
+    return list(op.spec.edge_cases[:: -(-len(op.spec.edge_cases) // MOST)])
 
 
 def run(op: Op, sizes: Sizes, dtype: torch.dtype, device: str) -> None:

@@ -40,7 +40,7 @@ def reasons(keys: Iterable[Key]) -> list[str]:
     )
     for op, dtype, device in asked:
         spec = ops.OPERATORS[op].op.spec
-        for name, reason in why_not(op, spec.inputs(spec.awkward[0], getattr(torch, dtype), device)).items():
+        for name, reason in why_not(op, spec.inputs(spec.edge_cases[0], getattr(torch, dtype), device)).items():
             of = operators.setdefault((name, reason), [])
             if op not in of:
                 of.append(op)
@@ -49,9 +49,9 @@ def reasons(keys: Iterable[Key]) -> list[str]:
 
 def _peers(op: str) -> dict[str, Prepare]:
     """Every package that knows the operator: those that may also serve it as a backend, and others."""
-    backends = ops.OPERATORS[op].op.backends
+    operator = ops.OPERATORS[op].op
     peers: dict[str, Prepare] = {
-        name: partial(_backend, backends[name].run) for name in packages.BACKENDS if name in backends
+        name: partial(_backend, operator.direct(name)) for name in packages.BACKENDS if name in operator.backends
     }
     if op == "layer_norm":
         peers[LIGER] = _liger_layer_norm
@@ -80,7 +80,7 @@ def _liger_layer_norm(arguments: Arguments) -> Callable[[], Any]:
 def _liger_reason(arguments: Arguments) -> str:
     x, weight, bias = (arguments[name] for name in ("x", "weight", "bias"))
     if x.device.type != "cuda":
-        return f"it is for cuda, not for {x.device}"
+        return f"supports cuda, got {x.device}"
     if weight is None or bias is None:
         return "its layer norm has a weight and a bias"
     return packages.error("liger_kernel.transformers", "pip install liger-kernel") or ""

@@ -70,13 +70,13 @@ def launches(name: str, dtype: torch.dtype, capability: int) -> Iterator[Launch]
         if not label.startswith("large"):
             continue
         with torch.device("meta"):  # random numbers too
-            given = tuple(op.spec.inputs(sizes, dtype, "meta").values())
+            given = op.arguments(**op.spec.inputs(sizes, dtype, "meta"))
         with record(capability) as recorder:
-            results = backend.run(*given)
+            results = backend.run(given)
             if backend.backward is not None:
-                saved = op._save(backend, given) if backend.train or op._reads_results else []
+                saved = op.derivatives.save(backend, given)
                 grads = [torch.empty_like(r) for r in (results if isinstance(results, tuple) else (results,))]
-                backend.backward(grads, given, saved, [isinstance(given[i], Tensor) for i in op._wanted])
+                backend.backward(grads, given, saved, [isinstance(given[i], Tensor) for i in op.derivatives.wanted])
         for launch in recorder.launches:
             signature, constants, _ = _signature(launch, launch.configs[0])
             if (what := (launch.kernel, str(signature), str(constants))) not in seen:

@@ -46,7 +46,7 @@ def keys(selection: Selection) -> list[Key]:
 def sizes_of(spec: Spec) -> dict[str, Sizes]:
     """The sizes of an operator by what they are called in a row: the models', the base model's at two frames, and of
     the awkward ones those that have elements."""
-    awkward = {f"awkward, {described(sizes)}": sizes for sizes in spec.awkward}
+    awkward = {f"awkward, {described(sizes)}": sizes for sizes in spec.edge_cases}
     awkward = {name: sizes for name, sizes in awkward.items() if _has_elements(spec, sizes)}
     return {"quick": two_frames(spec.models["base"]), **spec.models, **awkward}
 
@@ -81,7 +81,7 @@ def build(key: Key, *, compile: bool) -> Case:
     sizes = sizes_of(spec)[key.sizes]
     first = spec.inputs(sizes, dtype, key.device)
     given = [first, *rotated(spec, first)]
-    formula = op.backends["torch"].run
+    formula = op.direct("torch")
     ways: dict[str, Callable[..., Any]] = {OURS: op, "eager": spec.reference, "torch": formula}
     if key.direction == "forward":
         prepared = {way: partial(_forward, run, given) for way, run in ways.items()}

@@ -22,6 +22,7 @@ void bind_linear_act_cuda(pybind11::module_& module);
 void bind_local_temporal(pybind11::module_& module);
 void bind_preprocess_frames(pybind11::module_& module);
 void bind_step_attention(pybind11::module_& module);
+void bind_tensors(pybind11::module_& module);
 
 template <typename Pointee>
 Pointee* at(std::uintptr_t address) {

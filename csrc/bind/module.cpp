@@ -39,4 +39,5 @@ PYBIND11_MODULE(_C, module) {
     bind_local_temporal(module);
     bind_preprocess_frames(module);
     bind_step_attention(module);
+    bind_tensors(module);
 }

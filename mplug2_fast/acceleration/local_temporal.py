@@ -22,7 +22,7 @@ from mplug2_fast.acceleration.structure import is_plain, require, require_norm
 from mplug2_fast.acceleration.swap import Kind, State, Unserved, Unsuitable
 from mplug2_fast.nn import local_temporal
 from mplug2_fast.ops.linear_act import EAGER, Activation
-from mplug2_fast.ops.runtime.dispatch import autocast_dtype
+from mplug2_fast.ops.runtime.autocast import autocast_dtype
 
 _AXES = {"volume": 5, "tokens": 4, "frames": 3, "sequence": 3}
 """Axes of x in each layout: (batch, channels, frames, height, width), (batch, frames, tokens, channels),

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from mplug2_fast.nn.unchanged import TENSORS
-from mplug2_fast.ops.runtime import dispatch
+from mplug2_fast.ops.runtime import backend
 
 Program = Callable[..., Iterator[tuple[Tensor | None, tuple[Tensor, ...]]]]
 """Yields pairs: a bool on the device that is true when the program is done, or None; and the results so far."""
@@ -75,7 +75,12 @@ class CudaGraphRunner:
             return run_eagerly(program, inputs)
         kinds = tuple(None if t is None else (t.shape, t.dtype, t.device) for t in inputs)
         # Inference tensors cannot be written outside inference mode.
-        modes = (dispatch.in_force(), torch.backends.cuda.matmul.allow_tf32, torch.is_inference_mode_enabled())
+        modes = (
+            backend.forced(),
+            backend.is_strict(),
+            torch.backends.cuda.matmul.allow_tf32,
+            torch.is_inference_mode_enabled(),
+        )
         key = (name, kinds, *modes)
         with self._lock, torch.cuda.device(tensors[0].device):
             captured = self._find(model, key, program, inputs, parts)

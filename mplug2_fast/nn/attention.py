@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from mplug2_fast.nn.parts import add_linear, dropout_rate
-from mplug2_fast.ops.attention import attention_reference, attention_with_dropout, check
+from mplug2_fast.ops.attention import attention_reference, attention_with_dropout, check_attention
 from mplug2_fast.ops.linear_act import linear_act
-from mplug2_fast.ops.runtime.dispatch import autocast_dtype
+from mplug2_fast.ops.runtime.autocast import autocast_dtype
 
 
 class AttentionHeads(nn.Module):
@@ -78,7 +78,7 @@ def attend(
     weight matrix."""
     rate = dropout_rate(dropout)
     if rate is None:
-        check(query, key, value, key_padding_mask, causal)
+        check_attention(query, key, value, key_padding_mask, causal)
         return attention_reference(query, key, value, key_padding_mask, causal, dropout=dropout)
     return attention_with_dropout(query, key, value, rate, key_padding_mask=key_padding_mask, causal=causal)
 

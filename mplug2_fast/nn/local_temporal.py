@@ -14,7 +14,7 @@ from mplug2_fast.nn.parts import plain
 from mplug2_fast.ops.linear_act import EAGER, Activation
 from mplug2_fast.ops.local_temporal import local_temporal
 from mplug2_fast.ops.residual import would_round
-from mplug2_fast.ops.runtime.dispatch import autocast_dtype
+from mplug2_fast.ops.runtime.autocast import autocast_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -1,6 +1,7 @@
 """Functional operators: plain tensors in, plain tensors out, each with several backends.
 
-`explain` tells which backend serves a call and why, `use_backend` forces one, `strict` forbids to fall back.
+`explain` shows which backend runs and why the others were skipped. `use_backend` forces one, `strict` forbids
+fallbacks.
 """
 
 from mplug2_fast.ops.add_layer_norm import add_layer_norm
@@ -15,29 +16,14 @@ from mplug2_fast.ops.local_temporal import local_temporal
 from mplug2_fast.ops.mlp import mlp
 from mplug2_fast.ops.norm_linear_act import norm_linear_act
 from mplug2_fast.ops.preprocess_frames import preprocess_frames
-from mplug2_fast.ops.runtime.dispatch import Explanation, explain, strict, use_backend
+from mplug2_fast.ops.runtime.backend import strict, use_backend
+from mplug2_fast.ops.runtime.choice import Explanation
 from mplug2_fast.ops.runtime.onednn import pack as pack_weight
 from mplug2_fast.ops.runtime.onednn import unpack as unpack_weight
+from mplug2_fast.ops.runtime.op import Op, explain
 from mplug2_fast.ops.step_attention import step_attention
 
-OPERATORS = {
-    function.op.name: function
-    for function in (
-        add_layer_norm,
-        attention,
-        beam_attention,
-        beam_step,
-        beam_update,
-        decoder_layer,
-        layer_norm,
-        linear_act,
-        local_temporal,
-        mlp,
-        norm_linear_act,
-        preprocess_frames,
-        step_attention,
-    )
-}
+OPERATORS = {name: value for name, value in sorted(globals().items()) if isinstance(getattr(value, "op", None), Op)}
 """Every operator by name; `OPERATORS[name].op.spec` is its specification."""
 
 __all__ = [

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mplug2_fast.ops.runtime import attention_packages, cpu, triton
-from mplug2_fast.ops.runtime.dispatch import Backend, Op
+from mplug2_fast.ops.runtime.backend import Backend
+from mplug2_fast.ops.runtime.op import Op
 from mplug2_fast.ops.runtime.spec import Product, Spec, normal
-from mplug2_fast.ops.runtime.spec import upcast as in_float64
 from mplug2_fast.ops.scaled_dot_product import Attend, attend, attend_any_order
 
 MAX_HEAD_DIM = 256
-"""Of the native kernel."""
+"""Largest head of the native kernel."""
 MAX_TRITON_HEAD_DIM = 128
-"""Of the Triton kernels: 256 channels would leave no room for tiles."""
+"""Largest head of the Triton kernels. 256 channels would leave no room for tiles."""
+
+
+class Arguments(NamedTuple):
+    query: Annotated[Tensor, "(batch, q_len, heads, head_dim)"]
+    key: Annotated[Tensor, "(batch, k_len, heads, head_dim)"]
+    value: Annotated[Tensor, "(batch, k_len, heads, head_dim)"]
+    key_padding_mask: Annotated[Tensor | None, "(batch, k_len)"]
+    causal: bool
 
 
 def attention_reference(
@@ -26,13 +34,9 @@ def attention_reference(
     value: Tensor,
     key_padding_mask: Tensor | None,
     causal: bool,
-    *,
-    upcast: bool = False,
     dropout: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """softmax(query·keyᵀ / √head_dim)·value with the whole matrix of scores; `dropout` is applied to the softmax."""
-    if upcast:
-        query, key, value = in_float64(query, key, value)
+    """softmax(query·keyᵀ / √head_dim)·value with the full matrix of scores. `dropout` is applied to the softmax."""
     mask = _visible(query, key, key_padding_mask, causal)
     key, value = without_padding(key, value, key_padding_mask)
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
@@ -45,7 +49,7 @@ def attention_reference(
     return (weights @ value).transpose(1, 2).flatten(2)
 
 
-def make(
+def make_inputs(
     generator: torch.Generator,
     *,
     batch: int,
@@ -56,8 +60,8 @@ def make(
     masked: bool = False,
     causal: bool = False,
     fused: bool = False,
-) -> dict[str, Any]:
-    """`fused` makes keys and values views of one projection. Padding holds NaN."""
+) -> Arguments:
+    """With `fused`, keys and values are views of one projection. Padding holds NaN."""
     query = normal(generator, batch, queries, heads, head_dim)
     if fused:
         key, value = normal(generator, batch, keys, 2, heads, head_dim).unbind(2)
@@ -68,11 +72,11 @@ def make(
         mask = padding_mask(batch, keys)
         for tensor in (key, value):
             tensor.masked_fill_(~mask[:, :, None, None].bool(), torch.nan)
-    return {"query": query, "key": key, "value": value, "key_padding_mask": mask, "causal": causal}
+    return Arguments(query, key, value, mask, causal)
 
 
 def padding_mask(batch: int, keys: int) -> Tensor:
-    """Row i lacks its last i keys; the last row of several also its second one."""
+    """Row i masks its last i keys. The last row, if there are several, also masks its second key."""
     mask = torch.arange(keys) < keys - torch.arange(batch)[:, None] % max(keys, 1)
     if batch > 1 and keys > 2:
         mask[-1, 1] = False
@@ -80,7 +84,7 @@ def padding_mask(batch: int, keys: int) -> Tensor:
 
 
 def without_padding(key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Keys and values with zeros for padding, so that whatever it holds, NaN included, goes nowhere."""
+    """Keys and values with zeros for padding, which may hold anything, NaN included."""
     if key_padding_mask is None:
         return key, value
     padding = ~key_padding_mask[:, :, None, None].bool()
@@ -114,15 +118,8 @@ def attention_torch(
     return out.transpose(1, 2).flatten(2).contiguous()
 
 
-def attention_any_order(*arguments: Any) -> Tensor:
-    """`attention_torch` by operators that can be differentiated to any order and in any mode."""
-    return attention_torch(*arguments, attend=attend_any_order)
-
-
-def attention_native(
-    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, causal: bool = False
-) -> Tensor:
-    """All of shape `(batch, tokens, heads, head_dim)`, any strides but the last."""
+def attention_cpu(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, causal: bool) -> Tensor:
+    """All `(batch, tokens, heads, head_dim)`. The last axis is dense, other strides are arbitrary."""
     batch, queries, heads, head_dim = query.shape
     out = query.new_empty(batch, queries, heads * head_dim)
     if out.numel() == 0:
@@ -148,10 +145,10 @@ def attention_native(
     return out
 
 
-def native_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+def cpu_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     reasons = cpu.reasons(query, key=key, value=value)
     if query.shape[-1] > MAX_HEAD_DIM:
-        reasons.append(f"the native kernel is for heads of up to {MAX_HEAD_DIM} channels, not {query.shape[-1]}")
+        reasons.append(f"the native kernel supports heads of up to {MAX_HEAD_DIM} channels, got {query.shape[-1]}")
     return reasons
 
 
@@ -161,34 +158,36 @@ def attention_triton(
     value: Tensor,
     key_padding_mask: Tensor | None,
     causal: bool,
-    saved: Sequence[Tensor] = (),
+    buffers: Sequence[Tensor] = (),
 ) -> Tensor:
-    """`saved`: where training leaves log2 Σ exp."""
+    """`buffers`: the tensor for log2 Σ exp, in training."""
     out = query.new_empty(query.shape[0], query.shape[1], query.shape[2] * query.shape[3])
     query, key, value = map(side_by_side, (query, key, value))
     short = triton.kernels("attention_short")
     if key_padding_mask is None and not causal and short.serves(query, key):
-        short.forward(query, key, value, out, *saved)
+        short.forward(query, key, value, out, *buffers)
     else:
-        triton.kernels("attention").forward(query, key, value, as_bytes(key_padding_mask), causal, out, *saved)
+        triton.kernels("attention").forward(query, key, value, as_bytes(key_padding_mask), causal, out, *buffers)
     return out
 
 
 def attention_backward_triton(
     grads: list[Tensor | None],
-    arguments: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
     causal: bool,
     saved: list[Tensor],
     needs: list[bool],
     tokens_first: Callable[[Tensor], Tensor] = lambda memory: memory,
 ) -> list[Tensor]:
-    """From the gradient of the result to those that are needed of query, key and value.
+    """The needed gradients of query, key and value.
 
     Args:
-        saved: the result, and what `attention_triton` left.
+        saved: the result, and the buffer that `attention_triton` filled.
         tokens_first: views keys and values as `(batch, tokens, heads, head_dim)`.
     """
-    query, key, value, key_padding_mask = arguments
     made = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
     out, logsum = saved
     grad = torch.zeros_like(out) if grads[0] is None else grads[0].contiguous()
@@ -200,13 +199,13 @@ def attention_backward_triton(
     return [gradient for gradient, need in zip(made, needs, strict=True) if need]
 
 
-def saved_triton(query: Tensor, *_: Any) -> list[Tensor]:
+def logsum_buffer(query: Tensor) -> list[Tensor]:
     batch, q_len, heads, _ = query.shape
     return [query.new_empty(batch, heads, q_len, dtype=torch.float32)]
 
 
 def side_by_side(tensor: Tensor) -> Tensor:
-    """The tensor, its last axis copied together where it is not dense."""
+    """The tensor, or a contiguous copy if its last axis is not dense."""
     return tensor if cpu.dense(tensor) else tensor.contiguous()
 
 
@@ -215,54 +214,46 @@ def as_bytes(key_padding_mask: Tensor | None) -> Tensor | None:
     return None if key_padding_mask is None else key_padding_mask.bool().view(torch.uint8)
 
 
-def triton_reasons(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> list[str]:
+def triton_reasons(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
     reasons = triton.reasons(query, key=key, value=value)
     if query.shape[-1] > MAX_TRITON_HEAD_DIM:
         reasons.append(
-            f"the Triton kernels are for heads of up to {MAX_TRITON_HEAD_DIM} channels, not {query.shape[-1]}"
+            f"the Triton kernels support heads of up to {MAX_TRITON_HEAD_DIM} channels, got {query.shape[-1]}"
         )
     return reasons
 
 
-def check(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, causal: bool) -> None:
-    if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
+def check_attention(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, causal: bool) -> None:
+    q_shape, k_shape = query.shape, key.shape
+    if len(q_shape) != 4 or len(k_shape) != 4 or k_shape != value.shape:
         raise ValueError(
             "query must be (batch, q_len, heads, head_dim), key and value (batch, k_len, heads, head_dim), got "
             f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
         )
-    if (query.shape[0], *query.shape[2:]) != (key.shape[0], *key.shape[2:]):
+    if q_shape[0] != k_shape[0] or q_shape[2:] != k_shape[2:]:
         raise ValueError(
             f"query and key must agree in batch, heads and head_dim, got {tuple(query.shape)} and {tuple(key.shape)}"
         )
-    if key_padding_mask is not None and key_padding_mask.shape != key.shape[:2]:
+    if key_padding_mask is not None and key_padding_mask.shape != k_shape[:2]:
         raise ValueError(f"key_padding_mask must be {tuple(key.shape[:2])}, got {tuple(key_padding_mask.shape)}")
-    if causal and query.shape[1] != key.shape[1]:
+    if causal and q_shape[1] != k_shape[1]:
         raise ValueError(f"causal attention needs as many queries as keys, got {query.shape[1]} and {key.shape[1]}")
 
 
-def flops(query: Tensor, key: Tensor, causal: bool = False, **_: Any) -> int:
-    scores = query.numel() * key.shape[1]
-    return 2 * scores if causal else 4 * scores
-
-
-def products(scores: int) -> list[Product]:
-    """Those of queries and keys, which the backward computes again, and of weights and values."""
+def products(query: Tensor, k_len: int) -> list[Product]:
+    """queries·keys, which the backward recomputes, and weights·values."""
+    scores = query.numel() * k_len
     of_scores = (2 * scores, ["query"], ["key"], ["query", "key", "value"])
     return [of_scores, (2 * scores, ["query", "key"], ["value"])]
 
 
 SPEC = Spec(
     name="attention",
-    axes={
-        "query": "(batch, q_len, heads, head_dim)",
-        "key": "(batch, k_len, heads, head_dim)",
-        "value": "(batch, k_len, heads, head_dim)",
-        "key_padding_mask": "(batch, k_len)",
-        "result": "(batch, q_len, heads·head_dim)",
-    },
-    reference=attention_reference,
-    make=make,
-    awkward=(
+    arguments=Arguments,
+    results=("(batch, q_len, heads·head_dim)",),
+    eager=lambda a: attention_reference(*a),
+    make_inputs=make_inputs,
+    edge_cases=(
         *(
             {"batch": 3, "queries": queries, "keys": keys, "masked": masked, "fused": masked}
             for queries, keys in ((1, 1), (7, 7), (5, 33), (33, 5), (17, 257), (2, 600))
@@ -287,48 +278,43 @@ SPEC = Spec(
         "large": {"batch": 16, "queries": 257, "keys": 257, "heads": 16, "head_dim": 64, "fused": True},
         "large, universal": {"batch": 1, "queries": 4097, "keys": 4097, "heads": 16, "head_dim": 64, "fused": True},
     },
-    flops=flops,
-    products=lambda query, key, **_: products(query.numel() * key.shape[1]),
+    count_flops=lambda a: (2 if a.causal else 4) * a.query.numel() * a.key.shape[1],
+    matrix_products=lambda a: products(a.query, a.key.shape[1]),
     differentiable=("query", "key", "value"),
 )
 
-OP = Op(
+OP: Op[Tensor] = Op(
     SPEC,
-    "(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask, bool causal) -> Tensor",
     [
-        Backend(
-            "cpu", attention_native, lambda query, key, value, *_: native_reasons(query, key, value), devices=("cpu",)
-        ),
+        Backend("cpu", lambda a: attention_cpu(*a), lambda a: cpu_reasons(*a[:3]), devices=("cpu",)),
         Backend(
             "triton",
-            attention_triton,
-            triton_reasons,
+            lambda a: attention_triton(*a),
+            lambda a: triton_reasons(*a[:3]),
             devices=triton.DEVICES,
-            backward=lambda grads, arguments, saved, needs: attention_backward_triton(
-                grads, arguments[:4], arguments[4], saved, needs
-            ),
-            saved=saved_triton,
-            train=attention_triton,
+            backward=lambda grads, a, saved, needs: attention_backward_triton(grads, *a, saved, needs),
+            buffers=lambda a: logsum_buffer(a.query),
+            train=lambda a, buffers: attention_triton(*a, buffers),
         ),
         Backend(
             "flash_attn",
-            attention_packages.flash_attn,
-            attention_packages.flash_attn_reasons,
+            lambda a: attention_packages.flash_attn(*a),
+            lambda a: attention_packages.flash_attn_reasons(*a),
             devices=("cuda",),
             differentiable=True,
         ),
         Backend(
             "xformers",
-            attention_packages.xformers,
-            attention_packages.xformers_reasons,
+            lambda a: attention_packages.xformers(*a),
+            lambda a: attention_packages.xformers_reasons(*a),
             devices=("cuda",),
             differentiable=True,
         ),
-        Backend("torch", attention_torch, differentiable=True),
+        Backend("torch", lambda a: attention_torch(*a), differentiable=True),
     ],
-    fake=lambda query, *_: query.new_empty(query.shape[0], query.shape[1], query.shape[2] * query.shape[3]),
-    check=check,
-    formula=attention_any_order,
+    fake=lambda a: a.query.new_empty(*a.query.shape[:2], a.query.shape[2] * a.query.shape[3]),
+    check=lambda a: check_attention(*a),
+    formula=lambda a: attention_torch(*a, attend=attend_any_order),
     autocast=True,
     backward_reads_results=True,
 )
@@ -347,16 +333,16 @@ def attention(
 
     Args:
         query: `(batch, q_len, heads, head_dim)`. key, value: `(batch, k_len, heads, head_dim)`. Any strides.
-        key_padding_mask: `(batch, k_len)`, nonzero for tokens, zero for padding, whose keys and values may hold
-            anything. A query that sees no key gets zeros.
+        key_padding_mask: `(batch, k_len)`, nonzero for tokens and zero for padding, which may hold anything. A query
+            that sees no key gets zeros.
         causal: query i sees keys up to i; q_len must equal k_len.
 
     Returns `(batch, q_len, heads·head_dim)`, contiguous.
 
     Raises:
-        ValueError: shapes that do not go together.
+        ValueError: mismatched shapes.
     """
-    return query, key, value, key_padding_mask, causal  # type: ignore[return-value]
+    return OP(query, key, value, key_padding_mask, causal)
 
 
 def attention_with_dropout(
@@ -368,13 +354,13 @@ def attention_with_dropout(
     key_padding_mask: Tensor | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """`attention` for training with dropout on the weights, which is PyTorch's: a backward that computes the forward
-    again would draw other weights to drop.
+    """`attention` for training, with dropout on the weights. PyTorch computes it, because a backward that recomputes
+    the forward would drop other weights.
 
     Args:
         dropout_p: from 0, which is `attention` itself, to 1.
     """
     if dropout_p == 0:
         return attention(query, key, value, key_padding_mask=key_padding_mask, causal=causal)
-    check(query, key, value, key_padding_mask, causal)
+    check_attention(query, key, value, key_padding_mask, causal)
     return attention_torch(query, key, value, key_padding_mask, causal, dropout_p)

@@ -1,96 +1,87 @@
-"""Attention of the beams of a video to the one memory that they share."""
+"""Attention from the beams of a video to the memory that they share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mplug2_fast.ops.attention import SPEC as ATTENTION
 from mplug2_fast.ops.attention import (
     as_bytes,
-    attention_any_order,
     attention_backward_triton,
-    attention_native,
+    attention_cpu,
     attention_reference,
     attention_torch,
-    native_reasons,
+    check_attention,
+    cpu_reasons,
+    logsum_buffer,
     products,
-    saved_triton,
     side_by_side,
     triton_reasons,
 )
-from mplug2_fast.ops.attention import check as check_attention
-from mplug2_fast.ops.attention import make as make_attention
 from mplug2_fast.ops.runtime import triton
-from mplug2_fast.ops.runtime.dispatch import Backend, Op
+from mplug2_fast.ops.runtime.backend import Backend
+from mplug2_fast.ops.runtime.op import Op
 from mplug2_fast.ops.runtime.spec import Spec
+from mplug2_fast.ops.scaled_dot_product import attend_any_order
 
 
-def reference(
-    query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None, *, upcast: bool = False
-) -> Tensor:
-    """As `attention`, with the heads before the tokens in the memory."""
-    return attention_reference(
-        query, key.transpose(1, 2), value.transpose(1, 2), key_padding_mask, causal=False, upcast=upcast
-    )
+class Arguments(NamedTuple):
+    query: Annotated[Tensor, "(batch, queries, heads, head_dim)"]
+    key: Annotated[Tensor, "(batch, heads, k_len, head_dim)"]
+    value: Annotated[Tensor, "(batch, heads, k_len, head_dim)"]
+    key_padding_mask: Annotated[Tensor | None, "(batch, k_len)"]
+
+    @property
+    def tokens_first(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool]:
+        """The arguments of `attention`."""
+        return self.query, self.key.transpose(1, 2), self.value.transpose(1, 2), self.key_padding_mask, False
 
 
-def make(generator: torch.Generator, **sizes: Any) -> dict[str, Any]:
-    made = make_attention(generator, **sizes)
-    key, value = (made[name].transpose(1, 2).contiguous() for name in ("key", "value"))
-    return {"query": made["query"], "key": key, "value": value, "key_padding_mask": made["key_padding_mask"]}
+def make_inputs(generator: torch.Generator, **sizes: Any) -> Arguments:
+    a = ATTENTION.make_inputs(generator, **sizes)
+    return Arguments(a.query, *(t.transpose(1, 2).contiguous() for t in (a.key, a.value)), a.key_padding_mask)
 
 
-def run_torch(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> Tensor:
+def check(a: Arguments) -> None:
+    if a.key.dim() != 4 or a.value.dim() != 4:
+        raise ValueError(
+            f"key and value must be (batch, heads, k_len, head_dim), got {tuple(a.key.shape)} and "
+            f"{tuple(a.value.shape)}"
+        )
+    check_attention(*a.tokens_first)
+
+
+def run_torch(a: Arguments) -> Tensor:
+    query, key, value, key_padding_mask = a
     if key_padding_mask is not None or query.device.type != "cpu" or query.shape[1] > 16:
-        return attention_torch(query, key.transpose(1, 2), value.transpose(1, 2), key_padding_mask, causal=False)
-    # A handful of queries: two products that read the memory once beat the blocked kernel three times over.
+        return attention_torch(*a.tokens_first)
+    # For a few queries, two products that read the memory once are 3 times as fast as the blocked kernel.
     scores = (query.transpose(1, 2) * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     out = F.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype) @ value
     return out.transpose(1, 2).flatten(2).contiguous()
 
 
-def run_native(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> Tensor:
-    return attention_native(query, key.transpose(1, 2), value.transpose(1, 2), key_padding_mask)
-
-
-def run_triton(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None,
-    saved: Sequence[Tensor] = (),
-) -> Tensor:
-    """`saved`: where training leaves log2 Σ exp."""
+def run_triton(a: Arguments, buffers: Sequence[Tensor] = ()) -> Tensor:
+    """`buffers`: the tensor for log2 Σ exp, in training."""
+    query, key, value, key_padding_mask, _ = a.tokens_first
     out = query.new_empty(query.shape[0], query.shape[1], query.shape[2] * query.shape[3])
-    query, key, value = map(side_by_side, (query, key.transpose(1, 2), value.transpose(1, 2)))
-    triton.kernels("beam_attention").forward(query, key, value, as_bytes(key_padding_mask), out, *saved)
+    query, key, value = map(side_by_side, (query, key, value))
+    triton.kernels("beam_attention").forward(query, key, value, as_bytes(key_padding_mask), out, *buffers)
     return out
-
-
-def check(query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> None:
-    if key.dim() != 4 or value.dim() != 4:
-        raise ValueError(
-            f"key and value must be (batch, heads, k_len, head_dim), got {tuple(key.shape)} and {tuple(value.shape)}"
-        )
-    check_attention(query, key.transpose(1, 2), value.transpose(1, 2), key_padding_mask, causal=False)
 
 
 SPEC = Spec(
     name="beam_attention",
-    axes={
-        "query": "(batch, queries, heads, head_dim)",
-        "key": "(batch, heads, k_len, head_dim)",
-        "value": "(batch, heads, k_len, head_dim)",
-        "key_padding_mask": "(batch, k_len)",
-        "result": "(batch, queries, heads·head_dim)",
-    },
-    reference=reference,
-    make=make,
-    awkward=(
+    arguments=Arguments,
+    results=("(batch, queries, heads·head_dim)",),
+    eager=lambda a: attention_reference(*a.tokens_first),
+    make_inputs=make_inputs,
+    edge_cases=(
         *(
             {"batch": 3, "queries": queries, "keys": 65, "masked": masked}
             for queries in (1, 5, 16, 17, 40)
@@ -105,34 +96,31 @@ SPEC = Spec(
         "base": {"batch": 1, "queries": 5, "keys": 3137, "heads": 12, "head_dim": 64},
         "large": {"batch": 1, "queries": 5, "keys": 4097, "heads": 16, "head_dim": 64},
     },
-    flops=lambda query, key, **_: 4 * query.numel() * key.shape[2],
-    products=lambda query, key, **_: products(query.numel() * key.shape[2]),
+    count_flops=lambda a: 4 * a.query.numel() * a.key.shape[2],
+    matrix_products=lambda a: products(a.query, a.key.shape[2]),
     differentiable=("query", "key", "value"),
 )
 
-OP = Op(
+OP: Op[Tensor] = Op(
     SPEC,
-    "(Tensor query, Tensor key, Tensor value, Tensor? key_padding_mask) -> Tensor",
     [
-        Backend("cpu", run_native, lambda query, key, value, _: native_reasons(query, key, value), devices=("cpu",)),
+        Backend("cpu", lambda a: attention_cpu(*a.tokens_first), lambda a: cpu_reasons(*a[:3]), devices=("cpu",)),
         Backend(
             "triton",
             run_triton,
-            triton_reasons,
+            lambda a: triton_reasons(*a[:3]),
             devices=triton.DEVICES,
-            backward=lambda grads, arguments, saved, needs: attention_backward_triton(
-                grads, arguments, False, saved, needs, tokens_first=lambda memory: memory.transpose(1, 2)
+            backward=lambda grads, a, saved, needs: attention_backward_triton(
+                grads, *a, False, saved, needs, tokens_first=lambda memory: memory.transpose(1, 2)
             ),
-            saved=saved_triton,
+            buffers=lambda a: logsum_buffer(a.query),
             train=run_triton,
         ),
         Backend("torch", run_torch, differentiable=True),
     ],
-    fake=lambda query, *_: query.new_empty(query.shape[0], query.shape[1], query.shape[2] * query.shape[3]),
+    fake=lambda a: a.query.new_empty(*a.query.shape[:2], a.query.shape[2] * a.query.shape[3]),
     check=check,
-    formula=lambda query, key, value, mask: attention_any_order(
-        query, key.transpose(1, 2), value.transpose(1, 2), mask, False
-    ),
+    formula=lambda a: attention_torch(*a.tokens_first, attend=attend_any_order),
     autocast=True,
     backward_reads_results=True,
 )
@@ -143,14 +131,14 @@ def beam_attention(query: Tensor, key: Tensor, value: Tensor, *, key_padding_mas
     """softmax(query·keyᵀ / √head_dim)·value for the queries of all beams of a video, which read its memory once.
 
     Args:
-        query: `(batch, queries, heads, head_dim)`, the queries of all beams of a video side by side.
+        query: `(batch, queries, heads, head_dim)`, the queries of all beams of a video.
         key, value: `(batch, heads, k_len, head_dim)`.
-        key_padding_mask: `(batch, k_len)`, nonzero for tokens, zero for padding, whose keys and values may hold
-            anything. A query that sees no key gets zeros.
+        key_padding_mask: `(batch, k_len)`, nonzero for tokens and zero for padding, which may hold anything. A query
+            that sees no key gets zeros.
 
     Returns `(batch, queries, heads·head_dim)`, contiguous.
 
     Raises:
-        ValueError: shapes that do not go together.
+        ValueError: mismatched shapes.
     """
-    return query, key, value, key_padding_mask  # type: ignore[return-value]
+    return OP(query, key, value, key_padding_mask)

@@ -1,53 +1,38 @@
-"""What a step of beam search found, entered into its books: the beams' words, and the best hypotheses so far."""
+"""Updates the beams and the best finished hypotheses after a step of beam search."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mplug2_fast.ops.runtime import triton
-from mplug2_fast.ops.runtime.dispatch import Backend, Op
+from mplug2_fast.ops.runtime.backend import Backend
+from mplug2_fast.ops.runtime.op import Op
 from mplug2_fast.ops.runtime.spec import Spec
 
-Books = tuple[Tensor, Tensor, Tensor, Tensor]
+BeamState = tuple[Tensor, Tensor, Tensor, Tensor]
+"""sequences, done, best_sequences, best_scores."""
 
 MAX_BEAMS, MAX_KEPT, MAX_LENGTH = 32, 32, 1024
-"""Of the Triton kernel."""
+"""Limits of the Triton kernel."""
 
 
-def reference(
-    scores: Tensor,
-    origin: Tensor,
-    tokens: Tensor,
-    sequences: Tensor,
-    done: Tensor,
-    best_sequences: Tensor,
-    best_scores: Tensor,
-    step: int,
-    last: bool,
-    end_token_id: int,
-    *,
-    upcast: bool = False,
-) -> Books:
-    """The books, operation by operation; nothing is computed that a wider type would change."""
-    sequences = sequences.gather(1, origin[:, :, None].expand_as(sequences))
-    sequences[:, :, step + 1] = tokens
-    ended = tokens == end_token_id
-    now_done = torch.ones_like(done) if last else ended[:, 0]
-    stored = (ended | now_done[:, None]) & ~done[:, None]
-    candidates = torch.cat([best_scores, scores.masked_fill(~stored, -torch.inf)], dim=1)
-    # Stable: of equal scores the older hypothesis and the better beam come first.
-    best_scores, picks = candidates.sort(dim=1, descending=True, stable=True)
-    kept = best_sequences.shape[1]
-    best_scores, picks = best_scores[:, :kept].contiguous(), picks[:, :kept]
-    candidates = torch.cat([best_sequences, sequences], dim=1)
-    best_sequences = candidates.gather(1, picks[:, :, None].expand_as(best_sequences))
-    return sequences, done | now_done, best_sequences, best_scores
+class Arguments(NamedTuple):
+    scores: Annotated[Tensor, "(batch, beams), float32"]
+    origin: Annotated[Tensor, "(batch, beams)"]
+    tokens: Annotated[Tensor, "(batch, beams)"]
+    sequences: Annotated[Tensor, "(batch, beams, length)"]
+    done: Annotated[Tensor, "(batch,)"]
+    best_sequences: Annotated[Tensor, "(batch, kept, length)"]
+    best_scores: Annotated[Tensor, "(batch, kept), float32"]
+    step: int
+    last: bool
+    end_token_id: int
 
 
-def make(
+def make_inputs(
     generator: torch.Generator,
     *,
     batch: int,
@@ -56,104 +41,94 @@ def make(
     length: int,
     step: int = 2,
     last: bool = False,
-) -> dict[str, Any]:
-    """A quarter of the words end a hypothesis, a quarter of the videos are done, half of the kept ones are empty."""
+) -> Arguments:
+    """A quarter of the tokens end a hypothesis, a quarter of the videos are done, half of the kept ones are empty."""
 
     def whole(high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=generator)
 
-    # No two are equal, which one after the other in any dtype would not be either.
+    # No two scores are equal, in any dtype.
     order = torch.rand(batch, kept + beams, generator=generator).argsort(dim=1) * -0.125
     best_scores = order[:, :kept].clone()
     best_scores[:, (kept + 1) // 2 :] = -torch.inf
-    return {
-        "scores": order[:, kept:].clone(),
-        "origin": whole(beams, batch, beams),
-        "tokens": whole(4, batch, beams),
-        "sequences": whole(100, batch, beams, length),
-        "done": whole(4, batch) == 0,
-        "best_sequences": whole(100, batch, kept, length),
-        "best_scores": best_scores,
-        "step": step,
-        "last": last,
-        "end_token_id": 2,
-    }
-
-
-def run_triton(
-    scores: Tensor,
-    origin: Tensor,
-    tokens: Tensor,
-    sequences: Tensor,
-    done: Tensor,
-    best_sequences: Tensor,
-    best_scores: Tensor,
-    step: int,
-    last: bool,
-    end_token_id: int,
-) -> Books:
-    given = [t.contiguous() for t in (scores, origin, tokens, sequences, done, best_sequences, best_scores)]
-    results = tuple(torch.empty_like(t) for t in given[3:])
-    if sequences.shape[0]:
-        given[4] = given[4].view(torch.uint8)
-        bytes_ = (results[0], results[1].view(torch.uint8), *results[2:])
-        triton.kernels("beam_update").beam_update(*given, bytes_, step, last, end_token_id)
-    return results
-
-
-def triton_reasons(scores: Tensor, *others: Any) -> list[str]:
-    if found := triton.error():
-        return [found]
-    sequences, best_scores = others[2], others[5]
-    sizes = (
-        ("beams", scores.shape[1], MAX_BEAMS),
-        ("kept hypotheses", best_scores.shape[1], MAX_KEPT),
-        ("words a sequence", sequences.shape[2], MAX_LENGTH),
+    return Arguments(
+        scores=order[:, kept:].clone(),
+        origin=whole(beams, batch, beams),
+        tokens=whole(4, batch, beams),
+        sequences=whole(100, batch, beams, length),
+        done=whole(4, batch) == 0,
+        best_sequences=whole(100, batch, kept, length),
+        best_scores=best_scores,
+        step=step,
+        last=last,
+        end_token_id=2,
     )
-    return [
-        f"the Triton kernel holds a video in registers, of up to {most} {name}, not {size}"
-        for name, size, most in sizes
-        if size > most
-    ]
 
 
-def check(
-    scores, origin, tokens, sequences, done, best_sequences, best_scores, step, last, end_token_id
-) -> None:  # fmt: skip
-    batch = scores.shape[:1].numel()
+def check(a: Arguments) -> None:
+    batch = a.scores.shape[:1].numel()
     if (
-        (scores.dim(), sequences.dim(), best_sequences.dim()) != (2, 3, 3)
-        or not scores.shape == origin.shape == tokens.shape == sequences.shape[:2]
-        or done.shape != (batch,)
-        or best_scores.shape != best_sequences.shape[:2]
-        or best_sequences.shape[::2] != sequences.shape[::2]
+        (a.scores.dim(), a.sequences.dim(), a.best_sequences.dim()) != (2, 3, 3)
+        or not a.scores.shape == a.origin.shape == a.tokens.shape == a.sequences.shape[:2]
+        or a.done.shape != (batch,)
+        or a.best_scores.shape != a.best_sequences.shape[:2]
+        or a.best_sequences.shape[::2] != a.sequences.shape[::2]
     ):
         raise ValueError(
             "scores, origin and tokens must be (batch, beams), sequences (batch, beams, length), done (batch,), "
             "best_sequences (batch, kept, length) and best_scores (batch, kept), got "
-            + ", ".join(
-                str(tuple(t.shape)) for t in (scores, origin, tokens, sequences, done, best_sequences, best_scores)
-            )
+            + ", ".join(str(tuple(t.shape)) for t in a[:7])
         )
-    if not 0 <= step < sequences.shape[2] - 1:
-        raise ValueError(f"step {step} has no place for its words in sequences of {sequences.shape[2]}")
+    length = a.sequences.shape[2]
+    if not 0 <= a.step < length - 1:
+        raise ValueError(f"sequences of length {length} have no position for the tokens of step {a.step}")
+
+
+def reference(a: Arguments) -> BeamState:
+    """The new state, operation by operation. A wider dtype would change nothing."""
+    sequences = a.sequences.gather(1, a.origin[:, :, None].expand_as(a.sequences))
+    sequences[:, :, a.step + 1] = a.tokens
+    ended = a.tokens == a.end_token_id
+    now_done = torch.ones_like(a.done) if a.last else ended[:, 0]
+    stored = (ended | now_done[:, None]) & ~a.done[:, None]
+    candidates = torch.cat([a.best_scores, a.scores.masked_fill(~stored, -torch.inf)], dim=1)
+    # Stable: among equal scores the older hypothesis and the better beam come first.
+    best_scores, picks = candidates.sort(dim=1, descending=True, stable=True)
+    kept = a.best_sequences.shape[1]
+    best_scores, picks = best_scores[:, :kept].contiguous(), picks[:, :kept]
+    candidates = torch.cat([a.best_sequences, sequences], dim=1)
+    best_sequences = candidates.gather(1, picks[:, :, None].expand_as(a.best_sequences))
+    return sequences, a.done | now_done, best_sequences, best_scores
+
+
+def run_triton(a: Arguments) -> BeamState:
+    given = [t.contiguous() for t in a[:7]]
+    results = tuple(torch.empty_like(t) for t in given[3:])
+    if a.sequences.shape[0]:
+        given[4] = given[4].view(torch.uint8)
+        bytes_ = (results[0], results[1].view(torch.uint8), *results[2:])
+        triton.kernels("beam_update").beam_update(*given, bytes_, a.step, a.last, a.end_token_id)
+    return results
+
+
+def triton_reasons(a: Arguments) -> list[str]:
+    if found := triton.error():
+        return [found]
+    sizes = (
+        ("beams", a.scores.shape[1], MAX_BEAMS),
+        ("kept hypotheses", a.best_scores.shape[1], MAX_KEPT),
+        ("tokens per sequence", a.sequences.shape[2], MAX_LENGTH),
+    )
+    return [f"the Triton kernel supports up to {most} {name}, got {size}" for name, size, most in sizes if size > most]
 
 
 SPEC = Spec(
     name="beam_update",
-    axes={
-        "scores": "(batch, beams), float32",
-        "origin": "(batch, beams)",
-        "tokens": "(batch, beams)",
-        "sequences": "(batch, beams, length)",
-        "done": "(batch,)",
-        "best_sequences": "(batch, kept, length)",
-        "best_scores": "(batch, kept), float32",
-        "result": "sequences, done, best_sequences, best_scores",
-    },
-    reference=reference,
-    make=make,
-    awkward=(
+    arguments=Arguments,
+    results=("sequences", "done", "best_sequences", "best_scores"),
+    eager=reference,
+    make_inputs=make_inputs,
+    edge_cases=(
         *(
             {"batch": 4, "beams": beams, "kept": kept, "length": length, "step": step, "last": last}
             for beams, kept, length in ((1, 1, 4), (5, 1, 16), (5, 5, 13), (3, 7, 9))
@@ -166,21 +141,17 @@ SPEC = Spec(
         "base": {"batch": 1, "beams": 5, "kept": 1, "length": 16},
         "large": {"batch": 1, "beams": 5, "kept": 1, "length": 16},
     },
-    flops=lambda scores, **_: 2 * scores.numel(),
+    count_flops=lambda a: 2 * a.scores.numel(),
     kept=("scores", "best_scores"),
 )
 
-OP = Op(
+OP: Op[BeamState] = Op(
     SPEC,
-    "(Tensor scores, Tensor origin, Tensor tokens, Tensor sequences, Tensor done, Tensor best_sequences, "
-    "Tensor best_scores, int step, bool last, int end_token_id) -> (Tensor, Tensor, Tensor, Tensor)",
     [
         Backend("triton", run_triton, triton_reasons, devices=triton.DEVICES),
         Backend("torch", reference, differentiable=True),
     ],
-    fake=lambda *arguments: tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in arguments[3:7]
-    ),
+    fake=lambda a: tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in a[3:7]),
     check=check,
 )
 
@@ -198,21 +169,21 @@ def beam_update(
     step: int,
     last: bool,
     end_token_id: int,
-) -> Books:
-    """Extends the beams by their words and stores hypotheses: a beam whose word is the end token, and all beams of a
-    video whose best beam ended, or at the last step; none of a video that was done before.
+) -> BeamState:
+    """Appends the tokens to the beams, and stores finished hypotheses.
+
+    A beam is stored when its token is the end token. All beams of a video are stored when its best beam ends, and at
+    the last step. A video that was done before stores nothing.
 
     Args:
-        scores, origin, tokens: of `beam_step`, `(batch, beams)`.
-        sequences: `(batch, beams, length)`, words up to position `step`. done: `(batch,)`, bool.
-        best_sequences: `(batch, kept, length)`. best_scores: `(batch, kept)`, float32, -inf for none.
-        step: from 0; words go to position step + 1. last: whether no step follows.
+        scores, origin, tokens: from `beam_step`, `(batch, beams)`.
+        sequences: `(batch, beams, length)`, tokens up to position `step`. done: `(batch,)`, bool.
+        best_sequences: `(batch, kept, length)`. best_scores: `(batch, kept)`, float32, -inf for empty places.
+        step: from 0; tokens go to position step + 1. last: whether this is the last step.
 
     Returns new sequences, done, best_sequences and best_scores, the best first.
 
     Raises:
-        ValueError: shapes that do not go together, or no position step + 1.
+        ValueError: mismatched shapes, or no position step + 1.
     """
-    return (  # type: ignore[return-value]
-        scores, origin, tokens, sequences, done, best_sequences, best_scores, step, last, end_token_id
-    )  # fmt: skip
+    return OP(scores, origin, tokens, sequences, done, best_sequences, best_scores, step, last, end_token_id)

@@ -1,6 +1,6 @@
-"""Checksums of tensors' memory, which show every write, whoever made it.
+"""Checksums of tensors' memory. They reveal every write.
 
-PyTorch counts writes in `Tensor._version`, but not those through `.data`, NumPy, DLPack or a fused optimizer.
+`Tensor._version` misses writes through `.data`, NumPy, DLPack and fused optimizers.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from mplug2_fast.ops.runtime import cpu, formula, memory
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether a tensor is plain memory of the CPU without gaps, in which case `checksum` takes it."""
+    """Whether `checksum` supports a tensor: plain CPU memory without gaps."""
     if formula.is_watched((tensor,)) or formula.is_needed((tensor,)) or not cpu.available():
         return False
     if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.is_conj():
         return False
-    return _has_no_gaps(tensor) and memory.is_sound((tensor,))
+    return _has_no_gaps(tensor) and memory.facts((tensor,)) != 0
 
 
 def _has_no_gaps(tensor: Tensor) -> bool:
@@ -27,11 +27,10 @@ def _has_no_gaps(tensor: Tensor) -> bool:
 
 
 def checksum(tensors: Sequence[Tensor]) -> int:
-    """A 64-bit hash of readable tensors' bytes, in the order in which they are in memory.
+    """A 64-bit hash of the bytes of readable tensors, in memory order.
 
-    A change of one 32-bit word always changes it. Other changes go unnoticed with a probability of at most about 2^-32.
-    Types, shapes and strides do not count. It runs at the speed of memory: 18 GB/s were measured on two cores of a
-    Zen 3.
+    It always detects a change of a single 32-bit word, and misses other changes with a probability of about 2^-32.
+    dtypes, shapes and strides do not matter. It runs at memory speed: 18 GB/s on two cores of a Zen 3.
     """
     pieces = [(tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in tensors]
     threads = cpu.threads(sum(size for _, size in pieces) // 4)

@@ -2,46 +2,60 @@
 
 from __future__ import annotations
 
+from typing import Annotated, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mplug2_fast.ops.runtime import apex, cpu, triton
-from mplug2_fast.ops.runtime.dispatch import Backend, Op
+from mplug2_fast.ops.runtime.backend import Backend
+from mplug2_fast.ops.runtime.op import Op
 from mplug2_fast.ops.runtime.rows import Rows, pair, rows
 from mplug2_fast.ops.runtime.spec import Spec, normal
-from mplug2_fast.ops.runtime.spec import upcast as in_float64
 
 MAX_CHANNELS = 16384
-"""Of the Triton kernel."""
+"""Largest row that the Triton kernel keeps in registers."""
 
 
-def norm_reference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, upcast: bool = False
-) -> Tensor:
+class Arguments(NamedTuple):
+    x: Annotated[Tensor, "(..., channels)"]
+    weight: Annotated[Tensor | None, "(channels,)"]
+    bias: Annotated[Tensor | None, "(channels,)"]
+    eps: float
+
+
+def norm_reference(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """(x - mean) / √(variance + eps) · weight + bias, operation by operation."""
-    if upcast:
-        x, weight, bias = in_float64(x, weight, bias)
     centred = x - x.mean(dim=-1, keepdim=True)
     out = centred * (centred.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
     out = out if weight is None else out * weight
     return out if bias is None else out + bias
 
 
-def make(generator: torch.Generator, *, rows: tuple[int, ...], channels: int, affine: bool = True, strided=False):
+def make_inputs(
+    generator: torch.Generator, *, rows: tuple[int, ...], channels: int, affine: bool = True, strided: bool = False
+) -> Arguments:
     x = normal(generator, *rows, channels * (1 + strided))
     x = x[..., 1 : 1 + channels] if strided else x
-    return {
-        "x": x * 2 + 0.5,
-        "weight": normal(generator, channels) if affine else None,
-        "bias": normal(generator, channels) if affine else None,
-        "eps": 1e-5,
-    }
+    weight, bias = (normal(generator, channels) if affine else None for _ in range(2))
+    return Arguments(x * 2 + 0.5, weight, bias, 1e-5)
+
+
+def check_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    shape = x.shape
+    if not shape:
+        raise ValueError(f"x must have channels in its last axis, got shape {tuple(shape)}")
+    channels = (shape[-1],)
+    if weight is not None and weight.shape != channels:
+        raise ValueError(f"weight must have shape {channels} like the last axis of x, got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != channels:
+        raise ValueError(f"bias must have shape {channels} like the last axis of x, got {tuple(bias.shape)}")
 
 
 def norm_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Parameters of another type, as under autocast, are met in the wider of both. Gradients go through float32: those
-    of PyTorch's own operator add up rows in the type of the parameters, 1% wrong in bfloat16 after 257 rows."""
+    """If the parameters have another dtype, as under autocast, computes in the wider of both. Gradients go through
+    float32: PyTorch's own backward sums rows in the parameters' dtype, 1% wrong in bfloat16 after 257 rows."""
     wide = torch.promote_types(x.dtype, x.dtype if weight is None else weight.dtype)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         wide = torch.promote_types(wide, torch.float32)
@@ -49,7 +63,7 @@ def norm_torch(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps).to(x.dtype).contiguous()
 
 
-def norm_native(
+def norm_cpu(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -58,9 +72,12 @@ def norm_native(
     scale: float = 1.0,
     total: Tensor | None = None,
 ) -> Tensor:
-    """Layer norm of x + scale·update, which is left in `total`. x and update have the same shape; weight and bias are
-    dense."""
-    # The first form is the faster by a tenth of what calling the kernel costs.
+    """Layer norm of x + scale·update, by the native kernel, which writes the sum to `total`.
+
+    Args:
+        x, update: of one shape. weight, bias: contiguous.
+    """
+    # The first form makes a call of the kernel 10% faster.
     out = torch.empty_like(x) if x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
     elements = x.numel()
     if elements == 0:
@@ -71,7 +88,7 @@ def norm_native(
         (x, sizes, strides), (update, _, update_strides) = pair(x, update)
     cpu.module().layer_norm(
         cpu.isa(),
-        x.dtype == torch.bfloat16,
+        x.dtype is torch.bfloat16,
         cpu.threads(elements),
         (*sizes, x.shape[-1]),
         x.data_ptr(),
@@ -97,7 +114,7 @@ def norm_triton(
     scale: float = 1.0,
     total: Tensor | None = None,
 ) -> Tensor:
-    """As `norm_native`."""
+    """As `norm_cpu`."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if out.numel():
         weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
@@ -115,14 +132,13 @@ def norm_backward_triton(
     needs: list[bool],
     scale: float = 1.0,
 ) -> list[Tensor]:
-    """The gradients that are needed of x, update where there is one, weight and bias.
+    """The needed gradients among those of x, update (unless None), weight and bias.
 
     Args:
-        grads: of the norm, and of the sum where there is one.
+        grads: the gradient of the norm, and that of the sum if the operator returned it.
     """
-    wants = dict(
-        zip(("x", "weight", "bias") if update is None else ("x", "update", "weight", "bias"), needs, strict=True)
-    )
+    names = ("x", "weight", "bias") if update is None else ("x", "update", "weight", "bias")
+    wants = dict(zip(names, needs, strict=True))
     made = [
         torch.empty_like(x, memory_format=torch.contiguous_format) if wants.get(n) else None for n in ("x", "update")
     ]
@@ -148,19 +164,20 @@ def _pair(x: Tensor, update: Tensor | None) -> tuple[Rows, Rows | None]:
     return pair(x, update if update is None or cpu.dense(update) else update.contiguous())
 
 
-def triton_reasons(x: Tensor, **others: Tensor) -> list[str]:
+def norm_triton_reasons(x: Tensor, **others: Tensor) -> list[str]:
     reasons = triton.reasons(x, **others)
     if x.shape[-1] > MAX_CHANNELS:
-        reasons.append(f"the Triton kernel holds a row in registers, up to {MAX_CHANNELS} channels, not {x.shape[-1]}")
+        reasons.append(f"the Triton kernel supports up to {MAX_CHANNELS} channels, got {x.shape[-1]}")
     return reasons
 
 
 SPEC = Spec(
     name="layer_norm",
-    axes={"x": "(..., channels)", "weight": "(channels,)", "bias": "(channels,)", "result": "(..., channels)"},
-    reference=norm_reference,
-    make=make,
-    awkward=(
+    arguments=Arguments,
+    results=("(..., channels)",),
+    eager=lambda a: norm_reference(*a),
+    make_inputs=make_inputs,
+    edge_cases=(
         {"rows": (3,), "channels": 3},
         {"rows": (2, 5), "channels": 7},
         {"rows": (5,), "channels": 16},
@@ -176,54 +193,37 @@ SPEC = Spec(
         "base": {"rows": (1, 16, 197), "channels": 768},
         "large": {"rows": (1, 16, 257), "channels": 1024},
     },
-    flops=lambda x, **_: 8 * x.numel(),
+    count_flops=lambda a: 8 * a.x.numel(),
     differentiable=("x", "weight", "bias"),
 )
 
-
-def check(x: Tensor, update: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
-    shape = x.shape
-    if not shape:
-        raise ValueError(f"x must have channels in its last axis, got shape {tuple(shape)}")
-    if update is not None and update.shape != shape:
-        raise ValueError(f"update must have the shape of x, {tuple(shape)}, got {tuple(update.shape)}")
-    channels = (shape[-1],)
-    if weight is not None and weight.shape != channels:
-        raise ValueError(f"weight must have shape {channels} like the last axis of x, got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != channels:
-        raise ValueError(f"bias must have shape {channels} like the last axis of x, got {tuple(bias.shape)}")
-
-
-OP = Op(
+OP: Op[Tensor] = Op(
     SPEC,
-    "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
     [
         Backend(
             "cpu",
-            norm_native,
-            lambda x, weight, bias, eps: cpu.reasons(x, weight=weight, bias=bias),
+            lambda a: norm_cpu(*a),
+            lambda a: cpu.reasons(a.x, weight=a.weight, bias=a.bias),
             devices=("cpu",),
         ),
         Backend(
             "triton",
-            norm_triton,
-            lambda x, *_: triton_reasons(x),
+            lambda a: norm_triton(*a),
+            lambda a: norm_triton_reasons(a.x),
             devices=triton.DEVICES,
-            backward=lambda grads, arguments, _, needs: norm_backward_triton(
-                grads, arguments[0], None, *arguments[1:], needs
-            ),
+            backward=lambda grads, a, _, needs: norm_backward_triton(grads, a.x, None, *a[1:], needs),
         ),
         Backend(
             "apex",
-            apex.layer_norm,
-            lambda x, weight, bias, _: apex.reasons(x, weight, bias),
+            lambda a: apex.layer_norm(*a),
+            lambda a: apex.reasons(a.x, a.weight, a.bias),
             devices=("cuda",),
             differentiable=True,
         ),
-        Backend("torch", norm_torch, differentiable=True),
+        Backend("torch", lambda a: norm_torch(*a), differentiable=True),
     ],
-    fake=lambda x, weight, bias, eps: torch.empty_like(x, memory_format=torch.contiguous_format),
-    check=lambda x, weight, bias, eps: check(x, None, weight, bias),
+    fake=lambda a: torch.empty_like(a.x, memory_format=torch.contiguous_format),
+    check=lambda a: check_norm(a.x, a.weight, a.bias),
 )
 
 
@@ -237,6 +237,6 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     Returns a new contiguous tensor of x's shape and dtype.
 
     Raises:
-        ValueError: shapes that do not go together.
+        ValueError: mismatched shapes.
     """
-    return x, weight, bias, eps  # type: ignore[return-value]
+    return OP(x, weight, bias, eps)

@@ -1,62 +1,58 @@
-"""Two linear layers with an activation between them, a layer norm before and the residual after where asked for."""
+"""Two linear layers with an activation between them, an optional layer norm before and an optional residual after."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.ops.layer_norm import check as check_norm
-from mplug2_fast.ops.layer_norm import norm_native, norm_reference, norm_torch, norm_triton
-from mplug2_fast.ops.layer_norm import triton_reasons as norm_reasons
+from mplug2_fast.ops.layer_norm import (
+    check_norm,
+    norm_cpu,
+    norm_reference,
+    norm_torch,
+    norm_triton,
+    norm_triton_reasons,
+)
 from mplug2_fast.ops.linear_act import (
     CUDA_ROWS,
     EAGER,
     FEW_ROWS,
     QUICK_GELU_SCALE,
     Activation,
+    check_linear,
     few_rows,
     has_few_rows_kernel,
     too_few_rows,
 )
-from mplug2_fast.ops.linear_act import check as check_linear
+from mplug2_fast.ops.linear_act import Arguments as LinearArguments
 from mplug2_fast.ops.runtime import cpu, cuda, onednn, triton
-from mplug2_fast.ops.runtime.dispatch import Backend, Op
+from mplug2_fast.ops.runtime.backend import Backend
+from mplug2_fast.ops.runtime.op import Op
 from mplug2_fast.ops.runtime.rows import rows as rows_of
 from mplug2_fast.ops.runtime.spec import Product, Spec, normal
-from mplug2_fast.ops.runtime.spec import upcast as in_float64
 
-# Rows are taken in blocks whose hidden activations fit in the last-level cache and stay under the allocator's
-# threshold for fresh pages (32 MiB in glibc), which would be faulted in again at every call.
+# Rows are processed in blocks. The hidden activations of a block fit in the last-level cache, and stay below the size
+# from which the allocator maps fresh pages at every call (32 MiB in glibc).
 _BLOCK_BYTES = 16 << 20
 
 
-def reference(
-    x: Tensor,
-    fc_weight: Tensor,
-    fc_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    activation: Activation,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    residual: bool,
-    *,
-    upcast: bool = False,
-) -> Tensor:
-    """x + proj(activation(fc(layer_norm(x)))), operation by operation."""
-    if upcast:
-        x, fc_weight, fc_bias, proj_weight, proj_bias = in_float64(x, fc_weight, fc_bias, proj_weight, proj_bias)
-        norm_weight, norm_bias = in_float64(norm_weight, norm_bias)
-    h = x if norm_weight is None else norm_reference(x, norm_weight, norm_bias, eps)
-    out = F.linear(EAGER[activation](F.linear(h, fc_weight, fc_bias)), proj_weight, proj_bias)
-    return x + out if residual else out
+class Arguments(NamedTuple):
+    x: Annotated[Tensor, "(..., channels)"]
+    fc_weight: Annotated[Tensor, "(hidden, channels)"]
+    fc_bias: Annotated[Tensor | None, "(hidden,)"]
+    proj_weight: Annotated[Tensor, "(channels, hidden)"]
+    proj_bias: Annotated[Tensor | None, "(channels,)"]
+    activation: Activation
+    norm_weight: Annotated[Tensor | None, "(channels,)"]
+    norm_bias: Annotated[Tensor | None, "(channels,)"]
+    eps: float
+    residual: bool
 
 
-def make(
+def make_inputs(
     generator: torch.Generator,
     *,
     rows: tuple[int, ...],
@@ -67,224 +63,212 @@ def make(
     residual: bool = True,
     biases: bool = True,
     strided: bool = False,
-) -> dict[str, Any]:
-    return {
-        "x": normal(generator, *rows, channels * (1 + strided))[..., :channels],
-        "fc_weight": normal(generator, hidden, channels, scale=channels**-0.5),
-        "fc_bias": normal(generator, hidden) if biases else None,
-        "proj_weight": normal(generator, channels, hidden, scale=hidden**-0.5),
-        "proj_bias": normal(generator, channels) if biases else None,
-        "activation": activation,
-        "norm_weight": normal(generator, channels) if normed else None,
-        "norm_bias": normal(generator, channels) if normed and biases else None,
-        "eps": 1e-5,
-        "residual": residual,
-    }
+) -> Arguments:
+    return Arguments(
+        x=normal(generator, *rows, channels * (1 + strided))[..., :channels],
+        fc_weight=normal(generator, hidden, channels, scale=channels**-0.5),
+        fc_bias=normal(generator, hidden) if biases else None,
+        proj_weight=normal(generator, channels, hidden, scale=hidden**-0.5),
+        proj_bias=normal(generator, channels) if biases else None,
+        activation=activation,
+        norm_weight=normal(generator, channels) if normed else None,
+        norm_bias=normal(generator, channels) if normed and biases else None,
+        eps=1e-5,
+        residual=residual,
+    )
 
 
-def run_torch(
-    x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps, residual
-) -> Tensor:
-    h = x if norm_weight is None else norm_torch(x, norm_weight, norm_bias, eps)
-    out = F.linear(EAGER[activation](F.linear(h, fc_weight, fc_bias)), proj_weight, proj_bias)
-    return x + out if residual else out
+def check(a: Arguments) -> None:
+    check_linear(a.x, a.fc_weight, a.fc_bias, a.activation)
+    expected = a.fc_weight.shape[::-1]
+    if a.proj_weight.shape != expected:
+        raise ValueError(f"proj_weight must have shape {tuple(expected)}, got {tuple(a.proj_weight.shape)}")
+    if a.proj_bias is not None and a.proj_bias.shape != a.x.shape[-1:]:
+        raise ValueError(f"proj_bias must have shape {tuple(a.x.shape[-1:])}, got {tuple(a.proj_bias.shape)}")
+    if a.norm_weight is None and a.norm_bias is not None:
+        raise ValueError("norm_bias is given without norm_weight: give both, or neither for no norm")
+    check_norm(a.x, a.norm_weight, a.norm_bias)
 
 
-def run_cpu(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps, residual) -> Tensor:
-    if x.numel() == 0 or fc_weight.numel() == 0:  # nothing to multiply
-        return run_torch(
-            x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps, residual
-        ).contiguous()
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] <= FEW_ROWS and has_few_rows_kernel(x, fc_weight) and proj_weight.is_contiguous():
-        h = rows if norm_weight is None else _norm(rows, norm_weight, norm_bias, eps)
-        h = few_rows(h, fc_weight, fc_bias, activation, None)
-        return few_rows(h, proj_weight, proj_bias, "none", rows if residual else None).view(x.shape)
+def _composed(a: Arguments, norm: Any) -> Tensor:
+    h = a.x if a.norm_weight is None else norm(a.x, a.norm_weight, a.norm_bias, a.eps)
+    out = F.linear(EAGER[a.activation](F.linear(h, a.fc_weight, a.fc_bias)), a.proj_weight, a.proj_bias)
+    return a.x + out if a.residual else out
+
+
+def reference(a: Arguments) -> Tensor:
+    """x + proj(activation(fc(layer_norm(x)))), operation by operation."""
+    return _composed(a, norm_reference)
+
+
+def run_torch(a: Arguments) -> Tensor:
+    return _composed(a, norm_torch)
+
+
+def run_cpu(a: Arguments) -> Tensor:
+    if a.x.numel() == 0 or a.fc_weight.numel() == 0:  # nothing to multiply
+        return run_torch(a).contiguous()
+    rows = a.x.reshape(-1, a.x.shape[-1])
+    by_row = a._replace(x=rows)
+    if len(rows) <= FEW_ROWS and has_few_rows_kernel(rows, a.fc_weight) and a.proj_weight.is_contiguous():
+        h = few_rows(LinearArguments(_norm(by_row), a.fc_weight, a.fc_bias, a.activation, None))
+        residual = rows if a.residual else None
+        return few_rows(LinearArguments(h, a.proj_weight, a.proj_bias, "none", residual)).view(a.x.shape)
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    if not onednn.multiplies(x.dtype):
-        parameters = (fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps)
-        return onednn.in_float32(run_cpu, out, (rows,), (*parameters, residual)).view(x.shape)
-    fc_weight, proj_weight = (onednn.for_rows(weight, rows.shape[0]) for weight in (fc_weight, proj_weight))
-    parameters = (fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps)
-    step = max(1, _BLOCK_BYTES // (fc_weight.shape[0] * x.element_size()))
-    block = _quick_gelu_block if activation == "quick_gelu" else _block
-    for source, target in zip(rows.split(step), out.split(step), strict=True):
-        block(source, target, *parameters, residual)
-    return out.view(x.shape)
+    if not onednn.multiplies(rows.dtype):
+        return onednn.in_float32(run_cpu, by_row, out, by_row=("x",)).view(a.x.shape)
+    fc_weight, proj_weight = (onednn.for_rows(weight, len(rows)) for weight in (a.fc_weight, a.proj_weight))
+    step = max(1, _BLOCK_BYTES // (fc_weight.shape[0] * rows.element_size()))
+    block = _quick_gelu_block if a.activation == "quick_gelu" else _block
+    for x, target in zip(rows.split(step), out.split(step), strict=True):
+        block(a._replace(x=x, fc_weight=fc_weight, proj_weight=proj_weight), target)
+    return out.view(a.x.shape)
 
 
-def _block(x, out, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps, residual):
-    h = x if norm_weight is None else _norm(x, norm_weight, norm_bias, eps)
-    h = onednn.linear(h, fc_weight, fc_bias, activation)
-    out.copy_(onednn.linear(h, proj_weight, proj_bias, residual=x.contiguous() if residual else None))
+def _block(a: Arguments, out: Tensor) -> None:
+    h = onednn.linear(_norm(a), a.fc_weight, a.fc_bias, a.activation)
+    residual = a.x.contiguous() if a.residual else None
+    out.copy_(onednn.linear(h, a.proj_weight, a.proj_bias, residual=residual))
 
 
-def _quick_gelu_block(x, out, fc_weight, fc_bias, proj_weight, proj_bias, _, norm_weight, norm_bias, eps, residual):
-    """QuickGELU(z) = SiLU(1.702·z) / 1.702: the factor goes into the norm's affine part and the vectors around it,
-    which rounds nothing that is large."""
+def _quick_gelu_block(a: Arguments, out: Tensor) -> None:
+    """QuickGELU(z) = SiLU(1.702·z) / 1.702. The factor goes into the norm's parameters and into the biases, so no large
+    tensor is rounded."""
     scale = QUICK_GELU_SCALE
-    fc_bias, proj_bias = (None if bias is None else bias * scale for bias in (fc_bias, proj_bias))
-    if norm_weight is None:
-        h = x * scale
-    else:
-        h = _norm(x, norm_weight * scale, None if norm_bias is None else norm_bias * scale, eps)
-    h = onednn.linear(onednn.linear(h, fc_weight, fc_bias, "swish"), proj_weight, proj_bias)
-    if residual:
-        torch.add(x, h, alpha=1 / scale, out=out)
+    fc_bias, proj_bias, norm_weight, norm_bias = (
+        None if t is None else t * scale for t in (a.fc_bias, a.proj_bias, a.norm_weight, a.norm_bias)
+    )
+    h = a.x * scale if norm_weight is None else _norm(a._replace(norm_weight=norm_weight, norm_bias=norm_bias))
+    h = onednn.linear(onednn.linear(h, a.fc_weight, fc_bias, "swish"), a.proj_weight, proj_bias)
+    if a.residual:
+        torch.add(a.x, h, alpha=1 / scale, out=out)
     else:
         torch.mul(h, 1 / scale, out=out)
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    if cpu.reasons(x, weight=weight, bias=bias):
-        return norm_torch(x, weight, bias, eps)
-    return norm_native(x, weight, bias, eps)
+def _norm(a: Arguments) -> Tensor:
+    if a.norm_weight is None:
+        return a.x
+    unsupported = cpu.reasons(a.x, weight=a.norm_weight, bias=a.norm_bias)
+    return (norm_torch if unsupported else norm_cpu)(a.x, a.norm_weight, a.norm_bias, a.eps)
 
 
-def not_supported_reasons(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, *_):
-    return onednn.not_supported_reasons(x, fc_weight, fc_bias, proj_weight, proj_bias, norm_weight, norm_bias)
+def cpu_reasons(a: Arguments) -> list[str]:
+    return onednn.not_supported_reasons(*(value for value in a if isinstance(value, Tensor)))
 
 
-def run_cuda(
-    x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps, residual
-) -> Tensor:
+def run_cuda(a: Arguments) -> Tensor:
+    x = a.x
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if out.numel():
-        h = x if norm_weight is None else norm_triton(x, norm_weight, norm_bias, eps)
-        hidden = x.new_empty(*x.shape[:-1], fc_weight.shape[0])
-        cuda.linear_act(h, fc_weight, fc_bias, activation, None, hidden)
-        cuda.linear_act(hidden, proj_weight, proj_bias, "none", x if residual else None, out)
+        h = x if a.norm_weight is None else norm_triton(x, a.norm_weight, a.norm_bias, a.eps)
+        hidden = x.new_empty(*x.shape[:-1], a.fc_weight.shape[0])
+        cuda.linear_act(h, a.fc_weight, a.fc_bias, a.activation, None, hidden)
+        cuda.linear_act(hidden, a.proj_weight, a.proj_bias, "none", x if a.residual else None, out)
     return out
 
 
-def cuda_reasons(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, *_) -> list[str]:
-    """Those of the two products, and those of the Triton kernel where there is a layer norm."""
-    reasons = cuda.reasons(x, fc_weight=fc_weight, fc_bias=fc_bias, proj_weight=proj_weight, proj_bias=proj_bias)
-    reasons = reasons or cuda.alignment_reasons(*fc_weight.shape)
-    return reasons or ([] if norm_weight is None else norm_reasons(x))
+def cuda_reasons(a: Arguments) -> list[str]:
+    """Those of the two products, and those of the Triton kernel for the layer norm."""
+    reasons = cuda.reasons(
+        a.x, fc_weight=a.fc_weight, fc_bias=a.fc_bias, proj_weight=a.proj_weight, proj_bias=a.proj_bias
+    )
+    reasons = reasons or cuda.alignment_reasons(*a.fc_weight.shape)
+    return reasons or ([] if a.norm_weight is None else norm_triton_reasons(a.x))
 
 
-def slower_than_others(needs_grad: bool, x, *_: Any) -> list[str]:
-    return too_few_rows(x, CUDA_ROWS)
-
-
-def run_triton(x: Tensor, *others: Any) -> Tensor:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+def run_triton(a: Arguments) -> Tensor:
+    out = torch.empty_like(a.x, memory_format=torch.contiguous_format)
     if out.numel():
+        kernels = triton.kernels("mlp")
 
         def ours() -> None:
-            triton.kernels("mlp").forward(*_kernel_arguments(x, *others), out)
+            kernels.forward(*_kernel_inputs(a), out)
 
         ours()
-        triton.kernels("mlp").AGAINST_TORCH.run(x.device, _race(x, *others), ours, lambda: run_torch(x, *others))
+        kernels.AGAINST_TORCH.run(a.x.device, _race(a), ours, lambda: run_torch(a))
     return out
 
 
-def train_triton(x, *others_and_saved: Any) -> Tensor:
-    *others, saved = others_and_saved
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+def train_triton(a: Arguments, buffers: list[Tensor]) -> Tensor:
+    out = torch.empty_like(a.x, memory_format=torch.contiguous_format)
     if out.numel():
-        triton.kernels("mlp").forward(*_kernel_arguments(x, *others), out, saved[0].flatten(0, -2))
+        triton.kernels("mlp").forward(*_kernel_inputs(a), out, buffers[0].flatten(0, -2))
     return out
 
 
-def saved_triton(x, fc_weight, *_) -> list[Tensor]:
-    """What goes into the activation, from which the backward computes the hidden channels again."""
-    return [x.new_empty(*x.shape[:-1], fc_weight.shape[0])]
+def buffers_triton(a: Arguments) -> list[Tensor]:
+    """For the activation's input, from which the backward recomputes the hidden channels."""
+    return [a.x.new_empty(*a.x.shape[:-1], a.fc_weight.shape[0])]
 
 
-def backward_triton(
-    grads: list[Tensor | None], arguments: tuple[Any, ...], saved: list[Tensor], needs: list[bool]
-) -> list[Tensor]:
-    x, channels = arguments[0], arguments[0].shape[-1]
-    tensors = dict(zip(SPEC.differentiable, (*arguments[:5], *arguments[6:8]), strict=True))
-    wanted = [name for name, need in zip(tensors, needs, strict=True) if need]
-    if x.numel() == 0:
-        return [torch.zeros_like(tensors[name], memory_format=torch.contiguous_format) for name in wanted]
-    grad = torch.zeros_like(x) if grads[0] is None else grads[0]
-    _, *others = _kernel_arguments(x, *arguments[1:])
+def backward_triton(grads: list[Tensor | None], a: Arguments, saved: list[Tensor], needs: list[bool]) -> list[Tensor]:
+    wanted = {name: getattr(a, name) for name, need in zip(SPEC.differentiable, needs, strict=True) if need}
+    if a.x.numel() == 0:
+        return [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in wanted.values()]
+    channels = a.x.shape[-1]
+    grad = torch.zeros_like(a.x) if grads[0] is None else grads[0]
+    _, *others = _kernel_inputs(a)
     made = triton.kernels("mlp").backward(
         grad.reshape(-1, channels).contiguous(),
-        x.reshape(-1, channels).contiguous(),
+        a.x.reshape(-1, channels).contiguous(),
         *others,
         saved[0].flatten(0, -2),
         set(wanted),
     )
-    return [made[name].to(tensors[name].dtype).view(tensors[name].shape) for name in wanted]
+    return [made[name].to(t.dtype).view(t.shape) for name, t in wanted.items()]
 
 
-def _kernel_arguments(
-    x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps, residual
-) -> tuple[Any, ...]:
-    x, fc_weight, proj_weight = (t if cpu.dense(t) else t.contiguous() for t in (x, fc_weight, proj_weight))
+def _kernel_inputs(a: Arguments) -> tuple[Any, ...]:
+    x, fc_weight, proj_weight = (t if cpu.dense(t) else t.contiguous() for t in (a.x, a.fc_weight, a.proj_weight))
     fc_bias, proj_bias, norm_weight, norm_bias = (
-        None if t is None else t.contiguous() for t in (fc_bias, proj_bias, norm_weight, norm_bias)
+        None if t is None else t.contiguous() for t in (a.fc_bias, a.proj_bias, a.norm_weight, a.norm_bias)
     )
-    return (
-        rows_of(x), fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps, residual
-    )  # fmt: skip
+    inputs = Arguments(
+        x, fc_weight, fc_bias, proj_weight, proj_bias, a.activation, norm_weight, norm_bias, a.eps, a.residual
+    )
+    return rows_of(x), *inputs[1:]
 
 
-def triton_reasons(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, *_) -> list[str]:
-    if norm_weight is not None and (reasons := norm_reasons(x)):
+def triton_reasons(a: Arguments) -> list[str]:
+    if a.norm_weight is not None and (reasons := norm_triton_reasons(a.x)):
         return reasons
-    return triton.reasons(x, fc_weight=fc_weight, fc_bias=fc_bias, proj_weight=proj_weight, proj_bias=proj_bias)
+    return triton.reasons(
+        a.x, fc_weight=a.fc_weight, fc_bias=a.fc_bias, proj_weight=a.proj_weight, proj_bias=a.proj_bias
+    )
 
 
-def slower_reasons(needs_grad: bool, x, *others: Any) -> list[str]:
-    """That neither product gains by being fused, or what tuning found, which timed the forward alone."""
-    kernels, activation, residual = triton.kernels("mlp"), others[4], others[8]
-    why = kernels.slower(x.dtype, activation, residual)
+def triton_slower_reasons(needs_grad: bool, a: Arguments) -> list[str]:
+    """Fusing gains nothing for either product, or tuning measured so, for the forward alone."""
+    kernels = triton.kernels("mlp")
+    why = kernels.slower(a.x.dtype, a.activation, a.residual)
     if why is None and not needs_grad:
-        why = kernels.AGAINST_TORCH.lost(x.device, _race(x, *others))
+        why = kernels.AGAINST_TORCH.lost(a.x.device, _race(a))
     return [] if why is None else [why]
 
 
-def _race(x, fc_weight, *others: Any) -> tuple[Any, ...]:
-    """What the faster way depends on; rows as the next power of two."""
-    rows = 1 << (x.shape[:-1].numel() - 1).bit_length()
-    kinds = (o is not None if o is None or isinstance(o, Tensor) else o for o in others)
-    return x.dtype, rows, *fc_weight.shape, *kinds
+def _race(a: Arguments) -> tuple[Any, ...]:
+    """What decides which way is faster; rows as the next power of two."""
+    rows = 1 << (a.x.shape[:-1].numel() - 1).bit_length()
+    kinds = (value is not None if value is None or isinstance(value, Tensor) else value for value in a[2:])
+    return a.x.dtype, rows, *a.fc_weight.shape, *kinds
 
 
-def products(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, **_: Any) -> list[Product]:
-    rows, hidden = x.shape[:-1].numel(), ["x", "norm_weight", "norm_bias"]
-    fc = (2 * rows * fc_weight.numel(), hidden, ["fc_weight"])
-    return [fc, (2 * rows * proj_weight.numel(), [*hidden, "fc_weight", "fc_bias"], ["proj_weight"])]
-
-
-def flops(x: Tensor, fc_weight: Tensor, proj_weight: Tensor, **_: Any) -> int:
-    return sum(flops for flops, *_ in products(x, fc_weight, proj_weight))
-
-
-def check(
-    x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps, residual
-) -> None:  # fmt: skip
-    check_linear(x, fc_weight, fc_bias, activation)
-    if proj_weight.shape != fc_weight.shape[::-1]:
-        raise ValueError(f"proj_weight must have shape {tuple(fc_weight.shape[::-1])}, got {tuple(proj_weight.shape)}")
-    if proj_bias is not None and proj_bias.shape != x.shape[-1:]:
-        raise ValueError(f"proj_bias must have shape {tuple(x.shape[-1:])}, got {tuple(proj_bias.shape)}")
-    if norm_weight is None and norm_bias is not None:
-        raise ValueError("norm_bias is given without a norm_weight: give both, or neither for no norm")
-    check_norm(x, None, norm_weight, norm_bias)
+def products(a: Arguments) -> list[Product]:
+    rows, normed = a.x.shape[:-1].numel(), ["x", "norm_weight", "norm_bias"]
+    return [
+        (2 * rows * a.fc_weight.numel(), normed, ["fc_weight"]),
+        (2 * rows * a.proj_weight.numel(), [*normed, "fc_weight", "fc_bias"], ["proj_weight"]),
+    ]
 
 
 SPEC = Spec(
     name="mlp",
-    axes={
-        "x": "(..., channels)",
-        "fc_weight": "(hidden, channels)",
-        "fc_bias": "(hidden,)",
-        "proj_weight": "(channels, hidden)",
-        "proj_bias": "(channels,)",
-        "norm_weight": "(channels,)",
-        "norm_bias": "(channels,)",
-        "result": "(..., channels)",
-    },
-    reference=reference,
-    make=make,
-    awkward=(
+    arguments=Arguments,
+    results=("(..., channels)",),
+    eager=reference,
+    make_inputs=make_inputs,
+    edge_cases=(
         *(
             {"rows": rows, "channels": 12, "hidden": 40, "activation": activation, "normed": normed, "residual": add}
             for rows in ((3, 7), (2, 35))
@@ -302,31 +286,35 @@ SPEC = Spec(
         "base": {"rows": (1, 16, 197), "channels": 768, "hidden": 3072},
         "large": {"rows": (1, 16, 257), "channels": 1024, "hidden": 4096},
     },
-    flops=flops,
-    products=products,
+    count_flops=lambda a: sum(flops for flops, *_ in products(a)),
+    matrix_products=products,
     differentiable=("x", "fc_weight", "fc_bias", "proj_weight", "proj_bias", "norm_weight", "norm_bias"),
 )
 
-OP = Op(
+OP: Op[Tensor] = Op(
     SPEC,
-    "(Tensor x, Tensor fc_weight, Tensor? fc_bias, Tensor proj_weight, Tensor? proj_bias, str activation, "
-    "Tensor? norm_weight, Tensor? norm_bias, float eps, bool residual) -> Tensor",
     [
-        Backend("cpu", run_cpu, not_supported_reasons, devices=("cpu",)),
-        Backend("cuda", run_cuda, cuda_reasons, devices=cuda.DEVICES, slower_reasons=slower_than_others),
+        Backend("cpu", run_cpu, cpu_reasons, devices=("cpu",)),
+        Backend(
+            "cuda",
+            run_cuda,
+            cuda_reasons,
+            devices=cuda.DEVICES,
+            slower_reasons=lambda needs_grad, a: too_few_rows(a.x, CUDA_ROWS),
+        ),
         Backend(
             "triton",
             run_triton,
             triton_reasons,
             devices=triton.DEVICES,
             backward=backward_triton,
-            saved=saved_triton,
+            buffers=buffers_triton,
             train=train_triton,
-            slower_reasons=slower_reasons,
+            slower_reasons=triton_slower_reasons,
         ),
         Backend("torch", run_torch, differentiable=True),
     ],
-    fake=lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    fake=lambda a: torch.empty_like(a.x, memory_format=torch.contiguous_format),
     check=check,
     autocast=True,
 )
@@ -352,14 +340,12 @@ def mlp(
         x: `(..., channels)`. fc_weight: `(hidden, channels)`. proj_weight: `(channels, hidden)`. fc_bias: `(hidden,)`.
         proj_bias: `(channels,)`.
         activation: `"none"`, `"gelu"` (the erf form) or `"quick_gelu"` (x·sigmoid(1.702·x)).
-        norm_weight, norm_bias: `(channels,)`; a norm_weight of None leaves the layer norm out.
-        residual: False leaves the addition of x out.
+        norm_weight, norm_bias: `(channels,)`. With norm_weight=None there is no layer norm.
+        residual: whether x is added.
 
     Returns a new contiguous tensor of x's shape and dtype.
 
     Raises:
-        ValueError: shapes that do not go together, or an unknown activation.
+        ValueError: mismatched shapes, or an unknown activation.
     """
-    return (  # type: ignore[return-value]
-        x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps, residual
-    )  # fmt: skip
+    return OP(x, fc_weight, fc_bias, proj_weight, proj_bias, activation, norm_weight, norm_bias, eps, residual)

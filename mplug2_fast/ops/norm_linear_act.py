@@ -1,49 +1,52 @@
-"""Layer norm, the linear layer after it and its activation; the norm is returned too, as the next residual."""
+"""Layer norm, the linear layer after it and its activation. Also returns the norm, which is the next residual."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from mplug2_fast.ops.layer_norm import check as check_norm
-from mplug2_fast.ops.layer_norm import norm_native, norm_reference, norm_torch, norm_triton
-from mplug2_fast.ops.layer_norm import triton_reasons as norm_reasons
-from mplug2_fast.ops.linear_act import EAGER, Activation
+from mplug2_fast.ops.layer_norm import (
+    check_norm,
+    norm_cpu,
+    norm_reference,
+    norm_torch,
+    norm_triton,
+    norm_triton_reasons,
+)
 from mplug2_fast.ops.linear_act import OP as LINEAR
-from mplug2_fast.ops.linear_act import check as check_linear
-from mplug2_fast.ops.linear_act import not_supported_reasons as linear_reasons
+from mplug2_fast.ops.linear_act import Activation, check_linear, empty_reasons
+from mplug2_fast.ops.linear_act import Arguments as LinearArguments
 from mplug2_fast.ops.linear_act import run_cpu as linear_cpu
 from mplug2_fast.ops.linear_act import run_torch as linear_torch
-from mplug2_fast.ops.linear_act import triton_reasons as linear_triton_reasons
-from mplug2_fast.ops.runtime import cpu, triton
-from mplug2_fast.ops.runtime.dispatch import Backend, Op
+from mplug2_fast.ops.runtime import cpu, onednn, triton
+from mplug2_fast.ops.runtime.backend import Backend
+from mplug2_fast.ops.runtime.op import Op
 from mplug2_fast.ops.runtime.rows import rows as rows_of
 from mplug2_fast.ops.runtime.spec import Spec, normal
-from mplug2_fast.ops.runtime.spec import upcast as in_float64
+
+OutAndNorm = tuple[Tensor, Tensor]
 
 
-def reference(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: Activation,
-    eps: float,
-    *,
-    upcast: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """activation(layer_norm(x) @ weight.T + bias), and layer_norm(x)."""
-    if upcast:
-        x, norm_weight, norm_bias, weight, bias = in_float64(x, norm_weight, norm_bias, weight, bias)
-    normed = norm_reference(x, norm_weight, norm_bias, eps)
-    return EAGER[activation](F.linear(normed, weight, bias)), normed
+class Arguments(NamedTuple):
+    x: Annotated[Tensor, "(..., in_features)"]
+    norm_weight: Annotated[Tensor, "(in_features,)"]
+    norm_bias: Annotated[Tensor, "(in_features,)"]
+    weight: Annotated[Tensor, "(out_features, in_features)"]
+    bias: Annotated[Tensor | None, "(out_features,)"]
+    activation: Activation
+    eps: float
+
+    @property
+    def norm(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        return self.x, self.norm_weight, self.norm_bias, self.eps
+
+    def linear(self, normed: Tensor) -> LinearArguments:
+        return LinearArguments(normed, self.weight, self.bias, self.activation, None)
 
 
-def make(
+def make_inputs(
     generator: torch.Generator,
     *,
     rows: tuple[int, ...],
@@ -52,74 +55,73 @@ def make(
     activation: Activation = "none",
     bias: bool = True,
     strided: bool = False,
-) -> dict[str, Any]:
+) -> Arguments:
     x = normal(generator, *rows, inputs * (1 + strided))
-    return {
-        "x": x[..., :inputs] * 2 + 0.5,
-        "norm_weight": normal(generator, inputs),
-        "norm_bias": normal(generator, inputs),
-        "weight": normal(generator, outputs, inputs, scale=inputs**-0.5),
-        "bias": normal(generator, outputs) if bias else None,
-        "activation": activation,
-        "eps": 1e-5,
-    }
+    return Arguments(
+        x=x[..., :inputs] * 2 + 0.5,
+        norm_weight=normal(generator, inputs),
+        norm_bias=normal(generator, inputs),
+        weight=normal(generator, outputs, inputs, scale=inputs**-0.5),
+        bias=normal(generator, outputs) if bias else None,
+        activation=activation,
+        eps=1e-5,
+    )
 
 
-def run_torch(x, norm_weight, norm_bias, weight, bias, activation, eps) -> tuple[Tensor, Tensor]:
-    normed = norm_torch(x, norm_weight, norm_bias, eps)
-    return linear_torch(normed, weight, bias, activation, None), normed
+def check(a: Arguments) -> None:
+    check_norm(a.x, a.norm_weight, a.norm_bias)
+    check_linear(a.x, a.weight, a.bias, a.activation)
 
 
-def run_cpu(x, norm_weight, norm_bias, weight, bias, activation, eps) -> tuple[Tensor, Tensor]:
-    normed = norm_native(x, norm_weight, norm_bias, eps)
-    return linear_cpu(normed, weight, bias, activation, None), normed
+def reference(a: Arguments) -> OutAndNorm:
+    """activation(layer_norm(x) @ weight.T + bias), and layer_norm(x)."""
+    normed = norm_reference(*a.norm)
+    return linear_torch(a.linear(normed)), normed
 
 
-def cpu_reasons(x, norm_weight, norm_bias, weight, bias, activation, eps) -> list[str]:
-    reasons = cpu.reasons(x, norm_weight=norm_weight, norm_bias=norm_bias)
-    return [*reasons, *linear_reasons(x, weight, bias, activation, None)]
+def run_torch(a: Arguments) -> OutAndNorm:
+    normed = norm_torch(*a.norm)
+    return linear_torch(a.linear(normed)), normed
 
 
-def run_triton(x, norm_weight, norm_bias, weight, bias, activation, eps) -> tuple[Tensor, Tensor]:
-    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
-    out = x.new_empty(*x.shape[:-1], weight.shape[0])
+def run_cpu(a: Arguments) -> OutAndNorm:
+    normed = norm_cpu(*a.norm)
+    return linear_cpu(a.linear(normed)), normed
+
+
+def cpu_reasons(a: Arguments) -> list[str]:
+    reasons = cpu.reasons(a.x, norm_weight=a.norm_weight, norm_bias=a.norm_bias)
+    return reasons + onednn.not_supported_reasons(a.x, a.weight, a.bias)
+
+
+def run_triton(a: Arguments) -> OutAndNorm:
+    normed = torch.empty_like(a.x, memory_format=torch.contiguous_format)
+    out = a.x.new_empty(*a.x.shape[:-1], a.weight.shape[0])
     if out.numel() == 0:
         return out, normed
-    x, weight = (t if cpu.dense(t) else t.contiguous() for t in (x, weight))
-    norm_weight, norm_bias, bias = (None if t is None else t.contiguous() for t in (norm_weight, norm_bias, bias))
+    x, weight = (t if cpu.dense(t) else t.contiguous() for t in (a.x, a.weight))
+    norm_weight, norm_bias, bias = (None if t is None else t.contiguous() for t in (a.norm_weight, a.norm_bias, a.bias))
     rows = rows_of(x)
     if triton.kernels("linear_act").is_few(rows, weight):
-        norm = (norm_weight, norm_bias, eps)
-        triton.kernels("few_rows").forward(rows, weight, bias, activation, None, out, norm, normed)
+        norm = (norm_weight, norm_bias, a.eps)
+        triton.kernels("few_rows").forward(rows, weight, bias, a.activation, None, out, norm, normed)
         return out, normed
-    normed = norm_triton(x, norm_weight, norm_bias, eps)
-    arguments = (normed, weight, bias, activation, None)
-    return LINEAR.choose(arguments).run(*arguments), normed
+    normed = norm_triton(x, norm_weight, norm_bias, a.eps)
+    return LINEAR.run(normed, weight, bias, a.activation, None), normed
 
 
-def triton_reasons(x, norm_weight, norm_bias, weight, bias, activation, eps) -> list[str]:
-    reasons = triton.reasons(x, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight, bias=bias)
-    return reasons or [*norm_reasons(x), *linear_triton_reasons(x, weight, bias, activation, None)]
-
-
-def check(x, norm_weight, norm_bias, weight, bias, activation, eps) -> None:
-    check_norm(x, None, norm_weight, norm_bias)
-    check_linear(x, weight, bias, activation)
+def triton_reasons(a: Arguments) -> list[str]:
+    reasons = triton.reasons(a.x, norm_weight=a.norm_weight, norm_bias=a.norm_bias, weight=a.weight, bias=a.bias)
+    return reasons or norm_triton_reasons(a.x) + empty_reasons(a.weight)
 
 
 SPEC = Spec(
     name="norm_linear_act",
-    axes={
-        "x": "(..., in_features)",
-        "norm_weight": "(in_features,)",
-        "norm_bias": "(in_features,)",
-        "weight": "(out_features, in_features)",
-        "bias": "(out_features,)",
-        "result": "(..., out_features), and the norm (..., in_features)",
-    },
-    reference=reference,
-    make=make,
-    awkward=(
+    arguments=Arguments,
+    results=("(..., out_features)", "the norm (..., in_features)"),
+    eager=reference,
+    make_inputs=make_inputs,
+    edge_cases=(
         {"rows": (1,), "inputs": 8, "outputs": 19},
         {"rows": (5,), "inputs": 33, "outputs": 70, "activation": "gelu"},
         {"rows": (2, 3), "inputs": 1023, "outputs": 5, "activation": "quick_gelu", "bias": False},
@@ -136,25 +138,23 @@ SPEC = Spec(
         "large, words": {"rows": (1, 5), "inputs": 1024, "outputs": 30522},
         "large, steps of 32 videos": {"rows": (32, 5), "inputs": 1024, "outputs": 4096, "activation": "gelu"},
     },
-    flops=lambda x, weight, **_: 2 * x.numel() * weight.shape[0],
-    products=lambda x, weight, **_: [
-        (2 * x.numel() * weight.shape[0], ["x", "norm_weight", "norm_bias"], ["weight"]),
+    count_flops=lambda a: 2 * a.x.numel() * a.weight.shape[0],
+    matrix_products=lambda a: [
+        (2 * a.x.numel() * a.weight.shape[0], ["x", "norm_weight", "norm_bias"], ["weight"]),
     ],
     differentiable=("x", "norm_weight", "norm_bias", "weight", "bias"),
 )
 
-OP = Op(
+OP: Op[OutAndNorm] = Op(
     SPEC,
-    "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor? bias, str activation, float eps) "
-    "-> (Tensor, Tensor)",
     [
         Backend("cpu", run_cpu, cpu_reasons, devices=("cpu",)),
         Backend("triton", run_triton, triton_reasons, devices=triton.DEVICES),
         Backend("torch", run_torch, differentiable=True),
     ],
-    fake=lambda x, norm_weight, norm_bias, weight, *_: (
-        x.new_empty(*x.shape[:-1], weight.shape[0]),
-        torch.empty_like(x, memory_format=torch.contiguous_format),
+    fake=lambda a: (
+        a.x.new_empty(*a.x.shape[:-1], a.weight.shape[0]),
+        torch.empty_like(a.x, memory_format=torch.contiguous_format),
     ),
     check=check,
 )
@@ -170,11 +170,11 @@ def norm_linear_act(
     activation: Activation = "none",
     *,
     eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
+) -> OutAndNorm:
     """`activation(h @ weight.T + bias)` and h, the layer norm of x.
 
-    These are the steps of a post-norm layer, whose next residual is h. Made for the few rows of a decoding step, which
-    it normalises while it reads the weight.
+    These are the steps of a post-norm layer, whose next residual is h. For the few rows of a decoding step, the kernel
+    normalises them while it reads the weight.
 
     Args:
         x: `(..., in_features)`. norm_weight, norm_bias: `(in_features,)`. weight: `(out_features, in_features)`.
@@ -183,6 +183,6 @@ def norm_linear_act(
     Returns `(..., out_features)` and `(..., in_features)` in x's dtype, contiguous.
 
     Raises:
-        ValueError: shapes that do not go together, or an unknown activation.
+        ValueError: mismatched shapes, or an unknown activation.
     """
-    return x, norm_weight, norm_bias, weight, bias, activation, eps  # type: ignore[return-value]
+    return OP(x, norm_weight, norm_bias, weight, bias, activation, eps)

@@ -13,15 +13,15 @@ from torch.nn.attention import SDPBackend
 from mplug2_fast.ops.runtime import formula
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, bool], Tensor]
-"""From query, key and value `(batch, heads, tokens, head_dim)`, a bool mask of what each query sees, the dropout and
-whether attention is causal."""
+"""Takes query, key and value `(batch, heads, tokens, head_dim)`, a bool mask of the keys that each query sees, the
+dropout probability, and whether attention is causal."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, causal: bool) -> Tensor:
-    """`F.scaled_dot_product_attention`, whose flash kernel for CPUs has a first derivative only: here it has more."""
+    """`F.scaled_dot_product_attention` with all derivatives; its own flash kernel for CPUs has only the first."""
     if _trains_on_cpu(query, key, value):
         additive = None if mask is None else _additive(mask, query.dtype)
         chosen = torch._fused_sdp_choice(query, key, value, additive, dropout_p, causal)
@@ -33,14 +33,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropo
 def attend_any_order(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, causal: bool
 ) -> Tensor:
-    """By products and a softmax."""
+    """Products and a softmax."""
     additive = None if mask is None else _additive(mask, query.dtype)
     return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, additive, dropout_p, causal)[0]
 
 
 class _Flash(torch.autograd.Function):
-    """The flash kernel for CPUs. Its gradients are computed by products and a softmax where they are to be
-    differentiated."""
+    """The flash kernel for CPUs. Gradients that will be differentiated again are computed by products and a softmax."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -69,5 +68,5 @@ def _trains_on_cpu(*tensors: Tensor) -> bool:
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores: nothing, or minus infinity where a query does not see a key."""
+    """The mask as a summand of the scores: 0, or minus infinity for keys that a query does not see."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)

@@ -29,7 +29,7 @@ def key_of(name, sizes, direction="forward", dtype="float32"):
 )
 def test_every_way_of_every_operator_runs_and_ours_is_right(name, direction, dtype):
     spec = ops.OPERATORS[name].op.spec
-    case = cases.build(key_of(name, spec.awkward[1], direction, dtype), compile=False)
+    case = cases.build(key_of(name, spec.edge_cases[1], direction, dtype), compile=False)
     agreement = case.agreement()
     assert agreement.ours <= agreement.allowed < math.inf
     assert case.flop > 0
@@ -43,14 +43,14 @@ def test_every_way_of_every_operator_runs_and_ours_is_right(name, direction, dty
 
 
 def test_gradients_are_of_what_the_specification_names():
-    case = cases.build(key_of("layer_norm", ops.layer_norm.op.spec.awkward[1], "backward"), compile=False)
+    case = cases.build(key_of("layer_norm", ops.layer_norm.op.spec.edge_cases[1], "backward"), compile=False)
     gradients = case.ways[OURS]()[0]()
     assert [tuple(g.shape) for g in gradients] == [(2, 5, 7), (7,), (7,)]
 
 
 def test_inputs_lie_apart_and_share_their_weights():
     spec = ops.linear_act.op.spec
-    first = spec.inputs(spec.awkward[1])
+    first = spec.inputs(spec.edge_cases[1])
     others = cases.rotated(spec, first)
     assert len(others) == cases.MOST_INPUTS - 1
     assert all(other["weight"] is first["weight"] for other in others)
@@ -86,7 +86,7 @@ def test_every_operator_has_its_file():
 
 def test_each_kernel_of_a_gpu_is_asked_for_attention():
     op = ops.attention.op
-    given = op.spec.inputs(op.spec.awkward[1])
+    given = op.spec.inputs(op.spec.edge_cases[1])
     (*_, flash) = importlib.import_module("bench.ops.attention").BASELINES
     assert flash.devices == ("cuda",)
     torch.testing.assert_close(flash.prepare(given)(), ops.attention(**given), equal_nan=True)
@@ -94,6 +94,6 @@ def test_each_kernel_of_a_gpu_is_asked_for_attention():
 
 def test_the_peer_takes_the_operators_arguments():
     op = ops.linear_act.op
-    given = op.spec.inputs(op.spec.awkward[1])
-    peer = compiled.Peer(op.backends["torch"].run, given)
+    given = op.spec.inputs(op.spec.edge_cases[1])
+    peer = compiled.Peer(op.direct("torch"), given)
     torch.testing.assert_close(peer(*compiled.inputs(given)), ops.linear_act(**given))

@@ -20,7 +20,7 @@ def key(name, dtype="bfloat16", direction="forward", level="ops", device="cpu"):
 
 def arguments(op, dtype=torch.bfloat16, **sizes):
     spec = ops.OPERATORS[op].op.spec
-    return spec.inputs(sizes or spec.awkward[0], dtype)
+    return spec.inputs(sizes or spec.edge_cases[0], dtype)
 
 
 class OnCuda(torch.Tensor):
@@ -61,7 +61,7 @@ def backends_for_any_device(monkeypatch):
 def test_without_a_gpu_no_package_has_a_column():
     assert packages.ways("attention", arguments("attention")) == {}
     assert packages.why_not("layer_norm", arguments("layer_norm")) == dict.fromkeys(
-        ("apex", "liger_kernel"), "it is for cuda, not for cpu"
+        ("apex", "liger_kernel"), "supports cuda, got cpu"
     )
 
 
@@ -88,7 +88,7 @@ def test_what_a_package_does_not_serve(stand_in, backends_for_any_device):
     stand_in("flash_attn", flash_attn_func=None)
     stand_in("xformers.ops")
     found = packages.why_not("attention", arguments("attention", torch.float32))
-    assert found["flash_attn"] == "flash_attn serves float16 and bfloat16, not torch.float32"
+    assert found["flash_attn"] == "flash_attn supports float16 and bfloat16, got torch.float32"
     assert packages.ways("attention", arguments("attention", torch.float32)) == {}
     masked = arguments("attention", batch=2, queries=5, keys=7, masked=True)
     assert list(packages.ways("attention", masked)) == []
@@ -132,6 +132,6 @@ def test_what_is_missing_is_said_once():
         key("attention", level="modules"),
     ]
     assert packages.reasons(keys) == [
-        "no column apex for layer_norm, add_layer_norm: it is for cuda, not for cpu",
-        "no column liger_kernel for layer_norm: it is for cuda, not for cpu",
+        "no column apex for layer_norm, add_layer_norm: supports cuda, got cpu",
+        "no column liger_kernel for layer_norm: supports cuda, got cpu",
     ]

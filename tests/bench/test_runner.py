@@ -29,7 +29,7 @@ def small(*names):
     """The smallest keys of these operators."""
     found = []
     for name in names:
-        sizes = f"awkward, {cases.described(ops.OPERATORS[name].op.spec.awkward[1])}"
+        sizes = f"awkward, {cases.described(ops.OPERATORS[name].op.spec.edge_cases[1])}"
         found.append(Key("ops", name, sizes, "forward", "float32", "cpu"))
     return found
 

@@ -25,7 +25,7 @@ def sizes_of(name: str) -> Sizes:
     spec = ops.OPERATORS[name].op.spec
     return next(
         sizes
-        for sizes in spec.awkward[1:]
+        for sizes in spec.edge_cases[1:]
         if all(value.numel() > 2 for value in spec.inputs(sizes).values() if isinstance(value, Tensor))
     )
 

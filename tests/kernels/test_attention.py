@@ -27,10 +27,10 @@ def test_no_spills(variant: str, capability: int):
     operator, sizes = VARIANTS[variant]
     op = operator.op
     made = op.spec.inputs({"head_dim": 64, **sizes}, torch.bfloat16)
-    given = tuple(value.to("meta") if isinstance(value, Tensor) else value for value in made.values())
+    given = op.arguments(*(value.to("meta") if isinstance(value, Tensor) else value for value in made.values()))
     backend = op.backends["triton"]
     with record(capability) as recorder:
-        saved = op._save(backend, given)
+        saved = op.derivatives.save(backend, given)
         if operator is ops.attention:  # whose backward kernels are the other's too
             backend.backward([torch.empty_like(saved[0])], given, saved, [True] * 3)
     assert recorder.launches

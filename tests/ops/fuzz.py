@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mplug2_fast import ops
 from mplug2_fast.ops.runtime import cpu
-from mplug2_fast.ops.runtime.dispatch import Op
+from mplug2_fast.ops.runtime.op import Op
 from tests.ops.suite import ISAS, as_tuple
 
 SECONDS = 120
@@ -117,14 +117,14 @@ SCALARS = {
 
 def arguments(op: Op, rng: Random) -> tuple[dict[str, Any], list[str]]:
     """Arguments of an operator, and what was done to them."""
-    sizes, done = dict(rng.choice(op.spec.awkward)), []
+    sizes, done = dict(rng.choice(op.spec.edge_cases)), []
     for name, size in sizes.items():
         if type(size) is int and rng.random() < 0.15:
             sizes[name] = rng.choice((0, 1, 2, 3, 17, 64, 65))
     try:
         given = op.spec.inputs(sizes, rng.choice(DTYPES), seed=rng.randrange(1 << 30))
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError):  # no such sizes
-        given = op.spec.inputs(op.spec.awkward[0], rng.choice(DTYPES))
+        given = op.spec.inputs(op.spec.edge_cases[0], rng.choice(DTYPES))
     for _ in range(rng.choice((0, 0, 1, 1, 1, 2, 3))):
         name = rng.choice(list(given))
         value = given[name]
@@ -145,9 +145,10 @@ def ways(op: Op, rng: Random) -> tuple[str, Callable[..., Any]]:
     """How the operator is called."""
     way = rng.choice(("function", "function", "torch.ops", "train", "backward", "gradients"))
     if way == "torch.ops" or (not op.spec.differentiable and way in ("train", "backward", "gradients")):
-        return "torch.ops", op._torch_op
+        return "torch.ops", op.torch_op
     if way == "train":
-        return way, lambda *given: op._training_op(*given)[: op._results] if op._saving else op._training_op(*given)
+        saves = op.training_op is not op.torch_op
+        return way, lambda *given: op.training_op(*given)[: len(op.spec.results)] if saves else op.training_op(*given)
     if way == "backward":
         return way, lambda *given: _call_backward(op, rng, given)
     if way == "gradients":
@@ -159,17 +160,17 @@ def _call_backward(op: Op, rng: Random, given: tuple[Any, ...]) -> None:
     try:
         results = as_tuple(op(*given))
     except Exception:
-        results = (torch.ones(2, 3),) * op._results
+        results = (torch.ones(2, 3),) * len(op.spec.results)
     grads = [None if rng.random() < 0.2 else torch.ones_like(result) for result in results]
     if rng.random() < 0.3:
         grads[0] = torch.ones(5, 2)
-    needs = [given[index] is not None or rng.random() < 0.1 for index in op._wanted]
-    op._backward_op(grads, *given, needs, None if rng.random() < 0.8 else [torch.ones(2)])
+    needs = [given[index] is not None or rng.random() < 0.1 for index in op.derivatives.wanted]
+    op.derivatives.backward_op(grads, *given, needs, None if rng.random() < 0.8 else [torch.ones(2)])
 
 
 def _call_gradients(op: Op, given: tuple[Any, ...]) -> None:
     leaves = list(given)
-    for index in op._wanted:
+    for index in op.derivatives.wanted:
         if isinstance(leaves[index], Tensor) and leaves[index].is_floating_point():
             leaves[index] = leaves[index].detach().requires_grad_()
     results = [r for r in as_tuple(op(*leaves)) if r.requires_grad]
@@ -215,7 +216,7 @@ def call(op: Op, seed: int) -> str:
 
 
 def _written(op: Op) -> list[str]:
-    return [op._names[index] for index in op._written_at]
+    return [op.names[index] for index in op.written_at]
 
 
 def calls(op: Op, first: int, count: int) -> Iterator[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mplug2_fast import ops
 from mplug2_fast.ops.runtime import cpu, cuda, packages, triton
-from mplug2_fast.ops.runtime.dispatch import Op
+from mplug2_fast.ops.runtime.op import Op
 from mplug2_fast.ops.runtime.spec import Sizes
 from tests.tolerance import assert_close_enough
 
@@ -77,8 +77,8 @@ class OpSuite:
         return type(self).operator.op  # type: ignore[attr-defined]
 
     def test_names_and_arguments_agree(self):
-        made = self.op.spec.inputs(self.op.spec.awkward[0])
-        assert list(made) == self.op._names
+        made = self.op.spec.inputs(self.op.spec.edge_cases[0])
+        assert list(made) == self.op.names
         assert set(self.op.spec.differentiable) <= made.keys()
         assert set(self.op.spec.axes) - {"result"} <= made.keys()
 
@@ -107,7 +107,7 @@ class OpSuite:
 
         Arguments change one by one, or, where that takes too long, every third of them at once.
         """
-        for sizes in self.op.spec.awkward if anywhere is None or CUDA else self.op.spec.awkward[:2]:
+        for sizes in self.op.spec.edge_cases if anywhere is None or CUDA else self.op.spec.edge_cases[:2]:
             given = self.op.spec.inputs(sizes, device=device(anywhere))
             names = [name for name, value in given.items() if isinstance(value, Tensor) and value.numel()]
             count = len(names) if anywhere is None or CUDA else 3
@@ -125,7 +125,7 @@ class OpSuite:
                         torch.testing.assert_close(one, other, equal_nan=True, msg=lambda m, n=group: f"{n}: {m}")
 
     def test_stays_in_a_compiled_graph(self, anywhere: str | None):
-        given = self.op.spec.inputs(self.op.spec.awkward[1], device=device(anywhere))
+        given = self.op.spec.inputs(self.op.spec.edge_cases[1], device=device(anywhere))
         graphs = []
         torch._dynamo.reset()  # every operator goes through the same line, and there is a limit to recompiling it
 
@@ -144,17 +144,17 @@ class OpSuite:
     def test_opcheck(self, opcheck_dtype: torch.dtype, opcheck_backend: str | None):
         """Schema, fake implementation, autograd registration, and ahead-of-time compilation with gradients."""
         brief = (opcheck_backend == "triton" and not CUDA) or opcheck_dtype != torch.float32
-        for sizes in self.op.spec.awkward[: 1 if brief else 2]:
+        for sizes in self.op.spec.edge_cases[: 1 if brief else 2]:
             given = self.op.spec.inputs(sizes, opcheck_dtype, device(opcheck_backend))
             for name in self.op.spec.differentiable:
                 if isinstance(given[name], Tensor):
                     given[name].requires_grad_()
             with served_by(opcheck_backend):
-                for operator in {self.op._torch_op, self.op._training_op}:
+                for operator in {self.op.torch_op, self.op.training_op}:
                     torch.library.opcheck(operator, tuple(given.values()))
 
     def test_never_falls_back(self, native_module):
-        for sizes in self.op.spec.awkward:
+        for sizes in self.op.spec.edge_cases:
             for dtype in cpu.DTYPES:
                 with ops.strict(), torch.no_grad():
                     self.op(*self.op.spec.inputs(sizes, dtype).values())
@@ -176,7 +176,7 @@ class DifferentiableOpSuite(OpSuite):
                 return self.op(*arguments)
 
         if gradient_backend == "triton":
-            assert self.op._own_backward(tuple(given.values())) is self.op.backends["triton"]
+            assert self.op.choice.own_backward(self.op.arguments(**given)) is self.op.backends["triton"]
         true = self._gradients(lambda *a: self.op.spec.reference(*a), exact)
         eager = self._gradients(lambda *a: self.op.spec.reference(*a), given)
         ours = self._gradients(forced, given)
@@ -209,11 +209,11 @@ def given_dtype(given: dict[str, Any]) -> torch.dtype:
 
 
 def with_sizes(op: Op, ways: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-    """Every way with all awkward sizes; one that is free to refuse, with those that it serves.
+    """Every way with all edge cases; one that is free to refuse, with those that it serves.
 
     Triton's interpreter is slow: float16 gets every third of the sizes there.
     """
-    every_third = op.spec.awkward[::3]
+    every_third = op.spec.edge_cases[::3]
 
     def served(sizes: Sizes, dtype: torch.dtype, backend: str, *_: Any) -> bool:
         if backend == "triton" and triton.INTERPRETED and dtype == torch.float16:
@@ -221,9 +221,9 @@ def with_sizes(op: Op, ways: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         if backend not in CHOOSY:
             return True
         given = op.spec.inputs(sizes, dtype, device(backend))
-        return not op._reasons(op.backends[backend], tuple(given.values()), False)
+        return not op.choice.reasons(op.backends[backend], op.arguments(**given))
 
-    return [(sizes, *way) for sizes in op.spec.awkward for way in ways if served(sizes, *way)]
+    return [(sizes, *way) for sizes in op.spec.edge_cases for way in ways if served(sizes, *way)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -90,9 +90,13 @@ def test_training_under_compile(backend, name):
 
 def test_what_the_triton_kernels_do_not_serve():
     pytest.importorskip("triton")
-    reasons = ops.attention.op.backends["triton"].not_supported_reasons
+    op = ops.attention.op
+
+    def reasons(*values):
+        return op.backends["triton"].not_supported_reasons(op.arguments(*values))
+
     query, wide = torch.randn(1, 3, 2, 16), torch.randn(1, 3, 2, 136)
-    assert reasons(wide, wide, wide, None, False) == ["the Triton kernels are for heads of up to 128 channels, not 136"]
+    assert reasons(wide, wide, wide, None, False) == ["the Triton kernels support heads of up to 128 channels, got 136"]
     assert reasons(query, query.half(), query, None, False) == [
         "key is torch.float16, the first argument torch.float32"
     ]

@@ -97,21 +97,23 @@ def test_forward_and_gradients(package, dtype, causal, layout):
 def test_reasons(package):
     x = torch.randn(1, 3, 2, 16)
     half = x.half()
-    assert reasons(package, x, x, x) == (f"{package} serves float16 and bfloat16, not torch.float32",)
+    assert reasons(package, x, x, x) == (f"{package} supports float16 and bfloat16, got torch.float32",)
     (why,) = reasons(package, half, half.bfloat16(), half)
     assert why == "key is torch.bfloat16, the first argument torch.float16"
     wide = torch.randn(1, 3, 2, 264).half()
-    assert reasons(package, wide, wide, wide) == (f"{package} is for heads of up to 256 channels, not 264",)
+    assert reasons(package, wide, wide, wide) == (f"{package} supports heads of up to 256 channels, got 264",)
     (why,) = reasons(package, half, half, half, key_padding_mask=torch.ones(1, 3))
     assert "key_padding_mask" in why
-    assert reasons(package, half, half[:, :0], half[:, :0]) == (f"{package} is not for empty batches or sequences",)
+    assert reasons(package, half, half[:, :0], half[:, :0]) == (
+        f"{package} does not support empty batches or sequences",
+    )
 
 
 def test_odd_channels(package):
     odd = torch.randn(1, 3, 2, 5).half()
     with ops.use_backend(package):
         if package == "xformers":
-            with pytest.raises(BackendError, match="heads of a multiple of 8 channels, not 5"):
+            with pytest.raises(BackendError, match="heads of a multiple of 8 channels, got 5"):
                 ops.attention(odd, odd, odd)
         else:  # pads them itself
             assert ops.attention(odd, odd, odd).shape == (1, 3, 10)
@@ -120,7 +122,7 @@ def test_odd_channels(package):
 @pytest.mark.parametrize("name", NAMES)
 def test_they_are_for_cuda(name):
     x = torch.randn(1, 3, 2, 16).half()
-    assert reasons(name, x, x, x) == ("it is for cuda, not for cpu",)
+    assert reasons(name, x, x, x) == ("supports cuda, got cpu",)
 
 
 @pytest.mark.parametrize("name", NAMES)

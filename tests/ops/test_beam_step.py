@@ -82,7 +82,7 @@ def test_length_penalty():
 
 def test_bad_arguments():
     logits, cumulative = torch.randn(2, 3, 8), torch.zeros(2, 3)
-    with pytest.raises(ValueError, match="end_token_id 8 is not a word"):
+    with pytest.raises(ValueError, match="end_token_id must be from 0 to 7, got 8"):
         ops.beam_step(logits, cumulative, step=0, min_length=0, end_token_id=8)
     with pytest.raises(ValueError, match="logits must be"):
         ops.beam_step(logits, cumulative[:, :2], step=0, min_length=0, end_token_id=2)

@@ -79,7 +79,7 @@ def test_shapes_that_do_not_go_together(name, shape, words):
         ops.beam_update(**given)
 
 
-def test_no_place_for_the_words():
+def test_no_position_for_the_tokens():
     given = ops.beam_update.op.spec.inputs({"batch": 2, "beams": 3, "kept": 1, "length": 5, "step": 4})
-    with pytest.raises(ValueError, match="step 4 has no place"):
+    with pytest.raises(ValueError, match="no position for the tokens of step 4"):
         ops.beam_update(**given)

@@ -17,14 +17,15 @@ NOT_BUILT = "they were turned off by MPLUG2_FAST_CUDA"
 
 def linear_reasons(rows=4, inputs=16, outputs=8, dtype=BF16, bias=None, residual=None):
     x, weight = torch.zeros(rows, inputs, dtype=dtype), torch.zeros(outputs, inputs, dtype=dtype)
-    return ops.linear_act.op.backends["cuda"].not_supported_reasons(x, weight, bias, "none", residual)
+    op = ops.linear_act.op
+    return op.backends["cuda"].not_supported_reasons(op.arguments(x, weight, bias, "none", residual))
 
 
 def mlp_reasons(channels=16, hidden=24, dtype=BF16, norm_weight=None):
     x, weight = torch.zeros(4, channels, dtype=dtype), torch.zeros(hidden, channels, dtype=dtype)
-    return ops.mlp.op.backends["cuda"].not_supported_reasons(
-        x, weight, None, weight.t(), None, "none", norm_weight, None, 1e-5, True
-    )
+    op = ops.mlp.op
+    arguments = op.arguments(x, weight, None, weight.t(), None, "none", norm_weight, None, 1e-5, True)
+    return op.backends["cuda"].not_supported_reasons(arguments)
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def launched(monkeypatch, native_module):
 
 def test_it_is_for_gpus():
     explanation = ops.explain(ops.linear_act, torch.zeros(4, 8), torch.zeros(8, 8))
-    assert explanation.reasons["cuda"] == ("it is for cuda, not for cpu",)
+    assert explanation.reasons["cuda"] == ("supports cuda, got cpu",)
     with ops.use_backend("cuda"):
         assert ops.explain(ops.linear_act, torch.zeros(4, 8), torch.zeros(8, 8)).chosen is None
 
@@ -63,7 +64,7 @@ class TestRefusals:
 
     @pytest.mark.usefixtures("_built")
     def test_another_type(self, reasons):
-        assert reasons(dtype=torch.float32) == ["CUDA kernels are for bfloat16 and float16, not torch.float32"]
+        assert reasons(dtype=torch.float32) == ["CUDA kernels support bfloat16 and float16, got torch.float32"]
 
 
 @pytest.mark.usefixtures("_built")
@@ -75,25 +76,25 @@ class TestRefusalsOfArguments:
         ]
 
     def test_rows_that_are_not_aligned(self):
-        assert linear_reasons(inputs=20) == ["rows must be multiples of 8 elements, not 20"]
-        assert linear_reasons(outputs=19) == ["rows must be multiples of 8 elements, not 19"]
-        assert mlp_reasons(hidden=20) == ["rows must be multiples of 8 elements, not 20"]
+        assert linear_reasons(inputs=20) == ["rows must be multiples of 8 elements, got 20"]
+        assert linear_reasons(outputs=19) == ["rows must be multiples of 8 elements, got 19"]
+        assert mlp_reasons(hidden=20) == ["rows must be multiples of 8 elements, got 20"]
 
     def test_nothing_to_multiply(self):
-        assert linear_reasons(outputs=0) == ["there is nothing to multiply"]
+        assert linear_reasons(outputs=0) == ["the weight is empty"]
 
     def test_another_gpu(self, monkeypatch):
         monkeypatch.setattr(cuda, "_capability", lambda device: (8, 0))
         x = SimpleNamespace(device=torch.device("cuda", 0), dtype=BF16)
-        assert cuda.reasons(x) == ["CUDA kernels are for compute capability 9.0, not 8.0"]
+        assert cuda.reasons(x) == ["CUDA kernels support compute capability 9.0, got 8.0"]
 
 
 @pytest.mark.parametrize("name", ["linear_act", "mlp"])
 def test_few_rows_are_left_to_others(name):
     op = ops.OPERATORS[name].op
-    given = op.spec.inputs(op.spec.awkward[0], BF16)
-    (why,) = op.backends["cuda"].slower_reasons(False, *given.values())
-    assert re.search(r"\d+ rows do not occupy the GPU with its tiles: it is for \d+ and more", why)
+    given = op.spec.inputs(op.spec.edge_cases[0], BF16)
+    (why,) = op.backends["cuda"].slower_reasons(False, op.arguments(**given))
+    assert re.search(r"\d+ rows do not fill the GPU: the CUDA kernel wins from \d+ rows on", why)
 
 
 def test_why_they_are_not_there(native_module):

@@ -73,14 +73,14 @@ def test_an_ancestor_that_is_no_row_is_refused(given, native_module):
 def test_bad_arguments(given):
     for name, change, error in (
         ("x", lambda t: t[0], "x must be"),
-        ("x", lambda t: t[..., :7], "x has 7 channels"),
+        ("x", lambda t: t[..., :7], "x must have heads·head_dim channels, got 7"),
         ("memory_key", lambda t: t[:1], "memory_key and memory_value"),
-        ("qkv", lambda pair: (pair[0][:32], pair[1]), "qkv must be of shapes"),
-        ("proj", lambda pair: (pair[0], pair[1][:3]), "proj must be of shapes"),
+        ("qkv", lambda pair: (pair[0][:32], pair[1]), "qkv must have shapes"),
+        ("proj", lambda pair: (pair[0], pair[1][:3]), "proj must have shapes"),
         ("key_padding_mask", lambda t: t[:, :3], "key_padding_mask must be"),
         ("activation", lambda _: "relu", "activation is 'relu'"),
         ("keys", lambda t: t[:2], "keys and values"),
-        ("step", lambda _: 4, "no step 4"),
+        ("step", lambda _: 4, "step must be from 0 to 3, got 4"),
     ):
         arguments = public(given)
         with pytest.raises(ValueError, match=error):

@@ -24,7 +24,7 @@ class Named(Tensor):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_meta_tensors_give_shapes(name, autocast):
     op = ops.OPERATORS[name].op
-    given = op.spec.inputs(op.spec.awkward[1])
+    given = op.spec.inputs(op.spec.edge_cases[1])
     real = op(*(v.clone() if isinstance(v, Tensor) else v for v in given.values()))
     with torch.autocast("cpu", enabled=autocast):
         made = op(*(v.to("meta") if isinstance(v, Tensor) else v for v in given.values()))
@@ -38,7 +38,7 @@ def test_a_tensor_subclass_stays_one(native_module):
     assert type(out) is Named
     torch.testing.assert_close(out.as_subclass(Tensor), ops.linear_act(X, WEIGHT, BIAS, "gelu"))
     why = ops.explain(ops.linear_act, X, WEIGHT.as_subclass(Named)).reasons["cpu"]
-    assert why == ("a tensor is a Named, which PyTorch's own operators know",)
+    assert why == ("a tensor is a Named, which only PyTorch's own operators can read",)
     with ops.use_backend("cpu"), pytest.raises(BackendError, match="a tensor is a Named"):
         ops.linear_act(X, WEIGHT.as_subclass(Named))
     with ops.strict(), pytest.raises(BackendError, match="would fall back"):
@@ -82,7 +82,7 @@ def test_modes_see_one_operator(native_module):
 
 
 def test_a_default_device_changes_nothing(native_module, monkeypatch):
-    monkeypatch.setattr(ops.layer_norm.op, "_torch_op", None)
+    monkeypatch.setattr(ops.layer_norm.op, "torch_op", None)
     with torch.device("cpu"):
         ops.layer_norm(X)
 
@@ -114,7 +114,7 @@ FLOPS = {
 @pytest.mark.parametrize("name", FLOPS)
 def test_flops_are_counted(name, native_module):
     op = ops.OPERATORS[name].op
-    given = op.spec.inputs(op.spec.awkward[1])
+    given = op.spec.inputs(op.spec.edge_cases[1])
     leaves = {n: v.requires_grad_() if n in op.spec.differentiable and v is not None else v for n, v in given.items()}
     with FlopCounterMode(display=False) as counter:
         results = as_tuple(op(*leaves.values()))
@@ -130,7 +130,7 @@ def test_nested_tensors(native_module):
     jagged = torch.nested.nested_tensor(parts, layout=torch.jagged)
     for part, out in zip(parts, ops.linear_act(jagged, WEIGHT, BIAS).unbind(), strict=True):
         torch.testing.assert_close(out, ops.linear_act(part, WEIGHT, BIAS))
-    with pytest.raises(TypeError, match=r"make them with layout=torch\.jagged"):
+    with pytest.raises(TypeError, match=r"create them with layout=torch\.jagged"):
         ops.layer_norm(torch.nested.nested_tensor(parts))
 
 

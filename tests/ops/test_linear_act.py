@@ -222,8 +222,8 @@ class TestWhatIsFaster:
 
     def reasons(self, dtype=torch.bfloat16, activation="none", residual=None, needs_grad=False):
         x, weight = torch.randn(40, 8, dtype=dtype), torch.randn(16, 8, dtype=dtype)
-        backend = ops.linear_act.op.backends["triton"]
-        return backend.slower_reasons(needs_grad, x, weight, None, activation, residual)
+        op = ops.linear_act.op
+        return op.backends["triton"].slower_reasons(needs_grad, op.arguments(x, weight, None, activation, residual))
 
     def test_nothing_to_fuse(self):
         (why,) = self.reasons()
@@ -232,7 +232,8 @@ class TestWhatIsFaster:
 
     def test_few_rows_have_a_kernel_of_their_own(self):
         x, weight = torch.randn(32, 8, dtype=torch.bfloat16), torch.randn(16, 8, dtype=torch.bfloat16)
-        assert ops.linear_act.op.backends["triton"].slower_reasons(False, x, weight, None, "none", None) == []
+        op = ops.linear_act.op
+        assert op.backends["triton"].slower_reasons(False, op.arguments(x, weight, None, "none", None)) == []
 
     def test_float32_without_tf32(self):
         (why,) = self.reasons(torch.float32, "gelu")

@@ -72,7 +72,7 @@ def test_bad_arguments(run):
         run(x=torch.randn(4, 10, 16))
     with pytest.raises(ValueError, match="activation is 'relu': it must be one of none, gelu, quick_gelu"):
         run(activation="relu")
-    with pytest.raises(ValueError, match="norm_bias is given without a norm_weight"):
+    with pytest.raises(ValueError, match="norm_bias is given without norm_weight"):
         run(norm_weight=None)
 
 

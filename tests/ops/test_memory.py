@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mplug2_fast import ops
+from mplug2_fast.ops.runtime import memory
 from tests.ops.suite import as_tuple
 
 EMPTY = {
@@ -81,12 +82,45 @@ def test_a_view_that_reaches_past_its_storage(native_module):
 @pytest.mark.parametrize("name", ["layer_norm", "linear_act", "attention", "mlp", "beam_step"])
 def test_a_pending_minus_sign(name, native_module):
     op = ops.OPERATORS[name].op
-    given = op.spec.inputs(op.spec.awkward[1])
+    given = op.spec.inputs(op.spec.edge_cases[1])
     first = next(iter(given))
     negative = {**given, first: torch._neg_view(-given[first])}
-    for call in (op, op._torch_op):
+    for call in (op, op.torch_op):
         for one, other in zip(as_tuple(call(*negative.values())), as_tuple(call(*given.values())), strict=True):
             torch.testing.assert_close(one, other)
+
+
+def test_tensors_without_memory_are_zeros(native_module):
+    zeros = torch._efficientzerotensor((3, 4))
+    assert torch.equal(ops.layer_norm(zeros), torch.zeros(3, 4))
+
+
+UNUSUAL = {
+    "transposed": lambda: torch.randn(4, 3).t(),
+    "expanded": lambda: torch.ones(1).expand(5),
+    "empty": lambda: torch.empty(0, 3),
+    "a number": lambda: torch.tensor(1.0),
+    "a parameter": lambda: torch.nn.Parameter(torch.ones(3)),
+    "a subclass": lambda: torch.ones(3).as_subclass(torch.nn.Buffer),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "negative": lambda: torch._neg_view(torch.ones(3)),
+    "zero": lambda: torch._efficientzerotensor((3,)),
+    "freed": lambda: freed(torch.ones(3)),
+    "freed view": lambda: freed(torch.ones(5)[2:]),
+}
+
+
+def freed(t):
+    t.untyped_storage().resize_(4)
+    return t
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_native_facts_agree_with_python(name, native_module, monkeypatch):
+    values = (UNUSUAL[name](), None, 1, 1.5, True, "text", torch.float32)
+    found = memory.facts(values)
+    monkeypatch.setattr(memory, "_native_tests", lambda: None)
+    assert found == memory.facts(values)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
@@ -107,10 +141,10 @@ def test_states_are_memory_of_each_row(backend, native_module):
 @pytest.mark.parametrize("name", ops.OPERATORS)
 def test_registered_operators_check_shapes(name):
     op = ops.OPERATORS[name].op
-    given = op.spec.inputs(op.spec.awkward[0])
+    given = op.spec.inputs(op.spec.edge_cases[0])
     given[next(iter(given))] = torch.ones(2, 3, 5, 7, 9, dtype=torch.uint8)
     with pytest.raises((ValueError, TypeError)):
-        op._torch_op(*given.values())
+        op.torch_op(*given.values())
 
 
 def test_backward_checks_what_it_is_given():

@@ -105,5 +105,5 @@ def test_where_neither_product_gains_pytorch_is_preferred(dtype, activation, res
     if triton.INTERPRETED:
         pytest.skip("nothing is known to be faster under the interpreter")
     sizes = {"rows": (4,), "channels": 8, "hidden": 16, "activation": activation, "residual": residual}
-    why = ops.mlp.op.backends["triton"].slower_reasons(False, *SPEC.inputs(sizes, dtype).values())
+    why = ops.mlp.op.backends["triton"].slower_reasons(False, SPEC.arguments(**SPEC.inputs(sizes, dtype)))
     assert [reason[: len(expected)] for reason in why] == [expected] if expected else why == []

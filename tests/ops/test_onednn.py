@@ -14,7 +14,7 @@ BLOCKS = {
     "local_temporal": {"batch": 3, "frames": 4, "patches": 9, "channels": 32, "inner": 16},
 }
 """More than are computed at a time."""
-CASES = [(name, sizes) for name, more in BLOCKS.items() for sizes in (*ops.OPERATORS[name].op.spec.awkward, more)]
+CASES = [(name, sizes) for name, more in BLOCKS.items() for sizes in (*ops.OPERATORS[name].op.spec.edge_cases, more)]
 
 
 @pytest.mark.parametrize(("name", "sizes"), CASES, ids=label)

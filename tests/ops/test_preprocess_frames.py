@@ -161,21 +161,21 @@ def test_without_the_native_module_torch_says_so(monkeypatch):
 @pytest.mark.parametrize(
     ("frames", "arguments", "error", "message"),
     [
-        (torch.zeros(1, 4, 4, 3), {}, TypeError, "must be uint8 .* not torch.float32"),
-        (random_frames(4, 4, 3), {}, ValueError, r"\(frames, height, width, 3\), not \(4, 4, 3\)"),
-        (random_frames(1, 3, 4, 4), {}, ValueError, r"not \(1, 3, 4, 4\)"),
+        (torch.zeros(1, 4, 4, 3), {}, TypeError, "must be uint8 .* got torch.float32"),
+        (random_frames(4, 4, 3), {}, ValueError, r"\(frames, height, width, 3\), got \(4, 4, 3\)"),
+        (random_frames(1, 3, 4, 4), {}, ValueError, r"got \(1, 3, 4, 4\)"),
         (random_frames(0, 4, 4, 3), {}, ValueError, "have no pixels"),
         (random_frames(1, 0, 4, 3), {}, ValueError, "have no pixels"),
-        (random_frames(1, 4, 4, 3), {"image_size": 0}, ValueError, "at least 1, not 0"),
-        (random_frames(1, 4, 4, 3), {"image_size": 2.5}, ValueError, "not 2.5"),
-        (random_frames(1, 4, 4, 3), {"patch_size": 0}, ValueError, "patch_size must be .* at least 1, not 0"),
+        (random_frames(1, 4, 4, 3), {"image_size": 0}, ValueError, "at least 1, got 0"),
+        (random_frames(1, 4, 4, 3), {"image_size": 2.5}, ValueError, "got 2.5"),
+        (random_frames(1, 4, 4, 3), {"patch_size": 0}, ValueError, "patch_size must be .* at least 1, got 0"),
         (
             random_frames(1, 4, 4, 3),
             {"patch_size": 3},
             ValueError,
-            "patches of 3 pixels do not fill an image_size of 4",
+            "image_size must be a multiple of patch_size, got 4 and 3",
         ),
-        (random_frames(1, 4, 4, 3), {"dtype": torch.int32}, TypeError, "not torch.int32"),
+        (random_frames(1, 4, 4, 3), {"dtype": torch.int32}, TypeError, "got torch.int32"),
     ],
 )
 def test_bad_input_is_named(frames, arguments, error, message):

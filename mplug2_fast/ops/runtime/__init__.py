@@ -1,1 +1,1 @@
-"""What every operator is built from: its specification, the choice of a backend, and how each backend is called."""
+"""What operators are built from: the specification, the choice of a backend, and the glue to each backend."""

@@ -1,4 +1,4 @@
-"""NVIDIA's apex, whose layer norms serve where it is installed. PyPI's package of that name is another project."""
+"""Layer norms of NVIDIA's apex, if installed. PyPI's package of that name is another project."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _SOURCE = "NVIDIA's is built from github.com/NVIDIA/apex with its CUDA extension
 
 
 def is_nvidias() -> bool:
-    """Whether the apex that is installed is NVIDIA's; told by its files, for the other one does too much on import."""
+    """Whether the installed apex is NVIDIA's. Looks only at files, because importing the other has side effects."""
     spec = importlib.util.find_spec("apex")
     return spec is not None and PathFinder.find_spec("apex.normalization", spec.submodule_search_locations) is not None
 
 
 @functools.cache
 def error() -> str | None:
-    """Why apex has no layer norms here, with the remedy; None where it has."""
+    """Why apex's layer norms cannot be used here, with the remedy; None if they can."""
     if importlib.util.find_spec("apex") is None:
         return f"apex is not installed: {_SOURCE}"
     if not is_nvidias():
-        return f"the apex that is installed is another project, PyPI's: {_SOURCE}"
+        return f"the installed apex is another project, from PyPI: {_SOURCE}"
     if importlib.util.find_spec("fused_layer_norm_cuda") is None:
         return f"apex was built without fused_layer_norm_cuda: {_SOURCE}"
     try:
@@ -43,16 +43,16 @@ def reasons(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> list[str]:
         return [found]
     why = []
     if x.dtype not in DTYPES:
-        why.append(f"apex's layer norm is for float32, bfloat16 and float16, not {x.dtype}")
+        why.append(f"apex's layer norm supports float32, bfloat16 and float16, got {x.dtype}")
     if (weight is None) != (bias is None):
-        why.append("apex's layer norm takes weight and bias, or neither")
+        why.append("apex's layer norm needs both weight and bias, or neither")
     why += [
         f"{name} is {parameter.dtype}, x is {x.dtype}"
         for name, parameter in (("weight", weight), ("bias", bias))
         if parameter is not None and parameter.dtype != x.dtype
     ]
     if x.numel() == 0:
-        why.append("apex's layer norm needs a row")
+        why.append("apex's layer norm does not support empty inputs")
     return why
 
 
@@ -60,7 +60,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     """Layer norm over the last axis, which autograd can follow."""
     norms = importlib.import_module("apex.normalization.fused_layer_norm")
     shape = (x.shape[-1],)
-    # Its functions cast under autocast; here the result has the type of x.
+    # Apex's functions cast under autocast. Without it the result keeps x's dtype.
     with torch.autocast(x.device.type, enabled=False):
         if weight is None:
             return norms.fused_layer_norm(x.contiguous(), shape, eps)

@@ -1,4 +1,4 @@
-"""Attention by flash_attn and by xformers, where they are installed."""
+"""Attention by flash_attn and xformers, if installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 CAPABILITY = (8, 0)
 ALIGNMENT = 8
-"""Elements that are loaded at once."""
+"""Elements per load."""
 
 
 def flash_attn(query: Tensor, key: Tensor, value: Tensor, _: None, causal: bool) -> Tensor:
@@ -45,31 +45,31 @@ def xformers_reasons(query: Tensor, key: Tensor, value: Tensor, key_padding_mask
         return [error]
     reasons = _reasons("xformers", query, key, value)
     if key_padding_mask is not None:
-        reasons.append("xformers takes a key_padding_mask only as a bias of the size of all scores")
+        reasons.append("xformers supports a key_padding_mask only as a bias for all scores")
     if query.shape[-1] % ALIGNMENT:
-        reasons.append(f"xformers is for heads of a multiple of {ALIGNMENT} channels, not {query.shape[-1]}")
+        reasons.append(f"xformers supports heads of a multiple of {ALIGNMENT} channels, got {query.shape[-1]}")
     return reasons
 
 
 def _reasons(package: str, query: Tensor, key: Tensor, value: Tensor) -> list[str]:
-    """What both packages ask for: their kernels for tensor cores."""
+    """Requirements of both packages' tensor core kernels."""
     reasons = []
     if query.dtype not in DTYPES:
-        reasons.append(f"{package} serves float16 and bfloat16, not {query.dtype}")
+        reasons.append(f"{package} supports float16 and bfloat16, got {query.dtype}")
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dtype != query.dtype:
             reasons.append(f"{name} is {tensor.dtype}, the first argument {query.dtype}")
     if query.shape[-1] > MAX_HEAD_DIM:
-        reasons.append(f"{package} is for heads of up to {MAX_HEAD_DIM} channels, not {query.shape[-1]}")
+        reasons.append(f"{package} supports heads of up to {MAX_HEAD_DIM} channels, got {query.shape[-1]}")
     if query.numel() == 0 or key.numel() == 0:
-        reasons.append(f"{package} is not for empty batches or sequences")
+        reasons.append(f"{package} does not support empty batches or sequences")
     if query.device.type == "cuda" and (found := torch.cuda.get_device_capability(query.device)) < CAPABILITY:
-        reasons.append(f"{package} serves GPUs of compute capability 8.0 and higher, not {found[0]}.{found[1]}")
+        reasons.append(f"{package} supports compute capability 8.0 and higher, got {found[0]}.{found[1]}")
     return reasons
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where its rows do not begin where vectors of elements can be loaded."""
+    """The tensor, or a copy if its rows are not aligned for vector loads."""
     *strides, last = tensor.stride()
     fits = last == 1 and all(stride % ALIGNMENT == 0 for stride in strides)
     if fits and tensor.data_ptr() % (ALIGNMENT * tensor.element_size()) == 0:

@@ -1,4 +1,4 @@
-"""What the native CPU kernels ask of tensors, and how those are handed to them."""
+"""Input requirements of the native CPU kernels, and helpers to call them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from torch import Tensor
 
 from mplug2_fast._native import native, native_error
 from mplug2_fast.errors import ConfigError
+from mplug2_fast.ops.runtime.memory import are_alike
 
 DTYPES = (torch.float32, torch.bfloat16)
 ISA_VARIABLE = "MPLUG2_FAST_ISA"
 
 _WORK_OF_A_THREAD = 1 << 15
-"""Elements below which waking another thread costs more than it saves."""
+"""Minimum elements per thread: below, waking a thread costs more than it saves."""
 
 
 def threads(work: int) -> int:
-    """How many threads to give a kernel that touches this many elements: PyTorch's number, or fewer."""
+    """Threads for a kernel that touches this many elements: PyTorch's setting, or fewer."""
     return 1 if work < 2 * _WORK_OF_A_THREAD else min(torch.get_num_threads(), work // _WORK_OF_A_THREAD)
 
 
@@ -31,7 +32,7 @@ def available() -> bool:
 
 
 def module() -> ModuleType:
-    """The native module, which is known to be there."""
+    """The native module. Call it only where `available()` holds."""
     found = native()
     assert found is not None
     return found
@@ -39,10 +40,10 @@ def module() -> ModuleType:
 
 @functools.cache
 def isa() -> Any:
-    """The instruction set that kernels use: the best that the processor has, or the one that MPLUG2_FAST_ISA names.
+    """The instruction set that kernels use: the processor's best, or the one that MPLUG2_FAST_ISA names.
 
     Raises:
-        ConfigError: there is no instruction set of that name, or the processor lacks it.
+        ConfigError: unknown instruction set, or one that the processor lacks.
     """
     _C = module()
     if name := os.environ.get(ISA_VARIABLE):
@@ -54,39 +55,42 @@ def isa() -> Any:
 
 
 def reasons(x: Tensor, **others: Tensor | None) -> list[str]:
-    """Why native kernels cannot serve: no module, another type than float32 or bfloat16, several types, or channels
-    that do not lie side by side. `x` and the others are arguments of the operator; None counts for nothing."""
+    """Why native kernels cannot serve these arguments: no native module, a dtype other than float32 and bfloat16,
+    different dtypes, or a last axis that is not dense."""
     found, dtype = [], x.dtype
+    if dtype in DTYPES and native_error() is None and are_alike(x, *others.values()):
+        return found
     if error := native_error():
         found.append(str(error))
     if dtype not in DTYPES:
-        found.append(f"native kernels are for float32 and bfloat16, not {dtype}")
+        found.append(f"native kernels support float32 and bfloat16, got {dtype}")
     for name, other in others.items():
         if other is not None:
             if other.dtype is not dtype:
                 found.append(f"{name} is {other.dtype}, the first argument {dtype}")
             if not (other.is_contiguous() or dense(other)):
-                found.append(f"the last axis of {name} has stride {other.stride(-1)}, not 1")
+                found.append(f"the last axis of {name} must have stride 1, got {other.stride(-1)}")
     if not (x.is_contiguous() or dense(x)):
-        found.append(f"the last axis of the first argument has stride {x.stride(-1)}, not 1")
+        found.append(f"the last axis of the first argument must have stride 1, got {x.stride(-1)}")
     return found
 
 
 def parameter_reasons(x: Tensor, parameters: Iterable[Tensor | None]) -> list[str]:
-    """Why x and parameters of other types do not go together."""
+    """A reason if x and the parameters have different dtypes."""
     dtypes = {p.dtype for p in parameters if p is not None}
-    if dtypes.issubset((x.dtype,)):
+    if not dtypes or dtypes == {x.dtype}:
         return []
     return [f"x is {x.dtype}, the parameters are {', '.join(sorted(map(str, dtypes)))}"]
 
 
 def dense(x: Tensor) -> bool:
-    """Whether the elements of the last axis lie side by side."""
+    """Whether the elements of the last axis are adjacent in memory."""
     return x.stride(-1) == 1 or x.shape[-1] <= 1
 
 
+@functools.cache
 def activation(name: str) -> Any:
-    """The activation of that name as the kernels take it."""
+    """The kernels' enum value for an activation."""
     return getattr(module().Activation, name)
 
 

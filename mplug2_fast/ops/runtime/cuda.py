@@ -1,4 +1,4 @@
-"""What the CUDA kernels of the native module ask of tensors, and how those are handed to them."""
+"""Input requirements of the native module's CUDA kernels, and helpers to call them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ DTYPES = (torch.bfloat16, torch.float16)
 CAPABILITY = (9, 0)
 
 _UNIT = 16
-"""Bytes that the tensor memory accelerator moves at least, and to multiples of which it wants everything aligned."""
+"""Bytes. The tensor memory accelerator moves multiples of this, at addresses and strides that are multiples of it."""
 
 
 @functools.cache
 def error() -> str | None:
-    """Why there are no CUDA kernels here; None where there are."""
+    """Why there are no CUDA kernels here; None if there are."""
     if (found := native_error()) is not None:
         return f"there is no native module: {found.reason}"
-    # Of a module that was built before it had any, as in a checkout that moved on, there is nothing to ask.
-    return getattr(native(), "no_cuda_because", "the native module is older than they are: install it again") or None
+    # A module that was built from older sources has no such attribute.
+    return getattr(native(), "no_cuda_because", "the native module is older than they are: reinstall it") or None
 
 
 @functools.cache
@@ -33,15 +33,15 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def reasons(x: Tensor, **others: Tensor | None) -> list[str]:
-    """Why CUDA kernels cannot serve: none here, another GPU, another type, several types. `x` and the others are
-    arguments of the operator; None counts for nothing."""
+    """Why CUDA kernels cannot serve these arguments: no kernels here, another GPU, or an unsupported or different
+    dtype."""
     if found := error():
         return [f"there are no CUDA kernels: {found}"]
     why = []
     if x.device.type == "cuda" and (found := _capability(x.device)) != CAPABILITY:
-        why.append(f"CUDA kernels are for compute capability 9.0, not {found[0]}.{found[1]}")
+        why.append(f"CUDA kernels support compute capability 9.0, got {found[0]}.{found[1]}")
     if x.dtype not in DTYPES:
-        why.append(f"CUDA kernels are for bfloat16 and float16, not {x.dtype}")
+        why.append(f"CUDA kernels support bfloat16 and float16, got {x.dtype}")
     for name, other in others.items():
         if other is not None and other.dtype != x.dtype:
             why.append(f"{name} is {other.dtype}, the first argument {x.dtype}")
@@ -49,13 +49,12 @@ def reasons(x: Tensor, **others: Tensor | None) -> list[str]:
 
 
 def alignment_reasons(*features: int) -> list[str]:
-    """Why rows of so many elements of 2 bytes, side by side, cannot be moved by the tensor memory accelerator."""
-    return [f"rows must be multiples of {_UNIT // 2} elements, not {size}" for size in features if size % (_UNIT // 2)]
+    """Why the tensor memory accelerator cannot move contiguous rows of these sizes, in elements of 2 bytes."""
+    return [f"rows must be multiples of {_UNIT // 2} elements, got {size}" for size in features if size % (_UNIT // 2)]
 
 
 def rows(x: Tensor) -> Tensor:
-    """x as `(rows, features)`, of which the tensor memory accelerator can be told where they lie: a copy if x does not
-    lie so."""
+    """x as `(rows, features)`, copied if the tensor memory accelerator cannot address it."""
     x = x.flatten(0, -2) if x.dim() > 1 else x[None]
     stride = x.stride(0) * x.element_size()
     good = dense(x) and x.data_ptr() % _UNIT == 0 and stride % _UNIT == 0 and stride >= x.shape[1] * x.element_size()
@@ -63,7 +62,7 @@ def rows(x: Tensor) -> Tensor:
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, residual: Tensor | None, out: Tensor) -> None:
-    """out = residual + activation(x @ weight.T + bias), all of them `(rows, features)` or `(features,)`; out
+    """out = residual + activation(x @ weight.T + bias). All are `(rows, features)` or `(features,)`; out is
     contiguous."""
     x, weight = rows(x), rows(weight)
     bias = None if bias is None else rows(bias)

@@ -1,4 +1,4 @@
-"""What `torch.utils.flop_counter` counts for operators: the products of the modules that they replace."""
+"""FLOP counts for `torch.utils.flop_counter`: those of the modules that the operators replace."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from mplug2_fast.ops.runtime.dispatch import Op
+    from mplug2_fast.ops.runtime.op import Op
 
 _FORMULAS: dict[Any, Callable[..., int]] = {}
 """`torch.ops.mplug2_fast.NAME` -> its FLOPs, from all of its arguments."""
 
 
-def add(op: Op) -> None:
-    """Makes the formulas of an operator, of NAME_train and of NAME_backward."""
-    names, products = op._names, op.spec.products
+def add(op: Op[Any]) -> None:
+    """Adds the formulas of an operator, of NAME_train and of NAME_backward."""
+    spec, count = op.spec, len(op.names)
 
-    def forward(*arguments: Any, **_: Any) -> int:
-        return sum(flops for flops, *_ in products(**dict(zip(names, arguments, strict=True))))
+    def forward(*values: Any, **_: Any) -> int:
+        return sum(flops for flops, *_ in spec.matrix_products(spec.arguments(*values)))
 
     def backward(_: Any, *given: Any, **__: Any) -> int:
-        needs = given[len(names)]
-        needed = {name for name, need in zip(op.spec.differentiable, needs, strict=True) if need}
-        made = products(**dict(zip(names, given[: len(names)], strict=True)))
-        return sum(flops * len([sides for sides in every if needed.intersection(sides)]) for flops, *every in made)
+        needed = {name for name, need in zip(spec.differentiable, given[count], strict=True) if need}
+        products = spec.matrix_products(spec.arguments(*given[:count]))
+        return sum(flops * sum(not needed.isdisjoint(side) for side in sides) for flops, *sides in products)
 
     packets = torch.ops.mplug2_fast
     _FORMULAS[getattr(packets, op.name)] = forward
-    if op.spec.differentiable:
+    if spec.differentiable:
         _FORMULAS[getattr(packets, f"{op.name}_backward")] = backward
-    if op._training_op is not op._torch_op:
+    if op.training_op is not op.torch_op:
         _FORMULAS[getattr(packets, f"{op.name}_train")] = forward
 
 
 def register() -> None:
-    """Tells the counter, and those that are counting, once somebody has imported it: importing it imports Triton."""
+    """Gives the formulas to the counter and to those that are counting, if the counter is imported: importing it also
+    imports Triton."""
     counter = sys.modules.get("torch.utils.flop_counter")
     if counter is None:
         return

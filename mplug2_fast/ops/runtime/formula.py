@@ -1,7 +1,7 @@
-"""When a call must be computed by PyTorch's own operators, and when a mode must see it.
+"""When PyTorch's own operators must compute a call, and when a mode must see the operator.
 
-Kernels read memory. Transforms of torch.func, forward-mode derivatives, traces and tensor subclasses follow PyTorch's
-operators only: inside a kernel they would see nothing, and give zeros or constants.
+Kernels read memory. Transforms of torch.func, forward-mode differentiation, traces and tensor subclasses follow only
+PyTorch's operators. They cannot see into a kernel, and would give zeros or constants.
 """
 
 from __future__ import annotations
@@ -12,36 +12,36 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-BACKENDS = frozenset(("torch", "reference"))
-"""Backends made of PyTorch's operators, which anything can follow."""
+from mplug2_fast.ops.runtime.memory import PLAIN_TYPES
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+BACKENDS = frozenset(("torch", "reference"))
+"""Backends made of PyTorch's operators."""
+
 _transforms, _tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 
 
-def is_ordinary(tensors: Sequence[Tensor]) -> bool:
-    """Whether nothing follows the call: neither `is_needed` nor `is_watched`, in one look."""
+def nothing_follows() -> bool:
+    """Whether no transform, trace or mode is active, so that `is_needed` and `is_watched` depend on types alone."""
     return (
         _transforms() is None
         and forward_ad._current_level < 0
         and _tracing() is None
         and not _dispatch_modes()
         and not _function_modes()
-        and _PLAIN.issuperset(map(type, tensors))
     )
 
 
 def is_needed(tensors: Sequence[Tensor]) -> bool:
-    """Whether `reason` has one. Cheap: every call asks."""
+    """Whether `reason` finds one."""
     if _transforms() is not None or forward_ad._current_level >= 0 or _tracing() is not None:
         return True
-    return not _PLAIN.issuperset(map(type, tensors)) and _subclass(tensors) is not None
+    return not PLAIN_TYPES.issuperset(map(type, tensors)) and _subclass(tensors) is not None
 
 
 def reason(tensors: Sequence[Tensor]) -> str | None:
-    """Why only PyTorch's own operators can compute with these tensors here; None where kernels can."""
+    """Why only PyTorch's own operators can compute with these tensors here; None if kernels can."""
     if _transforms() is not None:
         return "a transform of torch.func is active, which follows PyTorch's own operators only"
     if forward_ad._current_level >= 0:
@@ -49,18 +49,18 @@ def reason(tensors: Sequence[Tensor]) -> str | None:
     if _tracing() is not None:
         return "torch.jit.trace is recording, which sees PyTorch's own operators only"
     if (found := _subclass(tensors)) is not None:
-        return f"a tensor is a {found.__name__}, which PyTorch's own operators know"
+        return f"a tensor is a {found.__name__}, which only PyTorch's own operators can read"
     return None
 
 
 def are_followed(grads: Sequence[Tensor | None]) -> bool:
-    """Whether gradients of many results at once, `is_grads_batched`, or a transform pass through a backward."""
+    """Whether batched gradients (`is_grads_batched`) or a transform pass through a backward."""
     given = [grad for grad in grads if grad is not None]
     return is_needed(given) or any(map(_is_batched, given))
 
 
 def differentiates() -> bool:
-    """Whether a transform or forward-mode differentiation is active, which may ask for derivatives of any order."""
+    """Whether a transform or forward-mode differentiation is active, which may need derivatives of any order."""
     return _transforms() is not None or forward_ad._current_level >= 0
 
 
@@ -70,11 +70,11 @@ def have_tangents(tensors: Sequence[Tensor]) -> bool:
 
 
 def _subclass(tensors: Sequence[Tensor]) -> type | None:
-    """The first type that is neither a plain tensor nor one of those by which PyTorch's compilers trace operators."""
-    others = [type(t) for t in tensors if type(t) not in _PLAIN]
+    """The first type that is neither a plain tensor nor one that PyTorch's compilers use to trace operators."""
+    others = [type(t) for t in tensors if type(t) not in PLAIN_TYPES]
     if not others:
         return None
-    # Imported here: half a second. Whoever has such tensors has imported it.
+    # Imported here because it takes half a second. Code that makes such tensors has imported it.
     from torch._subclasses import FakeTensor
     from torch._subclasses.functional_tensor import FunctionalTensor
 
@@ -82,14 +82,14 @@ def _subclass(tensors: Sequence[Tensor]) -> type | None:
 
 
 def is_watched(tensors: Sequence[Tensor]) -> bool:
-    """Whether a mode, or a compiler's tensor, is to see the operator itself."""
+    """Whether a mode or a compiler's tensor must see the operator itself."""
     if _dispatch_modes() or (_function_modes() and _has_function_modes()):
         return True
-    return not _PLAIN.issuperset(map(type, tensors))
+    return not PLAIN_TYPES.issuperset(map(type, tensors))
 
 
 def _has_function_modes() -> bool:
-    """Whether there is one besides that of `torch.set_default_device`, which concerns new tensors alone."""
+    """Whether there is one besides that of `torch.set_default_device`, which only affects new tensors."""
     from torch.overrides import _get_current_function_mode_stack
     from torch.utils._device import DeviceContext
 

@@ -1,8 +1,7 @@
-"""PyTorch's own oneDNN linear: an operator with an activation or a residual inside, and weights packed beforehand.
+"""PyTorch's oneDNN linear layer, with a fused activation or residual, and weights packed in advance.
 
-A packed copy serves only a weight that has the copy's checksum.
-
-In float32 it is about twice as fast as `F.linear`, which takes MKL; no gradient passes through it.
+A packed copy is used only if its checksum is that of the weight. In float32, oneDNN is about twice as fast as
+`F.linear`, which uses MKL. It has no gradients.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ _ATTRIBUTE = "_mplug2_fast_packed"
 
 MANY_ROWS = 512
 MUCH_WORK = 1 << 28
-"""Minimum rows, and minimum rows × weight elements, for a packed weight to serve.
+"""Minimum rows, and minimum rows × weight elements, for a packed weight to win.
 
-Below, its checksum costs as much as packing saves. Measured on two cores of a Zen 3, 1024 to 4096 features in float32:
-the checksum of 16 MB takes 0.9 ms, which is 3 to 4% of a product with 512 rows and 0.4% of one with 4,112. A call takes
-15 µs beside reading the weight, half a percent of the smallest product."""
+Below, the checksum costs as much as packing saves. Measured on two cores of a Zen 3, with 1024 to 4096 features in
+float32: the checksum of 16 MB takes 0.9 ms, 3 to 4% of a product with 512 rows and 0.4% of one with 4,112. A call has
+15 µs of overhead, half a percent of the smallest product."""
 
 
 @dataclass(frozen=True)
 class _Copy:
-    """A weight in oneDNN's layout. `made_of` identifies the values it was made of."""
+    """A weight in oneDNN's layout. `made_of` identifies the values that it was made from."""
 
     made_of: tuple[Any, ...]
     tensor: Tensor
@@ -42,7 +41,7 @@ class _Copy:
 
 
 class _Copies:
-    """The packed copies of a tensor and of parts of it, by place. No two of them overlap."""
+    """The packed copies of a tensor and of parts of it, by place. They do not overlap."""
 
     def __init__(self) -> None:
         self.by_place: dict[tuple[Any, ...], _Copy] = {}
@@ -59,8 +58,8 @@ class _Copies:
 
 @functools.cache
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether the processor has instructions for products in this type. Without them oneDNN refuses it or takes, for
-    bfloat16 with AVX-512, four times as long as for float32: callers then compute `in_float32`."""
+    """Whether the processor has instructions for products in this dtype. Without them oneDNN refuses the dtype, or is
+    four times as slow as for float32 (bfloat16 with AVX-512). Callers then compute `in_float32`."""
     if dtype == torch.bfloat16:
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         return torch.ops.mkldnn._is_mkldnn_bf16_supported() and (not x86 or torch.cpu._is_avx512_bf16_supported())
@@ -71,9 +70,9 @@ def not_supported_reasons(x: Tensor, *parameters: Tensor | None) -> list[str]:
     """Why oneDNN's linear cannot compute with these tensors on this machine."""
     found = []
     if not (_is_available() and torch.backends.mkldnn.enabled):
-        found.append("this torch is built without oneDNN, or it is turned off")
+        found.append("this torch was built without oneDNN, or oneDNN is turned off")
     elif x.dtype not in DTYPES:
-        found.append(f"oneDNN's linear is for float32, bfloat16 and float16, not {x.dtype}")
+        found.append(f"oneDNN's linear supports float32, bfloat16 and float16, got {x.dtype}")
     return found + cpu.parameter_reasons(x, parameters)
 
 
@@ -83,18 +82,18 @@ def _is_available() -> bool:
 
 
 def pack(weight: Tensor, rows: int) -> None:
-    """Keeps a packed copy beside a weight, for products with about this many rows.
+    """Stores a packed copy with a weight, for products with about this many rows.
 
     Args:
-        weight: `(out_features, in_features)`, or with more axes, as of a convolution, whose product is that of
+        weight: `(out_features, in_features)`. A weight with more axes, as of a convolution, multiplies as
             `weight.flatten(1)`.
 
-    The copy does not show in state dicts. It serves products that are large enough, see `MANY_ROWS`. Each of them
-    compares a checksum of the weight with that of the copy, and makes the copy anew where they differ: whoever has
-    written to the weight, and how, results are those of the weight as it is.
+    State dicts do not contain the copy. Products that are large enough use it, see `MANY_ROWS`. Each of them compares
+    the weight's checksum with that of the copy, and renews the copy if they differ. So results always belong to the
+    weight's present values, however it was written.
 
-    A weight is left alone where its memory has gaps or the native module is missing, and where products of its type are
-    computed in float32.
+    Does nothing if the weight's memory has gaps, the native module is missing, or products in its dtype are computed in
+    float32.
     """
     matrix = weight.flatten(1)
     if matrix.data_ptr() != weight.data_ptr() or weight.numel() == 0 or not is_readable(matrix):
@@ -110,7 +109,7 @@ def pack(weight: Tensor, rows: int) -> None:
 
 
 def unpack(weight: Tensor) -> None:
-    """Drops the packed copy, if there is one."""
+    """Drops the packed copy, if any."""
     holder, place = _place(weight, weight)
     copies = getattr(holder, _ATTRIBUTE, None)
     if copies is not None:
@@ -118,15 +117,15 @@ def unpack(weight: Tensor) -> None:
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether a packed copy of a weight is kept, be it of its values as they are or as they were."""
+    """Whether a weight has a packed copy, of its present or of earlier values."""
     holder, place = _place(weight, weight.flatten(1))
     copies = getattr(holder, _ATTRIBUTE, None)
     return copies is not None and place in copies.by_place
 
 
 def packed(weight: Tensor) -> Tensor | None:
-    """The packed copy of a weight, or of the one that it is a view of, with its values as they are; None where none is
-    kept."""
+    """The packed copy of a weight, or of the weight that it is a view of, with its present values; None if there is
+    none."""
     matrix = weight.flatten(1)
     holder, place = _place(weight, matrix)
     copies = getattr(holder, _ATTRIBUTE, None)
@@ -140,7 +139,7 @@ def packed(weight: Tensor) -> Tensor | None:
 
 
 def _place(weight: Tensor, matrix: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
-    """The tensor that keeps the copies of a weight, and where in it the weight is."""
+    """The tensor that holds the copies of a weight, and the weight's place in it."""
     holder = weight if weight._base is None else weight._base
     return holder, (matrix.storage_offset() - holder.storage_offset(), matrix.shape, matrix.stride())
 
@@ -155,12 +154,12 @@ def _packed_copy(matrix: Tensor, rows: int, values: tuple[Any, ...]) -> _Copy:
 
 
 def pays(weight: Tensor, rows: int) -> bool:
-    """Whether a packed weight makes a product with this many rows faster, its checksum included."""
+    """Whether a packed weight makes a product with this many rows faster, including its checksum."""
     return rows >= MANY_ROWS and rows * weight.numel() >= MUCH_WORK
 
 
 def for_rows(weight: Tensor, rows: int) -> Tensor:
-    """The form of a weight in which `linear` multiplies this many rows: packed if it is kept so and that pays."""
+    """The weight as `linear` needs it for this many rows: packed if it has a packed copy and that pays."""
     if weight.is_mkldnn or not pays(weight, rows):
         return weight
     copy = packed(weight)
@@ -170,25 +169,35 @@ def for_rows(weight: Tensor, rows: int) -> Tensor:
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", residual: Tensor | None = None
 ) -> Tensor:
-    """`activation(x @ weight.T + bias)` with oneDNN's `"none"`, `"swish"` or `"gelu"` (erf), or with "none" and a
-    residual their sum. The weight may be one of `for_rows`."""
+    """`activation(x @ weight.T + bias)`, or `residual + x @ weight.T + bias`.
+
+    Args:
+        weight: a weight, or the result of `for_rows`.
+        activation: oneDNN's `"none"`, `"swish"` or `"gelu"` (erf); "none" with a residual.
+    """
     if x.numel() == 0:
         return x.new_empty(*x.shape[:-1], weight.shape[0])
     weight = for_rows(weight, x.numel() // x.shape[-1])
-    bias = None if bias is None else bias.contiguous()  # oneDNN takes its elements for neighbours
+    bias = None if bias is None else bias.contiguous()  # oneDNN ignores its stride
     if residual is not None:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none" if activation == "gelu" else "")
 
 
 def in_float32(
-    run: Callable[..., Tensor], out: Tensor, rows: Sequence[Tensor | None], others: Sequence[Any], block: int = 512
+    run: Callable[[Any], Tensor], arguments: Any, out: Tensor, by_row: Sequence[str], block: int = 512
 ) -> Tensor:
-    """Puts `run(*rows, *others)` into out, computed in float32 with so many of the rows at a time: as many as a product
-    needs for its full rate, and few enough to stay in the cache."""
-    others = [other.float() if isinstance(other, Tensor) else other for other in others]
-    targets = out.split(block)
-    blocks = [[None] * len(targets) if each is None else each.split(block) for each in rows]
-    for target, *sources in zip(targets, *blocks, strict=True):
-        target.copy_(run(*(None if source is None else source.float() for source in sources), *others))
+    """Writes `run(arguments)` to out, computed in float32 in blocks of rows. A block is large enough for products to
+    reach their full rate, and small enough to stay in the cache.
+
+    Args:
+        arguments: an operator's NamedTuple.
+        by_row: the arguments that are split into blocks; a block of out depends on the same block of each.
+    """
+    tensors = {name: value for name, value in arguments._asdict().items() if isinstance(value, Tensor)}
+    whole = {name: tensor.float() for name, tensor in tensors.items() if name not in by_row}
+    blocks = {name: tensor.split(block) for name, tensor in tensors.items() if name in by_row}
+    for i, target in enumerate(out.split(block)):
+        rows = {name: parts[i].float() for name, parts in blocks.items()}
+        target.copy_(run(arguments._replace(**whole, **rows)))
     return out

@@ -1,4 +1,4 @@
-"""Optional packages that serve operators: looked for when a call first asks for them, never at import."""
+"""Optional packages that serve operators. They are imported when a call first needs them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import functools
 import importlib
 
 BACKENDS = ("flash_attn", "xformers", "apex")
-"""Names of backends that are packages which nothing here requires."""
+"""Backends that are optional packages."""
 
 
 @functools.cache
 def error(module: str, remedy: str) -> str | None:
-    """Why the module of a package cannot be used; None where it can.
+    """Why a module of a package cannot be used; None if it can.
 
     Args:
-        module: by its full name.
-        remedy: what installs it.
+        module: its full name.
+        remedy: the command that installs it.
     """
     package = module.split(".")[0]
     try:

@@ -1,16 +1,16 @@
-"""The rows of a tensor, as kernels are told where they lie."""
+"""The rows of a tensor as kernels address them: two sizes and two strides."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 Rows = tuple[Tensor, tuple[int, int], tuple[int, int]]
-"""A tensor, its rows as (outer, inner), and the strides of both; the channels lie side by side."""
+"""A tensor, its rows as (outer, inner), and their strides. The channels of a row are adjacent."""
 
 
 def rows(x: Tensor) -> Rows:
-    """x as `(outer, inner, channels)` without a copy where two strides tell where its rows are: x or a copy that must
-    be kept alive, (outer, inner), and their strides."""
+    """x as `(outer, inner, channels)`. Copies x if two strides cannot address its rows. The caller keeps the returned
+    tensor alive while a kernel reads it."""
     if x.is_contiguous():
         channels = x.shape[-1]
         return x, (1, x.numel() // channels), (0, channels)
@@ -28,6 +28,6 @@ def pair(x: Tensor, other: Tensor | None) -> tuple[Rows, Rows | None]:
     if other is None:
         return rows(x), None
     mine, others = rows(x), rows(other)
-    if mine[1] != others[1]:  # the rows of one of them cannot be told by the strides that tell the other's
+    if mine[1] != others[1]:  # one form must address the rows of both
         mine, others = rows(x.contiguous()), rows(other.contiguous())
     return mine, others

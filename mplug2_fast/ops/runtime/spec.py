@@ -1,55 +1,76 @@
-"""What an operator computes: one object that its tests, its benchmark and its documentation read."""
+"""What an operator computes. Its tests, its benchmark and its documentation read this one object."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Sizes = Mapping[str, Any]
-"""The numbers and switches from which inputs are made; the same names as the arguments of `Spec.make`."""
-Product = tuple[Any, ...]
-"""FLOPs of a product, then the arguments that each of its sides depends on. A backward multiplies once for each side
-that leads to a gradient; a product that it computes again has one side more."""
+from mplug2_fast.ops.runtime.schema import Argument, declared
 
-# What summation order and rounding of the result alone may cost, relative to the result's norm.
+Sizes = Mapping[str, Any]
+"""The sizes and switches from which inputs are made: the arguments of `Spec.make_inputs`."""
+Product = tuple[Any, ...]
+"""FLOPs of a matrix product, then for each of its two sides the arguments that it depends on. The backward multiplies
+once for each side that needs a gradient. A product that the backward recomputes has a third side."""
+
+# The error that summation order and the rounding of the result may cause, relative to the result's norm.
 NOISE_FLOOR = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 4.9e-4, torch.float64: 1e-12}
 
 
 @dataclass(frozen=True)
 class Spec:
-    """An operator, apart from how it is computed.
+    """An operator without its backends. The functions below take one `Arguments`, the operator's NamedTuple.
 
     Attributes:
-        name: the operator's, and the stem of its files.
-        axes: argument or result -> its axes.
-        reference: plain eager code with the operator's arguments; `upcast=True` computes in float64.
-        make: `(generator, **sizes)` to the operator's arguments, tensors in float32 and on the CPU. Nothing is zero.
-        awkward: sizes that kernels get wrong.
-        models: preset ("base", "large") -> the sizes at which the model calls it, batch 1.
-        flops: needed floating-point operations, from the arguments; one multiply-add is 2.
-        products: from the arguments, the products that PyTorch's FLOP counter counts of plain modules: FLOPs and the
-            differentiable arguments behind them.
-        differentiable: arguments that gradients are asked for.
-        kept: float arguments that are float32 whatever the dtype of the others.
-        exact: whether all backends must give the same values.
+        name: the operator's name, and the stem of its files.
+        arguments: the NamedTuple of its arguments, see `schema`.
+        results: the axes of each result.
+        eager: the reference, in plain eager code.
+        make_inputs: `(generator, **sizes)` to Arguments, tensors in float32 and on the CPU. No element is zero.
+        edge_cases: sizes that tend to break kernels.
+        models: preset ("base", "large") -> the sizes that the model uses at batch size 1.
+        count_flops: floating-point operations needed; one multiply-add counts 2.
+        matrix_products: the products that PyTorch's FLOP counter counts in plain modules.
+        differentiable: arguments that have gradients.
+        kept: float arguments that stay float32 whatever the dtype of the others.
+        exact: whether all backends must return the same bits.
     """
 
     name: str
-    axes: Mapping[str, str]
-    reference: Callable[..., Any]
-    make: Callable[..., dict[str, Any]]
-    awkward: tuple[Sizes, ...]
+    arguments: type[Any]
+    results: tuple[str, ...]
+    eager: Callable[[Any], Any]
+    make_inputs: Callable[..., Any]
+    edge_cases: tuple[Sizes, ...]
     models: Mapping[str, Sizes]
-    flops: Callable[..., int]
-    products: Callable[..., Sequence[Product]] = lambda **_: ()
+    count_flops: Callable[[Any], int]
+    matrix_products: Callable[[Any], Sequence[Product]] = lambda _: ()
     differentiable: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     exact: bool = False
     noise_floor: Mapping[torch.dtype, float] = field(default_factory=lambda: NOISE_FLOOR)
+
+    @cached_property
+    def declared(self) -> list[Argument]:
+        return declared(self.arguments)
+
+    @property
+    def axes(self) -> dict[str, str]:
+        """The axes of each tensor by name, and those of the results under "result"."""
+        return {a.name: a.axes for a in self.declared if a.is_tensor} | {"result": ", ".join(self.results)}
+
+    def reference(self, *values: Any, upcast: bool = False, **named: Any) -> Any:
+        """The result of plain eager code, in float64 with `upcast`."""
+        arguments = self.arguments(*values, **named)
+        return self.eager(arguments._make(map(_in_float64, arguments)) if upcast else arguments)
+
+    def flops(self, **named: Any) -> int:
+        return self.count_flops(self.arguments(**named))
 
     def inputs(
         self, sizes: Sizes, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0
@@ -64,23 +85,19 @@ class Spec:
             cast = value.is_floating_point() and name not in self.kept
             return value.to(device=device, dtype=dtype if cast else None)
 
-        made = self.make(torch.Generator().manual_seed(seed), **sizes)
-        return {name: placed(name, value) for name, value in made.items()}
+        made = self.make_inputs(torch.Generator().manual_seed(seed), **sizes)
+        return {name: placed(name, value) for name, value in made._asdict().items()}
 
     def bytes(self, arguments: Mapping[str, Any], result: Any) -> int:
-        """What has to be read and written at least: every argument and every result once."""
-        return sum(
-            _size(value) for value in (*arguments.values(), *(result if isinstance(result, tuple) else [result]))
-        )
+        """The least memory traffic: each argument and each result once."""
+        results = result if isinstance(result, tuple) else [result]
+        return sum(value.nbytes for value in (*arguments.values(), *results) if isinstance(value, Tensor))
 
 
-def _size(value: Any) -> int:
-    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
-
-
-def upcast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in float64; None stays None."""
-    return tuple(None if t is None else t.double() for t in tensors)
+def _in_float64(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return torch.float64
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def normal(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
