@@ -289,8 +289,7 @@ def decoder_layer(
     key_padding_mask: Tensor | None = None,
     eps: float = 1e-12,
 ) -> Tensor:
-    """A decoder layer for the token at position `step` of each beam. Its input is the sum before a norm, and so is its
-    result:
+    """A decoder layer for the token at position `step` of each beam. Input and result are the sums before a norm.
 
         n = norm(x),  m = self_norm(n + self_out(self-attention of qkv(n)))
         c = cross_norm(m + cross_out(attention of query(m) to the memory)),  the result is c + proj(activation(fc(c)))
