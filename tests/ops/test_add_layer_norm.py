@@ -41,5 +41,5 @@ def test_sums_that_go_past_the_caches(channels, dtype):
 
 
 def test_an_update_is_needed():
-    with pytest.raises(TypeError, match="update must be a tensor of x.s shape, got None"):
+    with pytest.raises(TypeError, match="update must be a tensor of x's shape, got None"):
         ops.add_layer_norm(torch.randn(3, 8), None)
