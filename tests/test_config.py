@@ -69,3 +69,14 @@ def test_public_names_are_all_there():
         assert getattr(mf, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         mf.nonsense  # noqa: B018
+
+
+def test_a_field_of_two_parts_is_never_guessed():
+    config = mf.MPlug2Config.preset("tiny")
+    with pytest.raises(mf.ConfigError, match=r"layer_norm_eps is a field of vision and text: use vision=\{"):
+        config.replace(layer_norm_eps=1e-6)
+    changed = config.replace(text={"layer_norm_eps": 1e-6}, num_frames=2)
+    assert (changed.text.layer_norm_eps, changed.vision.layer_norm_eps) == (1e-6, config.vision.layer_norm_eps)
+    assert changed.vision.num_frames == 2
+    with pytest.raises(mf.ConfigError, match=r"no such configuration field: text.num_frames"):
+        config.replace(text={"num_frames": 2})
