@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mplug2_fast.errors import ConfigError, printable
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MAX_LAYERS = 1000
 MAX_TEXT = 1000
@@ -41,13 +44,13 @@ class Config:
                 _check_field(f"{type(values).__name__}.{f.name}", f, getattr(values, f.name))
 
     @classmethod
-    def preset(cls, name: str) -> Any:
+    def preset(cls, name: str) -> Self:
         """The configuration of a published size. Raises `ConfigError` for a name that does not exist."""
         if name not in cls.presets:
             raise ConfigError(f"no preset {name!r}: choose one of {', '.join(cls.presets)}")
         return cls(*cls.presets[name])
 
-    def replace(self, **changes: Any) -> Any:
+    def replace(self, **changes: Any) -> Self:
         """A copy with fields changed: `replace(text={"num_latents": 8}, vision={"num_frames": 4})`.
 
         A field's name alone works too, `replace(num_frames=4)`, if only one part has it.
@@ -76,7 +79,7 @@ class Config:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Any:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The inverse of `to_dict`. Raises `ConfigError` for unknown fields."""
         kinds = {part.name: part.default_factory for part in _parts(cls)}
         if not isinstance(values, Mapping):

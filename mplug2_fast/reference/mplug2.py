@@ -53,6 +53,11 @@ class _MPlug2(nn.Module):
         self.to(dtype=dtype)
 
     @property
+    def task(self) -> str:
+        """The name of the first task."""
+        return next(iter(self.tasks))
+
+    @property
     def official_names(self) -> MPlug2Names:
         """The official name of every parameter."""
         return MPlug2Names(self.config, next(iter(self.tasks.values())).modules)

@@ -55,7 +55,9 @@ def assert_same(actual, expected):
 
 def parts(model):
     """The names of all modules that are called; that of several is the first."""
-    return [name for name, part in model.named_modules() if name and not isinstance(part, nn.ModuleList)]
+    return [
+        name for name, part in model.named_modules() if name and not isinstance(part, (nn.ModuleList, nn.ModuleDict))
+    ]
 
 
 def inner(model):

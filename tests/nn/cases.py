@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mplug2_fast.models.mplug2 import official_names
 from mplug2_fast.models.mplug2.config import TextConfig, VisionConfig
 from mplug2_fast.nn import (
     MLP,
     CrossAttention,
     FusionLayer,
     LayerNorm,
-    LocalTemporal,
     SelfAttention,
     TemporalBlock,
 )
@@ -122,11 +120,7 @@ def randomise(module: nn.Module) -> nn.Module:
 
 def by_official_name(module: nn.Module, get: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
     """Official name -> a view of the parameter, or of its gradient."""
-    temporal = [name for name, child in module.named_children() if isinstance(child, LocalTemporal)]
-    found = {}
-    for name in temporal:
-        found |= dict(official_names.local_temporal(getattr(module, name), name, get))
-    return found | {n: get(p) for n, p in module.named_parameters() if n.split(".")[0] not in temporal}
+    return {name: get(parameter) for name, parameter in module.named_parameters()}
 
 
 def gradient(parameter: Tensor) -> Tensor:
