@@ -1,11 +1,10 @@
-"""Bulk runs: how well decoding hides behind the model, and whether memory stays flat over very many files.
+"""Bulk runs: how well decoding hides behind the model, and whether memory stays flat over many files.
 
     python bench/bulk.py                  # decoding alone, the model alone, both: bulk.json
     python bench/bulk.py --soak 2000      # memory over 2,000 files: bulk-soak.json
 
-The tiny model captions clips of moving shapes, and each half has one core: one thread for the model, one process for
-decoding. The files are decoded, the model is run on clips that are decoded already, and the bulk run does both; all
-three take turns, and medians are told.
+The tiny model captions clips of moving shapes with one thread, and one process decodes. Decoding alone, the model alone
+on decoded clips, and the bulk run take turns; their medians count.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    # A script's own folder is on the path; the packages are one above.
+    # Python puts the script's folder on the path; the packages are one level up.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 BAR = 1.15
-"""The most that a bulk run may take, of what the slower half takes alone."""
+"""The largest ratio of a bulk run's time to that of its slower half alone."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--files", type=int, default=400, help="files of a run")
-    parser.add_argument("--size", type=int, default=256, help="pixels of a side of a clip")
+    parser.add_argument("--files", type=int, default=400, help="number of files")
+    parser.add_argument("--size", type=int, default=256, help="pixels per side of a clip")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--soak", type=int, metavar="FILES", help="measure memory over so many files instead")
-    parser.add_argument("--out", type=Path, help="the JSON file to write (default: bulk.json or bulk-soak.json)")
+    parser.add_argument("--soak", type=int, metavar="FILES", help="measure memory over FILES files instead")
+    parser.add_argument("--out", type=Path, help="JSON file (default: bulk.json or bulk-soak.json)")
     given = parser.parse_args(arguments)
     import torch
 
@@ -60,29 +59,29 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The results in words, and on what they were measured."""
+    """The results and the machine, as text."""
     of, versions = results["machine"], results["versions"]
     where = f"{of['cpu']}, {of['cores']} cores, torch {versions['torch']}: `{results['command']}`"
     if "model_share" in results:
         seconds = ", ".join(f"{name} {taken:.2f} s" for name, taken in results["seconds"].items())
-        told = (
+        text = (
             f"{results['files']:,} clips of {results['size']} px, medians of {results['repeats']}: {seconds}. "
-            f"The run takes {results['ratio']:.2f} × the slower half (at most {BAR} is wanted: "
-            f"{'met' if results['met'] else 'missed'}); the model computes {results['model_share']:.0%} of its time."
+            f"The run takes {results['ratio']:.2f} × the slower half (target: at most {BAR}, "
+            f"{'met' if results['met'] else 'missed'}). The model computes for {results['model_share']:.0%} of it."
         )
     else:
         first, last, growth = (results[name] for name in ("after_a_tenth", "at_the_end", "growth_bytes_per_file"))
         parts = [
             f"the {name} {first[part] / 1e6:.1f} MB after {first['files']:,} files, {last[part] / 1e6:.1f} MB at the "
-            f"end, {growth[part]:,.0f} bytes a file"
+            f"end, {growth[part]:,.0f} bytes per file"
             for part, name in (("run", "run has"), ("decoding", "decoding process"))
         ]
-        told = f"Of {results['files']:,} files, {results['failed']:,} of them broken: {'; '.join(parts)}."
-    return f"{told}\n{where}\n"
+        text = f"{results['files']:,} files, {results['failed']:,} of them broken: {'; '.join(parts)}."
+    return f"{text}\n{where}\n"
 
 
 def overlap(folder: Path, files: int, size: int, repeats: int) -> dict[str, Any]:
-    """Seconds of decoding alone, of the model alone and of the bulk run, and the share in which the model computes."""
+    """Seconds of decoding alone, the model alone and the bulk run, and the share of it in which the model computes."""
     import torch
 
     from mplug2_fast import bulk
@@ -131,7 +130,7 @@ def overlap(folder: Path, files: int, size: int, repeats: int) -> dict[str, Any]
 
 
 def soak(folder: Path, files: int) -> dict[str, Any]:
-    """The memory of the run and of its decoding process after every so many files, in bytes."""
+    """The memory of the run and its decoding process, in bytes, sampled about 50 times."""
     from mplug2_fast import bulk
 
     work = _work()
@@ -177,7 +176,7 @@ def _work() -> Any:
 
 
 def write_clips(folder: Path, count: int, size: int, frames: int = 16) -> list[str]:
-    """Clips of moving shapes, each of its own scene; more frames make its motion slower."""
+    """Clips of moving shapes, each of another scene. More frames make the motion slower."""
     import numpy as np
 
     from examples.moving_shapes.generator import held_out_scenes, render, write_clip
@@ -201,7 +200,7 @@ def _seconds(part: Callable[[], object]) -> float:
 
 
 def _children() -> list[int]:
-    """The processes that this one has started."""
+    """The child processes."""
     found: list[int] = []
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):  # a thread that has just ended
@@ -210,7 +209,7 @@ def _children() -> list[int]:
 
 
 def _memory(*processes: int) -> int:
-    """Their resident memory without what they share, in bytes."""
+    """Their private resident memory in bytes."""
     total = 0
     for process in processes:
         lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""A piece of work and the ways to do it, as every level hands it to the measurement."""
+"""A piece of work and the ways to do it. All levels but the model's describe their work so."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ OURS = "ours"
 
 @dataclass(frozen=True)
 class Call:
-    """What is timed: `run(*before())`, of which `before` is outside the clock.
+    """What is timed: `run(*before())`. `before` is outside the clock.
 
     Attributes:
-        replays: whether `run` replays a CUDA graph of its own, which no other can capture.
+        replays: whether `run` already replays a CUDA graph and cannot be captured in another.
     """
 
     run: Callable[..., Any]
@@ -32,7 +32,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Relative errors: ours, the most that is allowed, and those of baselines that have one."""
+    """Relative errors: ours, the largest allowed, and those of baselines."""
 
     ours: float
     allowed: float
@@ -41,14 +41,14 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Case:
-    """One work. Building it is outside the clock; a way is prepared when it is first asked for.
+    """One work. Building it is outside the clock. A way is prepared when it is first used.
 
     Attributes:
-        ways: "ours" and the baselines of `bench.row.Row`, each to its calls: one, or several on inputs that lie apart,
-            so that none finds its own in the cache. All ways have as many calls.
-        flop, bytes: needed.
+        ways: "ours" and the baselines of `bench.row.Row` -> their calls: one, or several on distant inputs, so that no
+            input is in the cache. All ways have the same number of calls.
+        flop, bytes: what the work needs.
         agreement: compares the results.
-        backend: what serves ours.
+        backend: what runs ours.
     """
 
     key: Key
@@ -62,10 +62,10 @@ class Case:
 def agreement(
     ours: Any, exact: Any, same_dtype: Any, floor: float, others: Mapping[str, Any] | None = None
 ) -> Agreement:
-    """The three-way comparison: ours may be off by twice what eager code in the same dtype is, and a floor for noise.
+    """The three-way comparison: our error may be twice that of eager code in the same dtype, plus a noise floor.
 
     Args:
-        ours, exact, same_dtype: tensors, or tuples of them. `same_dtype` is what eager code gives.
+        ours, exact, same_dtype: tensors, or tuples of them. `same_dtype` comes from eager code.
         others: baseline -> its result.
     """
     eager = relative_error(same_dtype, exact)
@@ -74,7 +74,7 @@ def agreement(
 
 
 def relative_error(out: Any, exact: Any) -> float:
-    """Of all floating-point tensors together; infinite where whole numbers or shapes differ, or something is NaN."""
+    """The error of all floating-point tensors together. Infinite if integers or shapes differ, or for NaN."""
     difference = norm = 0.0
     for o, e in zip(tensors(out), tensors(exact), strict=True):
         if o.shape != e.shape:

@@ -1,14 +1,18 @@
-"""What the machine can do: the best rate of a large matrix product per dtype, and the bandwidth of a copy."""
+"""What the machine can do: the best rate of a large matrix product per dtype and the bandwidth of a copy; and how close
+a measurement comes to them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from bench.row import Row
 
 # (rows, inputs, outputs) of the Large model's vision encoder, 16 frames: the two products of an MLP, and the QKV.
 LARGE_SHAPES = ((4112, 1024, 4096), (4112, 4096, 1024), (4112, 1024, 3072))
@@ -17,16 +21,16 @@ GPU_SHAPES = (*LARGE_SHAPES, (8192, 8192, 8192))
 
 
 def measure(device: str, dtypes: list[str], *, quick: bool = False) -> dict[str, Any]:
-    """Per dtype the best GEMM rate in GFLOP/s, the operator and the shape that gave it; copy bandwidth in GB/s."""
+    """For each dtype the best GEMM rate in GFLOP/s with its operator and shape; copy bandwidth in GB/s."""
     shapes = GPU_SHAPES if device.startswith("cuda") else QUICK_SHAPES if quick else LARGE_SHAPES
-    # A GPU needs a while to raise its clocks, and little time for all of this.
+    # A GPU needs a while to raise its clocks.
     repeats, size = (30, 1 << 31) if device.startswith("cuda") else (2, 1 << 26) if quick else (4, 1 << 28)
     rates = {dtype: gemm(device, getattr(torch, dtype), shapes, repeats) for dtype in dtypes}
     return {"gemm": rates, "copy_gb_per_second": copy_bandwidth(device, size)}
 
 
 def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """The better of two measurements, part by part: on a shared machine each is a lower bound."""
+    """The better of two measurements, part by part. On a shared machine each is a lower bound."""
     gemm = dict(first["gemm"])
     for dtype, rate in second["gemm"].items():
         if dtype not in gemm or rate["gflops"] > gemm[dtype]["gflops"]:
@@ -35,7 +39,7 @@ def merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 
 def gemm(device: str, dtype: torch.dtype, shapes: tuple[tuple[int, int, int], ...], repeats: int) -> dict[str, Any]:
-    """The best over shapes, operators and repeats, on random data, with a bias where the operator takes one."""
+    """The best over shapes, operators and repeats, on random data."""
     best: dict[str, Any] = {"gflops": 0.0}
     for rows, inputs, outputs in shapes:
         x = torch.randn(rows, inputs, device=device).to(dtype)
@@ -53,10 +57,10 @@ def gemm(device: str, dtype: torch.dtype, shapes: tuple[tuple[int, int, int], ..
 
 
 def operators(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Every way that this PyTorch offers to compute a linear layer here."""
+    """Every way in which PyTorch computes a linear layer here."""
     transposed = weight.t().contiguous()
     ways: dict[str, Callable[[], Tensor]] = {}
-    if x.device.type == "cpu" and x.dtype != torch.float32:  # the better way where there are no instructions for it
+    if x.device.type == "cpu" and x.dtype != torch.float32:  # faster where the CPU lacks instructions for the dtype
         wide = operators(x.float(), weight.float(), bias.float())
         ways |= {f"{name}, in float32": run for name, run in wide.items()}
     ways |= {"F.linear": lambda: F.linear(x, weight, bias), "matmul": lambda: x @ transposed}
@@ -81,7 +85,7 @@ def onednn_has(dtype: torch.dtype) -> bool:
 
 
 def copy_bandwidth(device: str, size: int) -> float:
-    """GB/s of a copy of `size` bytes, read and written bytes together."""
+    """GB/s of a copy of `size` bytes; read and written bytes both count."""
     source = torch.full((size,), 1, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -101,3 +105,37 @@ def timed(run: Callable[[], Any], device: str) -> float:
         end.record()
         end.synchronize()
     return begin.elapsed_time(end) / 1e3
+
+
+class Place(NamedTuple):
+    """A measurement under the ceilings. None: there is no arithmetic, no traffic, or no ceiling."""
+
+    tflops: float | None
+    gb_per_second: float | None
+    percent_of_ceiling: float | None
+    bound: str | None
+
+
+def place(flop: int | None, bytes: int | None, seconds: float, dtype: str, ceilings: Mapping[str, Any]) -> Place:
+    """The rates of a work and its share of the binding ceiling.
+
+    Arithmetic takes at least its time at the GEMM ceiling, traffic at least its time at the copy's. The longer of the
+    two binds.
+    """
+    gemm = ceilings.get("gemm", {}).get(dtype)
+    least = {
+        "compute": flop / gemm["gflops"] / 1e9 if flop and gemm else 0.0,
+        "memory": bytes / ceilings["copy_gb_per_second"] / 1e9 if bytes else 0.0,
+    }
+    bound = max(least, key=least.__getitem__)
+    return Place(
+        flop / seconds / 1e12 if flop else None,
+        bytes / seconds / 1e9 if bytes else None,
+        100 * least[bound] / seconds if least[bound] else None,
+        bound if least[bound] else None,
+    )
+
+
+def under(row: Row, ceilings: Mapping[str, Any]) -> Row:
+    """The row, placed under these ceilings."""
+    return replace(row, **place(row.flop, row.bytes, row.seconds, row.key.dtype, ceilings)._asdict())

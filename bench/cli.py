@@ -1,15 +1,15 @@
-"""How fast it is, against the released algorithm, eager PyTorch, torch.compile and what else is installed.
+"""Measures speed against the official algorithm, eager PyTorch, torch.compile and other installed packages.
 
     python bench/run.py                                     # everything at Base sizes: minutes on a CPU
     python bench/run.py --quick                             # everything, small: under two minutes
     python bench/run.py --level ops --only attention,mlp --sizes large --direction forward,backward --dtype bfloat16
     python bench/run.py --level model --preset large --dtype bfloat16,float32 --json large.json
     python bench/run.py --quick --compare old.json --fail-if-slower 10%
-    python bench/run.py --waterfall --preset large          # from the released algorithm to ours, a technique a row
-    python bench/run.py --scaling --preset large            # time and memory against frames, batch, resolution, beams
+    python bench/run.py --waterfall --preset large          # from the official algorithm to ours, a technique per row
+    python bench/run.py --scaling --preset large            # time and memory by frames, batch, resolution and beams
 
-Every ratio is of runs that took turns; results are checked, and a wrong one is shown as wrong. The exit status is 1 if
-a result is wrong, a row could not be measured, or --fail-if-slower found a regression; 2 for options that cannot be.
+Ratios compare runs that took turns. Results are checked, and wrong ones are marked. The exit status is 1 if a result is
+wrong, a row could not be measured, or --fail-if-slower found a regression, and 2 for invalid options.
 """
 
 from __future__ import annotations
@@ -24,17 +24,14 @@ from typing import Any
 
 import torch
 
-from bench import ceilings, compare, fork, inputs, measure, packages, plots, runner, scaling, table, waterfall
-from bench.clock import MODES
+from bench import ceilings, compare, inputs, measure, packages, plots, runner, scaling, table, waterfall
+from bench.clock import MODES, Budget
 from bench.plan import BASELINES, TASKS, Plan
-from bench.progress import Progress
-from bench.roofline import under
-from bench.row import COMPARED, DIRECTIONS, LEVELS, Key, Results, Row
+from bench.process import ProcessError
+from bench.progress import Progress, TerminalProgress
+from bench.row import COMPARED, DIRECTIONS, LEVELS, SIZES, Key, Results, Row, Selection, on_roofline
 from bench.runner import Settings
-from bench.selection import SIZES, Selection
-from bench.turns import Budget
 from bench.video import cases as video
-from bench.workers import WorkerError
 from mplug2_fast import MPlug2Config
 from mplug2_fast.devices import DTYPES, pick_device
 from mplug2_fast.errors import MPlug2Error
@@ -42,8 +39,8 @@ from mplug2_fast.errors import MPlug2Error
 QUICK = Budget(seconds=0.12, most=100, fewest=3, slow=1.0)
 QUICK_PROCESSES = {"ops": 5, "modules": 2, "video": 2}
 QUICK_MORE = {"beam_step": 11}
-# Compiling takes most of the time.
 QUICK_COMPILED = frozenset({"local_temporal"})
+"""The one operator that --quick compiles. Compiling takes most of its time."""
 QUICK_TASKS = ("captioning", "features")
 
 
@@ -53,9 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         check(options, parser)
         check_named(options)
-        with table.TerminalProgress() as progress:
+        with TerminalProgress() as progress:
             return run(options, progress)
-    except (MPlug2Error, WorkerError, fork.ChildError, ValueError, OSError) as error:
+    except (MPlug2Error, ProcessError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -66,60 +63,62 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group("what").add_argument
     add("--level", type=names(LEVELS), default=LEVELS, help=f"{', '.join(LEVELS)} (default: all)")
-    add("--only", type=names(), default=(), help="names of operators, modules, tasks (default: all)")
-    add("--preset", choices=("tiny", "base", "large"), help="of modules and models (default: base; --quick: tiny)")
-    add("--sizes", type=names(SIZES), help=f"of operators: {', '.join(SIZES)} (default: the preset's)")
+    add("--only", type=names(), default=(), help="names of operators, modules and tasks (default: all)")
+    add("--preset", choices=("tiny", "base", "large"), help="size of modules and models (default: base; --quick: tiny)")
+    add("--sizes", type=names(SIZES), help=f"sizes of operators: {', '.join(SIZES)} (default: the preset's)")
     add("--dtype", type=names(tuple(DTYPES)), default=("float32",), help=f"{', '.join(DTYPES)} (default: float32)")
     add("--direction", type=names(DIRECTIONS), default=("forward",), help=f"{', '.join(DIRECTIONS)} (default: forward)")
     add("--quick", action="store_true", help="small sizes, few repeats")
-    add("--waterfall", action="store_true", help="instead: from the released algorithm to ours, a technique a row")
-    add("--scaling", action="store_true", help="instead: time and memory as sizes grow: a chart, CSV and JSON")
-    add("--accelerate", action="store_true", help="instead: the reference before and after mplug2_fast.accelerate")
+    add("--waterfall", action="store_true", help="measure one technique after another instead")
+    add("--scaling", action="store_true", help="measure growth with each size instead: writes a chart, CSV and JSON")
+    add(
+        "--accelerate",
+        action="store_true",
+        help="measure the reference before and after mplug2_fast.accelerate instead",
+    )
 
     add = parser.add_argument_group("how").add_argument
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    add("--threads", type=int, help="on the CPU (default: all cores; 1 for the tiny model)")
+    add("--threads", type=int, help="CPU threads (default: all cores; 1 for the tiny model)")
     add(
         "--mode",
         choices=MODES,
         default="cold",
-        help="operators and modules: inputs in the cache or not, or a CUDA graph (default: cold)",
+        help="operators and modules: inputs outside the cache, in the cache, or a CUDA graph (default: cold)",
     )
     add(
         "--baselines",
         type=names(COMPARED),
         default=COMPARED,
-        help=f"{', '.join(COMPARED)} (default: all that there are; without compiled it takes a fraction of the time)",
+        help=f"{', '.join(COMPARED)} (default: all available; without compiled a run is several times faster)",
     )
     add(
         "--no-freeze",
         action="store_true",
-        help="compile the model's peer without packing its weights, which on a CPU "
-        "is faster to compile and slower to run (--quick does)",
+        help="do not pack the compiled peer's weights: on a CPU this compiles faster and runs slower (--quick does so)",
     )
-    add("--no-memory", action="store_true", help="leave the peak memory of operators and modules out")
+    add("--no-memory", action="store_true", help="skip the peak memory of operators and modules")
     add("--repeats", type=int, help="timed runs of a model (default: 5; --quick: 9; --scaling: 3)")
 
     add = parser.add_argument_group("sizes of the model's work").add_argument
-    add("--frames", type=int, help="of the video (default: the preset's)")
-    add("--beams", type=int, default=5, help="of the search (default: 5)")
-    add("--steps", type=int, default=15, help="of decoding, exactly as many are run (default: 15)")
+    add("--frames", type=int, help="frames of the video (default: the preset's)")
+    add("--beams", type=int, default=5, help="beams of the search (default: 5)")
+    add("--steps", type=int, default=15, help="decoding steps, all of which run (default: 15)")
     add("--batch", type=int, default=1, help="copies of the video (default: 1)")
     add("--reference-steps", type=int, metavar="N", help="time the reference at N steps; the notes say so")
     add("--video", type=Path, help="a file, or .npy of uint8 frames (default: a bundled clip)")
 
     add = parser.add_argument_group("results").add_argument
-    add("--json", type=Path, metavar="FILE", help="write them here")
-    add("--csv", type=Path, metavar="FILE", help="and here")
-    add("--pictures", type=Path, metavar="FOLDER", help="draw the roofline, or the waterfall, here")
-    add("--output", type=Path, metavar="FOLDER", default=Path(), help="of --scaling (default: here)")
+    add("--json", type=Path, metavar="FILE", help="write the results here")
+    add("--csv", type=Path, metavar="FILE", help="also write them here")
+    add("--pictures", type=Path, metavar="FOLDER", help="draw the roofline or the waterfall here")
+    add("--output", type=Path, metavar="FOLDER", default=Path(), help="folder for --scaling (default: here)")
     add("--compare", type=Path, metavar="OLD", help="print what changed since these results")
     add(
         "--fail-if-slower",
         type=limit,
         metavar="PERCENT",
-        help="exit with 1 if a row got slower by more, against its "
-        "baselines; what looks slower is measured again first",
+        help="exit with 1 if a row became slower by more, relative to its baselines. It is measured again first",
     )
     return parser
 
@@ -145,7 +144,7 @@ def limit(text: str) -> float:
 
 
 def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Fills in defaults. Exits with status 2 on options that cannot be."""
+    """Fills in defaults. Exits with status 2 if options are invalid."""
     options.preset = options.preset or ("tiny" if options.quick else "base")
     options.sizes = options.sizes or ("quick" if options.quick or options.preset == "tiny" else options.preset,)
     config = MPlug2Config.preset(options.preset)
@@ -167,29 +166,30 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if options.mode == "graph" and options.device == "cpu":
         parser.error("--mode graph needs --device cuda")
     if options.waterfall + options.scaling + options.accelerate > 1:
-        parser.error("--waterfall, --scaling and --accelerate are runs of their own: choose one")
+        parser.error("choose one of --waterfall, --scaling and --accelerate")
     if (options.scaling or options.pictures) and not plots.available():
-        parser.error("pictures are drawn with matplotlib, which is not installed: pip install matplotlib")
+        parser.error("pictures need matplotlib: pip install matplotlib")
     if options.fail_if_slower is not None and options.compare is None:
-        parser.error("--fail-if-slower needs the results to compare with: --compare OLD")
+        parser.error("--fail-if-slower needs results to compare with: --compare OLD")
 
 
 def check_named(options: argparse.Namespace) -> None:
-    """Before anything is measured, which takes minutes: whether what was named is there.
+    """Checks names, files and folders before anything is measured, which takes minutes.
 
     Raises:
         VideoError: --video cannot be read.
-        ValueError: no level that is measured has a name of --only.
-        FileNotFoundError: there is no folder to write to.
+        ValueError: no measured level has a name of --only.
+        FileNotFoundError: a folder to write to does not exist.
     """
     levels = levels_of(options)
-    unknown = [name for name in options.only if not any(name in names_of(level) for level in levels)]
+    known = [name for level in levels for name in names_of(level)]
+    unknown = [name for name in options.only if name not in known]
     if unknown:
-        raise ValueError(f"nothing is called {', '.join(unknown)} in {', '.join(levels)}")
+        raise ValueError(f"no such name in {', '.join(levels)}: {', '.join(unknown)}; choose from {', '.join(known)}")
     files = [path.parent for path in (options.json, options.csv) if path]
     for folder in (*files, *filter(None, [options.pictures])):
         if not folder.is_dir():
-            raise FileNotFoundError(f"there is no folder {folder} to write to")
+            raise FileNotFoundError(f"folder {folder} does not exist: create it first")
     if options.video:
         inputs.load(options.video, options.frames, MPlug2Config.preset(options.preset).vision.image_size)
 
@@ -207,7 +207,7 @@ def run(options: argparse.Namespace, progress: Progress) -> int:
         results.write(options.json)
     if options.csv:
         table.write_csv(results, options.csv)
-    if options.pictures and plots.on_roofline(results.rows):
+    if options.pictures and on_roofline(results.rows):
         plots.roofline(results, options.pictures / "roofline.png")
     slower = against(old, results, options, progress) if old else 0
     for what, why in results.failed.items():
@@ -232,7 +232,7 @@ def run_waterfall(options: argparse.Namespace, progress: Progress) -> int:
 
 
 def against(old: Results, new: Results, options: argparse.Namespace, progress: Progress) -> int:
-    """Prints what changed; the number of regressions that --fail-if-slower counts."""
+    """Prints what changed. Returns the number of regressions for --fail-if-slower."""
     if options.fail_if_slower is None:
         compare.show(compare.compare(old, new))
         return 0
@@ -245,10 +245,10 @@ def against(old: Results, new: Results, options: argparse.Namespace, progress: P
 
 
 def measure_levels(options: argparse.Namespace, progress: Progress) -> Results:
-    """All levels that were asked for, one after the other, as one run."""
+    """Measures all chosen levels as one run."""
     works = {level: works_of(level, options) for level in levels_of(options)}
     if not any(works.values()):
-        raise ValueError(" ".join([f"nothing is measured in {', '.join(works)} with these options", *video.notes()]))
+        raise ValueError(" ".join([f"these options leave nothing to measure in {', '.join(works)}", *video.notes()]))
 
     def ceilings_now() -> dict[str, Any]:
         return runner.measure_ceilings(options.device, list(options.dtype), settings(options, "ops"), progress)
@@ -270,12 +270,12 @@ def levels_of(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def names_of(level: str) -> tuple[str, ...]:
-    """All that --only may name in a level."""
+    """The names that --only accepts in a level."""
     return TASKS if level == "model" else importlib.import_module(f"bench.{level}.cases").NAMES
 
 
 def works_of(level: str, options: argparse.Namespace) -> tuple[Any, ...]:
-    """Keys; of the model, names of tasks."""
+    """Keys; at the level of the model, names of tasks."""
     if level != "model":
         return tuple(keys(level, options))
     wanted = options.only or (("captioning",) if options.accelerate else QUICK_TASKS if options.quick else TASKS)
@@ -283,13 +283,13 @@ def works_of(level: str, options: argparse.Namespace) -> tuple[Any, ...]:
 
 
 def together(parts: list[Results], best: dict[str, Any]) -> Results:
-    """One run of several levels, all under the same ceilings."""
+    """Joins several levels into one run under the same ceilings."""
     whole = parts[0]
     for part in parts[1:]:
         whole.rows += part.rows
         whole.failed |= part.failed
         whole.notes += part.notes
-    return replace(whole, ceilings=best, rows=[under(row, best) for row in whole.rows])
+    return replace(whole, ceilings=best, rows=[ceilings.under(row, best) for row in whole.rows])
 
 
 def keys(level: str, options: argparse.Namespace) -> list[Key]:
@@ -322,7 +322,7 @@ def settings(options: argparse.Namespace, level: str) -> Settings:
 
 
 def again(key: Key, options: argparse.Namespace, progress: Progress, best: dict[str, Any]) -> Row:
-    """The row of a key, measured once more."""
+    """Measures the row of a key again."""
     if key.level == "model":
         chosen = argparse.Namespace(**{**vars(options), "dtype": (key.dtype,)})
         results = measure.run(plan(chosen, tasks=(key.name.removesuffix(", accelerated"),)), progress, best)
@@ -350,5 +350,5 @@ def plan(options: argparse.Namespace, kind: type[Plan] = Plan, tasks: tuple[str,
 
 
 def default_threads(level: str, preset: str) -> int:
-    """All cores; the tiny model has no work for more than one."""
+    """All cores; one for the tiny model, which has no work for more."""
     return 1 if preset == "tiny" and level != "ops" else torch.get_num_threads()

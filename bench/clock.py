@@ -1,24 +1,27 @@
-"""How long a call takes, on the device that it runs on."""
+"""Clocks for both devices, and ways that take turns under them."""
 
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from bench.case import Call
+from bench.case import OURS, Call
 
 MODES = ("cold", "warm", "graph")
-"""Inputs not in the cache; inputs in the cache; on CUDA, replayed from a CUDA graph with inputs not in the cache."""
+"""Inputs outside the cache; inputs in the cache; on CUDA, a replayed graph with inputs outside the cache."""
 
 
 class CpuClock:
     """Wall time.
 
     Attributes:
-        rotates: whether calls should take turns with inputs that lie apart, so that none finds its own in the cache.
+        rotates: whether calls should alternate between distant inputs, so that none is in the cache.
     """
 
     slow = math.inf
@@ -37,11 +40,11 @@ class CpuClock:
 
 
 class CudaClock:
-    """Time between two events on the device, which waits for nothing: what is timed is queued while the device still
-    sleeps, so that the time of launching does not count. The L2 cache is flushed before, unless the mode is "warm".
+    """Time between two events on the device. Work is queued while the device sleeps, so launch time does not count.
+    Except in mode "warm", the L2 cache is flushed first.
 
     Attributes:
-        slow: seconds above which a call is timed once; only a loop over pixels is so slow.
+        slow: seconds above which a call is timed once. Only a loop over pixels is that slow.
     """
 
     rotates = False
@@ -74,7 +77,7 @@ class CudaClock:
         return begin.elapsed_time(end) / 1e3
 
     def _graph(self, call: Call) -> torch.cuda.CUDAGraph:
-        """The call, captured once. Its inputs are those of the capture."""
+        """The call, captured once with the inputs of that time."""
         if call not in self.captured:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -85,7 +88,7 @@ class CudaClock:
             given, graph = call.before(), torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 result = call.run(*given)
-            self.captured[call] = (graph, (given, result))  # a graph does not keep alive what it reads and writes
+            self.captured[call] = (graph, (given, result))  # a graph does not keep its tensors alive
         return self.captured[call][0]
 
 
@@ -99,3 +102,70 @@ def clock(device: str, mode: str = "cold") -> Clock:
     if mode == "graph":
         raise ValueError("CUDA graphs need --device cuda")
     return CpuClock(mode)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The time limit of a case.
+
+    Attributes:
+        seconds: for each way. fewest, most: number of turns.
+        slow: seconds per call above which a baseline is timed once.
+    """
+
+    seconds: float = 1.5
+    fewest: int = 5
+    most: int = 300
+    slow: float = 5.0
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Seconds of each way, turn by turn."""
+
+    seconds: Mapping[str, list[float]]
+
+    def median(self, way: str = OURS) -> float:
+        return statistics.median(self.seconds[way])
+
+    def spread(self, way: str = OURS) -> float:
+        """Half the distance between the quartiles, over the median; 0 for a single run."""
+        if len(self.seconds[way]) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds[way], n=4)
+        return (high - low) / 2 / self.median(way)
+
+    def ratio(self, way: str) -> float:
+        """How many times faster ours is: the median over the turns, or the ratio of medians if their numbers differ."""
+        ours, other = self.seconds[OURS], self.seconds[way]
+        if len(ours) != len(other):
+            return statistics.median(other) / statistics.median(ours)
+        return statistics.median(b / a for a, b in zip(ours, other, strict=True))
+
+
+def together(parts: Sequence[Turns]) -> Turns:
+    """The turns of several processes."""
+    return Turns({way: [each for part in parts for each in part.seconds[way]] for way in parts[0].seconds})
+
+
+def take(ways: Mapping[str, list[Call]], clock: Clock, budget: Budget) -> Turns:
+    """Warms each way up on all its inputs, which also compiles it, then times the ways in turns. A slow baseline runs
+    twice, and its second run counts."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    turn_takes = 0.0
+    for way, (first, *others) in ways.items():
+        first()
+        taken = clock(first)
+        if taken > min(clock.slow, budget.slow) and way != OURS:
+            seconds[way].append(taken)
+            continue
+        turn_takes += taken
+        for call in others:
+            call()
+    repeated = [way for way in ways if not seconds[way]]
+    turns = int(budget.seconds * len(repeated) / max(turn_takes, 1e-9))
+    for turn in range(min(budget.most, max(budget.fewest, turns))):
+        for way in repeated:
+            calls = ways[way]
+            seconds[way].append(clock(calls[turn % len(calls)]))
+    return Turns(seconds)

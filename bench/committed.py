@@ -1,7 +1,7 @@
-"""Measured results that are kept: a folder for each machine, bench/results/MACHINE/NAME.json.
+"""The committed results: bench/results/MACHINE/NAME.json.
 
-Whoever measures names the folder, for what programs tell of a processor is often vague ("AMD EPYC"); what they tell
-stands in the files. A file is known by what it holds, not by its name.
+People name the folder, because processors often report a vague name ("AMD EPYC"), which is in the files. The kind of a
+file follows from its contents.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import plots
-from bench.row import Results, Row
+from bench.row import Results, Row, on_roofline
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -37,9 +36,9 @@ class File:
 
     @property
     def picture(self) -> Path | None:
-        """Where its picture lies, beside it; None if there is nothing to draw."""
+        """The file of its picture, beside it; None if there is nothing to draw."""
         if self.kind == "rows":
-            return self.path.with_name(f"{self.name}-roofline.png") if plots.on_roofline(self.held.rows) else None
+            return self.path.with_name(f"{self.name}-roofline.png") if on_roofline(self.held.rows) else None
         return None if self.kind == "bulk" else self.path.with_suffix(".png")
 
     @property
@@ -67,7 +66,7 @@ class Machine:
         return "cuda" if any(row.key.device.startswith("cuda") for run in self.runs for row in run.rows) else "cpu"
 
     def captioning(self) -> Iterator[tuple[Results, Row]]:
-        """End to end, Large, in every dtype and batch, by the fast model."""
+        """Captioning end to end, Large, in each dtype and batch."""
         for run in self.runs:
             for row in run.rows:
                 if (row.key.level, row.key.name, row.key.sizes.split(", ")[0]) == ("model", "captioning", "large"):
@@ -75,7 +74,7 @@ class Machine:
 
 
 def machines(folder: Path = RESULTS) -> list[Machine]:
-    """Those that have results, by name."""
+    """The machines with results, by name."""
     found = []
     for each in sorted(path for path in folder.iterdir() if path.is_dir()):
         files = tuple(filter(None, map(read, sorted(each.glob("*.json")))))
@@ -85,7 +84,7 @@ def machines(folder: Path = RESULTS) -> list[Machine]:
 
 
 def read(path: Path) -> File | None:
-    """None if the file holds no results. Raises `ValueError` if they are of another version."""
+    """None if the file contains no results. Raises `ValueError` if they come from another version."""
     values = json.loads(path.read_text())
     kind = _kind(values)
     if kind is None:

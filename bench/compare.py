@@ -1,6 +1,6 @@
-"""Two runs, row by row: what became slower, what became wrong, and a gate that holds on a noisy machine.
+"""Compares two runs row by row, and decides whether a row became slower even on a noisy machine.
 
-Seconds of two runs say little: the whole machine may be slower today. Ways that took turns in one run were slowed
+Seconds of two runs are not comparable, because the whole machine may be slower today. That slows all ways of one run
 alike, so only their ratios are judged.
 """
 
@@ -17,18 +17,18 @@ from rich.table import Table
 from bench.row import Key, Results, Row
 
 NOISE = 0.05
-"""A ratio that moves by less between two runs may not have moved at all."""
+"""A smaller change of a ratio may be chance."""
 LIMIT = 0.1
-"""From where on a row is called slower or faster, where no limit is given."""
+"""The default change above which a row is slower or faster."""
 MACHINE = ("cpu", "cores", "simd", "threads", "gpu", "device")
 VERSIONS = ("torch", "native")
-"""What both runs need to have in common for their ratios to mean the same."""
+"""Ratios are comparable only if both runs agree in these."""
 COLOURS = {"slower": "red", "wrong": "red", "faster": "green", "correct again": "green", "not judged": "yellow"}
 
 
 @dataclass(frozen=True)
 class Change:
-    """A row that both runs have."""
+    """A row of both runs."""
 
     old: Row
     new: Row
@@ -39,27 +39,26 @@ class Change:
 
     @property
     def ratios(self) -> dict[str, tuple[float, float]]:
-        """Baseline -> how many times faster the row was and is, where both runs say."""
+        """Baseline -> how many times faster the row was and is."""
         both = {name: (self.old.ratio(name), self.new.ratio(name)) for name in self.old.baselines}
         return {name: pair for name, pair in both.items() if all(r is not None and 0 < r < math.inf for r in pair)}
 
     @property
     def times(self) -> dict[str, float]:
-        """Baseline -> how much longer the row takes than it did, measured by this baseline: 0.25 is 25% longer."""
+        """Baseline -> how much longer the row takes now, by this baseline: 0.25 is 25% longer."""
         return {name: old / new - 1 for name, (old, new) in self.ratios.items()}
 
     @property
     def time(self) -> float | None:
-        """How much longer the row takes than it did, all baselines considered; None where the runs have none in common.
+        """How much longer the row takes now, by all baselines; None if the runs share no baseline.
 
-        The median of what the baselines say. If one baseline was disturbed, in either run, the others outvote it; if
-        one became slower for good, its ratio rises and would hide our own loss, and the others outvote that too.
+        This is the median of the baselines' votes. It outvotes a baseline that was disturbed in either run, and one
+        that became slower for good, whose rising ratio would hide our own loss.
 
-        Of an even number, two are in the middle. That nearer to no change counts: if we are as fast as before and one
-        of two baselines moved, the other says "no change", and it is right. But if both moved, beyond noise and in
-        opposite directions, one moved baseline is no explanation: then the longer time counts, for a baseline that is
-        slower itself must not hide that we are. A single baseline is believed; a gate measures again. One measurement
-        under two names, as eager float32 code is also the reference, has one vote.
+        Of an even number of votes, two are in the middle, and the one nearer to no change counts: if our speed is the
+        same and one of two baselines moved, the other one is right. If both moved beyond noise in opposite directions,
+        the longer time counts, because a slower baseline must not hide our loss. A single baseline decides alone; a
+        gate measures again. One measurement under two names, such as eager float32 code and the reference, votes once.
         """
         votes = {(self.old.baselines[name], self.new.baselines[name]): time for name, time in self.times.items()}
         said = sorted(votes.values())
@@ -85,14 +84,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two runs say of one another.
+    """The differences of two runs.
 
     Attributes:
-        changes: of the rows that both have, in the order of the newer run.
-        gone, added: rows that only the older or only the newer run has.
-        failed: rows of the older run that could not be measured in the newer one, or not again -> why.
-        again: rows that a gate measured again -> what every measurement said of their time, the first included.
-        notes: what makes the comparison doubtful, and what a gate measured again.
+        changes: rows of both runs, in the order of the newer one.
+        gone, added: rows of only the older or only the newer run.
+        failed: row of the older run -> why it could not be measured in the newer run, or not again.
+        again: row that a gate measured again -> the change of time in each measurement, the first included.
+        notes: doubts about the comparison, and what a gate measured again.
     """
 
     changes: list[Change]
@@ -140,7 +139,7 @@ def compare(old: Results, new: Results) -> Comparison:
     failed = {key: new.failed[name] for key in gone if (name := key.full) in new.failed}
     if not changes and not failed:
         raise ValueError(
-            f"the runs have no row in common: {_some(before)} then, {_some(after)} now; measure with the same options"
+            f"the runs share no row ({_some(before)} before, {_some(after)} now): measure with the same options"
         )
     return Comparison(
         changes,
@@ -152,32 +151,32 @@ def compare(old: Results, new: Results) -> Comparison:
 
 
 def regressions(comparison: Comparison, limit: float) -> list[Regression]:
-    """Rows that take more than `limit` longer by their ratios, became wrong, or cannot be measured any more."""
+    """Rows that became more than `limit` slower by their ratios, became wrong, or could not be measured."""
     found = [
         Regression(change.key, _why(change))
         for change in comparison.changes
         if change.verdict(limit) in ("slower", "wrong")
     ]
-    return found + [Regression(key, f"cannot be measured any more: {why}") for key, why in comparison.failed.items()]
+    return found + [Regression(key, f"could not be measured: {why}") for key, why in comparison.failed.items()]
 
 
 def gate(
     old: Results, new: Results, limit: float, measure_again: Callable[[Key], Row], attempts: int = 3
 ) -> Comparison:
-    """A comparison for `regressions` of the same limit: a row that looks slower is measured again, and remains slower
-    only if every measurement says so. A row that became wrong, or that cannot be measured, counts at once.
+    """A comparison for `regressions` with the same limit. A row that looks slower is measured again, and is slower only
+    if all measurements agree. A row that became wrong or cannot be measured counts at once.
 
     Args:
         limit: how much longer a row may take, by its ratios.
         measure_again: measures the row of a key, with its baselines.
-        attempts: measurements of a row at the most, that in `new` included.
+        attempts: the most measurements of a row, including that in `new`.
 
     Raises:
-        ValueError: the runs have no row in common, or none that can be judged.
+        ValueError: the runs share no row, or no row can be judged.
     """
     comparison = compare(old, new)
     if all(change.verdict(limit) == "not judged" for change in comparison.changes) and not comparison.failed:
-        raise ValueError("no row can be judged: the runs have no baseline in common; measure with the same options")
+        raise ValueError("no row can be judged, because the runs share no baseline: measure with the same options")
     changes, failed, again, notes = [], dict(comparison.failed), {}, []
     for change in comparison.changes:
         said = [change.time]
@@ -193,14 +192,14 @@ def gate(
             outcome = "failed" if change.key in failed else change.verdict(limit)
             notes.append(f"measured again: {change.key}: {', then '.join(map(_percent, said))} of time: {outcome}")
         if change.verdict(limit) == "not judged":
-            notes.append(f"not judged: {change.key}: the runs have no baseline of it in common")
+            notes.append(f"not judged: {change.key}: the runs share no baseline of it")
         if change.key not in failed:
             changes.append(change)
     return replace(comparison, changes=changes, failed=failed, again=again, notes=comparison.notes + notes)
 
 
 def show(comparison: Comparison, limit: float = LIMIT, console: Console | None = None) -> None:
-    """Prints what changed. Times in seconds are for information; verdicts are from the ratios alone."""
+    """Prints the changes. Verdicts come from ratios alone; seconds are for information."""
     table = Table(title="Compared with the earlier run", title_justify="left")
     for head, justify in (("row", "left"), ("ratios", "left"), ("time", "right"), ("ms", "right"), ("verdict", "left")):
         table.add_column(head, justify=justify)
@@ -229,8 +228,8 @@ def show(comparison: Comparison, limit: float = LIMIT, console: Console | None =
 def _why(change: Change) -> str:
     if change.old.correct and not change.new.correct:
         error, allowed = change.new.relative_error, change.new.allowed_error
-        known = "" if error is None or allowed is None else f": its error is {error:.1e}, {allowed:.1e} is allowed"
-        return f"was correct and is wrong{known}"
+        known = "" if error is None or allowed is None else f": error {error:.1e}, allowed {allowed:.1e}"
+        return f"became wrong{known}"
     ratios = ", ".join(f"{name} {old:.3g}× → {new:.3g}×" for name, (old, new) in change.ratios.items())
     return f"takes {_percent(change.time)} of time: {ratios}"
 
@@ -241,7 +240,7 @@ def _differences(old: Results, new: Results) -> Iterator[str]:
         for name in names:
             was, now = before.get(name), after.get(name)
             if was != now:
-                yield f"another {what}, by which alone ratios may differ: {name} was {was} and is {now}"
+                yield f"ratios may differ because of another {what}: {name} was {was} and is {now}"
 
 
 def _some(rows: dict[Key, Row]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.selection import SIZES
+from bench.row import SIZES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

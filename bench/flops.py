@@ -1,7 +1,7 @@
-"""How many floating-point operations and bytes a task needs, from the configuration alone.
+"""The floating-point operations and bytes that a task needs, from the configuration alone.
 
-Needed means: what no implementation can do without, whatever it really does. One multiply-add is 2 FLOP; layer norms,
-activations and softmaxes are not counted. The formulas are those of the matrix products, for batch 1.
+Needed is what no implementation can avoid. A multiply-add is 2 FLOP. Only matrix products count, not layer norms,
+activations and softmaxes. Formulas are for batch 1.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def vision_mlp(config: MPlug2Config, frames: int) -> int:
 
 
 def local_temporal(config: MPlug2Config, frames: int) -> int:
-    """Two modules a block, on patches only: down, convolution over time, up."""
+    """Two modules per block, on patches only: down, convolution over time, up."""
     vision = config.vision
     tokens, inner = vision.output_frames(frames) * vision.num_patches, vision.width // vision.temporal_reduction
     convolution = 2 * tokens * inner * vision.temporal_kernel_size
@@ -71,7 +71,7 @@ def visual_projection(config: MPlug2Config, frames: int) -> int:
 
 
 def universal_first(config: MPlug2Config, frames: int) -> int:
-    """Latents to visual tokens. The latents' own self-attention and their queries are constants of the model."""
+    """Latents to visual tokens. The self-attention and the queries of the latents are constants of the model."""
     text, tokens = config.text, visual_tokens(config, frames)
     dim, latents = text.hidden_size, text.num_latents
     keys_values = _linear(tokens, dim, 2 * dim)
@@ -89,12 +89,12 @@ def universal_last(config: MPlug2Config, frames: int) -> int:
 
 
 def text_encoder(config: MPlug2Config, question: int) -> int:
-    """All layers over a question's tokens, the universal ones included: self-attention and FFN."""
+    """All layers over the tokens of a question, with the universal ones: self-attention and FFN."""
     return config.text.text_encoder_layers * _bert_layer(config, question)
 
 
 def fusion(config: MPlug2Config, frames: int, question: int) -> int:
-    """A question's tokens look at the visual tokens; connected layers run over both together."""
+    """The question attends to the visual tokens. Connected layers run over both together."""
     text, tokens = config.text, visual_tokens(config, frames)
     dim = text.hidden_size
     cross = _linear(question, dim, 2 * dim) + _linear(tokens, dim, 2 * dim) + _attention(question, tokens, dim)
@@ -105,25 +105,25 @@ def fusion(config: MPlug2Config, frames: int, question: int) -> int:
 
 
 def _bert_layer(config: MPlug2Config, tokens: int) -> int:
-    """Self-attention of tokens that all see one another, and FFN."""
+    """Full self-attention and FFN."""
     dim = config.text.hidden_size
     mlp = 2 * _linear(tokens, dim, config.text.intermediate_size)
     return _linear(tokens, dim, 4 * dim) + _attention(tokens, tokens, dim) + mlp
 
 
 def memory_keys_values(config: MPlug2Config, memory: int) -> int:
-    """The decoder's cross-attention keys and values of `memory` tokens, once a video."""
+    """Cross-attention keys and values of `memory` tokens, once per video."""
     dim = config.text.hidden_size
     return config.text.text_decode_layers * _linear(memory, dim, 2 * dim)
 
 
 def decoded_tokens(beams: int, steps: int) -> int:
-    """Tokens that go through the decoder: at the first step all beams are the same, so one."""
+    """Tokens that the decoder computes: one at the first step, where all beams are the same."""
     return 1 + beams * (steps - 1)
 
 
 def decoder_tokens(config: MPlug2Config, beams: int, steps: int) -> int:
-    """All linear layers but the cached keys and values of the memory, and self-attention over the tokens so far."""
+    """All linear layers except the cached keys and values of the memory, and self-attention over the tokens so far."""
     text = config.text
     dim = text.hidden_size
     linear = _linear(decoded_tokens(beams, steps), dim, 6 * dim + 2 * text.intermediate_size)
@@ -132,7 +132,7 @@ def decoder_tokens(config: MPlug2Config, beams: int, steps: int) -> int:
 
 
 def cross_attention(config: MPlug2Config, memory: int, beams: int, steps: int) -> int:
-    """Scores of the decoded tokens against the memory's, and their product with the values."""
+    """Attention of the decoded tokens to the memory."""
     text = config.text
     return text.text_decode_layers * _attention(decoded_tokens(beams, steps), memory, text.hidden_size)
 
@@ -154,11 +154,11 @@ def decoding(config: MPlug2Config, memory: int, beams: int, steps: int) -> int:
 
 
 def training(config: MPlug2Config, frames: int, steps: int, batch: int) -> int:
-    """Three times the forward pass, but for the gradient of the pixels; no update.
+    """Three times the forward pass, without the gradient of the pixels and without the update.
 
-    A caption has the ignored tokens of the prompt and `steps` learned ones. Only the latter are scored. One beam
-    decodes as many as teacher forcing sees. The latents change with every step, so what they are to themselves is
-    computed once a batch.
+    A caption has the ignored tokens of the prompt and `steps` learned ones, which alone are scored. Teacher forcing
+    computes as many tokens as one beam decodes. The latents change with each step, so their own self-attention is
+    computed once per batch.
     """
     text = config.text
     dim, latents, prompt = text.hidden_size, text.num_latents, config.generation.prompt_tokens
@@ -183,7 +183,7 @@ def universal(config: MPlug2Config, frames: int) -> int:
 def needed(
     task: str, config: MPlug2Config, *, frames: int, beams: int, steps: int, batch: int = 1, question: int = 10
 ) -> int:
-    """FLOP that `task` (one of `TASKS`) needs for `batch` videos; `question` is the tokens of a question."""
+    """FLOP that `task` (from `TASKS`) needs for `batch` videos. A question has `question` tokens."""
     if task == "training":
         return training(config, frames, steps, batch)
     tokens, features = visual_tokens(config, frames), vision(config, frames) + universal(config, frames)
@@ -212,12 +212,12 @@ def needed_bytes(
     batch: int = 1,
     question: int = 10,
 ) -> int:
-    """Bytes that `task` must move, in elements of `element` bytes: nothing that could stay in a cache is counted.
+    """Bytes that `task` must move, in elements of `element` bytes, without anything that could stay in a cache.
 
-    - weights once, of tables only the rows that are looked up: that is, nothing
-    - videos, hidden states that are an input or a result, and the tokens and scores that are found
-    - decoding: at every step the decoder's weights, but for those of the memory's keys and values, and all keys and
-      values: the memory's once for all beams of a video, each beam's own; all of them are written once
+    - weights once; lookup tables count as nothing
+    - videos, hidden states that are inputs or results, found tokens and scores
+    - decoding: at each step the decoder's weights, except those of the memory's keys and values, and all keys and
+      values: the memory's once for all beams of a video, and each beam's own; all are written once
     - training: weights and both moments of the optimizer, read and written, in float32
     """
     model, vision_config, text = MPlug2ForQuestionAnswering(config, device="meta"), config.vision, config.text

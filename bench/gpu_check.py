@@ -1,13 +1,13 @@
-"""Tests and measures everything on a GPU, with what is on the machine: no network, no make.
+"""Tests and measures everything on a GPU, without a network or make.
 
     python bench/gpu_check.py                       # or make gpu-check
-    python bench/gpu_check.py --only tests,sanitizer
+    python bench/gpu_check.py --only tests,sanitizer --out FOLDER
     python bench/gpu_check.py --only peer --budget 900    # the model beside its compiled peer, which takes minutes
 
-Steps are an installation of this checkout, the tests with GPU tests required, compute-sanitizer over a small run, and
-the benchmarks that the targets of a GPU are judged by. Each has a share of the time, and later ones run although an
-earlier one fails. Logs, JUnit, JSON and a summary are left in $OUT, or in build/gpu-check. The exit status is 1 if a
-step failed. Outside a git checkout MPLUG2_FAST_COMMIT names the commit.
+The steps: install this checkout, run the tests with GPU tests required, run compute-sanitizer over a small run, and run
+the benchmarks that the GPU targets need. Each step has a share of the time, and a failure stops no other. Logs, JUnit,
+JSON and a summary go to --out. The exit status is 1 if a step failed. Outside a git checkout the variable
+MPLUG2_FAST_COMMIT names the commit.
 """
 
 from __future__ import annotations
@@ -34,14 +34,26 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    # A script's own folder is on the path; the packages are one above.
+    # Python puts the script's folder on the path; the packages are one level up.
     sys.path[0] = str(ROOT)
 
-BUDGET = 520.0
-"""Seconds for all steps: under nine minutes with what stopping them takes."""
 STOPPING, REPORTING = 5.0, 25.0
+"""Seconds that an interrupted command has to end, and that pytest has to write its report."""
+CAPTIONING = "--level model --only captioning --preset large --dtype bfloat16"
+BENCHMARKS = {
+    "decoding": "--level modules --only 'decoder step' --preset large --dtype bfloat16 --mode graph --baselines eager",
+    # Uncompiled to save time, as graphs because some operators take less time than a launch.
+    "ops": "--level ops --sizes large --dtype bfloat16 --mode graph --baselines torch --no-memory",
+    # The operator that must beat its compiled form.
+    "temporal": "--level ops --only local_temporal --sizes large --dtype bfloat16 --mode graph "
+    "--baselines eager,compiled",
+    "model": f"{CAPTIONING} --baselines reference,eager",
+    # A batch that keeps the GPU busy. A slow reference runs once.
+    "batch": f"{CAPTIONING} --batch 32 --repeats 3 --baselines reference,compiled",
+    "peer": CAPTIONING,
+}
+"""Step -> options of bench/run.py."""
 SHARES = {
-    "install": 60,
     "tests": 230,
     "decoding": 45,
     "ops": 60,
@@ -51,14 +63,12 @@ SHARES = {
     "batch": 120,
     "peer": 300,
 }
+"""Step -> relative share of the time, in the order of the steps. The installation comes before them."""
+INSTALL_SHARE = 60
 GROUPS = {"bench": ("decoding", "ops", "temporal", "model", "batch")}
-DEFAULT = ("tests", "decoding", "ops", "temporal", "model", "sanitizer", "batch")
-CAPTIONING = "--level model --only captioning --preset large --dtype bfloat16"
-
+DEFAULT = ("tests", "sanitizer", *GROUPS["bench"])
 LATE = "the time for all tests is up"
-"""What tests/conftest.py says of a test that it does not run any more."""
-
-# Tests that cannot do without a package, which may be missing where there is no network.
+"""What tests/conftest.py says about a test after the deadline."""
 NEEDS = {
     "av": (
         "tests/video",
@@ -66,6 +76,7 @@ NEEDS = {
         "tests/test_cli.py",
         "tests/test_cli_bulk.py",
         "tests/test_docs.py",
+        "tests/test_predict.py",
         "tests/test_ray.py",
         "tests/test_predict.py",
         "tests/examples/test_generator.py::test_an_encoded_clip_looks_as_it_was_drawn",
@@ -73,14 +84,15 @@ NEEDS = {
     ),
     "skvideo": ("tests/video/test_frames.py",),
 }
-# Those that use the GPU come first, should the time not suffice for all.
-FIRST = ("tests/gpu", "tests/ops", "tests/nn", "tests/model", "tests/golden")
+"""Tests that need a package. Without a network it may be missing."""
+FIRST = ("tests/gpu", "tests/ops", "tests/nn", "tests/models", "tests/golden")
+"""These run first, because they use the GPU and time may run out."""
 PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "setuptools", "av")
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A command that ran: its exit status, None where its time was up."""
+    """A command that ran. status: its exit status; None if its time was up."""
 
     status: int | None
     seconds: float
@@ -88,7 +100,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A step: status is "passed", "failed" or "left out"; `note` tells why, or what was found."""
+    """A step. status: "passed", "failed" or "left out". note: why, or what was found."""
 
     name: str
     status: str
@@ -97,13 +109,13 @@ class Outcome:
     note: str = ""
 
 
-# (command, log file, limit in seconds, variables added to the environment)
 Run = Callable[[Sequence[str], Path, float, Mapping[str, str]], Finished]
+"""From command, log file, limit in seconds and added environment variables."""
 
 
 def run_command(command: Sequence[str], log: Path, limit: float, variables: Mapping[str, str]) -> Finished:
-    """Runs in the checkout. At the limit the command is interrupted, so that it may write what it has, and then killed
-    with all that it started."""
+    """Runs in the checkout. At the limit the command is interrupted, so that it can write its results, and then killed
+    with everything that it started."""
     start = time.monotonic()
     with log.open("a") as output:
         output.write(f"$ {shlex.join(command)}\n")
@@ -137,7 +149,7 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 @dataclass
 class Check:
-    """The steps, with a folder for what they leave and a way to run commands."""
+    """The steps. They write to `out` and run commands with `run`."""
 
     out: Path
     run: Run = run_command
@@ -145,8 +157,8 @@ class Check:
     def step(self, name: str, limit: float) -> Outcome:
         start = time.monotonic()
         try:
-            outcome = getattr(self, name)(limit)
-        except Exception as error:  # a step that cannot even begin must not take the others with it
+            outcome = self.bench(name, limit) if name in BENCHMARKS else getattr(self, name)(limit)
+        except Exception as error:  # a step that cannot start must not stop the others
             outcome = Outcome(name, "failed", note=f"{type(error).__name__}: {error}")
         return replace(outcome, seconds=round(time.monotonic() - start, 1))
 
@@ -159,8 +171,8 @@ class Check:
         return Outcome(name, status, command=shlex.join(command), note=note)
 
     def install(self, limit: float) -> Outcome:
-        """With pip, from what is installed; where that fails as the package's folders need it, the native module built
-        by hand."""
+        """Installs with pip and the installed packages. If that fails, builds the native module with CMake and links
+        the package's folders."""
         pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "-e", "."]
         outcome = self._command("install", pip, limit)
         if outcome.status == "passed":
@@ -175,13 +187,13 @@ class Check:
             ["cmake", "--install", build, "--prefix", str(ROOT)],
         )
         built = all(self._command("install", step, limit).status == "passed" for step in steps)
-        native = "the native module was built by hand" if built else "WITHOUT the native module"
-        note = f"pip could not ({outcome.note}): kernels is linked into mplug2_fast, {native}"
+        native = "CMake built the native module" if built else "WITHOUT the native module"
+        note = f"pip failed ({outcome.note}): kernels is linked into mplug2_fast, {native}"
         return replace(outcome, status="passed", note=note)
 
     def tests(self, limit: float) -> Outcome:
         report, missing = self.out / "tests.xml", list(missing_tests())
-        # What is named is collected, whatever --ignore says.
+        # pytest collects named paths even if --ignore names them.
         present = [path for path in ordered_tests() if path not in {test for _, test in missing}]
         command = [sys.executable, "-m", "pytest", *present, "-v", "-p", "no:cacheprovider", f"--junitxml={report}"]
         if _found("xdist"):
@@ -189,7 +201,7 @@ class Check:
         if _found("pytest_timeout"):
             command += ["--timeout", "100"]
         command += [f"--{'deselect' if '::' in test else 'ignore'}={test}" for _, test in missing]
-        # pytest-xdist writes no report when it is interrupted: the tests are told when to end.
+        # An interrupted pytest-xdist writes no report, so the tests themselves stop at a deadline.
         deadline = time.time() + max(limit - REPORTING, 0.8 * limit)
         variables = {"MPLUG2_FAST_GPU": "required", "MPLUG2_FAST_DEADLINE": str(deadline)}
         outcome = self._command("tests", command, limit, MPLUG2_FAST_TUNING="off", **variables)
@@ -203,40 +215,13 @@ class Check:
             return Outcome("sanitizer", "left out", note="compute-sanitizer is not installed")
         command = [tool, "--tool", "memcheck", "--target-processes", "application-only", "--error-exitcode", "9"]
         command += [sys.executable, "-m", "bench.gpu_memcheck"]
-        # An allocation of its own for every tensor, so that what lies beyond it is nobody's.
+        # Each tensor has its own allocation, so that reading beyond it is an error.
         variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "MPLUG2_FAST_TUNING": "off"}
         return self._command("sanitizer", command, limit, **variables)
 
-    def ops(self, limit: float) -> Outcome:
-        """All operators, nothing compiled, which takes most of the time, as graphs: some take less than a launch."""
-        options = "--level ops --sizes large --dtype bfloat16 --mode graph --baselines torch --no-memory"
-        return self._bench("ops", shlex.split(options), limit)
-
-    def temporal(self, limit: float) -> Outcome:
-        """The one operator that has to be faster than what is compiled."""
-        options = (
-            "--level ops --only local_temporal --sizes large --dtype bfloat16 --mode graph --baselines eager,compiled"
-        )
-        return self._bench("temporal", shlex.split(options), limit)
-
-    def decoding(self, limit: float) -> Outcome:
-        options = "--level modules --only 'decoder step' --preset large --dtype bfloat16 --mode graph --baselines eager"
-        return self._bench("decoding", shlex.split(options), limit)
-
-    def model(self, limit: float) -> Outcome:
-        return self._bench("model", shlex.split(f"{CAPTIONING} --baselines reference,eager"), limit)
-
-    def batch(self, limit: float) -> Outcome:
-        """Where the GPU is kept busy, beside the compiled peer; a slow reference runs once."""
-        options = f"{CAPTIONING} --batch 32 --repeats 3 --baselines reference,compiled"
-        return self._bench("batch", shlex.split(options), limit)
-
-    def peer(self, limit: float) -> Outcome:
-        return self._bench("peer", shlex.split(CAPTIONING), limit)
-
-    def _bench(self, name: str, options: Sequence[str], limit: float) -> Outcome:
-        target = self.out / f"{name}.json"
-        command = [sys.executable, "bench/run.py", *options, "--device", "cuda", "--json", str(target)]
+    def bench(self, name: str, limit: float) -> Outcome:
+        target = ["--device", "cuda", "--json", str(self.out / f"{name}.json")]
+        command = [sys.executable, "bench/run.py", *shlex.split(BENCHMARKS[name]), *target]
         return self._command(name, command, limit, MPLUG2_FAST_TUNING=str(self.out / "tuning"))
 
 
@@ -245,7 +230,7 @@ def _found(package: str) -> bool:
 
 
 def ordered_tests() -> list[str]:
-    """All folders and files of tests, without one that holds another: pytest would go by the alphabet then."""
+    """All folders and files of tests. None contains another, or pytest would sort them by name."""
     files = sorted(
         {*(ROOT / "tests").glob("test_*.py"), *(path.parent for path in (ROOT / "tests").glob("*/test_*.py"))}
     )
@@ -253,7 +238,7 @@ def ordered_tests() -> list[str]:
 
 
 def missing_tests() -> Iterator[tuple[str, str]]:
-    """(package, test) for tests that are left out for want of a package."""
+    """(package, test) for tests that are left out because a package is missing."""
     seen = set()
     for package, tests in NEEDS.items():
         for test in tests:
@@ -263,7 +248,7 @@ def missing_tests() -> Iterator[tuple[str, str]]:
 
 
 def summary_of(report: Path) -> str:
-    """What pytest's JUnit file says: the numbers, and the first tests that failed when there was time for them."""
+    """The counts in a JUnit file, and the first tests that failed before the deadline."""
     if not report.exists():
         return "no report was written"
     suites = ElementTree.parse(report).getroot().findall("testsuite")
@@ -276,29 +261,29 @@ def summary_of(report: Path) -> str:
     bad = [case for case, _ in reasons if case not in late]
     text = ", ".join(f"{count} {key}" for key, count in number.items())
     names = ", ".join(f"{case.get('classname')}::{case.get('name')}" for case in bad[:20])
-    text += f", {len(late)} of the errors for want of time" if late else ""
+    text += f", {len(late)} of the errors after the deadline" if late else ""
     return text + (f" ({names}{', …' if len(bad) > 20 else ''})" if bad else "")
 
 
 def no_gpu() -> str | None:
-    """Why there is nothing to check on this machine."""
+    """Why this machine cannot be checked; None if it can."""
     try:
         import torch
     except ImportError as error:
         return f"torch cannot be imported: {error}"
     if torch.cuda.is_available():
         return None
-    built = "is built without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda} sees no device"
-    return f"no GPU: this torch ({torch.__version__}) {built}"
+    why = "was built without CUDA" if torch.version.cuda is None else f"for CUDA {torch.version.cuda} finds no device"
+    return f"no GPU: torch {torch.__version__} {why}"
 
 
 def describe() -> dict[str, Any]:
-    """Date, card, driver, versions and commit; what cannot be found out is "unknown"."""
+    """Date, card, driver, versions and commit; "unknown" where a tool is missing."""
     import torch
 
     from bench import machine
 
-    def told(*command: str) -> str:
+    def output_of(*command: str) -> str:
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
         except (OSError, subprocess.SubprocessError):
@@ -311,7 +296,7 @@ def describe() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             return "not installed"
 
-    smi = told("nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader")
+    smi = output_of("nvidia-smi", "--query-gpu=driver_version,memory.total", "--format=csv,noheader")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": machine.commit() or "unknown",
@@ -320,7 +305,7 @@ def describe() -> dict[str, Any]:
         "cards": torch.cuda.device_count(),
         "driver": smi.split(",")[0],
         "cuda": torch.version.cuda,
-        "nvcc": told("nvcc", "--version"),
+        "nvcc": output_of("nvcc", "--version"),
         "python": platform.python_version(),
         "system": platform.platform(),
         "cores": os.cpu_count(),
@@ -329,7 +314,7 @@ def describe() -> dict[str, Any]:
 
 
 def write(out: Path, described: Mapping[str, Any], outcomes: Sequence[Outcome]) -> None:
-    """summary.json and summary.md, after every step, so that there is one whatever happens."""
+    """Writes summary.json and summary.md. Called after each step, so that there is always one."""
     steps = [asdict(outcome) for outcome in outcomes]
     (out / "summary.json").write_text(json.dumps({**described, "steps": steps}, indent=1) + "\n")
     packages = ", ".join(f"{name} {version}" for name, version in described["packages"].items())
@@ -346,36 +331,41 @@ def write(out: Path, described: Mapping[str, Any], outcomes: Sequence[Outcome]) 
     (out / "summary.md").write_text("\n".join(lines) + "\n")
 
 
-def parse(arguments: Sequence[str] | None) -> tuple[list[str], float]:
-    """The steps after the installation, and the seconds for all."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options. `only` is the list of steps after the installation."""
     parser = argparse.ArgumentParser(
         prog="bench/gpu_check.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = [name for name in SHARES if name != "install"]
+    known = [*SHARES, *GROUPS]
+    parser.add_argument("--only", metavar="STEP[,STEP]", default=",".join(DEFAULT), help=", ".join(known))
+    parser.add_argument("--budget", type=float, default=520, help="seconds for all steps (default: %(default)s)")
     parser.add_argument(
-        "--only", metavar="STEP[,STEP]", default=",".join(DEFAULT), help=f"{', '.join([*known, *GROUPS])}"
+        "--out",
+        type=Path,
+        default=ROOT / "build/gpu-check",
+        help="folder for logs and results (default: build/gpu-check)",
     )
-    parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds for all steps (default: {BUDGET:.0f})")
     options = parser.parse_args(arguments)
     chosen = [step for name in options.only.split(",") for step in GROUPS.get(name, (name,))]
     for name in chosen:
         if name not in known:
-            parser.error(f"no such step {name!r}: choose from {', '.join([*known, *GROUPS])}")
-    return [name for name in known if name in chosen], options.budget
+            parser.error(f"no such step {name!r}: choose from {', '.join(known)}")
+    options.only = [name for name in SHARES if name in chosen]
+    return options
 
 
 def main(arguments: Sequence[str] | None = None, run: Run = run_command) -> int:
-    chosen, budget = parse(arguments)
+    options = parse(arguments)
     if reason := no_gpu():
         print(reason, file=sys.stderr)
         return 1
-    out = Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check").resolve()
+    out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    check, end = Check(out, run), time.monotonic() + budget
+    check, end = Check(out, run), time.monotonic() + options.budget
     described, outcomes = describe(), list[Outcome]()
-    steps = ["install", *chosen]
+    steps = {"install": INSTALL_SHARE, **{name: SHARES[name] for name in options.only}}
     for index, name in enumerate(steps):
-        share = SHARES[name] / sum(SHARES[later] for later in steps[index:])
+        share = steps[name] / sum(list(steps.values())[index:])
         outcome = check.step(name, max(1.0, share * (end - time.monotonic())))
         outcomes.append(outcome)
         write(out, described, outcomes)

@@ -1,7 +1,6 @@
-"""A small run of every operator on a GPU, forward and backward, at sizes that kernels get wrong: what `bench.gpu_check`
-gives to compute-sanitizer.
+"""A small run for compute-sanitizer: each operator on a GPU, forward and backward, at edge cases.
 
-    compute-sanitizer --tool memcheck python -m bench.gpu_memcheck
+compute-sanitizer --tool memcheck python -m bench.gpu_memcheck
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ from mplug2_fast.ops.runtime.op import Op
 from mplug2_fast.ops.runtime.spec import Sizes
 
 DTYPES = (torch.bfloat16, torch.float32)
-MOST = 3
-"""Sizes of an operator, for a kernel takes many times as long when every access is checked."""
+MAX_SIZES = 3
+"""Per operator, because checking each access makes kernels many times slower."""
 
 
 def chosen(op: Op) -> list[Sizes]:
-    """Some of the operator's awkward sizes, from all over the list."""
-    return list(op.spec.edge_cases[:: -(-len(op.spec.edge_cases) // MOST)])
+    """Some of the operator's edge cases, spread over the list."""
+    return list(op.spec.edge_cases[:: -(-len(op.spec.edge_cases) // MAX_SIZES)])
 
 
 def run(op: Op, sizes: Sizes, dtype: torch.dtype, device: str) -> None:
-    """One forward, and one backward where the operator has one."""
+    """One forward pass, and a backward pass if the operator has one."""
     given: dict[str, Any] = op.spec.inputs(sizes, dtype, device)
     for name in op.spec.differentiable:
         if isinstance(given[name], Tensor):

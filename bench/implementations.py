@@ -1,4 +1,4 @@
-"""The implementations behind one interface: the tasks of the benchmark as methods."""
+"""The implementations behind one interface: each task of the benchmark is a method."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mplug2_fast.ops.runtime import cuda
 
 
 class NoInitialisation(TorchFunctionMode):
-    """Leaves out the random numbers that modules start with. Besides the time that they take, PyTorch imports its
-    compiler for them on the meta device, which shows in the memory of a process."""
+    """Skips the random initial values of modules. They take time, and on the meta device PyTorch imports its compiler
+    for them, which would count in a process's memory."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -37,17 +37,18 @@ class Implementation:
 
     backend: str
     fused_optimizer = True
+    kinds = (mplug2.MPlug2ForCaptioning, mplug2.MPlug2ForQuestionAnswering)
 
     def __init__(
         self, config: MPlug2Config, dtype: torch.dtype, device: str, beams: int, steps: int, family: str = "captioning"
     ) -> None:
-        self.config, self.beams, self.steps = config, beams, steps
+        self.config, self.device, self.beams, self.steps = config, device, beams, steps
         self.trains = family == "training"
         self.weights_dtype = torch.float32 if self.trains else dtype
         self.autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype != self.weights_dtype)
-        task: str = "question_answering" if family == "answering" else "captioning"
+        kind = self.kinds[family == "answering"]
         with NoInitialisation():
-            self.model = self.build(task, device)
+            self.model = kind(config, device="meta", dtype=self.weights_dtype).to_empty(device=device).eval()
         fill(self.model.official_parameters())
         self.prepare()
         if self.trains:
@@ -58,23 +59,19 @@ class Implementation:
         # min_length = max_length makes the end token impossible, so that every implementation does the same work.
         self.generation = {"num_beams": beams, "min_length": steps, "max_length": steps}
 
-    def build(self, task: str, device: str) -> Any:
-        """The model in evaluation mode, its parameters uninitialised and of `weights_dtype`."""
-        raise NotImplementedError
-
     def prepare(self) -> None:
-        """What is done once, after loading."""
+        """Runs once, after loading."""
 
     def remarks(self) -> list[str]:
         """After the runs: what was not as it should have been."""
         return []
 
     def vision(self, video: Tensor) -> Tensor:
-        """Video `(B, 3, T, H, W)` to visual tokens `(B, S, D)`."""
+        """Video `(batch, 3, frames, height, width)` to visual tokens `(batch, S, D)`."""
         return self.model.encode_visual(video)
 
     def universal(self, visual: Tensor) -> Tensor:
-        """Visual tokens to image_embeds `(B, S, D)`."""
+        """Visual tokens to image_embeds `(batch, S, D)`."""
         raise NotImplementedError
 
     def features(self, video: Tensor) -> Tensor:
@@ -82,15 +79,15 @@ class Implementation:
         return self.model.encode_video(video)
 
     def decode(self, embeds: Tensor) -> Tensor:
-        """image_embeds to the score of each video's best sequence, `(B,)`."""
+        """image_embeds to the score of each video's best sequence, `(batch,)`."""
         raise NotImplementedError
 
     def captioning(self, video: Tensor) -> Tensor:
-        """Video to the score of its best sequence, `(B,)`."""
+        """Video to the score of its best sequence, `(batch,)`."""
         return self.model.generate(video, **self.generation).scores[:, 0]
 
     def answering(self, video: Tensor, question: Tensor, mask: Tensor) -> Tensor:
-        """Video and question to the score of the best answer, `(B,)`."""
+        """Video and question to the score of the best answer, `(batch,)`."""
         out = self.model.generate(video, question_ids=question, question_mask=mask, **self.generation)
         return out.scores[:, 0]
 
@@ -107,7 +104,7 @@ class Implementation:
         return loss.detach()
 
     def gradients(self, video: Tensor, caption: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
-        """Of the loss without dropout, by released name; they stay until the next step."""
+        """Gradients of the loss without dropout, by official name. They stay until the next step."""
         text = self.config.text
         self.model.train(not (text.hidden_dropout_prob or text.attention_probs_dropout_prob))
         with self.autocast:
@@ -121,17 +118,11 @@ class Implementation:
 
 
 class Reference(Implementation):
-    """The released algorithm, eager."""
+    """The official algorithm, eager."""
 
     backend = "eager"
     fused_optimizer = False
-
-    def build(self, task: str, device: str) -> Any:
-        kinds = {
-            "captioning": reference.MPlug2ForCaptioning,
-            "question_answering": reference.MPlug2ForQuestionAnswering,
-        }
-        return kinds[task](self.config, device="meta", dtype=self.weights_dtype).to_empty(device=device).eval()
+    kinds = (reference.MPlug2ForCaptioning, reference.MPlug2ForQuestionAnswering)
 
     def universal(self, visual: Tensor) -> Tensor:
         return self.model.visn_emb_norm(visual + self.model.text_encoder.v_module(visual))
@@ -139,6 +130,9 @@ class Reference(Implementation):
     def decode(self, embeds: Tensor) -> Tensor:
         out = self.model._beam_search(embeds, None, self.beams, self.steps, self.steps, 1)
         return out.scores[:, 0]
+
+    def official_gradients(self) -> Mapping[str, Tensor]:
+        return {name: parameter.grad for name, parameter in self.model.named_parameters()}
 
 
 class Accelerated(Reference):
@@ -154,24 +148,20 @@ class Accelerated(Reference):
 class Fast(Implementation):
     """The fast model, as `mplug2_fast.models.mplug2` runs it."""
 
-    def build(self, task: str, device: str) -> Any:
-        x = torch.zeros(1, 1, dtype=self.weights_dtype, device=device)
+    def prepare(self) -> None:
+        x = torch.zeros(1, 1, dtype=self.weights_dtype, device=self.device)
         served = explain(layer_norm, x).chosen
         self.backend = {"cpu": "native, oneDNN", "triton": "Triton, PyTorch"}.get(served or "", "PyTorch")
         if served == "triton" and not cuda.reasons(x):
             self.backend = f"CUDA, {self.backend}"
-        kinds = {"captioning": mplug2.MPlug2ForCaptioning, "question_answering": mplug2.MPlug2ForQuestionAnswering}
-        return kinds[task](self.config, device="meta", dtype=self.weights_dtype).to_empty(device=device).eval()
-
-    def prepare(self) -> None:
         if not self.trains:
             self.model.pack()
 
     def remarks(self) -> list[str]:
-        return [] if self.model.cuda_graphs else ["it runs without CUDA graphs, for it could not be captured"]
+        return [] if self.model.cuda_graphs else ["it runs without CUDA graphs because capturing one failed"]
 
     def universal(self, visual: Tensor) -> Tensor:
-        return self.model.visn_emb_norm(visual + self.model.text_encoder.v_module(visual))
+        return self.model.visual_norm(visual + self.model.universal(visual))
 
     def decode(self, embeds: Tensor) -> Tensor:
         return self.model.generate(image_embeds=embeds, **self.generation).scores[:, 0]
@@ -182,24 +172,31 @@ class Eager(Implementation):
 
     backend = "eager"
 
-    def build(self, task: str, device: str) -> Peer:
-        return Peer(self.config, task, device=device, dtype=self.weights_dtype)
+    def prepare(self) -> None:
+        self.model.requires_grad_(False)
+        self.peer = Peer(self.model)
+
+    def vision(self, video: Tensor) -> Tensor:
+        return self.peer.encode_visual(video)
 
     def universal(self, visual: Tensor) -> Tensor:
-        return self.model.encode_universal(visual)
+        return self.peer.encode_universal(visual)
+
+    def features(self, video: Tensor) -> Tensor:
+        return self.peer.encode_video(video)
 
     def decode(self, embeds: Tensor) -> Tensor:
-        return self.model.decode(embeds, self.beams, self.steps, self.steps)[1]
+        return self.peer.decode(embeds, self.beams, self.steps, self.steps)[1]
 
     def captioning(self, video: Tensor) -> Tensor:
-        return self.decode(self.model.encode_video(video))
+        return self.decode(self.peer.encode_video(video))
 
     def answering(self, video: Tensor, question: Tensor, mask: Tensor) -> Tensor:
-        memory, memory_mask = self.model.encode_question(video, question, mask)
-        return self.model.decode(memory, self.beams, self.steps, self.steps, memory_mask)[1]
+        memory, memory_mask = self.peer.encode_question(video, question, mask)
+        return self.peer.decode(memory, self.beams, self.steps, self.steps, memory_mask)[1]
 
     def loss(self, video: Tensor, caption: Tensor, mask: Tensor) -> Tensor:
-        return self.model.loss(video, caption)
+        return self.peer.loss(video, caption)
 
 
 class Compiled(Eager):
@@ -207,28 +204,27 @@ class Compiled(Eager):
 
     backend = "torch.compile"
 
-    def build(self, task: str, device: str) -> Peer:
-        peer = super().build(task, device)
-        peer.compile()
-        return peer
+    def prepare(self) -> None:
+        super().prepare()
+        self.peer.compile(torch.device(self.device).type)
 
     def remarks(self) -> list[str]:
-        """The compiler leaves CUDA graphs out without a word."""
+        """The compiler drops CUDA graphs without a warning."""
         skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
-        return [f"{skipped} compiled graphs run without a CUDA graph that were to be one"] if skipped else []
+        return [f"{skipped} compiled graphs should run as CUDA graphs and do not"] if skipped else []
 
 
 class Frozen(Compiled):
-    """The compiled peer with its weights frozen into the graphs and packed for the CPU: every layer has a graph."""
+    """The compiled peer with its weights frozen into the graphs and packed for the CPU: one graph per layer."""
 
     backend = "torch.compile, frozen"
 
-    def build(self, task: str, device: str) -> Peer:
+    def prepare(self) -> None:
         text = self.config.text
         bert_layers = text.text_encoder_layers + text.num_uni_layer + text.fusion_layers
         torch._inductor.config.freezing = True
         torch._dynamo.config.recompile_limit = 1 + max(self.config.vision.layers, text.text_decode_layers, bert_layers)
-        return super().build(task, device)
+        super().prepare()
 
 
 IMPLEMENTATIONS: dict[str, type[Implementation]] = {

@@ -1,4 +1,4 @@
-"""The benchmark's input: frames of a real video file, as the model takes them."""
+"""The input: frames of a real video file, and seeded text."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ def has_decoder() -> bool:
 
 
 def load(path: Path | None, frames: int, image_size: int) -> tuple[Tensor, str]:
-    """Video `(3, frames, image_size, image_size)` and a line that says what it is.
+    """Video `(3, frames, image_size, image_size)` and a description of it.
 
     Args:
-        path: a video file, or a `.npy` of decoded frames (frames, height, width, 3), uint8. None takes the bundled
-            clip, or, where av is not installed, seeded noise.
+        path: a video file, or a `.npy` of decoded frames `(frames, height, width, 3)`, uint8. None takes the bundled
+            clip, or seeded noise if av is missing.
 
     Raises:
-        VideoError: the file cannot be read, or a video was asked for and av is not installed.
+        VideoError: the file cannot be read, or decoding it needs av.
     """
     if path is None and not has_decoder():
         noise = torch.randn(3, frames, image_size, image_size, generator=torch.Generator().manual_seed(0))
-        return noise, "seeded noise, no video: av is not installed (pip install av)"
+        return noise, "seeded noise, because av is not installed (pip install av)"
     path = path or DEFAULT_VIDEO
     if path.suffix == ".npy":
         return load_array(path, frames, image_size), f"{frames} frames of {path.name}"
     if not has_decoder():
-        raise VideoError(f"{path}: decoding needs av, which is not installed: pip install av, or give frames as .npy")
+        raise VideoError(f"{path}: decoding needs av: pip install av, or pass frames as .npy")
     return load_video(path, frames, image_size), f"{frames} frames of {path.name}"
 
 
@@ -48,12 +48,12 @@ def load_array(path: Path, frames: int, image_size: int) -> Tensor:
     except (OSError, ValueError) as error:
         raise VideoError(f"{path}: {error}") from error
     if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8 or not pixels.size:
-        raise VideoError(f"{path}: holds {pixels.dtype} {pixels.shape}, not uint8 (frames, height, width, 3)")
+        raise VideoError(f"{path}: expected uint8 (frames, height, width, 3), got {pixels.dtype} {pixels.shape}")
     return preprocess_frames(torch.from_numpy(pixels[frame_indices(len(pixels), frames)]), image_size)
 
 
 def text(vocab_size: int, tokens: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Seeded ids that start with [CLS], and masks, `(batch, tokens)`: each row is a token shorter than the one before,
+    """Seeded ids that start with [CLS], and masks, `(batch, tokens)`. Each row is a token shorter than the one before,
     down to three quarters of the tokens."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(SEP_TOKEN_ID + 1, vocab_size, (batch, tokens), generator=generator)

@@ -1,4 +1,4 @@
-"""Which machine and which versions a result belongs to."""
+"""The machine and the versions of a result."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 from mplug2_fast import info
 
-# Of glibc's <malloc.h>.
+# From glibc's <malloc.h>.
 _MALLOPT_TRIM_THRESHOLD, _MALLOPT_MMAP_MAX = -1, -4
 
 
 def describe() -> tuple[dict[str, Any], dict[str, Any]]:
-    """(machine, versions), without anything that names a place or a user."""
+    """(machine, versions), without any path or user name."""
     report = info.collect()
     cpu, gpus = report["cpu"], report["cuda"]["devices"]
     machine = {
@@ -38,7 +38,7 @@ def describe() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def words(machine: Mapping[str, Any], versions: Mapping[str, Any]) -> str:
-    """The device that was measured, and its PyTorch: "AMD EPYC, 2 threads · torch 2.13.0+cpu"."""
+    """The measured device and its PyTorch: "AMD EPYC, 2 threads · torch 2.13.0+cpu"."""
     where = machine.get("gpu")
     if where is None or not str(machine.get("device", "cuda")).startswith("cuda"):
         count = machine.get("threads") or machine["cores"]
@@ -47,8 +47,7 @@ def words(machine: Mapping[str, Any], versions: Mapping[str, Any]) -> str:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, "+" behind it where files differ from it; outside a checkout what
-    MPLUG2_FAST_COMMIT says, or None."""
+    """The commit of this checkout, followed by "+" if files differ. Outside a checkout MPLUG2_FAST_COMMIT, or None."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
@@ -61,8 +60,8 @@ def commit() -> str | None:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what is freed. As it starts it gives large blocks back to the system, which then clears each of
-    their pages anew: half of the time of an operator that does little, and more or less of it by what ran before."""
+    """Makes glibc keep freed memory. By default it returns large blocks, and the system clears their pages again. That
+    takes half of the time of a small operator, and depends on what ran before."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_MALLOPT_MMAP_MAX, 0)

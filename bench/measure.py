@@ -1,10 +1,11 @@
-"""The measurement: worker processes side by side, one run of each in turn, medians of the runs."""
+"""The level of the model: worker processes side by side take turns, and the medians of their runs become rows."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,20 +13,26 @@ from typing import Any
 
 import torch
 
+from bench import ceilings as under
 from bench import inputs, machine
-from bench.plan import QUESTION_TOKENS, Plan
+from bench.case import OURS
+from bench.clock import Turns
+from bench.plan import DECODING, QUESTION_TOKENS, Plan, Spec
+from bench.process import Process, ProcessError
 from bench.progress import Progress
-from bench.row import Results
-from bench.rows import tabulate
-from bench.workers import Client, Spec, WorkerError
+from bench.row import Baseline, Results, Row
+from bench.worker import Worker
 from mplug2_fast.info import available_memory
 
-# A reference that is this slow is neither warmed up nor repeated: its first run counts.
 SLOW_SECONDS = 5.0
-# On a GPU a first run tunes and compiles, and a second one captures graphs.
+"""A reference that is slower is neither warmed up nor repeated: its first run counts."""
 WARM_UPS = {"cuda": 3}
-# What the reference has to compute first so that a task has its input.
+"""On a GPU a first run tunes and compiles, and a second one captures graphs."""
 BEFORE = {"universal": ("vision",), "decode": ("vision", "universal")}
+"""The tasks that the reference computes first to give a task its input."""
+NOISE, SCORE_NOISE = 1e-5, 4e-2
+"""Relative errors; see NOTES.md. In a narrow dtype a search may choose other words, which changes the score by that
+much in any dtype."""
 
 
 @dataclass
@@ -39,7 +46,7 @@ class Measured:
     relative_error: float | None = None
 
     def warm_up(self, reply: dict[str, Any]) -> None:
-        """A run that is not timed. What a process first takes it may keep, so that no later run adds as much."""
+        """Counts a run that is not timed. A process keeps memory, so a later run may add less than the first."""
         if reply["added_memory_bytes"] is not None:
             self.added_memory_bytes = max(self.added_memory_bytes or 0, reply["added_memory_bytes"])
         if reply["relative_error"] is not None:
@@ -57,10 +64,10 @@ class Measured:
 
 
 def run(plan: Plan, progress: Progress, ceilings: dict[str, Any]) -> Results:
-    """All rows of the plan; what could not be measured is in `failed`, and a baseline that is missing in the notes.
+    """All rows of the plan. Rows that could not be measured are in `failed`, missing baselines in the notes.
 
     Args:
-        ceilings: of `bench.ceilings.measure`.
+        ceilings: from `bench.ceilings.measure`.
     """
     described, versions = machine.describe()
     described |= {"threads": plan.threads, "device": plan.device}
@@ -69,7 +76,7 @@ def run(plan: Plan, progress: Progress, ceilings: dict[str, Any]) -> Results:
         results.notes += [f"Input: {save_inputs(plan, Path(exchange))}.", *notes(plan)]
         groups = fitting(plan, available_memory(), results.notes)
         measured = [Group(plan, *group, exchange, progress, results) for group in groups]
-        # Of a model that is this small, all workers start while the first compile.
+        # All workers of a model this small start while the first compile.
         for alive in [measured] if plan.preset == "tiny" else [[group] for group in measured]:
             measure(alive)
     for group in measured:
@@ -80,27 +87,27 @@ def run(plan: Plan, progress: Progress, ceilings: dict[str, Any]) -> Results:
 
 
 def fitting(plan: Plan, available: int, notes: list[str]) -> list[tuple[str, tuple[str, ...]]]:
-    """The plan's groups, without training where memory cannot hold it: the system would end a process, any of them."""
+    """The plan's groups, without training if memory cannot hold it: the system would kill any of the processes."""
     groups = []
     for family, dtypes in plan.groups(available):
         needed = plan.resident_bytes(family, dtypes)
         if family == "training" and plan.device == "cpu" and needed > available:
             notes.append(
-                f"No training in {', '.join(dtypes)}: with all baselines it takes about {needed / 1e9:.0f} GB of "
-                f"memory and there are {available / 1e9:.0f}. Give fewer --frames, --baselines or a smaller --preset."
+                f"No training in {', '.join(dtypes)}: with all baselines it needs about {needed / 1e9:.0f} GB of "
+                f"memory, and {available / 1e9:.0f} GB are free. "
+                "Use fewer --frames or --baselines, or a smaller --preset."
             )
         else:
             groups.append((family, dtypes))
     if len(groups) > len({family for family, _ in groups}):
-        notes.append("Memory does not hold all workers at once: dtypes were measured one after another.")
+        notes.append("All workers together do not fit into memory, so the dtypes were measured one after another.")
     return groups
 
 
 def save_inputs(plan: Plan, exchange: Path) -> str:
-    """Writes what the workers take in, and returns what it is."""
+    """Writes the inputs of the workers. Returns a description of the video."""
     config = plan.config
-    video, description = inputs.load(plan.video, plan.frames, config.vision.image_size)
-    torch.save(video.expand(plan.batch, *video.shape).contiguous(), exchange / "video.pt")
+    description = plan.save_video(exchange)
     lengths = {"question": QUESTION_TOKENS, "caption": 1 + config.generation.prompt_tokens + plan.steps}
     for seed, (name, tokens) in enumerate(lengths.items()):
         ids, mask = inputs.text(config.text.vocab_size, tokens, plan.batch, seed)
@@ -112,23 +119,23 @@ def save_inputs(plan: Plan, exchange: Path) -> str:
 def notes(plan: Plan) -> list[str]:
     found = []
     if plan.preset == "tiny":
-        found.append("The tiny model has next to no arithmetic: its times are the overheads of many small operators.")
+        found.append("The tiny model has little arithmetic: its times are the overheads of many small operators.")
     if plan.device != "cpu" and "compiled" in plan.baselines:
         found.append(
-            "The compiled peer: torch.compile with max_autotune, products by cuBLAS, which was found to be faster than "
-            "Triton's templates at these sizes, and without coordinate descent; its decoding step is a CUDA graph."
+            "The compiled peer: torch.compile with max_autotune and without coordinate descent. Its products are "
+            "cuBLAS's, which beat Triton's templates at these sizes. Its decoding step is a CUDA graph."
         )
     less = ", ".join(task for task in plan.tasks if plan.reference_decodes_less(task))
     if less:
         found.append(
-            f"The reference was timed at {plan.reference_steps} of {plan.steps} steps: {less}. Its ratios are lower "
-            "bounds there, and results are not compared."
+            f"The reference was timed at {plan.reference_steps} of {plan.steps} steps: {less}. Ratios to it are lower "
+            "bounds, and results are not compared."
         )
     return found
 
 
 def measure(groups: list[Group]) -> None:
-    """Nothing is timed before all have started and warmed up."""
+    """Times nothing before all workers have started and warmed up."""
     with ExitStack() as stack:
         for group in groups:
             group.start(stack)
@@ -142,8 +149,8 @@ class Group:
     """Workers that are alive together: the reference, and the implementations of a family of tasks in some dtypes.
 
     Attributes:
-        runs: by worker and task, without the workers that failed; without the reference there are none.
-        slow: tasks of which the reference's first run counted.
+        runs: by worker and task, without failed workers. If the reference failed there are none.
+        slow: tasks whose first run by the reference counted.
     """
 
     def __init__(
@@ -152,18 +159,18 @@ class Group:
         self.plan, self.family, self.progress, self.results = plan, family, progress, results
         self.tasks = plan.tasks_of("reference", family)
         self.specs = list(plan.specs(family, dtypes, exchange))
-        self.clients: dict[Spec, Client] = {}
+        self.processes: dict[Spec, Process] = {}
         self.runs: dict[Spec, dict[str, Measured]] = {}
         self.gone: set[Spec] = set()
         self.slow: set[str] = set()
 
     def start(self, stack: ExitStack) -> None:
-        """All side by side; what they do until they are ready is not timed."""
+        """Starts all workers side by side."""
         for spec in self.specs:
-            self.clients[spec] = stack.enter_context(Client.start(spec))
+            self.processes[spec] = stack.enter_context(Process(spec.label, Worker, spec))
 
     def prepare(self) -> None:
-        """First runs of all workers."""
+        """First runs of all workers, not timed."""
         for spec in self.specs:
             self._try(spec, self._begin)
         self._try(self.specs[0], self._first_runs_of_reference)
@@ -173,7 +180,7 @@ class Group:
     def take_turns(self) -> None:
         """The timed runs."""
         for spec in list(self.runs):
-            self._try(spec, lambda spec: self.clients[spec].call("settle"))
+            self._try(spec, lambda spec: self.processes[spec].call(Worker.settle))
         for repeat in range(self.plan.repeats):
             for task in self.tasks:
                 for spec in list(self.runs):
@@ -183,28 +190,26 @@ class Group:
             self._try(spec, self._remark)
 
     def _try(self, spec: Spec, do: Callable[..., None], *arguments: Any) -> None:
-        """`do(spec, *arguments)`, if the worker is still there; where that fails it is left out from then on."""
+        """Calls `do(spec, *arguments)` unless the worker has failed before. If it fails it is left out from now on."""
         if spec not in self.gone:
             try:
                 do(spec, *arguments)
-            except WorkerError as error:
+            except ProcessError as error:
                 self._leave_out(spec, error)
 
     def _begin(self, spec: Spec) -> None:
-        what = f"{self.family} · {spec.label} · starting"
-        self.progress.begin(what)
-        client = self.clients[spec].ready()
-        backend = client.call("describe")["backend"]
+        self.progress.begin(f"{self.family} · {spec.label} · starting")
+        backend, _ = self.processes[spec].ready().call(Worker.describe)
         self.runs[spec] = {task: Measured(backend) for task in self.plan.tasks_of(spec.implementation, self.family)}
 
     def _remark(self, spec: Spec) -> None:
-        remarks = self.clients[spec].call("describe")["remarks"]
+        _, remarks = self.processes[spec].call(Worker.describe)
         self.results.notes += [f"{spec.label}, {self.family}: {remark}." for remark in remarks]
 
     def _once(self, spec: Spec, task: str, what: str, times: int = 1) -> dict[str, Any]:
         what = f"{task} · {spec.label} · {what}"
         self.progress.begin(what)
-        reply = self.clients[spec].call("run", task, times)
+        reply = self.processes[spec].call(Worker.run, task, times)
         self.progress.finished(what, reply["seconds"])
         return reply
 
@@ -212,7 +217,7 @@ class Group:
         self.runs[spec][task].add(self._once(spec, task, what, self.plan.runs_a_turn))
 
     def _first_runs_of_reference(self, reference: Spec) -> None:
-        """Leaves the inputs and results of all tasks behind."""
+        """Writes the inputs and results of all tasks."""
         before = [task for wanted in self.tasks for task in BEFORE.get(wanted, ())]
         self._compare_gradients(reference)
         for task in dict.fromkeys([*before, *self.tasks]):
@@ -222,9 +227,7 @@ class Group:
                 self.slow.add(task)
         if self.slow:
             named = ", ".join(task for task in self.tasks if task in self.slow)
-            self.results.notes.append(
-                f"Timed once, without a warm-up, for it takes over {SLOW_SECONDS:g} s: reference, {named}."
-            )
+            self.results.notes.append(f"Reference timed once, no warm-up (> {SLOW_SECONDS:g} s): {named}.")
 
     def _warm_up(self, spec: Spec) -> None:
         self._compare_gradients(spec)
@@ -234,14 +237,14 @@ class Group:
     def _compare_gradients(self, spec: Spec) -> None:
         if "training" in self.runs[spec]:
             self.progress.begin(f"training · {spec.label} · comparing gradients")
-            self.runs[spec]["training"].relative_error = self.clients[spec].call("compare_gradients")
+            self.runs[spec]["training"].relative_error = self.processes[spec].call(Worker.compare_gradients)
 
-    def _leave_out(self, spec: Spec, error: WorkerError) -> None:
-        """Notes a baseline that is missing; without ours there is no row of that dtype, without the reference none."""
+    def _leave_out(self, spec: Spec, error: ProcessError) -> None:
+        """Notes a missing baseline. Without ours its dtype has no row, without the reference none has."""
         baseline = self.plan.baseline(spec.implementation)
         if baseline in ("eager", "compiled"):
             lost = [spec]
-            needs = " On a CPU it needs a C++ compiler and Python's headers." if baseline == "compiled" else ""
+            needs = " On a CPU it needs a C++ compiler and the headers of Python." if baseline == "compiled" else ""
             self.results.notes.append(f"The {baseline} peer is missing for {self.family}: {error}.{needs}")
         else:
             lost = self.specs if baseline else [other for other in self.specs[1:] if other.dtype == spec.dtype]
@@ -251,4 +254,90 @@ class Group:
         for each in lost:
             self.gone.add(each)
             self.runs.pop(each, None)
-            self.clients[each].close()
+            self.processes[each].close()
+
+
+Runs = Mapping[Spec, Mapping[str, Measured]]
+"""By worker and task."""
+
+
+def tabulate(plan: Plan, family: str, results: Runs, ceilings: Mapping[str, Any]) -> list[Row]:
+    """The rows of one group of workers, by task and dtype."""
+    ours = {spec: runs for spec, runs in results.items() if plan.baseline(spec.implementation) is None}
+    return [
+        row(plan, task, spec.dtype, runs[task], baselines(plan, task, spec.dtype, results), ceilings)
+        for task in plan.tasks_of("fast", family)
+        for spec, runs in ours.items()
+    ]
+
+
+def baselines(plan: Plan, task: str, dtype: str, results: Runs) -> dict[str, Measured]:
+    """The baselines of a row, in the order of `bench.plan.BASELINES`."""
+    found = {}
+    for spec, runs in results.items():
+        name = plan.baseline(spec.implementation)
+        if name and task in runs and (name == "reference" or spec.dtype == dtype):
+            found[name] = runs[task]
+    return found
+
+
+def row(
+    plan: Plan, task: str, dtype: str, ours: Measured, others: Mapping[str, Measured], ceilings: Mapping[str, Any]
+) -> Row:
+    flop, moved = plan.needed_flop(task), plan.needed_bytes(task, dtype)
+    tflops, gb_per_second, percent, bound = under.place(flop, moved, ours.median, dtype, ceilings)
+    judged = not plan.reference_decodes_less(task)
+    error = ours.relative_error if judged else None
+    allowed = allowed_error(task, dtype, others) if judged else None
+    return Row(
+        key=plan.key(task, dtype),
+        seconds=ours.median,
+        spread=Turns({OURS: ours.seconds}).spread(),
+        runs=len(ours.seconds),
+        flop=flop,
+        bytes=moved,
+        tflops=tflops,
+        gb_per_second=gb_per_second,
+        percent_of_ceiling=percent,
+        bound=bound,
+        baselines={name: baseline(ours, other, name, judged) for name, other in others.items()},
+        peak_memory_bytes=ours.peak_memory_bytes,
+        added_memory_bytes=ours.added_memory_bytes,
+        relative_error=error,
+        allowed_error=allowed,
+        correct=within(error, allowed),
+        backend=ours.backend,
+        command=plan.command(task, dtype),
+    )
+
+
+def baseline(ours: Measured, other: Measured, name: str, judged: bool) -> Baseline:
+    compared = judged and name != "reference"
+    return Baseline(
+        seconds=other.median,
+        ratio=Turns({OURS: ours.seconds, name: other.seconds}).ratio(name),
+        peak_memory_bytes=other.peak_memory_bytes,
+        relative_error=other.relative_error if compared else None,
+    )
+
+
+def allowed_error(task: str, dtype: str, others: Mapping[str, Measured]) -> float | None:
+    """Twice the error of the peer in the same dtype, eager if it ran, plus a noise floor. Without a peer: the floor in
+    float32, otherwise None."""
+    floor = noise_floor(task, dtype)
+    for name in ("eager", "compiled"):
+        error = others[name].relative_error if name in others else None
+        if error is not None and math.isfinite(error):
+            return 2 * error + floor
+    return floor if dtype == "float32" else None
+
+
+def noise_floor(task: str, dtype: str) -> float:
+    """`NOISE` for thousands of values, whose error hardly varies. A task that returns one score per video gets
+    `SCORE_NOISE`, because the peer's own error is large or zero by chance."""
+    return SCORE_NOISE if task in DECODING and dtype != "float32" else NOISE
+
+
+def within(error: float | None, allowed: float | None) -> bool:
+    """Without a bound the error must at least be finite."""
+    return error is None or (math.isfinite(error) if allowed is None else error <= allowed)

@@ -1,5 +1,5 @@
-"""Peak memory: of the whole process on a CPU; on CUDA of the allocator, with all that graphs keep for themselves: their
-replays write there without asking it."""
+"""Peak memory: of the whole process on a CPU; of the allocator on CUDA, plus what CUDA graphs keep, because replays
+write there without allocating."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def reset_peak(device: str) -> bool:
-    """False where the system cannot tell a process's peak memory, as in some sandboxes."""
+    """False if the system does not report a process's peak memory, as in some sandboxes."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -37,7 +37,7 @@ def held(device: str) -> int:
 
 
 def _kept_by_graphs(device: str) -> int:
-    """Of the memory of CUDA graphs, what does not count as allocated."""
+    """The memory of CUDA graphs that does not count as allocated."""
     index = torch.device(device).index or 0
     return sum(
         segment["total_size"] - segment["allocated_size"]
@@ -47,7 +47,7 @@ def _kept_by_graphs(device: str) -> int:
 
 
 def give_back() -> None:
-    """What is freed goes back to the system, where glibc is there to do it, and to the GPU."""
+    """Returns freed memory to the system, if glibc can, and to the GPU."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

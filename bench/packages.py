@@ -1,5 +1,7 @@
-"""Installed packages that operators are compared with: a column each, where a package serves the device, operator and
-dtype. Nothing here requires one, and none is imported before it is asked for."""
+"""Installed packages that operators are compared with, if they serve the operator, device and dtype.
+
+No package is required, and none is imported before it is needed.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +13,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.ops.baseline import Arguments
+from bench.ops.bounds import Arguments, Prepare
 from bench.row import Key
 from mplug2_fast import ops
 from mplug2_fast.ops.runtime import packages
-
-Prepare = Callable[[Arguments], Callable[[], Any]]
-"""From an operator's arguments to a callable that runs the package once."""
 
 LIGER = "liger_kernel"
 
 
 def ways(op: str, arguments: Arguments) -> dict[str, Prepare]:
-    """Package -> how it is called, for those that serve these arguments of the operator `op`, forward."""
+    """Package -> how to call it, for packages that serve these arguments of the operator `op`, forward."""
     return {name: prepare for name, prepare in _peers(op).items() if not _reason(name, op, arguments)}
 
 
 def why_not(op: str, arguments: Arguments) -> dict[str, str]:
-    """Package that knows the operator -> why it does not serve these arguments."""
+    """Package -> why it does not serve these arguments, for packages that know the operator."""
     return {name: reason for name in _peers(op) if (reason := _reason(name, op, arguments))}
 
 
 def reasons(keys: Iterable[Key]) -> list[str]:
-    """Which packages have no column among the operators of these keys, and why: a line for each reason."""
+    """Which packages have no column for the operators of these keys: one line per reason."""
     operators: dict[tuple[str, str], list[str]] = {}
     asked = dict.fromkeys(
         (key.name, key.dtype, key.device) for key in keys if (key.level, key.direction) == ("ops", "forward")
@@ -48,7 +47,7 @@ def reasons(keys: Iterable[Key]) -> list[str]:
 
 
 def _peers(op: str) -> dict[str, Prepare]:
-    """Every package that knows the operator: those that may also serve it as a backend, and others."""
+    """The packages that know the operator: possible backends, and others."""
     operator = ops.OPERATORS[op].op
     peers: dict[str, Prepare] = {
         name: partial(_backend, operator.direct(name)) for name in packages.BACKENDS if name in operator.backends
@@ -82,5 +81,5 @@ def _liger_reason(arguments: Arguments) -> str:
     if x.device.type != "cuda":
         return f"supports cuda, got {x.device}"
     if weight is None or bias is None:
-        return "its layer norm has a weight and a bias"
+        return "its layer norm needs a weight and a bias"
     return packages.error("liger_kernel.transformers", "pip install liger-kernel") or ""

@@ -1,102 +1,295 @@
 """The compiled peer: mPLUG-2 as an expert writes it in an afternoon for `torch.compile`.
 
-Plain PyTorch, batch-first, scaled_dot_product_attention, fused projections, static caches, beams batched; nothing of
-the fast model. What repeats is compiled as a region, so that one compilation serves all layers of a kind.
+It computes with the parameters of the fast model and none of its code: plain PyTorch, batch-first,
+scaled_dot_product_attention, fused projections, static caches, all beams in one batch. Each function that repeats is
+compiled once for all layers of its kind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from bench import peer_weights
-from bench.peer_bert import Fusion, Layer, TextEncoder
-from bench.peer_decoder import Decoder
-from bench.peer_vision import Vision
-from mplug2_fast.models.mplug2.config import CLS_TOKEN_ID, SEP_TOKEN_ID, MPlug2Config
+from mplug2_fast.models.mplug2 import MPlug2ForCaptioning, MPlug2ForQuestionAnswering
+from mplug2_fast.models.mplug2.config import CLS_TOKEN_ID, PAD_TOKEN_ID, SEP_TOKEN_ID
 
-# What mode="max-autotune-no-cudagraphs" tunes on a GPU, but for two searches that take minutes: products by Triton,
-# where all of the wide ones of the Large model were found to be fastest by cuBLAS, and coordinate descent.
 TUNED = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
+"""What mode="max-autotune-no-cudagraphs" tunes on a GPU, without two searches that take minutes: Triton products, which
+cuBLAS beat at all wide sizes of the Large model, and coordinate descent."""
 
 
-class Peer(nn.Module):
-    """Captioning, or question answering. Parameters are uninitialised: write into `official_parameters()`.
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer, or a convolution with a kernel of 1 over the last axis."""
+    return F.linear(x, layer.weight.flatten(1), layer.bias)
 
-    It starts in inference mode, without gradients.
+
+def norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, layer.eps)
+
+
+def dropout(layer: nn.Dropout, x: Tensor) -> Tensor:
+    return F.dropout(x, layer.p, layer.training)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def split_heads(x: Tensor, parts: int, heads: int) -> Tensor:
+    """`(batch, tokens, parts·D)` to `(parts, batch, heads, tokens, head_dim)`."""
+    return x.view(*x.shape[:2], parts, heads, -1).permute(2, 0, 3, 1, 4)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """`(batch, heads, tokens, head_dim)` to `(batch, tokens, D)`."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def vision(model: nn.Module, video: Tensor, block: Callable[..., Tensor]) -> Tensor:
+    """Video `(batch, 3, frames, height, width)` to tokens `(batch, 1 + frames·patches, width)`."""
+    config, patch = model.config, model.config.patch_size
+    kernel, stride = (3, config.temporal_stride) if config.temporal_downsampling else (1, 1)
+    weight = model.patch_weight.view(-1, 3, kernel, patch, patch)
+    x = F.conv3d(video.to(weight.dtype), weight, stride=(stride, patch, patch), padding=(kernel // 2, 0, 0))
+    x = x.flatten(3).permute(0, 2, 3, 1)  # (batch, frames, patches, width)
+    x = torch.cat([model.class_embedding.expand(*x.shape[:2], 1, -1), x], dim=2)
+    x = norm(model.norm_pre, x + model.positional_embedding)
+    for layer in model.blocks:
+        x = block(layer, x)
+    return norm(model.norm_post, torch.cat([x[:, :, 0].mean(dim=1, keepdim=True), x[:, :, 1:].flatten(1, 2)], dim=1))
+
+
+def vision_block(block: nn.Module, x: Tensor) -> Tensor:
+    """`(batch, frames, 1 + patches, width)`."""
+    x = local_temporal(block.lmhra1, x)
+    own = block.attn
+    qkv = F.linear(norm(block.ln_1, x).flatten(0, 1), own.in_proj_weight, own.in_proj_bias)
+    context = merge_heads(F.scaled_dot_product_attention(*split_heads(qkv, 3, own.num_heads)))
+    x = x + linear(own.out_proj, context).view(x.shape)
+    x = local_temporal(block.lmhra2, x)
+    return x + linear(block.mlp.c_proj, quick_gelu(linear(block.mlp.c_fc, norm(block.ln_2, x))))
+
+
+def local_temporal(module: nn.Module, x: Tensor) -> Tensor:
+    """The convolution is a sum of shifted products, which the compiler fuses with the activation."""
+    h = linear(module.down_proj, norm(module.ln, x[:, :, 1:]))
+    frames, taps = h.shape[1], module.conv.weight.flatten(1).unbind(1)
+    padded = F.pad(h, (0, 0, 0, 0, len(taps) // 2, len(taps) // 2))
+    h = module.conv.bias + sum(padded[:, i : i + frames] * tap.contiguous() for i, tap in enumerate(taps))
+    h = linear(module.up_proj, quick_gelu(h))
+    return torch.cat([x[:, :, :1], x[:, :, 1:] + h], dim=2)
+
+
+def embed(embeddings: nn.Module, tokens: Tensor, positions: Tensor) -> Tensor:
+    x = embeddings.word(tokens) + embeddings.position(positions) + embeddings.token_type.weight[0]
+    return dropout(embeddings.dropout, norm(embeddings.norm, x))
+
+
+def bert_layer(
+    layer: nn.Module, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """A post-norm BERT layer; with a memory, also cross-attention. mask `(batch, 1, 1, tokens)`: tokens of x to see."""
+    own = layer.attention.self
+    qkv = split_heads(F.linear(x, own.in_proj_weight, own.in_proj_bias), 3, own.num_heads)
+    x = add_norm(layer.attention.output, x, attend(own, *qkv, mask, causal))
+    if memory is not None:
+        x = cross_attend(layer, x, *memory_heads(layer, memory), None)
+    return feed_forward(layer, x)
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool = False
+) -> Tensor:
+    rate = module.dropout.p if module.dropout.training else 0.0
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate, is_causal=causal)
+    return merge_heads(out)
+
+
+def add_norm(output: nn.Module, x: Tensor, hidden: Tensor) -> Tensor:
+    """The end of each part of a BERT layer: linear layer, dropout, residual, norm."""
+    return norm(output.LayerNorm, x + dropout(output.dropout, linear(output.dense, hidden)))
+
+
+def memory_heads(layer: nn.Module, memory: Tensor) -> Tensor:
+    """Keys and values `(2, batch, heads, tokens, head_dim)` of a memory `(batch, tokens, D)`."""
+    cross, dim = layer.crossattention.self, memory.shape[-1]
+    return split_heads(F.linear(memory, cross.in_proj_weight[dim:], cross.in_proj_bias[dim:]), 2, cross.num_heads)
+
+
+def cross_attend(layer: nn.Module, x: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    cross, dim = layer.crossattention.self, x.shape[-1]
+    query = split_heads(F.linear(x, cross.in_proj_weight[:dim], cross.in_proj_bias[:dim]), 1, cross.num_heads)[0]
+    return add_norm(layer.crossattention.output, x, attend(cross, query, key, value, mask))
+
+
+def feed_forward(layer: nn.Module, x: Tensor) -> Tensor:
+    return add_norm(layer.output, x, F.gelu(linear(layer.intermediate.dense, x)))
+
+
+def cached_layer(
+    layer: nn.Module,
+    x: Tensor,
+    cache: tuple[Tensor, Tensor],
+    step: Tensor,
+    seen: Tensor,
+    origin: Tensor,
+    memory_mask: Tensor | None,
+) -> Tensor:
+    """A decoder layer for the newest tokens alone.
+
+    Args:
+        x: `(batch, beams, D)`, at position `step` `(1,)`.
+        cache: keys and values of the tokens so far `(2, batch·beams, heads, steps, head_dim)`, and of the memory.
+        seen: `(1, steps)`. origin: the row in which each row was one step ago.
     """
+    (batch, beams, dim), (past, memory), own = x.shape, cache, layer.attention.self
+    qkv = F.linear(x.view(batch * beams, 1, dim), own.in_proj_weight, own.in_proj_bias)
+    q, k, v = split_heads(qkv, 3, own.num_heads)
+    present = past.index_select(1, origin).index_copy(3, step, torch.stack([k, v]))
+    past.copy_(present)
+    x = add_norm(layer.attention.output, x, attend(own, q, present[0], present[1], seen).view(x.shape))
+    return feed_forward(layer, cross_attend(layer, x, memory[0], memory[1], memory_mask))
 
-    def __init__(
-        self,
-        config: MPlug2Config,
-        task: str = "captioning",
-        *,
-        device: str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__()
-        text, vision = config.text, config.vision
-        self.config, self.task = config, task
-        with torch.device("meta"):
-            self.vision = Vision(vision)
-            self.project = nn.Linear(vision.width, text.hidden_size) if vision.width != text.hidden_size else None
-            self.project_norm = nn.LayerNorm(text.hidden_size, eps=1e-12) if self.project else None
-            self.latents = nn.Parameter(torch.empty(text.num_latents, text.hidden_size))
-            self.universal_first, self.universal_last = Layer(text), Layer(text)
-            self.norm = nn.LayerNorm(text.hidden_size, eps=1e-12)
-            self.dropout = nn.Dropout(text.hidden_dropout_prob)
-            self.text = TextEncoder(text) if task == "question_answering" else None
-            self.fusion = Fusion(text) if task == "question_answering" else None
-            self.decoder = Decoder(text)
-        self.to(dtype).to_empty(device=device).eval().requires_grad_(False)
 
-    def compile(self, backend: str = "inductor") -> None:  # type: ignore[override]
-        """Compiles what repeats. On CUDA the decoding step becomes one CUDA graph."""
+def logits(decoder: nn.Module, x: Tensor) -> Tensor:
+    x = norm(decoder.head_norm, F.gelu(linear(decoder.head, x)))
+    return F.linear(x, decoder.embeddings.word.weight, decoder.head_bias).float()
+
+
+def token_loss(decoder: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy over the labels that are not -100."""
+    return F.cross_entropy(logits(decoder, x).flatten(0, 1), labels.flatten())
+
+
+def best_beams(
+    decoder: nn.Module, x: Tensor, cumulative: Tensor, penalty: Tensor, end_bias: Tensor
+) -> tuple[Tensor, ...]:
+    """The best beams among all continuations: scores, cumulative log-probabilities, origin, tokens."""
+    log_probs = logits(decoder, x).log_softmax(dim=-1)
+    log_probs[..., SEP_TOKEN_ID] += end_bias
+    scores = (cumulative[:, :, None] + log_probs) / penalty
+    scores, picks = scores.flatten(1).topk(x.shape[1], dim=-1)
+    return scores, scores * penalty, picks // log_probs.shape[-1], picks % log_probs.shape[-1]
+
+
+class Peer:
+    """Captioning or question answering with the parameters of `model`. Only those parts must have memory that run."""
+
+    def __init__(self, model: MPlug2ForCaptioning | MPlug2ForQuestionAnswering) -> None:
+        self.model = model
+        self.sizes: tuple[Any, ...] = ()
+        self.caches: list[tuple[Tensor, Tensor]] = []
+        self.vision_block, self.bert_layer, self.cached_layer = vision_block, bert_layer, cached_layer
+        self.best_beams, self.token_loss = best_beams, token_loss
+
+    def compile(self, device: str = "cpu", backend: str = "inductor") -> None:
+        """Compiles what repeats. On CUDA the whole decoding step becomes one CUDA graph."""
         static = {"dynamic": False, "fullgraph": True, "backend": backend}
-        if next(self.parameters()).is_cuda:
-            tuned = {**static, "options": TUNED} if backend == "inductor" else static
-            self.decoder.step = torch.compile(self.decoder.step, mode="reduce-overhead", **static)
+        tuned = {**static, "options": TUNED} if device != "cpu" and backend == "inductor" else static
+        if device != "cpu":
+            self.step = torch.compile(self.step, mode="reduce-overhead", **static)  # type: ignore[method-assign]
         else:
-            tuned = static
-            self.decoder.best = torch.compile(self.decoder.best, **static)
-            for layer in self.decoder.layers:
-                layer.step = torch.compile(layer.step, **static)
-        self.decoder.token_loss = torch.compile(self.decoder.token_loss, **tuned)
-        for module in self.modules():
-            if isinstance(module, Layer) or module in set(self.vision.blocks):
-                module.forward = torch.compile(module.forward, **tuned)
+            self.best_beams = torch.compile(best_beams, **static)
+            self.cached_layer = torch.compile(cached_layer, **static)
+        self.token_loss = torch.compile(token_loss, **tuned)
+        self.vision_block = torch.compile(vision_block, **tuned)
+        self.bert_layer = torch.compile(bert_layer, **tuned)
 
     def encode_visual(self, video: Tensor) -> Tensor:
-        x = self.vision(video.to(self.latents.dtype))
-        return x if self.project is None else self.dropout(self.project_norm(self.project(x)))
+        model = self.model
+        x = vision(model.visual, video, self.vision_block)
+        if model.visual_projection is None:
+            return x
+        return dropout(model.dropout, norm(model.visual_projection_norm, linear(model.visual_projection, x)))
 
     def encode_universal(self, visual: Tensor) -> Tensor:
-        latents = self.universal_first(self.latents.expand(visual.shape[0], -1, -1), visual)
-        return self.dropout(self.norm(visual + self.universal_last(visual, latents)))
+        model, universal = self.model, self.model.universal
+        latents = self.bert_layer(universal.first, universal.latents.expand(visual.shape[0], -1, -1), visual)
+        update = self.bert_layer(universal.last, visual, latents)
+        return dropout(model.dropout, norm(model.visual_norm, visual + update))
 
     def encode_video(self, video: Tensor) -> Tensor:
         return self.encode_universal(self.encode_visual(video))
 
     def encode_question(self, video: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The decoder's memory, [visual; text], and which of it is seen."""
+        """The decoder's memory [visual; text] `(batch, S + tokens, D)`, and its mask `(batch, 1, 1, S + tokens)`."""
+        model = self.model
         visual, mask = self.encode_video(video), mask[:, None, None].bool()
-        both_mask = torch.cat([mask.new_ones(visual.shape[0], 1, 1, visual.shape[1]), mask], dim=-1)
-        text = self.text(tokens, mask, (self.universal_first, self.universal_last))
-        return self.fusion(text, mask, visual, both_mask), both_mask
+        split = visual.shape[1]
+        both_mask = torch.cat([mask.new_ones(visual.shape[0], 1, 1, split), mask], dim=-1)
+        text = embed(model.text.embeddings, tokens, torch.arange(tokens.shape[1], device=tokens.device))
+        for layer in (*model.text.layers, model.universal.first, model.universal.last):
+            text = self.bert_layer(layer, text, None, mask)
+        for layer in model.fusion.layers:
+            if layer.crossattention is not None:
+                text = self.bert_layer(layer, text, visual, mask)
+            else:  # connected
+                both = self.bert_layer(layer, torch.cat([visual, text], dim=1), None, both_mask)
+                visual, text = visual + both[:, :split], both[:, split:]
+        return torch.cat([visual, text], dim=1), both_mask
 
     def loss(self, video: Tensor, tokens: Tensor) -> Tensor:
-        """The mean cross-entropy over the targets. All tokens of the prompt but the last are ignored."""
-        return self.decoder.loss(tokens, self.encode_video(video), self.config.generation.prompt_tokens)
+        """The mean cross-entropy over the targets. All tokens of the prompt but the last are ignored.
+
+        Padding comes last, so that no token before it sees it.
+        """
+        decoder, memory = self.model.decoder, self.encode_video(video)
+        x = embed(decoder.embeddings, tokens, torch.arange(tokens.shape[1], device=tokens.device))
+        for layer in decoder.layers:
+            x = self.bert_layer(layer, x, memory, None, True)
+        labels = tokens[:, 1:].masked_fill(tokens[:, 1:] == PAD_TOKEN_ID, -100)
+        labels[:, : self.model.config.generation.prompt_tokens] = -100
+        return self.token_loss(decoder, x[:, :-1], labels)
+
+    def start(self, memory: Tensor, beams: int, steps: int) -> None:
+        """Fills the static caches, which all videos of these sizes share."""
+        layers, (batch, tokens, dim) = self.model.decoder.layers, memory.shape
+        heads = layers[0].attention.self.num_heads
+        if self.sizes != (batch, beams, steps, tokens):
+            self.sizes = (batch, beams, steps, tokens)
+            shapes = (2, batch * beams, heads, steps, dim // heads), (2, batch, heads, tokens, dim // heads)
+            self.caches = [tuple(memory.new_zeros(shape) for shape in shapes) for _ in layers]
+            if memory.is_cuda:  # a CUDA graph may then write to them
+                for cache in self.caches:
+                    for tensor in cache:
+                        torch._dynamo.mark_static_address(tensor)
+        for layer, (_, kept) in zip(layers, self.caches, strict=True):
+            kept.copy_(memory_heads(layer, memory))
+
+    def states(self, tokens: Tensor, step: Tensor, origin: Tensor, memory_mask: Tensor | None) -> Tensor:
+        """Hidden states `(batch, beams, D)` of the newest tokens `(batch, beams)`."""
+        decoder = self.model.decoder
+        x = embed(decoder.embeddings, tokens, step)
+        seen = torch.arange(self.sizes[2], device=tokens.device)[None] <= step
+        for layer, cache in zip(decoder.layers, self.caches, strict=True):
+            x = self.cached_layer(layer, x, cache, step, seen, origin, memory_mask)
+        return x
+
+    def step(
+        self,
+        tokens: Tensor,
+        step: Tensor,
+        origin: Tensor,
+        memory_mask: Tensor | None,
+        cumulative: Tensor,
+        penalty: Tensor,
+        end_bias: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """As `best_beams`, from the newest tokens."""
+        x = self.states(tokens, step, origin, memory_mask)
+        return self.best_beams(self.model.decoder, x, cumulative, penalty, end_bias)
 
     @torch.no_grad()
     def decode(
         self, memory: Tensor, beams: int, min_length: int, max_length: int, memory_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Best hypothesis of each video: ids `(batch, 1 + max_length)` padded with -1, and scores `(batch,)`."""
+        """The best hypothesis of each video: ids `(batch, 1 + max_length)`, padded with -1, and scores `(batch,)`."""
         batch, device = memory.shape[0], memory.device
-        self.decoder.start(memory, beams, max_length)
+        self.start(memory, beams, max_length)
         sequences = torch.full((batch, beams, max_length + 1), -1, device=device)
         sequences[:, :, 0] = CLS_TOKEN_ID
         cumulative = torch.full((batch, beams), -torch.inf, device=device)
@@ -109,11 +302,16 @@ class Peer(nn.Module):
         done = torch.zeros(batch, dtype=torch.bool, device=device)
         best, best_scores = sequences[:, 0].clone(), torch.full((batch,), -torch.inf, device=device)
         for step in range(max_length):
-            at = steps[step : step + 1]
             if device.type == "cuda":
                 torch.compiler.cudagraph_mark_step_begin()
-            scores, cumulative, parent, tokens = self.decoder.step(
-                sequences[:, :, step], at, origin, memory_mask, cumulative, penalties[step], end_bias[step]
+            scores, cumulative, parent, tokens = self.step(
+                sequences[:, :, step],
+                steps[step : step + 1],
+                origin,
+                memory_mask,
+                cumulative,
+                penalties[step],
+                end_bias[step],
             )
             sequences = sequences.gather(1, parent[:, :, None].expand_as(sequences))
             sequences[:, :, step + 1] = tokens
@@ -129,14 +327,3 @@ class Peer(nn.Module):
             if step + 1 >= min_length and bool(done.all()):
                 break
         return best, best_scores
-
-    def official_parameters(self) -> dict[str, Tensor]:
-        """Released key to a view into the parameters, for the keys that the task uses."""
-        return self._released(Tensor.detach)
-
-    def official_gradients(self) -> dict[str, Tensor]:
-        """Released key to a view of the gradient. Every parameter must have one."""
-        return self._released(lambda parameter: parameter.grad)
-
-    def _released(self, get: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        return dict(peer_weights.released(self, get))

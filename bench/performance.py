@@ -1,4 +1,4 @@
-"""docs/performance.md and the README's table, from results that are kept: targets first, then all that was measured."""
+"""docs/performance.md and the headline table, from the committed results."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from bench.committed import File, Machine
 from bench.row import Baseline, Results
 from bench.targets import MET, MISSED, NOT_MEASURED, STATED, Judged, Target
 
-# For the targets of a device that no committed result is of.
 NOBODY = {"cpu": "a CPU", "cuda": "NVIDIA H200"}
+"""The machine of targets for a device without committed results."""
 
 
 def page(found: Sequence[Machine], at: Path) -> str:
-    """The whole page. Args: at: the folder of the page, from which pictures are named."""
+    """The whole page. `at` is its folder; paths of pictures are relative to it."""
     parts = [
         "# Performance",
-        "Written by `python bench/report.py` from [bench/results](../bench/results), which has a folder for each "
-        "machine. To add a run: `python bench/run.py --json bench/results/MACHINE/NAME.json`, with a name for the "
-        "machine that readers know, then `python bench/report.py`. What the columns mean is told in "
-        "[bench/row.py](../bench/row.py), what is meant to be reached in [bench/targets.py](../bench/targets.py).",
+        "`python bench/report.py` writes this page from [bench/results](../bench/results), which has a folder per "
+        "machine. To add a run: `python bench/run.py --json bench/results/MACHINE/NAME.json` with a familiar name for "
+        "the machine, then `python bench/report.py`. See [bench/row.py](../bench/row.py) for column definitions and "
+        "[bench/targets.py](../bench/targets.py) for the targets.",
         _contents(found),
         "## Targets",
-        "Ratios are between things that were measured in turns in one run, shares are of ceilings measured in the same "
-        "run. *Reference* is the released algorithm, eager, in float32; *compiled* is PyTorch's own operators under "
+        "Ratios compare things that took turns in one run. Shares are of ceilings measured in the same run. "
+        "*Reference* is the official algorithm, eager, in float32. *Compiled* is PyTorch's own operators under "
         "`torch.compile`, in the same dtype, with cached keys and values.",
     ]
     judged = {device: _judged(found, device) for device in NOBODY}
@@ -43,7 +43,7 @@ def page(found: Sequence[Machine], at: Path) -> str:
 
 
 def headline(found: Iterable[Machine]) -> str:
-    """Captioning one video end to end, on every machine."""
+    """Captioning one video end to end, on each machine."""
     head = ("machine", "dtype", "reference", "compiled peer", "mplug2_fast", "× reference", "× compiled peer")
     head += ("% of GEMM ceiling", "peak memory", "of the reference", "of the peer")
     lines, notes = [], []
@@ -84,12 +84,12 @@ def _contents(found: Sequence[Machine]) -> str:
 
 
 def _anchor(heading: str) -> str:
-    """As GitHub makes them."""
+    """The anchor that GitHub gives a heading."""
     return "".join(c for c in heading.lower().replace(" ", "-") if c.isalnum() or c in "-_")
 
 
 def _judged(found: Iterable[Machine], device: str) -> dict[str, list[Judged]]:
-    """Machine -> every target of the device."""
+    """Machine -> all targets of the device."""
     measured = {each.name: targets.judge(each.runs, device) for each in found if each.device == device and each.runs}
     return measured or {NOBODY[device]: targets.judge([], device)}
 
@@ -107,7 +107,7 @@ def _cell(judged: Judged) -> str:
 
 
 def _counted(judged: Mapping[str, list[Judged]], found: Iterable[Machine]) -> str:
-    """How many targets each machine has met, and what there is to know of its runs."""
+    """The verdicts of each machine counted, and the notes of its runs."""
     lines = []
     for name, all_of in judged.items():
         counts = ", ".join(f"{_count(all_of, verdict)} {verdict}" for verdict in (MET, MISSED, STATED, NOT_MEASURED))
@@ -129,7 +129,7 @@ def _missed(everyone: Iterable[tuple[str, list[Judged]]]) -> str:
         for each in judged
         if each.verdict == MISSED
     ]
-    return "\n".join(lines) or "Nothing that was measured."
+    return "\n".join(lines) or "None."
 
 
 def _not_measured(everyone: Iterable[tuple[str, list[Judged]]]) -> str:
@@ -141,7 +141,7 @@ def _not_measured(everyone: Iterable[tuple[str, list[Judged]]]) -> str:
             lines.append(f"- {name}: none of the targets")
         elif left:
             lines += [f"- {name}:", *(f"    - {work}" for work in works)]
-    return "\n".join(lines) or "Every target was measured everywhere."
+    return "\n".join(lines) or "None."
 
 
 def _dtypes(target: Target, among: Iterable[Target]) -> str:
@@ -162,7 +162,7 @@ def _about(each: Machine) -> str:
 
 
 def section(file: File) -> list[str]:
-    """Table, ceilings, notes and commands of one file."""
+    """Table, notes and commands of one file."""
     return {"rows": _rows, "waterfall": _waterfall, "scaling": _scaling, "bulk": _bulk}[file.kind](file.held)
 
 
@@ -176,7 +176,7 @@ def _picture(file: File, at: Path) -> str:
 def _rows(results: Results) -> list[str]:
     parts = [table.markdown(results), _built(results.versions), *results.notes]
     if results.failed:
-        parts.append("Could not be measured:\n\n" + "\n".join(f"- {key}: {why}" for key, why in results.failed.items()))
+        parts.append("Failed:\n\n" + "\n".join(f"- {key}: {why}" for key, why in results.failed.items()))
     return [*parts, _commands(row.command for row in results.rows)]
 
 
@@ -216,7 +216,7 @@ def _built(versions: Mapping[str, Any]) -> str:
 
 
 def _commands(commands: Iterable[str]) -> str:
-    """Folded where there are many."""
+    """The commands, folded if there are many."""
     each = list(dict.fromkeys(commands))
     block = "```\n" + "\n".join(each) + "\n```"
     if len(each) > 4:
@@ -225,7 +225,7 @@ def _commands(commands: Iterable[str]) -> str:
 
 
 def _markdown(head: Sequence[str], lines: Iterable[Sequence[str]], text: int) -> str:
-    """A table whose first `text` columns are words, the others figures."""
+    """A table. Its first `text` columns are aligned left, the others right."""
     rule = [":---" if index < text else "---:" for index in range(len(head))]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
 

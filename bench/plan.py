@@ -1,4 +1,4 @@
-"""What is to be measured at the level of the model, and which worker processes are needed for it."""
+"""What to measure at the level of the model, and which worker processes that takes."""
 
 from __future__ import annotations
 
@@ -8,37 +8,57 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from bench import flops
+import torch
+
+from bench import flops, inputs
 from bench.flops import TASKS
 from bench.row import Key
-from bench.workers import Spec
 from mplug2_fast import MPlug2Config
 from mplug2_fast.models.mplug2 import MPlug2ForCaptioning, MPlug2ForQuestionAnswering
 
 BASELINES = ("reference", "eager", "compiled")
-# Tasks that share a process, for they need the same model in the same state.
 FAMILIES = {
     "captioning": ("captioning", "features", "vision", "universal", "decode"),
     "answering": ("answering",),
     "training": ("training",),
 }
+"""Tasks that share a process, because they need the same model in the same state."""
 DECODING = ("captioning", "answering", "decode")
 QUESTION_TOKENS = 10
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
+class Spec:
+    """What a worker holds: an implementation of a family of tasks, its sizes, and the folder for inputs and results."""
+
+    implementation: str
+    dtype: str
+    device: str
+    threads: int
+    config: MPlug2Config
+    beams: int
+    steps: int
+    exchange: str
+    family: str = "captioning"
+
+    @property
+    def label(self) -> str:
+        return f"{self.implementation} {self.dtype}"
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A run of the benchmark.
+    """A run of the benchmark at the level of the model.
 
     Attributes:
-        tasks: of `TASKS`, in the order of the rows.
-        threads: of every worker, on the CPU.
-        baselines: of `BASELINES`. The reference runs in any case: the others are compared with it.
-        reference_steps: decoding steps that the reference is timed at; `steps`, or fewer.
-        freeze: whether the compiled peer's weights are frozen and packed, on a CPU and not in training.
-        compiled_tasks: of the tasks, those that the peer is compiled for, which takes most of a quick run.
-        accelerate: whether the reference, accelerated in place, takes the fast model's place.
+        tasks: from `TASKS`, in the order of the rows.
+        threads: of each worker, on the CPU.
+        baselines: from `BASELINES`. The reference always runs, because the others are compared with it.
+        reference_steps: decoding steps of the reference, at most `steps`.
+        freeze: whether the compiled peer freezes and packs its weights, on a CPU and not in training.
+        compiled_tasks: tasks for which the peer is compiled. Compiling takes most of a quick run.
+        accelerate: whether to measure the accelerated reference instead of the fast model.
     """
 
     preset: str
@@ -65,13 +85,13 @@ class Plan:
 
     @property
     def runs_a_turn(self) -> int:
-        """In a row, of which the median counts: the tiny model's first one is mostly about what another process left in
+        """Consecutive runs whose median counts. The tiny model's first run mostly pays for what another process left in
         the caches."""
         return 5 if self.preset == "tiny" else 1
 
     @property
     def sizes(self) -> str:
-        """Of a row's work."""
+        """The sizes of a row."""
         batch = f", batch {self.batch}" if self.batch > 1 else ""
         return f"{self.preset}, {self.frames} frames, {self.beams} beams, {self.steps} steps{batch}"
 
@@ -81,8 +101,7 @@ class Plan:
         return Key("model", name, self.sizes, direction, dtype, self.device.split(":")[0])
 
     def reference_decodes_less(self, task: str) -> bool:
-        """Whether the reference is timed at fewer decoding steps than the others: then it can be no faster than that,
-        and its results are others."""
+        """Whether the reference takes fewer decoding steps. Its time is then a lower bound, and its results differ."""
         return task in DECODING and self.reference_steps < self.steps
 
     def needed_flop(self, task: str) -> int:
@@ -97,39 +116,52 @@ class Plan:
 
     def command(self, task: str, dtype: str) -> str:
         """The command that measures a row again."""
-        words = ["python", "bench/run.py"]
+        words = []
         words += ["--accelerate"] if self.accelerate else ["--level", "model"]
         words += ["--only", task, "--preset", self.preset, "--dtype", dtype]
-        for option in ("device", "frames", "beams", "steps", "batch", "repeats", "threads"):
-            words += [f"--{option}", str(getattr(self, option))]
+        words += self.size_options()
         if self.reference_steps < self.steps:
             words += ["--reference-steps", str(self.reference_steps)]
         if not self.accelerate:
             words += ["--baselines", ",".join(name for name in self.baselines if self.runs(name, task))]
             words += [] if self.freeze else ["--no-freeze"]
-        return shlex.join(words + (["--video", self.video.name] if self.video else []))
+        return self.command_of(words)
+
+    def size_options(self) -> list[str]:
+        names = ("device", "frames", "beams", "steps", "batch", "repeats", "threads")
+        return [word for name in names for word in (f"--{name}", str(getattr(self, name)))]
+
+    def command_of(self, words: list[str]) -> str:
+        video = ["--video", self.video.name] if self.video else []
+        return shlex.join(["python", "bench/run.py", *words, *video])
+
+    def save_video(self, exchange: Path) -> str:
+        """Writes the video for the workers. Returns a description of it."""
+        video, description = inputs.load(self.video, self.frames, self.config.vision.image_size)
+        torch.save(video.expand(self.batch, *video.shape).contiguous(), exchange / "video.pt")
+        return description
 
     def runs(self, baseline: str, task: str) -> bool:
-        """Whether a task has this baseline. The reference, accelerated, is compared with what it was."""
+        """Whether a task has this baseline. The accelerated reference is compared with the plain one."""
         if self.accelerate:
             return baseline == "reference"
         return baseline in self.baselines and (baseline != "compiled" or task in self.compiled_tasks)
 
     def tasks_of(self, implementation: str, family: str) -> tuple[str, ...]:
-        """What a worker is asked for."""
+        """The tasks of a worker."""
         baseline = self.baseline(implementation)
         wanted = [task for task in self.tasks if task in FAMILIES[family]]
         return tuple(task for task in wanted if baseline in (None, "reference") or self.runs(baseline, task))
 
     @staticmethod
     def baseline(implementation: str) -> str | None:
-        """What an implementation is called in a row; None is ours."""
+        """The baseline that an implementation is in a row; None for ours."""
         names = {"fast": None, "accelerated": None, "frozen": "compiled"}
         return names.get(implementation, implementation)
 
     def groups(self, available: int) -> list[tuple[str, tuple[str, ...]]]:
-        """(family, dtypes) of the workers that are alive together: all dtypes if `available` bytes allow, otherwise one
-        after another. A group has a reference of its own, so that what is compared is measured side by side."""
+        """(family, dtypes) of the workers that are alive together: all dtypes if they fit into `available` bytes,
+        otherwise one after another. Each group has its own reference, so that compared runs take turns."""
         groups = []
         for family in (family for family in FAMILIES if self.tasks_of("fast", family)):
             together = self.device != "cpu" or self.resident_bytes(family, self.dtypes) < 0.9 * available
@@ -137,15 +169,15 @@ class Plan:
         return groups
 
     def resident_bytes(self, family: str, dtypes: tuple[str, ...]) -> int:
-        """About what the workers of a group take together, while the reference computes."""
+        """An estimate of what the workers of a group take while the reference computes."""
         parameters = _parameters(self.config, family)
         tokens, text, vision = flops.visual_tokens(self.config, self.frames), self.config.text, self.config.vision
         total = 6 * self.batch * text.num_attention_heads * tokens**2 * 4  # scores
         if family == "training":
-            # Gradients, and about 40 values a channel and token that every block keeps for the backward pass.
+            # Gradients, and about 40 values per channel and token that each block keeps for the backward pass.
             total += 4 * parameters + 4 * 40 * self.batch * tokens * vision.width * vision.layers
         for spec in self.specs(family, dtypes, ""):
-            total += 700 << 20  # libraries, and the compiler's in the peer
+            total += 700 << 20  # libraries; in the peer also the compiler
             if family == "training":
                 total += 3 * 4 * parameters  # with both moments of the optimizer
             else:
@@ -155,8 +187,7 @@ class Plan:
 
     def specs(self, family: str, dtypes: tuple[str, ...], exchange: str) -> Iterator[Spec]:
         """The workers of a group, the reference first."""
-        config = self.config.to_dict()
-        sizes = (self.device, self.threads, config, self.beams, self.reference_steps, exchange, family)
+        sizes = (self.device, self.threads, self.config, self.beams, self.reference_steps, exchange, family)
         reference = Spec("reference", "float32", *sizes)
         yield reference
         freeze = self.freeze and self.device == "cpu" and family != "training"
@@ -169,6 +200,6 @@ class Plan:
 
 @cache
 def _parameters(config: MPlug2Config, family: str) -> int:
-    """How many the model of a family has."""
+    """The number of parameters of a family's model."""
     kind = MPlug2ForQuestionAnswering if family == "answering" else MPlug2ForCaptioning
     return sum(p.numel() for p in kind(config, device="meta").parameters())

@@ -1,20 +1,18 @@
-"""Charts of measured results, made to be read in print: black and grey, told apart by marks and dashes."""
+"""Charts of results for print: black and grey, with marks and dashes."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import machine
-from bench.row import Results, Row
+from bench.row import Results, Row, on_roofline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from bench.committed import File
 
 STYLE = {
     "font.size": 9,
@@ -32,13 +30,11 @@ AXES = {
     "beams": "beams",
 }
 MEASURED = {"color": "black", "marker": "o", "linestyle": "-"}
-# Wide and pale, so that it shows on both sides of a measured line that lies on it.
+# Wide and pale, so that it shows on both sides of a measured line on top of it.
 EXPECTED = {"color": "0.65", "linestyle": (0, (2, 1)), "linewidth": 3.5, "zorder": 1.5}
 DEFAULT = {"color": "black", "marker": "o", "markersize": 10, "markerfacecolor": "none", "linestyle": "none"}
 PROBLEM = {"color": "black", "marker": "x", "markersize": 7, "linestyle": "none", "clip_on": False}
 
-
-# Of each dtype on a roofline.
 MARKS = {
     "float32": {"marker": "o", "markerfacecolor": "black"},
     "bfloat16": {"marker": "s", "markerfacecolor": "white"},
@@ -51,20 +47,18 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw(file: File) -> None:
-    """The picture of a file of results, beside it. Raises `ValueError` if it has none."""
-    if file.picture is None:
-        raise ValueError(f"{file.path} has nothing to draw")
-    {"rows": roofline, "waterfall": waterfall, "scaling": scaling}[file.kind](file.held, file.picture)
+def draw(kind: str, results: Any, path: Path) -> None:
+    """Draws results of a kind of `bench.committed.File`. Raises `ValueError` if there is nothing to draw."""
+    {"rows": roofline, "waterfall": waterfall, "scaling": scaling}[kind](results, path)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """The same bytes for the same figures, whatever the day."""
+    """Writes the same bytes for the same figures."""
     figure.savefig(path, dpi=200, metadata={"Software": None})
 
 
 def scaling(results: Mapping[str, Any], path: Path) -> None:
-    """Draws what `bench.scaling` measured: a column for each axis, seconds above and peak memory below."""
+    """Draws results of `bench.scaling`: a column per axis, seconds above and peak memory below."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -87,12 +81,12 @@ def scaling(results: Mapping[str, Any], path: Path) -> None:
             f"Captioning with the fast model, {default[0]['dtype']}: one size varied at a time", fontsize=11
         )
         legend = [
-            (Line2D([], [], **MEASURED), "measured, median; bars from the fastest to the slowest run"),
+            (Line2D([], [], **MEASURED), "measured: median, fastest and slowest run"),
             (Line2D([], [], **EXPECTED), "needed FLOP, scaled through the default point"),
             (Line2D([], [], **DEFAULT), "default point"),
         ]
         if any(row["problem"] for row in rows):
-            legend.append((Line2D([], [], **PROBLEM), "could not be run"))
+            legend.append((Line2D([], [], **PROBLEM), "could not run"))
         figure.legend(
             *zip(*legend, strict=True),
             loc="outside lower center",
@@ -123,7 +117,7 @@ def draw_memory(axes: Axes, rows: list[Mapping[str, Any]]) -> None:
 
 
 def finish(axes: Axes, rows: list[Mapping[str, Any]], quantity: str, unit: float) -> None:
-    """A ring around the default point, its figure, a cross for what could not be run, and an origin of zero."""
+    """Adds a ring around the default point, a cross for each problem, and an origin of zero."""
     for row in rows:
         if row["default"] and row[quantity] is not None:
             axes.plot(row["value"], row[quantity] / unit, **DEFAULT)
@@ -132,31 +126,22 @@ def finish(axes: Axes, rows: list[Mapping[str, Any]], quantity: str, unit: float
     axes.set_ylim(0, 1.08 * axes.dataLim.y1 if axes.dataLim.y1 > 0 else 1)
 
 
-def on_roofline(rows: Iterable[Row]) -> list[Row]:
-    """Forward passes that count FLOP and bytes, but for sizes that are only awkward."""
-    return [
-        row
-        for row in rows
-        if row.flop and row.bytes and row.key.direction == "forward" and not row.key.sizes.startswith("awkward")
-    ]
-
-
 def roofline(results: Results, path: Path) -> None:
-    """Draws the rates of `on_roofline` under both ceilings of their run, against FLOP a byte. A grey line joins a
-    work's dtypes. Raises `ValueError` if there are none."""
+    """Draws the rates of `on_roofline` against FLOP per byte, under both ceilings of their run. A grey line joins the
+    dtypes of a work. Raises `ValueError` if there are no rows."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = on_roofline(results.rows)
     if not rows:
-        raise ValueError("no row has a place on a roofline: none counts both FLOP and bytes")
+        raise ValueError("nothing to draw: no row has both FLOP and bytes")
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 5.8), layout="constrained")
         axes = figure.subplots()
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_xlabel("needed FLOP a byte")
+        axes.set_xlabel("needed FLOP per byte")
         axes.set_ylabel("needed GFLOP/s")
         axes.grid(which="minor", visible=False)
         points = draw_works(axes, rows)
@@ -164,13 +149,13 @@ def roofline(results: Results, path: Path) -> None:
         works = ", ".join([*dict.fromkeys(row.key.level for row in rows), *common_sizes(rows)])
         axes.set_title(f"{works} · {machine.words(results.machine, results.versions)}", fontsize=10)
         axes.legend(loc="lower right", frameon=False)
-        FigureCanvasAgg(figure).draw()  # what the labels must not cover gets its place
+        FigureCanvasAgg(figure).draw()  # places what the labels must not cover
         label(axes, points)
         save(figure, path)
 
 
 def draw_works(axes: Axes, rows: list[Row]) -> dict[str, list[tuple[float, float]]]:
-    """Marks of every row. Returns a work's name -> its points, the fastest first."""
+    """Draws a mark per row. Returns the name of a work -> its points, the fastest first."""
     names = short_names(rows)
     works: dict[str, list[tuple[float, float]]] = {}
     for row, name in zip(rows, names, strict=True):
@@ -185,13 +170,13 @@ def draw_works(axes: Axes, rows: list[Row]) -> dict[str, list[tuple[float, float
 
 
 def common_sizes(rows: list[Row]) -> list[str]:
-    """The parts of the sizes that all rows have."""
+    """The parts of the sizes that all rows share."""
     first, *others = (row.key.sizes.split(", ") for row in rows)
     return [part for part in first if all(part in other for other in others)]
 
 
 def short_names(rows: list[Row]) -> list[str]:
-    """Name and sizes, without what all rows have."""
+    """Names and sizes without the parts that all rows share."""
     common = common_sizes(rows)
     return [
         ", ".join([row.key.name.replace("_", " "), *(part for part in row.key.sizes.split(", ") if part not in common)])
@@ -200,7 +185,7 @@ def short_names(rows: list[Row]) -> list[str]:
 
 
 def draw_ceilings(axes: Axes, results: Results, dtypes: set[str], points: Mapping[str, Any]) -> None:
-    """A slope for the copy, which all dtypes share, and a level line for each one's matrix products."""
+    """Draws a slope for the copy and a level line per dtype for its matrix products."""
     copy = results.ceilings["copy_gb_per_second"]
     rates = {dtype: found["gflops"] for dtype, found in results.ceilings["gemm"].items() if dtype in dtypes}
     xs = [x for each in points.values() for x, _ in each]
@@ -233,7 +218,6 @@ def draw_ceilings(axes: Axes, results: Results, dtypes: set[str], points: Mappin
         )
 
 
-# Where a label may stand, in points from its mark, nearest first: right, left, above, below, and further out.
 PLACES = [
     (scale * x, scale * y, ha)
     for scale in (1, 2, 3, 4.5, 6)
@@ -248,10 +232,11 @@ PLACES = [
         (-6, -7, "right"),
     )
 ]
+"""Positions of a label, in points from its mark, the nearest first."""
 
 
 def label(axes: Axes, works: Mapping[str, list[tuple[float, float]]]) -> None:
-    """A name beside each work's fastest mark: at the first place where it covers no mark and no other name."""
+    """Writes each name beside its fastest mark, in the first place where it covers no mark and no other name."""
     from matplotlib.patheffects import withStroke
     from matplotlib.transforms import Bbox
 
@@ -296,7 +281,7 @@ def label(axes: Axes, works: Mapping[str, list[tuple[float, float]]]) -> None:
 
 
 def extent(annotation: Any, renderer: Any) -> Any:
-    """The box of the words, without the line that leads to them."""
+    """The box of a label without its line."""
     from matplotlib.text import Text
 
     annotation.update_positions(renderer)
@@ -304,14 +289,14 @@ def extent(annotation: Any, renderer: Any) -> Any:
 
 
 def area(first: Any, second: Any) -> float:
-    """Of what two boxes share."""
+    """The area that two boxes share."""
     width = min(first.x1, second.x1) - max(first.x0, second.x0)
     height = min(first.y1, second.y1) - max(first.y0, second.y0)
     return width * height if width > 0 and height > 0 else 0.0
 
 
 def waterfall(results: Mapping[str, Any], path: Path) -> None:
-    """Draws what `bench.waterfall` measured: a bar of time for each technique, and columns of figures beside it."""
+    """Draws results of `bench.waterfall`: a bar of time per technique, with columns of figures beside it."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -347,11 +332,11 @@ def figure_of(form: str, value: float | None) -> str:
     return "–" if value is None else form.format(value)
 
 
-# The columns beside the bars.
 WATERFALL = {
     "time": lambda row: figure_of("{:.3g} s", row["seconds"]),
-    "× released": lambda row: figure_of("{:.2f}×", row["x_released"]),
+    "× official": lambda row: figure_of("{:.2f}×", row["x_released"]),
     "× above": lambda row: figure_of("{:.2f}×", row["x_previous"]),
     "memory": lambda row: figure_of("{:.2f} GB", row["peak_memory_bytes"] and row["peak_memory_bytes"] / 1e9),
     "caption": lambda row: {True: "same", False: "OTHER", None: "–"}[row["same_caption"]],
 }
+"""The columns beside the bars."""

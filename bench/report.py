@@ -1,14 +1,14 @@
-"""Writes what was measured and what the operators say of themselves into the documentation.
+"""Writes measured results and the operators' specifications into the documentation.
 
-    python bench/report.py            # rewrite the pages and the pictures from bench/results/MACHINE/NAME.json
-    python bench/report.py --check    # exit with status 1 if a page is not what the results and operators say
+    python bench/report.py            # rewrite pages and pictures from bench/results/MACHINE/NAME.json
+    python bench/report.py --check    # exit with status 1 if a page is out of date
 
-- docs/performance.md, whole: targets, and all that was measured;
-- the README and docs/bulk.md, between `<!-- bench:headline -->` or `<!-- bench:MACHINE/NAME -->` and `<!-- /bench -->`;
-- docs/operators.md, whole, from the operators' specifications;
-- a picture beside the results that have one. Only matplotlib draws them: without it they stay as they are.
-
-Figures are never typed.
+It writes
+- docs/performance.md: targets and all results;
+- blocks of README.md and docs/bulk.md between `<!-- bench:headline -->` or `<!-- bench:MACHINE/NAME -->` and
+  `<!-- /bench -->`;
+- docs/operators.md from the operators' specifications;
+- a picture beside results that have one, if matplotlib is installed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
-    # A script's own folder is on the path; the packages are one above.
+    # Python puts the script's folder on the path; the packages are one level up.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench import committed, performance, plots
@@ -32,7 +32,7 @@ NOT_MEASURED = "Not measured yet.\n"
 
 
 def fill(text: str, found: Sequence[Machine]) -> str:
-    """The text with every block written anew; a block whose results are not there says so."""
+    """The text with all blocks rewritten. A block without results says so."""
     files = {f"{machine.name}/{file.name}": file for machine in found for file in machine.files}
 
     def block(match: re.Match[str]) -> str:
@@ -47,12 +47,12 @@ def fill(text: str, found: Sequence[Machine]) -> str:
 
 
 def operators_page() -> str:
-    """docs/operators.md: the axes, the backends and the sizes of every operator, from its specification."""
+    """docs/operators.md: axes, backends and sizes of each operator, from its specification."""
     from mplug2_fast.ops import OPERATORS
 
     lines = [
         "# Operators\n",
-        "Written by `python bench/report.py` from the specifications in `mplug2_fast/ops`: edit those.",
+        "`python bench/report.py` writes this page from the specifications in `mplug2_fast/ops`.",
     ]
     for name, function in OPERATORS.items():
         op, summary = function.op, " ".join((function.__doc__ or "").split("\n\n")[0].split())
@@ -63,7 +63,7 @@ def operators_page() -> str:
             "| argument | axes |",
             "| --- | --- |",
             *(f"| {argument} | {axes} |" for argument, axes in op.spec.axes.items()),
-            f"\nBackends, in the order in which they are tried: {backends}.",
+            f"\nBackends, in the order of preference: {backends}.",
             f"Gradients: {', '.join(op.spec.differentiable) or 'none'}. Registered as `torch.ops.mplug2_fast.{name}`.",
             "Measured at: "
             + "; ".join(
@@ -76,7 +76,7 @@ def operators_page() -> str:
 
 
 def pages(root: Path, found: Sequence[Machine]) -> dict[Path, str]:
-    """Every page below `root` and what is to stand in it."""
+    """Each page below `root` and its text."""
     docs = root / "docs"
     filled = {path: fill(path.read_text(), found) for path in (root / "README.md", docs / "bulk.md") if path.exists()}
     return filled | {
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bench/report.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--check", action="store_true", help="change nothing, exit with status 1 where it would")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     found = committed.machines(options.root / "bench/results")
@@ -100,15 +100,15 @@ def main(arguments: list[str] | None = None) -> int:
         stale += [file.picture for file in drawn if not file.picture.exists()]
         if stale:
             names = " and ".join(path.name for path in stale)
-            print(f"{names}: not what the results and operators say: run python bench/report.py", file=sys.stderr)
+            print(f"out of date: {names}: run python bench/report.py", file=sys.stderr)
         return 1 if stale else 0
     for path in stale:
         path.write_text(wanted[path])
     if plots.available():
         for file in drawn:
-            plots.draw(file)
+            plots.draw(file.kind, file.held, file.picture)
     elif drawn:
-        print("note: the pictures were left as they are: matplotlib is not installed", file=sys.stderr)
+        print("note: pictures are unchanged, because matplotlib is not installed", file=sys.stderr)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""One line of results, of any level, and the file of many of them."""
+"""A row of results, of any level, what may be asked for, and the file of results."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import Any
 
 LEVELS = ("ops", "modules", "model", "video")
 DIRECTIONS = ("forward", "backward", "both")
+SIZES = ("quick", "base", "large", "edge")
 COMPARED = ("reference", "eager", "torch", "compiled", "xformers", "flash_attn", "apex", "liger_kernel")
-"""Baselines that do the same work. What merely bounds a work has a name of its own."""
+"""Baselines that do the same work. Other baselines only bound it."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """What was measured; two runs compare rows of the same key.
+    """What was measured. Two runs compare rows of the same key.
 
     Attributes:
         level: one of `LEVELS`.
-        name: of the operator, the module or the task: "attention", "TemporalBlock", "captioning".
-        sizes: the preset, and what else tells one work from another: "large, universal".
+        name: of the operator, module or task: "attention", "TemporalBlock", "captioning".
+        sizes: the preset, and whatever else distinguishes the work: "large, universal".
         direction: "forward", "backward" (gradients alone, the forward pass outside the clock) or "both".
         dtype: as torch names it, without "torch.".
         device: "cpu" or "cuda".
@@ -36,7 +37,7 @@ class Key:
 
     @property
     def full(self) -> str:
-        """As `Results.failed` names it."""
+        """The key in `Results.failed`."""
         return f"{self.level} · {self}"
 
     def __str__(self) -> str:
@@ -45,14 +46,36 @@ class Key:
 
 
 @dataclass(frozen=True)
+class Selection:
+    """What to measure of operators, modules and files.
+
+    Attributes:
+        preset: "tiny", "base" or "large": of modules and files.
+        sizes: of operators, from `SIZES`.
+        only: names; empty for all.
+    """
+
+    preset: str
+    dtypes: tuple[str, ...]
+    device: str = "cpu"
+    directions: tuple[str, ...] = ("forward",)
+    sizes: tuple[str, ...] = ("large",)
+    only: tuple[str, ...] = ()
+    quick: bool = False
+
+    def wants(self, key: Key) -> bool:
+        return not self.only or key.name in self.only
+
+
+@dataclass(frozen=True)
 class Baseline:
-    """Something that was measured in turns with a row.
+    """Something measured in turns with a row.
 
     Attributes:
         seconds: median of its runs.
-        ratio: how many times faster the row is: the median over the turns of this one's time over the row's.
-        peak_memory_bytes: of a process that holds only this one; None where it was not measured.
-        relative_error: its own, as the row's.
+        ratio: how many times faster the row is: the median over the turns of this time over the row's.
+        peak_memory_bytes: of a process that holds nothing else; None where it was not measured.
+        relative_error: as the row's.
     """
 
     seconds: float
@@ -63,23 +86,23 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Row:
-    """One work, how fast it is done here, and against what. None is what does not apply or was not measured.
+    """One work: how fast it runs and against what. None means not applicable or not measured.
 
     Attributes:
-        seconds: the median of `runs` runs. spread: half the distance between the quartiles, over the median.
-        flop, bytes: what the work needs, whatever is really done: one multiply-add is 2; every argument, weight and
-            result moved once.
+        seconds: median of `runs` runs. spread: half the distance between the quartiles, over the median.
+        flop, bytes: what the work needs, whatever the implementation does. A multiply-add is 2 FLOP; each argument,
+            weight and result moves once.
         tflops, gb_per_second: those over the time.
-        percent_of_ceiling: of the ceiling that binds, "compute" (the best matrix product of the dtype) or "memory" (a
-            copy), both measured in the same run.
-        baselines: "reference" (the released form, eager, float32), "eager" (plain PyTorch in the same dtype), "torch"
-            (PyTorch's own operators), "compiled" (those through torch.compile, weights frozen and packed on a CPU), a
+        percent_of_ceiling: share of the binding ceiling, "compute" (the best matrix product of the dtype) or "memory"
+            (a copy), both measured in the same run.
+        baselines: "reference" (the official form, eager, float32), "eager" (plain PyTorch in the same dtype), "torch"
+            (PyTorch's own operators), "compiled" (those under torch.compile, weights frozen and packed on a CPU), a
             package by its name, and what bounds the work ("copy", "GEMM").
-        peak_memory_bytes: of a fresh process on a CPU, weights and libraries included; of the allocator on CUDA.
-        added_memory_bytes: the part of it that was not there before the call: neither weights nor inputs.
+        peak_memory_bytes: of a fresh process on a CPU, with weights and libraries; of the allocator on CUDA.
+        added_memory_bytes: what the call added to the weights and inputs.
         relative_error: norm of the difference over the norm, against float32 or better.
-        allowed_error: twice the error of eager code in the same dtype, and a floor for noise. correct: not above it.
-        backend: what ran. command: the command that measures the row again.
+        allowed_error: twice the error of eager code in the same dtype, plus a noise floor. correct: within it.
+        backend: what ran. command: measures the row again.
     """
 
     key: Key
@@ -105,7 +128,7 @@ class Row:
         return self.baselines[baseline].ratio if baseline in self.baselines else None
 
     def flat(self) -> dict[str, Any]:
-        """One level of names, for CSV: `compiled` is a ratio, `compiled.seconds` its time."""
+        """Flat names for CSV: `compiled` is a ratio, `compiled.seconds` its time."""
         values = asdict(self.key)
         for each in fields(self):
             if each.name not in ("key", "baselines"):
@@ -123,7 +146,7 @@ class Row:
 
 @dataclass
 class Results:
-    """A run: the machine, the versions, both ceilings, the rows, what could not be measured, and notes for readers.
+    """A run: machine, versions, ceilings, rows, failures and notes for readers.
 
     Attributes:
         ceilings: as `bench.ceilings.measure` returns them.
@@ -142,7 +165,7 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Raises `ValueError` if the file holds something else."""
+        """Raises `ValueError` if the file contains something else."""
         try:
             values = json.loads(path.read_text())
             return cls(**{**values, "rows": [Row.from_json(row) for row in values["rows"]]})
@@ -157,6 +180,15 @@ class Results:
 
 
 def names_of_baselines(rows: Iterable[Row]) -> list[str]:
-    """Of all rows, each once, in the order in which they are shown."""
+    """The baselines of all rows, in the order in which they are shown."""
     found = dict.fromkeys(name for row in rows for name in row.baselines)
     return [name for name in COMPARED if name in found] + [name for name in found if name not in COMPARED]
+
+
+def on_roofline(rows: Iterable[Row]) -> list[Row]:
+    """The rows that a roofline shows: forward passes with FLOP and bytes, without edge cases."""
+    return [
+        row
+        for row in rows
+        if row.flop and row.bytes and row.key.direction == "forward" and not row.key.sizes.startswith("edge")
+    ]

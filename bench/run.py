@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # A script's own folder is on the path; the packages are one above.
+    # Python puts the script's folder on the path; the packages are one level up.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     from bench import guard
     from bench.cli import main

@@ -1,13 +1,12 @@
-"""How time and peak memory of captioning with the fast model grow: one size at a time is varied from a default point.
+"""How time and peak memory of captioning with the fast model grow when one size varies from a default point.
 
-Every point has a process of its own, so that its peak memory is its own too.
+Each point has its own process, and so its own peak memory.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-import shlex
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,22 +17,23 @@ import torch
 
 from bench import flops, inputs, machine, plots
 from bench.measure import Measured
-from bench.plan import Plan
+from bench.plan import Plan, Spec
+from bench.process import Process, ProcessError
 from bench.progress import Progress
-from bench.workers import Client, Spec, WorkerError
+from bench.worker import Worker
 from mplug2_fast import MPlug2Config
 from mplug2_fast.errors import MPlug2Error
 
-# What is varied, and over which values; for the resolution, over these multiples of the preset's.
 FULL = {"frames": (4, 8, 16, 32, 64), "batch": (1, 2, 4, 8), "resolution": (1, 1.5), "beams": (1, 2, 5, 10)}
 QUICK = {"frames": (4, 8), "batch": (1, 2), "resolution": (1, 1.5), "beams": (1, 5)}
-# A point with a run that is this slow is not run again.
+"""The values of each size. Those of the resolution are multiples of the preset's."""
 SLOW_SECONDS = 20.0
+"""A point with a slower run is not repeated."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """The sizes that are varied. The resolution is the pixels of a side."""
+    """The sizes that vary. The resolution is in pixels per side."""
 
     frames: int
     batch: int
@@ -43,29 +43,29 @@ class Point:
 
 @dataclass(frozen=True)
 class Sweep(Plan):
-    """A plan whose sizes are the default point, from which one axis at a time is varied."""
+    """A plan whose sizes are the default point. One axis at a time varies from it."""
 
     @property
     def default(self) -> Point:
         return Point(self.frames, self.batch, self.config.vision.image_size, self.beams)
 
     def axes(self) -> dict[str, list[int]]:
-        """The values of every axis, in order, the default point's among them."""
+        """The values of each axis in order, with the default point's."""
         values = dict(QUICK if self.quick else FULL)
         values["resolution"] = tuple(int(self.default.resolution * factor) for factor in values["resolution"])
         return {axis: sorted({*values[axis], getattr(self.default, axis)}) for axis in values}
 
     def points(self) -> list[Point]:
-        """Every point once, the default first: all others are compared with it."""
+        """Each point once, the default first, because all others are compared with it."""
         varied = [replace(self.default, **{axis: value}) for axis, values in self.axes().items() for value in values]
         return list(dict.fromkeys([self.default, *varied]))
 
     def config_at(self, point: Point) -> MPlug2Config:
-        """Raises `ConfigError` where the patches do not fill the resolution."""
+        """Raises `ConfigError` if patches do not fill the resolution."""
         return self.config.replace(image_size=point.resolution)
 
     def needed_flop_at(self, point: Point) -> int | None:
-        """None where there is no such model."""
+        """None if there is no such model."""
         try:
             config = self.config_at(point)
         except MPlug2Error:
@@ -74,22 +74,19 @@ class Sweep(Plan):
         return flops.needed("captioning", config, **sizes)
 
     def again(self, dtype: str) -> str:
-        """The command that measures all of it again."""
-        words = ["python", "bench/run.py", "--scaling", "--preset", self.preset, "--dtype", dtype]
-        for option in ("device", "frames", "beams", "steps", "batch", "repeats", "threads"):
-            words += [f"--{option}", str(getattr(self, option))]
-        words += ["--quick"] if self.quick else []
-        return shlex.join(words + (["--video", self.video.name] if self.video else []))
+        """The command that repeats the sweep."""
+        words = ["--scaling", "--preset", self.preset, "--dtype", dtype, *self.size_options()]
+        return self.command_of(words + (["--quick"] if self.quick else []))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One value of one axis; the default point has a row on every axis.
+    """One value of one axis. The default point has a row on each axis.
 
     Attributes:
-        seconds: the median of `runs` runs, between `fastest` and `slowest`. None where there is a `problem`.
-        expected_seconds: what the needed FLOP say, scaled so that the default point takes what it took.
-        peak_memory_bytes: of the whole process on the CPU, weights and libraries included; of the allocator on CUDA.
+        seconds: median of `runs` runs, between `fastest` and `slowest`. None if there is a `problem`.
+        expected_seconds: from the needed FLOP, scaled so that the default point takes its measured time.
+        peak_memory_bytes: of the whole process on the CPU, with weights and libraries; of the allocator on CUDA.
         problem: why the point could not be run.
     """
 
@@ -111,7 +108,7 @@ class Row:
 
 
 def run(sweep: Sweep, folder: Path, progress: Progress) -> list[Path]:
-    """Measures every dtype in turn. Returns the files written: JSON, CSV and PNG of each."""
+    """Measures each dtype. Returns the files that it wrote: JSON, CSV and PNG."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for dtype in sweep.dtypes:
@@ -124,13 +121,13 @@ def run(sweep: Sweep, folder: Path, progress: Progress) -> list[Path]:
 
 
 def measure(sweep: Sweep, dtype: str, progress: Progress) -> dict[Point, Measured | str]:
-    """The runs of every point, or why there are none. Raises where the default point cannot be run."""
+    """The runs of each point, or why there are none. Raises if the default point cannot run."""
     results: dict[Point, Measured | str] = {}
     with tempfile.TemporaryDirectory() as exchange:
         for point in sweep.points():
             try:
                 results[point] = measure_point(sweep, dtype, point, exchange, progress)
-            except (MPlug2Error, WorkerError) as error:
+            except (MPlug2Error, ProcessError) as error:
                 if point == sweep.default:
                     raise
                 results[point] = str(error).splitlines()[0]
@@ -138,20 +135,20 @@ def measure(sweep: Sweep, dtype: str, progress: Progress) -> dict[Point, Measure
 
 
 def measure_point(sweep: Sweep, dtype: str, point: Point, exchange: str, progress: Progress) -> Measured:
-    """Timed runs in a new process, after a warm-up on the smallest video, which leaves the peak memory alone."""
-    config = sweep.config_at(point).to_dict()
+    """Timed runs in a new process. The warm-up takes the smallest video, so that it does not set the peak memory."""
+    config = sweep.config_at(point)
     spec = Spec("fast", dtype, sweep.device, sweep.threads, config, point.beams, sweep.steps, exchange)
     what = f"{name(sweep, point)} · {spec.label}"
     progress.begin(f"{what} · starting")
-    with Client.start(spec) as client:
-        measured = Measured(client.ready().call("describe")["backend"])
+    with Process(spec.label, Worker, spec) as worker:
+        measured = Measured(worker.ready().call(Worker.describe)[0])
         save_video(sweep, replace(point, frames=sweep.axes()["frames"][0], batch=1), exchange)
-        client.call("run", "captioning")
+        worker.call(Worker.run, "captioning")
         save_video(sweep, point, exchange)
         for repeat in range(sweep.repeats):
             now = f"{what} · run {repeat + 1} of {sweep.repeats}"
             progress.begin(now)
-            measured.add(client.call("run", "captioning"))
+            measured.add(worker.call(Worker.run, "captioning"))
             progress.finished(now, measured.seconds[-1])
             if measured.seconds[-1] > SLOW_SECONDS:
                 break
@@ -164,7 +161,7 @@ def save_video(sweep: Sweep, point: Point, exchange: str) -> None:
 
 
 def name(sweep: Sweep, point: Point) -> str:
-    """The sizes of a point's work."""
+    """The sizes of a point."""
     sizes = replace(sweep, frames=point.frames, batch=point.batch, beams=point.beams)
     return f"{sizes.sizes}, {point.resolution} px"
 
@@ -203,7 +200,7 @@ def tabulate(sweep: Sweep, dtype: str, results: Mapping[Point, Measured | str]) 
 
 
 def write(results: dict[str, Any], stem: Path) -> list[Path]:
-    """Writes `stem` with .json, .csv and .png behind it."""
+    """Writes `stem`.json, `stem`.csv and `stem`.png."""
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("json", "csv", "png")]
     paths[0].write_text(json.dumps(results, indent=1) + "\n")
     with paths[1].open("w", newline="") as file:

@@ -1,4 +1,4 @@
-"""Rows as a table, on the terminal and in Markdown, and progress while they are being measured."""
+"""Rows as a table, on the terminal, in Markdown and as CSV."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
@@ -17,13 +16,13 @@ from bench import machine, targets
 from bench.row import COMPARED, Results, Row, names_of_baselines
 
 MISSING = "–"
-TEXT = ("work", "sizes", "dtype", "held against", "target", "backend")
+TEXT = ("work", "sizes", "dtype", "vs. bound", "target", "backend")
 
 Column = Callable[[Row], str]
 
 
 def seconds(value: float) -> str:
-    """With the unit that suits it."""
+    """With a suitable unit."""
     unit, factor = ("s", 1.0) if value >= 1 else ("ms", 1e3) if value >= 1e-3 else ("µs", 1e6)
     return f"{figure(factor * value)} {unit}"
 
@@ -46,8 +45,8 @@ def ceiling(row: Row) -> str:
     return MISSING if row.percent_of_ceiling is None else f"{figure(row.percent_of_ceiling)} {row.bound}"
 
 
-def held(row: Row) -> str:
-    """Against what bounds the work."""
+def bounds(row: Row) -> str:
+    """The ratios to what bounds the work."""
     bounds = [f"{ratio(b.ratio)} {name}" for name, b in row.baselines.items() if name not in COMPARED]
     return ", ".join(bounds) or MISSING
 
@@ -57,7 +56,7 @@ def size(value: int) -> str:
 
 
 def memory(row: Row) -> str:
-    """Of the whole, and the part that the call added."""
+    """The peak, and the part that the call added."""
     if row.peak_memory_bytes is None:
         return MISSING
     added = "" if row.added_memory_bytes is None else f" (+{size(row.added_memory_bytes)})"
@@ -72,7 +71,7 @@ def error(row: Row) -> str:
 
 
 def columns(rows: list[Row], ceilings: Mapping[str, Any]) -> dict[str, Column]:
-    """Heads, and how each cell is written; a baseline that no row has is left out."""
+    """Column head -> the text of a cell. Baselines that no row has are skipped."""
 
     def target(row: Row) -> str:
         return "; ".join(str(judged) for judged in targets.of(row, ceilings)) or MISSING
@@ -89,7 +88,7 @@ def columns(rows: list[Row], ceilings: Mapping[str, Any]) -> dict[str, Column]:
         "GB/s": lambda row: figure(row.gb_per_second),
         "% of ceiling": ceiling,
         **{f"× {name}": lambda row, name=name: ratio(row.ratio(name)) for name in present},
-        "held against": held if bounded else None,
+        "vs. bound": bounds if bounded else None,
         "target": target if any(targets.of(row, ceilings) for row in rows) else None,
         "peak memory": memory,
         "relative error": error,
@@ -105,7 +104,7 @@ def ceilings(results: Results) -> str:
 
 
 def markdown(results: Results) -> str:
-    """The table and what it was measured on."""
+    """The table, the machine and the ceilings."""
     shown = columns(results.rows, results.ceilings)
     lines = [
         " | ".join(shown),
@@ -119,7 +118,7 @@ def markdown(results: Results) -> str:
 
 
 def show(results: Results) -> None:
-    """Prints the table on stdout, a level after the other, and below it how to measure each row again."""
+    """Prints one table per level, then the commands that measure each row again."""
     console = Console(width=max(Console().width, 200))
     for level, group in itertools.groupby(results.rows, lambda row: row.key.level):
         rows = list(group)
@@ -136,35 +135,10 @@ def show(results: Results) -> None:
 
 
 def write_csv(results: Results, path: Path) -> None:
-    """A line a row, everything that the JSON has of it."""
+    """One line per row, with everything in the JSON."""
     rows = [row.flat() for row in results.rows]
     heads = dict.fromkeys(head for row in rows for head in row)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(heads), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-class TerminalProgress:
-    """What is being measured, on stderr: a live line on a terminal, and a line for what took long."""
-
-    LONG_SECONDS = 2.0
-
-    def __init__(self) -> None:
-        self.console = Console(stderr=True)
-        self.status = Status("", console=self.console)
-
-    def __enter__(self) -> TerminalProgress:
-        if self.console.is_terminal:
-            self.status.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.status.stop()
-
-    def begin(self, what: str) -> None:
-        self.status.update(Text(what))
-
-    def finished(self, what: str, seconds: float) -> None:
-        if seconds >= self.LONG_SECONDS:
-            self.console.print(Text(f"{what}: {seconds:.3g} s"), highlight=False)

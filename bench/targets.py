@@ -1,8 +1,8 @@
-"""What is meant to be reached, and whether a measurement reaches it.
+"""The performance targets, and whether a measurement meets them.
 
-Every ratio is to a baseline of the same run, every share to a ceiling of the same run; absolute figures do not carry
-over from one machine to another. The one exception is a GPU's rate in captioning, which is meant for an NVIDIA H200:
-790 TFLOP/s of bfloat16 products, 4.3 TB/s of copies.
+Ratios are to baselines of the same run and shares are of ceilings of the same run, because absolute figures depend on
+the machine. The exception is the rate of captioning on a GPU, which is meant for an NVIDIA H200: 790 TFLOP/s in
+bfloat16 products, 4.3 TB/s in copies.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ class Quantity:
     """A figure of a row.
 
     Attributes:
-        unit: behind a figure: "×", "%", " GB".
+        unit: "×", "%", " GB".
         of: what the figure is of: "reference", "of the GEMM ceiling".
-        read: from a row, and the ceilings of its run where they are at hand, to the figure; None where it is not there.
-        digits: behind the point.
+        read: from a row and the ceilings of its run, which may be empty, to the figure; None if the row lacks it.
+        digits: after the decimal point.
     """
 
     unit: str
@@ -37,7 +37,7 @@ class Quantity:
     digits: int = 0
 
     def write(self, value: float, bound: float | None = None) -> str:
-        """With as many digits as it takes to be on the right side of the bound."""
+        """The text of a figure, with enough digits to be on the right side of the bound."""
         digits = self.digits
         while bound is not None and digits < 6 and _side(round(value, digits), bound) != _side(value, bound):
             digits += 1
@@ -53,13 +53,13 @@ def times(baseline: str, of: str | None = None) -> Quantity:
 
 
 def _times_sdpa(row: Row, _: Ceilings) -> float | None:
-    """The fastest of those that were measured; without PyTorch's own choice, none."""
+    """The ratio to the fastest kernel; None without PyTorch's own choice."""
     others = [each.ratio for name, each in row.baselines.items() if name == "torch" or name.startswith("SDPA by ")]
     return min(others) if "torch" in row.baselines else None
 
 
 def share(baseline: str, of: str) -> Quantity:
-    """A ratio in percent: of work that bounds the row's from below, measured in turns with it."""
+    """A ratio in percent to work that bounds the row's."""
 
     def read(row: Row, _: Ceilings) -> float | None:
         ratio = row.ratio(baseline)
@@ -102,18 +102,18 @@ PEAK = Quantity(
     " GB", "peak memory", lambda row, _: None if row.peak_memory_bytes is None else row.peak_memory_bytes / 1e9, 2
 )
 RATE = Quantity(" TFLOP/s", f"({H200_TFLOPS} is the H200's GEMM ceiling)", lambda row, _: row.tflops)
-VIDEOS = Quantity("", "videos a second", lambda row, _: _batch(row) / row.seconds, 1)
+VIDEOS = Quantity("", "videos per second", lambda row, _: _batch(row) / row.seconds, 1)
 
 
 @dataclass(frozen=True)
 class Target:
-    """One bar.
+    """One target.
 
     Attributes:
-        work: in words, for readers.
-        level, name, sizes, dtype, device: of the rows it is for, forward. `sizes` is all of an operator's, and how
-            others begin, which are of `batch` videos.
-        bound: of the quantity; None where it is only to be stated.
+        work: a description.
+        level, name, sizes, dtype, device: of the forward rows that it judges. `sizes` are all sizes of an operator;
+            sizes of other rows start with it and have `batch` videos.
+        bound: of the quantity; None if it is only stated.
         at_most: whether the bound is an upper one.
     """
 
@@ -151,14 +151,14 @@ class Target:
 
 @dataclass(frozen=True)
 class Judged:
-    """A target and what was measured for it; None where nothing was."""
+    """A target and the measured figure; None if there is none."""
 
     target: Target
     value: float | None
 
     @property
     def verdict(self) -> str:
-        """One of "met", "missed", "stated" (there is no bound) and "not measured"."""
+        """One of "met", "missed", "stated" (without a bound) and "not measured"."""
         if self.value is None or math.isnan(self.value):
             return NOT_MEASURED
         bound = self.target.bound
@@ -171,19 +171,19 @@ class Judged:
         return None if self.verdict == NOT_MEASURED else self.target.quantity.write(self.value, self.target.bound)
 
     def __str__(self) -> str:
-        """ "≥ 1.3× compiled: missed"; where there is no bound, the figure."""
+        """ "≥ 1.3× compiled: missed"; without a bound, the figure."""
         if self.verdict == STATED:
             return f"{self.figure} {self.target.quantity.of}"
         return f"{self.target.wanted}: {self.verdict}"
 
 
 def of(row: Row, ceilings: Ceilings | None = None) -> list[Judged]:
-    """The targets that are for the row, judged. Without the ceilings of its run fewer can be."""
+    """The judged targets of a row. Without the ceilings of its run some have no figure."""
     return [target.judge(row, ceilings or {}) for target in TARGETS if target.is_for(row)]
 
 
 def judge(runs: Iterable[Results], device: str) -> list[Judged]:
-    """Every target for "cpu" or "cuda", judged by the first row of the runs that has its figure."""
+    """All targets for "cpu" or "cuda", each judged by the first row with its figure."""
     runs = list(runs)
     judged = []
     for target in TARGETS:
@@ -216,7 +216,7 @@ def _operators() -> list[Target]:
     targets = []
 
     def add(work: str, name: str, sizes: str, quantity: Quantity, **bounds: float | None) -> None:
-        """Bounds by `cpu`, in both dtypes or in one; and by `cuda`, in bfloat16."""
+        """Adds bounds for `cpu`, in both dtypes or one of them, and for `cuda`, in bfloat16."""
         for where, bound in bounds.items():
             device, _, dtype = where.partition("_")
             for each in [dtype] if dtype else ["bfloat16"] if device == "cuda" else ["float32", "bfloat16"]:

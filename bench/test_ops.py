@@ -1,11 +1,11 @@
-"""The operators under pytest-benchmark, for those who prefer it.
+"""The operators under pytest-benchmark.
 
-    pytest bench                                            # every operator, direction and dtype at Base sizes
+    pytest bench                                            # all operators, directions and dtypes at Base sizes
     pytest bench --sizes large -k "attention and bfloat16 and backward"
-    pytest bench --benchmark-save NAME                      # and what else pytest-benchmark can do
+    pytest bench --benchmark-save NAME                      # with the options of pytest-benchmark
 
-Works, inputs and checks are those of `python bench/run.py --level ops`. There the ways take turns, which they cannot do
-here: a ratio is to be trusted there, on a machine that does other things as well.
+Works, inputs and checks are those of `python bench/run.py --level ops`. There the ways take turns, so its ratios are
+reliable on a busy machine. Here they are not.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from bench import machine
 from bench.case import OURS, Call, Case
 from bench.clock import Clock, clock
 from bench.ops import cases
-from bench.row import DIRECTIONS
-from bench.selection import Selection
+from bench.row import DIRECTIONS, Selection
 
 DTYPES = ("float32", "bfloat16")
 WAYS = (OURS, "eager", "torch")
-SECONDS, FEWEST, MOST = 0.5, 5, 200
+SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.5, 5, 200
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -69,8 +68,8 @@ def test_operator(case: Case, way: str, benchmark: Any) -> None:
 
 
 def rounds(calls: list[Call], timer: Clock) -> int:
-    """As many as take about half a second, after every call has warmed up; one of what is slow."""
+    """As many rounds as take about half a second, after all calls have warmed up. Slow calls get one."""
     for call in calls:
         call()
     seconds = timer(calls[0])
-    return 1 if seconds > SECONDS else max(FEWEST, min(MOST, int(SECONDS / seconds)))
+    return 1 if seconds > SECONDS else max(MIN_ROUNDS, min(MAX_ROUNDS, int(SECONDS / seconds)))

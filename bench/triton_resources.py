@@ -1,10 +1,10 @@
-"""What every Triton kernel takes of a GPU, found without one: compiled ahead of time, in every configuration, for the
-sizes at which the Large model calls it.
+"""The GPU resources of each Triton kernel, found without a GPU: all configurations are compiled ahead of time for the
+sizes of the Large model.
 
     python -m bench.triton_resources          # writes bench/results/triton_resources.md
 
-Registers, shared memory, spills and the tensor-core instructions of a configuration are read from its machine code.
-What is written stays until what it was compiled from changes, which a digest tells; a test tells that it has.
+Registers, shared memory, spills and tensor-core instructions come from the machine code. A row is kept until its digest
+says that its source has changed, and a test reports outdated rows.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mplug2_fast.kernels._tuning import Config
 RESULT = Path(__file__).parent / "results" / "triton_resources.md"
 CAPABILITIES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
-"""Bytes that a program can have (CUDA C++ Programming Guide, technical specifications per compute capability)."""
+"""Bytes per program (CUDA C++ Programming Guide, technical specifications per compute capability)."""
 DTYPES = (torch.bfloat16, torch.float32)
 
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|IMMA|UTC[A-Z]*MMA|UTMALDG)\b")
@@ -43,8 +43,8 @@ _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 @dataclass(frozen=True)
 class Resources:
-    """`shared` in bytes a program, `spilled` in bytes a thread, `instructions` by their number in the machine code, if
-    that was asked for."""
+    """shared: bytes per program. spilled: bytes per thread. instructions: name -> count in the machine code, if it was
+    disassembled."""
 
     registers: int
     shared: int
@@ -53,7 +53,7 @@ class Resources:
 
 
 def operators() -> list[str]:
-    """Those that have Triton kernels. One that is put together from others, on Triton as elsewhere, has theirs."""
+    """The operators with Triton kernels of their own. Composed operators use those of others."""
     found = {name: function.op.backends for name, function in ops.OPERATORS.items()}
     return [
         name
@@ -63,7 +63,7 @@ def operators() -> list[str]:
 
 
 def launches(name: str, dtype: torch.dtype, capability: int) -> Iterator[Launch]:
-    """Those of an operator, forward and backward, at the sizes of the Large model; each kernel once."""
+    """The launches of an operator, forward and backward, at the sizes of the Large model; each kernel once."""
     op = ops.OPERATORS[name].op
     backend, seen = op.backends["triton"], set()
     for label, sizes in op.spec.models.items():
@@ -85,8 +85,8 @@ def launches(name: str, dtype: torch.dtype, capability: int) -> Iterator[Launch]
 
 
 def compiled(launch: Launch, config: Config, capability: int, *, disassembled: bool = True) -> Resources:
-    """The resources of one configuration, as the run time would compile it for these arguments. Disassembling it takes
-    half as long as compiling it."""
+    """The resources of one configuration, compiled as for these arguments. Disassembling takes half as long as
+    compiling."""
     signature, constants, attributes = _signature(launch, config)
     source = triton.compiler.ASTSource(launch.function, signature, constants, attributes)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -96,9 +96,9 @@ def compiled(launch: Launch, config: Config, capability: int, *, disassembled: b
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _USAGE.search(_cuobjdump("-res-usage", file.name))
-        products = disassembled and "mma" in kernel.asm["ptx"]  # the others have no such instructions
+        products = disassembled and "mma" in kernel.asm["ptx"]  # other kernels have no such instructions
         found = _TENSOR_CORE.findall(_cuobjdump("-sass", file.name)) if products else []
-    assert usage is not None, "cuobjdump tells no resources"
+    assert usage is not None, "cuobjdump printed no resources"
     registers, stack, local = map(int, usage.groups())
     instructions = {name: found.count(name) for name in sorted(set(found))}
     return Resources(registers, kernel.metadata.shared, stack + local, instructions)
@@ -110,7 +110,7 @@ def _cuobjdump(*arguments: str) -> str:
 
 
 def entry(name: str, launch: Launch, dtype: torch.dtype, capability: int, config: Config) -> str:
-    """How the table's line of a configuration begins, with a digest of all that is compiled but the compiler."""
+    """The start of a configuration's line, with a digest of everything that is compiled."""
     text = f"{_text(launch.function)}{_signature(launch, config)}"
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"| {name} | {launch.kernel} | {_scalar(dtype)} | {capability} | {config} | {digest} | "
@@ -118,7 +118,7 @@ def entry(name: str, launch: Launch, dtype: torch.dtype, capability: int, config
 
 @functools.cache
 def _text(function: Any) -> str:
-    """Of a kernel, and of the functions and constants of ours that it names."""
+    """The source of a kernel and of our functions and constants that it names."""
     text, known = inspect.getsource(function.fn), function.fn.__globals__
     for value in (known[name] for name in sorted(function.fn.__code__.co_names) if name in known):
         if isinstance(value, triton.JITFunction):
@@ -129,7 +129,7 @@ def _text(function: Any) -> str:
 
 
 def written() -> dict[str, Resources]:
-    """The table: what was found, by entry."""
+    """The table: entry -> resources."""
     lines = RESULT.read_text().splitlines() if RESULT.exists() else []
     matches = (re.match(r"((?:\| [^|]+ ){6}\| )(\d+) \| (.+) \| (\d+) \| (.+) \|$", line) for line in lines)
     return {
@@ -144,7 +144,7 @@ def _counts(instructions: str) -> dict[str, int]:
 
 
 def _signature(launch: Launch, config: Config) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[Any, Any]]:
-    """Types, constants and divisibilities of the arguments, as the run time finds them."""
+    """Types, constants and divisibilities of the arguments, as Triton finds them at run time."""
     types, constants, attributes = {}, {}, {}
     given = {**launch.arguments, **launch.constants, **config.constants}
     for index, name in enumerate(launch.function.arg_names):
@@ -178,8 +178,8 @@ def _scalar(dtype: torch.dtype) -> str:
 
 
 def rows(kept: Mapping[str, Resources]) -> Iterator[str]:
-    """Lines of the table. One process per core compiles what is not kept."""
-    # Not "fork": the guard recognises a process by its environment, which a fork has from before the guard began.
+    """The lines of the table. One process per core compiles rows that are not kept."""
+    # Not "fork": a fork keeps the environment from before the guard marked it.
     with multiprocessing.get_context("forkserver").Pool() as pool:  # leaving it ends its processes at once
         works = itertools.product(operators(), DTYPES, CAPABILITIES)
         for found in pool.imap(functools.partial(_rows, kept), works):
@@ -202,11 +202,11 @@ def main() -> int:
     compiler = f"Compiled ahead of time by Triton {triton.__version__}, "
     kept = written() if RESULT.exists() and compiler in RESULT.read_text() else {}
     lines = [
-        "# What the Triton kernels take of a GPU",
+        "# GPU resources of the Triton kernels",
         "",
-        f"{compiler}as at the sizes of the Large model. The digest is of what is compiled. Registers are a "
-        "thread's, shared memory (KiB) a program's, spilled bytes a thread's; HMMA, HGMMA and UTC…MMA are tensor-core "
-        "instructions of compute capability 8.0, 9.0 and 10.0, UTMALDG loads by the tensor memory accelerator.",
+        f"{compiler}for the sizes of the Large model. The digest covers the compiled source. Registers and spilled "
+        "bytes are per thread, shared memory (KiB) is per program. HMMA, HGMMA and UTC…MMA are tensor-core "
+        "instructions of compute capability 8.0, 9.0 and 10.0; UTMALDG are loads by the tensor memory accelerator.",
         "",
         "| operator | kernel | dtype | for | configuration | digest | registers | shared | spilled | instructions |",
         "| --- | --- | --- | ---: | --- | --- | ---: | ---: | ---: | --- |",

@@ -1,9 +1,8 @@
-"""From the released algorithm to the fast model, one technique a row, each in a process of its own."""
+"""From the official algorithm to the fast model, one technique per row, each in its own process."""
 
 from __future__ import annotations
 
 import math
-import shlex
 import statistics
 import sys
 import tempfile
@@ -11,40 +10,37 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench import inputs, machine, table
+from bench import machine, table
 from bench.case import OURS
+from bench.clock import Turns
+from bench.plan import Plan, Spec
+from bench.process import Process
 from bench.progress import Progress
-from bench.turns import Turns
-from bench.waterfall_steps import techniques
-from bench.workers import Client
+from bench.waterfall_steps import StepWorker, techniques
 from mplug2_fast.info import available_memory
 
-if TYPE_CHECKING:
-    from bench.plan import Plan
-    from bench.runner import Progress
-
-# What takes longer is neither warmed up nor repeated: its first run counts.
 SLOW_SECONDS = 30.0
-# Of a score in float32. Narrow dtypes are not judged by it: where they round, another beam may become the best.
+"""A slower technique is neither warmed up nor repeated: its first run counts."""
 ALLOWED_ERROR = 1e-4
+"""Of a score in float32. Narrow dtypes are not judged by it, because rounding may make another beam the best."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A technique together with all those of the rows before it.
+    """A technique, together with those of all rows before it.
 
     Attributes:
-        seconds: the median of `runs` runs.
-        x_released, x_previous: how many times faster than the first row, and than the row before.
-        peak_memory_bytes: of the whole process on a CPU, with no other weights than it uses; of the allocator on CUDA.
-        same_caption: whether the best caption has the tokens of the first row's. relative_error: of its score.
+        seconds: median of `runs` runs.
+        x_released, x_previous: how many times faster than the first row and than the row before.
+        peak_memory_bytes: of the whole process on a CPU, which holds only the weights that it uses; of the allocator on
+            CUDA.
+        same_caption: whether the best caption has the first row's tokens. relative_error: of its score.
     """
 
     technique: str
@@ -59,20 +55,18 @@ class Row:
 
 
 def steps_of(plan: Plan) -> dict[str, tuple[str, str]]:
-    """Row -> its technique and dtype: all techniques in float32, then all of them in the plan's narrow dtype, or
-    bfloat16."""
+    """Row -> technique and dtype: all techniques in float32, the last one in the plan's narrow dtype or bfloat16."""
     rows = {name: (name, "float32") for name in techniques(plan.device)}
     narrow = next((dtype for dtype in plan.dtypes if dtype != "float32"), "bfloat16")
     return rows | {narrow: (list(rows)[-1], narrow)}
 
 
 def run(plan: Plan, progress: Progress) -> dict[str, Any]:
-    """The results as they are written to JSON."""
+    """The results, as written to JSON."""
     described, versions = machine.describe()
     described |= {"threads": plan.threads, "device": plan.device}
     with tempfile.TemporaryDirectory() as exchange:
-        video, description = inputs.load(plan.video, plan.frames, plan.config.vision.image_size)
-        torch.save(video.expand(plan.batch, *video.shape).contiguous(), Path(exchange) / "video.pt")
+        description = plan.save_video(Path(exchange))
         replies, notes = measure(plan, exchange, progress)
     return {
         "machine": described,
@@ -85,61 +79,54 @@ def run(plan: Plan, progress: Progress) -> dict[str, Any]:
 
 
 def command(plan: Plan) -> str:
-    """The command that measures all rows again."""
-    words = ["python", "bench/run.py", "--waterfall", "--preset", plan.preset, "--dtype", ",".join(plan.dtypes)]
-    for option in ("device", "frames", "beams", "steps", "batch", "repeats", "threads"):
-        words += [f"--{option}", str(getattr(plan, option))]
-    return shlex.join(words + (["--video", plan.video.name] if plan.video else []))
+    """The command that repeats all rows."""
+    words = ["--waterfall", "--preset", plan.preset, "--dtype", ",".join(plan.dtypes), *plan.size_options()]
+    return plan.command_of(words)
 
 
 def measure(plan: Plan, exchange: str, progress: Progress) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
-    """The runs of every row, and notes. Rows whose processes fit in memory together take turns."""
+    """The runs of each row, and notes. Rows whose processes fit into memory together take turns."""
     replies: dict[str, list[dict[str, Any]]] = {}
     slow, alone = [], []
     with ExitStack() as stack:
-        clients = {}
+        workers = {}
 
-        def once(name: str, client: Client, what: str) -> dict[str, Any]:
+        def once(name: str, worker: Process, what: str) -> dict[str, Any]:
             what = f"{name} · {what}"
             progress.begin(what)
-            reply = client.call("run")
+            reply = worker.call(StepWorker.run)
             progress.finished(what, reply["seconds"])
             return reply
 
-        def again(repeat: int, name: str, client: Client) -> None:
-            replies[name].append(once(name, client, f"run {repeat + 1} of {plan.repeats}"))
+        def again(repeat: int, name: str, worker: Process) -> None:
+            replies[name].append(once(name, worker, f"run {repeat + 1} of {plan.repeats}"))
 
         for name, (technique, dtype) in steps_of(plan).items():
             progress.begin(f"{name} · starting")
-            client = stack.enter_context(start(plan, technique, dtype, exchange))
-            first = once(name, client, "first run")
+            spec = Spec("waterfall", dtype, plan.device, plan.threads, plan.config, plan.beams, plan.steps, exchange)
+            worker = stack.enter_context(Process(f"{technique} {dtype}", StepWorker, spec, technique)).ready()
+            first = once(name, worker, "first run")
             replies[name] = []
             if first["seconds"] > SLOW_SECONDS:
                 replies[name].append(first)
                 slow.append(name)
-                client.close()
+                worker.close()
             elif available_memory() > 2 * (first["peak_memory_bytes"] or 0):
-                clients[name] = client
+                workers[name] = worker
             else:
                 for repeat in range(plan.repeats):
-                    again(repeat, name, client)
+                    again(repeat, name, worker)
                 alone.append(name)
-                client.close()
+                worker.close()
         for repeat in range(plan.repeats):
-            for name, client in clients.items():
-                again(repeat, name, client)
+            for name, worker in workers.items():
+                again(repeat, name, worker)
     notes = []
     if slow:
-        notes.append(f"Timed once, without a warm-up, for it takes over {SLOW_SECONDS:g} s: {'; '.join(slow)}.")
+        notes.append(f"Timed once, no warm-up (> {SLOW_SECONDS:g} s): {'; '.join(slow)}.")
     if alone:
-        notes.append(f"Memory does not hold all processes at once: not timed in turns: {'; '.join(alone)}.")
+        notes.append(f"All processes together do not fit into memory. Not timed in turns: {'; '.join(alone)}.")
     return replies, notes
-
-
-def start(plan: Plan, technique: str, dtype: str, exchange: str) -> Client:
-    sizes = {name: getattr(plan, name) for name in ("device", "threads", "beams", "steps")}
-    spec = {"implementation": "waterfall", "technique": technique, "dtype": dtype, "exchange": exchange, **sizes}
-    return Client({**spec, "config": plan.config.to_dict()}, f"{technique} {dtype}").ready()
 
 
 def tabulate(steps: Mapping[str, tuple[str, str]], replies: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
@@ -167,7 +154,7 @@ def tabulate(steps: Mapping[str, tuple[str, str]], replies: Mapping[str, Sequenc
 
 
 def ratio(slower: Sequence[Mapping[str, Any]], faster: Sequence[Mapping[str, Any]]) -> float:
-    """Of times: the median over the turns where both took as many, else that of the medians."""
+    """How many times faster `faster` is; `bench.clock.Turns.ratio`."""
     before, after = ([run["seconds"] for run in runs] for runs in (slower, faster))
     return Turns({OURS: after, "before": before}).ratio("before")
 
@@ -177,7 +164,7 @@ def is_wrong(row: Mapping[str, Any]) -> bool:
 
 
 def wrong(results: Mapping[str, Any]) -> list[str]:
-    """The techniques whose result is wrong."""
+    """The techniques with a wrong result."""
     return [row["technique"] for row in results["rows"] if is_wrong(row)]
 
 
@@ -186,7 +173,6 @@ def _error(row: Mapping[str, Any]) -> str:
     return f"{text} WRONG" if is_wrong(row) else text
 
 
-# Column heads and how each cell is written.
 COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "technique": lambda row: row["technique"],
     "dtype": lambda row: row["dtype"],
@@ -199,11 +185,12 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "same caption": lambda row: "yes" if row["same_caption"] else "no",
     "error of score": _error,
 }
+"""Column heads, and the text of a cell."""
 TEXT = ("technique", "dtype", "same caption")
 
 
 def cells(results: Mapping[str, Any]) -> list[list[str]]:
-    """The text of all rows; each but the first adds to the one before."""
+    """The text of all rows. A "+" says that a row adds to the one before."""
     found = [[cell(row) for cell in COLUMNS.values()] for row in results["rows"]]
     return [[f"{'+ ' if index else ''}{first}", *others] for index, (first, *others) in enumerate(found)]
 
@@ -226,7 +213,7 @@ def show(results: Mapping[str, Any]) -> None:
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The table and what was measured, and on what."""
+    """The table, the sizes and the machine."""
     lines = [
         " | ".join(COLUMNS),
         " | ".join(":---" if head in TEXT else "---:" for head in COLUMNS),

@@ -1,13 +1,12 @@
-"""Captioning from the released algorithm to the fast model, one technique after the other: a worker holds one of them.
+"""The techniques between the official algorithm and the fast model, and the worker that runs one of them.
 
-Parts of the reference and of the fast model are put together, each with the weights that it uses and no others.
+Parts of the reference and of the fast model are combined. Only weights that are used get memory.
 """
 
 from __future__ import annotations
 
 import gc
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from bench import memory
-from bench.held import hold
 from bench.implementations import NoInitialisation
+from bench.plan import Spec
+from bench.weights import allocate
+from bench.worker import timed
 from mplug2_fast import MPlug2Config, _native
 from mplug2_fast._native import native
 from mplug2_fast.models.mplug2 import MPlug2ForCaptioning
@@ -33,7 +34,7 @@ UNIVERSAL = ("text_encoder", "visn_emb_norm")
 FAST = ("visual", "visual_projection", "visual_projection_norm", "universal", "visual_norm", "decoder")
 
 Caption = Callable[[Tensor], GenerationOutput]
-"""From a video `(B, 3, T, H, W)`."""
+"""From a video `(batch, 3, frames, height, width)`."""
 
 
 @dataclass(frozen=True)
@@ -46,28 +47,28 @@ class Sizes:
 
     @property
     def generation(self) -> dict[str, int]:
-        """min_length = max_length makes the end token impossible, so that every search takes all steps."""
+        """min_length = max_length makes the end token impossible, so that each search takes all steps."""
         return {"num_beams": self.beams, "min_length": self.steps, "max_length": self.steps}
 
     def reference(self, *parts: str) -> ReferenceForCaptioning:
         with NoInitialisation():
             model = ReferenceForCaptioning(self.config, device="meta", dtype=self.dtype).eval()
-        hold(model, self.device, *parts)
+        allocate(model, self.device, *parts)
         return model
 
     def fast(self, *parts: str) -> MPlug2ForCaptioning:
         model = MPlug2ForCaptioning(self.config, device="meta", dtype=self.dtype).eval()
-        hold(model, self.device, *parts)
+        allocate(model, self.device, *parts)
         return model
 
 
-def released(sizes: Sizes) -> Caption:
+def official(sizes: Sizes) -> Caption:
     model = sizes.reference(*VISION, *UNIVERSAL, "text_decoder")
     return lambda video: model.generate(video, **sizes.generation)
 
 
-class Remembered(nn.Module):
-    """Keys or values of a memory that is tiled over the beams: computed once for all beams, then a copy for each."""
+class CachedProjection(nn.Module):
+    """Keys or values of a memory that is tiled over the beams: computed once, then copied for each beam."""
 
     def __init__(self, linear: nn.Linear, beams: int) -> None:
         super().__init__()
@@ -80,13 +81,15 @@ class Remembered(nn.Module):
         return self.kept
 
 
-def remembering(sizes: Sizes) -> Caption:
-    """The reference, whose decoder projects the video once and not at every step; every beam still has its copy."""
+def projecting_once(sizes: Sizes) -> Caption:
+    """The reference, whose decoder projects the video once instead of at each step. Each beam still has its copy."""
     model = sizes.reference(*VISION, *UNIVERSAL, "text_decoder")
     found = []
     for layer in model.text_decoder.bert.encoder.layer.values():
         attention = layer.crossattention.self
-        attention.key, attention.value = (Remembered(part, sizes.beams) for part in (attention.key, attention.value))
+        attention.key, attention.value = (
+            CachedProjection(part, sizes.beams) for part in (attention.key, attention.value)
+        )
         found += [attention.key, attention.value]
 
     def caption(video: Tensor) -> GenerationOutput:
@@ -98,7 +101,7 @@ def remembering(sizes: Sizes) -> Caption:
 
 
 class TiledDecoder(TextDecoder):
-    """Every beam has a copy of the memory's keys and values."""
+    """Each beam has its copy of the memory's keys and values."""
 
     def step(self, tokens: Tensor, step: int, cache: SelfAttentionCache, memory: Memory) -> Tensor:
         batch, beams = tokens.shape
@@ -109,14 +112,14 @@ class TiledDecoder(TextDecoder):
 
 
 def caching(sizes: Sizes) -> Caption:
-    """The fast decoder, which takes the newest tokens alone; beams are reordered by index."""
+    """The fast decoder, which takes only the newest tokens. Beams are reordered by index."""
     encoder, model = sizes.reference(*VISION, *UNIVERSAL), sizes.fast("decoder")
     model.decoder.__class__ = TiledDecoder
     return with_torch(lambda video: model.generate(image_embeds=encoder.encode_video(video), **sizes.generation))
 
 
 def sharing(sizes: Sizes) -> Caption:
-    """As the fast decoder is: the beams' queries stand side by side before one memory."""
+    """The fast decoder unchanged: the queries of all beams share one memory."""
     encoder, model = sizes.reference(*VISION, *UNIVERSAL), sizes.fast("decoder")
     return with_torch(lambda video: model.generate(image_embeds=encoder.encode_video(video), **sizes.generation))
 
@@ -134,31 +137,31 @@ def universal(sizes: Sizes) -> Caption:
 
 
 def vision(sizes: Sizes) -> Caption:
-    """All of the fast model, on PyTorch's operators."""
+    """The whole fast model, on PyTorch's operators."""
     return with_torch(kernels(sizes))
 
 
 def products(sizes: Sizes) -> Caption:
-    """On oneDNN, which needs no native module: its kernels and what is built on them stay PyTorch's."""
+    """Products by oneDNN, which needs no native module. Everything else stays PyTorch's."""
     sys.modules["mplug2_fast._C"] = None  # type: ignore[assignment]  # as if it were not installed
     _native._load.cache_clear()
     return kernels(sizes)
 
 
 def kernels(sizes: Sizes) -> Caption:
-    """As the fast model chooses its backends."""
+    """The fast model with the backends that it chooses."""
     model = sizes.fast(*FAST)
     return lambda video: model.generate(video, **sizes.generation)
 
 
 def packed(sizes: Sizes) -> Caption:
-    """As it is used: with the vision encoder's weights in the layout of the products."""
+    """As in use: the vision encoder's weights are packed for the products."""
     model = sizes.fast(*FAST).pack()
     return lambda video: model.generate(video, **sizes.generation)
 
 
 def with_torch(caption: Caption) -> Caption:
-    """On PyTorch's operators alone."""
+    """On PyTorch's operators only."""
 
     def run(video: Tensor) -> GenerationOutput:
         with use_backend("torch"):
@@ -168,9 +171,9 @@ def with_torch(caption: Caption) -> Caption:
 
 
 ALGORITHM: dict[str, Callable[[Sizes], Caption]] = {
-    "released algorithm": released,
-    "keys and values of the video computed once": remembering,
-    "one token a step, with cached keys and values": caching,
+    "official algorithm": official,
+    "keys and values of the video computed once": projecting_once,
+    "one token per step, with cached keys and values": caching,
     "beams share the video's keys and values": sharing,
     "universal layers without a score matrix": universal,
     "vision encoder without permutations and copies": vision,
@@ -184,36 +187,28 @@ CUDA: dict[str, Callable[[Sizes], Caption]] = {"own Triton kernels": kernels}
 
 
 def techniques(device: str) -> dict[str, Callable[[Sizes], Caption]]:
-    """Each with all those before it, in float32. Without the native module its kernels are left out."""
+    """Each technique includes all those before it, in float32. Without the native module its kernels are skipped."""
     if device.startswith("cuda"):
         return ALGORITHM | CUDA
     return ALGORITHM | {name: make for name, make in CPU.items() if make is not kernels or native() is not None}
 
 
 class StepWorker:
-    """Captions the video of the exchange folder, with the techniques up to the one that the spec names."""
+    """Captions the video of the exchange folder with the techniques up to `technique`."""
 
-    def __init__(self, spec: dict[str, Any]) -> None:
-        self.device, dtype = spec["device"], getattr(torch, spec["dtype"])
-        config = MPlug2Config.from_dict(spec["config"])
-        make = techniques(self.device)[spec["technique"]]
-        self.caption = make(Sizes(config, dtype, self.device, spec["beams"], spec["steps"]))
-        self.video = torch.load(Path(spec["exchange"]) / "video.pt").to(self.device, dtype)
-
-    def _synchronize(self) -> None:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize(self.device)
+    def __init__(self, spec: Spec, technique: str) -> None:
+        torch.set_num_threads(spec.threads)
+        self.device, dtype = spec.device, getattr(torch, spec.dtype)
+        sizes = Sizes(spec.config, dtype, spec.device, spec.beams, spec.steps)
+        self.caption = techniques(spec.device)[technique](sizes)
+        self.video = torch.load(Path(spec.exchange) / "video.pt").to(spec.device, dtype)
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
-        """One run: seconds, peak bytes of this process with its weights, and the best captions with their scores."""
+        """One run: seconds, peak bytes of this process with weights, the best captions and their scores."""
         gc.collect()
         known = memory.reset_peak(self.device)
-        self._synchronize()
-        start = time.perf_counter()
-        out = self.caption(self.video)
-        self._synchronize()
-        seconds = time.perf_counter() - start
+        seconds, out = timed(self.device, lambda: self.caption(self.video))
         return {
             "seconds": seconds,
             "peak_memory_bytes": memory.peak(self.device) if known else None,

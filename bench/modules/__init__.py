@@ -1,1 +1,1 @@
-"""Modules of the model, each in the forms that are compared: cases for `bench.runner`."""
+"""The level `modules`."""

@@ -1,36 +1,36 @@
-"""The level `modules`: what there is to measure, and each of it."""
+"""The level `modules`: modules of the model in the forms that are compared."""
 
 from __future__ import annotations
 
 from bench.case import Case
-from bench.modules import decoder_step, fusion_layer, operator_call, temporal_block, universal_layers
-from bench.row import Key
-from bench.selection import Selection
+from bench.modules import decoder_step, forms, fusion_layer, operator_call, temporal_block, universal_layers
+from bench.row import DIRECTIONS, Key, Selection
 
-MODULES = {
-    "TemporalBlock": temporal_block,
-    "universal layers": universal_layers,
-    "fusion layer": fusion_layer,
-    "decoder step": decoder_step,
+WORKS = {
+    "TemporalBlock": temporal_block.WORK,
+    "universal layers": universal_layers.WORK,
+    "fusion layer": fusion_layer.WORK,
 }
-ON_A_CPU = {"operator call": operator_call}
-"""No module of the model; what a GPU does meanwhile would say nothing about it."""
-NAMES = (*MODULES, *ON_A_CPU)
+FORWARD_ONLY = {"decoder step": decoder_step.build, "operator call": operator_call.build}
+MODULES = (*WORKS, "decoder step")
+NAMES = (*MODULES, "operator call")
 
 
 def keys(selection: Selection) -> list[Key]:
-    """By module, direction and dtype."""
-    offered = MODULES | ON_A_CPU if selection.device == "cpu" else MODULES
+    """By module, direction and dtype. "operator call" is no module and runs on the CPU only: it times the interpreter,
+    and a GPU computes meanwhile."""
     found = [
         Key("modules", name, selection.preset, direction, dtype, selection.device)
-        for name, module in offered.items()
+        for name in (NAMES if selection.device == "cpu" else MODULES)
         for direction in selection.directions
-        if direction in module.DIRECTIONS
+        if direction in (DIRECTIONS if name in WORKS else ("forward",))
         for dtype in selection.dtypes
     ]
     return [key for key in found if selection.wants(key)]
 
 
 def build(key: Key, *, compile: bool) -> Case:
-    """Ours, and beside it, of modules, "reference", "eager" and, where `compile` says so, "compiled"."""
-    return (MODULES | ON_A_CPU)[key.name].build(key, compile=compile)
+    """Ours; beside a module "reference", "eager" and, with `compile`, "compiled"."""
+    if key.name in WORKS:
+        return forms.build(WORKS[key.name], key, compile=compile)
+    return FORWARD_ONLY[key.name](key, compile=compile)

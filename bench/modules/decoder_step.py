@@ -9,10 +9,10 @@ from torch import Tensor
 
 from bench import flops
 from bench.case import OURS, Agreement, Call, Case, agreement
-from bench.held import hold
 from bench.modules.forms import BACKENDS, compiling, config_of
-from bench.peer import Peer
+from bench.peer import Peer, logits
 from bench.row import Key
+from bench.weights import allocate
 from mplug2_fast import MPlug2Config
 from mplug2_fast.models.mplug2 import MPlug2ForCaptioning
 from mplug2_fast.models.mplug2.config import CLS_TOKEN_ID, SEP_TOKEN_ID
@@ -20,13 +20,12 @@ from mplug2_fast.ops import beam_attention, beam_step, explain
 from mplug2_fast.ops.runtime.spec import NOISE_FLOOR, normal
 from mplug2_fast.reference import MPlug2ForCaptioning as ReferenceForCaptioning
 
-DIRECTIONS = ("forward",)
 BEAMS, STEPS, STEP = 5, 15, 7
-"""The step in the middle of fifteen: the newest of eight tokens."""
+"""The middle one of fifteen steps: eight tokens, one of them new."""
 
 
 class Given:
-    """What all implementations start from.
+    """What every implementation starts from.
 
     Attributes:
         memory: `(1, S, D)`, float32. sequences: `(1, BEAMS, STEP + 1)`, all different. cumulative: `(1, BEAMS)`.
@@ -46,13 +45,13 @@ class Step:
     """An implementation.
 
     Attributes:
-        replays: whether `run` replays a CUDA graph of its own.
+        replays: whether `run` already replays a CUDA graph.
     """
 
     replays = False
 
     def before(self) -> tuple[()]:
-        """Brings the caches back to what they were."""
+        """Restores the caches."""
         return ()
 
     def logits(self) -> Tensor:
@@ -70,7 +69,7 @@ class Step:
 class Ours(Step):
     def __init__(self, config: MPlug2Config, device: str, dtype: torch.dtype) -> None:
         self.model = MPlug2ForCaptioning(config, device="meta", dtype=dtype).eval()
-        hold(self.model, device, "decoder")
+        allocate(self.model, device, "decoder")
         self.decoder, self.given = self.model.decoder, Given(config, device)
         self.memory = self.decoder.remember(self.given.memory.to(dtype))
         self.cache = self.decoder.new_cache(1, BEAMS, STEPS)
@@ -101,12 +100,12 @@ class Ours(Step):
         return BACKENDS.get(served, served)
 
 
-class Released(Step):
+class Official(Step):
     """The whole prefix once more, with the memory tiled over the beams."""
 
     def __init__(self, config: MPlug2Config, device: str, dtype: torch.dtype) -> None:
         model = ReferenceForCaptioning(config, device="meta", dtype=dtype).eval()
-        hold(model, device, "text_decoder")
+        allocate(model, device, "text_decoder")
         self.decoder, self.given = model.text_decoder, Given(config, device)
         self.memory = self.given.memory.to(dtype)
 
@@ -120,26 +119,26 @@ class Released(Step):
 
 class OfPeer(Step):
     def __init__(self, config: MPlug2Config, device: str, dtype: torch.dtype, *, compile: bool = False) -> None:
-        self.peer = Peer(config, device="meta", dtype=dtype)
-        hold(self.peer, device, "latents", "decoder")  # the latents tell the peer where it is
-        self.decoder, self.given = self.peer.decoder, Given(config, device)
+        model = MPlug2ForCaptioning(config, device="meta", dtype=dtype).eval()
+        allocate(model, device, "decoder")
+        self.peer, self.given = Peer(model), Given(config, device)
         self.replays = compile and device != "cpu"
         self.origin = torch.arange(BEAMS, device=device)
         self.steps = torch.arange(STEPS, device=device)
         self.penalties = ((6.0 + self.steps) / 6.0) ** 0.6
         self.end_bias = torch.tensor(-1e20, device=device)
-        self.decoder.start(self.given.memory.to(dtype), BEAMS, STEPS)
+        self.peer.start(self.given.memory.to(dtype), BEAMS, STEPS)
         for step in range(STEP):
             self.at(step)
         if compile:
-            self.peer.compile()
+            self.peer.compile(torch.device(device).type)
             with compiling(freeze=device == "cpu", graphs=config.text.text_decode_layers):
                 self.run()
 
     def at(self, step: int) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
         tokens, at = self.given.sequences[:, :, step], self.steps[step : step + 1]
-        return self.decoder.step(
+        return self.peer.step(
             tokens, at, self.origin, None, self.given.cumulative, self.penalties[step], self.end_bias
         )[0]
 
@@ -148,26 +147,26 @@ class OfPeer(Step):
 
     def logits(self) -> Tensor:
         tokens, at = self.given.sequences[:, :, STEP], self.steps[STEP : STEP + 1]
-        return self.decoder.logits(self.decoder.states(tokens, at, self.origin, None))
+        return logits(self.peer.model.decoder, self.peer.states(tokens, at, self.origin, None))
 
 
 def logits_and_scores(step: Step) -> tuple[Tensor, Tensor]:
     """The logits of the words, `(1, BEAMS, vocabulary)`, and the scores of the best beams."""
     step.before()
-    logits = step.logits()
+    words = step.logits()
     step.before()
-    return logits, step.run()
+    return words, step.run()
 
 
 def flop(config: MPlug2Config) -> int:
-    """What one step more needs."""
+    """FLOP of one more step."""
     memory = flops.visual_tokens(config, config.vision.num_frames)
     after, before = (flops.decoding(config, memory, BEAMS, steps) for steps in (STEP + 1, STEP))
     return after - before
 
 
 def needed_bytes(model: MPlug2ForCaptioning, element: int) -> int:
-    """What one step more needs, in elements of `element` bytes."""
+    """Bytes of one more step, in elements of `element` bytes."""
     memory = flops.visual_tokens(model.config, model.config.vision.num_frames)
     after, before = (flops.decoding_bytes(model, element, memory, BEAMS, steps, 1) for steps in (STEP + 1, STEP))
     return after - before
@@ -178,7 +177,7 @@ def build(key: Key, *, compile: bool) -> Case:
     config, dtype = config_of(key), getattr(torch, key.dtype)
     kinds = {
         OURS: lambda: Ours(config, key.device, dtype),
-        "reference": lambda: Released(config, key.device, torch.float32),
+        "reference": lambda: Official(config, key.device, torch.float32),
         "eager": lambda: OfPeer(config, key.device, dtype),
     }
     if compile:

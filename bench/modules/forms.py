@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from bench.case import OURS, Agreement, Call, Case, agreement
 from bench.peer import TUNED
 from bench.row import Key
+from bench.weights import allocate
 from mplug2_fast import MPlug2Config
 from mplug2_fast.ops import Explanation
 from mplug2_fast.ops.runtime.spec import NOISE_FLOOR, normal
@@ -21,37 +23,56 @@ from mplug2_fast.ops.runtime.spec import NOISE_FLOOR, normal
 BACKENDS = {"cpu": "native, oneDNN", "triton": "Triton, PyTorch", "torch": "PyTorch"}
 
 
-@dataclass(frozen=True)
-class Form:
-    """One implementation.
+class Form(nn.Module):
+    """One implementation: `run(model, *inputs)`.
 
-    Attributes:
-        module: called with the inputs; parts of it may be on the meta device.
-        weights: released name -> view into its parameters.
+    Args:
+        model: may be partly on the meta device.
+        weights: official name -> view into the parameters that have memory.
     """
 
-    module: nn.Module
-    weights: dict[str, Tensor]
+    def __init__(self, model: nn.Module, weights: dict[str, Tensor], run: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.model, self.weights, self.run = model, weights, run
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.run(self.model, *inputs)
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.module.parameters() if not parameter.is_meta]
+    def allocated(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if not parameter.is_meta]
 
 
 Build = Callable[[MPlug2Config, str, torch.dtype], Form]
 """From the configuration, the device and the dtype."""
 
 
+def part_of(
+    kind: type[nn.Module],
+    parts: Callable[[MPlug2Config], Sequence[str]],
+    run: Callable[..., Tensor],
+    *,
+    pack: bool = False,
+) -> Build:
+    """Builds a form from parts of a model, which are allocated; `pack` packs their weights."""
+
+    def build(config: MPlug2Config, device: str, dtype: torch.dtype) -> Form:
+        model = kind(config, device="meta", dtype=dtype)
+        weights = allocate(model, device, *parts(config))
+        return Form(model.pack() if pack else model, weights, run)
+
+    return build
+
+
 @dataclass(frozen=True)
 class Work:
-    """What a module's file says of it.
+    """What a module's file says about it.
 
     Attributes:
-        shapes: of the inputs.
-        ours: as the model runs it without gradients, weights packed. reference: the released module. peer: eager.
-        flop: needed by the forward pass, with constants of the model computed beforehand, or, where gradients are asked
-            for and they are no constants, not.
-        explain: who serves the main operator of ours, from the module and the inputs.
+        shapes: of the inputs. The first is also the result's.
+        ours: as the model runs it without gradients, weights packed. reference: the official module. peer: eager.
+        flop: needed by the forward pass. With gradients, constants of the model are computed too.
+        explain: from our model and the inputs: which backend serves the main operator.
     """
 
     shapes: Callable[[MPlug2Config], Sequence[tuple[int, ...]]]
@@ -72,14 +93,13 @@ def build(work: Work, key: Key, *, compile: bool) -> Case:
     with_gradients = key.direction != "forward"
     generator = torch.Generator().manual_seed(0)
     inputs = [normal(generator, *shape).to(key.device, dtype) for shape in work.shapes(config)]
-    grad = normal(generator, *inputs[0].shape).to(key.device, dtype)  # every module returns its first input's shape
+    grad = normal(generator, *inputs[0].shape).to(key.device, dtype)
 
     @functools.cache
     def form(way: str) -> Form:
         kind = {OURS: work.ours, "reference": work.reference}.get(way, work.peer)
-        made = kind(config, key.device, torch.float32 if way == "reference" else dtype)
-        made.module.eval()
-        for parameter in made.parameters:
+        made = kind(config, key.device, torch.float32 if way == "reference" else dtype).eval()
+        for parameter in made.allocated:
             parameter.requires_grad_(with_gradients)
         return made
 
@@ -89,9 +109,8 @@ def build(work: Work, key: Key, *, compile: bool) -> Case:
         wide = torch.float32 if way == "reference" else dtype
         given = [x.to(wide).requires_grad_(with_gradients) for x in (x.detach() for x in inputs)]
         if way == "compiled":
-            static = {"dynamic": False, "fullgraph": True}
-            tuned = {"options": TUNED} if key.device.startswith("cuda") else {}
-            made.module.forward = torch.compile(made.module.forward, **static, **tuned)
+            tuned: dict[str, Any] = {"options": TUNED} if key.device.startswith("cuda") else {}
+            made.run = torch.compile(made.run, dynamic=False, fullgraph=True, **tuned)
         ready = call_of(made, key.direction, given, grad.to(wide))
         if way == "compiled":
             with compiling(freeze=not with_gradients and key.device == "cpu"):
@@ -114,7 +133,7 @@ def build(work: Work, key: Key, *, compile: bool) -> Case:
 
     with torch.set_grad_enabled(with_gradients):
         probe = [x.detach().requires_grad_(with_gradients) for x in inputs]
-        served = work.explain(form(OURS).module, *probe).chosen or ""
+        served = work.explain(form(OURS).model, *probe).chosen or ""
     weights, moved = bytes_of(form(OURS).weights.values()), bytes_of(inputs)
     names = [OURS, "reference", "eager", *(["compiled"] if compile else [])]
     passes = {"forward": 1, "backward": 2, "both": 3}[key.direction]
@@ -130,16 +149,16 @@ def build(work: Work, key: Key, *, compile: bool) -> Case:
 
 
 def call_of(form: Form, direction: str, inputs: list[Tensor], grad: Tensor) -> Call:
-    """Forward alone returns the result; with a backward, the gradients of the inputs and parameters, in order."""
-    leaves = [*inputs, *form.parameters]
+    """Forward alone returns the result. With a backward pass it is the gradients of inputs and parameters, in order."""
+    leaves = [*inputs, *form.allocated]
 
     def forward() -> Tensor:
         with torch.no_grad():
-            return form.module(*inputs)
+            return form(*inputs)
 
     def recorded() -> tuple[Tensor]:
         with torch.enable_grad():
-            return (form.module(*inputs),)
+            return (form(*inputs),)
 
     def backward(out: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(out, leaves, grad)
@@ -150,14 +169,14 @@ def call_of(form: Form, direction: str, inputs: list[Tensor], grad: Tensor) -> C
 
 
 def compared(call: Call, form: Form, inputs: int) -> list[list[Tensor]]:
-    """What implementations have in common: the result; or the gradients of inputs, and those of weights by released
+    """What all implementations share: the result, or the gradients of the inputs and those of weights by official
     name."""
     found = call()
     if isinstance(found, Tensor):
         return [[found]]
     kept = {
         parameter.untyped_storage().data_ptr(): gradient.contiguous()
-        for parameter, gradient in zip(form.parameters, found[inputs:], strict=True)
+        for parameter, gradient in zip(form.allocated, found[inputs:], strict=True)
     }
     weights = []
     for _, view in sorted(form.weights.items()):
@@ -168,12 +187,13 @@ def compared(call: Call, form: Form, inputs: int) -> list[list[Tensor]]:
 
 @contextmanager
 def compiling(*, freeze: bool, graphs: int = 1) -> Iterator[None]:
-    """For the first call of what is compiled.
+    """Surrounds the first call of what is compiled.
 
     Args:
-        freeze: the weights become constants of the graph, packed for the CPU. graphs: of the same code.
+        freeze: the weights become constants of the graph, packed for the CPU.
+        graphs: how many the same code needs.
     """
-    torch._dynamo.reset()  # of other graphs of the same code
+    torch._dynamo.reset()  # drops other graphs of the same code
     with torch._inductor.config.patch(freezing=freeze), torch._dynamo.config.patch(recompile_limit=1 + graphs):
         yield
 

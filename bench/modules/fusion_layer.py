@@ -1,54 +1,31 @@
-"""A layer of the fusion encoder: a question against the visual tokens."""
+"""A layer of the fusion encoder: a question looks at the visual tokens."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from bench import flops
-from bench.case import Case
-from bench.held import hold
-from bench.modules import forms
-from bench.modules.forms import Form, Work
-from bench.peer import Peer
-from bench.row import DIRECTIONS as DIRECTIONS
-from bench.row import Key
+from bench import flops, peer
+from bench.modules.forms import Form, Work, part_of
 from bench.weights import fill
 from mplug2_fast import MPlug2Config
+from mplug2_fast.models.mplug2 import MPlug2ForQuestionAnswering
 from mplug2_fast.nn import FusionLayer
 from mplug2_fast.ops import Explanation, attention, explain
 from mplug2_fast.reference import MPlug2ForQuestionAnswering as ReferenceForQuestionAnswering
-from mplug2_fast.reference.bert import BertLayer, cross_attention_mask, self_attention_mask
+from mplug2_fast.reference.bert import cross_attention_mask, self_attention_mask
 
 QUESTION_TOKENS = 16
 
 
-def first(config: MPlug2Config) -> int:
-    """The index in a checkpoint of the first layer that runs."""
-    return config.text.stored_layers - config.text.fusion_layers
+def official_name(config: MPlug2Config) -> str:
+    """The first layer that runs."""
+    return f"fusion_encoder.encoder.layer.{config.text.stored_layers - config.text.fusion_layers}"
 
 
-class Ours(nn.Module):
-    """With a mask of the question, as the model calls it."""
-
-    def __init__(self, layer: FusionLayer) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, text: Tensor, visual: Tensor) -> Tensor:
-        mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
-        return self.layer(text, key_padding_mask=mask, memory=visual)
-
-
-class Released(nn.Module):
-    def __init__(self, layer: BertLayer) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, text: Tensor, visual: Tensor) -> Tensor:
-        text_mask, visual_mask = (torch.ones(x.shape[:2], dtype=torch.long, device=x.device) for x in (text, visual))
-        memory_mask = cross_attention_mask(visual_mask, text.dtype)
-        return self.layer(text, self_attention_mask(text_mask, text.dtype), visual, memory_mask)
+def seen(x: Tensor) -> Tensor:
+    """A mask of all tokens."""
+    return torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
 
 
 def shapes(config: MPlug2Config) -> list[tuple[int, ...]]:
@@ -58,35 +35,35 @@ def shapes(config: MPlug2Config) -> list[tuple[int, ...]]:
 
 def ours(config: MPlug2Config, device: str, dtype: torch.dtype) -> Form:
     layer = FusionLayer.from_config(config.text).to(device, dtype)
-    name = f"fusion_encoder.encoder.layer.{first(config)}"
-    weights = {f"{name}.{key}": parameter.detach() for key, parameter in layer.named_parameters()}
+    weights = {f"{official_name(config)}.{key}": parameter.detach() for key, parameter in layer.named_parameters()}
     fill(weights)
-    return Form(Ours(layer), weights)
+    return Form(layer, weights, lambda layer, text, visual: layer(text, key_padding_mask=seen(text), memory=visual))
 
 
-def reference(config: MPlug2Config, device: str, dtype: torch.dtype) -> Form:
-    model = ReferenceForQuestionAnswering(config, device="meta", dtype=dtype)
-    weights = hold(model, device, f"fusion_encoder.encoder.layer.{first(config)}")
-    return Form(Released(model.fusion_encoder.encoder.layer[str(first(config))]), weights)
-
-
-def peer(config: MPlug2Config, device: str, dtype: torch.dtype) -> Form:
-    model = Peer(config, "question_answering", device="meta", dtype=dtype)
-    weights = hold(model, device, "fusion.layers.0")
-    return Form(model.fusion.layers[0], weights)
+def official(model: nn.Module, text: Tensor, visual: Tensor) -> Tensor:
+    layer = model.get_submodule(official_name(model.config))
+    memory_mask = cross_attention_mask(seen(visual), text.dtype)
+    return layer(text, self_attention_mask(seen(text), text.dtype), visual, memory_mask)
 
 
 def flop(config: MPlug2Config, with_gradients: bool) -> int:
     return flops.fusion(config.replace(fusion_layers=1), config.vision.num_frames, QUESTION_TOKENS)
 
 
-def main_operator(module: Ours, text: Tensor, visual: Tensor) -> Explanation:
-    query, key = (x.unflatten(-1, (module.layer.attention.self.num_heads, -1)) for x in (text, visual))
+def main_operator(layer: FusionLayer, text: Tensor, visual: Tensor) -> Explanation:
+    query, key = (x.unflatten(-1, (layer.attention.self.num_heads, -1)) for x in (text, visual))
     return explain(attention, query, key, key)
 
 
-WORK = Work(shapes, ours, reference, peer, flop, main_operator)
-
-
-def build(key: Key, *, compile: bool) -> Case:
-    return forms.build(WORK, key, compile=compile)
+WORK = Work(
+    shapes,
+    ours,
+    part_of(ReferenceForQuestionAnswering, lambda config: [official_name(config)], official),
+    part_of(
+        MPlug2ForQuestionAnswering,
+        lambda config: ["fusion.layers.0"],
+        lambda model, text, visual: peer.bert_layer(model.fusion.layers[0], text, visual),
+    ),
+    flop,
+    main_operator,
+)

@@ -1,5 +1,5 @@
-"""What an operator costs beyond its kernel: a layer norm of a few numbers, called very often, beside the native kernel
-called with the same addresses and PyTorch's own operator."""
+"""The overhead of calling an operator: a tiny layer norm called many times, beside the native kernel called directly
+and PyTorch's operator."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from mplug2_fast.ops import layer_norm
 from mplug2_fast.ops.runtime import cpu
 from mplug2_fast.ops.runtime.spec import NOISE_FLOOR
 
-DIRECTIONS = ("forward",)
 CALLS = 1000
-"""In a row of the table, one after another."""
+"""Calls in one timed run."""
 KERNEL = "kernel"
 SIZES = {"rows": (4,), "channels": 64}
 
@@ -49,16 +48,16 @@ def build(key: Key, *, compile: bool) -> Case:
 
 
 def kernel(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Callable[[], None], Tensor]:
-    """The native kernel with everything that it is told made beforehand; and the result, the same at each call."""
+    """Calls the native kernel with arguments prepared beforehand. Also returns the tensor that it writes."""
     out, (rows, channels) = torch.empty_like(x), x.shape
     run = cpu.module().layer_norm
-    told = (
+    arguments = (
         cpu.isa(), x.dtype == torch.bfloat16, 1, (1, rows, channels), x.data_ptr(), (0, channels), 0, (0, 0), 1.0,
         weight.data_ptr(), bias.data_ptr(), eps, out.data_ptr(), 0,
     )  # fmt: skip
 
-    def call(_: Any = (x, weight, bias, out)) -> None:  # held, because their addresses are told
-        run(*told)
+    def call(_: Any = (x, weight, bias, out)) -> None:  # keeps the tensors alive, whose addresses the kernel gets
+        run(*arguments)
 
     return call, out
 

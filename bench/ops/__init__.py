@@ -1,1 +1,1 @@
-"""Operators as cases of the benchmark: a file each, with what bounds it."""
+"""The level `ops`."""

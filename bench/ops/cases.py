@@ -1,8 +1,7 @@
-"""The operators as cases: sizes of the model, and awkward ones, forward, backward and both."""
+"""The level `ops`: operators at sizes of the models and at edge cases, forward, backward and both."""
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -14,22 +13,21 @@ from torch import Tensor
 from bench import packages
 from bench.case import OURS, Agreement, Call, Case, agreement
 from bench.ops import compiled
-from bench.ops.baseline import Arguments
-from bench.row import Key
-from bench.selection import Selection
+from bench.ops.bounds import BOUNDS, Arguments
+from bench.row import Key, Selection
 from mplug2_fast import ops
 from mplug2_fast.ops.runtime.spec import Sizes, Spec
 
 NAMES = tuple(ops.OPERATORS)
-# Inputs lie so far apart that none is in the cache when its turn comes.
-ROTATED_BYTES, MOST_INPUTS = 160 << 20, 8
-# Weights are packed for as many rows as the Large vision encoder has.
+ROTATED_BYTES, MAX_INPUTS = 160 << 20, 8
+"""Inputs take turns over so many bytes that none is in the cache when its turn comes."""
 ROWS = 4112
+"""Weights are packed for the rows of the Large vision encoder."""
 FRAMES = 16
 
 
 def keys(selection: Selection) -> list[Key]:
-    """Operators by sizes, direction and dtype; no gradients of what has none."""
+    """Operators by sizes, direction and dtype. Operators without gradients run forward only."""
     found = []
     for name, function in ops.OPERATORS.items():
         spec = function.op.spec
@@ -44,15 +42,15 @@ def keys(selection: Selection) -> list[Key]:
 
 
 def sizes_of(spec: Spec) -> dict[str, Sizes]:
-    """The sizes of an operator by what they are called in a row: the models', the base model's at two frames, and of
-    the awkward ones those that have elements."""
-    awkward = {f"awkward, {described(sizes)}": sizes for sizes in spec.edge_cases}
-    awkward = {name: sizes for name, sizes in awkward.items() if _has_elements(spec, sizes)}
-    return {"quick": two_frames(spec.models["base"]), **spec.models, **awkward}
+    """The sizes of an operator by their names in a row: the models', the base model's at two frames, and the edge cases
+    that have elements."""
+    edges = {f"edge, {described(sizes)}": sizes for sizes in spec.edge_cases}
+    edges = {name: sizes for name, sizes in edges.items() if _has_elements(spec, sizes)}
+    return {"quick": two_frames(spec.models["base"]), **spec.models, **edges}
 
 
 def two_frames(sizes: Sizes) -> Sizes:
-    """Two frames where the model has 16, as batch, as frames or among the rows; pixels of a quarter of the sides."""
+    """Two frames instead of 16, be they batch, frames or rows; frames with a quarter of the sides."""
 
     def cut(name: str, value: Any) -> Any:
         if name == "rows" and isinstance(value, tuple):
@@ -76,7 +74,7 @@ def _has_elements(spec: Spec, sizes: Sizes) -> bool:
 
 
 def build(key: Key, *, compile: bool) -> Case:
-    operator, module = ops.OPERATORS[key.name], importlib.import_module(f"bench.ops.{key.name}")
+    operator = ops.OPERATORS[key.name]
     op, spec, dtype = operator.op, operator.op.spec, getattr(torch, key.dtype)
     sizes = sizes_of(spec)[key.sizes]
     first = spec.inputs(sizes, dtype, key.device)
@@ -89,9 +87,9 @@ def build(key: Key, *, compile: bool) -> Case:
             prepared["reference"] = lambda: _forward(spec.reference, [in_float32(each) for each in given])
         if compile:
             prepared["compiled"] = lambda: _compiled(formula, given)
-        for baseline in module.BASELINES:
-            if key.device.split(":")[0] in baseline.devices:
-                prepared[baseline.name] = partial(_prepared, baseline.prepare, given)
+        for bound in BOUNDS.get(key.name, ()):
+            if key.device.split(":")[0] in bound.devices:
+                prepared[bound.name] = partial(_prepared, bound.prepare, given)
         prepared |= {
             name: partial(_prepared, prepare, given) for name, prepare in packages.ways(key.name, first).items()
         }
@@ -112,7 +110,7 @@ def build(key: Key, *, compile: bool) -> Case:
             )
             for way, run in ways.items()
         }
-        # Each product of the forward pass has two in the backward one; what is read and written is about as much more.
+        # The backward pass has two products for each of the forward pass, and about as much more traffic.
         factor = {"backward": 2, "both": 3}[key.direction]
         flop, moved = factor * spec.flops(**first), factor * spec.bytes(first, _result(op, first))
     backend = op.explain(*first.values()).chosen or ""
@@ -120,9 +118,9 @@ def build(key: Key, *, compile: bool) -> Case:
 
 
 def rotated(spec: Spec, first: Arguments) -> list[Arguments]:
-    """The same elsewhere in memory, but for the weights, which are packed as the model packs them."""
+    """Copies of the arguments elsewhere in memory. Weights are shared, and packed as the model packs them."""
     count = math.ceil(ROTATED_BYTES / max(spec.bytes(first, ()), 1))
-    others = [{name: _elsewhere(value) for name, value in first.items()} for _ in range(1, min(MOST_INPUTS, count))]
+    others = [{name: _elsewhere(value) for name, value in first.items()} for _ in range(1, min(MAX_INPUTS, count))]
     for name in first:
         if name.endswith("weight"):
             for other in others:
@@ -141,7 +139,7 @@ def _elsewhere(value: Any) -> Any:
 
 
 def check(key: Key, arguments: Arguments) -> Agreement:
-    """Against float64, beside eager code in the same dtype: results, or gradients."""
+    """Compares results or gradients with float64, beside eager code in the same dtype."""
     operator = ops.OPERATORS[key.name]
     spec, floor = operator.op.spec, operator.op.spec.noise_floor[getattr(torch, key.dtype)]
     if key.direction == "forward":

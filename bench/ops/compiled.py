@@ -1,4 +1,4 @@
-"""The compiled peer of an operator: PyTorch's formula, on the CPU with its weights frozen into the graph and packed."""
+"""The compiled peer of an operator: PyTorch's formula. On the CPU its weights are frozen into the graph and packed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.ops.baseline import Arguments
+from bench.ops.bounds import Arguments
 
 
 class Peer(nn.Module):
-    """Weights and biases are parameters, so that the compiler may pack them; the rest is given at every call."""
+    """Weights and biases are parameters, so that the compiler may pack them. The other tensors are inputs."""
 
     def __init__(self, formula: Callable[..., Any], arguments: Arguments) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Peer(nn.Module):
 
 
 def prepare(formula: Callable[..., Any], arguments: Arguments) -> Callable[..., Any]:
-    """A callable of the tensors that are no weights, compiled on its first call."""
+    """A callable of the tensors that are no weights. Its first call compiles it."""
     tensors = (value for value in arguments.values() if isinstance(value, torch.Tensor))
     torch._inductor.config.freezing = next(tensors).device.type == "cpu"
     torch._dynamo.reset()

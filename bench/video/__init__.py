@@ -1,1 +1,1 @@
-"""The level `video`: files to pixels, and files to captions."""
+"""The level `video`."""

@@ -1,4 +1,4 @@
-"""Files to captions: ours decodes the next file while the model sees this one."""
+"""Files to captions. Ours decodes the next file while the model runs."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ Texts = list[str | None]
 
 
 def build(key: Key, clips: Clips | BundledClips) -> Case:
-    """One call captions all files, by the model that ships.
+    """One call captions all files with the bundled model.
 
-    Ours is `mplug2_fast.Captioner`. "reference" is the released algorithm in float32 on files that are decoded as the
-    released pipeline does, one after another; "eager" is the same model as ours without overlap: a file is decoded,
-    then captioned, then the next. Captions are the same or not: the error is 0 or infinite.
+    Ours is `mplug2_fast.Captioner`. "reference" is the official algorithm in float32 with official decoding, one file
+    after another. "eager" is our model without overlap. The error is 0 if captions agree, otherwise infinite.
     """
     captioner = Captioner(dtype=key.dtype, device=key.device)
     config, weights = captioner.model.config, next(captioner.model.parameters())
@@ -52,7 +51,7 @@ def build(key: Key, clips: Clips | BundledClips) -> Case:
 
     ways: dict[str, Callable[[], Callable[[], Texts]]] = {
         OURS: lambda: overlapped,
-        "reference": lambda: partial(one_after_another, decoding.reference, released(config, key.device)),
+        "reference": lambda: partial(one_after_another, decoding.reference, official(config, key.device)),
         "eager": lambda: partial(one_after_another, load_video, eager),
     }
 
@@ -72,13 +71,13 @@ def build(key: Key, clips: Clips | BundledClips) -> Case:
 
 
 def needed(config: MPlug2Config, steps: int) -> int:
-    """FLOP of a caption of so many tokens, by a search that ends with it."""
+    """FLOP of a search that ends after `steps` tokens."""
     frames, beams = config.vision.num_frames, config.generation.num_beams
     return flops.needed("captioning", config, frames=frames, beams=beams, steps=steps)
 
 
-def released(config: MPlug2Config, device: str) -> Generate:
-    """The released model in float32, with the weights that ship."""
+def official(config: MPlug2Config, device: str) -> Generate:
+    """The official model in float32 with the bundled weights."""
     model = ReferenceForCaptioning(config, device="meta", dtype=torch.float32).to_empty(device=device).eval()
     load_released(model, load_file(TINY_MODEL / "model.safetensors"))
     return lambda video: model.generate(video.to(device))

@@ -1,4 +1,4 @@
-"""The level `video`: what there is to measure, and each of it."""
+"""The level `video`: files to pixels, and files to captions."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from functools import partial
 import torch
 
 from bench.case import Case
-from bench.row import Key
-from bench.selection import Selection
+from bench.row import Key, Selection
 from bench.video import captioning, decoding
 from bench.video.files import BundledClips, Clips, missing
 
 NAMES = ("decoding", "captioning files")
-# What the files are, and whether --quick measures them.
 Files = dict[str, tuple[Callable[[], Clips | BundledClips], bool]]
+"""Name -> the files, and whether --quick measures them."""
 DECODING: Files = {
     "16 frames of 256 px": (partial(Clips, 4, 16, 256), False),
     "120 frames of 256 px": (partial(Clips, 2, 120, 256), True),
@@ -28,8 +27,8 @@ CAPTIONING: Files = {
 
 
 def keys(selection: Selection) -> list[Key]:
-    """Of "decoding" to the pixels of the preset, in float32 and on the CPU alone; of "captioning files" by the tiny
-    model that ships, whatever the preset, in every dtype. None where `notes` says why."""
+    """The keys. "decoding" runs on the CPU in float32, to the pixels of the preset. "captioning files" uses the bundled
+    tiny model, whatever the preset, in each dtype. There are none if `notes` says why."""
     if missing() or "forward" not in selection.directions:
         return []
     found = []
@@ -47,16 +46,16 @@ def keys(selection: Selection) -> list[Key]:
 def notes() -> list[str]:
     """Why there are no keys."""
     why = missing()
-    return [f"the level video is not measured: {why}"] if why else []
+    return [f"level video is skipped: {why}"] if why else []
 
 
 def build(key: Key, *, compile: bool) -> Case:
-    """Ours and "reference"; of captions also "eager". There is no compiled form of a program that decodes files.
+    """Ours and "reference", for captions also "eager". Decoding has no compiled form.
 
-    From here on this process computes on one thread, whatever was asked for: the frames and the model are too small for
-    more, and threads that wait for one another take any time on a busy machine. Decoding beside the model has another.
+    From now on this process computes on one thread, because frames and model are too small for more, and on a busy
+    machine threads wait for one another. Decoding beside the model has its own thread.
 
-    Raises `ImportError` where PyAV is not installed.
+    Raises `ImportError` if PyAV is missing.
     """
     if why := missing():
         raise ImportError(why)

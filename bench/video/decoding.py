@@ -1,5 +1,5 @@
-"""A file to the model's input: ours decodes what it needs and squashes each frame as it comes; the released pipeline
-decodes every frame, and then resizes and normalises those that it takes."""
+"""A file to the model's input. Ours decodes only what it needs and resizes each frame at once. The official pipeline
+decodes all frames, then resizes and normalises the selected ones."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ FLOOR = 1e-6
 
 
 def build(key: Key, preset: str, clips: Clips | BundledClips) -> Case:
-    """One file a call, to as many frames and pixels as the preset has. Ours is `mplug2_fast.video.load_video`,
-    "reference" the released pipeline's form of it."""
+    """One file per call, to the frames and pixels of the preset. Ours is `mplug2_fast.video.load_video`, "reference"
+    the official pipeline."""
     vision = MPlug2Config.preset(preset).vision
     decode = {
         way: partial(load, num_frames=vision.num_frames, image_size=vision.image_size)
@@ -39,10 +39,10 @@ def build(key: Key, preset: str, clips: Clips | BundledClips) -> Case:
 
 
 def reference(path: str, num_frames: int, image_size: int) -> Tensor:
-    """(3, num_frames, image_size, image_size), float32: every frame decoded and kept as RGB, those of `frame_indices`
-    taken, and one after another resized to the nearest pixels and normalised.
+    """`(3, num_frames, image_size, image_size)`, float32. Decodes all frames to RGB, then resizes those of
+    `frame_indices` to the nearest pixels and normalises them.
 
-    On one thread: PyAV's own choice starts threads anew for every frame.
+    One thread, because PyAV's default starts threads for each frame.
     """
     import av
 
@@ -54,7 +54,7 @@ def reference(path: str, num_frames: int, image_size: int) -> Tensor:
 
 
 def _pixels(frame: Tensor, image_size: int) -> Tensor:
-    """(height, width, 3), uint8, to (3, image_size, image_size)."""
+    """`(height, width, 3)`, uint8, to `(3, image_size, image_size)`."""
     rows, columns = (torch.arange(image_size) * length // image_size for length in frame.shape[:2])
     resized = frame[rows][:, columns].permute(2, 0, 1).float() / 255
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))

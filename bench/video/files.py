@@ -1,4 +1,4 @@
-"""Video files to measure with: those that ship, and others that are written outside the clock."""
+"""Video files to measure with: the bundled ones, and others written outside the clock."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ BUNDLED = Path(__file__).resolve().parents[2] / "examples/moving_shapes/clips"
 
 
 def missing() -> str | None:
-    """What reading and writing files lacks here, and the remedy; None where it lacks nothing."""
+    """Why files cannot be read and written here; None if they can."""
     return None if importlib.util.find_spec("av") else "PyAV is not installed: pip install av"
 
 
 class Clips:
-    """Clips of moving shapes, in a folder that goes when this object does.
+    """Clips of moving shapes, in a folder that is deleted with this object.
 
     Attributes:
         paths: the files, all of one size.
@@ -32,7 +32,7 @@ class Clips:
 
 
 class BundledClips:
-    """The clips that ship: 16 frames of 128 pixels each."""
+    """The bundled clips: 16 frames of 128 pixels each."""
 
     def __init__(self) -> None:
         self.paths = sorted(map(str, BUNDLED.glob("*.mp4")))

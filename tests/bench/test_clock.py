@@ -1,4 +1,4 @@
-"""Clocks: a CUDA device is stood in for."""
+"""Clocks, with a stand-in for a CUDA device, and turns under a clock that calls control."""
 
 import contextlib
 from types import SimpleNamespace
@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from bench import ceilings, clock
-from bench.case import Call
+from bench.case import OURS, Call
+from bench.clock import Budget, Turns, take, together
 
 
 @pytest.fixture
 def device_log(monkeypatch):
-    """What a CUDA device would be asked to do, in order; time on it passes 2 ms an event."""
+    """The calls of a CUDA device in order. Each event takes 2 ms."""
     log, now = [], iter(range(1000))
 
     class Event:
@@ -47,14 +48,14 @@ def device_log(monkeypatch):
     return log
 
 
-def test_on_cuda_a_call_is_timed_between_events_with_a_cold_cache(device_log):
+def test_cuda_events_time_a_call_with_a_cold_cache(device_log):
     timer = clock.clock("cuda")
     call = Call(lambda: device_log.append("call"), lambda: device_log.append("before") or ())
     assert timer(call) == pytest.approx(2e-3)
     assert device_log == ["before", "flush", "sleep", "record", "call", "record", "synchronize"]
 
 
-def test_a_warm_clock_leaves_the_cache_alone(device_log):
+def test_a_warm_clock_does_not_flush_the_cache(device_log):
     clock.clock("cuda", "warm")(Call(lambda: device_log.append("call")))
     assert device_log == ["sleep", "record", "call", "record", "synchronize"]
 
@@ -79,17 +80,17 @@ def test_a_graph_is_captured_once_and_replayed(device_log, monkeypatch):
     assert device_log == ["call"] * 4 + replayed + replayed
 
 
-def test_what_replays_a_graph_of_its_own_is_not_captured(device_log):
+def test_a_call_that_replays_a_graph_is_not_captured(device_log):
     clock.clock("cuda", "graph")(Call(lambda: device_log.append("call"), replays=True))
     assert device_log == ["flush", "sleep", "record", "call", "record", "synchronize"]
 
 
-def test_graphs_are_for_cuda():
+def test_graphs_need_cuda():
     with pytest.raises(ValueError, match="CUDA graphs need --device cuda"):
         clock.clock("cpu", "graph")
 
 
-def test_on_a_cpu_what_comes_before_is_not_timed(monkeypatch):
+def test_on_a_cpu_preparation_is_not_timed(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
 
@@ -102,6 +103,59 @@ def test_on_a_cpu_what_comes_before_is_not_timed(monkeypatch):
     assert not clock.clock("cpu", "warm").rotates
 
 
-def test_ceilings_on_cuda_are_timed_between_events(device_log):
+def test_cuda_events_time_ceilings(device_log):
     assert ceilings.timed(lambda: device_log.append("call"), "cuda:0") == pytest.approx(2e-3)
     assert device_log == ["record", "call", "record", "synchronize"]
+
+
+class Clock:
+    """Each call returns its own time."""
+
+    rotates, slow = True, 0.5
+
+    def __init__(self):
+        self.order = []
+
+    def __call__(self, call):
+        name, seconds = call()
+        self.order.append(name)
+        return seconds
+
+
+def calls(name, *seconds):
+    return [Call(lambda each=each: (name, each)) for each in seconds]
+
+
+def test_ways_take_turns_and_alternate_inputs():
+    clock = Clock()
+    turns = take({OURS: calls(OURS, 0.1, 0.2), "eager": calls("eager", 0.4, 0.4)}, clock, Budget(1.0, fewest=3))
+    assert clock.order[:6] == [OURS, "eager"] * 3
+    assert turns.seconds[OURS][:4] == [0.1, 0.2, 0.1, 0.2]
+    assert turns.ratio("eager") == pytest.approx(3.0)  # of 4, 2, 4, 2, ...
+
+
+def test_a_drifting_machine_does_not_change_a_ratio():
+    drift = [1.0 + turn / 10 for turn in range(40)]
+    slower = [3 * seconds for seconds in drift]
+    assert Turns({OURS: drift, "eager": slower}).ratio("eager") == pytest.approx(3.0)
+    assert Turns({OURS: drift, "eager": [3.0]}).ratio("eager") == pytest.approx(3.0 / 2.95)
+
+
+def test_turns_of_several_processes():
+    parts = [Turns({OURS: [1.0], "eager": [2.0]}), Turns({OURS: [3.0, 1.0], "eager": [9.0, 4.0]})]
+    assert together(parts).seconds == {OURS: [1.0, 3.0, 1.0], "eager": [2.0, 9.0, 4.0]}
+    assert together(parts).ratio("eager") == 3.0
+
+
+def test_slow_baselines_are_timed_once_and_ours_is_repeated():
+    ways = {OURS: calls(OURS, 0.6), "eager": calls("eager", 0.7), "torch": calls("torch", 0.3)}
+    turns = take(ways, Clock(), Budget(1.0, fewest=5))
+    assert turns.seconds["eager"] == [0.7]
+    assert len(turns.seconds[OURS]) == len(turns.seconds["torch"]) == 5
+    assert turns.ratio("eager") == pytest.approx(0.7 / 0.6)
+
+
+def test_spread_is_half_the_interquartile_range():
+    turns = take({OURS: calls(OURS, 1.0, 2.0, 3.0, 4.0)}, Clock(), Budget(0.0, fewest=4))
+    assert turns.spread() == pytest.approx((3.75 - 1.25) / 2 / 2.5)
+    assert take({OURS: calls(OURS, 1.0)}, Clock(), Budget(0.0, fewest=1)).spread() == 0.0

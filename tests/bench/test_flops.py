@@ -1,4 +1,4 @@
-"""The formulas against what is known of the Large model: 16 frames of 224 pixels, 5 beams, 15 steps; in GFLOP."""
+"""The formulas against known figures of the Large model: 16 frames of 224 pixels, 5 beams, 15 steps; in GFLOP."""
 
 import pytest
 import torch
@@ -41,19 +41,19 @@ def test_tasks_are_the_sums_of_their_parts():
 
 
 @pytest.mark.parametrize("task", [task for task in flops.TASKS if task != "training"])
-def test_batch_multiplies(task):
+def test_work_is_proportional_to_the_batch(task):
     assert flops.needed(task, LARGE, **RUN, batch=3) == 3 * flops.needed(task, LARGE, **RUN)
 
 
 def counted(run):
-    """What PyTorch counts in the products of the reference, which for these parts does no more than is needed."""
+    """FLOP that PyTorch counts. In these parts the reference does no more than necessary."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 
 
-def test_question_answering_against_what_the_reference_does():
-    """Text encoder and fusion layers, one of them connected; all of them see whole sequences."""
+def test_question_answering_against_the_reference():
+    """Text encoder and fusion layers, one of them connected, over whole sequences."""
     config = MPlug2Config.preset("tiny").replace(stored_layers=4, fusion_layers=4, stride_layer=2)
     model = reference.MPlug2ForQuestionAnswering(config, device="meta").eval()
     ids, visual = torch.zeros(1, 7, dtype=torch.long, device="meta"), torch.empty(1, 65, 128, device="meta")
@@ -67,9 +67,9 @@ def test_question_answering_against_what_the_reference_does():
     assert flops.needed("answering", config, **RUN, question=7) == parts + asked
 
 
-def test_training_against_what_the_reference_does():
-    """It does more: the last token of a caption goes through the decoder, all tokens see all, the prompt is scored, and
-    the latents' own part is computed for every video."""
+def test_training_against_the_reference():
+    """The reference does more: it decodes the last token, attends without a causal shortcut, scores the prompt and
+    computes the latents' own part for each video."""
     config = MPlug2Config.preset("tiny")
     model = reference.MPlug2ForCaptioning(config)
     ids = torch.full((2, 9), 105)
@@ -82,7 +82,7 @@ def test_training_against_what_the_reference_does():
 
 
 def test_bytes_of_decoding():
-    """0.42 GB of weights and 0.20 GB of the memory's keys and values a step, in two bytes."""
+    """0.42 GB of weights and 0.20 GB of the memory's keys and values per step, in 2-byte elements."""
     each = {**RUN, "steps": 1}
     two = {**RUN, "steps": 2}
     step = flops.needed_bytes("decode", LARGE, 2, **two) - flops.needed_bytes("decode", LARGE, 2, **each)

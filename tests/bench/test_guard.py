@@ -1,4 +1,4 @@
-"""However a benchmark ends, what it started ends with it."""
+"""A benchmark that ends, however it ends, leaves no process behind."""
 
 from __future__ import annotations
 
@@ -16,20 +16,25 @@ from bench import guard
 ROOT = Path(guard.__file__).parents[1]
 LIMIT = 60.0
 
-# Starts a process that starts another in a new session; both then compute.
 SCRIPT = """
-import subprocess, sys, time
-from bench import guard
+import signal, subprocess, sys, time
+from bench import guard, process
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores both
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 def main():
-    inner = "import time\\nwhile True: pass"
+    inner = "import time\\nwhile True: time.sleep(0.1)"
     outer = "import subprocess, sys\\n"
     outer += f"subprocess.Popen([sys.executable, '-c', {inner!r}], start_new_session=True).wait()"
     subprocess.Popen([sys.executable, "-c", outer])
-    while True: time.sleep(1)
+    with process.Process("fresh"), process.Process("preloaded", preloaded=True) as preloaded:
+        preloaded.ready().call(time.sleep, 600)
 
+process.PRELOADED = ()
 sys.exit(guard.run(main))
 """
+"""Starts a process that starts another in a new session, and a process of each kind of the benchmark."""
 
 
 def descendants(process: int) -> list[int]:
@@ -41,14 +46,14 @@ def descendants(process: int) -> list[int]:
 
 
 def commands(processes: list[int]) -> list[str]:
-    """Command lines of those that are still running."""
+    """The command lines of those that still run."""
     found = []
     for process in processes:
         try:
             found.append(Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode())
         except OSError:
             continue
-    return [line for line in found if line]  # a process that has ended and waits for its parent has none
+    return [line for line in found if line]  # a zombie has none
 
 
 def wait_for(what, seconds: float = LIMIT):
@@ -60,7 +65,7 @@ def wait_for(what, seconds: float = LIMIT):
 
 
 def ends_with_all(process: subprocess.Popen, number: int, enough) -> None:
-    """Sends a signal as soon as `enough` of the commands runs, and waits until all descendants are gone."""
+    """Sends a signal once `enough` accepts the running commands, and waits until all descendants are gone."""
     try:
         wait_for(lambda: process.poll() is None and enough(commands(descendants(process.pid))))
         started = descendants(process.pid)
@@ -72,31 +77,22 @@ def ends_with_all(process: subprocess.Popen, number: int, enough) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGHUP], ids=str)
-def test_whatever_it_started_ends_with_a_script(number):
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT], cwd=ROOT, stderr=subprocess.DEVNULL)
-    ends_with_all(process, number, lambda lines: sum("while True" in line for line in lines) >= 2)
+def test_a_killed_script_leaves_no_process(number, tmp_path):
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    kinds = ("while True", "spawn_main", "forkserver")
+    ends_with_all(process, number, lambda lines: all(any(kind in line for line in lines) for kind in kinds))
+    if number in (signal.SIGTERM, signal.SIGINT):
+        assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=str)
-def test_a_forked_case_ends_with_its_script(number):
-    code = "import sys, time\nfrom bench import fork, guard\nfork.PRELOADED = ()\n"
-    code += "sys.exit(guard.run(lambda: fork.call(time.sleep, 600)))"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
-    ends_with_all(process, number, lambda lines: sum("forkserver" in line for line in lines) >= 2)
+@pytest.mark.parametrize("script", ["run", "bulk", "gpu_check", "triton_resources"])
+def test_scripts_run_under_a_guard(script):
+    source = (ROOT / "bench" / f"{script}.py").read_text()
+    assert source.split('if __name__ == "__main__":')[-1].rstrip().endswith("sys.exit(guard.run(main))")
 
 
-def test_workers_end_with_the_benchmark(tmp_path):
-    command = [sys.executable, "bench/run.py", "--quick", "--waterfall"]
-    exchange = tmp_path / "exchange"
-    exchange.mkdir()
-    environment = os.environ | {"TMPDIR": str(exchange), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, **quiet)
-    ends_with_all(process, signal.SIGTERM, lambda lines: any("bench.worker" in line for line in lines))
-    assert list(exchange.iterdir()) == []
-
-
-def test_a_script_that_ends_by_itself_leaves_nothing_and_keeps_its_status():
+def test_a_script_that_returns_keeps_its_status():
     code = "import subprocess, sys\nfrom bench import guard\n"
     code += "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
     code += "print(child.pid, flush=True)\nsys.exit(guard.run(lambda: 3))"
@@ -112,7 +108,7 @@ def test_an_interrupted_script_says_so_in_one_line():
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
-def test_a_guard_ends_only_what_has_its_mark(tmp_path):
+def test_a_guard_kills_only_processes_with_its_mark(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env={guard.MARK: "another"})
     try:
         assert not guard._kill(f"{guard.MARK}=anoth".encode())

@@ -3,7 +3,7 @@ import subprocess
 from bench import machine
 
 
-def test_outside_a_checkout_the_environment_tells_the_commit(monkeypatch):
+def test_the_environment_names_the_commit_outside_a_checkout(monkeypatch):
     def missing(*_, **__):
         raise FileNotFoundError("git")
 

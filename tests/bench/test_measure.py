@@ -1,24 +1,18 @@
-"""The model's level at its smallest: that rows say what was measured, and what happens where something cannot be."""
+"""The level of the model at its smallest: rows, failures, and the choice of workers."""
 
 import dataclasses
 import shlex
 
 import pytest
 
-from bench import measure, rows
+from bench import measure
 from bench.flops import TASKS
 from bench.measure import Measured
 from bench.plan import FAMILIES, Plan
+from bench.process import ProcessError
+from bench.progress import Progress
 from bench.row import Results
-from bench.workers import Spec, WorkerError
-
-
-class Silent:
-    def begin(self, what):
-        pass
-
-    def finished(self, what, seconds):
-        pass
+from bench.worker import Worker
 
 
 def plan(**changes):
@@ -35,7 +29,7 @@ CEILINGS = {
 
 @pytest.fixture(scope="module")
 def measured():
-    return measure.run(plan(dtypes=("bfloat16",)), Silent(), CEILINGS)
+    return measure.run(plan(dtypes=("bfloat16",)), Progress(), CEILINGS)
 
 
 def test_a_row_for_every_task(measured):
@@ -50,7 +44,7 @@ def test_a_row_for_every_task(measured):
         assert row.spread == 0
 
 
-def test_figures_agree_with_one_another(measured):
+def test_figures_are_consistent(measured):
     ceilings = measured.ceilings
     for row in measured.rows:
         for baseline in row.baselines.values():
@@ -76,45 +70,47 @@ def test_results_are_compared(measured):
         assert row.baselines["reference"].relative_error is None
 
 
-def test_no_process_has_a_compiler_in_its_memory_but_for_training(measured):
-    """The optimizer imports it; the others compile nothing, and so does the reference."""
+def test_only_training_has_the_compiler_in_its_memory(measured):
+    """The optimizer imports it. The other tasks compile nothing."""
     for row in measured.rows:
         if row.key.name != "training":
             found = [row.peak_memory_bytes, *(b.peak_memory_bytes for b in row.baselines.values())]
             assert max(found) < min(found) + 60e6
 
 
-def test_results_can_be_written_and_read(measured, tmp_path):
+def test_results_survive_writing_and_reading(measured, tmp_path):
     measured.write(tmp_path / "a.json")
     assert Results.read(tmp_path / "a.json") == measured
 
 
-def test_what_is_wrong_is_said():
+def test_wrong_results_are_marked():
     ours = Measured("native", [1.0, 1.2, 1.1], 9, 4, 0.04)
     others = {"reference": Measured("eager", [9.0]), "eager": Measured("eager", [2.0, 3.6, 2.2], 7, 3, 0.01)}
     ceilings = {"gemm": {"bfloat16": {"gflops": 1.0}}, "copy_gb_per_second": 1.0}
-    row = rows.row(plan(), "features", "bfloat16", ours, others, ceilings)
+    row = measure.row(plan(), "features", "bfloat16", ours, others, ceilings)
     assert row.baselines["eager"].ratio == pytest.approx(2.0)
     assert row.baselines["reference"].ratio == pytest.approx(9 / 1.1)
     assert not row.correct
-    row = rows.row(plan(), "features", "bfloat16", dataclasses.replace(ours, relative_error=0.015), others, ceilings)
+    row = measure.row(plan(), "features", "bfloat16", dataclasses.replace(ours, relative_error=0.015), others, ceilings)
     assert row.correct
-    row = rows.row(plan(), "features", "bfloat16", dataclasses.replace(ours, relative_error=float("inf")), {}, ceilings)
+    row = measure.row(
+        plan(), "features", "bfloat16", dataclasses.replace(ours, relative_error=float("inf")), {}, ceilings
+    )
     assert not row.correct
 
 
-def test_a_reference_at_fewer_steps_is_compared_with_nothing():
+def test_results_of_a_reference_at_fewer_steps_are_not_compared():
     found = measure.run(
-        plan(tasks=("captioning", "features"), reference_steps=2, baselines=("reference",)), Silent(), CEILINGS
+        plan(tasks=("captioning", "features"), reference_steps=2, baselines=("reference",)), Progress(), CEILINGS
     )
     captioning, features = found.rows
     assert (captioning.relative_error, captioning.allowed_error, captioning.correct) == (None, None, True)
     assert features.relative_error < 1e-5
-    assert any("at 2 of 3 steps: captioning. Its ratios are lower bounds" in note for note in found.notes)
+    assert any("at 2 of 3 steps: captioning. Ratios to it are lower bounds" in note for note in found.notes)
     assert "--reference-steps 2" in captioning.command
 
 
-def test_the_command_names_the_work():
+def test_the_command_of_a_row():
     words = shlex.split(plan(freeze=False, compiled_tasks=()).command("answering", "bfloat16"))
     assert words[:6] == ["python", "bench/run.py", "--level", "model", "--only", "answering"]
     assert words[words.index("--dtype") + 1] == "bfloat16"
@@ -140,7 +136,7 @@ def test_workers():
     assert some.tasks_of("eager", "captioning") == tuple(task for task in TASKS if task in FAMILIES["captioning"])
 
 
-def test_memory_decides_what_runs_side_by_side():
+def test_memory_decides_which_workers_run_together():
     both = ("float32", "bfloat16")
     large = plan(preset="large", frames=16, steps=15, batch=1, dtypes=both, tasks=("captioning",))
     assert large.groups(32 << 30) == [("captioning", both)]
@@ -151,25 +147,21 @@ def test_memory_decides_what_runs_side_by_side():
     assert sizes == sorted(sizes)
 
 
-def test_training_that_memory_cannot_hold_is_left_out():
+def test_training_is_left_out_if_memory_cannot_hold_it():
     large = plan(preset="large", frames=16, steps=15, batch=1, tasks=("captioning", "training"))
     notes = []
     assert measure.fitting(large, 20 << 30, notes) == [("captioning", ("float32",))]
     assert notes == [
-        "No training in float32: with all baselines it takes about 50 GB of memory and there are 21. Give fewer "
-        "--frames, --baselines or a smaller --preset."
+        "No training in float32: with all baselines it needs about 50 GB of memory, and 21 GB are free. Use fewer "
+        "--frames or --baselines, or a smaller --preset."
     ]
 
 
 class Broken:
-    """A client of which one implementation fails at its second call of `run`."""
+    """A process whose implementation `broken` fails in its second run."""
 
-    def __init__(self, spec):
-        self.spec, self.runs = spec, 0
-
-    @classmethod
-    def start(cls, spec: Spec):
-        return cls(spec)
+    def __init__(self, label, make, spec):
+        self.label, self.spec, self.runs = label, spec, 0
 
     def __enter__(self):
         return self
@@ -183,20 +175,21 @@ class Broken:
     def ready(self):
         return self
 
-    def call(self, method, *_):
-        self.runs += method == "run"
+    def call(self, function, *_):
+        if function is Worker.describe:
+            return "native", ["something"] if self.runs else []
+        self.runs += function is Worker.run
         if self.spec.implementation == self.broken and self.runs > 1:
-            raise WorkerError(f"{self.spec.label}: out of memory")
-        reply = {"seconds": 1.0, "peak_memory_bytes": 2, "added_memory_bytes": 1, "relative_error": 0.0}
-        return {"backend": "native", "remarks": ["something"] if self.runs else [], **reply}
+            raise ProcessError(f"{self.label}: out of memory")
+        return {"seconds": 1.0, "peak_memory_bytes": 2, "added_memory_bytes": 1, "relative_error": 0.0}
 
 
 @pytest.mark.parametrize("broken", ["eager", "fast", "reference"])
-def test_what_fails_is_left_out(broken, monkeypatch):
+def test_a_worker_that_fails_is_left_out(broken, monkeypatch):
     monkeypatch.setattr(Broken, "broken", broken, raising=False)
-    monkeypatch.setattr(measure, "Client", Broken)
+    monkeypatch.setattr(measure, "Process", Broken)
     asked = plan(tasks=("captioning", "features"), dtypes=("float32", "bfloat16"), repeats=2)
-    found = measure.run(asked, Silent(), CEILINGS)
+    found = measure.run(asked, Progress(), CEILINGS)
     why = f"{broken} float32: out of memory"
     if broken == "eager":
         assert len(found.rows) == 4

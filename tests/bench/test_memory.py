@@ -8,7 +8,7 @@ from bench import memory
 def test_peak_memory_is_of_the_run():
     assert memory.reset_peak("cpu")
     before = memory.peak("cpu")
-    with mmap.mmap(-1, 200 << 20) as block:  # which no allocator keeps
+    with mmap.mmap(-1, 200 << 20) as block:  # no allocator keeps it
         for _ in range(200):
             block.write(b"x" * (1 << 20))
         assert memory.peak("cpu") > before + (150 << 20)
@@ -16,7 +16,7 @@ def test_peak_memory_is_of_the_run():
     assert memory.peak("cpu") < before + (150 << 20)
 
 
-def test_what_graphs_keep_counts_on_a_gpu(monkeypatch):
+def test_memory_of_cuda_graphs_counts(monkeypatch):
     segments = [
         {"device": 0, "segment_pool_id": (0, 0), "total_size": 100, "allocated_size": 10},
         {"device": 0, "segment_pool_id": (0, 1), "total_size": 50, "allocated_size": 20},

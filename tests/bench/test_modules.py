@@ -1,10 +1,10 @@
-"""Every module in all its forms, at its smallest."""
+"""Each module in all its forms, at its smallest."""
 
 import pytest
 import torch
 
 from bench.modules import cases, decoder_step, fusion_layer, operator_call, temporal_block, universal_layers
-from bench.selection import Selection
+from bench.row import Selection
 from mplug2_fast import MPlug2Config
 from mplug2_fast.nn import text_decoder
 from mplug2_fast.nn.attention import AttentionHeads
@@ -34,7 +34,7 @@ def test_keys():
 
 
 @pytest.mark.parametrize("key", KEYS, ids=str)
-def test_every_way_runs_and_ours_agrees(key):
+def test_all_ways_run_and_ours_agrees(key):
     case = cases.build(key, compile=False)
     assert list(case.ways) == ["ours", "reference", "eager"]
     for prepare in case.ways.values():
@@ -51,7 +51,7 @@ def test_every_way_runs_and_ours_agrees(key):
 
 @pytest.mark.parametrize("direction", ["forward", "both"])
 @pytest.mark.parametrize("name", list(cases.MODULES))
-def test_what_is_wrong_is_noticed(name, direction, monkeypatch):
+def test_a_wrong_result_is_noticed(name, direction, monkeypatch):
     context = AttentionHeads.context
 
     def wrong(*args, **options):

@@ -1,6 +1,5 @@
-"""Operators as cases of the benchmark, at sizes that take no time."""
+"""Operators as cases of the benchmark, at small sizes."""
 
-import importlib
 import math
 
 import pytest
@@ -8,13 +7,14 @@ import torch
 
 from bench.case import OURS
 from bench.ops import cases, compiled
-from bench.selection import Selection
+from bench.ops.bounds import BOUNDS
+from bench.row import Selection
 from mplug2_fast import ops
 
 
 def key_of(name, sizes, direction="forward", dtype="float32"):
-    selection = Selection("tiny", (dtype,), directions=(direction,), sizes=("awkward",), only=(name,))
-    return next(key for key in cases.keys(selection) if key.sizes == f"awkward, {cases.described(sizes)}")
+    selection = Selection("tiny", (dtype,), directions=(direction,), sizes=("edge",), only=(name,))
+    return next(key for key in cases.keys(selection) if key.sizes == f"edge, {cases.described(sizes)}")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -27,7 +27,7 @@ def key_of(name, sizes, direction="forward", dtype="float32"):
         if direction == "forward" or function.op.spec.differentiable
     ],
 )
-def test_every_way_of_every_operator_runs_and_ours_is_right(name, direction, dtype):
+def test_all_ways_of_all_operators_run_and_ours_is_right(name, direction, dtype):
     spec = ops.OPERATORS[name].op.spec
     case = cases.build(key_of(name, spec.edge_cases[1], direction, dtype), compile=False)
     agreement = case.agreement()
@@ -42,30 +42,30 @@ def test_every_way_of_every_operator_runs_and_ours_is_right(name, direction, dty
         calls()[0]()
 
 
-def test_gradients_are_of_what_the_specification_names():
+def test_gradients_of_differentiable_arguments():
     case = cases.build(key_of("layer_norm", ops.layer_norm.op.spec.edge_cases[1], "backward"), compile=False)
     gradients = case.ways[OURS]()[0]()
     assert [tuple(g.shape) for g in gradients] == [(2, 5, 7), (7,), (7,)]
 
 
-def test_inputs_lie_apart_and_share_their_weights():
+def test_inputs_are_distant_and_share_weights():
     spec = ops.linear_act.op.spec
     first = spec.inputs(spec.edge_cases[1])
     others = cases.rotated(spec, first)
-    assert len(others) == cases.MOST_INPUTS - 1
+    assert len(others) == cases.MAX_INPUTS - 1
     assert all(other["weight"] is first["weight"] for other in others)
-    assert len({other["x"].data_ptr() for other in [first, *others]}) == cases.MOST_INPUTS
+    assert len({other["x"].data_ptr() for other in [first, *others]}) == cases.MAX_INPUTS
     assert all(torch.equal(other["x"], first["x"]) for other in others)
 
 
 def test_sizes_of_an_operator():
     sizes = cases.sizes_of(ops.layer_norm.op.spec)
     assert sizes["quick"] == {"rows": (1, 2, 197), "channels": 768}
-    assert "awkward, rows 2×5, channels 7" in sizes
-    assert "awkward, rows 0, channels 16" not in sizes
+    assert "edge, rows 2×5, channels 7" in sizes
+    assert "edge, rows 0, channels 16" not in sizes
 
 
-def test_rows_that_are_a_number_are_not_cut():
+def test_rows_that_are_a_number_stay():
     quick = cases.sizes_of(ops.step_attention.op.spec)["quick"]
     assert quick == ops.step_attention.op.spec.models["base"]
 
@@ -79,20 +79,19 @@ def test_selected_sizes_and_directions():
     assert len(keys) == len(set(keys))
 
 
-def test_every_operator_has_its_file():
-    for name in ops.OPERATORS:
-        assert isinstance(importlib.import_module(f"bench.ops.{name}").BASELINES, tuple)
+def test_bounds_are_of_operators():
+    assert BOUNDS.keys() <= ops.OPERATORS.keys()
 
 
-def test_each_kernel_of_a_gpu_is_asked_for_attention():
+def test_attention_by_each_gpu_kernel():
     op = ops.attention.op
     given = op.spec.inputs(op.spec.edge_cases[1])
-    (*_, flash) = importlib.import_module("bench.ops.attention").BASELINES
+    (*_, flash) = BOUNDS["attention"]
     assert flash.devices == ("cuda",)
     torch.testing.assert_close(flash.prepare(given)(), ops.attention(**given), equal_nan=True)
 
 
-def test_the_peer_takes_the_operators_arguments():
+def test_the_peer_takes_the_operator_arguments():
     op = ops.linear_act.op
     given = op.spec.inputs(op.spec.edge_cases[1])
     peer = compiled.Peer(op.direct("torch"), given)

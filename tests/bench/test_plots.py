@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from bench import committed
+from bench.row import Results, on_roofline
 from tests.bench.test_targets import CEILINGS, op
 
 plots = pytest.importorskip("bench.plots")
@@ -68,8 +69,6 @@ SCALING = {
 
 
 def results(*rows):
-    from bench.row import Results
-
     return Results(MACHINE, VERSIONS, CEILINGS, list(rows))
 
 
@@ -78,7 +77,7 @@ ROWS = results(
     op("mlp", "float32", bytes=2 * 10**9),
     op("layer_norm", flop=10**6, bytes=10**6, seconds=1e-4),
     op("linear_act", sizes="large, step", flop=10**7, bytes=10**7, seconds=1e-3),
-    op("attention"),  # counts no bytes
+    op("attention"),  # has no bytes
 )
 
 
@@ -102,12 +101,12 @@ def test_the_same_figures_give_the_same_bytes(name, given, tmp_path):
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_works_are_named_by_what_tells_them_apart():
+def test_names_omit_common_sizes():
     rows = [op("linear_act", sizes="large, step"), op("linear_act", sizes="large"), op("mlp", sizes="large")]
     assert plots.short_names(rows) == ["linear act, step", "linear act", "mlp"]
 
 
-def test_no_name_covers_another_or_a_mark(monkeypatch, tmp_path):
+def test_labels_do_not_overlap(monkeypatch, tmp_path):
     places = []
 
     def spy(axes, works):
@@ -123,18 +122,18 @@ def test_no_name_covers_another_or_a_mark(monkeypatch, tmp_path):
     assert not any(plots.area(a, b) for i, a in enumerate(places) for b in places[:i])
 
 
-def test_gradients_and_awkward_sizes_are_left_out():
+def test_rooflines_omit_gradients_and_edge_cases():
     row = op("mlp", bytes=10**9)
-    others = [{"direction": "both"}, {"sizes": "awkward, rows 7"}]
-    assert plots.on_roofline([row, *(replace(row, key=replace(row.key, **other)) for other in others)]) == [row]
-    with pytest.raises(ValueError, match="none counts both"):
+    others = [{"direction": "both"}, {"sizes": "edge, rows 7"}]
+    assert on_roofline([row, *(replace(row, key=replace(row.key, **other)) for other in others)]) == [row]
+    with pytest.raises(ValueError, match="no row has both FLOP and bytes"):
         plots.roofline(results(op("attention")), Path("not written.png"))
 
 
-def test_a_file_is_drawn_beside_itself(tmp_path):
+def test_the_picture_of_a_file_is_beside_it(tmp_path):
     (tmp_path / "w.json").write_text(json.dumps(WATERFALL))
     results(op("attention")).write(tmp_path / "nothing.json")
-    plots.draw(committed.read(tmp_path / "w.json"))
+    file = committed.read(tmp_path / "w.json")
+    plots.draw(file.kind, file.held, file.picture)
     assert (tmp_path / "w.png").exists()
-    with pytest.raises(ValueError, match="nothing to draw"):
-        plots.draw(committed.read(tmp_path / "nothing.json"))
+    assert committed.read(tmp_path / "nothing.json").picture is None

@@ -22,7 +22,7 @@ def write(root, machine, name, what):
 
 @pytest.fixture
 def root(tmp_path):
-    """A checkout with results of two machines and of other things."""
+    """A checkout with results of two machines and another file."""
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text(README)
     baselines = {
@@ -42,7 +42,7 @@ def page(root):
     return performance.page(committed.machines(root / "bench/results"), root / "docs")
 
 
-def test_results_are_known_by_what_they_hold(root):
+def test_the_contents_of_a_file_decide_its_kind(root):
     found = {
         machine.name: [file.kind for file in machine.files] for machine in committed.machines(root / "bench/results")
     }
@@ -50,7 +50,7 @@ def test_results_are_known_by_what_they_hold(root):
 
 
 def test_the_headline_is_captioning_end_to_end(root, monkeypatch):
-    monkeypatch.setattr(report.plots, "available", lambda: False)  # drawing takes long
+    monkeypatch.setattr(report.plots, "available", lambda: False)  # drawing is slow
     report.main(["--root", str(root)])
     text = (root / "README.md").read_text()
     assert text.startswith("before\n<!-- bench:headline -->\n| machine |")
@@ -61,7 +61,7 @@ def test_the_headline_is_captioning_end_to_end(root, monkeypatch):
     assert "| mlp |" in text.split("between")[1]
 
 
-def test_targets_say_what_is_met_what_is_missed_and_what_is_not_measured(root):
+def test_targets_are_met_missed_or_not_measured(root):
     text = page(root)
     assert "| MLP with activation | bfloat16 | ≥ 95% of the two GEMMs alone | 90%, missed |" in text
     assert "| MLP with activation | float32 | ≥ 95% of the two GEMMs alone | 97%, met |" in text
@@ -74,7 +74,7 @@ def test_targets_say_what_is_met_what_is_missed_and_what_is_not_measured(root):
     assert "- a-cpu: 3 met, 3 missed, 0 stated, " in text
 
 
-def test_every_file_has_its_section_its_commands_and_its_picture(root):
+def test_each_file_has_its_section_commands_and_picture(root):
     text = page(root)
     for heading in ("a-cpu: model-large", "a-cpu: ops-large", "b-cpu: waterfall-large", "b-cpu: scaling-tiny-float32"):
         assert f"\n### {heading}\n" in text
@@ -82,14 +82,14 @@ def test_every_file_has_its_section_its_commands_and_its_picture(root):
     assert "python bench/run.py --waterfall" in text
     assert "](../bench/results/b-cpu/waterfall-large.png)" in text
     assert "](../bench/results/a-cpu/ops-large-roofline.png)" in text
-    assert "model-large-roofline" not in text  # it counts no bytes
+    assert "model-large-roofline" not in text  # it has no bytes
     assert "| + technique 1 | float32 | 20 s | 5.00× | 5.00× | – | no | 3e-01 WRONG |" in text
     assert "\n\nInput: a clip.\n\n" in text
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
-def test_check_tells_old_from_new_and_changes_nothing(root, capsys):
+def test_check_finds_outdated_pages_and_changes_nothing(root, capsys):
     assert report.main(["--root", str(root), "--check"]) == 1
     assert "run python bench/report.py" in capsys.readouterr().err
     assert (root / "README.md").read_text() == README
@@ -102,7 +102,7 @@ def test_check_tells_old_from_new_and_changes_nothing(root, capsys):
     assert "waterfall-large.png" in capsys.readouterr().err
 
 
-def test_without_matplotlib_the_pages_are_written_all_the_same(root, monkeypatch, capsys):
+def test_pages_are_written_without_matplotlib(root, monkeypatch, capsys):
     monkeypatch.setattr(report.plots, "available", lambda: False)
     assert report.main(["--root", str(root)]) == 0
     assert "matplotlib is not installed" in capsys.readouterr().err
@@ -116,21 +116,21 @@ def test_a_block_without_results_says_so(tmp_path):
     assert "old" not in text
 
 
-def test_the_page_stands_without_any_results(tmp_path):
+def test_a_page_without_results(tmp_path):
     text = performance.page([], tmp_path)
     assert "- a CPU: none of the targets\n- NVIDIA H200: none of the targets" in text
 
 
-def test_the_documentation_says_what_was_measured():
+def test_the_documentation_is_up_to_date():
     assert report.main(["--check"]) == 0
 
 
-def test_measured_results_name_no_place():
+def test_results_contain_no_paths():
     for path in committed.RESULTS.rglob("*.json"):
         assert not re.search(r"/(tmp|home|root|work)/", path.read_text()), path.name
 
 
-def test_machines_are_described_as_the_benchmark_describes_them():
+def test_results_describe_their_machine():
     for machine in committed.machines():
         for file in machine.files:
             assert set(MACHINE) - {"threads"} <= set(file.machine), file.path

@@ -1,4 +1,4 @@
-"""The benchmark as it is called, at its smallest."""
+"""The command line at its smallest."""
 
 import csv
 import json
@@ -17,13 +17,13 @@ from tests.bench.test_targets import CEILINGS
 ROOT = Path(__file__).parents[2]
 SMALL = ["--quick", "--baselines", "reference,eager", "--repeats", "1", "--steps", "3", "--frames", "2"]
 NAMES = ["layer_norm", "fusion layer", "captioning", "decoding"]
-# All that times something.
 MEASURING = [(runner, "measure_ceilings"), (runner, "run"), (measure, "run"), (scaling, "run"), (waterfall, "run")]
+"""Everything that times something."""
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """A finished run of one work of each level, with everything that it writes."""
+    """A finished run of one work of each level, with all that it writes."""
     folder = tmp_path_factory.mktemp("bench")
     written = ["--json", str(folder / "run.json"), "--csv", str(folder / "run.csv"), "--pictures", str(folder)]
     done = subprocess.run(
@@ -69,15 +69,15 @@ def test_csv_and_picture(quick):
     assert (quick[1] / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_table_says_it_all(quick):
+def test_the_table(quick):
     done, _ = quick
-    for word in ("% of ceiling", "× reference", "× eager", "peak memory", "relative error", "held against", "GB/s"):
+    for word in ("% of ceiling", "× reference", "× eager", "peak memory", "relative error", "vs. bound", "GB/s"):
         assert word in done.stdout
     assert "Each row again:" in done.stdout
-    assert "no column xformers" not in done.stdout  # layer norm is nothing that it does
+    assert "no column xformers" not in done.stdout  # xformers has no layer norm
 
 
-def test_every_row_names_the_command_that_measures_it_again(quick):
+def test_the_command_of_a_row_measures_it_again(quick):
     for row in Results.read(quick[1] / "run.json").rows:
         options = cli.make_parser().parse_args(shlex.split(row.command)[2:])
         cli.check(options, cli.make_parser())
@@ -88,7 +88,7 @@ def test_every_row_names_the_command_that_measures_it_again(quick):
             assert row.key in cli.keys(row.key.level, options)
 
 
-def test_compared_with_itself_nothing_changed(quick, capsys):
+def test_a_run_compared_with_itself(quick, capsys):
     results = Results.read(quick[1] / "run.json")
     compare.show(compare.compare(results, results))
     assert capsys.readouterr().out.count("same") == len(NAMES)
@@ -111,7 +111,7 @@ def test_the_gate_decides_the_exit_status(slower, quick, tmp_path, monkeypatch, 
     assert ("takes +50% of time" in shown.err) == slower
 
 
-def test_a_wrong_result_is_shown_and_fails_the_run(quick, monkeypatch, capsys):
+def test_a_wrong_result_fails_the_run(quick, monkeypatch, capsys):
     values = json.loads((quick[1] / "run.json").read_text())
     values["rows"][0] |= {"correct": False, "relative_error": 0.5}
     path = quick[1] / "wrong.json"
@@ -123,7 +123,7 @@ def test_a_wrong_result_is_shown_and_fails_the_run(quick, monkeypatch, capsys):
     assert "layer_norm · quick · float32 is wrong" in shown.err
 
 
-def test_what_failed_fails_the_run(quick, monkeypatch, capsys):
+def test_a_row_that_was_not_measured_fails_the_run(quick, monkeypatch, capsys):
     results = Results.read(quick[1] / "run.json")
     results.failed["ops · mlp"] = "it died"
     monkeypatch.setattr(cli, "measure_levels", lambda *_: results)
@@ -146,7 +146,7 @@ def test_what_failed_fails_the_run(quick, monkeypatch, capsys):
         (["--compare", "old.json", "--fail-if-slower", "ten"], "write 10% or 0.1"),
     ],
 )
-def test_impossible_options(options, words, capsys):
+def test_invalid_options(options, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(options)
     assert stopped.value.code == 2
@@ -159,22 +159,25 @@ def test_impossible_options(options, words, capsys):
         (["--level", "model", "--only", "captioning", "--video", "none.npy"], "none.npy"),
         (["--level", "model", "--video", "none.mp4"], "none.mp4"),
         (["--level", "ops", "--video", "words.npy"], "words.npy: "),
-        (["--level", "ops", "--video", "floats.npy"], "floats.npy: holds float32 (2, 3), not uint8"),
+        (
+            ["--level", "ops", "--video", "floats.npy"],
+            "floats.npy: expected uint8 (frames, height, width, 3), got float32 (2, 3)",
+        ),
         (["--scaling", "--video", "none.npy"], "none.npy"),
         (["--waterfall", "--video", "words.mp4"], "words.mp4"),
-        (["--level", "ops", "--only", "softmax"], "nothing is called softmax in ops"),
-        (["--only", "attention,softmax,captioning"], "nothing is called softmax in ops, modules, model, video"),
-        (["--accelerate", "--only", "attention"], "nothing is called attention in model"),
-        (["--level", "ops", "--only", "beam_step", "--direction", "backward"], "nothing is measured in ops"),
+        (["--level", "ops", "--only", "softmax"], "no such name in ops: softmax"),
+        (["--only", "attention,softmax,captioning"], "no such name in ops, modules, model, video: softmax"),
+        (["--accelerate", "--only", "attention"], "no such name in model: attention"),
+        (["--level", "ops", "--only", "beam_step", "--direction", "backward"], "nothing to measure in ops"),
         (["--compare", "none.json"], "none.json"),
         (["--compare", "words.json"], "words.json: not results of this benchmark"),
-        (["--json", "none/new.json"], "no folder none"),
-        (["--csv", "none/new.csv"], "no folder none"),
-        (["--pictures", "none"], "no folder none"),
+        (["--json", "none/new.json"], "folder none does not exist"),
+        (["--csv", "none/new.csv"], "folder none does not exist"),
+        (["--pictures", "none"], "folder none does not exist"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_be_is_one_line_before_anything_is_measured(options, words, tmp_path, monkeypatch, capsys):
+def test_one_error_line_before_anything_is_measured(options, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("words.npy", "words.mp4", "words.json"):
         (tmp_path / name).write_text("words")
@@ -190,7 +193,7 @@ def test_what_cannot_be_is_one_line_before_anything_is_measured(options, words, 
     assert len(error.splitlines()) == 1
 
 
-def test_the_reference_before_and_after_it_is_accelerated(tmp_path, monkeypatch):
+def test_the_reference_before_and_after_acceleration(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "measure_ceilings", lambda *_: CEILINGS)
     target = tmp_path / "results.json"
     options = ["--quick", "--accelerate", "--repeats", "1", "--steps", "3", "--frames", "2", "--json", str(target)]

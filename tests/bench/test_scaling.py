@@ -1,25 +1,17 @@
-"""Charts of cost against sizes: a quick run, and what happens to points that cannot be run."""
+"""Charts of cost against sizes: a quick run, and points that cannot run."""
 
 import csv
 import json
-from contextlib import contextmanager
 
 import pytest
 
 from bench import flops, plots, scaling
 from bench.measure import Measured
-from bench.workers import WorkerError
+from bench.process import ProcessError
+from bench.progress import Progress
 from mplug2_fast import MPlug2Config
 
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-class Silent:
-    def begin(self, what):
-        pass
-
-    def finished(self, what, seconds):
-        pass
 
 
 QUICK = {"preset": "tiny", "frames": 4, "quick": True}
@@ -50,7 +42,7 @@ def measured(seconds):
 
 
 def test_a_quick_run(tmp_path):
-    written = scaling.run(sweep(**QUICK, repeats=1, steps=2), tmp_path / "new", Silent())
+    written = scaling.run(sweep(**QUICK, repeats=1, steps=2), tmp_path / "new", Progress())
     stem = tmp_path / "new" / "scaling-tiny-float32"
     assert written == [stem.with_suffix(kind) for kind in (".json", ".csv", ".png")]
     assert written[2].read_bytes().startswith(PNG)
@@ -94,29 +86,29 @@ def test_points_of_large():
     assert len(points) == len(set(points)) == 1 + 4 + 3 + 1 + 3
 
 
-def test_a_default_point_between_the_others_is_among_them():
+def test_the_default_point_is_among_the_values():
     plan = sweep("tiny", 6, quick=True, beams=3)
     assert plan.axes()["frames"] == [4, 6, 8]
     assert plan.axes()["beams"] == [1, 3, 5]
 
 
-def test_a_point_that_cannot_be_run_is_a_row(tmp_path, monkeypatch):
+def test_a_point_that_fails_is_a_row(tmp_path, monkeypatch):
     def measure_point(plan, dtype, point, exchange, progress):
         plan.config_at(point)
         if point.batch > 1:
-            raise WorkerError("fast float32: the process was killed, most likely for want of memory\nits log")
+            raise ProcessError("fast float32: the process was killed, probably because memory ran out\nits log")
         return measured([0.5, 0.4, 0.9])
 
     monkeypatch.setattr(scaling, "measure_point", measure_point)
     # One and a half times 32 pixels is no whole number of such patches.
     odd = MPlug2Config.preset("tiny").replace(patch_size=32)
     monkeypatch.setattr(scaling.Sweep, "config", odd)
-    written = scaling.run(sweep(**QUICK), tmp_path, Silent())
+    written = scaling.run(sweep(**QUICK), tmp_path, Progress())
     rows = {(row["axis"], row["value"]): row for row in json.loads(written[0].read_text())["rows"]}
     assert rows["frames", 8]["seconds"] == 0.5
     assert (rows["frames", 8]["fastest"], rows["frames", 8]["slowest"]) == (0.4, 0.9)
     killed = rows["batch", 2]
-    assert killed["problem"] == "fast float32: the process was killed, most likely for want of memory"
+    assert killed["problem"] == "fast float32: the process was killed, probably because memory ran out"
     assert killed["seconds"] is None
     assert killed["expected_seconds"] == pytest.approx(2 * 0.5)
     impossible = rows["resolution", 48]
@@ -125,13 +117,13 @@ def test_a_point_that_cannot_be_run_is_a_row(tmp_path, monkeypatch):
     assert written[2].read_bytes().startswith(PNG)
 
 
-def test_without_a_default_point_there_is_nothing_to_compare_with(tmp_path, monkeypatch):
+def test_a_default_point_that_fails_ends_the_run(tmp_path, monkeypatch):
     def measure_point(*_):
-        raise WorkerError("fast float32: RuntimeError: out of memory")
+        raise ProcessError("fast float32: RuntimeError: out of memory")
 
     monkeypatch.setattr(scaling, "measure_point", measure_point)
-    with pytest.raises(WorkerError, match="fast float32: RuntimeError: out of memory"):
-        scaling.run(sweep(**QUICK), tmp_path, Silent())
+    with pytest.raises(ProcessError, match="fast float32: RuntimeError: out of memory"):
+        scaling.run(sweep(**QUICK), tmp_path, Progress())
     assert not list(tmp_path.iterdir())
 
 
@@ -147,18 +139,22 @@ def test_unknown_memory_can_be_drawn(tmp_path):
 
 
 def test_slow_points_run_once(tmp_path, monkeypatch):
-    class Client:
-        @staticmethod
-        @contextmanager
-        def start(spec):
-            yield Client()
+    class Slow:
+        def __init__(self, label, make, spec):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
 
         def ready(self):
             return self
 
-        def call(self, method, *_):
-            return {"backend": "native", **reply(30.0)}
+        def call(self, function, *_):
+            return ("native", []) if function is scaling.Worker.describe else reply(30.0)
 
-    monkeypatch.setattr(scaling, "Client", Client)
+    monkeypatch.setattr(scaling, "Process", Slow)
     plan = sweep(**QUICK)
-    assert scaling.measure_point(plan, "float32", plan.default, str(tmp_path), Silent()).seconds == [30.0]
+    assert scaling.measure_point(plan, "float32", plan.default, str(tmp_path), Progress()).seconds == [30.0]

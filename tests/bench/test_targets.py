@@ -44,7 +44,7 @@ def verdicts(row: Row, ceilings: dict | None = None) -> dict[str, str]:
     return {judged.target.wanted: judged.verdict for judged in targets.of(row, ceilings)}
 
 
-def test_captioning_is_judged_by_its_ratios_its_share_and_its_memory():
+def test_captioning_has_targets_for_ratios_share_and_memory():
     assert verdicts(CAPTIONING) == {
         "≥ 30× reference": MET,
         "≥ 1.3× compiled": MISSED,
@@ -75,13 +75,13 @@ def test_a_gpu_has_other_bounds_and_another_batch():
     row = replace(CAPTIONING, key=key, seconds=0.2, tflops=550.0)
     assert verdicts(row) == {
         "≥ 474 TFLOP/s (790 is the H200's GEMM ceiling)": MET,
-        "≥ 137 videos a second": MET,
+        "≥ 137 videos per second": MET,
         "≥ 1.3× compiled": MISSED,
     }
     assert verdicts(replace(row, key=replace(key, sizes="large, 16 frames"))) == {"≤ 4 GB peak memory": MET}
 
 
-def test_operators_are_held_against_what_bounds_them():
+def test_operators_are_compared_with_their_bounds():
     assert verdicts(op("layer_norm", ratios={"copy": 0.81})) == {"≥ 80% of copy bandwidth": MET}
     assert verdicts(op("layer_norm", ratios={"copy": 0.81}, device="cuda")) == {"≥ 85% of copy bandwidth": MISSED}
     assert verdicts(op("mlp", ratios={"two GEMMs": 0.96})) == {"≥ 95% of the two GEMMs alone": MET}
@@ -96,7 +96,7 @@ def test_operators_are_held_against_what_bounds_them():
     assert verdicts(on_gpu) == {"≥ 80% of copy bandwidth": MET}
 
 
-def test_a_decoding_step_is_held_against_its_traffic_whatever_binds_it():
+def test_a_decoding_step_is_compared_with_its_traffic():
     key = Key("modules", "decoder step", "large", "forward", "bfloat16", "cpu")
     row = replace(CAPTIONING, key=key, gb_per_second=20.0, percent_of_ceiling=50.0, bound="memory")
     (judged,) = targets.of(row, CEILINGS)
@@ -107,7 +107,7 @@ def test_a_decoding_step_is_held_against_its_traffic_whatever_binds_it():
     assert [judged.verdict for judged in targets.of(compute_bound)] == [NOT_MEASURED]
 
 
-def test_calls_are_held_against_their_kernel():
+def test_calls_are_compared_with_their_kernel():
     key = Key("modules", "operator call", "large", "forward", "float32", "cpu")
     calls = replace(CAPTIONING, key=key, seconds=0.016, baselines={"kernel": Baseline(0.0016, 0.1)})
     (judged,) = targets.of(calls)
@@ -116,14 +116,14 @@ def test_calls_are_held_against_their_kernel():
     assert judged.verdict == NOT_MEASURED
 
 
-def test_no_figure_looks_met_that_is_missed():
+def test_rounding_never_makes_a_missed_target_look_met():
     (judged,) = targets.of(op("mlp", ratios={"two GEMMs": 0.9499}))
     assert (judged.figure, str(judged)) == ("94.99%", "≥ 95% of the two GEMMs alone: missed")
     (judged,) = targets.of(op("mlp", ratios={"two GEMMs": 0.95}))
     assert (judged.figure, judged.verdict) == ("95%", MET)
 
 
-def test_every_target_of_a_device_is_judged_by_the_runs_there_are():
+def test_all_targets_of_a_device_are_judged():
     run = Results({}, {}, CEILINGS, [CAPTIONING, op("mlp", ratios={"two GEMMs": 0.96})])
     judged = targets.judge([run], "cpu")
     assert [each.target for each in judged] == [target for target in targets.TARGETS if target.device == "cpu"]
@@ -132,7 +132,7 @@ def test_every_target_of_a_device_is_judged_by_the_runs_there_are():
     assert {each.target.wanted for each in targets.judge([], "cuda")} >= {"≥ 1 replay of a CUDA graph"}
 
 
-def test_targets_name_operators_and_sizes_that_there_are():
+def test_targets_name_existing_operators_and_sizes():
     from mplug2_fast.ops import OPERATORS
 
     for target in targets.TARGETS:

@@ -1,4 +1,4 @@
-"""The level `video`: that ours and the released pipeline do the same with files, whatever that takes."""
+"""The level `video`: ours and the official pipeline read the same from files."""
 
 import dataclasses
 import gc
@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from bench.case import OURS
-from bench.row import Key
-from bench.selection import Selection
+from bench.row import Key, Selection
 from bench.video import cases, decoding, files
 from bench.video.files import BundledClips, Clips
 from mplug2_fast.video import load_video
@@ -22,7 +21,7 @@ QUICK = Selection("tiny", ("float32",), quick=True)
 
 @pytest.fixture
 def small(monkeypatch):
-    """Two little files in place of those that are measured."""
+    """Measures two small files instead."""
     monkeypatch.setattr(cases, "DECODING", {"2 small files": (partial(Clips, 2, 5, 32), True)})
 
 
@@ -35,7 +34,7 @@ def names(selection):
     return [f"{key.name}: {key.sizes}, {key.dtype}" for key in cases.keys(selection)]
 
 
-def test_what_is_measured():
+def test_keys():
     assert names(QUICK) == ["decoding: tiny, 120 frames of 256 px, float32"]
     assert names(Selection("base", ("bfloat16",), quick=True)) == []
     assert len(names(Selection("base", ("float32", "bfloat16")))) == 3 + 2 * 2
@@ -47,24 +46,24 @@ def test_what_is_measured():
     assert names(dataclasses.replace(QUICK, directions=("backward",))) == []
 
 
-def test_every_key_has_its_files():
+def test_each_key_has_files():
     for key in cases.keys(Selection("base", ("float32",))):
         kind = cases.DECODING if key.name == "decoding" else cases.CAPTIONING
         assert key.sizes.split(", ", 1)[1] in kind
 
 
-def test_without_av_there_is_nothing_to_measure_and_a_note_says_so(without_av):
+def test_a_note_without_av(without_av):
     assert names(QUICK) == []
-    assert cases.notes() == ["the level video is not measured: PyAV is not installed: pip install av"]
+    assert cases.notes() == ["level video is skipped: PyAV is not installed: pip install av"]
     with pytest.raises(ImportError, match="pip install av"):
         cases.build(Key("video", "decoding", "tiny, 16 frames of 256 px", "forward", "float32", "cpu"), compile=False)
 
 
-def test_with_av_there_is_no_note():
+def test_no_note_with_av():
     assert cases.notes() == []
 
 
-def test_files_go_when_nobody_needs_them():
+def test_files_are_deleted_with_their_object():
     clips = Clips(1, 3, 16)
     folder = Path(clips.paths[0]).parent
     assert folder.exists()
@@ -74,7 +73,7 @@ def test_files_go_when_nobody_needs_them():
 
 
 @pytest.mark.parametrize(("frames", "size"), [(1, 16), (5, 34), (40, 20)])
-def test_the_released_decoding_gives_the_same_pixels(frames, size):
+def test_official_decoding_gives_the_same_pixels(frames, size):
     (path,) = (clips := Clips(1, frames, size)).paths
     ours, reference = (load(path, num_frames=4, image_size=14) for load in (load_video, decoding.reference))
     assert reference.shape == (3, 4, 14, 14)
@@ -105,7 +104,7 @@ def test_captioning(dtype):
     assert case.backend.startswith("pyav, ")
 
 
-def test_a_caption_that_differs_is_an_error(monkeypatch):
+def test_a_different_caption_is_an_error(monkeypatch):
     one = BundledClips()
     one.paths = one.paths[:1]
     monkeypatch.setattr(cases, "CAPTIONING", {"1 clip": (lambda: one, True)})

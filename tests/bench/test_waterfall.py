@@ -1,4 +1,4 @@
-"""The waterfall at its smallest: every row is the same function."""
+"""The waterfall at its smallest: all rows compute the same function."""
 
 import json
 import math
@@ -10,23 +10,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import held as held_module
 from bench import waterfall
-from bench.plan import Plan
-from bench.rows import SCORE_NOISE
+from bench import weights as weights_module
+from bench.measure import SCORE_NOISE
+from bench.plan import Plan, Spec
+from bench.progress import Progress
 from bench.waterfall_steps import Sizes, StepWorker, techniques
 from mplug2_fast import _native, ops
 from mplug2_fast._native import native
 from mplug2_fast.models.mplug2 import MPlug2ForCaptioning
-
-
-class Silent:
-    def begin(self, what):
-        pass
-
-    def finished(self, what, seconds):
-        pass
-
 
 pytestmark = pytest.mark.filterwarnings("ignore:mplug2_fast runs on its PyTorch fallbacks")
 
@@ -46,8 +38,8 @@ PLAN = Plan(
 
 
 @contextmanager
-def native_back_again():
-    """Afterwards the native module is there again, which one technique hides."""
+def native_restored():
+    """Restores the native module, which one technique hides."""
     with pytest.MonkeyPatch.context() as patch:
         if native() is not None:
             patch.setitem(sys.modules, "mplug2_fast._C", native())
@@ -57,35 +49,35 @@ def native_back_again():
 
 @pytest.fixture(scope="module")
 def first_and_last():
-    """A run of few rows, each in its process."""
+    """A run of three rows, each in its process."""
     steps = waterfall.steps_of(PLAN)
     chosen = {name: steps[name] for name in (next(iter(steps)), *list(steps)[-2:])}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(waterfall, "steps_of", lambda plan: chosen)
-        return waterfall.run(PLAN, Silent())
+        return waterfall.run(PLAN, Progress())
 
 
 @pytest.fixture(scope="module")
 def replies(tmp_path_factory):
-    """Of all rows, in this process."""
+    """The replies of all rows, computed in this process."""
     folder = tmp_path_factory.mktemp("exchange")
     torch.save(torch.randn(1, 3, 2, 32, 32, generator=torch.Generator().manual_seed(0)), folder / "video.pt")
-    spec = {"device": "cpu", "beams": 2, "steps": 3, "exchange": str(folder), "config": PLAN.config.to_dict()}
     found = {}
     for name, (technique, dtype) in waterfall.steps_of(PLAN).items():
-        with native_back_again():
-            found[name] = [StepWorker({**spec, "technique": technique, "dtype": dtype}).run()]
+        with native_restored():
+            spec = Spec("waterfall", dtype, "cpu", 1, PLAN.config, 2, 3, str(folder))
+            found[name] = [StepWorker(spec, technique).run()]
     return found
 
 
-def test_all_rows_give_the_first_ones_caption(replies):
+def test_all_rows_find_the_same_caption(replies):
     rows = waterfall.tabulate(waterfall.steps_of(PLAN), replies)
     assert [row.technique for row in rows] == [*techniques("cpu"), "bfloat16"]
     assert [row.dtype for row in rows] == ["float32"] * (len(rows) - 1) + ["bfloat16"]
     for row in rows[:-1]:
         assert row.same_caption, row
         assert row.relative_error < 1e-5, row
-    # Rounding may make another beam the best; where it does not, it is small.
+    # Rounding is small unless it makes another beam the best.
     assert rows[-1].relative_error < SCORE_NOISE or not rows[-1].same_caption
     assert rows[-1].relative_error > 0
     assert rows[0].relative_error == 0
@@ -114,15 +106,15 @@ def test_json_table_and_markdown(first_and_last, capsys):
         assert row["technique"] in shown
         assert row["technique"] in text
     assert "| + bfloat16 | bfloat16 |" in text
-    assert "| released algorithm | float32 |" in text
+    assert "| official algorithm | float32 |" in text
 
 
 @pytest.mark.parametrize("technique", list(techniques("cpu")))
-def test_a_row_holds_the_weights_that_it_uses(technique):
-    """Those of one captioning model."""
+def test_a_row_allocates_only_the_weights_that_it_uses(technique):
+    """Those of one captioning model, each once."""
     held = []
-    with pytest.MonkeyPatch.context() as patch, native_back_again():
-        patch.setattr(held_module, "fill", lambda weights: held.append(weights))
+    with pytest.MonkeyPatch.context() as patch, native_restored():
+        patch.setattr(weights_module, "fill", lambda weights: held.append(weights))
         techniques("cpu")[technique](Sizes(PLAN.config, torch.float32, "cpu", 2, 3))
     names = [name for weights in held for name in weights]
     whole = MPlug2ForCaptioning(PLAN.config, device="meta").official_parameters()
@@ -134,7 +126,7 @@ def test_a_row_holds_the_weights_that_it_uses(technique):
 def test_products_without_own_kernels():
     make = next(make for name, make in techniques("cpu").items() if "oneDNN" in name)
     x = torch.zeros(2, 8)
-    with native_back_again():
+    with native_restored():
         make(Sizes(PLAN.config, torch.float32, "cpu", 2, 3))
         assert ops.explain(ops.layer_norm, x).chosen == "torch"
         assert ops.explain(ops.linear_act, x, torch.zeros(8, 8)).chosen == "cpu"
@@ -148,7 +140,7 @@ def runs(*seconds, caption=(1, 2), score=-1.0):
     ]
 
 
-def test_ratios_are_of_turns():
+def test_ratios_compare_turns():
     steps = {name: (name, "float32") for name in "abc"}
     replies = {"a": runs(40.0), "b": runs(4.0, 8.0, 6.0), "c": runs(2.0, 2.0, 6.0, caption=(1, 3), score=-1.5)}
     a, b, c = waterfall.tabulate(steps, replies)
@@ -161,7 +153,7 @@ def test_ratios_are_of_turns():
     assert a.peak_memory_bytes is None
 
 
-def test_what_is_wrong_is_shown(first_and_last):
+def test_wrong_rows_are_marked(first_and_last):
     assert waterfall.wrong(first_and_last) == []
     rows = [
         {**row, "relative_error": error}

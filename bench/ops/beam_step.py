@@ -1,3 +1,0 @@
-"""One step of beam search against PyTorch's log-softmax and top-k."""
-
-BASELINES = ()

@@ -1,0 +1,95 @@
+"""What bounds each operator: a simpler computation, measured in turns with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mplug2_fast.ops.attention import attention_torch
+from mplug2_fast.ops.runtime import onednn
+
+Arguments = dict[str, Any]
+Prepare = Callable[[Arguments], Callable[[], Any]]
+"""From an operator's arguments to a callable without arguments."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A computation beside an operator. It runs on the devices that `devices` names."""
+
+    name: str
+    prepare: Prepare
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+
+def copy_of(*names: str) -> Prepare:
+    """Copies of the named arguments: the same traffic without arithmetic."""
+
+    def prepare(arguments: Arguments) -> Callable[[], Any]:
+        sources = [arguments[name].contiguous() for name in names]
+        targets = [torch.empty_like(source) for source in sources]
+
+        def run() -> None:
+            for source, target in zip(sources, targets, strict=True):
+                target.copy_(source)
+
+        return run
+
+    return prepare
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The product alone, by the fastest that PyTorch has for the device."""
+    fast = x.is_cpu and onednn.multiplies(x.dtype)  # otherwise oneDNN refuses the dtype, or PyTorch chooses it anyway
+    return onednn.linear(x, weight, bias) if fast else F.linear(x, weight, bias)
+
+
+def product(arguments: Arguments) -> Callable[[], Any]:
+    x, weight, bias = (arguments[name] for name in ("x", "weight", "bias"))
+    return lambda: linear(x, weight, bias)
+
+
+def both_products(arguments: Arguments) -> Callable[[], Any]:
+    """Those of an MLP."""
+    x, fc_weight, fc_bias, proj_weight, proj_bias = list(arguments.values())[:5]
+    hidden = linear(x, fc_weight, fc_bias)
+
+    def run() -> None:
+        linear(x, fc_weight, fc_bias)
+        linear(hidden, proj_weight, proj_bias)
+
+    return run
+
+
+def attention_by(kernel: SDPBackend) -> Prepare:
+    """PyTorch's attention by this kernel, or product by product where the kernel does not serve the arguments."""
+
+    def prepare(arguments: Arguments) -> Callable[[], Any]:
+        def run() -> Any:
+            with sdpa_kernel([kernel, SDPBackend.MATH], set_priority=True):
+                return attention_torch(*arguments.values())
+
+        return run
+
+    return prepare
+
+
+BOUNDS: dict[str, tuple[Bound, ...]] = {
+    "add_layer_norm": (Bound("copy", copy_of("x", "update")),),  # it reads and writes two tensors
+    # On a GPU PyTorch has several kernels and does not always choose the fastest.
+    "attention": (
+        Bound("SDPA by cuDNN", attention_by(SDPBackend.CUDNN_ATTENTION), devices=("cuda",)),
+        Bound("SDPA by flash", attention_by(SDPBackend.FLASH_ATTENTION), devices=("cuda",)),
+    ),
+    "beam_attention": (Bound("copy of the memory", copy_of("key", "value")),),  # reading it takes half as long
+    "layer_norm": (Bound("copy", copy_of("x")),),
+    "linear_act": (Bound("GEMM", product),),
+    "mlp": (Bound("two GEMMs", both_products),),
+    "norm_linear_act": (Bound("GEMM", product),),
+}

@@ -1,3 +1,0 @@
-"""A layer of a decoding step at once, against its operators one by one."""
-
-BASELINES = ()

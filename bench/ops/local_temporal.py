@@ -1,3 +1,0 @@
-"""The local temporal module: eager is the released form, compiled what an expert would write."""
-
-BASELINES = ()

@@ -1,3 +1,0 @@
-"""Frames to pixels against PyTorch's indexing and arithmetic."""
-
-BASELINES = ()
