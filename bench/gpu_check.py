@@ -78,7 +78,6 @@ NEEDS = {
         "tests/test_docs.py",
         "tests/test_predict.py",
         "tests/test_ray.py",
-        "tests/test_predict.py",
         "tests/examples/test_generator.py::test_an_encoded_clip_looks_as_it_was_drawn",
         "tests/examples/test_moving_shapes.py::test_frames_become_pixels_as_load_video_makes_them",
     ),
