@@ -68,7 +68,7 @@ def test_the_end_token_before_its_time_beats_the_impossible_only(backend, servin
 
 
 @pytest.mark.skipif(TRITON_DEVICE is None, reason="Triton runs on a GPU or under its interpreter")
-@pytest.mark.parametrize(("beams", "vocabulary", "what"), [(33, 40, "32 beams, not 33"), (2, 1 << 18, "131072 words")])
+@pytest.mark.parametrize(("beams", "vocabulary", "what"), [(33, 40, "32 beams, got 33"), (2, 1 << 18, "131072 tokens")])
 def test_what_triton_is_not_for(beams, vocabulary, what):
     logits = torch.zeros(1, beams, vocabulary, device=TRITON_DEVICE)
     with ops.use_backend("triton"), pytest.raises(BackendError, match=what):
