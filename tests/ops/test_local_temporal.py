@@ -160,7 +160,7 @@ class TestTriton:
             {"batch": 1, "frames": 129, "patches": 1, "channels": 8, "inner": 4}, device=TRITON_DEVICE
         )
         explanation = ops.explain(ops.local_temporal, **given)
-        assert "up to 128, not 129" in str(explanation)
+        assert "up to 128 frames, got 129" in str(explanation)
 
     def test_statistics_of_rows_far_from_zero(self):
         """A norm that subtracted squares would have nothing left of them."""
