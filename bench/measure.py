@@ -149,7 +149,7 @@ class Group:
     """Workers that are alive together: the reference, and the implementations of a family of tasks in some dtypes.
 
     Attributes:
-        runs: by worker and task, without failed workers. If the reference failed there are none.
+        runs: by worker and task, without failed workers; empty if the reference failed.
         slow: tasks whose first run by the reference counted.
     """
 

@@ -121,7 +121,7 @@ def run(sweep: Sweep, folder: Path, progress: Progress) -> list[Path]:
 
 
 def measure(sweep: Sweep, dtype: str, progress: Progress) -> dict[Point, Measured | str]:
-    """The runs of each point, or why there are none. Raises if the default point cannot run."""
+    """The runs of each point, or the error of a point that failed. Raises if the default point cannot run."""
     results: dict[Point, Measured | str] = {}
     with tempfile.TemporaryDirectory() as exchange:
         for point in sweep.points():

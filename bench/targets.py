@@ -151,7 +151,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Judged:
-    """A target and the measured figure; None if there is none."""
+    """A target and the measured figure, which is None if it was not measured."""
 
     target: Target
     value: float | None

@@ -53,7 +53,7 @@ class Resources:
 
 
 def operators() -> list[str]:
-    """The operators with Triton kernels of their own. Composed operators use those of others."""
+    """The operators with their own Triton kernels. Composed operators use the kernels of others."""
     found = {name: function.op.backends for name, function in ops.OPERATORS.items()}
     return [
         name

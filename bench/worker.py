@@ -1,4 +1,4 @@
-"""A worker holds one implementation in a process of its own and runs the benchmark's tasks."""
+"""A worker is a process that holds one implementation and runs the benchmark's tasks."""
 
 from __future__ import annotations
 

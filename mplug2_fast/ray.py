@@ -85,8 +85,7 @@ class Captions(_Step):
         **options: int,
     ) -> None:
         captioner = Captioner(checkpoint, dtype=dtype, device=device)
-        filled = captioner.generation_options(**_searching(options))
-        super().__init__(Predict(captioner, _frames(captioner, num_frames), filled), num_workers, timeout)
+        super().__init__(Predict(captioner, _frames(captioner, num_frames), _searching(options)), num_workers, timeout)
 
     def __call__(self, batch: Columns) -> Columns:
         """A batch with a column `path`."""

@@ -20,7 +20,7 @@ from mplug2_fast.ops.runtime.spec import Sizes, Spec
 
 NAMES = tuple(ops.OPERATORS)
 ROTATED_BYTES, MAX_INPUTS = 160 << 20, 8
-"""Inputs take turns over so many bytes that none is in the cache when its turn comes."""
+"""Total size of the inputs that a timing cycles through. It exceeds the caches, so no input is still cached."""
 ROWS = 4112
 """Weights are packed for the rows of the Large vision encoder."""
 FRAMES = 16

@@ -56,7 +56,7 @@ class FoundLayer:
         signature: of its forward.
         form: of its result, see `result_forms`.
         uses: kind of call -> what the layer does in it.
-        own, other: how it reads the masks of its own tokens and of the memory.
+        own: how it reads the mask of its input. other: how it reads the mask of the memory.
     """
 
     activation: Activation

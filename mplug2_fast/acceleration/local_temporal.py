@@ -37,7 +37,7 @@ _BATCH = 2
 
 @dataclass(frozen=True)
 class Layers:
-    """Paths of the layers inside a module; norm is None if there is none."""
+    """Paths of the layers inside a module; norm is None for a module without a norm."""
 
     norm: str | None
     down: str

@@ -170,14 +170,14 @@ class Predict(Work["list[Texts]"]):
 
     Args:
         predictor: the model and its task. frames: of a clip.
-        options: of the task, complete: a run with other options does not go on with this one's file.
+        options: of the task. A run with other options does not go on with this one's file.
     """
 
     def __init__(self, predictor: Predictor, frames: Frames, options: dict[str, Any]) -> None:
         super().__init__(predictor, frames)
         self.command = predictor.command
-        self._options = options
-        self._respond = predictor.responder(**options)
+        self._options = predictor.complete_options(**options)
+        self._respond = predictor.responder(**self._options)
 
     def settings(self) -> dict[str, Any]:
         options = {

@@ -72,9 +72,9 @@ class Fit:
                 return f"no weights for the head of {', '.join(heads)}: load the other tasks, then add it with add_task"
             if self.servable:
                 return (
-                    f"the parts that only {self.title} uses are not there: load it with task={self.servable[0]!r}, "
+                    f'the parts that only {self.title} uses are not there: load it with task="{self.servable[0]}", '
                     f"or use a {self.title} checkpoint"
-                ).replace("'", '"')
+                )
         if self.mismatched:
             return "build the model with the sizes of this checkpoint (without config= they are read from its shapes)"
         if self.missing:

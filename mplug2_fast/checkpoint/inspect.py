@@ -42,7 +42,7 @@ class Inspection:
         dtypes: dtype name -> tensors.
         entry: the top-level entry that the weights are from; None where they are alone.
         others: what else the file holds, such as optimizer state.
-        vocabulary: whether a vocabulary of its own lies beside it.
+        vocabulary: whether it has its own vocabulary beside it.
         family: its family. tasks: the tasks that the groups below refer to; empty when the sizes are unknown.
         servable: every task of this package that there are weights for.
         config: the sizes; None when they cannot be told.

@@ -48,13 +48,19 @@ class Resolved:
         if self.undetermined:
             raise CheckpointError(
                 f"{source.name}: {', '.join(self.undetermined)} cannot be inferred from the weights and has no default "
-                'at this size; pass config= with it, or load it for task="captioning", which does not need it'
+                f"at this size; pass config= with it{self._instead()}"
             )
         self.fit.require(source.name)
         try:
             check_dtypes(self.fit, source.tensors)
         except CheckpointError as error:
             raise CheckpointError(f"{source.name}: {error}") from error
+
+    def _instead(self) -> str:
+        """The task to load instead of one that needs more than the weights tell."""
+        modules = frozenset[str]().union(*(task.modules for task in self.tasks))
+        other = next((name for name in self.servable if TASKS[name].modules < modules), None)
+        return "" if other is None else f', or load it for task="{other}", which does not need it'
 
 
 def resolve(source: Source, tasks: Tasks = None, config: Any = None) -> Resolved:

@@ -99,7 +99,7 @@ def caption(
 
         def work(ranks: Ranks, sources: Sources) -> Work:
             captioner = load(Captioner, checkpoint, dtype, ranks.device(device), quietly=ranks.rank > 0)
-            return bulk.Predict(captioner, bulk_options.frames_of(captioner), captioner.generation_options(**searching))
+            return bulk.Predict(captioner, bulk_options.frames_of(captioner), searching)
 
         run_bulk(work, lambda: bulk.find_videos(files), out, bulk_options, "captions")
 
@@ -243,9 +243,8 @@ def predict(
             if texts is not None:
                 raise ConfigError("--texts: only with --out, which names the file that the results go to")
             predictor = load(Predictor, checkpoint, dtype, device, task=chosen)
-            _check_options(predictor, options)
             results = predictor.predict(files, text, **options, **_in_a_process(timeout))
-            _print(results, files, as_json, **({} if text is None else {"text_given": text}))
+            _print(results, files, as_json, **({} if text is None else {"question": text}))
             return
         from mplug2_fast import bulk
 
@@ -257,7 +256,6 @@ def predict(
 
         def work(ranks: Ranks, sources: Sources) -> Work:
             predictor = load(Predictor, checkpoint, dtype, ranks.device(device), task=chosen, quietly=ranks.rank > 0)
-            _check_options(predictor, options)
             if predictor.task.reads_text or text is not None or texts is not None:
                 _check_texts(predictor, sources, ranks)
             return bulk.Predict(predictor, bulk_options.frames_of(predictor), options)
@@ -274,13 +272,6 @@ def _option(given: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
-
-
-def _check_options(predictor: Predictor, options: dict[str, Any]) -> None:
-    unknown = options.keys() - set(predictor.task.options)
-    if unknown:
-        known = ", ".join(predictor.task.options) or "none"
-        raise ConfigError(f"{predictor.task.name} has no option {', '.join(sorted(unknown))}; it has: {known}")
 
 
 def _check_texts(predictor: Predictor, sources: Sources, ranks: Ranks) -> None:

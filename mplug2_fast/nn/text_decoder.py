@@ -214,10 +214,8 @@ class TextDecoder(nn.Module):
 
     def _step_by_layer(self, tokens: Tensor, step: int, cache: SelfAttentionCache, memory: Memory) -> Tensor:
         """Each norm is computed together with the product after it, so x is the input of `norm`."""
-        x, norm = (
-            self.embeddings.sums(tokens[..., None], step)[..., 0, :],
-            self.embeddings.norm,
-        )  # (batch, beams, hidden)
+        x = self.embeddings.sums(tokens[..., None], step)[..., 0, :]  # (batch, beams, hidden)
+        norm = self.embeddings.norm
         with early_kernels(x):
             for index, layer in enumerate(self.layers):
                 own, cross = layer.attention, layer.crossattention

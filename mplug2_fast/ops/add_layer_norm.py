@@ -57,7 +57,7 @@ def reference(a: Arguments) -> NormAndSum:
 
 
 def _add_then(norm: Callable[..., Tensor]) -> Callable[[Arguments], NormAndSum]:
-    """The sum in a pass of its own, then this norm."""
+    """A separate pass for the sum, then this norm."""
 
     def run(a: Arguments) -> NormAndSum:
         total = torch.add(a.x, a.update, alpha=a.scale).contiguous()

@@ -35,9 +35,7 @@ class Captioner(Predictor):
             num_return: captions per file, at most `num_beams`.
             min_length, max_length: of the caption, in tokens, the end token included and [CLS] not.
         """
-        options = self.generation_options(
-            num_beams=num_beams, num_return=num_return, min_length=min_length, max_length=max_length
-        )
+        options = {"num_beams": num_beams, "num_return": num_return, "min_length": min_length, "max_length": max_length}
         return self.predict(paths, num_workers=num_workers, timeout=timeout, **options)
 
 
@@ -81,10 +79,10 @@ class Answerer(Predictor):
         min_length: int | None = None,
         max_length: int | None = None,
     ) -> tuple[Predictor, dict[str, Any]]:
-        """The predictor, which generates or ranks, and all its options. Raises `ConfigError` for bad options."""
+        """The predictor, which generates or ranks, and its options. Raises `ConfigError` for options of the other."""
         searching = {"num_beams": num_beams, "min_length": min_length, "max_length": max_length}
         if candidates is None:
-            return self, self.generation_options(num_return=num_return, **searching)
+            return self, {"num_return": num_return, **searching}
         given = [name for name, value in searching.items() if value is not None]
         require(not given, f"{', '.join(given)}: not used when the answer is chosen from candidates")
         return self.for_task(AnswerRanking.name), {"candidates": candidates, "num_return": num_return}

@@ -61,7 +61,7 @@ class Result:
 
 
 class _Decoded(NamedTuple):
-    """A file's video `(1, 3, T, H, W)`, or the reason why there is none, and the seconds that decoding took; the
+    """A file's video `(1, 3, T, H, W)`, or the error, and the seconds that decoding took; the
     indices of its frames, and what decoded them."""
 
     path: str
@@ -161,8 +161,19 @@ class Predictor:
             MPlug2Error: the device ran out of memory.
         """
         self.check_text(text)
-        respond = self.responder(**options)
+        respond = self.responder(**self.complete_options(**options))
         return self.run(paths, lambda embeds: respond(embeds, [text] * len(embeds)), num_workers, timeout)
+
+    def complete_options(self, **options: Any) -> dict[str, Any]:
+        """All options of the task, with defaults filled in.
+
+        Raises `ConfigError` for an option that the task does not have, for options that contradict each other or the
+        model, and for a search that needs more memory than the device has.
+        """
+        unknown = options.keys() - set(self.task.options)
+        known = ", ".join(self.task.options) or "none"
+        require(not unknown, f"{self.task.name} has no option {', '.join(sorted(unknown))}; it has: {known}")
+        return self.generation_options(**options) if "num_beams" in self.task.options else options
 
     def responder(self, **options: Any) -> Respond:
         """What turns image_embeds and texts into results. Raises `ConfigError` for bad options."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from mplug2_fast.errors import ConfigError, printable
@@ -32,21 +32,17 @@ __all__ = [
 ]
 
 
-def get(task: Task | str, more: Sequence[Task] = ()) -> Task:
+def get(task: Task | str) -> Task:
     """The task of that name, or the task itself.
-
-    Args:
-        task: a task or a name. more: tasks that do not come with the package.
 
     Raises:
         ConfigError: no task has the name.
     """
     if isinstance(task, Task):
         return task
-    known = TASKS | {other.name: other for other in more}
-    if task not in known:
-        raise ConfigError(f"no task {printable(repr(task))}: choose one of {', '.join(known)}, or pass a Task object")
-    return known[task]
+    if task not in TASKS:
+        raise ConfigError(f"no task {printable(repr(task))}: choose one of {', '.join(TASKS)}, or pass a Task object")
+    return TASKS[task]
 
 
 def title_of(tasks: Iterable[Task]) -> str:

@@ -554,3 +554,13 @@ def test_every_kind_of_damage_is_a_line(captioner: mf.Captioner, tmp_path: Path)
     found = lines(tmp_path / "index.jsonl")
     assert {line["path"] for line in found if line["error"]} == broken
     assert all(line["path"] not in line["error"] for line in found if line["error"])
+
+
+def test_options_that_are_not_given_have_the_defaults(captioner: mf.Captioner) -> None:
+    """In the settings, which a resumed run compares, and in the memory that a batch takes."""
+    filled = captioner.generation_options()
+    given, none = (bulk.Predict(captioner, FRAMES, options) for options in (filled, {}))
+    assert none.settings() == given.settings()
+    assert none.bytes_of_clip() == given.bytes_of_clip()
+    with pytest.raises(ConfigError, match="captioning has no option beams; it has: num_beams, num_return"):
+        bulk.Predict(captioner, FRAMES, {"beams": 2})

@@ -1,6 +1,6 @@
 """The Triton kernels under Triton's interpreter: the tests in tests/ops that have "triton" among their parameters.
 
-The interpreter is chosen before Triton is imported, so they run in processes of their own."""
+The interpreter is chosen before Triton is imported, so they run in separate processes."""
 
 import os
 import subprocess

@@ -157,7 +157,7 @@ _EMBEDDING_KEYS = frozenset(e.official.removeprefix("x.") for e in _embeddings("
 
 
 class MPlug2Names(OfficialNames):
-    """The official names of one size of mPLUG-2, for the modules that a model has."""
+    """The official names for one configuration of mPLUG-2 and a set of modules."""
 
     resizable: ClassVar = frozenset({_POSITIONS})
     tied: ClassVar = {
