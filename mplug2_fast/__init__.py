@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         acceleration,
         bulk,
         checkpoint,
+        datasets,
         generation,
         kernels,
         models,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
         official_state_dict,
         released_state_dict,
     )
-    from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error, NotFiniteError, VideoError
+    from mplug2_fast.errors import CheckpointError, ConfigError, DataError, MPlug2Error, NotFiniteError, VideoError
     from mplug2_fast.models.mplug2 import GenerationOutput, MPlug2, MPlug2ForCaptioning, MPlug2ForQuestionAnswering
     from mplug2_fast.models.mplug2.config import MPlug2Config
     from mplug2_fast.predict import Answerer, Captioner
@@ -46,6 +47,7 @@ _EXPORTS = {
     "MPlug2Error": "mplug2_fast.errors",
     "ConfigError": "mplug2_fast.errors",
     "CheckpointError": "mplug2_fast.errors",
+    "DataError": "mplug2_fast.errors",
     "NotFiniteError": "mplug2_fast.errors",
     "VideoError": "mplug2_fast.errors",
     "MPlug2": "mplug2_fast.models.mplug2",
@@ -68,6 +70,7 @@ _MODULES = (
     "acceleration",
     "bulk",
     "checkpoint",
+    "datasets",
     "kernels",
     "generation",
     "models",
@@ -86,6 +89,7 @@ __all__ = [
     "Captioner",
     "CheckpointError",
     "ConfigError",
+    "DataError",
     "GenerationOutput",
     "MPlug2",
     "MPlug2Config",
@@ -100,6 +104,7 @@ __all__ = [
     "acceleration",
     "bulk",
     "checkpoint",
+    "datasets",
     "from_pretrained",
     "generation",
     "kernels",

@@ -21,6 +21,10 @@ class VideoError(MPlug2Error):
     """A video or image file that cannot be turned into frames."""
 
 
+class DataError(MPlug2Error, ValueError):
+    """A data set, or a line of it, that cannot be used."""
+
+
 class BackendError(MPlug2Error, RuntimeError):
     """An operator's backend that was asked for, or that was made for the device, cannot serve a call."""
 

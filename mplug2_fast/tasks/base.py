@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mplug2_fast.errors import ConfigError, NotFiniteError
 
 if TYPE_CHECKING:
+    from mplug2_fast.datasets import Item
     from mplug2_fast.text import Tokenizer
 
 
@@ -40,6 +41,8 @@ class Task(ABC):
         reads_text: whether it takes a text with each video, such as a question.
         lengths: defaults of min_length and max_length, in tokens after [CLS], where it generates text.
         options: names of the options that `respond` takes.
+        fields: of an item, which training and evaluation need beside its video or image.
+        metrics: names in `mplug2_fast.evaluation.METRICS`, the most telling one first.
     """
 
     name: ClassVar[str]
@@ -47,6 +50,8 @@ class Task(ABC):
     reads_text: ClassVar[bool] = False
     lengths: ClassVar[tuple[int, int]] = (1, 20)
     options: ClassVar[tuple[str, ...]] = ()
+    fields: ClassVar[tuple[str, ...]] = ()
+    metrics: ClassVar[tuple[str, ...]] = ()
 
     def head(self, config: Any) -> nn.Module | None:
         """A new head, with the parameters that only this task has, or None."""
@@ -63,6 +68,22 @@ class Task(ABC):
     @abstractmethod
     def respond(self, model: Any, tokenizer: Tokenizer, **options: Any) -> Respond:
         """The function that turns encoded videos and texts into results. Raises `ConfigError` for bad options."""
+
+    def samples(self, item: Item) -> list[Item]:
+        """What an item gives in an epoch of training: more than one sample if it has several targets."""
+        return [item]
+
+    def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:
+        """The texts and targets of samples, on the CPU: what `loss` takes beside `video`."""
+        raise ConfigError(f"{self.name} cannot be trained from items: it has no `batch` method")
+
+    def text_of(self, item: Item) -> str | None:
+        """The text that goes with an item's file in `respond`."""
+        return item.question if self.reads_text else None
+
+    def references(self, item: Item) -> Mapping[str, float]:
+        """The right results of an item, each with its weight, for the metrics."""
+        raise ConfigError(f"{self.name} cannot be evaluated on items: it has no `references` method")
 
     def check_text(self, model: Any, tokenizer: Tokenizer, text: str) -> None:  # noqa: B027 (nothing to check)
         """Raise `ConfigError` for a text that the model cannot read."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from mplug2_fast.tasks.base import Respond, Task, Texts
 from mplug2_fast.tasks.generative import BEFORE_LAST, search_options, shifted_labels, text_options, texts_of
 
 if TYPE_CHECKING:
+    from mplug2_fast.datasets import Item
     from mplug2_fast.text import Tokenizer
 
 
@@ -23,6 +25,8 @@ class Captioning(Task):
     modules = frozenset({"vision", "universal", "decoder"})
     lengths = (4, 20)
     options = ("num_beams", "num_return", "min_length", "max_length")
+    fields = ("caption",)
+    metrics = ("cider", "bleu", "rouge_l", "meteor", "spice", "exact_match")
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
         """The mean cross-entropy over the targets. All tokens of the prompt but the last are ignored.
@@ -56,3 +60,14 @@ class Captioning(Task):
             return texts_of(model.predict(self, image_embeds=image_embeds, **filled), tokenizer, prompt, model)
 
         return respond
+
+    def samples(self, item: Item) -> list[Item]:
+        return [replace(item, caption=(caption,)) for caption in item.caption]
+
+    def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:
+        captions = [item.caption[0] for item in items]
+        ids, mask = tokenizer.encode_captions(captions, config.generation.prompt, config.text.max_position_embeddings)
+        return {"caption_ids": ids, "caption_mask": mask}
+
+    def references(self, item: Item) -> Mapping[str, float]:
+        return dict.fromkeys(item.caption, 1.0)

@@ -14,6 +14,7 @@ from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, not_finite
 from mplug2_fast.tasks.generative import BEFORE_LAST, search_options, shifted_labels, text_options, texts_of
 
 if TYPE_CHECKING:
+    from mplug2_fast.datasets import Item
     from mplug2_fast.text import Tokenizer
 
 MAX_CANDIDATES = 128
@@ -32,6 +33,8 @@ class QuestionAnswering(Task):
     reads_text = True
     lengths = (1, 10)
     options = ("num_beams", "num_return", "min_length", "max_length")
+    fields = ("question", "answers")
+    metrics = ("accuracy", "vqa_accuracy")
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
         """Each answer's summed cross-entropy times its weight, summed, over the number of videos.
@@ -102,6 +105,23 @@ class QuestionAnswering(Task):
         require(len(text) <= MAX_QUESTION_LENGTH, f"the question is longer than {MAX_QUESTION_LENGTH:,} characters")
         ids, _ = tokenizer.encode_questions([text])
         _require_positions(model, "the question", ids)
+
+    def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:
+        answers = [(text, weight) for item in items for text, weight in item.answers.items()]
+        question_ids, question_mask = tokenizer.encode_questions([item.question or "" for item in items])
+        answer_ids, answer_mask = tokenizer.encode_answers([text for text, _ in answers])
+        longest = config.text.max_position_embeddings
+        return {
+            "question_ids": question_ids[:, :longest],
+            "question_mask": question_mask[:, :longest],
+            "answer_ids": answer_ids[:, :longest],
+            "answer_mask": answer_mask[:, :longest],
+            "answers_per_question": torch.tensor([len(item.answers) for item in items]),
+            "answer_weights": torch.tensor([weight for _, weight in answers]),
+        }
+
+    def references(self, item: Item) -> Mapping[str, float]:
+        return item.answers
 
 
 class AnswerRanking(QuestionAnswering):

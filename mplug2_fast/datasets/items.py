@@ -1,0 +1,232 @@
+"""Items of a data set, and the JSON Lines files that hold them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mplug2_fast.errors import DataError, printable
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One item: an input, and what is known of it. Fields that do not apply are empty.
+
+    Attributes:
+        id: unique within a split.
+        video, image, images: paths of the input, relative to the folder of the JSON Lines file.
+        start, end: the part of the video, in seconds.
+        text, text_pair: input texts, such as a referring expression or a sentence pair.
+        caption: all captions.
+        question: about the video or image.
+        answers: answer -> weight. The weights of several annotators sum to 1.
+        box: (center x, center y, width, height), each in [0, 1] of the image.
+        label: class name, truth value or number.
+        task: name of the task, where one file serves several.
+        split: "train", "val", "test", or a name of the data set's own.
+        extra: further fields of the line, kept as they are.
+    """
+
+    id: str
+    video: str | None = None
+    image: str | None = None
+    images: tuple[str, ...] = ()
+    start: float | None = None
+    end: float | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    caption: tuple[str, ...] = ()
+    question: str | None = None
+    answers: Mapping[str, float] = field(default_factory=dict)
+    box: tuple[float, float, float, float] | None = None
+    label: str | int | float | bool | None = None
+    task: str | None = None
+    split: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def media(self) -> tuple[str, ...]:
+        """The paths of all inputs that are files."""
+        return tuple(path for path in (self.video, self.image, *self.images) if path is not None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that are not empty. One caption is a text, one answer of weight 1 is an `answer`."""
+        line: dict[str, Any] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value is None or (value in ((), {}) and each.name != "id") or each.name == "extra":
+                continue
+            line[each.name] = list(value) if isinstance(value, tuple) else value
+        if len(self.caption) == 1:
+            line["caption"] = self.caption[0]
+        if len(self.answers) == 1 and next(iter(self.answers.values())) == 1:
+            del line["answers"]
+            line["answer"] = next(iter(self.answers))
+        elif self.answers:
+            line["answers"] = dict(self.answers)
+        return {**line, **self.extra}
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any], default_id: str = "") -> Item:
+        """An item from the fields of a line.
+
+        Raises:
+            DataError: a field has a value that makes no sense, or a name that is close to a field's.
+        """
+        known = {each.name: line[each.name] for each in fields(cls) if each.name in line and each.name != "extra"}
+        extra = {name: value for name, value in line.items() if name not in known and name != "answer"}
+        for name in extra:
+            if near := difflib.get_close_matches(name, [*(f.name for f in fields(cls)), "answer"], n=1, cutoff=0.75):
+                raise DataError(f"unknown field {printable(name)!r}: did you mean {near[0]!r}?")
+        if "answer" in line:
+            if "answers" in line:
+                raise DataError("has both answer and answers: keep one of them")
+            known["answers"] = {_text("answer", line["answer"]): 1.0}
+        known["id"] = str(known.get("id", default_id))
+        checks = _CHECKS
+        return cls(**{name: checks[name](name, value) for name, value in known.items()}, extra=extra)
+
+
+def read_items(path: PathLike, split: str | None = None) -> list[Item]:
+    """The items of a JSON Lines file, or of `SPLIT.jsonl` in a folder. Media paths are joined with its folder.
+
+    Args:
+        path: a file, or a folder with one file per split.
+        split: keep only the items of this split. In a file, items without the field belong to every split.
+
+    Raises:
+        DataError: there is no such file, a line is not an item, or two items have the same id. Names file and line.
+    """
+    file = _file_of(Path(path), split)
+    items: list[Item] = []
+    seen: dict[tuple[str, str | None], int] = {}
+    for number, line in _lines(file):
+        try:
+            item = Item.from_json(line, default_id=str(number))
+        except DataError as error:
+            raise DataError(f"{file}:{number}: {error}") from None
+        if split is not None and item.split not in (None, split):
+            continue
+        first = seen.setdefault((item.id, item.split), number)
+        if first != number:
+            raise DataError(f"{file}:{number}: the id {printable(item.id)!r} is also on line {first}: make ids unique")
+        items.append(_joined(item, file.parent))
+    if not items:
+        what = "no items" if split is None else f"no items of the split {split!r}"
+        raise DataError(f"{file}: {what}")
+    return items
+
+
+def write_items(path: PathLike, items: Iterable[Item]) -> int:
+    """Write a JSON Lines file, whole or not at all. Returns the number of items."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    count = 0
+    with partial.open("w", encoding="utf-8") as file:
+        for item in items:
+            file.write(json.dumps(item.to_json(), ensure_ascii=False) + "\n")
+            count += 1
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return count
+
+
+def _file_of(path: Path, split: str | None) -> Path:
+    if not path.is_dir():
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder")
+        return path
+    if split is None:
+        raise DataError(f"{path} is a folder: name a split ({_splits(path)}), or one of its .jsonl files")
+    file = path / f"{split}.jsonl"
+    if not file.exists():
+        raise DataError(f"{path} has no split {split!r}; it has {_splits(path)}")
+    return file
+
+
+def _splits(folder: Path) -> str:
+    return ", ".join(sorted(file.stem for file in folder.glob("*.jsonl"))) or "no .jsonl files"
+
+
+def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            for number, text in enumerate(lines, 1):
+                if not text.strip():
+                    continue
+                try:
+                    line = json.loads(text)
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{file}:{number}: not JSON: {error}") from None
+                if not isinstance(line, dict):
+                    raise DataError(f"{file}:{number}: must be a JSON object, got {type(line).__name__}")
+                yield number, line
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def _joined(item: Item, folder: Path) -> Item:
+    def joined(name: str | None) -> str | None:
+        return None if name is None else os.fspath(folder / name)
+
+    images = tuple(os.fspath(folder / name) for name in item.images)
+    return replace(item, video=joined(item.video), image=joined(item.image), images=images)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{name} must be a text, got {printable(repr(value), 80)}")
+    return value
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    return tuple(_text(name, each) for each in (value if isinstance(value, list | tuple) else [value]))
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise DataError(f"{name} must be a number of at least 0, got {printable(repr(value), 80)}")
+    return float(value)
+
+
+def _answers(name: str, value: Any) -> dict[str, float]:
+    if isinstance(value, list | tuple):
+        value = {text: 1 / len(value) * value.count(text) for text in value if isinstance(text, str)} or value
+    if not isinstance(value, Mapping) or not value:
+        raise DataError(f"{name} must be an object of answer and weight, or a list, got {printable(repr(value), 80)}")
+    return {_text(name, text): _number(name, weight) for text, weight in value.items()}
+
+
+def _box(name: str, value: Any) -> tuple[float, float, float, float]:
+    numbers = tuple(_number(name, each) for each in value) if isinstance(value, list | tuple) else ()
+    if len(numbers) != 4 or max(numbers) > 1:
+        raise DataError(f"{name} must be [center x, center y, width, height], each from 0 to 1, got {value!r}")
+    return numbers[0], numbers[1], numbers[2], numbers[3]
+
+
+def _label(name: str, value: Any) -> str | int | float | bool:
+    if not isinstance(value, str | int | float | bool):
+        raise DataError(f"{name} must be a text, a number or a truth value, got {printable(repr(value), 80)}")
+    return value
+
+
+_CHECKS = {
+    **dict.fromkeys(("id", "video", "image", "text", "text_pair", "question", "task", "split"), _text),
+    **dict.fromkeys(("images", "caption"), _texts),
+    **dict.fromkeys(("start", "end"), _number),
+    "answers": _answers,
+    "box": _box,
+    "label": _label,
+}
