@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -70,4 +71,4 @@ class Captioning(Task):
         return {"caption_ids": ids, "caption_mask": mask}
 
     def references(self, item: Item) -> Mapping[str, float]:
-        return dict.fromkeys(item.caption, 1.0)
+        return {caption: float(count) for caption, count in Counter(item.caption).items()}

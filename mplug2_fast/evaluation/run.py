@@ -1,0 +1,226 @@
+"""Evaluation of a model on items: predictions, metrics, and a report."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mplug2_fast
+from mplug2_fast import bulk
+from mplug2_fast.bulk.journal import Line, read_lines
+from mplug2_fast.checkpoint.source import WEIGHTS_NAME
+from mplug2_fast.datasets import Item
+from mplug2_fast.errors import ConfigError, DataError, printable
+from mplug2_fast.evaluation.metrics.tokenizer import TOKENIZERS, tokenize
+from mplug2_fast.evaluation.report import PREDICTIONS_NAME, ItemResult, Report
+from mplug2_fast.evaluation.scoring import choose, score_all
+from mplug2_fast.predict import Predictor
+from mplug2_fast.tasks import Alternative, Task
+
+PathLike = str | os.PathLike[str]
+Started = Callable[[bulk.Plan], Callable[[int, int], None]]
+
+
+def evaluate(
+    predictor: Predictor,
+    items: Sequence[Item],
+    out: PathLike | None = None,
+    *,
+    metrics: Iterable[str] | None = None,
+    tokenizer: str = "python",
+    options: Mapping[str, Any] | None = None,
+    frames: bulk.Frames | None = None,
+    decoding: bulk.Decoding | None = None,
+    batch_memory: int | None = None,
+    retry_failed: bool = False,
+    checkpoint: PathLike | None = None,
+    data: PathLike | None = None,
+    split: str | None = None,
+    ranks: bulk.Ranks | None = None,
+    started: Started | None = None,
+) -> Report:
+    """Predict all items and score the predictions. Several questions about one video are answered together.
+
+    Args:
+        predictor: the model and its task.
+        items: each with a video or an image, and with the task's `fields`.
+        out: a folder for the predictions and the report. A run that was stopped goes on there.
+        metrics: names in `METRICS`; None for the task's that can run here.
+        tokenizer: of captions; a name in `TOKENIZERS`.
+        options: of the task, such as num_beams.
+        frames: of a clip; None for the model's number.
+        decoding, batch_memory, retry_failed, ranks, started: see `bulk.run`.
+        checkpoint, data, split: where model and items come from; the report names them, with hashes of the files.
+
+    Raises:
+        ConfigError: bad options, a metric that cannot run here, or `out` has other predictions.
+        DataError: an item lacks what the task needs.
+        MPlug2Error: the results cannot be written, or one clip alone is too large for the device.
+    """
+    ranks = ranks or bulk.Ranks({})
+    task = predictor.task
+    metrics = None if metrics is None else tuple(metrics)
+    check_items(task, items)
+    check_metrics(task, metrics, tokenizer)
+    sources = sources_of(task, items)
+    for item in items:
+        _check_text(predictor, item)
+    with ExitStack() as stack:
+        folder = Path(out if out is not None else stack.enter_context(tempfile.TemporaryDirectory()))
+        ranks.first_makes(lambda: _make(folder))
+        work = bulk.Predict(
+            predictor, frames or bulk.Frames(predictor.model.config.vision.num_frames), dict(options or {})
+        )
+        bulk.run(
+            work,
+            sources,
+            folder / PREDICTIONS_NAME,
+            decoding=decoding,
+            batch_memory=batch_memory,
+            retry_failed=retry_failed,
+            ranks=ranks,
+            started=started,
+        )
+
+        def finish() -> Report:
+            lines = {work.key(line): line for line in read_lines(folder / PREDICTIONS_NAME)}
+            found = [lines[_key(task, item)] for item in items]
+            deciding = {
+                **_origin(checkpoint, data, split),
+                **work.settings(),
+                "decoder": (decoding or bulk.Decoding()).backend,
+                "tokenizer": tokenizer if any(metric.tokenized for metric in choose(task, metrics)[0]) else None,
+                "mplug2_fast": mplug2_fast.__version__,
+                "torch": torch.__version__,
+            }
+            report = _report(task, items, found, metrics, tokenizer, deciding)
+            if out is not None:
+                report.write(folder)
+            return report
+
+        return ranks.first_makes(finish)
+
+
+def check_metrics(task: Task, metrics: Iterable[str] | None, tokenizer: str) -> None:
+    """Raise `ConfigError` for what cannot run here, before hours are spent on predictions."""
+    if tokenizer not in TOKENIZERS:
+        raise ConfigError(f"no tokenizer {printable(repr(tokenizer))}: choose one of {', '.join(TOKENIZERS)}")
+    for metric in choose(task, metrics)[0]:
+        metric.require()
+    if tokenizer == "java":
+        tokenize(["a test"], tokenizer)
+
+
+def check_items(task: Task, items: Sequence[Item]) -> None:
+    """Raise `DataError` for the first item that lacks what the task needs."""
+    if not items:
+        raise DataError("there are no items to evaluate")
+    for item in items:
+        missing = [name for name in task.fields if not getattr(item, name)]
+        if (item.video or item.image) is None:
+            missing.insert(0, "video or image")
+        if missing:
+            raise DataError(f"the item {printable(item.id)} has no {' and no '.join(missing)}, which {task.name} needs")
+        if item.start is not None or item.end is not None:
+            raise DataError(f"the item {printable(item.id)} is a part of a video (start, end): cut it out as a file")
+
+
+def sources_of(task: Task, items: Iterable[Item]) -> list[bulk.Source]:
+    """The files of the items, each once, with all texts that go with it."""
+    asked: dict[str, dict[bulk.Question, None]] = {}
+    for item in items:
+        texts = asked.setdefault(_path(item), {})
+        text = task.text_of(item)
+        if text is not None:
+            texts[bulk.Question(text, item.id)] = None
+    return [bulk.Source(path, tuple(texts)) for path, texts in asked.items()]
+
+
+def _check_text(predictor: Predictor, item: Item) -> None:
+    try:
+        predictor.check_text(predictor.task.text_of(item))
+    except ConfigError as error:
+        raise DataError(f"the item {printable(item.id)}: {error}") from error
+
+
+def _path(item: Item) -> str:
+    return os.fspath(Path(item.video or item.image or ""))
+
+
+def _key(task: Task, item: Item) -> Any:
+    """The key of an item's line among the predictions."""
+    text = task.text_of(item)
+    return _path(item) if text is None else (_path(item), text, item.id)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: the report cannot be written there: {error.strerror}") from error
+
+
+def _report(
+    task: Task,
+    items: Sequence[Item],
+    lines: Sequence[Line],
+    metrics: Iterable[str] | None,
+    tokenizer: str,
+    settings: dict[str, Any],
+) -> Report:
+    predictions = [
+        None
+        if line["error"] is not None
+        else [Alternative(each["text"], each["score"]) for each in line["alternatives"]]
+        for line in lines
+    ]
+    scored = score_all(task, predictions, items, metrics=metrics, tokenizer=tokenizer)
+    results = [
+        ItemResult(
+            id=item.id,
+            path=_path(item),
+            question=task.text_of(item),
+            prediction=line["text"],
+            alternatives=tuple(each["text"] for each in line["alternatives"][1:]),
+            references=task.references(item),
+            scores={name: values[place] for name, values in scored.items.items()},
+            frames=tuple(line["frames"]),
+            error=line["error"],
+        )
+        for place, (item, line) in enumerate(zip(items, lines, strict=True))
+    ]
+    failed = sum(result.error is not None for result in results)
+    settings = {"items": len(items), "failed": failed, **settings}
+    return Report(task.name, scored.values, settings, scored.libraries, scored.left_out, results)
+
+
+def _origin(checkpoint: PathLike | None, data: PathLike | None, split: str | None) -> dict[str, Any]:
+    """Where model and items come from."""
+    found: dict[str, Any] = {"split": split}
+    for name, path in (("data", data), ("checkpoint", checkpoint)):
+        found[name] = None if path is None else os.fspath(path)
+        file = None if path is None else _file(name, Path(path), split)
+        found[f"{name}_sha256"] = None if file is None else _sha256(file)
+    return found
+
+
+def _file(name: str, path: Path, split: str | None) -> Path | None:
+    """The file that a folder stands for."""
+    if path.is_dir():
+        path = path / (WEIGHTS_NAME if name == "checkpoint" else f"{split}.jsonl")
+    return path if path.is_file() else None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
