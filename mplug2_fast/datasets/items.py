@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ class Item:
 
     Attributes:
         id: unique within a split.
-        video, image, images: paths of the input, relative to the folder of the JSON Lines file.
+        video, image, images: paths of the input. In a JSON Lines file they are relative to its folder.
         start, end: the part of the video, in seconds.
         text, text_pair: input texts, such as a referring expression or a sentence pair.
         caption: all captions.
@@ -62,7 +64,7 @@ class Item:
         line: dict[str, Any] = {}
         for each in fields(self):
             value = getattr(self, each.name)
-            if value is None or (value in ((), {}) and each.name != "id") or each.name == "extra":
+            if value is None or value in ((), {}) or each.name == "extra":
                 continue
             line[each.name] = list(value) if isinstance(value, tuple) else value
         if len(self.caption) == 1:
@@ -76,23 +78,27 @@ class Item:
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any], default_id: str = "") -> Item:
-        """An item from the fields of a line.
+        """An item from the fields of a line. A field that is null counts as missing.
 
         Raises:
             DataError: a field has a value that makes no sense, or a name that is close to a field's.
         """
-        known = {each.name: line[each.name] for each in fields(cls) if each.name in line and each.name != "extra"}
+        line = {name: value for name, value in line.items() if value is not None}
+        known = {name: value for name, value in line.items() if name in _CHECKS}
         extra = {name: value for name, value in line.items() if name not in known and name != "answer"}
         for name in extra:
-            if near := difflib.get_close_matches(name, [*(f.name for f in fields(cls)), "answer"], n=1, cutoff=0.75):
-                raise DataError(f"unknown field {printable(name)!r}: did you mean {near[0]!r}?")
+            near = _near(name)
+            if near and near not in line:
+                raise DataError(f"unknown field {printable(repr(name))}: did you mean {near!r}?")
         if "answer" in line:
             if "answers" in line:
                 raise DataError("has both answer and answers: keep one of them")
             known["answers"] = {_text("answer", line["answer"]): 1.0}
-        known["id"] = str(known.get("id", default_id))
-        checks = _CHECKS
-        return cls(**{name: checks[name](name, value) for name, value in known.items()}, extra=extra)
+        known.setdefault("id", default_id)
+        item = cls(**{name: _CHECKS[name](name, value) for name, value in known.items()}, extra=extra)
+        if item.start is not None and item.end is not None and item.end <= item.start:
+            raise DataError(f"end must be after start, got start {item.start:g} and end {item.end:g}")
+        return item
 
 
 def read_items(path: PathLike, split: str | None = None) -> list[Item]:
@@ -105,43 +111,72 @@ def read_items(path: PathLike, split: str | None = None) -> list[Item]:
     Raises:
         DataError: there is no such file, a line is not an item, or two items have the same id. Names file and line.
     """
-    file = _file_of(Path(path), split)
+    file = file_of(Path(path), split)
     items: list[Item] = []
     seen: dict[tuple[str, str | None], int] = {}
-    for number, line in _lines(file):
-        try:
-            item = Item.from_json(line, default_id=str(number))
-        except DataError as error:
-            raise DataError(f"{file}:{number}: {error}") from None
+    for number, item in scan_items(file):
+        if isinstance(item, DataError):
+            raise item
         if split is not None and item.split not in (None, split):
             continue
         first = seen.setdefault((item.id, item.split), number)
         if first != number:
-            raise DataError(f"{file}:{number}: the id {printable(item.id)!r} is also on line {first}: make ids unique")
-        items.append(_joined(item, file.parent))
+            raise DataError(
+                f"{file}:{number}: the id {printable(repr(item.id))} is also on line {first}: make ids unique"
+            )
+        items.append(item)
     if not items:
         what = "no items" if split is None else f"no items of the split {split!r}"
         raise DataError(f"{file}: {what}")
     return items
 
 
+def scan_items(file: Path) -> Iterator[tuple[int, Item | DataError]]:
+    """(line number, the item, or what is wrong with the line) of each line of a JSON Lines file.
+
+    Media paths are joined with the folder of the file.
+
+    Raises:
+        DataError: the file cannot be read, or is not UTF-8 text.
+    """
+    for number, line in _lines(file):
+        try:
+            yield number, _joined(Item.from_json(_parsed(line), default_id=str(number)), file.parent)
+        except DataError as error:
+            yield number, DataError(f"{file}:{number}: {error}")
+
+
 def write_items(path: PathLike, items: Iterable[Item]) -> int:
-    """Write a JSON Lines file, whole or not at all. Returns the number of items."""
+    """Write a JSON Lines file, whole or not at all. Returns the number of items.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     count = 0
-    with partial.open("w", encoding="utf-8") as file:
-        for item in items:
-            file.write(json.dumps(item.to_json(), ensure_ascii=False) + "\n")
-            count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as file:
+            for item in items:
+                file.write(json.dumps(item.to_json(), ensure_ascii=False) + "\n")
+                count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise DataError(f"{path}: cannot be written: {error.strerror}") from error
     return count
 
 
-def _file_of(path: Path, split: str | None) -> Path:
+def file_of(path: Path, split: str | None) -> Path:
+    """The JSON Lines file of a split: the path itself, or `SPLIT.jsonl` in this folder.
+
+    Raises:
+        DataError: there is no such file.
+    """
     if not path.is_dir():
         if not path.exists():
             raise DataError(f"{path}: no such file or folder")
@@ -158,23 +193,31 @@ def _splits(folder: Path) -> str:
     return ", ".join(sorted(file.stem for file in folder.glob("*.jsonl"))) or "no .jsonl files"
 
 
-def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, and their numbers."""
     try:
         with file.open(encoding="utf-8-sig") as lines:
             for number, text in enumerate(lines, 1):
-                if not text.strip():
-                    continue
-                try:
-                    line = json.loads(text)
-                except (ValueError, RecursionError) as error:
-                    raise DataError(f"{file}:{number}: not JSON: {error}") from None
-                if not isinstance(line, dict):
-                    raise DataError(f"{file}:{number}: must be a JSON object, got {type(line).__name__}")
-                yield number, line
+                if text.strip():
+                    yield number, text
     except OSError as error:
-        raise DataError(f"{file}: {error.strerror}") from error
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise DataError(f"{file}: not UTF-8 text: {error.reason} at byte {error.start}: save it as UTF-8") from None
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text, parse_constant=_not_a_number)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"not JSON: {error}") from None
+    if not isinstance(line, dict):
+        raise DataError(f'must be a JSON object such as {{"video": "a.mp4"}}, got {type(line).__name__}')
+    return line
+
+
+def _not_a_number(text: str) -> float:
+    raise ValueError(f"{text} is not a number")
 
 
 def _joined(item: Item, folder: Path) -> Item:
@@ -183,6 +226,11 @@ def _joined(item: Item, folder: Path) -> Item:
 
     images = tuple(os.fspath(folder / name) for name in item.images)
     return replace(item, video=joined(item.video), image=joined(item.image), images=images)
+
+
+@lru_cache(maxsize=1000)  # the lines of a file repeat their names
+def _near(name: str) -> str | None:
+    return next(iter(difflib.get_close_matches(name, [*_CHECKS, "answer"], n=1, cutoff=0.75)), None)
 
 
 def _text(name: str, value: Any) -> str:
@@ -201,18 +249,29 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
+def _id(name: str, value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise DataError(f"{name} must be a text or a whole number, got {printable(repr(value), 80)}")
+    return str(value)
+
+
 def _answers(name: str, value: Any) -> dict[str, float]:
-    if isinstance(value, list | tuple):
-        value = {text: 1 / len(value) * value.count(text) for text in value if isinstance(text, str)} or value
+    if isinstance(value, list | tuple) and value:
+        texts = _texts(name, value)
+        value = {text: texts.count(text) / len(texts) for text in texts}
     if not isinstance(value, Mapping) or not value:
         raise DataError(f"{name} must be an object of answer and weight, or a list, got {printable(repr(value), 80)}")
-    return {_text(name, text): _number(name, weight) for text, weight in value.items()}
+    weights = {_text(name, text): _number(f"the weight of {text!r}", weight) for text, weight in value.items()}
+    if not any(weights.values()):
+        raise DataError(f"{name}: the weights are all 0: give one of them more")
+    return weights
 
 
 def _box(name: str, value: Any) -> tuple[float, float, float, float]:
     numbers = tuple(_number(name, each) for each in value) if isinstance(value, list | tuple) else ()
-    if len(numbers) != 4 or max(numbers) > 1:
-        raise DataError(f"{name} must be [center x, center y, width, height], each from 0 to 1, got {value!r}")
+    if len(numbers) != 4 or max(numbers) > 1 or min(numbers[2:]) == 0:
+        shape = "[center x, center y, width, height], each from 0 to 1, and none of the last two 0"
+        raise DataError(f"{name} must be {shape}, got {printable(repr(value), 80)}")
     return numbers[0], numbers[1], numbers[2], numbers[3]
 
 
@@ -222,8 +281,9 @@ def _label(name: str, value: Any) -> str | int | float | bool:
     return value
 
 
-_CHECKS = {
-    **dict.fromkeys(("id", "video", "image", "text", "text_pair", "question", "task", "split"), _text),
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "id": _id,
+    **dict.fromkeys(("video", "image", "text", "text_pair", "question", "task", "split"), _text),
     **dict.fromkeys(("images", "caption"), _texts),
     **dict.fromkeys(("start", "end"), _number),
     "answers": _answers,
