@@ -20,6 +20,7 @@ from mplug2_fast.errors import DataError
 REPORT_NAME = "report.json"
 ITEMS_NAME = "items.jsonl"
 PREDICTIONS_NAME = "predictions.jsonl"
+PAGE_NAME = "report.html"
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,17 @@ class Report:
         """How many items have no prediction."""
         return sum(item.error is not None for item in self.items)
 
+    @property
+    def main_score(self) -> str | None:
+        """The first score that items have."""
+        return next((name for item in self.items for name in item.scores), None)
+
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write `report.json` and `items.jsonl`. Raises `MPlug2Error`."""
         fields = {name: value for name, value in vars(self).items() if name != "items"}
-        lines = "".join(f"{json.dumps(_plain(asdict(item)), ensure_ascii=False)}\n" for item in self.items)
-        write_whole(Path(folder) / ITEMS_NAME, lines.encode("utf-8", "surrogateescape"))
-        text = json.dumps(_plain(fields), indent=2, ensure_ascii=False)
-        write_whole(Path(folder) / REPORT_NAME, f"{text}\n".encode("utf-8", "surrogateescape"))
+        lines = "".join(f"{json.dumps(_plain(asdict(item)))}\n" for item in self.items)
+        write_whole(Path(folder) / ITEMS_NAME, lines.encode())
+        write_whole(Path(folder) / REPORT_NAME, f"{json.dumps(_plain(fields), indent=2)}\n".encode())
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Report:
@@ -89,7 +94,7 @@ class Report:
         """
         file = Path(path) / REPORT_NAME if Path(path).is_dir() else Path(path)
         try:
-            fields = json.loads(file.read_text(encoding="utf-8", errors="surrogateescape"))
+            fields = json.loads(file.read_text(encoding="utf-8"))
             report = cls(**fields)
             items = file.with_name(ITEMS_NAME)
             if items.exists():

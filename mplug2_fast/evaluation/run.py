@@ -14,18 +14,23 @@ import torch
 
 import mplug2_fast
 from mplug2_fast import bulk
-from mplug2_fast.bulk.journal import Line, read_lines
+from mplug2_fast.bulk.journal import Line, read_lines, write_whole
 from mplug2_fast.checkpoint.source import WEIGHTS_NAME
 from mplug2_fast.datasets import Item
 from mplug2_fast.errors import ConfigError, DataError, printable
+from mplug2_fast.evaluation.metrics.base import load
 from mplug2_fast.evaluation.metrics.tokenizer import TOKENIZERS, tokenize
-from mplug2_fast.evaluation.report import PREDICTIONS_NAME, ItemResult, Report
+from mplug2_fast.evaluation.page import render
+from mplug2_fast.evaluation.report import PAGE_NAME, PREDICTIONS_NAME, ItemResult, Report
 from mplug2_fast.evaluation.scoring import choose, score_all
 from mplug2_fast.predict import Predictor
 from mplug2_fast.tasks import Alternative, Task
 
 PathLike = str | os.PathLike[str]
 Started = Callable[[bulk.Plan], Callable[[int, int], None]]
+
+FRAME_SAMPLING = "the middle frame of equal intervals"
+"""What `mplug2_fast.video.frame_indices` does."""
 
 
 def evaluate(
@@ -67,11 +72,12 @@ def evaluate(
     ranks = ranks or bulk.Ranks({})
     task = predictor.task
     metrics = None if metrics is None else tuple(metrics)
-    check_items(task, items)
-    check_metrics(task, metrics, tokenizer)
+    check(task, items, metrics, tokenizer)
+    if out is not None:
+        load("matplotlib.figure")
     sources = sources_of(task, items)
-    for item in items:
-        _check_text(predictor, item)
+    for text, item in {task.text_of(item): item for item in items}.items():
+        _check_text(predictor, text, item)
     with ExitStack() as stack:
         folder = Path(out if out is not None else stack.enter_context(tempfile.TemporaryDirectory()))
         ranks.first_makes(lambda: _make(folder))
@@ -94,32 +100,38 @@ def evaluate(
             found = [lines[_key(task, item)] for item in items]
             deciding = {
                 **_origin(checkpoint, data, split),
-                **work.settings(),
+                **{
+                    name: value for name, value in work.settings().items() if name not in ("command", "task", "windows")
+                },
+                "frame_sampling": FRAME_SAMPLING,
                 "decoder": (decoding or bulk.Decoding()).backend,
                 "tokenizer": tokenizer if any(metric.tokenized for metric in choose(task, metrics)[0]) else None,
+                "device": work.weights.device.type,
                 "mplug2_fast": mplug2_fast.__version__,
                 "torch": torch.__version__,
             }
             report = _report(task, items, found, metrics, tokenizer, deciding)
             if out is not None:
                 report.write(folder)
+                write_whole(folder / PAGE_NAME, render(report).encode("utf-8", "backslashreplace"))
             return report
 
         return ranks.first_makes(finish)
 
 
-def check_metrics(task: Task, metrics: Iterable[str] | None, tokenizer: str) -> None:
-    """Raise `ConfigError` for what cannot run here, before hours are spent on predictions."""
+def check(task: Task, items: Sequence[Item], metrics: Iterable[str] | None = None, tokenizer: str = "python") -> None:
+    """Find what would fail after hours of predictions.
+
+    Raises:
+        ConfigError: a metric or a tokenizer cannot run here.
+        DataError: an item lacks what the task needs.
+    """
     if tokenizer not in TOKENIZERS:
         raise ConfigError(f"no tokenizer {printable(repr(tokenizer))}: choose one of {', '.join(TOKENIZERS)}")
     for metric in choose(task, metrics)[0]:
         metric.require()
     if tokenizer == "java":
         tokenize(["a test"], tokenizer)
-
-
-def check_items(task: Task, items: Sequence[Item]) -> None:
-    """Raise `DataError` for the first item that lacks what the task needs."""
     if not items:
         raise DataError("there are no items to evaluate")
     for item in items:
@@ -143,9 +155,9 @@ def sources_of(task: Task, items: Iterable[Item]) -> list[bulk.Source]:
     return [bulk.Source(path, tuple(texts)) for path, texts in asked.items()]
 
 
-def _check_text(predictor: Predictor, item: Item) -> None:
+def _check_text(predictor: Predictor, text: str | None, item: Item) -> None:
     try:
-        predictor.check_text(predictor.task.text_of(item))
+        predictor.check_text(text)
     except ConfigError as error:
         raise DataError(f"the item {printable(item.id)}: {error}") from error
 
