@@ -16,6 +16,7 @@ import typer
 import mplug2_fast
 from mplug2_fast.cli.checkpoints import convert, inspect
 from mplug2_fast.cli.console import OutputError, output_failed, prepare_streams
+from mplug2_fast.cli.data import data
 from mplug2_fast.cli.evaluate import compare, evaluate
 from mplug2_fast.cli.features import features
 from mplug2_fast.cli.predict import answer, caption, predict
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 for command in (caption, answer, predict, features, evaluate, compare, convert, inspect, info):
     app.command()(command)
+app.add_typer(data, name="data")
 
 
 def _print_version(wanted: bool) -> None:
