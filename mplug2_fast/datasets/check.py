@@ -232,7 +232,7 @@ def _repeated_items(entries: Iterable[_Entry]) -> Iterator[Finding]:
     seen: dict[object, _Entry] = {}
     for entry in entries:
         item = entry.item
-        media = tuple(map(os.path.normpath, item.media))
+        media = tuple(map(os.path.realpath, item.media))
         targets = (tuple(item.answers.items()), item.label, item.box)
         key = (entry.split, media, item.start, item.end, tuple(map(_normalised, entry.texts)), targets)
         first = seen.setdefault(key, entry)
@@ -275,7 +275,7 @@ class _Media:
         self._entries: dict[str, list[_Entry]] = defaultdict(list)
         for entry in entries:
             for path in entry.item.media if entry.is_train else ():
-                self._entries[os.path.normpath(path)].append(entry)
+                self._entries[os.path.realpath(path)].append(entry)
 
     def in_training(self, path: str, item: Item) -> _Entry | None:
         """The first item in training that overlaps this one in time."""
@@ -283,7 +283,7 @@ class _Media:
         return next(
             (
                 other
-                for other in self._entries.get(os.path.normpath(path), ())
+                for other in self._entries.get(os.path.realpath(path), ())
                 if (other.item.start or 0.0) < end and start < (other.item.end or float("inf"))
             ),
             None,
@@ -310,9 +310,10 @@ def _class_of(item: Item) -> str | None:
 def _first_places(entries: Iterable[_Entry]) -> dict[str, dict[str, _Entry]]:
     """Media file -> split -> the first item that names it."""
     first: dict[str, dict[str, _Entry]] = {}
+    spelled: dict[str, str] = {}
     for entry in entries:
         for path in entry.item.media:
-            first.setdefault(os.path.normpath(path), {}).setdefault(entry.split, entry)
+            first.setdefault(spelled.setdefault(os.path.realpath(path), path), {}).setdefault(entry.split, entry)
     return first
 
 
@@ -320,10 +321,11 @@ def _files(
     first: dict[str, dict[str, _Entry]], options: dict[str, Any], progress: Progress | None
 ) -> Iterator[Finding]:
     """Files that cannot be read, and files that are the same."""
-    for path, reason in unreadable(list(first), **options, progress=progress):
+    reasons = dict(unreadable(list(first), **options, progress=progress))
+    for path in filter(reasons.__contains__, first):  # files are ready in any order
         place = next(iter(first[path].values())).place
         kind = "unreadable file" if os.path.exists(path) else "missing file"
-        yield Finding(kind, place, f"{path}: {reason}")
+        yield Finding(kind, place, f"{path}: {reasons[path]}")
     for group in same_contents(list(first)):
         places = [(path, entry) for path in group for entry in first[path].values()]
         places.sort(key=lambda each: (not each[1].is_train, each[1].file, each[1].line))

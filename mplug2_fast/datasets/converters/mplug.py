@@ -28,14 +28,8 @@ from mplug2_fast.errors import DataError, printable
 
 SPLITS = ("train", "val", "test")
 EXTENSION = "mp4"
-
-
-def _files(*endings: str) -> tuple[AnnotationFile, ...]:
-    patterns = {"train": ("train",), "val": ("val", "dev"), "test": ("test",)}
-    return tuple(
-        AnnotationFile(split, tuple(f"*{word}*.{ending}" for word in words for ending in endings))
-        for split, words in patterns.items()
-    )
+_WORDS = {"train": ("train",), "val": ("val", "dev"), "test": ("test",)}
+_FILES = tuple(AnnotationFile(split, tuple(f"*{word}*.json*" for word in _WORDS[split])) for split in SPLITS)
 
 
 def _video(name: str) -> str:
@@ -157,13 +151,19 @@ def _grounding(annotations: Annotations) -> Iterator[tuple[str, Item]]:
             yield split, Item(id=f"{split}-{index}", image=image, text=record.text("phrase"), box=box)
 
 
-def _converter(name: str, title: str, fields: str, items: Callable[..., Any], files: Any = None) -> Converter:
+def _converter(
+    name: str,
+    title: str,
+    fields: str,
+    items: Callable[..., Any],
+    files: tuple[AnnotationFile, ...] = _FILES,
+) -> Converter:
     return Converter(
         f"mplug2-{name}",
         f"official mPLUG-2 form: {title}",
-        files or _files("json", "jsonl"),
+        files,
         tuple(fields.split()),
-        tuple(file.role for file in files or _files() if file.role != INSTANCES.role),
+        tuple(file.role for file in files if file.role != INSTANCES.role),
         items,
         "the official code of mPLUG and mPLUG-2",
     )
