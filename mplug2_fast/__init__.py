@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         ray,
         reference,
         text,
+        training,
         video,
     )
     from mplug2_fast.acceleration import accelerate, accelerated, restore
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from mplug2_fast.models.mplug2 import GenerationOutput, MPlug2, MPlug2ForCaptioning, MPlug2ForQuestionAnswering
     from mplug2_fast.models.mplug2.config import MPlug2Config
     from mplug2_fast.predict import Answerer, Captioner
+    from mplug2_fast.training import Trainer
     from mplug2_fast.video import load_video
 
 # The public names, each with the module that it is imported from when it is first asked for.
@@ -61,6 +63,7 @@ _EXPORTS = {
     "released_state_dict": "mplug2_fast.checkpoint",
     "from_pretrained": "mplug2_fast.checkpoint",
     "load_video": "mplug2_fast.video",
+    "Trainer": "mplug2_fast.training",
     "accelerate": "mplug2_fast.acceleration",
     "accelerated": "mplug2_fast.acceleration",
     "restore": "mplug2_fast.acceleration",
@@ -83,6 +86,7 @@ _MODULES = (
     "predict",
     "tasks",
     "text",
+    "training",
     "video",
 )
 
@@ -99,6 +103,7 @@ __all__ = [
     "MPlug2ForCaptioning",
     "MPlug2ForQuestionAnswering",
     "NotFiniteError",
+    "Trainer",
     "VideoError",
     "__version__",
     "accelerate",
@@ -125,6 +130,7 @@ __all__ = [
     "restore",
     "tasks",
     "text",
+    "training",
     "video",
 ]
 

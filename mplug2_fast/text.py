@@ -84,6 +84,10 @@ class Tokenizer:
             )
         return tokenizer
 
+    def vocabulary(self) -> list[str]:
+        """The tokens in the order of their ids."""
+        return sorted(ids := self._tokenizer.get_vocab(), key=ids.__getitem__)
+
     def encode(self, texts: Sequence[str], max_length: int | None = None, *, end: bool) -> tuple[Tensor, Tensor]:
         """Token ids and mask, both (len(texts), longest) int64, on the CPU.
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mplug2_fast.checkpoint.card import CARD_NAME, model_card
 from mplug2_fast.checkpoint.load import OfficialModel, check_finite, fitted
 from mplug2_fast.checkpoint.pages import PageReleaser
 from mplug2_fast.checkpoint.resolve import Tasks, require_twins, resolve
@@ -77,6 +78,7 @@ def save_pretrained(
     dtype: torch.dtype | None = None,
     vocab: str | Path | None = None,
     task: Tasks = None,
+    card: str = "",
 ) -> Path:
     """Write a fast or a reference model in the directory form.
 
@@ -86,6 +88,7 @@ def save_pretrained(
         dtype: None keeps each parameter's own.
         vocab: a WordPiece vocabulary to put beside the weights; None means BERT's.
         task: what to keep, such as captioning of a question answering model; None keeps all of the model's tasks.
+        card: Markdown that is added to the model card, README.md.
 
     Returns the directory. Raises `CheckpointError` for a directory that holds something, for a task whose modules the
     model lacks, and for weights that are not finite, or would not be in `dtype`.
@@ -108,7 +111,8 @@ def save_pretrained(
             check_finite(key, views[key], kind)
             yield views[key].to("cpu", kind)
 
-    return _write(directory, model.config, tasks, described, tensors(), None if vocab is None else Path(vocab))
+    vocabulary = None if vocab is None else Path(vocab)
+    return _write(directory, model.config, tasks, described, tensors(), vocabulary, card)
 
 
 def _write(
@@ -118,6 +122,7 @@ def _write(
     described: Mapping[str, tuple[torch.dtype, Shape]],
     tensors: Iterator[torch.Tensor],
     vocabulary: Path | None,
+    card: str | None = None,
 ) -> Path:
     stated = {"family": config.family, "tasks": [task.name for task in tasks], **config.to_dict()}
     with _appearing(Path(dst).expanduser()) as folder:
@@ -125,6 +130,8 @@ def _write(
         _write_safetensors(
             folder / WEIGHTS_NAME, described, tensors, {"format": "pt", METADATA_KEY: json.dumps(stated)}
         )
+        if card is not None:
+            (folder / CARD_NAME).write_text(model_card(config, tasks, card), encoding="utf-8")
         if vocabulary is not None:
             shutil.copyfile(vocabulary, folder / VOCABULARY_NAME)
     return Path(dst).expanduser()

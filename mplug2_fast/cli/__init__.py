@@ -1,4 +1,4 @@
-"""The command line: `mplug2-fast caption`, `answer`, `predict`, `features`, `evaluate`, `compare` and others.
+"""The command line: `mplug2-fast caption`, `answer`, `predict`, `features`, `train`, `evaluate`, `compare` and others.
 
 Results go to standard output, everything else to standard error. The exit status is 0 when all went well, 2 when a
 file, a checkpoint or an option was bad, 130 after Ctrl-C, and 141 when the reader of the results went away. What takes
@@ -21,6 +21,7 @@ from mplug2_fast.cli.evaluate import compare, evaluate
 from mplug2_fast.cli.features import features
 from mplug2_fast.cli.predict import answer, caption, predict
 from mplug2_fast.cli.report import info
+from mplug2_fast.cli.train import train
 
 app = typer.Typer(
     name="mplug2-fast",
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (caption, answer, predict, features, evaluate, compare, convert, inspect, info):
+for command in (caption, answer, predict, features, train, evaluate, compare, convert, inspect, info):
     app.command()(command)
 app.add_typer(data, name="data")
 

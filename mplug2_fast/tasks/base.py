@@ -77,6 +77,10 @@ class Task(ABC):
         """The texts and targets of samples, on the CPU: what `loss` takes beside `video`."""
         raise ConfigError(f"{self.name} cannot be trained from items: it has no `batch` method")
 
+    def targets(self, batch: Mapping[str, Tensor], config: Any) -> int:
+        """How many targets the loss of a batch is the mean of. Losses of parts of a batch are weighted by it."""
+        return len(next(iter(batch.values())))
+
     def text_of(self, item: Item) -> str | None:
         """The text that goes with an item's file in `respond`."""
         return item.question if self.reads_text else None

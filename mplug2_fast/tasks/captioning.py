@@ -8,11 +8,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from mplug2_fast.outputs import GenerationOutput
 from mplug2_fast.tasks.base import Respond, Task, Texts
-from mplug2_fast.tasks.generative import BEFORE_LAST, search_options, shifted_labels, text_options, texts_of
+from mplug2_fast.tasks.generative import (
+    BEFORE_LAST,
+    IGNORED,
+    search_options,
+    shifted_labels,
+    text_options,
+    texts_of,
+    token_losses,
+)
 
 if TYPE_CHECKING:
     from mplug2_fast.datasets import Item
@@ -29,19 +36,27 @@ class Captioning(Task):
     fields = ("caption",)
     metrics = ("cider", "bleu", "rouge_l", "meteor", "spice", "exact_match")
 
-    def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+    def loss(self, model: Any, batch: Mapping[str, Any], *, soft: Tensor | None = None, alpha: float = 0.0) -> Tensor:
         """The mean cross-entropy over the targets. All tokens of the prompt but the last are ignored.
 
         Args:
             model: with the modules of this task.
             batch: `video` `(B, 3, T, H, W)` or `image_embeds` `(B, S, D)` from `encode_video`; `caption_ids` and
                 `caption_mask` `(B, tokens)`, from [CLS] on, mask 1 for tokens and 0 for padding.
+            soft, alpha: logits of a teacher and their weight: see `token_losses`.
         """
+        labels = shifted_labels(batch["caption_ids"], model.pad_token_id, model.config.generation.prompt_tokens)
+        losses = token_losses(self.logits(model, batch), labels, soft, alpha)
+        return losses.sum() / (labels != IGNORED).sum()
+
+    def logits(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+        """The logits that predict the next tokens `(B, tokens - 1, vocabulary)`."""
         memory = model.decoder.remember(model.embed(batch.get("video"), batch.get("image_embeds")))
         ids, mask = batch["caption_ids"], batch["caption_mask"]
-        logits = model.decoder(ids[:, None], mask[:, None], memory, positions=BEFORE_LAST)[:, 0]
-        labels = shifted_labels(ids, model.pad_token_id, model.config.generation.prompt_tokens)
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        return model.decoder(ids[:, None], mask[:, None], memory, positions=BEFORE_LAST)[:, 0]
+
+    def targets(self, batch: Mapping[str, Tensor], config: Any) -> int:
+        return int(batch["caption_mask"][:, 1 + config.generation.prompt_tokens :].sum())
 
     def predict(
         self, model: Any, video: Tensor | None = None, image_embeds: Tensor | None = None, **options: int | None

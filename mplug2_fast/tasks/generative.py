@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from mplug2_fast.outputs import GenerationOutput
 from mplug2_fast.tasks.base import Alternative, Task, Texts, not_finite, require
@@ -26,6 +27,22 @@ def shifted_labels(input_ids: Tensor, pad_token_id: int, prompt_tokens: int = 0)
     labels = labels.masked_fill(labels == pad_token_id, IGNORED)
     labels[..., :prompt_tokens] = IGNORED
     return labels
+
+
+def token_losses(logits: Tensor, labels: Tensor, soft: Tensor | None = None, alpha: float = 0.0) -> Tensor:
+    """The cross-entropy of each position, 0 where the label is `IGNORED`.
+
+    Args:
+        logits: `(N, tokens, vocabulary)`. labels: `(N, tokens)`.
+        soft: logits of a teacher, as `logits`. Its probabilities over the vocabulary have the weight `alpha` in the
+            targets; the labels have the rest.
+    """
+    scores = logits.float().flatten(0, 1)
+    losses = F.cross_entropy(scores, labels.flatten(), reduction="none", ignore_index=IGNORED).view(labels.shape)
+    if soft is None or alpha == 0:
+        return losses
+    softened = F.cross_entropy(scores, soft.float().flatten(0, 1).softmax(dim=-1), reduction="none").view(labels.shape)
+    return (1 - alpha) * losses + alpha * softened.masked_fill(labels == IGNORED, 0.0)
 
 
 def search_options(

@@ -11,7 +11,14 @@ from torch.nn import functional as F
 
 from mplug2_fast.outputs import GenerationOutput
 from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, not_finite, require
-from mplug2_fast.tasks.generative import BEFORE_LAST, search_options, shifted_labels, text_options, texts_of
+from mplug2_fast.tasks.generative import (
+    BEFORE_LAST,
+    search_options,
+    shifted_labels,
+    text_options,
+    texts_of,
+    token_losses,
+)
 
 if TYPE_CHECKING:
     from mplug2_fast.datasets import Item
@@ -36,7 +43,7 @@ class QuestionAnswering(Task):
     fields = ("question", "answers")
     metrics = ("accuracy", "vqa_accuracy")
 
-    def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+    def loss(self, model: Any, batch: Mapping[str, Any], *, soft: Tensor | None = None, alpha: float = 0.0) -> Tensor:
         """Each answer's summed cross-entropy times its weight, summed, over the number of videos.
 
         Args:
@@ -44,7 +51,14 @@ class QuestionAnswering(Task):
             batch: `video` `(B, 3, T, H, W)` or `image_embeds` `(B, S, D)`; `question_ids` and `question_mask`
                 `(B, tokens)`; `answer_ids` and `answer_mask` `(A, tokens)`, the answers of all questions one after
                 another; `answers_per_question` `(B,)`, summing to A; `answer_weights` `(A,)`.
+            soft, alpha: logits of a teacher and their weight: see `token_losses`.
         """
+        labels = shifted_labels(batch["answer_ids"], model.pad_token_id)
+        losses = token_losses(self.logits(model, batch), labels, soft, alpha).sum(dim=1)
+        return (losses * batch["answer_weights"]).sum() / len(batch["question_ids"])
+
+    def logits(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+        """The logits that predict the next tokens of all answers `(A, tokens - 1, vocabulary)`."""
         questions, answers = batch["question_ids"], batch["answer_ids"]
         memory = _remember(model, batch.get("video"), questions, batch["question_mask"], batch.get("image_embeds"))
         count, device = questions.shape[0], answers.device
@@ -54,11 +68,10 @@ class QuestionAnswering(Task):
             raise ValueError(f"answers_per_question sums to {owner.shape[0]}, there are {answers.shape[0]} answers")
         if answers.shape[0] != count:
             memory = memory.select(owner)
-        mask = batch["answer_mask"]
-        logits = model.decoder(answers[:, None], mask[:, None], memory, positions=BEFORE_LAST)[:, 0]
-        labels = shifted_labels(answers, model.pad_token_id)
-        losses = F.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none").sum(dim=1)
-        return (losses * batch["answer_weights"]).sum() / count
+        return model.decoder(answers[:, None], batch["answer_mask"][:, None], memory, positions=BEFORE_LAST)[:, 0]
+
+    def targets(self, batch: Mapping[str, Tensor], config: Any) -> int:
+        return len(batch["question_ids"])
 
     def predict(
         self,

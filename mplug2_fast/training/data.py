@@ -1,0 +1,253 @@
+"""Samples and batches. What a step sees depends on the seed and the number of the step, and on nothing else: not on
+workers, not on ranks, not on when the run was started. So a position in the data is a number, and needs no saving."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mplug2_fast.datasets import Item, read_items
+from mplug2_fast.errors import ConfigError, DataError, VideoError
+from mplug2_fast.ops.preprocess_frames import preprocess_frames
+from mplug2_fast.tasks import Task
+from mplug2_fast.training.augment import AUGMENTATIONS
+from mplug2_fast.video.indices import frame_indices, random_frame_indices
+
+if TYPE_CHECKING:
+    from mplug2_fast.text import Tokenizer
+    from mplug2_fast.training.recipe import Source
+
+MAX_REPLACEMENTS = 20
+"""Other samples that are tried in place of an unreadable one."""
+
+
+class Sample(NamedTuple):
+    """An item and its frames `(T, height, width, 3)`, uint8; None for an item without video or image."""
+
+    item: Item
+    frames: np.ndarray | None
+
+
+class Dataset(Protocol):
+    """Samples by number. A recipe may name a class of this form: it is made with the configuration of the model."""
+
+    def __len__(self) -> int: ...
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        """The sample, with what is random in it taken from `rng`. Raises `VideoError` for an unreadable file."""
+        ...
+
+
+class ItemDataset:
+    """The items of a JSON Lines file.
+
+    Args:
+        items: each gives the samples that the task makes of it.
+        task: of which the items must have the fields.
+        vision: num_frames and image_size.
+        augment: name in `AUGMENTATIONS`, or None for the frames and pixels of evaluation.
+
+    Raises:
+        DataError: an item lacks a field that the task needs.
+    """
+
+    def __init__(self, items: Sequence[Item], task: Task, vision: Any, augment: str | None = "none") -> None:
+        for item in items:
+            missing = [name for name in task.fields if not getattr(item, name)]
+            if not item.media and "vision" in task.modules:
+                missing.append("video or image")
+            if missing:
+                raise DataError(f"item {item.id!r} has no {' and no '.join(missing)}, which {task.name} needs")
+        self.items = list(items)
+        self.samples = [sample for item in items for sample in (task.samples(item) if augment else [item])]
+        self._vision = vision
+        self._augment = augment
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        item = self.samples[index]
+        if not item.media:
+            return Sample(item, None)
+        size, augment = self._vision.image_size, AUGMENTATIONS[self._augment or "none"]
+        frames = _frames(item, self._vision.num_frames, augment.decoded_size(size), rng if self._augment else None)
+        return Sample(item, augment(frames, size, rng))
+
+
+def _frames(item: Item, count: int, size: int | None, rng: np.random.Generator | None) -> np.ndarray:
+    from mplug2_fast.video.reader import VideoReader
+
+    path = item.media[0]
+    try:
+        with VideoReader(path, image_size=size, threads=1) as reader:
+            first, last = 0, reader.num_frames
+            if item.start is not None or item.end is not None:
+                end = reader.duration if item.end is None else min(item.end, reader.duration)
+                first, final = reader.indices_at([min(item.start or 0.0, end), end])
+                last = final + 1
+            count = count if item.video is not None else 1
+            total = last - first
+            chosen = frame_indices(total, count) if rng is None else random_frame_indices(total, count, rng)
+            return reader.frames([first + index for index in chosen]).numpy()
+    except OSError as error:
+        raise VideoError(f"{path}: {error.strerror or error}") from error
+
+
+def open_dataset(source: Source, task: Task, config: Any, folder: Path = Path()) -> Dataset:
+    """The data of a source: a JSON Lines file, a folder of splits, or a class in Python.
+
+    Raises:
+        DataError: the file is no such data, or lacks what the task needs. ConfigError: the class cannot be imported.
+    """
+    where, colon, name = source.data.rpartition(":")
+    if colon and name.isidentifier():
+        return _imported(where, name)(config)
+    return ItemDataset(read_items(source.data, source.split or None), task, config.vision, source.augment)
+
+
+def _imported(where: str, name: str) -> Any:
+    try:
+        if where.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(f"mplug2_fast_data_{Path(where).stem}", where)
+            if spec is None or spec.loader is None:
+                raise ImportError(f"{where} is not a Python file")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            if (here := str(Path.cwd())) not in sys.path:
+                sys.path.insert(0, here)  # as `python -m` does
+            module = importlib.import_module(where)
+        return getattr(module, name)
+    except (ImportError, AttributeError, OSError, SyntaxError) as error:
+        raise ConfigError(f"the data {where}:{name} cannot be imported: {error}") from error
+
+
+class Batch(NamedTuple):
+    """A part of a step's batch of one source.
+
+    Attributes:
+        tensors: task -> what its loss takes.
+        targets: task -> the number of targets that its loss is the mean of.
+        items: of the samples.
+    """
+
+    tensors: dict[str, dict[str, Tensor]]
+    targets: dict[str, int]
+    items: list[Item]
+
+
+class Step(NamedTuple):
+    """One rank's share of a step's batch: its parts, and the unreadable files with their reasons."""
+
+    parts: list[Batch]
+    bad: dict[str, str]
+
+
+class StepDataset(torch.utils.data.Dataset[Step]):
+    """One rank's share of each step's batch, by the number of the step among those of its source.
+
+    Args:
+        dataset: the samples.
+        tasks: what the batch is for.
+        tokenizer, config: of the model.
+        batch_size: of all ranks together. parts: of a rank's share.
+        seed: with the step, decides the samples and what is random in them.
+        rank, world_size: of this process.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        tasks: Sequence[Task],
+        tokenizer: Tokenizer,
+        config: Any,
+        *,
+        batch_size: int,
+        parts: int = 1,
+        seed: Sequence[int] = (0,),
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if len(dataset) < 1:
+            raise DataError("a source has no samples")
+        self._dataset, self._tasks, self._tokenizer, self._config = dataset, tasks, tokenizer, config
+        self._batch_size, self._parts, self._seed = batch_size, parts, tuple(seed)
+        self._rank, self._world_size = rank, world_size
+        self._order = functools.lru_cache(2)(self._shuffled)
+
+    def __getitem__(self, step: int) -> Step:
+        positions = range(step * self._batch_size, (step + 1) * self._batch_size)[self._rank :: self._world_size]
+        bad: dict[str, str] = {}
+        samples = [self._sample(position, bad) for position in positions]
+        size = len(samples) // self._parts
+        parts = [self._batch(samples[start : start + size]) for start in range(0, len(samples), size)]
+        return Step(parts, bad)
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((*self._seed, epoch)).permutation(len(self._dataset))
+
+    def _sample(self, position: int, bad: dict[str, str]) -> Sample:
+        epoch, place = divmod(position, len(self._dataset))
+        index = int(self._order(epoch)[place])
+        rng = np.random.default_rng((*self._seed, epoch, index))
+        for _ in range(MAX_REPLACEMENTS):
+            try:
+                return self._dataset.sample(index, rng)
+            except VideoError as error:
+                path, _, reason = str(error).partition(": ")
+                bad[path] = reason
+                index = int(rng.integers(len(self._dataset)))
+        raise DataError(f"{MAX_REPLACEMENTS} files in a row cannot be read, the last one {path}: {reason}")
+
+    def _batch(self, samples: Sequence[Sample]) -> Batch:
+        items = [sample.item for sample in samples]
+        shared = {} if samples[0].frames is None else {"video": video_of(samples, self._config.vision.image_size)}
+        tensors = {task.name: {**shared, **task.batch(items, self._tokenizer, self._config)} for task in self._tasks}
+        targets = {task.name: task.targets(tensors[task.name], self._config) for task in self._tasks}
+        return Batch(tensors, targets, items)
+
+
+def video_of(samples: Sequence[Sample], image_size: int) -> Tensor:
+    """The frames of samples as `(B, 3, T, image_size, image_size)`, float32, normalised."""
+    return torch.stack([preprocess_frames(torch.from_numpy(s.frames), image_size) for s in samples])
+
+
+class _Steps:
+    """The numbers of the steps from `start` on."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        self._steps = range(start, stop)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._steps)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+
+def iterate(steps: StepDataset, start: int, stop: int, workers: int) -> Iterator[Step]:
+    """The shares of the steps from `start` to `stop`, prepared ahead by worker processes if there are any."""
+    options: dict[str, Any] = {"prefetch_factor": 2} if workers else {}
+    yield from DataLoader(steps, batch_size=None, sampler=_Steps(start, stop), num_workers=workers, **options)
+
+
+def schedule(shares: Sequence[float], steps: int, seed: int) -> np.ndarray:
+    """The source of each step, drawn by the sources' shares."""
+    p = np.asarray(shares) / sum(shares)
+    return np.random.default_rng((seed, 7)).choice(len(p), size=steps, p=p)
+
+
+def to_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The same on the device."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}

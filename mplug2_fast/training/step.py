@@ -1,0 +1,89 @@
+"""The losses of one part of a step, as one module: what is wrapped to run on several ranks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mplug2_fast.training.data import Batch
+from mplug2_fast.training.scst import self_critical_loss
+
+
+class Part(NamedTuple):
+    """A part of a source's batch.
+
+    Attributes:
+        batch: on the model's device.
+        shares: task -> share of the step's targets that are here. weights: task -> weight of its loss.
+        objective: "loss" or "scst".
+    """
+
+    batch: Batch
+    shares: Mapping[str, float]
+    weights: Mapping[str, float]
+    objective: str = "loss"
+
+
+class TrainingStep(nn.Module):
+    """A model, and a momentum copy of it as its teacher if there is distillation.
+
+    Args:
+        model: what is trained.
+        momentum: of the teacher; None for no teacher.
+    """
+
+    def __init__(self, model: nn.Module, momentum: float | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self._momentum = momentum
+        self._teacher = None
+        if momentum is not None:
+            self._teacher = copy.deepcopy(model).requires_grad_(False)
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        return self._teacher
+
+    @torch.no_grad()
+    def update_teacher(self) -> None:
+        """Move the teacher towards the model: teacher = momentum · teacher + (1 - momentum) · model."""
+        if self._teacher is not None:
+            own = list(self.model.parameters())
+            torch._foreach_lerp_(list(self._teacher.parameters()), own, 1 - (self._momentum or 0.0))
+
+    def forward(
+        self, parts: Sequence[Part], alpha: float = 0.0, reward: Any = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of the losses, and each task's loss, all times their shares of the targets.
+
+        Args:
+            parts: one of each source. alpha: weight of the teacher's soft targets. reward: of generated captions.
+        """
+        total, losses = [], {}
+        for part in parts:
+            tensors = part.batch.tensors
+            video = next(iter(tensors.values())).get("video")
+            if len(tensors) > 1 and video is not None:
+                embeds = self.model.encode_video(video)
+                tensors = {
+                    name: {**{key: value for key, value in batch.items() if key != "video"}, "image_embeds": embeds}
+                    for name, batch in tensors.items()
+                }
+            for name, batch in tensors.items():
+                if part.objective == "scst":
+                    loss = self_critical_loss(self.model, batch, part.batch.items, reward)
+                elif self._teacher is None:
+                    loss = self.model.loss(name, batch)
+                else:
+                    with torch.no_grad():
+                        given = batch if video is None else {**batch, "video": video, "image_embeds": None}
+                        soft = self.model.tasks[name].logits(self._teacher, given)
+                    loss = self.model.tasks[name].loss(self.model, batch, soft=soft, alpha=alpha)
+                loss = loss * part.shares[name]
+                total.append(loss * part.weights[name])
+                losses[name] = losses.get(name, 0.0) + loss.detach()
+        return torch.stack(total).sum(), losses

@@ -1,0 +1,517 @@
+"""A training run, from a recipe to a model: this file reads from top to bottom as the run goes."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mplug2_fast.checkpoint import from_pretrained, vocabulary_path
+from mplug2_fast.errors import ConfigError, DataError, MPlug2Error
+from mplug2_fast.models import FAMILIES
+from mplug2_fast.tasks import Task, load
+from mplug2_fast.text import Tokenizer
+from mplug2_fast.training import lora
+from mplug2_fast.training.data import Batch, Dataset, ItemDataset, Step, StepDataset, iterate, open_dataset, schedule
+from mplug2_fast.training.data import to_device as moved
+from mplug2_fast.training.initial import scale_preserving
+from mplug2_fast.training.log import Log
+from mplug2_fast.training.optimizer import make_optimizer, matching, official_of_parameters, set_learning_rates
+from mplug2_fast.training.recipe import Recipe, load_recipe
+from mplug2_fast.training.result import write_result
+from mplug2_fast.training.saves import OptimizerState, Saves, named_tensors, names_in, require_names
+from mplug2_fast.training.scst import CiderReward
+from mplug2_fast.training.step import Part, TrainingStep
+from mplug2_fast.training.validation import Validator
+from mplug2_fast.training.world import World, checkpoint_activations
+
+STOPPED = 143
+"""Exit status of a run that was asked to stop and has saved."""
+
+_SPIKE_MEMORY, _SPIKE_AFTER = 0.98, 50
+
+
+@dataclass
+class State:
+    """What a run knows beside tensors. All of it is in every save.
+
+    Attributes:
+        step: steps done. skipped: steps without an update. skipped_in_row: the latest of them.
+        mean, variance: of recent losses.
+        bad: path -> reason, of unreadable files.
+        best: the best validation score, at `best_step`. worse: validations since then.
+        scores: (step, metric -> value) of each validation.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+    bad: dict[str, str] = field(default_factory=dict)
+    best: float | None = None
+    best_step: int = 0
+    worse: int = 0
+    scores: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains a model by a recipe. A run that was stopped, or killed, goes on where its last save is.
+
+    Args:
+        recipe: a recipe, or the path of one.
+        model, tokenizer: instead of those that the recipe names.
+        datasets: instead of the data that the recipe's sources name, in their order.
+        note: is called with each line for people.
+
+    Attributes:
+        model, tokenizer, optimizer, state: of the run. steps: how many it has.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: the recipe, the data or the checkpoint cannot be used. Nothing has been
+            written by then.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe | str | Path,
+        *,
+        model: nn.Module | None = None,
+        tokenizer: Tokenizer | None = None,
+        datasets: Sequence[Dataset] | None = None,
+        note: Callable[[str], None] | None = None,
+    ) -> None:
+        self.recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+        recipe = self.recipe
+        self.world = World(recipe.device)
+        self.folder = Path(recipe.out)
+        self.state = State()
+        self._tasks = {name: load(name) for name in recipe.tasks}
+        self._asked_to_stop = self._stop = False
+        self._log = Log(recipe, self.world, note)
+        self._check_sizes()
+        self.tokenizer = tokenizer or self._tokenizer()
+        self.model = model if model is not None else self._new_model()
+        self.datasets = list(datasets) if datasets is not None else self._open_data()
+        self.steps = recipe.steps or self._steps_of_epochs()
+        self._plan = schedule([source.share for source in recipe.sources], self.steps, recipe.seed)
+        self._validator = Validator.of(recipe, self.model.config)
+
+    # --- what is trained, and on what
+
+    def _check_sizes(self) -> None:
+        recipe, size = self.recipe, self.world.size
+        for source in recipe.sources:
+            if source.batch_size % (size * recipe.accumulate):
+                raise ConfigError(
+                    f"batch_size {source.batch_size} of {source.data} must be a multiple of the number of ranks times "
+                    f"accumulate, {size} · {recipe.accumulate}"
+                )
+        if recipe.distillation and size > 1 and recipe.strategy == "fsdp":
+            raise ConfigError("distillation keeps a whole copy of the model: use the strategy ddp")
+
+    def _tokenizer(self) -> Tokenizer:
+        start = self.recipe.model
+        return Tokenizer.from_vocab(vocabulary_path(start.checkpoint) if start.checkpoint else start.vocabulary or None)
+
+    def _new_model(self) -> nn.Module:
+        start, tasks = self.recipe.model, list(self._tasks.values())
+        torch.manual_seed(self.recipe.seed)
+        if start.checkpoint:
+            config = None
+            if start.config:
+                config = _changed_config(start.checkpoint, tasks, start.config)
+            return from_pretrained(start.checkpoint, tasks=tasks, config=config, device=self.world.device, pack=False)
+        family = FAMILIES[start.family]
+        config = family.config.preset(start.preset).replace(vocab_size=self.tokenizer.vocab_size, **start.config)
+        model = family.build(config, tasks, self.world.device, torch.float32)
+        if start.init == "scaled":
+            scale_preserving(model)
+        return model
+
+    def _open_data(self) -> list[Dataset]:
+        sources = self.recipe.sources
+        return [open_dataset(source, self._tasks[source.tasks[0]], self.model.config) for source in sources]
+
+    def _steps_of_epochs(self) -> int:
+        first = self.recipe.sources[0]
+        steps = math.ceil(self.recipe.epochs * len(self.datasets[0]) / first.batch_size)
+        if self.recipe.sources_per_step == "one":
+            total = sum(source.share for source in self.recipe.sources)
+            steps = math.ceil(steps * total / first.share)
+        if steps < 1:
+            raise ConfigError("the run has no steps: set steps, or epochs above 0")
+        return steps
+
+    def prepare(self) -> None:
+        """Adapters, frozen parameters, optimizer, wrappers. `train` does this; call it before `step`."""
+        recipe, model = self.recipe, self.model.to(self.world.device).train()
+        self.names = official_of_parameters(model)
+        self._freeze(model)
+        if recipe.lora is not None:
+            lora.add(model, recipe.lora, self.names)
+        if recipe.activation_checkpointing:
+            checkpoint_activations(model)
+        momentum = None if recipe.distillation is None else recipe.distillation.momentum
+        self._module = TrainingStep(model, momentum)
+        used = [frozenset().union(*(self._tasks[t].modules for t in source.tasks)) for source in recipe.sources]
+        always = frozenset[str].union(*used) if recipe.sources_per_step == "all" else frozenset.intersection(*used)
+        self._wrapped = self.world.spread(self._module, recipe.strategy, find_unused=always != model.module_names)
+        self.optimizer = make_optimizer(model, self.names, recipe.optimizer)
+        self._parameter_names = {parameter: name for name, parameter in model.named_parameters()}
+        self._average: dict[str, Tensor] = {}
+        if recipe.ema:
+            self._average = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self._reward = self._make_reward()
+        self.saves = Saves(self.folder / "saves", recipe.keep, self.world, self._log.note)
+
+    def _freeze(self, model: nn.Module) -> None:
+        chosen = self.recipe.model
+        if not chosen.freeze and not chosen.train_only:
+            return
+        official: dict[str, list[str]] = {}
+        for entry in model.official_names.entries:
+            official.setdefault(entry.path, []).append(entry.official)
+        names = [name for group in official.values() for name in group]
+        try:
+            frozen = matching(names, chosen.freeze)
+            if chosen.train_only:
+                frozen |= set(names) - matching(names, chosen.train_only)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        for name, parameter in model.named_parameters():
+            count = sum(each in frozen for each in official[name])
+            if 0 < count < len(official[name]):
+                raise ConfigError(f"{', '.join(official[name])} are one parameter here: freeze all of them or none")
+            parameter.requires_grad_(not count)
+
+    def _make_reward(self) -> CiderReward | None:
+        sources = [i for i, source in enumerate(self.recipe.sources) if source.objective == "scst"]
+        if not sources:
+            return None
+        from mplug2_fast.evaluation import tokenize
+
+        prompt = self.model.config.generation.prompt
+        data = self.datasets[sources[0]]
+        if not isinstance(data, ItemDataset):
+            raise ConfigError("scst needs a JSON Lines file, for the document frequencies of its captions")
+        references = [item.caption for item in data.items]
+        return CiderReward(references, tokenize, lambda ids: self.tokenizer.decode_caption(ids, prompt))
+
+    # --- the run
+
+    def train(self) -> Path:
+        """Train to the end. Returns the folder of the model. Rank 0 writes.
+
+        Raises:
+            MPlug2Error: too many unreadable files, or too many steps in a row without an update.
+        """
+        with self.world, self._signals():
+            self.prepare()
+            self._resume()
+            self._log.begin(self.state.step, self.steps, self.state.bad)
+            batches = self._batches(self.state.step)
+            while self.state.step < self.steps and not self._finished_early():
+                self.step(next(batches))
+                if self._stop:
+                    self._save()
+                    self._log.note(f"stopped after step {self.state.step}; the same command goes on")
+                    raise SystemExit(STOPPED)
+                self._between_steps()
+            return self._finish()
+
+    def _resume(self) -> None:
+        began = self.world.from_first(self._log.recorded_recipe() if self.world.first else None)
+        if began is not None and (changed := self.recipe.differences(began)):
+            raise ConfigError(
+                f"{self.folder} was started with another {', '.join(changed)}: use the original values or another out"
+            )
+        if self.world.first:
+            self._log.record_recipe()
+        found = self.saves.newest()
+        if found is None:
+            return
+        path, state = found
+        stored = names_in(path)
+        optimizer = OptimizerState(self.optimizer, self._parameter_names, stored)
+        tensors = {**self._weights(), **optimizer.tensors}
+        require_names(tensors, stored, path)
+        self.saves.read(path, tensors)
+        optimizer.apply()
+        self.state = State(**state)
+        self._log.note(f"going on after step {self.state.step} of {self.steps}")
+
+    def _batches(self, start: int) -> Iterator[dict[int, Step]]:
+        """Source -> this rank's share, for each step from `start` on."""
+        recipe, world = self.recipe, self.world
+        counts = [start] * len(recipe.sources)
+        totals = [self.steps] * len(recipe.sources)
+        if recipe.sources_per_step == "one":
+            counts = [int((self._plan[:start] == i).sum()) for i in range(len(recipe.sources))]
+            totals = [int((self._plan == i).sum()) for i in range(len(recipe.sources))]
+        iterators = []
+        for i, source in enumerate(recipe.sources):
+            steps = StepDataset(
+                self.datasets[i],
+                [self._tasks[name] for name in source.tasks],
+                self.tokenizer,
+                self.model.config,
+                batch_size=source.batch_size,
+                parts=recipe.accumulate,
+                seed=(recipe.seed, i),
+                rank=world.rank,
+                world_size=world.size,
+            )
+            iterators.append(iterate(steps, counts[i], totals[i], recipe.workers))
+        for step in itertools.count(start):
+            chosen = range(len(iterators)) if recipe.sources_per_step == "all" else [int(self._plan[step])]
+            yield {i: self._log.waiting(iterators[i]) for i in chosen}
+
+    def step(self, shares: Mapping[int, Step]) -> dict[str, float]:
+        """Make one update, after `prepare`. Takes this rank's share of each source's batch.
+
+        Returns the loss of each task before the update, over all ranks.
+        """
+        recipe, state = self.recipe, self.state
+        rate = set_learning_rates(self.optimizer, recipe.schedule, state.step, self.steps)
+        self._module.update_teacher()
+        self.optimizer.zero_grad(set_to_none=True)
+        keys = [(i, task) for i in shares for task in recipe.sources[i].tasks]
+        counts = [sum(part.targets[task] for part in shares[i].parts) for i, task in keys]
+        *totals, stop = self.world.sums([*counts, float(self._asked_to_stop)])
+        self._stop = stop > 0
+        targets = dict(zip(keys, totals, strict=True))
+        losses: dict[str, float] = {}
+        for number in range(recipe.accumulate):
+            parts = [self._part(i, share.parts[number], targets) for i, share in shares.items()]
+            torch.manual_seed(_seed(recipe.seed, state.step, self.world.rank, number))
+            with self._synchronised(number == recipe.accumulate - 1):
+                with self._precision():
+                    total, found = self._wrapped(parts, self._alpha(), self._reward)
+                (total * self.world.size).backward()
+            for name, loss in found.items():
+                losses[name] = losses.get(name, 0.0) + float(loss)
+        names = sorted(losses)
+        losses = dict(zip(names, self.world.sums([losses[name] for name in names]), strict=True))
+        norm = self._clip()
+        loss = self._weighted(losses, shares)
+        reason = self._reason_to_skip(loss, norm)
+        if reason is None:
+            self.optimizer.step()
+            if self._average:
+                own = [p.detach() for p in self.model.parameters()]
+                torch._foreach_lerp_(list(self._average.values()), own, 1 - recipe.ema)
+        state.step += 1
+        self._count(reason, shares)
+        samples = sum(recipe.sources[i].batch_size for i in shares)
+        self._log.step(state.step, loss, losses, norm=norm, rate=rate, samples=samples, skipped=reason)
+        return losses
+
+    def _part(self, i: int, batch: Batch, targets: Mapping[tuple[int, str], float]) -> Part:
+        source = self.recipe.sources[i]
+        shares = {task: batch.targets[task] / max(targets[i, task], 1) for task in source.tasks}
+        weights = dict(zip(source.tasks, source.weights, strict=True))
+        tensors = {task: moved(each, self.world.device) for task, each in batch.tensors.items()}
+        return Part(batch._replace(tensors=tensors), shares, weights, source.objective)
+
+    def _weighted(self, losses: Mapping[str, float], shares: Mapping[int, Step]) -> float:
+        sources = [self.recipe.sources[i] for i in shares]
+        weights = {name: w for source in sources for name, w in zip(source.tasks, source.weights, strict=True)}
+        return sum(weights[name] * value for name, value in losses.items())
+
+    def _alpha(self) -> float:
+        distillation = self.recipe.distillation
+        if distillation is None:
+            return 0.0
+        ramp = distillation.ramp_steps
+        return distillation.alpha * (min(1.0, self.state.step / ramp) if ramp else 1.0)
+
+    @contextlib.contextmanager
+    def _synchronised(self, last: bool) -> Iterator[None]:
+        """Gradients are exchanged with the last part only."""
+        if isinstance(self._wrapped, nn.parallel.DistributedDataParallel):
+            with contextlib.nullcontext() if last else self._wrapped.no_sync():
+                yield
+            return
+        if hasattr(self._wrapped, "set_requires_gradient_sync"):
+            self._wrapped.set_requires_gradient_sync(last)
+        yield
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        if self.recipe.autocast == "none":
+            return contextlib.nullcontext()
+        return torch.autocast(self.world.device.type, torch.bfloat16)
+
+    def _clip(self) -> float:
+        """Clip the gradients. Returns their norm before."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        limit = self.recipe.optimizer.gradient_clip or math.inf
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def _reason_to_skip(self, loss: float, norm: float) -> str | None:
+        state, limit = self.state, self.recipe.max_spike
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            return f"the loss is {loss:g} and the norm of the gradients {norm:g}"
+        known = state.step - state.skipped > _SPIKE_AFTER
+        highest = state.mean + limit * math.sqrt(max(state.variance, 0.0)) + 1e-6
+        if limit and known and loss > highest:
+            return f"the loss {loss:.4g} is above {highest:.4g}, {limit:g} standard deviations over the recent mean"
+        difference = loss - state.mean
+        keep = _SPIKE_MEMORY if state.step > state.skipped else 0.0
+        state.mean += (1 - keep) * difference
+        state.variance = keep * (state.variance + (1 - keep) * difference**2)
+        return None
+
+    def _count(self, reason: str | None, shares: Mapping[int, Step]) -> None:
+        state = self.state
+        state.skipped += reason is not None
+        state.skipped_in_row = state.skipped_in_row + 1 if reason is not None else 0
+        if state.skipped_in_row > self.recipe.max_skipped:
+            raise MPlug2Error(
+                f"{state.skipped_in_row} steps in a row were skipped, the last because {reason}: lower the learning "
+                f"rate and go back to a save in {self.saves.folder}"
+            )
+        for share in shares.values():
+            for path, why in share.bad.items():
+                if path not in state.bad:
+                    self._log.note(f"skipped an unreadable file: {path}: {why}")
+                state.bad[path] = why
+
+    def _between_steps(self) -> None:
+        recipe, step = self.recipe, self.state.step
+        if step % recipe.log_every == 0:
+            self._share_bad_files()
+        validation = recipe.validation
+        if self._validator and validation and validation.every and step % validation.every == 0 and step < self.steps:
+            self._validate(validation.max_items)
+        if step % recipe.save_every == 0 and step < self.steps:
+            self._save()
+
+    def _share_bad_files(self) -> None:
+        state = self.state
+        for other in self.world.gathered(state.bad):
+            state.bad |= other
+        files = sum(len(data) for data in self.datasets)
+        if len(state.bad) > max(1, self.recipe.max_bad * files):
+            path, why = next(iter(state.bad.items()))
+            raise DataError(
+                f"{len(state.bad)} of {files} files cannot be read, more than max_bad {self.recipe.max_bad:g}; first "
+                f"{path}: {why}. `mplug2-fast data check` finds them all"
+            )
+
+    def _finished_early(self) -> bool:
+        validation = self.recipe.validation
+        return bool(validation and validation.patience and self.state.worse >= validation.patience)
+
+    def _validate(self, max_items: int) -> None:
+        """Score the model, and keep it if it is the best so far."""
+        scores = None
+        with self._written_weights() as model:
+            if self.world.first and self._validator:
+                scores = self._validator.scores(model, self.tokenizer, self.world.device, max_items)
+                value = scores[self._validator.metric]
+                if self.state.best is None or value > self.state.best:
+                    write_result(self, model, self.folder / "best", scores)
+        self._record(self.world.from_first(scores))
+
+    def _record(self, scores: dict[str, float] | None) -> None:
+        if scores is None or self._validator is None:
+            return
+        state, value = self.state, scores[self._validator.metric]
+        state.scores.append((state.step, scores))
+        better = state.best is None or value > state.best
+        state.worse = 0 if better else state.worse + 1
+        if better:
+            state.best, state.best_step = value, state.step
+        self._log.scores(state.step, scores)
+
+    def _finish(self) -> Path:
+        self._share_bad_files()
+        folder, scores = self.folder / "model", None
+        with self._written_weights() as model:
+            if self.world.first:
+                if self._validator:
+                    scores = self._validator.report(model, self.tokenizer, self.folder / "evaluation")
+                    self._log.note(f"{self.folder / 'evaluation'}: the report of the evaluation")
+                write_result(self, model, folder, scores or {})
+        self._record(self.world.from_first(scores))
+        self._save()
+        self._log.end(self.state)
+        return folder
+
+    @contextlib.contextmanager
+    def _written_weights(self) -> Iterator[nn.Module]:
+        """The model that is written and validated: whole, with the average of the weights and merged adapters. On other
+        ranks than the first, it has no meaning."""
+        sharded = hasattr(self._wrapped, "unshard")
+        if not (sharded or self._average or self.recipe.lora):
+            try:
+                yield self.model.eval()
+            finally:
+                self.model.train()
+            return
+        tensors = self._average or {name: p.detach() for name, p in self.model.named_parameters()}
+        whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
+        if not self.world.first:
+            yield self.model
+            return
+        config, tasks = self.model.config, list(self._tasks.values())
+        plain = FAMILIES[config.family].build(config, tasks, self.world.device, next(iter(whole.values())).dtype)
+        if self.recipe.lora is not None:
+            whole = lora.merged(whole, self.recipe.lora)
+        plain.load_state_dict(whole)
+        yield plain.eval()
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The weights of the model, of their average, and of the teacher, by name."""
+        tensors = named_tensors("model", self.model)
+        tensors |= {f"average.{name}": tensor for name, tensor in self._average.items()}
+        if self._module.teacher is not None:
+            tensors |= named_tensors("teacher", self._module.teacher)
+        return tensors
+
+    def _save(self) -> None:
+        optimizer = OptimizerState(self.optimizer, self._parameter_names)
+        self.saves.write(self.state.step, {**self._weights(), **optimizer.tensors}, vars(self.state))
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C end the run after the current step, with a save. A second one ends it at once."""
+
+        def stop(number: int, _: Any) -> None:
+            if self._asked_to_stop:
+                raise KeyboardInterrupt
+            self._asked_to_stop = True
+
+        try:
+            before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not in the main thread
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _changed_config(checkpoint: str, tasks: Sequence[Task], changes: Mapping[str, Any]) -> Any:
+    """The configuration of a checkpoint with changes."""
+    from mplug2_fast.checkpoint.resolve import resolve
+    from mplug2_fast.checkpoint.source import open_checkpoint
+
+    source = open_checkpoint(checkpoint)
+    return resolve(source, tasks, None).config.replace(**changes)
