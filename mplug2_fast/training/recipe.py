@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -309,8 +310,8 @@ def _resolved(recipe: Recipe, folder: Path) -> Recipe:
     def at(path: str) -> str:
         if not path or Path(path).is_absolute() or (":" in path and not path.endswith((".jsonl", ".json"))):
             return path
-        beside = folder / path
-        return str(beside) if beside.exists() or not Path(path).exists() else path
+        beside = os.path.normpath(folder / path)
+        return beside if os.path.exists(beside) or not os.path.exists(path) else path
 
     sources = [source.model_copy(update={"data": at(source.data)}) for source in recipe.sources]
     start = recipe.model.checkpoint

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 
 from mplug2_fast.training import Trainer, make_recipe
 from tests.training.conftest import values_of
-from tests.training.ranks import TWO
+from tests.training.ranks import RUNS, launcher
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", "-m", "tests.training.ranks", str(folder)]
+    command = [*launcher(), "tests.training.ranks", str(folder), "ddp", "fsdp", "mixed"]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
@@ -28,10 +26,8 @@ def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def on_one_rank(folder, **changes):
-    trainer = Trainer(make_recipe(values_of(folder, **{"save_every": 3, **changes})), note=lambda line: None)
-    trainer.train()
-    return trainer
+def on_one_rank(folder, name):
+    Trainer(make_recipe(values_of(folder, **RUNS[name])), note=lambda line: None).train()
 
 
 def assert_close(found, expected, tolerance):
@@ -41,9 +37,9 @@ def assert_close(found, expected, tolerance):
 
 
 def test_two_ranks_equal_one(folder, tmp_path):
-    on_one_rank(tmp_path / "one")
+    on_one_rank(tmp_path / "one", "ddp")
     assert_close(log(folder / "ddp"), log(tmp_path / "one"), 1e-5)
-    on_one_rank(tmp_path / "mixed", sources=TWO, seed=3)
+    on_one_rank(tmp_path / "mixed", "mixed")
     assert_close(log(folder / "mixed"), log(tmp_path / "mixed"), 1e-5)
 
 
@@ -53,9 +49,8 @@ def test_sharded_parameters_equal_whole_ones(folder):
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_one_rank_goes_on_from_two(folder, name):
-    changes = {"strategy": "fsdp", "ema": 0.5} if name == "fsdp" else {}
     before = log(folder / name)
     save = folder / name / "saves" / "step-6"
     save.rename(folder / name / "save-6")  # go on from step 3
-    on_one_rank(folder / name, **changes)
+    on_one_rank(folder / name, name)
     assert_close(log(folder / name), before, 1e-5)
