@@ -50,7 +50,7 @@ def from_pretrained(
 
     Args:
         path: an official `.pth` (its weights under `model` or `module`, or alone), a directory with config.json and
-            model.safetensors, or a `.safetensors` with official names.
+            model.safetensors, a `.safetensors` with official names, or `owner/name[@revision]` on the Hugging Face Hub.
         task: one task, by name or as an object. tasks: several. Without either, what the file says, or else the task
             with the most modules that the weights serve.
         dtype: of the parameters, whatever the file's, or its name; None is torch's default dtype.

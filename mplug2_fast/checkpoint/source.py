@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mplug2_fast.checkpoint.hub import local
 from mplug2_fast.checkpoint.load import plain_state_dict
 from mplug2_fast.checkpoint.pickles import Inert, OtherTensor, RefusedError, StoredTensor
 from mplug2_fast.checkpoint.torch_file import BROKEN, LEGACY_MAGIC, TorchFile, open_torch_file, tensor_of
@@ -72,11 +73,12 @@ def shown_path(path: str | Path) -> str:
 
 
 def open_checkpoint(path: str | Path) -> Source:
-    """Open an official `.pth`, a directory with config.json and model.safetensors, or a `.safetensors`.
+    """Open an official `.pth`, a directory with config.json and model.safetensors, a `.safetensors`, or `owner/name`.
 
+    The last is a directory on the Hugging Face Hub, and is downloaded.
     Nothing in the file is executed. Raises `CheckpointError`, naming the file, the reason and the remedy.
     """
-    path = Path(path)
+    path = local(path)
     shown = shown_path(path)
     try:
         path = path.expanduser()
@@ -105,7 +107,7 @@ def open_checkpoint(path: str | Path) -> Source:
 
 def vocabulary_path(path: str | Path) -> Path | None:
     """The WordPiece vocabulary beside a checkpoint's weights; None where there is none, and BERT's serves."""
-    path = Path(path).expanduser()
+    path = local(path).expanduser()
     vocabulary = path / VOCABULARY_NAME
     return vocabulary if path.is_dir() and vocabulary.is_file() else None
 

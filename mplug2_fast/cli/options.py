@@ -26,7 +26,7 @@ CheckpointOption = Annotated[
     str | None,
     typer.Option(
         metavar="PATH",
-        help="A released .pth, a converted directory or a .safetensors.  [default: the tiny model that ships]",
+        help="An official .pth, a directory, a .safetensors, or owner/name on the Hub.  [default: the tiny model]",
     ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: float32 on the CPU, bfloat16 or float16 on a GPU.")]

@@ -15,6 +15,7 @@ import torch
 import mplug2_fast
 from mplug2_fast import bulk
 from mplug2_fast.bulk.journal import Line, read_lines, write_whole
+from mplug2_fast.checkpoint.hub import local
 from mplug2_fast.checkpoint.source import WEIGHTS_NAME
 from mplug2_fast.datasets import Item
 from mplug2_fast.errors import ConfigError, DataError, printable
@@ -218,7 +219,7 @@ def _origin(checkpoint: PathLike | None, data: PathLike | None, split: str | Non
     found: dict[str, Any] = {"split": split}
     for name, path in (("data", data), ("checkpoint", checkpoint)):
         found[name] = None if path is None else os.fspath(path)
-        file = None if path is None else _file(name, Path(path), split)
+        file = None if path is None else _file(name, local(path) if name == "checkpoint" else Path(path), split)
         found[f"{name}_sha256"] = None if file is None else _sha256(file)
     return found
 
