@@ -348,7 +348,7 @@ def _summaries(entries: Sequence[_Entry]) -> dict[str, Split]:
     return {
         name: Split(
             items=len(items),
-            files=len({path for item in items for path in item.media}),
+            files=len({os.path.realpath(path) for item in items for path in item.media}),
             captions=sum(len(item.caption) for item in items),
             questions=sum(item.question is not None for item in items),
             unseen_answers=sum(bool(trained and item.answers) and _best_answer(item) not in trained for item in items),

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -139,9 +139,10 @@ def scan_items(file: Path) -> Iterator[tuple[int, Item | DataError]]:
     Raises:
         DataError: the file cannot be read, or is not UTF-8 text.
     """
+    folder = "" if file.parent == Path() else os.fspath(file.parent)
     for number, line in _lines(file):
         try:
-            yield number, _joined(Item.from_json(_parsed(line), default_id=str(number)), file.parent)
+            yield number, Item.from_json(_joined(_parsed(line), folder), default_id=str(number))
         except DataError as error:
             yield number, DataError(f"{file}:{number}: {error}")
 
@@ -208,7 +209,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
 
 def _parsed(text: str) -> dict[str, Any]:
     try:
-        line = json.loads(text, parse_constant=_not_a_number)
+        line = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"not JSON: {error}") from None
     if not isinstance(line, dict):
@@ -220,12 +221,17 @@ def _not_a_number(text: str) -> float:
     raise ValueError(f"{text} is not a number")
 
 
-def _joined(item: Item, folder: Path) -> Item:
-    def joined(name: str | None) -> str | None:
-        return None if name is None else os.fspath(folder / name)
+_DECODER = json.JSONDecoder(parse_constant=_not_a_number)
 
-    images = tuple(os.fspath(folder / name) for name in item.images)
-    return replace(item, video=joined(item.video), image=joined(item.image), images=images)
+
+def _joined(line: dict[str, Any], folder: str) -> dict[str, Any]:
+    """The fields of a line, with media paths that start at a folder."""
+    for name in ("video", "image"):
+        if isinstance(path := line.get(name), str):
+            line[name] = os.path.join(folder, path)
+    if isinstance(paths := line.get("images"), list):
+        line["images"] = [os.path.join(folder, path) if isinstance(path, str) else path for path in paths]
+    return line
 
 
 @lru_cache(maxsize=1000)  # the lines of a file repeat their names

@@ -7,6 +7,7 @@ import pickle
 import zipfile
 from io import BytesIO
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -101,7 +102,7 @@ def asked(number, video):
     return {"id": str(number), "video": video, "question": "what runs?", "answer": "cat"}
 
 
-QA = {"train_qa.json": [qa(1, 1)], "val_qa.json": [qa(2, 1201)], "test_qa.json": [qa(3, 1301)]}
+QA = {"train_qa.json": [qa(1, 1), qa(1, 1)], "val_qa.json": [qa(2, 1201)], "test_qa.json": [qa(3, 1301)]}
 MSVD_MAPPING = {"youtube_mapping.txt": "-4ws_5_15 vid1\nabc_0_9 vid1201\nxyz_10_20 vid1301\n"}
 MSVD = {
     "AllVideoDescriptions.txt": "# Descriptions\n\n-4ws_5_15 a squirrel eats\n-4ws_5_15 an animal\nabc_0_9 a man\n"
@@ -165,12 +166,21 @@ FORMS = [
     (
         "msrvtt-qa",
         QA,
-        {"train": [asked(1, "video1.mp4")], "val": [asked(2, "video1201.mp4")], "test": [asked(3, "video1301.mp4")]},
+        {
+            "train": [asked(1, "video1.mp4")],
+            "val": [asked(2, "video1201.mp4")],
+            "test": [asked(3, "video1301.mp4")],
+            "skipped": {"annotations that were there before": 1},
+        },
     ),
     (
         "msrvtt-qa 7k",
         QA,
-        {"train": [asked(1, "video1.mp4"), asked(2, "video1201.mp4")], "test": [asked(3, "video1301.mp4")]},
+        {
+            "train": [asked(1, "video1.mp4"), asked(2, "video1201.mp4")],
+            "test": [asked(3, "video1301.mp4")],
+            "skipped": {"annotations that were there before": 1},
+        },
     ),
     (
         "msrvtt-qa 1k-A",
@@ -211,6 +221,7 @@ FORMS = [
             "train": [asked(1, "-4ws_5_15.avi")],
             "val": [asked(2, "abc_0_9.avi")],
             "test": [asked(3, "xyz_10_20.avi")],
+            "skipped": {"annotations that were there before": 1},
         },
     ),
     (
@@ -662,7 +673,7 @@ MALFORMED = [
         "{}/train_qa.json: [0]: has no answer; it has id, video_id, question. Is this the right annotation file?",
     ),
     ("msrvtt-qa", {TRAIN_QA: [qa(1, 1) | {"question": 5}]}, "{}/train_qa.json: [0]: question must be a text, got 5"),
-    ("msrvtt-qa", {TRAIN_QA: [qa(1, 1), qa(1, 2)]}, "{}/train_qa.json: the id '1' occurs twice in train"),
+    ("msrvtt-qa", {TRAIN_QA: [qa(1, 1), qa(1, 2)]}, "{}/train_qa.json: train has two different items with the id '1'"),
     ("msrvtt-qa 1k-A", QA, "msrvtt-qa needs MSRVTT_JSFUSION_test.csv (test-videos)"),
     (
         "msrvtt-captions",
@@ -696,6 +707,11 @@ MALFORMED = [
         "msvd-captions",
         MSVD | MSVD_MAPPING | {"raw-captions.pkl": pickled({})},
         "msvd-captions: {}/raw-captions.pkl: only one file can be captions, and {}/AllVideoDescriptions.txt is",
+    ),
+    (
+        "msvd-captions",
+        MSVD_MAPPING | {"raw-captions.pkl": pickled({"abc_0_9": [["a", 1]]})},
+        "{}/raw-captions.pkl: abc_0_9 must be a text or a list of texts, got ['a', 1]",
     ),
     ("msvd-qa", QA, "msvd-qa needs youtube_mapping.txt (mapping)"),
     (
@@ -790,6 +806,52 @@ def test_a_malformed_file_gives_one_clear_line(name, files, message, tmp_path):
     assert str(caught.value).startswith(message.format(tmp_path / "official", tmp_path / "official"))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+ODD_VALUES = (None, True, 3, -1, 1e400, "", "x", [], {}, [1], {"a": 1}, [[]], 10**30)
+
+
+def places(value, place=()):
+    """The keys that lead to each part of a JSON value."""
+    yield place
+    if isinstance(value, dict | list | tuple):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*place, key))
+
+
+def changed(value, place, new):
+    """A JSON value with another part at a place."""
+    if not place:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[place[0]] = changed(value[place[0]], place[1:], new)
+    return copy
+
+
+def damaged(content, random):
+    if isinstance(content, str | bytes):
+        data = bytearray(content if isinstance(content, bytes) else content.encode())
+        for _ in range(random.randint(1, 3)):
+            data[random.randrange(len(data))] = random.choice(b'\t\n",#\r 0x.}]\x00\xff')
+        return bytes(data[: random.randint(1, 2 * len(data))])
+    return changed(content, random.choice(list(places(content))), random.choice(ODD_VALUES))
+
+
+def test_damaged_files_are_converted_or_give_one_line(tmp_path):
+    random = Random(0)
+    refused = []
+    for number in range(400):
+        name, files, _ = random.choice(FORMS)
+        name, _, choice = name.partition(" ")
+        file = random.choice(list(files))
+        folder = tmp_path / str(number)
+        write(folder, files | {file: damaged(files[file], random)})
+        try:
+            convert(CONVERTERS[name], [folder], folder / "out", choice=choice or None)
+        except DataError as error:
+            refused.append(str(error))
+    assert len(refused) > 200
+    assert [message for message in refused if str(tmp_path) not in message or "\n" in message] == []
 
 
 def test_media_are_found_by_path_name_or_stem_and_named_from_the_output(tmp_path):

@@ -246,12 +246,14 @@ def convert(
     items: dict[str, dict[str, Item]] = {}
     for split, item in converter.items(annotations):
         known = items.setdefault(split, {})
-        if item.id in known:
-            raise DataError(f"{_names(paths)}: the id {item.id!r} occurs twice in {split}")
         try:
-            known[item.id] = Item.from_json(item.to_json())  # what is written can be read
+            item = Item.from_json(item.to_json())  # what is written can be read
         except DataError as error:
             raise DataError(f"{_names(paths)}: {split}, id {item.id!r}: {error}") from None
+        if known.setdefault(item.id, item) != item:
+            raise DataError(f"{_names(paths)}: {split} has two different items with the id {item.id!r}")
+        if known[item.id] is not item:
+            annotations.skip("annotations that were there before")
     if not items:
         raise DataError(f"{_names(paths)}: no items of {converter.title}")
     targets = {split: out / f"{split}.jsonl" for split in items}

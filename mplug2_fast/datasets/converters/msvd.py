@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mplug2_fast.datasets.converters.base import AnnotationFile, Annotations, Converter
 from mplug2_fast.datasets.converters.msrvtt import question_item
-from mplug2_fast.datasets.converters.reading import json_records, lines, read_pickle, table
+from mplug2_fast.datasets.converters.reading import Record, json_records, lines, read_pickle, table
 from mplug2_fast.datasets.items import Item
 from mplug2_fast.errors import DataError
 
@@ -43,11 +43,9 @@ def _sentences(annotations: Annotations) -> Iterator[tuple[str, str]]:
             if row.text("Language") == "English" and row.text("Description"):
                 yield "_".join(row.name(name) for name in ("VideoID", "Start", "End")), row.text("Description")
     else:
-        clips = read_pickle(path)
-        if not isinstance(clips, dict):
-            raise DataError(f"{path}: must be a dict of clip and captions, got {type(clips).__name__}")
-        for clip, captions in clips.items():
-            for words in captions:
+        clips = Record(read_pickle(path), str(path))
+        for clip in clips.values:
+            for words in clips.lists(clip):
                 yield str(clip), " ".join(words)
 
 

@@ -75,6 +75,13 @@ class Record:
             raise self.error(f"{name} must be a text or a list of texts, got {_shown(value)}")
         return tuple(text.strip() for text in texts)
 
+    def lists(self, name: str) -> list[tuple[str, ...]]:
+        """The lists of texts of a field that is a list of them."""
+        _, value = self._value((name,))
+        if not isinstance(value, list) or not value:
+            raise self.error(f"{printable(str(name), 80)} must be a list of lists of texts, got {_shown(value)}")
+        return [Record({name: each}, self.file, self.place).texts(name) for each in value]
+
     def records(self, *names: str) -> Iterator[Record]:
         """The objects of a list."""
         name, value = self._value(names)
