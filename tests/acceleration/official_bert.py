@@ -19,43 +19,21 @@ ACTIVATIONS = {"gelu": F.gelu}
 
 
 @dataclass
-class ModelOutput:
+class Output:
     """Fields by name, or by index among those that are not None."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
 
     def __getitem__(self, index: Any) -> Any:
         return getattr(self, index) if isinstance(index, str) else self.to_tuple()[index]
 
     def to_tuple(self) -> tuple[Any, ...]:
         return tuple(value for value in vars(self).values() if value is not None)
-
-
-@dataclass
-class BaseModelOutput(ModelOutput):
-    last_hidden_state: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
-    cross_attentions: Any = None
-
-
-@dataclass
-class BaseModelOutputWithPooling(ModelOutput):
-    last_hidden_state: Tensor | None = None
-    pooler_output: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
-    cross_attentions: Any = None
-
-
-@dataclass
-class CausalLMOutput(ModelOutput):
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
-    cross_attentions: Any = None
 
 
 def bert_config(bert: dict, **changes: Any) -> SimpleNamespace:
@@ -80,10 +58,8 @@ class BertEmbeddings(nn.Module):
         self.register_buffer("position_ids", torch.arange(config.max_position_embeddings)[None])
         self.position_embedding_type = "absolute"
 
-    def forward(
-        self, input_ids=None, token_type_ids=None, position_ids=None, inputs_embeds=None, past_key_values_length=0
-    ):
-        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+    def forward(self, input_ids, token_type_ids=None, position_ids=None, past_key_values_length=0):
+        words = self.word_embeddings(input_ids)
         first, length = past_key_values_length, words.shape[1]
         positions = self.position_ids[:, first : first + length] if position_ids is None else position_ids
         types = torch.zeros(words.shape[:2], dtype=torch.long) if token_type_ids is None else token_type_ids
@@ -165,15 +141,8 @@ class BertAttention(nn.Module):
         past_key_value=None,
         output_attentions=False,
     ):
-        context, *rest = self.self(
-            hidden_states,
-            attention_mask,
-            head_mask,
-            encoder_hidden_states,
-            encoder_attention_mask,
-            past_key_value,
-            output_attentions,
-        )
+        memory = encoder_hidden_states, encoder_attention_mask
+        context, *rest = self.self(hidden_states, attention_mask, head_mask, *memory, past_key_value, output_attentions)
         return (self.output(context, hidden_states), *rest)
 
 
@@ -282,46 +251,19 @@ class FusionLayer(Layer):
 class BertEncoder(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.config = config
         self.layer = nn.ModuleList([BertLayer(config, i) for i in range(config.num_hidden_layers)])
         self.uni_layer = config.num_uni_layer
 
-    def forward(
-        self,
-        hidden_states,
-        attention_mask=None,
-        head_mask=None,
-        encoder_hidden_states=None,
-        encoder_attention_mask=None,
-        past_key_values=None,
-        use_cache=None,
-        output_attentions=False,
-        output_hidden_states=False,
-        return_dict=True,
-        mode="norm",
-    ):
-        first = len(self.layer) - self.uni_layer if mode == "v_module" else 0
-        states, attentions, presents = (), (), ()
-        for i in range(first, len(self.layer)):
-            states += (hidden_states,)
-            hidden_states, *rest = self.layer[i](
-                hidden_states,
-                attention_mask,
-                None if head_mask is None else head_mask[i],
-                encoder_hidden_states,
-                encoder_attention_mask,
-                None if past_key_values is None else past_key_values[i],
-                output_attentions,
-                mode=mode,
-            )
-            presents += (tuple(rest[-2:]),)
-            attentions += tuple(rest[:1]) if output_attentions else ()
-        return BaseModelOutput(
-            hidden_states,
-            presents if use_cache else None,
-            (*states, hidden_states) if output_hidden_states else None,
-            attentions if output_attentions else None,
-        )
+    def forward(self, x, mask, memory, memory_mask, past, output_attentions, mode):
+        """The result, the hidden states, the attention weights, and the keys and values of all layers."""
+        states, attentions, presents = [x], [], []
+        for i in range(len(self.layer) - self.uni_layer if mode == "v_module" else 0, len(self.layer)):
+            past_key_value = None if past is None else past[i]
+            x, *rest = self.layer[i](x, mask, None, memory, memory_mask, past_key_value, output_attentions, mode=mode)
+            states.append(x)
+            presents.append(tuple(rest[-2:]))
+            attentions += rest[:1] if output_attentions else []
+        return x, tuple(states), tuple(attentions), tuple(presents)
 
 
 class FusionEncoder(nn.Module):
@@ -330,23 +272,14 @@ class FusionEncoder(nn.Module):
         self.layer = nn.ModuleList([FusionLayer(config) for _ in range(config.num_hidden_layers)])
         self.start_layer = max(0, config.num_hidden_layers - config.fusion_layers)
 
-    def forward(self, hidden_states, attention_mask, head_mask, encoder_hidden_states, encoder_attention_mask):
-        image_length, text_length = encoder_hidden_states.shape[1], hidden_states.shape[1]
-        for i in range(self.start_layer, len(self.layer)):
-            hidden_states, *_ = self.layer[i](
-                hidden_states,
-                attention_mask,
-                head_mask,
-                encoder_hidden_states,
-                encoder_attention_mask,
-                i - self.start_layer,
-                None,
-                False,
-            )
-            if hidden_states.shape[1] == image_length + text_length:
-                image, hidden_states = hidden_states.split((image_length, text_length), dim=1)
-                encoder_hidden_states = encoder_hidden_states + image
-        return [encoder_hidden_states, hidden_states]
+    def forward(self, x, mask, image, image_mask):
+        image_length, text_length = image.shape[1], x.shape[1]
+        for place, layer in enumerate(self.layer[self.start_layer :]):
+            x, *_ = layer(x, mask, None, image, image_mask, place, None, False)
+            if x.shape[1] == image_length + text_length:
+                new_image, x = x.split((image_length, text_length), dim=1)
+                image = image + new_image
+        return [image, x]
 
 
 class PreTrainedModel(nn.Module):
@@ -354,10 +287,10 @@ class PreTrainedModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def get_extended_attention_mask(self, attention_mask, input_shape, device, is_decoder):
+    def get_extended_attention_mask(self, attention_mask, input_shape, is_decoder):
         mask = attention_mask[:, None, None, :].to(self.dtype)
         if is_decoder:
-            ids = torch.arange(input_shape[1], device=device)
+            ids = torch.arange(input_shape[1])
             mask = mask * (ids[None] <= ids[:, None]).to(self.dtype)
         return (1.0 - mask) * -10000.0
 
@@ -379,54 +312,40 @@ class BertModel(PreTrainedModel):
         attention_mask=None,
         token_type_ids=None,
         position_ids=None,
-        head_mask=None,
-        inputs_embeds=None,
         encoder_embeds=None,
         encoder_hidden_states=None,
         encoder_attention_mask=None,
         past_key_values=None,
         use_cache=None,
-        output_attentions=None,
-        output_hidden_states=None,
+        output_attentions=False,
+        output_hidden_states=False,
         return_dict=None,
         is_decoder=False,
         mode="norm",
     ):
-        given = next(x for x in (input_ids, inputs_embeds, encoder_embeds) if x is not None)
-        shape, device = given.shape[:2], given.device
+        shape = (input_ids if encoder_embeds is None else encoder_embeds).shape[:2]
         past = 0 if past_key_values is None else past_key_values[0][0].shape[2]
-        if attention_mask is None:
-            attention_mask = torch.ones(shape[0], shape[1] + past, device=device)
-        if past:
-            assert shape[1] == 1
-            mask = self.get_extended_attention_mask(attention_mask, shape, device, False)
-        else:
-            mask = self.get_extended_attention_mask(attention_mask, shape, device, is_decoder)
-        encoder_mask = None
-        if encoder_hidden_states is not None:
-            if encoder_attention_mask is None:
-                encoder_attention_mask = torch.ones(encoder_hidden_states.shape[:2], device=device)
-            encoder_mask = self.invert_attention_mask(encoder_attention_mask)
-        x = encoder_embeds
-        if x is None:
-            x = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds, past)
-        out = self.encoder(
-            x,
-            mask,
-            head_mask,
-            encoder_hidden_states,
-            encoder_mask,
-            past_key_values,
-            self.config.use_cache if use_cache is None and is_decoder else use_cache,
-            output_attentions,
-            output_hidden_states,
-            mode=mode,
+        assert not past or shape[1] == 1
+        mask = torch.ones(shape[0], shape[1] + past) if attention_mask is None else attention_mask
+        mask = self.get_extended_attention_mask(mask, shape, is_decoder and not past)
+        memory, memory_mask = encoder_hidden_states, encoder_attention_mask
+        if memory is not None:
+            memory_mask = self.invert_attention_mask(
+                torch.ones(memory.shape[:2]) if memory_mask is None else memory_mask
+            )
+        x = self.embeddings(input_ids, token_type_ids, position_ids, past) if encoder_embeds is None else encoder_embeds
+        x, states, attentions, presents = self.encoder(
+            x, mask, memory, memory_mask, past_key_values, output_attentions, mode
         )
-        if return_dict is False:
-            return (out.last_hidden_state, None, *out.to_tuple()[1:])
-        return BaseModelOutputWithPooling(
-            out.last_hidden_state, None, out.past_key_values, out.hidden_states, out.attentions
+        output = Output(
+            last_hidden_state=x,
+            past_key_values=presents
+            if (self.config.use_cache if use_cache is None and is_decoder else use_cache)
+            else None,
+            hidden_states=states if output_hidden_states else None,
+            attentions=attentions if output_attentions else None,
         )
+        return output.to_tuple() if return_dict is False else output
 
 
 class FusionModel(PreTrainedModel):
@@ -436,19 +355,10 @@ class FusionModel(PreTrainedModel):
         self.encoder = FusionEncoder(config)
         self.pooler = None
 
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        encoder_embeds=None,
-        encoder_hidden_states=None,
-        encoder_attention_mask=None,
-        return_dict=None,
-    ):
-        shape, device = encoder_embeds.shape[:2], encoder_embeds.device
-        mask = self.get_extended_attention_mask(attention_mask, shape, device, False)
-        encoder_mask = self.invert_attention_mask(encoder_attention_mask)
-        return self.encoder(encoder_embeds, mask, None, encoder_hidden_states, encoder_mask)
+    def forward(self, encoder_embeds, attention_mask, encoder_hidden_states, encoder_attention_mask, return_dict=None):
+        mask = self.get_extended_attention_mask(attention_mask, encoder_embeds.shape[:2], False)
+        memory_mask = self.invert_attention_mask(encoder_attention_mask)
+        return self.encoder(encoder_embeds, mask, encoder_hidden_states, memory_mask)
 
 
 class BertPredictionHeadTransform(nn.Module):
@@ -497,54 +407,20 @@ class LanguageModel(PreTrainedModel):
         raise NotImplementedError
 
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        token_type_ids=None,
-        position_ids=None,
-        head_mask=None,
-        inputs_embeds=None,
-        encoder_hidden_states=None,
-        encoder_attention_mask=None,
-        labels=None,
-        past_key_values=None,
-        use_cache=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
-        is_decoder=True,
-        reduction="mean",
-        soft_labels=None,
-        alpha=0,
-        return_logits=False,
-    ):
-        outputs = self.bert(
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            head_mask=head_mask,
-            inputs_embeds=inputs_embeds,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            past_key_values=past_key_values,
-            use_cache=False if labels is not None else use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-            is_decoder=is_decoder,
-        )
-        logits = self.cls(outputs[0])
+        self, input_ids, attention_mask=None, *, labels=None, is_decoder=True, return_dict=None, use_cache=None,
+        reduction="mean", return_logits=False, **others,
+    ):  # fmt: skip
+        use_cache = False if labels is not None else use_cache
+        output = self.bert(input_ids, attention_mask, use_cache=use_cache, is_decoder=is_decoder, **others)
+        logits, output.last_hidden_state = self.cls(output.last_hidden_state), None
         if return_logits:
             return logits[:, :-1].contiguous()
-        loss = None
         if labels is not None:
             targets = labels[:, 1:].flatten()
             losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="none")
-            loss = self.reduce(losses, logits.shape[0], targets != -100)
-        if return_dict is False:
-            return (*(() if loss is None else (loss,)), logits, *outputs[2:])
-        return CausalLMOutput(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
+            output.loss = self.reduce(losses, logits.shape[0], targets != -100)
+        output.logits = logits
+        return output.to_tuple() if return_dict is False else output
 
 
 class BertPrefixModel(LanguageModel):

@@ -87,11 +87,14 @@ def test_ranking():
 def test_a_restored_model_computes_the_same_bits(model, task):
     video, question = random_video(SMALL, 3), inputs(task)
     modules, shown = dict(model.named_modules()), repr(model)
+    parameters, keys = dict(model.named_parameters()), list(model.state_dict())
     with torch.no_grad():
         before = model.encode_video(video)
         scores = model.generate(video, **question).scores
         mf.accelerate(model)
         assert not torch.equal(model.encode_video(video), before)
+        assert list(model.state_dict()) == keys
+        assert [(name, id(p)) for name, p in model.named_parameters()] == [(n, id(p)) for n, p in parameters.items()]
         model.generate(video, **question)
         mf.restore(model)
         assert torch.equal(model.encode_video(video), before)
@@ -99,13 +102,6 @@ def test_a_restored_model_computes_the_same_bits(model, task):
     assert repr(model) == shown
     assert {name: id(m) for name, m in model.named_modules()} == {name: id(m) for name, m in modules.items()}
     assert not fast_modules(model)
-
-
-def test_parameters_are_the_same_objects(model):
-    parameters, keys = dict(model.named_parameters()), list(model.state_dict())
-    mf.accelerate(model)
-    assert list(model.state_dict()) == keys
-    assert [(name, id(p)) for name, p in model.named_parameters()] == [(n, id(p)) for n, p in parameters.items()]
 
 
 def test_restore_keeps_trained_weights(model, task):
@@ -134,12 +130,6 @@ def test_only_the_instance_changes(task):
     assert torch.equal(second.encode_video(video), expected)
     assert {kind: kind.forward for kind in classes} == forwards
     assert {type(module) for module in pair(SMALL, task)[0].modules()} == classes
-
-
-def test_modules_remain_instances_of_their_classes(model):
-    classes = [type(module) for module in model.modules()]
-    mf.accelerate(model)
-    assert all(isinstance(module, kind) for module, kind in zip(model.modules(), classes, strict=True))
 
 
 def test_the_report_shows_the_swaps(model, task):
@@ -181,14 +171,10 @@ def test_context(model):
     with pytest.raises(KeyError), mf.accelerated(model):
         raise KeyError
     assert not fast_modules(model)
-
-
-def test_context_leaves_what_was_accelerated_before(model):
-    mf.accelerate(model)
-    count = len(fast_modules(model))
+    count = len(mf.accelerate(model).replaced)
     with mf.accelerated(model):
         pass
-    assert len(fast_modules(model)) == count
+    assert len(fast_modules(model)) == count  # what was accelerated before stays so
 
 
 def test_an_error_undoes_everything(model, monkeypatch):
@@ -206,8 +192,7 @@ def test_an_error_undoes_everything(model, monkeypatch):
 
 def test_trials_leave_no_traces(model):
     values = {name: value.clone() for name, value in model.state_dict().items()}
-    modes = [module.training for module in model.train().modules()]
-    model.text_decoder.eval()
+    model.train().text_decoder.eval()
     modes = [module.training for module in model.modules()]
     seed = torch.random.get_rng_state()
     mf.accelerate(model)
@@ -314,12 +299,3 @@ def test_packed_weights_follow_changes_and_restore_drops_them(monkeypatch, nativ
         mf.restore(model)
         assert not onednn.is_packed(weight)
         assert relative_error(changed, model.encode_video(video)) < 1e-5
-
-
-def test_inference_mode(model, task):
-    video, question = random_video(SMALL, 2), inputs(task, 2)
-    expected = model.generate(video, **question)
-    mf.accelerate(model)
-    with torch.inference_mode():
-        found = model.generate(video, **question)
-    assert torch.equal(found.sequences, expected.sequences)

@@ -79,20 +79,6 @@ def test_weights_swapped_and_swapped_back(decoders):
 
 
 @pytest.mark.usefixtures("comparison")
-def test_a_fused_optimizer_between_two_steps(decoders):
-    memory, ids = tiled(2), words(6, 1)
-    check(*decoders, ids, memory)
-    for step in range(2):
-        for decoder in decoders:
-            optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.01, fused=True)
-            for seed, parameter in enumerate(decoder.parameters()):
-                parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
-            optimizer.step()
-        ids = extended(ids, torch.arange(6), step)
-        check(*decoders, ids, memory)
-
-
-@pytest.mark.usefixtures("comparison")
 def test_a_memory_written_without_the_version_counter(decoders):
     memory, ids = tiled(2), words(6, 1)
     check(*decoders, ids, memory)

@@ -1,6 +1,5 @@
 """Which modules are accelerated, which are left unchanged, and why."""
 
-import warnings
 from collections import OrderedDict
 
 import pytest
@@ -432,20 +431,6 @@ def test_a_hook_on_a_part_is_called():
     assert outcomes[f"{path}.0"].reason == "parts of it are accelerated already; call restore first"
 
 
-@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
-def test_a_later_hook_on_a_part_is_called(kind):
-    module, x = block(), torch.randn(5, 4, 64, requires_grad=True)
-    mf.accelerate(module)
-    expected = module(x, 2)
-    seen = []
-    getattr(module.mlp.c_fc, f"register_{kind}")(lambda *_: seen.append(1))
-    with pytest.warns(RuntimeWarning, match="mlp.c_fc has a hook"):
-        out = module(x, 2)
-    assert relative_error(out, expected) < 1e-5
-    out.sum().backward()
-    assert seen == [1]
-
-
 def test_hooks_on_a_swapped_module():
     module, x = block(), torch.randn(5, 4, 64)
     expected = module(x, 2)
@@ -465,17 +450,6 @@ def test_global_hooks_are_called():
     finally:
         handle.remove()
     assert module.mlp.c_fc in seen
-
-
-def test_parts_replaced_later():
-    module, x = block(), torch.randn(5, 4, 64)
-    mf.accelerate(module)
-    module.mlp.c_proj = randomised(nn.Linear(256, 64))
-    mf_free = block()
-    mf_free.load_state_dict(module.state_dict())
-    with pytest.warns(RuntimeWarning, match="were replaced since"):
-        out = module(x, 2)
-    assert relative_error(out, mf_free(x, 2)) < 1e-5
 
 
 def test_a_forward_on_the_instance():
@@ -506,13 +480,3 @@ def test_nothing_to_do():
     assert str(mf.accelerate(nn.ReLU())) == ""
     report = mf.accelerate(nn.LayerNorm(8))
     assert str(report) == "(the model)  LayerNorm  → FastLayerNorm"
-
-
-def test_a_warning_is_given_once():
-    module, x = randomised(nn.MultiheadAttention(16, 2)), torch.randn(4, 3, 16)
-    mf.accelerate(module)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        for _ in range(3):
-            module(x, x, x)
-    assert len(caught) == 1

@@ -8,8 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.func import functional_call, grad, jacrev, jvp, vmap
-from torch.utils.flop_counter import FlopCounterMode
 
 import mplug2_fast as mf
 from mplug2_fast.acceleration.swap import STATE
@@ -50,72 +48,9 @@ def x():
     return torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
 
 
-def test_export(plain, fast, x):
-    exported = torch.export.export(fast, (x,), strict=False)
-    torch.testing.assert_close(exported.module()(x), plain(x))
-    assert not any("mplug2_fast" in str(node.target) for node in exported.graph.nodes)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-def test_trace_and_symbolic_trace(plain, fast, x):
+def test_symbolic_trace(plain, fast, x):
     with torch.no_grad():
-        traced = torch.jit.trace(fast, x)
-        torch.testing.assert_close(traced(x[:1]), plain(x[:1]))
         torch.testing.assert_close(torch.fx.symbolic_trace(fast.mlp)(x), plain.mlp(x))
-
-
-def loss(model, x):
-    def compute(parameters, one):
-        return functional_call(model, parameters, (one[None],)).square().sum()
-
-    return compute, {name: p.detach() for name, p in model.named_parameters()}, x
-
-
-@pytest.mark.parametrize("attribute", ["first", "norm", "mlp"])
-def test_functional_transforms(plain, fast, x, attribute):
-    results = []
-    for model in (plain, fast):
-        compute, parameters, given = loss(getattr(model, attribute), x)
-        tangent = torch.ones_like(given)
-        with torch.no_grad():
-            results.append(
-                (
-                    vmap(grad(compute), (None, 0))(parameters, given),
-                    vmap(getattr(model, attribute))(given),
-                    jvp(getattr(model, attribute), (given,), (tangent,)),
-                    jacrev(getattr(model, attribute))(given[0, 0]),
-                    functional_call(model, {"norm.weight": torch.zeros(16)}, (given,)),
-                )
-            )
-    torch.testing.assert_close(results[1], results[0])
-
-
-def test_forward_mode(plain, fast, x):
-    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
-        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        ours, theirs = (torch.autograd.forward_ad.unpack_dual(model.mlp(dual)).tangent for model in (fast, plain))
-    torch.testing.assert_close(ours, theirs)
-
-
-def test_modes(plain, fast, x):
-    totals = []
-    for model in (plain, fast):
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model(x)
-        totals.append(counter.get_total_flops())
-    assert totals[0] == totals[1] > 0
-    from torch._subclasses import FakeTensorMode
-
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        assert fast(torch.empty(3, 5, 16)).shape == (3, 5, 16)
-
-
-def test_the_meta_device(fast, x):
-    fast.to("meta")
-    with torch.no_grad():
-        out = fast(x.to("meta"))
-    assert out.is_meta
-    assert out.shape == x.shape
 
 
 class Tagged(torch.Tensor):
@@ -154,36 +89,22 @@ def mesh(tmp_path_factory):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_tensor_parallelism(plain, x, mesh, when):
+def test_distributed_weights_are_left(plain, x, mesh):
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     fast = copy.deepcopy(plain)
-    if when == "after":
-        mf.accelerate(fast)
     parallelize_module(fast.mlp, mesh, {"c_fc": ColwiseParallel(), "c_proj": RowwiseParallel()})
-    if when == "before":
-        reasons = {entry.path: entry.reason for entry in mf.accelerate(fast).left}
-        assert reasons["mlp.c_fc"] == "weight is a DTensor"
+    reasons = {entry.path: entry.reason for entry in mf.accelerate(fast).left}
+    assert reasons["mlp.c_fc"] == "weight is a DTensor"
     with torch.no_grad():
         torch.testing.assert_close(fast.mlp(x), plain.mlp(x))
 
 
-def test_fully_sharded_data_parallelism(plain, x, mesh):
+def test_restored_modules_stay_sharded(plain, fast, x, mesh):
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    fast = copy.deepcopy(plain)
-    mf.accelerate(fast)
     for part in (fast.mlp, fast):
         fully_shard(part, mesh=mesh)
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (plain, fast)]
-    for _ in range(2):
-        for model, optimizer in zip((plain, fast), optimizers, strict=True):
-            model(x).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        with torch.no_grad():
-            torch.testing.assert_close(fast(x), plain(x))
     mf.restore(fast)
     assert isinstance(fast.mlp, FSDPModule)
     assert type(fast.mlp).__mro__[2] is nn.Sequential

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.utils import parametrizations, prune
 
 from mplug2_fast.nn import LocalTemporal, TemporalBlock
 from mplug2_fast.ops.runtime.spec import NOISE_FLOOR
@@ -178,64 +177,6 @@ def test_global_hooks_see_every_part():
     finally:
         handle.remove()
     assert {module.get_submodule(part) for part in parts(module, inputs)} <= seen
-
-
-def twins(seed=0):
-    """A fast MLP and CLIP's."""
-    torch.manual_seed(seed)
-    ours, theirs = CASES["MLP"].pair(seed)
-    return ours, theirs
-
-
-def spectral(module, norm):
-    for part in ("c_fc", "c_proj"):
-        torch.manual_seed(3)  # it draws a vector to start from
-        norm(module.get_submodule(part))
-
-
-CHANGES = {
-    "pruned": lambda m: [prune.l1_unstructured(part, "weight", 0.5) for part in (m.c_fc, m.c_proj)],
-    "structured pruning": lambda m: prune.ln_structured(m.c_fc, "weight", amount=0.25, n=2, dim=0),
-    "pruned bias, removed": lambda m: prune.remove(prune.random_unstructured(m.c_fc, "bias", 3), "bias"),
-    "spectral norm": lambda m: spectral(m, nn.utils.spectral_norm),
-    "spectral norm, parametrised": lambda m: spectral(m, parametrizations.spectral_norm),
-    "weight norm": lambda m: [nn.utils.weight_norm(part) for part in (m.c_fc, m.c_proj)],
-    "weight norm, parametrised": lambda m: [parametrizations.weight_norm(part) for part in (m.c_fc, m.c_proj)],
-    "orthogonal": lambda m: parametrizations.orthogonal(m.c_fc),
-    "result replaced": lambda m: m.c_proj.register_forward_hook(lambda part, given, result: result * 0.5),
-    "input replaced": lambda m: m.c_fc.register_forward_pre_hook(lambda part, given: (given[0] + 1,)),
-    "gradient replaced": lambda m: m.c_fc.register_full_backward_hook(lambda part, grads, _: (grads[0] * 3,)),
-    "gradient scaled": lambda m: m.c_fc.register_full_backward_pre_hook(lambda part, grads: (grads[0] * 3,)),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
-@pytest.mark.parametrize("change", CHANGES)
-def test_changes_have_the_same_effect_as_on_torch_modules(change):
-    """Three steps of training, then evaluation."""
-    results = []
-    for module in twins():
-        torch.manual_seed(1)
-        CHANGES[change](module)
-        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-        x, losses = torch.randn(3, 7, DIM, generator=torch.Generator().manual_seed(2)), []
-        for _ in range(3):
-            given = x.clone().requires_grad_()
-            loss = module(given).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses += [loss.item(), given.grad.norm().item()]
-        results.append([*losses, module.eval()(x).norm().item()])
-    assert results[0] == pytest.approx(results[1], rel=1e-4)
-
-
-def test_a_quantised_part_is_called():
-    ours, theirs = (
-        torch.ao.quantization.quantize_dynamic(module.eval(), {nn.Linear}, dtype=torch.qint8) for module in twins()
-    )
-    x = torch.randn(3, 7, DIM)
-    close(ours(x), theirs(x))
 
 
 def test_the_input_projection_may_be_spectrally_normed():

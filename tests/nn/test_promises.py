@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from mplug2_fast.nn import CrossAttention, FusionLayer, LocalTemporal, SelfAttention
+from mplug2_fast.nn import MLP, CrossAttention, FusionLayer, LocalTemporal, SelfAttention
 from mplug2_fast.ops.runtime.spec import NOISE_FLOOR
 from tests.nn.cases import CASES, DIM, HEADS, by_official_name, frames_of, gradient, memory_of, randomise, text_config
 from tests.tolerance import assert_close_enough, relative
@@ -131,22 +131,6 @@ def test_compiles_to_one_graph_for_training_and_inference(case):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_recomputed_activations(case, use_reentrant):
-    ours, _ = case.pair()
-    inputs = case.inputs(2)
-    names = list(inputs)
-
-    def call(**given):
-        return checkpoint(
-            lambda *values: ours(**dict(zip(names, values, strict=True))),
-            *given.values(),
-            use_reentrant=use_reentrant,
-        )
-
-    assert_same(gradients(ours, inputs, call=call), gradients(ours, inputs))
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
 def test_recomputed_dropout_is_the_same(use_reentrant):
     torch.manual_seed(0)
     layer, x = randomise(FusionLayer.from_config(text_config(0.3, 0.3))), torch.randn(2, 7, DIM)
@@ -182,28 +166,6 @@ def test_frozen_parameters_get_no_gradients_and_do_not_affect_others(case):
     assert not ours(**inputs).requires_grad
 
 
-def test_five_steps_of_training_end_where_the_twins_end(case):
-    ours, twin = case.pair()
-    inputs, target = case.inputs(4), torch.randn(*case.inputs(4)["x"].shape)
-    losses = []
-    for module in (ours, twin):
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3, weight_decay=0.02)
-        losses.append([])
-        for _ in range(5):
-            loss = (module(**inputs) - target).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[-1].append(loss.item())
-    assert losses[0][-1] < losses[0][0]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert relative(ours(**inputs).detach(), twin(**inputs).detach().double()) < 1e-4
-    expected = by_official_name(twin)
-    for name, parameter in by_official_name(ours).items():
-        parameter, other = without_key_bias(name, parameter), without_key_bias(name, expected[name])
-        assert relative(parameter, other.double()) < 1e-4, name
-
-
 def without_key_bias(name, parameter):
     """A bias on keys shifts all scores of a query equally, which the softmax ignores. Its gradient is only rounding
     noise, which AdamW turns into steps."""
@@ -228,3 +190,12 @@ def test_dropout_of_attention_drops_weights_when_training(kind):
     inputs = (x,) if kind is SelfAttention else (x, torch.randn(2, 9, DIM))
     torch.testing.assert_close(module(*inputs), module.out_proj.bias.expand_as(x))
     assert not torch.allclose(module.eval()(*inputs), module.out_proj.bias.expand_as(x))
+
+
+def test_mlp_with_a_norm_before_it():
+    module, norm, x = MLP(8, 20, "gelu"), torch.nn.LayerNorm(8), torch.randn(3, 8)
+    plain = module.c_proj(torch.nn.functional.gelu(module.c_fc(norm(x))))
+    torch.testing.assert_close(module(x, norm=norm), plain, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(module(x, norm=norm, residual=True), x + plain, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="weight and a bias"):
+        module(x, norm=torch.nn.LayerNorm(8, elementwise_affine=False))
