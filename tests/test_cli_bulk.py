@@ -167,6 +167,11 @@ def test_features(folder: Path, tmp_path: Path) -> None:
             ["answer", "x.mp4", "--question", "what?", "--candidates", "/dev/zero"],
             "candidates cannot be read: it is not",
         ),
+        (["caption", "x.mp4", "--checkpoint", "none.pth"], "none.pth"),
+        (["caption", "x.mp4", "--device", "cuda:99"], "there is no CUDA device 99"),
+        (["caption", "x.mp4", "--device", "abacus"], "there is no device 'abacus'"),
+        (["caption", "x.mp4", "--max-length", "99"], "max_length must be from 1 to 32"),
+        (["convert", TINY_MODEL, TINY_MODEL], "is not empty"),
         (["convert", TINY_MODEL, "/proc/x"], "/proc/x: the checkpoint cannot be written there"),
         (["convert", TINY_MODEL, "x" * 300], "x: the checkpoint cannot be written there: File name too"),
     ],
@@ -181,6 +186,9 @@ def test_what_is_refused_is_one_line(tmp_path: Path, arguments: list[str], messa
 @pytest.mark.parametrize(
     "arguments",
     [
+        ["dance"],
+        ["caption"],
+        ["caption", "x.mp4", "--dtype", "int8"],
         ["answer", "x.mp4"],
         ["answer", "x.mp4", "--questions", "q.jsonl"],
         ["answer", "--question", "what?"],

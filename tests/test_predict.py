@@ -137,12 +137,6 @@ def test_what_else_a_file_can_cause(
     assert reason in result.error
 
 
-def test_the_reason_does_not_repeat_an_awkward_file_name(loaded: list[str], captioner: Captioner) -> None:
-    (result,) = captioner.caption("bad  \n.mp4")
-    assert result.path == "bad  \n.mp4"
-    assert result.error == "is truncated: it has 3 bytes of 4"
-
-
 def test_errors_of_the_program_are_not_taken_for_bad_files(
     monkeypatch: pytest.MonkeyPatch, captioner: Captioner
 ) -> None:
@@ -343,14 +337,6 @@ def test_a_checkpoint_and_a_model_are_two_ways_to_begin(
     ):
         with pytest.raises(ConfigError, match=message):
             mf.Captioner(*arguments, **options)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
-def test_dtypes_by_name_and_by_object(loaded: list[str], folder: Path, dtype: str | torch.dtype) -> None:
-    captioner = Captioner.from_pretrained(folder, dtype=dtype, device="cpu")
-    assert {parameter.dtype for parameter in captioner.model.parameters()} == {torch.bfloat16}
-    (result,) = captioner.caption("one.mp4")
-    assert result.error is None
 
 
 def test_a_vocabulary_of_another_size_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """The check on a GPU, with stand-ins for its commands."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from bench import cli, gpu_check, gpu_memcheck, targets
 from bench.gpu_check import Check, Finished
@@ -219,12 +217,6 @@ def test_cmake_builds_if_pip_fails(tmp_path, monkeypatch):
     assert [command[0] for command in runner.commands["install"]] == [sys.executable, "cmake"]
 
 
-def test_a_missing_sanitizer_is_no_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check.shutil, "which", lambda name, path=None: None)
-    outcome = Check(tmp_path, Runner()).step("sanitizer", 10)
-    assert (outcome.status, outcome.note) == ("left out", "compute-sanitizer is not installed")
-
-
 def test_a_command_at_its_limit_is_killed_with_its_children(tmp_path):
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
     start = time.monotonic()
@@ -237,28 +229,6 @@ def test_a_command_has_its_variables_and_its_log(tmp_path):
     command = [sys.executable, "-c", "import os; print(os.environ['SOME']); raise SystemExit(3)"]
     assert gpu_check.run_command(command, tmp_path / "log", 60.0, {"SOME": "value"}).status == 3
     assert "\nvalue\n" in (tmp_path / "log").read_text()
-
-
-def test_the_reason_why_there_is_no_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert gpu_check.no_gpu().endswith("for CUDA 13.0 finds no device")
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert gpu_check.no_gpu().endswith("was built without CUDA")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert gpu_check.no_gpu() is None
-
-
-def test_a_description_without_tools(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A Card")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("PATH", "/nowhere")
-    monkeypatch.setenv("MPLUG2_FAST_COMMIT", "abc")
-    found = gpu_check.describe()
-    assert (found["card"], found["capability"], found["driver"], found["commit"]) == ("A Card", "9.0", "unknown", "abc")
-    assert found["packages"]["torch"] == importlib.metadata.version("torch")
-    assert DESCRIBED.keys() <= found.keys()
 
 
 def test_the_small_run_for_the_sanitizer(capsys, monkeypatch):

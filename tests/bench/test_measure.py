@@ -1,7 +1,6 @@
 """The level of the model at its smallest: rows, failures, and the choice of workers."""
 
 import dataclasses
-import shlex
 
 import pytest
 
@@ -11,7 +10,6 @@ from bench.measure import Measured
 from bench.plan import FAMILIES, Plan
 from bench.process import ProcessError
 from bench.progress import Progress
-from bench.row import Results
 from bench.worker import Worker
 
 
@@ -78,11 +76,6 @@ def test_only_training_has_the_compiler_in_its_memory(measured):
             assert max(found) < min(found) + 60e6
 
 
-def test_results_survive_writing_and_reading(measured, tmp_path):
-    measured.write(tmp_path / "a.json")
-    assert Results.read(tmp_path / "a.json") == measured
-
-
 def test_wrong_results_are_marked():
     ours = Measured("native", [1.0, 1.2, 1.1], 9, 4, 0.04)
     others = {"reference": Measured("eager", [9.0]), "eager": Measured("eager", [2.0, 3.6, 2.2], 7, 3, 0.01)}
@@ -108,14 +101,6 @@ def test_results_of_a_reference_at_fewer_steps_are_not_compared():
     assert features.relative_error < 1e-5
     assert any("at 2 of 3 steps: captioning. Ratios to it are lower bounds" in note for note in found.notes)
     assert "--reference-steps 2" in captioning.command
-
-
-def test_the_command_of_a_row():
-    words = shlex.split(plan(freeze=False, compiled_tasks=()).command("answering", "bfloat16"))
-    assert words[:6] == ["python", "bench/run.py", "--level", "model", "--only", "answering"]
-    assert words[words.index("--dtype") + 1] == "bfloat16"
-    assert words[words.index("--baselines") + 1] == "reference,eager"
-    assert words[-1] == "--no-freeze"
 
 
 def kinds(found):

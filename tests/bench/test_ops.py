@@ -58,18 +58,6 @@ def test_inputs_are_distant_and_share_weights():
     assert all(torch.equal(other["x"], first["x"]) for other in others)
 
 
-def test_sizes_of_an_operator():
-    sizes = cases.sizes_of(ops.layer_norm.op.spec)
-    assert sizes["quick"] == {"rows": (1, 2, 197), "channels": 768}
-    assert "edge, rows 2×5, channels 7" in sizes
-    assert "edge, rows 0, channels 16" not in sizes
-
-
-def test_rows_that_are_a_number_stay():
-    quick = cases.sizes_of(ops.step_attention.op.spec)["quick"]
-    assert quick == ops.step_attention.op.spec.models["base"]
-
-
 def test_selected_sizes_and_directions():
     selection = Selection("large", ("float32", "bfloat16"), directions=("forward", "backward"), sizes=("large",))
     keys = cases.keys(selection)
@@ -77,10 +65,6 @@ def test_selected_sizes_and_directions():
     assert {key.direction for key in keys if key.name == "beam_step"} == {"forward"}
     assert {key.direction for key in keys if key.name == "mlp"} == {"forward", "backward"}
     assert len(keys) == len(set(keys))
-
-
-def test_bounds_are_of_operators():
-    assert BOUNDS.keys() <= ops.OPERATORS.keys()
 
 
 def test_attention_by_each_gpu_kernel():

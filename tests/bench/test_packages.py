@@ -6,7 +6,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from bench import packages
 from bench.row import Key
@@ -65,42 +64,6 @@ def test_without_a_gpu_no_package_has_a_column():
     assert all("cuda" in reason and "cpu" in reason for reason in why_not.values())
 
 
-def test_no_package_knows_the_beam_step():
-    given = arguments("beam_step")
-    assert (packages.ways("beam_step", given), packages.why_not("beam_step", given)) == ({}, {})
-
-
-def test_attention_of_packages(stand_in, backends_for_any_device):
-    def attention(query, key, value, causal=False, attn_bias=None):
-        query, key, value = (each.transpose(1, 2) for each in (query, key, value))
-        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-
-    stand_in("flash_attn", flash_attn_func=attention)
-    stand_in("xformers.ops", memory_efficient_attention=attention)
-    given = arguments("attention", batch=2, queries=5, keys=7)
-    ways = packages.ways("attention", given)
-    assert list(ways) == ["flash_attn", "xformers"]
-    for prepare in ways.values():
-        torch.testing.assert_close(prepare(given)(), ops.attention(*list(given.values())[:3]), atol=0.02, rtol=0.02)
-
-
-def test_unsupported_arguments(stand_in, backends_for_any_device):
-    stand_in("flash_attn", flash_attn_func=None)
-    stand_in("xformers.ops")
-    found = packages.why_not("attention", arguments("attention", torch.float32))
-    assert found["flash_attn"] == "flash_attn supports float16 and bfloat16, got torch.float32"
-    assert packages.ways("attention", arguments("attention", torch.float32)) == {}
-    masked = arguments("attention", batch=2, queries=5, keys=7, masked=True)
-    assert list(packages.ways("attention", masked)) == []
-
-
-def test_a_missing_package(monkeypatch, nothing_cached, backends_for_any_device):
-    monkeypatch.setitem(sys.modules, "xformers", None)
-    found = packages.why_not("attention", arguments("attention"))
-    assert "xformers" in found
-    assert "pip install xformers" in found["xformers"]
-
-
 def test_layer_norm_of_liger_kernel(stand_in):
     class LigerLayerNorm(torch.nn.LayerNorm):
         def __init__(self, hidden_size, eps):
@@ -114,13 +77,6 @@ def test_layer_norm_of_liger_kernel(stand_in):
     torch.testing.assert_close(run(), ops.layer_norm(given["x"], given["weight"], given["bias"], eps=given["eps"]))
     plain = {**on_a_gpu, "weight": None, "bias": None}
     assert packages.why_not("layer_norm", plain)["liger_kernel"] == "its layer norm needs a weight and a bias"
-
-
-def test_missing_liger_kernel(monkeypatch, nothing_cached):
-    monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    given = arguments("layer_norm")
-    given["x"] = given["x"].as_subclass(OnCuda)
-    assert "pip install liger-kernel" in packages.why_not("layer_norm", given)["liger_kernel"]
 
 
 def test_reasons_are_grouped():

@@ -135,20 +135,6 @@ def test_all_layers_of_a_kind_share_one_compilation(unique_graphs):
     assert unique_graphs() == 5
 
 
-def test_compilations_of_question_answering(unique_graphs):
-    config = TINY.replace(text_encoder_layers=12, stored_layers=10, fusion_layers=10, text_decode_layers=10)
-    model, peer, video = build(config, "answering")
-    question, mask = random_text(config, 2, 7)
-    expected = model.generate(video, question_ids=question, question_mask=mask, num_beams=5, min_length=4, max_length=4)
-    peer.compile(backend="aot_eager")
-    with torch.no_grad():
-        memory, memory_mask = peer.encode_question(video, question, mask)
-    ids, _ = peer.decode(memory, 5, 4, 4, memory_mask)
-    assert torch.equal(ids, expected.sequences[:, 0])
-    # Captioning's five, a text layer and a fusion layer.
-    assert unique_graphs() == 7
-
-
 def test_compilations_of_training(unique_graphs):
     config = TINY.replace(layers=10, text_decode_layers=10)
     _, peer, video = build(config)

@@ -1,10 +1,8 @@
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bench import committed
 from bench.row import Results, on_roofline
 from tests.bench.test_targets import CEILINGS, op
 
@@ -128,12 +126,3 @@ def test_rooflines_omit_gradients_and_edge_cases():
     assert on_roofline([row, *(replace(row, key=replace(row.key, **other)) for other in others)]) == [row]
     with pytest.raises(ValueError, match="no row has both FLOP and bytes"):
         plots.roofline(results(op("attention")), Path("not written.png"))
-
-
-def test_the_picture_of_a_file_is_beside_it(tmp_path):
-    (tmp_path / "w.json").write_text(json.dumps(WATERFALL))
-    results(op("attention")).write(tmp_path / "nothing.json")
-    file = committed.read(tmp_path / "w.json")
-    plots.draw(file.kind, file.held, file.picture)
-    assert (tmp_path / "w.png").exists()
-    assert committed.read(tmp_path / "nothing.json").picture is None

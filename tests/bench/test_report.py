@@ -110,17 +110,6 @@ def test_pages_are_written_without_matplotlib(root, monkeypatch, capsys):
     assert not list(root.rglob("*.png"))
 
 
-def test_a_block_without_results_says_so(tmp_path):
-    text = report.fill(README, [])
-    assert text.count("Not measured yet.") == 2
-    assert "old" not in text
-
-
-def test_a_page_without_results(tmp_path):
-    text = performance.page([], tmp_path)
-    assert "- a CPU: none of the targets\n- NVIDIA H200: none of the targets" in text
-
-
 def test_the_documentation_is_up_to_date():
     assert report.main(["--check"]) == 0
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from bench import flops, plots, scaling
+from bench import flops, scaling
 from bench.measure import Measured
 from bench.process import ProcessError
 from bench.progress import Progress
@@ -125,17 +125,6 @@ def test_a_default_point_that_fails_ends_the_run(tmp_path, monkeypatch):
     with pytest.raises(ProcessError, match="fast float32: RuntimeError: out of memory"):
         scaling.run(sweep(**QUICK), tmp_path, Progress())
     assert not list(tmp_path.iterdir())
-
-
-def test_unknown_memory_can_be_drawn(tmp_path):
-    plan = sweep(**QUICK)
-    found = Measured("native", [1.0])
-    rows = scaling.tabulate(plan, "float32", dict.fromkeys(plan.points(), found))
-    described = {"cpu": "CPU", "gpu": None, "threads": 1}
-    plots.scaling(
-        {"rows": [vars(row) for row in rows], "machine": described, "versions": {"torch": "2"}}, tmp_path / "a.png"
-    )
-    assert (tmp_path / "a.png").read_bytes().startswith(PNG)
 
 
 def test_slow_points_run_once(tmp_path, monkeypatch):

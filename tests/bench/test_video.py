@@ -59,10 +59,6 @@ def test_a_note_without_av(without_av):
         cases.build(Key("video", "decoding", "tiny, 16 frames of 256 px", "forward", "float32", "cpu"), compile=False)
 
 
-def test_no_note_with_av():
-    assert cases.notes() == []
-
-
 def test_files_are_deleted_with_their_object():
     clips = Clips(1, 3, 16)
     folder = Path(clips.paths[0]).parent

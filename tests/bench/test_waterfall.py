@@ -5,20 +5,17 @@ import math
 import shlex
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 import torch
 
 from bench import waterfall
-from bench import weights as weights_module
 from bench.measure import SCORE_NOISE
 from bench.plan import Plan, Spec
 from bench.progress import Progress
 from bench.waterfall_steps import Sizes, StepWorker, techniques
 from mplug2_fast import _native, ops
 from mplug2_fast._native import native
-from mplug2_fast.models.mplug2 import MPlug2ForCaptioning
 
 pytestmark = pytest.mark.filterwarnings("ignore:mplug2_fast runs on its PyTorch fallbacks")
 
@@ -109,19 +106,6 @@ def test_json_table_and_markdown(first_and_last, capsys):
     assert "| official algorithm | float32 |" in text
 
 
-@pytest.mark.parametrize("technique", list(techniques("cpu")))
-def test_a_row_allocates_only_the_weights_that_it_uses(technique):
-    """Those of one captioning model, each once."""
-    held = []
-    with pytest.MonkeyPatch.context() as patch, native_restored():
-        patch.setattr(weights_module, "fill", lambda weights: held.append(weights))
-        techniques("cpu")[technique](Sizes(PLAN.config, torch.float32, "cpu", 2, 3))
-    names = [name for weights in held for name in weights]
-    whole = MPlug2ForCaptioning(PLAN.config, device="meta").official_parameters()
-    assert len(names) == len(set(names))
-    assert set(names) == set(whole)
-
-
 @pytest.mark.skipif(native() is None, reason="there is no native module to hide")
 def test_products_without_own_kernels():
     make = next(make for name, make in techniques("cpu").items() if "oneDNN" in name)
@@ -162,15 +146,3 @@ def test_wrong_rows_are_marked(first_and_last):
     changed = {**first_and_last, "rows": rows}
     assert waterfall.wrong(changed) == [rows[1]["technique"]]
     assert waterfall.markdown(changed).count("WRONG") == 1
-
-
-def test_rows_of_cuda_and_without_the_native_module(monkeypatch):
-    names = list(techniques("cuda"))
-    assert names[-1] == "own Triton kernels"
-    assert "packed weights" not in names
-    if native() is not None:
-        assert len(techniques("cpu")) == len(names) + 2
-    monkeypatch.setattr("bench.waterfall_steps.native", lambda: None)
-    assert not any("own kernels" in name for name in techniques("cpu"))
-    plan = replace(PLAN, dtypes=("float32", "float16"))
-    assert list(waterfall.steps_of(plan).values())[-1] == ("packed weights", "float16")

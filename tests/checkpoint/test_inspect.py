@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections import Counter
 
 import pytest
@@ -42,13 +41,6 @@ def test_groups_add_up(golden_file):
     assert sum(group.parameters for group in found.groups) == found.parameters
     names = Counter((group.kind, group.name) for group in found.groups)
     assert set(names.values()) == {1}
-
-
-def test_is_ready_for_json(golden_file):
-    told = json.loads(json.dumps(inspect(golden_file).to_dict()))
-    assert told["ok"] is True
-    assert told["config"]["vision"]["image_size"] == 56
-    assert told["counts"]["unused"] == 104
 
 
 def test_directory(golden_file, tmp_path):

@@ -13,8 +13,6 @@ from torch import nn
 import mplug2_fast as mf
 from mplug2_fast.checkpoint import convert, official_names
 
-POSITIONS = "visual_encoder.visual.positional_embedding"
-
 
 def assert_holds(model, weights, dtype=torch.float32):
     views = model.official_parameters()
@@ -92,15 +90,6 @@ def test_training_checkpoint(golden_file, golden_weights):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_loaded_model_computes_what_the_reference_does(golden_file, golden_weights):
-    model = mf.from_pretrained(golden_file, task="captioning")
-    reference = mf.reference.MPlug2ForCaptioning(model.config).eval()
-    mf.load_released(reference, golden_weights)
-    video = torch.randn(2, 3, 4, 56, 56, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        torch.testing.assert_close(model.encode_video(video), reference.encode_video(video), atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_safetensors_with_sizes_from_shapes(tmp_path, golden_weights, golden_config, prefix):
     path = tmp_path / "weights.safetensors"
@@ -135,46 +124,11 @@ def test_tasks_of_a_captioning_directory(golden_file, golden_weights, tmp_path):
     assert 'task="captioning"' in str(caught.value)
 
 
-def test_question_answering_directory_serves_captioning(golden_file, golden_weights, tmp_path):
-    folder = convert(golden_file, tmp_path / "both")
-    assert isinstance(mf.from_pretrained(folder), mf.MPlug2ForQuestionAnswering)
-    model = mf.from_pretrained(folder, task="captioning")
-    assert isinstance(model, mf.MPlug2ForCaptioning)
-    assert_holds(model, golden_weights)
-
-
-def test_another_image_size_resizes_positions(golden_file, golden_config, golden_weights):
-    config = golden_config.replace(image_size=84)
-    model = mf.from_pretrained(golden_file, task="captioning", config=config)
-    by_hand = mf.MPlug2ForCaptioning(config)
-    fit = mf.load_released(by_hand, golden_weights)
-    assert POSITIONS in fit.resized
-    resized = model.official_parameters()[POSITIONS]
-    assert resized.shape == (37, 128)
-    assert torch.equal(resized, by_hand.official_parameters()[POSITIONS])
-
-
-def test_report_names_the_file(tmp_path, golden_weights, golden_config):
-    path = tmp_path / "checkpoint.pth"
-    torch.save({"model": golden_weights | {"extra.weight": torch.zeros(1)}}, path)
-    with pytest.raises(mf.CheckpointError) as caught:
-        mf.from_pretrained(path, task="captioning")
-    assert str(caught.value).startswith(f"{path} does not fit")
-    assert "extra.weight" in str(caught.value)
-
-
 def test_differing_twins_are_refused(tmp_path, golden_weights):
     path = tmp_path / "checkpoint.pth"
     twin = "text_decoder.cls.predictions.decoder.bias"
     torch.save({"model": golden_weights | {twin: torch.ones(400)}}, path)
     with pytest.raises(mf.CheckpointError, match=f"^{path}: {twin} differs"):
-        mf.from_pretrained(path, task="captioning")
-
-
-def test_quantised_weights_are_refused(tmp_path, golden_weights):
-    path = tmp_path / "checkpoint.pth"
-    torch.save({"model": {key: tensor.to(torch.int8) for key, tensor in golden_weights.items()}}, path)
-    with pytest.raises(mf.CheckpointError, match=r"180 entries are not floating point"):
         mf.from_pretrained(path, task="captioning")
 
 
@@ -252,8 +206,3 @@ def test_state_dicts_that_are_not_of_a_whole_model(tmp_path, golden_weights, gol
         mf.from_pretrained(tmp_path / "checkpoint.pth", task="captioning", config=golden_config)
     with pytest.raises(mf.CheckpointError, match=message):
         mf.load_released(mf.MPlug2ForCaptioning(golden_config), change(golden_weights))
-
-
-def test_unknown_task(golden_file):
-    with pytest.raises(mf.ConfigError, match="retrieval"):
-        mf.from_pretrained(golden_file, task="retrieval")

@@ -84,7 +84,6 @@ def song_with_a_cover(folder):
     return contents("cover.mp3", b"ID3\3\0\0" + size + frame + sound)(folder)
 
 
-PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nother.ts\n#EXT-X-ENDLIST\n"
 FASTSTART = {"container_options": {"movflags": "faststart"}}
 BROKEN = {
     "missing": (lambda folder: folder / "missing.mp4", "no such file"),
@@ -101,8 +100,6 @@ BROKEN = {
     "web page": (contents("page.mp4", b"<!DOCTYPE html><html><body>404</body></html>"), "is not a video or image"),
     "zeros": (contents("zeros.mp4", bytes(10_000)), "is not a video or image"),
     "noise": (contents("noise.avi", random.Random(0).randbytes(50_000)), "is not a video or image"),
-    "playlist": (contents("list.m3u8", PLAYLIST), "is not a video or image"),
-    "list of files": (contents("list.mp4", b"ffconcat version 1.0\nfile other.mp4\n"), "is not a video or image"),
     "sound": (lambda folder: write_sound(folder / "sound.wav", "pcm_s16le"), "has no video stream, only audio"),
     "sound in mp4": (lambda folder: write_sound(folder / "sound.mp4", "aac"), "has no video stream, only audio"),
     "song with a cover": (song_with_a_cover, "has no video stream, only audio"),

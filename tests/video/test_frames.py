@@ -176,8 +176,3 @@ def test_pixel_formats_become_rgb(tmp_path, pixel_format):
         container.mux(stream.encode(frame.reformat(format=pixel_format)))
         container.mux(stream.encode(None))
     assert np.array_equal(read_frames(path, 1)[0].numpy(), picture)
-
-
-def test_num_frames_must_be_positive(tmp_path):
-    with pytest.raises(ValueError, match="num_frames must be at least 1, not 0"):
-        read_frames(tmp_path / "clip.mp4", 0)
