@@ -1,5 +1,5 @@
 """The GPU resources of each Triton kernel, found without a GPU: all configurations are compiled ahead of time for the
-sizes of the Large model.
+sizes of the Large model and a few others.
 
     python -m bench.triton_resources          # writes bench/results/triton_resources.md
 
@@ -36,6 +36,14 @@ CAPABILITIES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes per program (CUDA C++ Programming Guide, technical specifications per compute capability)."""
 DTYPES = (torch.bfloat16, torch.float32)
+OTHER_SIZES: dict[str, list[dict[str, int | bool]]] = {
+    "attention": [
+        {"batch": 2, "queries": 257, "keys": 257, "head_dim": 64, "masked": True, "causal": True},
+        {"batch": 2, "queries": 33, "keys": 257, "head_dim": 128, "masked": True},
+    ],
+    "beam_attention": [{"batch": 2, "queries": 40, "keys": 600, "head_dim": 128, "masked": True}],
+}
+"""Sizes that use kernels in other ways than the Large model does: padded and causal, 128 channels, many beams."""
 
 _TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|IMMA|UTC[A-Z]*MMA|UTMALDG)\b")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
@@ -63,12 +71,12 @@ def operators() -> list[str]:
 
 
 def launches(name: str, dtype: torch.dtype, capability: int) -> Iterator[Launch]:
-    """The launches of an operator, forward and backward, at the sizes of the Large model; each kernel once."""
+    """The launches of an operator, forward and backward, at the sizes of the Large model and at `OTHER_SIZES`; each
+    kernel once."""
     op = ops.OPERATORS[name].op
     backend, seen = op.backends["triton"], set()
-    for label, sizes in op.spec.models.items():
-        if not label.startswith("large"):
-            continue
+    large = [sizes for label, sizes in op.spec.models.items() if label.startswith("large")]
+    for sizes in large + OTHER_SIZES.get(name, []):
         with torch.device("meta"):  # random numbers too
             given = op.arguments(**op.spec.inputs(sizes, dtype, "meta"))
         with record(capability) as recorder:
@@ -204,7 +212,7 @@ def main() -> int:
     lines = [
         "# GPU resources of the Triton kernels",
         "",
-        f"{compiler}for the sizes of the Large model. The digest covers the compiled source. Registers and spilled "
+        f"{compiler}for the sizes of the Large model and a few others. The digest covers the compiled source. Registers and spilled "
         "bytes are per thread, shared memory (KiB) is per program. HMMA, HGMMA and UTC…MMA are tensor-core "
         "instructions of compute capability 8.0, 9.0 and 10.0; UTMALDG are loads by the tensor memory accelerator.",
         "",

@@ -1,6 +1,8 @@
 """Packed weights that change: results are those of the weight as it is, whoever has written to it, and how."""
 
+import copy
 import ctypes
+import io
 
 import pytest
 import torch
@@ -111,6 +113,17 @@ def test_every_way_to_write(layer, write):
     check(layer, packed=write is not swapped)
     write(layer)
     check(layer, packed=write is not swapped)
+
+
+def test_copies_and_files_are_unpacked(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for other in (copy.deepcopy(layer), torch.load(file, weights_only=False)):
+        check(other, packed=False)
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    ops.unpack_weight(layer.weight)
+    check(layer, packed=False)
 
 
 def test_weights_that_are_replaced(layer):

@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import Tensor, func
 from torch.autograd import forward_ad
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 
 from mplug2_fast import ops
 from mplug2_fast.errors import BackendError
@@ -122,27 +120,6 @@ def test_gradients_of_each_sample(case):
     every = tuple(range(len(tensors)))
     close(func.vmap(func.grad(ours, every))(*batches), func.vmap(func.grad(reference, every))(*batches))
     close(func.functionalize(func.vmap(ours))(*batches)[None], func.vmap(reference)(*batches)[None])
-
-
-@pytest.mark.parametrize("around", ["hooks", "save_on_cpu", "reentrant", "not reentrant", "anomaly"])
-@pytest.mark.parametrize("backend", [None, "cpu"])
-def test_what_surrounds_a_step_of_training(around, backend, native_module):
-    x, weight = torch.randn(3, 16, requires_grad=True), torch.randn(16, requires_grad=True)
-
-    def step() -> Tensor:
-        if "reentrant" in around:
-            return checkpoint(ops.layer_norm, x, weight, use_reentrant=around == "reentrant")
-        return ops.layer_norm(x, weight)
-
-    contexts = {
-        "hooks": saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t),
-        "save_on_cpu": save_on_cpu(),
-        "anomaly": torch.autograd.detect_anomaly(check_nan=True),
-    }
-    with contexts.get(around, nullcontext()), nullcontext() if backend is None else ops.use_backend(backend):
-        step().square().sum().backward()
-    expected = torch.autograd.grad(torch.nn.functional.layer_norm(x, (16,), weight).square().sum(), (x, weight))
-    close((x.grad, weight.grad), expected)
 
 
 def test_inference_mode(native_module):

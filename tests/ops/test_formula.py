@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
@@ -43,20 +42,6 @@ def test_a_tensor_subclass_stays_one(native_module):
         ops.linear_act(X, WEIGHT.as_subclass(Named))
     with ops.strict(), pytest.raises(BackendError, match="would fall back"):
         ops.linear_act(X, WEIGHT.as_subclass(Named))
-
-
-def test_tensors_of_several_processes(native_module):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        x, weight = distribute_tensor(X, mesh, [Replicate()]), distribute_tensor(WEIGHT, mesh, [Shard(0)])
-        out = ops.linear_act(x, weight, activation="gelu")
-        torch.testing.assert_close(out.full_tensor(), ops.linear_act(X, WEIGHT, activation="gelu"))
-    finally:
-        dist.destroy_process_group()
 
 
 def test_modes_see_one_operator(native_module):

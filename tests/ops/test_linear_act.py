@@ -1,13 +1,9 @@
-import copy
-import io
-
 import pytest
 import torch
-from torch.nn import functional as F
 
 from mplug2_fast import ops
 from mplug2_fast.ops.linear_act import EAGER, SPEC, quick_gelu
-from mplug2_fast.ops.runtime import onednn, triton
+from mplug2_fast.ops.runtime import triton
 from tests.ops.suite import TRITON_DEVICE, DifferentiableOpSuite
 
 
@@ -32,42 +28,6 @@ def test_autocast():
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
     assert x.grad.dtype == weight.grad.dtype == torch.float32
-
-
-class TestPacking:
-    @pytest.fixture
-    def layer(self):
-        torch.manual_seed(0)
-        return torch.nn.Linear(32, 48).requires_grad_(False)
-
-    @pytest.fixture(autouse=True)
-    def every_product_pays(self, monkeypatch, native_module):
-        monkeypatch.setattr(onednn, "pays", lambda weight, rows: True)
-
-    def check(self, layer, is_packed):
-        x = torch.randn(80, 32)
-        torch.testing.assert_close(ops.linear_act(x, layer.weight, layer.bias), F.linear(x, layer.weight, layer.bias))
-        assert onednn.is_packed(layer.weight) == is_packed
-
-    def test_the_packed_weight_serves(self, layer, monkeypatch):
-        ops.pack_weight(layer.weight, 80)
-        self.check(layer, True)
-        seen = []
-        linear = torch.ops.mkldnn._linear_pointwise
-        monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", lambda x, w, *a: seen.append(w) or linear(x, w, *a))
-        self.check(layer, True)
-        assert seen[0].is_mkldnn
-        ops.unpack_weight(layer.weight)
-        self.check(layer, False)
-
-    def test_copies_and_files_are_unpacked(self, layer):
-        ops.pack_weight(layer.weight, 80)
-        self.check(copy.deepcopy(layer), False)
-        file = io.BytesIO()
-        torch.save(layer, file)
-        file.seek(0)
-        self.check(torch.load(file, weights_only=False), False)
-        assert list(layer.state_dict()) == ["weight", "bias"]
 
 
 @pytest.mark.parametrize(

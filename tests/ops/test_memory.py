@@ -168,17 +168,3 @@ def test_want_of_memory_in_a_thread(native_module):
             ops.attention(torch.randn(1, 600, 2, 64), key, key)
     finally:
         torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
-def test_logits_that_are_no_numbers(backend, native_module):
-    """A beam with one has no score; words and beams are still in range."""
-    logits = torch.randn(2, 3, 20)
-    logits[1, 1, 4] = torch.nan
-    with ops.use_backend(backend):
-        scores, total, origin, tokens = ops.beam_step(logits, torch.zeros(2, 3), step=5, min_length=0, end_token_id=2)
-    assert scores[0].isfinite().all()
-    assert scores[1].isnan().all()
-    assert total[1].isnan().all()
-    assert (origin[1] == 1).all()
-    assert ((tokens >= 0) & (tokens < 20)).all()

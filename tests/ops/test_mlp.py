@@ -70,26 +70,6 @@ class TestTriton:
         given_ones = {a.data_ptr() for a in arguments.values() if isinstance(a, torch.Tensor)}
         assert [t.shape for t in kept if t is not None and t.data_ptr() not in given_ones] == [(2, 9, 40)]
 
-    def test_triton_trains_in_a_compiled_graph(self):
-        arguments, seen = given(), []
-        leaves = {name: arguments[name].requires_grad_() for name in SPEC.differentiable}
-
-        def loss(leaves):
-            return (ops.mlp.op(*{**arguments, **leaves}.values()) * 3).square().mean()
-
-        def backend(graph, _):
-            seen.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
-            return graph.forward
-
-        with ops.use_backend("triton"):
-            expected = torch.autograd.grad(loss(leaves), leaves.values())
-            for kind in (backend, "aot_eager"):
-                torch._dynamo.reset()
-                compiled = torch.compile(loss, fullgraph=True, backend=kind)
-                for one, other in zip(torch.autograd.grad(compiled(leaves), leaves.values()), expected, strict=True):
-                    torch.testing.assert_close(one, other)
-        assert torch.ops.mplug2_fast.mlp_train.default in seen
-
 
 @pytest.mark.parametrize(
     ("dtype", "activation", "residual", "expected"),
