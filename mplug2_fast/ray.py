@@ -1,4 +1,4 @@
-"""Steps for Ray Data: captions of the videos that a column names, and answers to questions about them.
+"""Steps for Ray Data: they caption the videos that a column names, or answer questions about them.
 
     import ray
     from mplug2_fast.ray import Captions
@@ -13,8 +13,8 @@
     )
     captions.write_parquet("captions")
 
-Each is the step of a bulk run: worker processes decode, a file that is broken or takes too long costs only itself and
-has an `error`, and the model computes a batch at a time. Ray does the rest. Nothing here imports it.
+A step works like a bulk run: worker processes decode, and the model computes batches. A file that is broken or times
+out gets an `error` and affects no other. This module does not import Ray.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _USUAL = {"num_beams": None, "num_return": 1, "min_length": None, "max_length": 
 
 
 class _Step:
-    """From a batch of columns to the same columns and those of the results."""
+    """Adds columns with the results to a batch of columns."""
 
     def __init__(self, work: Work[Any], num_workers: int, timeout: float | None) -> None:
         self._work = work
@@ -68,8 +68,8 @@ class Captions(_Step):
     """Adds `text`, `score`, `decoder`, `error`, and as JSON `alternatives`, `frames` and `seconds`.
 
     Args:
-        checkpoint, dtype, device: as for `Captioner`. num_frames: of a clip; None takes the model's.
-        num_workers, timeout: processes that decode, and the seconds that they may take for a file.
+        checkpoint, dtype, device: as for `Captioner`. num_frames: frames per clip, by default the model's.
+        num_workers, timeout: decoding processes, and their timeout per file in seconds.
         options: of `Captioner.caption`.
     """
 
@@ -88,15 +88,15 @@ class Captions(_Step):
         super().__init__(Predict(captioner, _frames(captioner, num_frames), _searching(options)), num_workers, timeout)
 
     def __call__(self, batch: Columns) -> Columns:
-        """A batch with a column `path`."""
+        """Takes a batch with a column `path`."""
         return batch | _columns(self._lines([Source(str(path)) for path in batch["path"]]))
 
 
 class Answers(_Step):
-    """As `Captions`, for a column `question`, or for one question about all.
+    """Like `Captions`, for a column `question`, or for one question about all videos.
 
     Args:
-        question: asked about each video; None takes the column. candidates: to choose from, or None.
+        question: asked about each video. None: use the column. candidates: answers to choose from, or None.
         options: of `Answerer.answer`.
     """
 
@@ -119,7 +119,7 @@ class Answers(_Step):
         super().__init__(Predict(predictor, _frames(predictor, num_frames), filled), num_workers, timeout)
 
     def __call__(self, batch: Columns) -> Columns:
-        """A batch with a column `path`, and perhaps one `question`."""
+        """Takes a batch with a column `path`, and a column `question` unless one question is set."""
         questions = batch["question"] if self._question is None else [self._question] * len(batch["path"])
         for question in dict.fromkeys(questions):
             self._work.predictor.check_text(question)
@@ -133,14 +133,14 @@ def _frames(predictor: Predictor, num_frames: int | None) -> Frames:
 
 
 def _searching(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a search, all of them."""
+    """Adds defaults for missing options."""
     if unknown := options.keys() - _USUAL:
-        raise ConfigError(f"{', '.join(sorted(unknown))}: not known; there are {', '.join(_USUAL)}")
+        raise ConfigError(f"{', '.join(sorted(unknown))}: unknown option; use {', '.join(_USUAL)}")
     return _USUAL | options
 
 
 def _columns(lines: Sequence[Line]) -> Columns:
-    """Texts that are not there are None, numbers NaN; what has parts is JSON."""
+    """Missing texts are None, missing numbers NaN. Lists and dictionaries become JSON."""
     scores = [math.nan if line["score"] is None else line["score"] for line in lines]
     return {
         "text": np.array([line["text"] for line in lines], dtype=object),

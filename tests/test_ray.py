@@ -81,7 +81,7 @@ def test_answers(paths: list[str]) -> None:
 
 
 def test_options_that_are_not_known() -> None:
-    with pytest.raises(ConfigError, match="temperature: not known; there are num_beams, num_return"):
+    with pytest.raises(ConfigError, match="temperature: unknown option; use num_beams, num_return"):
         Captions(device="cpu", temperature=1)
 
 

@@ -10,8 +10,8 @@
 
 namespace mplug2_fast {
 
-// Adds one operator's functions to the module. Shapes, types and devices are checked by the Python operators that call
-// them; what is checked here is only what would otherwise read or write out of bounds. Addresses are those of tensors.
+// Adds one operator's functions to the module. The Python operators that call them check shapes, types and devices. The
+// checks here only prevent reads and writes out of bounds. Addresses are those of tensors.
 void bind_attention(pybind11::module_& module);
 void bind_beam_step(pybind11::module_& module);
 void bind_checksum(pybind11::module_& module);

@@ -1,4 +1,4 @@
-// The module mplug2_fast._C: plain functions on addresses and sizes, one file of bindings an operator.
+// The module mplug2_fast._C: plain functions on addresses and sizes. Each operator has its own file of bindings.
 
 #include "bind/bind.h"
 #include "cpu/activations.h"
@@ -14,13 +14,13 @@ PYBIND11_MODULE(_C, module) {
     module.attr("openmp") = false;
 #endif
     module.attr("compiler") = MPLUG2_COMPILER;
-    module.attr("no_cuda_because") = MPLUG2_NO_CUDA_BECAUSE;  // empty where there are kernels for GPUs
+    module.attr("no_cuda_because") = MPLUG2_NO_CUDA_BECAUSE;  // empty if there are kernels for GPUs
     py::enum_<Isa>(module, "Isa", "Instruction sets that the kernels are compiled for, the fastest last.")
         .value("portable", Isa::portable)
         .value("avx2", Isa::avx2)
         .value("avx512", Isa::avx512)
         .value("avx512_bf16", Isa::avx512_bf16);
-    py::enum_<Activation>(module, "Activation", "What is applied to a result; gelu is the erf form.")
+    py::enum_<Activation>(module, "Activation", "The activation of a result; gelu is the erf form.")
         .value("none", Activation::none)
         .value("gelu", Activation::gelu)
         .value("quick_gelu", Activation::quick_gelu);

@@ -25,7 +25,7 @@ struct Torch {
     std::int32_t (*layout_strided)();
     std::int32_t (*get_device_type)(Handle, std::int32_t*);
     std::int32_t (*device_type_cpu)();
-    // Python objects; they live as long as the process.
+    // Python objects, which are never freed.
     PyObject *tensor_type, *parameter_type, *dtype_type, *is_neg, *cdata, *requires_grad;
 };
 

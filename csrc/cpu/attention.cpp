@@ -53,7 +53,7 @@ void add_block(const Plan<kPair>& p, const Workspace<kPair>& w, std::int64_t row
     }
 }
 
-// One head's tokens, of one thread's current (batch, head) pair and part of the keys.
+// The tokens of one head, for the current (batch, head) pair and part of the keys of a thread.
 template <typename Element>
 struct Source {
     Tokens<Element> q, k, v;
@@ -120,7 +120,7 @@ void add_part(const Plan<kPair>& p, const Workspace<kPair>& w, const Source<Elem
             add_block(p, w, rows, first, count, w.keys + first * p.words,
                       w.values + first / (kPair ? 2 : 1) * p.value_stride);
         } else {
-            // what is packed next: the following block, or the next head's first
+            // packed next: the following block, or the first block of the next head
             const bool last = b + 1 == blocks.parts;
             const std::int64_t k_ahead = (last ? p.a.k_strides[2] - first * s.k.stride : count * s.k.stride) * kSize;
             const std::int64_t v_ahead = (last ? p.a.v_strides[2] - first * s.v.stride : count * s.v.stride) * kSize;

@@ -11,7 +11,7 @@ namespace mplug2_fast {
 // q and out are (batch, q_len, heads, head_dim), k and v (batch, k_len, heads, head_dim). The strides of q, k and v, in
 // elements, are those of batch, token and head; channels are contiguous, and out is contiguous altogether. `mask` is
 // null or (batch, k_len) bytes with a stride for batch; keys whose byte is zero are not read. With `causal`, query i
-// sees the keys up to i. A query that sees no key gets zeros. All have the type that `bf16` tells, bfloat16 or float32;
+// sees the keys up to i. A query that sees no key gets zeros. All are bfloat16 if `bf16`, otherwise float32;
 // scores, softmax and sums are in float32. The result does not depend on `threads`.
 struct AttentionArguments {
     const void* q;
@@ -27,7 +27,7 @@ struct AttentionArguments {
     int threads;
 };
 
-// What AttentionArguments::head_dim may be at most.
+// The maximum of AttentionArguments::head_dim.
 inline constexpr std::int64_t kLargestHead = 256;
 
 MPLUG2_KERNEL(attention, AttentionArguments)

@@ -1,6 +1,6 @@
 #pragma once
 
-// Attention of a few queries, whose time is that of reading keys and values from memory: both are used as they lie.
+// Attention of a few queries. Most of the time is spent reading keys and values, so both are used without packing.
 
 #include <type_traits>
 
@@ -61,7 +61,7 @@ struct FewValues {
     }
 };
 
-// The products of all queries with up to kColumns keys: `scores` (rows, kColumns), `missing` where a vector has no key.
+// The products of all queries with up to kColumns keys: `scores` (rows, kColumns), `missing` for lanes without a key.
 template <typename Element>
 void few_scores(const PackedRows<StepOf<Element>>& queries, const Tokens<Element>& keys, std::int64_t first,
                 std::int64_t count, float missing, float* scores, std::int64_t rows) {

@@ -1,13 +1,13 @@
 #pragma once
 
-// How the attention kernel lays out queries, keys and values. Everything is in 32-bit words: a float, or, where the
-// processor multiplies pairs of bfloat16 (kPair), two neighbours along the dimension that is summed over.
+// The attention kernel's layout of queries, keys and values. All consist of 32-bit words: a float or, if the processor
+// multiplies pairs of bfloat16 (kPair), two neighbours along the dimension that is summed over.
 //
 //   queries  [row][channel words]
 //   keys     [key / kLanes][channel words][kLanes keys]
 //   values   [key words][channels]
 //
-// Rows of words are filled up with zeros to whole vectors; keys to kLanes, values to a whole word.
+// Rows of words are padded with zeros to whole vectors, keys to kLanes, values to a whole word.
 
 #include "cpu/simd.h"
 
@@ -38,7 +38,7 @@ MPLUG2_INLINE std::int64_t round_up(std::int64_t value, std::int64_t to) {
     return divide_up(value, to) * to;
 }
 
-// Tokens of one head. With `index`, token j is row index[j]: those that a mask leaves.
+// Tokens of one head. With `index`, the tokens that a mask keeps: token j is row index[j].
 template <typename Element>
 struct Tokens {
     const Element* base;
@@ -48,7 +48,7 @@ struct Tokens {
     const Element* operator[](std::int64_t j) const { return base + (index ? index[j] : j) * stride; }
 };
 
-// Words of up to kLanes * (kPair ? 2 : 1) channels, of which `count` >= 1 exist; zeros for the others.
+// Words of kLanes * (kPair ? 2 : 1) channels. Only the first `count` >= 1 exist; the others are zero.
 template <bool kPair>
 MPLUG2_INLINE U32 channel_words(const float* from, std::int64_t count) {
     static_assert(!kPair, "pairs are of bfloat16");
@@ -75,8 +75,8 @@ MPLUG2_INLINE U32 channel_words(const Bf16* from, std::int64_t count) {
     return (U32)(count < kLanes ? load_first(from, static_cast<int>(count)) : load(from));
 }
 
-// Asks the second-level cache for the line `ahead` bytes on, where the next tokens to be packed are; that may lie
-// outside of the tensor. (Prefetches to the first level make the loads wait: measured half as fast.)
+// Prefetches the line `ahead` bytes further, with the next tokens to pack, into the second-level cache. The address may
+// be outside the tensor. (Prefetching into the first level halves the speed, because loads wait.)
 MPLUG2_INLINE void prefetch(const void* from, std::int64_t ahead) {
     __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(from) + ahead), 0, 2);
 }
@@ -100,7 +100,7 @@ MPLUG2_INLINE void pack_queries(const Tokens<Element>& queries, std::int64_t beg
 typedef std::uint64_t U64x8 __attribute__((vector_size(64)));
 typedef std::uint16_t U16x32 __attribute__((vector_size(64)));
 
-MPLUG2_INLINE U32 low_words(U32 a, U32 b) {  // of every four, alternating
+MPLUG2_INLINE U32 low_words(U32 a, U32 b) {  // alternating, of every four
     return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
 }
 
@@ -147,7 +147,7 @@ MPLUG2_INLINE void transpose(U32 (&m)[16]) {
     }
 }
 
-// A row of `to` of which only the first channels in `mask` are read.
+// A row of `to`, for which only the first channels in `mask` are read.
 template <bool kPair>
 MPLUG2_INLINE U32 masked_words(const float* from, std::uint32_t mask) {
     return (U32)_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);

@@ -1,6 +1,6 @@
 #pragma once
 
-// How one call of the attention kernel is cut into pieces of work, and the memory that a thread works in.
+// Splits one call of the attention kernel into pieces of work, and defines the memory of a thread.
 
 #include "cpu/attention.h"
 #include "cpu/attention_tile.h"
@@ -9,21 +9,21 @@
 namespace mplug2_fast::MPLUG2_ISA {
 namespace {
 
-// The queries of one (batch, head) are cut into groups, whose sums stay in the second-level cache while keys and values
-// go by. Where one group is all there is, every block of keys is packed just before its use, and the keys are cut into
-// parts whose results are merged, so that few heads and queries occupy many threads too. Where there are more groups,
-// the keys are packed once for all groups. A few queries, as of beams, are worth no packing: keys and values are read
-// as they lie. The cuts follow from the sizes alone, and so does the result.
+// The queries of one (batch, head) are split into groups, whose sums stay in the second-level cache while keys and
+// values are read. With a single group, every block of keys is packed just before its use, and the keys are split into
+// parts whose results are merged, so that few heads and queries occupy many threads too. With several groups, the keys
+// are packed once for all groups. For a few queries, such as beams, packing does not pay: keys and values are read
+// without it. The split, and so the result, depends only on the sizes.
 constexpr std::int64_t kGroupRows = 288;
 constexpr std::int64_t kSmallGroupRows = 96;  // for few heads
 constexpr std::int64_t kFewHeads = 16;
 constexpr std::int64_t kPartKeys = 1024;
-constexpr std::int64_t kFewRows = 48;  // a group as small as this leaves room for smaller blocks of keys
+constexpr std::int64_t kFewRows = 48;  // such small groups use smaller blocks of keys
 constexpr std::int64_t kFewRowsBlockKeys = 64;
 constexpr std::int64_t kUnpackedRows = 12;
 constexpr float kLog2E = 1.44269504088896341f;
 
-// `count` cut into `parts` equal pieces that are multiples of `unit`; the last may be smaller.
+// `count` split into `parts` equal pieces that are multiples of `unit`; the last may be smaller.
 struct Cut {
     std::int64_t count, size, parts;
 
@@ -37,7 +37,7 @@ struct Cut {
     std::int64_t length(std::int64_t part) const { return at_most(size, count - part * size); }
 };
 
-// One allocation, handed out in pieces that begin on cache lines.
+// One allocation, divided into pieces that begin on cache lines.
 class Scratch {
   public:
     explicit Scratch(std::int64_t bytes) : base_(bytes), next_(base_) {}
@@ -69,7 +69,7 @@ struct Plan {
     std::int64_t pairs;         // of batch and head
     Cut groups;                 // of queries
     Cut parts;                  // of keys
-    bool pack_ahead;            // all keys of a part, rather than block by block
+    bool pack_ahead;            // all keys of a part at once, not block by block
     bool unpacked;
     std::int64_t block_keys;
     float factor;  // of scores in the exponent of two
@@ -86,23 +86,23 @@ struct Plan {
           unpacked(a.q_len <= kUnpackedRows && !a.causal && a.head_dim % kLanes == 0),
           block_keys(a.q_len <= kFewRows ? kFewRowsBlockKeys : kBlockKeys),
           factor(__builtin_fabsf(a.scale) * kLog2E) {
-        // Keys that are not there have the score -infinity, which must stay what it is.
+        // Missing keys have the score -infinity, which must not change.
         factor = factor > 1e-30f ? factor : 1e-30f;
     }
 
     std::int64_t packed_keys() const { return round_up(pack_ahead ? parts.size : block_keys, kLanes); }
 };
 
-// What one thread works with.
+// The memory of one thread.
 template <bool kPair>
 struct Workspace {
     Scratch scratch;
     Word *queries, *keys, *values;
     float *sums, *largest, *totals;  // of each row of a group
-    int* limits;                     // how many of the keys each row of a group sees
+    int* limits;                     // number of keys that each row of a group sees
     float *scores, *maxima, *corrections;
     int* tile_limits;
-    std::int32_t* index;  // the keys that the mask leaves
+    std::int32_t* index;  // the keys that the mask keeps
 
     static std::int64_t bytes(const Plan<kPair>& p) {
         return Scratch::bytes<Word>(p.groups.size * p.query_stride) + Scratch::bytes<Word>(p.packed_keys() * p.words) +
@@ -128,8 +128,8 @@ struct Workspace {
           index(scratch.take<std::int32_t>(p.a.mask ? p.parts.size : 0)) {}
 };
 
-// Turns `vectors` vectors of scores of row `row`, `most` being the largest, into weights in place; `correction` becomes
-// what the row's sums of earlier blocks are to be multiplied by.
+// Turns `vectors` vectors of scores of row `row`, with the maximum `most`, into weights in place. `correction` becomes
+// the factor for the row's sums of earlier blocks.
 template <bool kWords, bool kPair>
 MPLUG2_INLINE void weigh_block(const Plan<kPair>& p, const Workspace<kPair>& w, std::int64_t row, float* scores,
                                std::int64_t vectors, float most, float& correction) {

@@ -7,7 +7,7 @@
 namespace mplug2_fast::MPLUG2_ISA {
 namespace {
 
-// Accumulators of the products, in vectors: what fits the registers along with one row of the packed operand.
+// Accumulators of the products, in vectors: they fit into the registers together with one row of the packed operand.
 constexpr int kProductRows = 6;
 #ifdef __AVX512F__
 constexpr int kProductVectors = 4;
@@ -17,7 +17,7 @@ constexpr int kProductVectors = 2;
 
 constexpr int kTileRows = 4 * kProductRows;
 constexpr int kBlockKeys = 320;
-// In floats; not a multiple of a page's part, or rows of a tile would share few sets of the first-level cache.
+// In floats. A power of two would put the rows of a tile into the same few sets of the first-level cache.
 constexpr int kScoreStride = kBlockKeys + 16;
 
 template <bool kPair>
@@ -54,7 +54,7 @@ MPLUG2_INLINE void multiply(F32 (&acc)[kRows][kVectors], const Word* a, std::int
     }
 }
 
-// Calls Product::run<rows, vectors>, both at most what the registers hold.
+// Calls Product::run<rows, vectors>. Both are limited by the registers.
 template <typename Product, int kRows = kProductRows, int kVectors = kProductVectors>
 MPLUG2_INLINE void dispatch(int rows, int vectors, const Product& product) {
     if constexpr (kRows > 1) {
@@ -78,7 +78,7 @@ MPLUG2_INLINE I32 lane_numbers() {
     return numbers;
 }
 
-// Scores of some queries and vectors of keys, and the largest of each row's, lane by lane.
+// Scores of some queries and vectors of keys, and the maximum of each row in each lane.
 template <bool kPair>
 struct ScoreProduct {
     const Word* queries;
@@ -87,11 +87,12 @@ struct ScoreProduct {
     std::int64_t words;
     float* scores;
     float* maxima;      // [row][kLanes]
-    const int* limits;  // how many keys from this one on each row sees, or null: all of them
+    const int* limits;  // number of keys from this one on that each row sees; null for all
 
     template <int kRows, int kVectors>
     __attribute__((noinline)) void run() const {
-        const auto [queries, query_stride, keys, words, scores, maxima, limits] = *this;  // no reloads after stores
+        const auto [queries, query_stride, keys, words, scores, maxima, limits] =
+            *this;  // copies avoid reloads after stores
         F32 acc[kRows][kVectors] = {};
         multiply<kPair>(acc, queries, query_stride, keys, kLanes, words * kLanes, words);
         if (limits) {
@@ -147,8 +148,9 @@ struct ValueProduct {
     }
 };
 
-// 2^value for value <= 0, exactly 1 for 0; -infinity gives 0, NaN stays. 2^n, n whole, times a polynomial that is
-// within a relative 8.3e-8 of 2^f for f in [0, 1), or, kRough, 8.6e-5: a fortieth of what rounding to bfloat16 does.
+// 2^value for value <= 0, exactly 1 for 0; -infinity gives 0, NaN stays NaN. Computed as 2^n with an integer n, times a
+// polynomial for 2^f with f in [0, 1). Its relative error is 8.3e-8, or 8.6e-5 with kRough: a fortieth of the error of
+// rounding to bfloat16.
 template <bool kRough>
 MPLUG2_INLINE F32 power_of_two(F32 value) {
 #ifdef __AVX512F__
@@ -172,7 +174,7 @@ MPLUG2_INLINE F32 power_of_two(F32 value) {
     }
     p = p * f + 1.0f;
 #ifdef __AVX512F__
-    return (F32)_mm512_maskz_scalef_ps(0xFFFF, (__m512)p, (__m512)value);  // unmasked, GCC warns
+    return (F32)_mm512_maskz_scalef_ps(0xFFFF, (__m512)p, (__m512)value);  // without a mask GCC warns
 #else
     p = p * exp2_of_integer(n);
     p = select(value < -126.0f, F32{}, p);
@@ -214,14 +216,14 @@ MPLUG2_INLINE float largest_of_lanes(F32 value) {
 }
 #endif
 
-// What a row's weights are relative to: 2^((score - largest) * factor). Without any visible key the largest score is
-// -infinity, and the weights must come out as zeros.
+// The reference of a row's weights, 2^((score - reference) * factor). Without a visible key the largest score is
+// -infinity, and the weights must be zero.
 MPLUG2_INLINE float reference(float largest, float factor) {
     return largest == -__builtin_inff() ? 0.0f : largest * factor;
 }
 
 // Turns `vectors` vectors of scores into weights, in place, as words, and returns their sum. Weights of pairs are
-// rounded to bfloat16 and take half the room.
+// rounded to bfloat16 and need half the memory.
 template <bool kPair>
 MPLUG2_INLINE float weigh(float* scores, std::int64_t vectors, float factor, float reference) {
     const F32 factors = broadcast(factor), references = broadcast(reference);

@@ -7,8 +7,8 @@
 namespace mplug2_fast::MPLUG2_ISA {
 namespace {
 
-// A row is cut into parts of so many words, so that any number of threads has work and a part's second pass, for the
-// sum of exponentials, finds it in the cache. The parts do not depend on the number of threads, nor do the results.
+// A row is split into parts of this many words, so that many threads have work, and a part is still in the cache for
+// its second pass, which sums the exponentials. Parts and results do not depend on the number of threads.
 constexpr std::int64_t kPart = 8192;
 
 struct Candidate {
@@ -16,7 +16,7 @@ struct Candidate {
     std::int64_t index;
 };
 
-// The best few, best first; among equals the lower index first.
+// The best few, best first; among equal ones the lower index first.
 class Best {
   public:
     Best(Candidate* list, std::int64_t capacity) : list_(list), capacity_(capacity) {}
@@ -39,7 +39,7 @@ class Best {
     std::int64_t size() const { return size_; }
 
   private:
-    // What is no number comes before all numbers, as in torch.topk.
+    // NaN comes before all numbers, as in torch.topk.
     static bool is_better(const Candidate& a, const Candidate& b) {
         const bool a_is_nan = a.value != a.value, b_is_nan = b.value != b.value;
         if (a_is_nan || b_is_nan) {
@@ -52,7 +52,7 @@ class Best {
     std::int64_t capacity_, size_ = 0;
 };
 
-// What is known of one part of a row: sum is that of e^(logit - highest), candidates are its best logits.
+// The results of one part of a row: the sum of e^(logit - highest), and its best logits as candidates.
 struct Part {
     float highest;
     float sum;
@@ -98,7 +98,7 @@ Part scan(const Element* logits, std::int64_t count, std::int64_t first, std::in
         for (int u = 0; u < 4; ++u) {
             v[u] = load(logits + i + u * kLanes);
         }
-        // maximum(a, b) is b where a is no number: the known ones come second.
+        // maximum(a, b) is b if a is NaN: numbers that cannot be NaN come second.
         larger[0] = maximum(v[0], maximum(v[1], broadcast(lowest)));
         larger[1] = maximum(v[2], maximum(v[3], broadcast(lowest)));
         const F32 largest_here = maximum(larger[0], larger[1]);
@@ -142,7 +142,7 @@ struct Workspace {
         : parts(parts), capacity(capacity), part(rows * parts), candidates(rows * parts * capacity) {}
 };
 
-// Puts the parts of all beams of one batch element together.
+// Combines the parts of all beams of one batch element.
 void merge(const BeamStepArguments& a, const Workspace& space, std::int64_t batch, Candidate* best_list) {
     Best best(best_list, a.beams);
     const auto offer = [&](std::int64_t beam, std::int64_t word, float log_probability) {
@@ -159,7 +159,7 @@ void merge(const BeamStepArguments& a, const Workspace& space, std::int64_t batc
         }
         double total = 0;
         for (std::int64_t p = 0; p < space.parts; ++p) {
-            // A part without a finite logit adds its sum as it is: nothing, or no number.
+            // A part without a finite logit adds its sum unchanged: zero or NaN.
             const bool empty = parts[p].highest == -__builtin_inff();
             total += parts[p].sum * (empty ? 1.0 : __builtin_exp(static_cast<double>(parts[p].highest) - top));
         }

@@ -6,15 +6,15 @@
 
 namespace mplug2_fast {
 
-// One step of beam search: of all words after all beams the `beams` with the highest scores, best first, with
+// One step of beam search: the `beams` best continuations among all beams and words, best first, with
 //   score = (cumulative[b, i] + log_softmax(logits[b, i])[word]) / penalty,
-// where `blocked`, a word or -1, has the log-probability -1e20. Equal scores: the lower beam, then the lower word first
-// (of each beam, the words with the highest logits are considered). A score that is no number counts as -inf; the beams
-// and words that are told always exist.
+// where `blocked`, a word or -1, has the log-probability -1e20. Among equal scores the lower beam, then the lower word
+// is first (only the words with the highest logits of each beam are considered). NaN scores count as -inf. The returned
+// beams and words always exist.
 //
 // `logits` is (batch, beams, words) with strides in elements for the first two and contiguous words, bfloat16 or
-// float32; `cumulative` (batch, beams) float32, -inf for a dead beam. All that is written is (batch, beams):
-// `new_cumulative` = score * penalty, and `origin` and `token`, the beam and the word. Outputs must not overlap inputs.
+// float32; `cumulative` (batch, beams) float32, -inf for a dead beam. The outputs are (batch, beams):
+// `new_cumulative` = score * penalty, and `origin` and `token`, the beam and the word. They must not overlap inputs.
 struct BeamStepArguments {
     const void* logits;
     const float* cumulative;

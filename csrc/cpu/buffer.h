@@ -5,8 +5,8 @@
 namespace mplug2_fast::MPLUG2_ISA {
 namespace {
 
-// Memory for so many items, on lines of the cache. (Classes of the standard library would be compiled for every
-// instruction set, and the linker would keep any one of them.)
+// Memory for a number of items, aligned to cache lines. (Classes of the standard library would be compiled for every
+// instruction set, and the linker would keep an arbitrary one.)
 template <typename Item>
 class Buffer {
   public:

@@ -11,7 +11,7 @@
 namespace mplug2_fast {
 namespace {
 
-// Elements below which waking another thread costs more than it saves: as mplug2_fast/ops/runtime/cpu.py has it.
+// Below this number of elements, waking another thread costs more than it saves: as in mplug2_fast/ops/runtime/cpu.py.
 constexpr std::int64_t kWorkOfAThread = 1 << 15;
 
 class Layer {

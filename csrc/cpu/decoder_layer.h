@@ -13,8 +13,8 @@ struct WeightAndBias {
     const void* bias;
 };
 
-// One layer of a decoder with post-norm residuals, for the newest token of every beam: kernels of csrc/cpu one after
-// another, without the interpreter between them, whose own memory weights flush from the caches meanwhile.
+// One layer of a decoder with post-norm residuals, for the newest token of every beam. It calls kernels of csrc/cpu one
+// after another without the Python interpreter, whose memory would have to be reloaded after each weight.
 //
 //     n = norm(x)               s = n + self_out(step_attention(qkv(n)))
 //     m = self_norm(s)          c = m + cross_out(attention(query(m), memory))

@@ -1,7 +1,7 @@
 #pragma once
 
-// Products of few rows with a matrix that is read once, as it lies in memory: the weight of a decoding step, or the
-// keys that the beams of a video attend to.
+// Products of few rows with a matrix that is read once, without packing: the weight of a decoding step, or the keys
+// that the beams of a video attend to.
 
 #include "cpu/buffer.h"
 #include "cpu/simd.h"
@@ -16,16 +16,16 @@ constexpr int kRows = 4;
 constexpr int kRows = 2;
 #endif
 constexpr int kFewTileRows = 6;
-constexpr int kColumns = 64;  // of products, that are finished together
+constexpr int kColumns = 64;  // of products that are finished together
 constexpr int kMaxRows = 64;  // of x, for one pass over the weight
 constexpr int kMostTiles = (kMaxRows + kFewTileRows - 1) / kFewTileRows;
 
-// Loops over sums are unrolled early, or GCC keeps them in memory around the loop over the inner dimension.
+// Loops over sums are unrolled early, because otherwise GCC keeps them in memory around the inner loop.
 template <int kM>
 using Sums = F32[kM][4];
 
-// How kSize elements of the inner dimension are multiplied. `Packed` is what rows of x are copied to beforehand,
-// kPacked numbers for each step; a weight's vector is loaded as it lies in memory.
+// How kSize elements of the inner dimension are multiplied. Rows of x are first copied to the type `Packed`, kPacked
+// numbers for each step; the weight's vectors are loaded without packing.
 struct FloatStep {
     using Element = float;
     using Packed = float;
@@ -75,8 +75,8 @@ struct Bf16Step {
     }
 };
 #else
-// Two neighbours in one 32-bit lane: the even one is the lane shifted up, the odd one its upper half. Of x, the even
-// ones come first and then the odd ones, in float32.
+// Two neighbours in one 32-bit lane: the even one is the lane shifted up, the odd one its upper half. Packed rows of x
+// contain the even ones, then the odd ones, in float32.
 struct Bf16Step {
     using Element = Bf16;
     using Packed = float;
@@ -129,7 +129,7 @@ struct Bf16Step {
 template <typename Element>
 struct Rows {
     const Element* row[kRows];
-    std::int64_t ahead;  // what is prefetched lies so many elements ahead
+    std::int64_t ahead;  // the distance of prefetches, in elements
 };
 
 // sums[m][r] for kM packed rows of x; `to` has kColumns columns.
@@ -234,7 +234,7 @@ class PackedRows {
     std::int64_t in_features_, steps_;
     Buffer<Packed> data_;
     int tiles_ = 0;
-    // The first row of each tile: a division takes as long as a tile of short rows.
+    // The first row of each tile. Computing it by a division would take as long as a tile of short rows.
     int begins_[kMostTiles + 1] = {};
 };
 

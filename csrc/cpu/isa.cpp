@@ -6,7 +6,7 @@ namespace mplug2_fast {
 
 namespace {
 
-// Only features of sets that are compiled are named: an old compiler knows no others.
+// Only features of compiled sets are named, because old compilers do not know others.
 bool processor_has(Isa isa) {
     switch (isa) {
         case Isa::portable:
@@ -65,8 +65,7 @@ Isa isa_named(const std::string& name) {
             return isa;
         }
     }
-    throw std::invalid_argument("there is no instruction set " + name +
-                                ": choose portable, avx2, avx512 or avx512_bf16");
+    throw std::invalid_argument("unknown instruction set " + name + ": choose portable, avx2, avx512 or avx512_bf16");
 }
 
 }  // namespace mplug2_fast

@@ -2,8 +2,8 @@
 
 #include <string>
 
-// Kernels are compiled once for each instruction set, from one source, in a namespace of its name; which one runs is
-// decided at run time, by what the processor has. CMake defines MPLUG2_ISA in the sources that hold kernels.
+// Kernels are compiled from one source for each instruction set, in a namespace of its name. At run time, the processor
+// decides which one is used. CMake defines MPLUG2_ISA in the sources that contain kernels.
 
 #if defined(__x86_64__) || defined(_M_X64)
 #define MPLUG2_X86 1
@@ -16,10 +16,10 @@ enum class Isa { portable, avx2, avx512, avx512_bf16 };
 
 inline constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
 
-// Whether this module has kernels for it.
+// Whether this module has kernels for the set.
 bool is_compiled(Isa isa);
 
-// Whether this module has kernels for it and this processor can run them.
+// Whether this module has kernels for the set, and this processor can run them.
 bool is_supported(Isa isa);
 
 // The instruction set of that name; throws std::invalid_argument if the name is unknown or the set not supported.
@@ -27,7 +27,7 @@ Isa isa_named(const std::string& name);
 
 }  // namespace mplug2_fast
 
-// MPLUG2_WITHOUT_<ISA> marks kernels that the compiler failed on, or that are for another processor family.
+// MPLUG2_WITHOUT_<ISA> marks kernels that the compiler could not compile, or that are for another processor family.
 #ifndef MPLUG2_X86
 #define MPLUG2_WITHOUT_AVX2
 #define MPLUG2_WITHOUT_AVX512

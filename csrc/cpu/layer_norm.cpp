@@ -10,8 +10,8 @@ namespace {
 constexpr int kUnroll = 4;
 constexpr int kStep = kUnroll * kLanes;
 
-// Sums larger than this go past the caches. Written while x and the update are read, they would lie in the same places
-// of the first one. (The normalised rows, written when nothing is read, are the slower for it.)
+// Sums larger than this are written without the caches, where they would replace the x and update that are being read.
+// (For the normalised rows, which are written while nothing is read, this is slower.)
 constexpr std::int64_t kStreamBytes = 4 << 20;
 
 // Adds up what `value(i)` gives for the channels from i on, kLanes at a time; `value_first(i, count)` for the last few.
@@ -41,19 +41,19 @@ struct Row {
     Element* sum;
 };
 
-// Of a thread, in float32: a row between the passes, and what all rows are multiplied by and moved by.
+// The memory of a thread, in float32: a row between the passes, and the weight and bias.
 struct Buffers {
     float* row;
     float* weight;
     float* bias;
-    bool pairs;  // whether weight and bias hold, of every 32 channels, the 16 at even places first
+    bool pairs;  // whether weight and bias have, in every 32 channels, the 16 at even places first
 };
 
 struct Moments {
     float mean, variance;
 };
 
-// Writes the normalised row, read from x itself or from float32 between the passes.
+// Writes the normalised row, which is read from x or from the float32 copy.
 template <typename Source, typename Element>
 MPLUG2_INLINE void write(const Source* from, Element* out, std::int64_t channels, const Buffers& buffers,
                          Moments moments, float eps) {
@@ -71,8 +71,8 @@ MPLUG2_INLINE void write(const Source* from, Element* out, std::int64_t channels
 }
 
 #ifdef __AVX512BF16__
-// The sums of x and x^2 in one pass, 32 channels an instruction. Products of bf16 numbers are exact in float32, and
-// what the difference of the two loses is less than what rounding x to bf16 has lost. `channels` is a multiple of 64.
+// The sums of x and x^2 in one pass, 32 channels per instruction. Products of bf16 numbers are exact in float32, and
+// the difference of both sums loses less than rounding x to bf16 did. `channels` is a multiple of 64.
 MPLUG2_INLINE Moments moments_of(const Bf16* x, std::int64_t channels) {
     const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3F80);
     __m512 sums[2] = {}, squares[2] = {};
@@ -90,8 +90,8 @@ MPLUG2_INLINE Moments moments_of(const Bf16* x, std::int64_t channels) {
 #endif
 
 #ifdef __AVX512BF16__
-// Writes the normalised row 32 channels at a time: as 32-bit numbers, those at even places are the lower halves of what
-// a load gives and those at odd places the upper halves.
+// Writes the normalised row 32 channels at a time: in the loaded 32-bit numbers, the lower halves are the channels at
+// even places and the upper halves those at odd places.
 MPLUG2_INLINE void write_bf16(const Bf16* x, Bf16* out, std::int64_t channels, const Buffers& buffers, Moments moments,
                               float eps) {
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000u));
@@ -172,8 +172,8 @@ void run(const LayerNormArguments& a) {
     auto* out = static_cast<Element*>(a.out);
     auto* sums = static_cast<Element*>(a.sum);
     parallel_ranges(a.outer * a.inner, a.threads, [&](std::int64_t begin, std::int64_t end) {
-        // On lines of the cache: half of the time is that of access to them. The distance of an odd number of lines
-        // keeps them from having the same place in a page.
+        // Aligned to cache lines, because access to them takes half of the time. With a distance of an odd number of
+        // lines, they do not have the same place in a page.
         const std::int64_t stride = (a.channels + 31) / 32 * 32 + 16;
         const Buffer<float> memory(3 * stride);
 #ifdef __AVX512BF16__

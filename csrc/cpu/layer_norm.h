@@ -9,8 +9,8 @@ namespace mplug2_fast {
 // out = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias, with s = x + scale * update, row by row, in float32.
 //
 // Rows are indexed by (outer, inner); `x` and `update` have strides in elements for both and contiguous channels, `out`
-// and `sum` are contiguous. `update`, `sum` (to which s is written), `weight` and `bias` may be null. All have the type
-// that `bf16` tells, bfloat16 or float32.
+// and `sum` are contiguous. `update`, `sum` (to which s is written), `weight` and `bias` may be null. All are
+// bfloat16 if `bf16`, otherwise float32.
 struct LayerNormArguments {
     const void* x;
     const void* update;

@@ -7,12 +7,12 @@
 
 namespace mplug2_fast {
 
-// out = residual + act(x . weight^T + bias), for few rows of x: a decoding step, whose time is that of reading `weight`
-// from memory. Sums, activation and the residual's addition are in float32.
+// out = residual + act(x . weight^T + bias), for the few rows of x in a decoding step, which spends most of its time on
+// reading `weight`. Sums, activation and the addition of the residual are in float32.
 //
 // `x` is (rows, in) with a stride in elements for its rows, `weight` (out_features, in), `bias` (out_features) or null,
-// `residual` and `out` (rows, out_features), the former null or out itself; all but x contiguous. All have the type
-// that `bf16` tells, bfloat16 or float32.
+// `residual` and `out` (rows, out_features), the former null or out itself; all but x contiguous. All are
+// bfloat16 if `bf16`, otherwise float32.
 struct LinearActArguments {
     const void* x;
     const void* weight;

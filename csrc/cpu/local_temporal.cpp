@@ -8,9 +8,10 @@ namespace mplug2_fast::MPLUG2_ISA {
 namespace {
 
 constexpr int kUnroll = 4;
-constexpr std::int64_t kBlockBytes = 16384;  // of one frame: as many as the kernel takes stay in the second-level cache
+constexpr std::int64_t kBlockBytes =
+    16384;  // of one frame: the frames under the kernel fit into the second-level cache
 
-// One token of one frame. `x` and `weight` start at the first tap that lies inside the clip.
+// One token of one frame. `x` and `weight` start at the first tap that is inside the clip.
 template <typename Element, Activation kActivation>
 MPLUG2_INLINE void convolve(const TemporalConvArguments& a, const Element* x, const float* weight, std::int64_t taps,
                             Element* out) {
@@ -56,7 +57,7 @@ void run(const TemporalConvArguments& a) {
     const std::int64_t block = fitting > 1 ? fitting : 1;
     const std::int64_t blocks = (a.tokens + block - 1) / block;
     const std::int64_t half = a.kernel / 2;
-    // Frame after frame of a block of tokens, so that what is read runs on and is still there for the next frames.
+    // Frame after frame of a block of tokens, so that reads are sequential, and still in the cache for the next frames.
     parallel_ranges(a.batch * blocks, a.threads, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t task = begin; task < end; ++task) {
             const std::int64_t b = task / blocks, first = task % blocks * block;

@@ -11,8 +11,8 @@ namespace mplug2_fast {
 // the clip are zero: a depthwise convolution over frames. Sums and activation are in float32.
 //
 // `x` is (batch, frames, tokens, channels) with strides in elements for all but its contiguous channels; `out` is
-// contiguous and must not overlap x. Both have the type that `bf16` tells; `weight` (kernel, channels) and `bias`
-// (channels) are float32.
+// contiguous and must not overlap x. Both are bfloat16 if `bf16`, otherwise float32; `weight` (kernel, channels) and
+// `bias` (channels) are float32.
 struct TemporalConvArguments {
     const void* x;
     const float* weight;

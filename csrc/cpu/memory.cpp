@@ -18,7 +18,7 @@ class NotEnoughMemory : public std::bad_alloc {
     }
 };
 
-// More than this is refused at once: the system may promise it, and end the process when it is written to.
+// More than this is refused: the system may grant it, but kill the process when it is written.
 std::int64_t most_bytes() {
 #ifdef _SC_PHYS_PAGES
     static const std::int64_t bytes =

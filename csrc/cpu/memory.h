@@ -4,8 +4,8 @@
 
 namespace mplug2_fast {
 
-// `count` items of `size` bytes, on lines of the cache; throws std::bad_alloc, with a message, where the machine does
-// not have as much memory.
+// `count` items of `size` bytes, aligned to cache lines. Throws std::bad_alloc, with a message, if the machine has too
+// little memory.
 void* allocate(std::int64_t count, std::int64_t size);
 void release(void* memory) noexcept;
 

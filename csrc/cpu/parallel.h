@@ -7,8 +7,8 @@
 namespace mplug2_fast {
 
 // Calls `work(begin, end)` on `threads` contiguous parts of [0, count). The OpenMP runtime is the one that torch has
-// loaded, so both share one pool of threads. An exception would end the process where it left a parallel region: all
-// that kernels throw is for want of memory, so that is what is thrown after the region.
+// loaded, so both share one pool of threads. An exception that leaves a parallel region would end the process. Kernels
+// throw only if memory is missing, so that exception is thrown after the region.
 template <typename Work>
 inline void parallel_ranges(std::int64_t count, int threads, const Work& work) {
     const std::int64_t parts = threads < count ? threads : count;

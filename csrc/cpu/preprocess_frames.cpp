@@ -5,8 +5,8 @@
 namespace mplug2_fast {
 namespace {
 
-// Fetching from the table beats computing: the work is bound by memory, two IEEE divisions a value cost as much as the
-// fetch even sixteen at a time, and gather instructions are slower than plain loads.
+// The table is faster than computing: the work is limited by memory, and two IEEE divisions per value cost as much as
+// the load, even sixteen at a time. Gather instructions are slower than plain loads.
 template <typename Element>
 void preprocess(const FramesView& frames, std::int64_t size, const PixelsLayout& layout, const Element* table,
                 Element* output, int threads) {

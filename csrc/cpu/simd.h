@@ -1,8 +1,8 @@
 #pragma once
 
-// Vectors of 32-bit numbers, as wide as the instruction set that a source is compiled for. Arithmetic operators are the
-// compiler's own on such types; here are loads, stores, conversions and the functions that they lack. Everything lives
-// in the namespace of the instruction set, so that no two builds of a function can be taken for one another.
+// Vectors of 32-bit numbers, as wide as the instruction set that a source is compiled for. The compiler has arithmetic
+// operators for such types; this file adds loads, stores, conversions and other functions. Everything is in the
+// namespace of the instruction set, so that the linker does not mix the builds of a function.
 
 #include <cstdint>
 #include <cstring>
@@ -84,7 +84,7 @@ MPLUG2_INLINE F32 load(const Bf16* from) {
     return widen(half);
 }
 
-// Round to nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even; NaN stays NaN.
 MPLUG2_INLINE U16 to_bf16_bits(F32 value) {
 #ifdef __AVX512BF16__
     return (U16)_mm512_cvtneps_pbh((__m512)value);
@@ -101,8 +101,8 @@ MPLUG2_INLINE void store(Bf16* to, F32 value) {
     std::memcpy(to, &half, sizeof(half));
 }
 
-// As `store`, to an address that is a multiple of the vector's size, past the caches: the line is not read before it is
-// written. `streams_end` comes before others may read what was written.
+// Like `store`, to an address that is a multiple of the vector's size, without the caches: the line is not read before
+// it is written. Call `streams_end` before others read the data.
 MPLUG2_INLINE void stream(float* to, F32 value) {
 #if defined(__AVX512F__)
     _mm512_stream_ps(to, (__m512)value);
@@ -233,17 +233,18 @@ MPLUG2_INLINE F32 exp2_of_integer(F32 integer) {
 
 // The nearest whole number, for values between -2^22 and 2^22.
 MPLUG2_INLINE F32 nearest(F32 value) {
-    const F32 shift = broadcast(12582912.0f);  // 1.5 * 2^23: what is added to it loses its fraction
+    const F32 shift = broadcast(12582912.0f);  // 1.5 * 2^23: a number loses its fraction when added to it
     F32 shifted = value + shift;
-    __asm__("" : "+x"(shifted));  // or the compiler may take the sum and the difference together
+    __asm__("" : "+x"(shifted));  // keeps the compiler from simplifying the sum and the difference
     return shifted - shift;
 }
 
-// e^value within 1 unit in the last place or two; values under -104 give zero, over 89 infinity, NaN stays; what lies
-// between -104 and -87 may give zero.
+// e^value within two units in the last place. Values below -104 give zero, those between -104 and -87 may give zero,
+// and those above 89 infinity. NaN stays NaN.
 MPLUG2_INLINE F32 exponential(F32 value) {
 #ifdef __AVX512F__
-    // Scaling takes care of overflow and underflow; the bounds are for the infinite. NaN, compared, leaves the second.
+    // Scaling handles overflow and underflow; the bounds are for infinite values. Comparing NaN gives the second
+    // operand.
     value = minimum(broadcast(89.0f), maximum(broadcast(-104.0f), value));
     const F32 n = (F32)_mm512_roundscale_ps((__m512)(value * 1.44269504088896341f), 0);
     const F32 r = (value - n * 0.693359375f) + n * 2.12194440e-4f;

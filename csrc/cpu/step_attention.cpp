@@ -20,7 +20,7 @@ float dot(const Element* a, const Element* b, std::int64_t count) {
     return sum(sums);
 }
 
-// Scores to weights that add up to one, up to the factor that is returned; `scores` has room for whole vectors.
+// Turns scores into weights. Times the returned factor, their sum is one. `scores` has room for whole vectors.
 MPLUG2_INLINE float weigh(float* scores, std::int64_t count) {
     std::int64_t vectors = 0;
     for (std::int64_t i = count; i % kLanes; ++i) {
@@ -63,7 +63,7 @@ void run(const StepAttentionArguments& a) {
                 ancestors[a.step * a.ancestors_strides[1]] = static_cast<std::int32_t>(row);
             }
             for (std::int64_t t = 0; t < tokens; ++t) {
-                // Checked before; again, because what is written here may share the table's memory.
+                // Checked a second time, because the tensors written here may share memory with the table.
                 const std::int64_t origin = t < a.step ? ancestors[t * a.ancestors_strides[1]] : row;
                 rows[t] = origin >= 0 && origin < a.rows ? origin : row;
                 const Element* key = keys + rows[t] * a.keys_strides[0] + t * a.keys_strides[2];

@@ -6,14 +6,15 @@
 
 namespace mplug2_fast {
 
-// Self-attention of the newest token of every row of a decoding step to itself and to those before it, whose keys and
-// values lie where they were written, in whichever row.
+// Self-attention in a decoding step: from the newest token of every row to itself and to the tokens before it. Their
+// keys and values stay where they were written, possibly in other rows.
 //
 // `q`, `k` and `v` are (rows, heads, head_dim), of the newest tokens, with strides in elements for row and head and
 // contiguous channels; `out` has their shape and is contiguous. `keys` and `values` are (rows, heads, length, head_dim)
 // with strides for row, head and position; k and v are written at position `step`. `ancestors` is (rows, length) with
-// strides for both: at [i, t], for t < step, the row of keys and values in which the token t of row i lies; i is
-// written at [i, step]. Scores, softmax and sums are in float32. The type of all but ancestors is what `bf16` tells.
+// strides for both: for t < step, [i, t] is the row of keys and values that has token t of row i; i is written
+// at [i, step]. Scores, softmax and sums are in float32. All but ancestors are bfloat16 if `bf16`,
+// otherwise float32.
 struct StepAttentionArguments {
     const void* q;
     const void* k;

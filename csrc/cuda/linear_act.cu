@@ -1,19 +1,18 @@
 // out = residual + activation(x . weight^T + bias) for Hopper: wgmma fed by TMA.
 //
-// One CTA runs on each multiprocessor and takes tile after tile. Its last warpgroup has one thread at work, which
-// copies blocks of x and weight, 64 wide in the dimension that is summed over, into a ring of stages in shared memory.
-// Two warpgroups multiply them and take turns: each has a tile of its own, and while one multiplies the other finishes
-// its tile.
+// One CTA runs on each multiprocessor and computes tile after tile. In its last warpgroup, one thread copies blocks of
+// x and weight, 64 wide in the dimension that is summed over, into a ring of stages in shared memory. Two warpgroups
+// multiply them in turns: each has its own tile, and while one multiplies, the other finishes its tile.
 //
-// Two CTAs form a cluster whose tiles lie side by side. Each copies half of the block of x, which both need, into the
+// Two CTAs form a cluster with neighbouring tiles. Each copies half of the block of x, which both need, into the
 // shared memory of both.
 //
-// A finished tile goes through shared memory in boxes of 64 x 64 elements. A box holds the residual first, which TMA
-// brought while the tile was multiplied; the result replaces it, and TMA stores it. TMA clips what lies outside: rows
-// and columns that do not exist are zeros when loaded, and are not stored.
+// A finished tile is written through shared memory in boxes of 64 x 64 elements. A box first holds the residual, which
+// TMA loaded while the tile was multiplied; the result replaces it, and TMA stores it. TMA loads rows and columns that
+// do not exist as zeros, and does not store them.
 //
-// Everything in shared memory is rows of 128 bytes (64 elements) in which the 16-byte chunk c of row r lies at chunk
-// c ^ (r % 8), which is what TMA and wgmma call the swizzle of 128 bytes.
+// Shared memory consists of rows of 128 bytes (64 elements). Chunk c of 16 bytes of row r is at chunk c ^ (r % 8),
+// which TMA and wgmma call the swizzle of 128 bytes.
 
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -32,11 +31,11 @@ constexpr int kRowBytes = 128;  // of a row in shared memory
 constexpr int kBox = 64;        // rows and columns of a box
 constexpr int kBoxBytes = kBox * kRowBytes;
 constexpr int kWarpgroup = 128;  // threads
-constexpr int kConsumers = 2;    // warpgroups that multiply; the next one copies
+constexpr int kConsumers = 2;    // warpgroups that multiply; one more copies
 constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-constexpr int kAlignment = 1024;  // of whatever is swizzled: eight rows
+constexpr int kAlignment = 1024;  // of swizzled memory: eight rows
 
-// Named barriers; 0 is that of __syncthreads.
+// Named barriers; __syncthreads uses 0.
 enum { kTurnBarrier = 1, kBoxBarrier = kTurnBarrier + kConsumers };
 
 // The work of a warpgroup, in elements of the output. On an H200 the fastest of 64x256, 128x128 and, of both warpgroups
@@ -44,13 +43,13 @@ enum { kTurnBarrier = 1, kBoxBarrier = kTurnBarrier + kConsumers };
 constexpr int kRows = 128;
 constexpr int kColumns = 128;
 constexpr int kStages = 5;
-constexpr int kGroup = 4;  // rows of tiles that go together, so that their blocks meet in the second-level cache
+constexpr int kGroup = 4;  // rows of tiles that are computed together and share blocks in the second-level cache
 
 constexpr int kPair = 2;                           // CTAs of a cluster
 constexpr int kPairColumns = kPair * kColumns;     // of their tiles
 constexpr int kXPart = kRows / kPair;              // rows of x that one CTA copies for both
 constexpr int kBlocks = kRows / kBox;              // of 64 rows, what one wgmma computes
-constexpr int kBoxes = kBlocks * kColumns / kBox;  // of a tile; each has its place in shared memory
+constexpr int kBoxes = kBlocks * kColumns / kBox;  // of a tile; each has its own place in shared memory
 constexpr int kXBytes = kRows * kRowBytes;
 constexpr int kStageBytes = kXBytes + kColumns * kRowBytes;
 constexpr int kReleases = kPair * (kWarpgroup / 32);  // warps that release a stage, in both CTAs
@@ -69,12 +68,12 @@ struct Maps {
 struct Problem {
     const void* bias;
     int columns;    // of the output
-    int steps;      // stages that make a tile
-    int pair_rows;  // pairs of tiles, which go to a cluster at a time
+    int steps;      // stages per tile
+    int pair_rows;  // pairs of tiles; a cluster computes a pair at a time
     int pair_columns;
 };
 
-// ---- The instructions that C++ has no words for. Addresses are those of the shared memory window.
+// ---- PTX instructions that C++ lacks. Addresses are those of the shared memory window.
 
 __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
     return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
@@ -88,7 +87,7 @@ __device__ __forceinline__ void barrier_expect(std::uint32_t barrier, int bytes)
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Arrives at the barrier that CTA `rank` of the cluster has at the same place.
+// Arrives at the barrier at the same place in CTA `rank` of the cluster.
 __device__ __forceinline__ void barrier_arrive_at(std::uint32_t barrier, int rank) {
     asm volatile(
         "{\n"
@@ -114,7 +113,7 @@ __device__ __forceinline__ bool barrier_passed(std::uint32_t barrier, int parity
     return passed != 0;
 }
 
-// Waits until the phase of that parity is over.
+// Waits until the phase with this parity has ended.
 __device__ __forceinline__ void barrier_wait(std::uint32_t barrier, int parity) {
     while (!barrier_passed(barrier, parity)) {
     }
@@ -145,7 +144,7 @@ __device__ __forceinline__ void prefetch(const CUtensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// A box from global into shared memory; `barrier` counts its bytes.
+// Loads a box from global into shared memory; `barrier` counts its bytes.
 __device__ __forceinline__ void load(std::uint32_t to, const CUtensorMap* map, int column, int row,
                                      std::uint32_t barrier) {
     asm volatile(
@@ -155,7 +154,7 @@ __device__ __forceinline__ void load(std::uint32_t to, const CUtensorMap* map, i
         : "memory");
 }
 
-// The same into both CTAs of the cluster, at the same place; each one's barrier counts.
+// The same, but into both CTAs of the cluster, at the same place. The barrier of each counts.
 __device__ __forceinline__ void load_to_both(std::uint32_t to, const CUtensorMap* map, int column, int row,
                                              std::uint32_t barrier) {
     asm volatile(
@@ -165,7 +164,7 @@ __device__ __forceinline__ void load_to_both(std::uint32_t to, const CUtensorMap
         : "memory");
 }
 
-// A box from shared into global memory, as a group of its own.
+// Stores a box from shared into global memory, as a separate group.
 __device__ __forceinline__ void store(const CUtensorMap* map, int column, int row, std::uint32_t from) {
     asm volatile(
         "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];\n"
@@ -180,7 +179,7 @@ __device__ __forceinline__ void wait_for_stores() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-// Makes what this thread wrote to shared memory visible to TMA.
+// Makes this thread's writes to shared memory visible to TMA.
 __device__ __forceinline__ void fence_for_stores() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -200,7 +199,7 @@ __device__ __forceinline__ void store_matrices(std::uint32_t row, const std::uin
 
 // The operand of wgmma whose rows begin at `address`: 64 elements of the summed dimension, the swizzle of 128 bytes
 // (1 << 62), 1024 bytes from eight rows to the next. The 16 elements at 16 * k of the summed dimension are those of the
-// descriptor + 2 * k: bits 4 to 6 of an address are what the swizzle changes, and wgmma swizzles whole addresses.
+// descriptor + 2 * k, because the swizzle changes bits 4 to 6 of an address, and wgmma swizzles whole addresses.
 __device__ __forceinline__ std::uint64_t operand(std::uint32_t address) {
     return (std::uint64_t{1} << 62) | (std::uint64_t{1024 >> 4} << 32) | (std::uint64_t{1} << 16) |
            ((address & 0x3FFFF) >> 4);
@@ -248,7 +247,7 @@ __device__ __forceinline__ void multiply_wait() {
 DEFINE_MULTIPLY(__nv_bfloat16, "bf16")
 DEFINE_MULTIPLY(__half, "f16")
 
-// Keeps the compiler from using the sums before wgmma is done with them.
+// Keeps the compiler from using the sums before wgmma has finished.
 __device__ __forceinline__ void settle(float (&sums)[kBlocks][64]) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
@@ -293,8 +292,8 @@ __device__ __forceinline__ float activate(float x) {
         return fmaf(half, tanh, half);
     } else if constexpr (kActivation == Activation::gelu) {
         // x * Phi(x), with Phi(-|x|) = poly(t) * exp(-x^2 / 2) / 2 and t = 1 / (1 + 0.3275911 |x| / sqrt(2)):
-        // Abramowitz and Stegun, 7.1.26. The lower tail for both signs keeps negative x from cancelling; it is zero
-        // beyond 14.
+        // Abramowitz and Stegun, 7.1.26. Using the lower tail for both signs avoids cancellation for negative x; it is
+        // zero beyond 14.
         const float size = fminf(fabsf(x), 14.0f);
         const float t = __fdividef(1.0f, fmaf(0.231641888f, size, 1.0f));
         float p = 0.5307027145f;
@@ -329,8 +328,8 @@ struct Place {
     }
 };
 
-// The tiles of a CTA: number i is its half of pair first + i * stride. Pairs go down a group's rows, then to the next
-// column.
+// The tiles of a CTA: number i is its half of pair first + i * stride. Pairs are numbered down a group's rows, then in
+// the next column.
 struct Tiles {
     const Problem& problem;
     int rank, first, stride, count;
@@ -341,7 +340,7 @@ struct Tiles {
         count = (pairs - first + stride - 1) / stride;
     }
 
-    // Its first row and column in the output.
+    // The tile's first row and column in the output.
     __device__ __forceinline__ int2 origin(int i) const {
         const int pair = first + i * stride;
         const int in_group = kGroup * problem.pair_columns;
@@ -371,7 +370,7 @@ __device__ __forceinline__ void produce(const Maps& maps, const Problem& problem
     }
 }
 
-// Brings the residual of a warpgroup's tile into its boxes.
+// Loads the residual of a warpgroup's tile into its boxes.
 __device__ __forceinline__ void load_residual(const Maps& maps, int row, int column, std::uint32_t boxes,
                                               std::uint32_t barrier) {
     barrier_expect(barrier, kBoxes * kBoxBytes);
@@ -381,7 +380,7 @@ __device__ __forceinline__ void load_residual(const Maps& maps, int row, int col
     }
 }
 
-// Multiplies, and finishes tiles. All threads of the warpgroups that multiply.
+// Multiplies and finishes tiles. Run by all threads of the warpgroups that multiply.
 template <typename Element, Activation kActivation, bool kResidual>
 __device__ __forceinline__ void consume(const Maps& maps, const Problem& problem, const Tiles& tiles,
                                         std::uint32_t base, int warpgroup) {
@@ -389,7 +388,7 @@ __device__ __forceinline__ void consume(const Maps& maps, const Problem& problem
     const int lane = threadIdx.x % 32;
     const std::uint32_t boxes = base + kBoxesAt + warpgroup * kBoxes * kBoxBytes;
     const std::uint32_t residual_barrier = base + kResidualAt + 8 * warpgroup;
-    // In a box: the row whose address this lane gives to ldmatrix and stmatrix, and which of two chunks. The four
+    // In a box: the row and the chunk (of two) whose address this lane passes to ldmatrix and stmatrix. The four
     // matrices of 8 x 8 are the upper and the lower half of a warp's 16 rows at one chunk, and the same at the next.
     const int box_row = thread / 32 * 16 + lane % 16;
     const int box_chunk = lane / 16;
@@ -415,8 +414,8 @@ __device__ __forceinline__ void consume(const Maps& maps, const Problem& problem
     for (int i = warpgroup; i < tiles.count; i += kConsumers) {
         const int2 origin = tiles.origin(i);
 
-        // The turn also keeps this warpgroup from waiting for a round of the ring before the previous one began, which
-        // has the same parity as the one before that.
+        // Taking turns also keeps this warpgroup from waiting for a round of the ring before the previous one began,
+        // which has the same parity as the one before that.
         if (i > 0) {
             named_sync(kTurnBarrier + warpgroup, 2 * kWarpgroup);
         }
@@ -438,7 +437,7 @@ __device__ __forceinline__ void consume(const Maps& maps, const Problem& problem
             }
             multiply_commit();
             settle(sums);
-            // The stage before is done with; this one is being multiplied.
+            // The previous stage is finished; this one is being multiplied.
             multiply_wait<1>();
             if (step > 0) {
                 release(previous);
@@ -494,7 +493,7 @@ __device__ __forceinline__ void consume(const Maps& maps, const Problem& problem
                     store_matrices(at, results);
                 }
                 fence_for_stores();
-                // This barrier tells that the box is written, and that the place of the next one was read.
+                // After this barrier the box is written, and the place of the next one has been read.
                 if (!kResidual && thread == 0) {
                     wait_for_stores<kBoxes - 2>();
                 }
@@ -543,7 +542,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
     }
-    // Neither CTA of a pair copies into the other before that one's barriers are there, nor ends before the other.
+    // No CTA of a pair copies into the other before the other's barriers exist, or ends before the other.
     cluster_sync();
     if (warpgroup == kConsumers) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
@@ -559,9 +558,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// ---- The host's part
+// ---- Host code
 
-// cuTensorMapEncodeTiled, found at run time so that nothing links the driver; null where there is none.
+// cuTensorMapEncodeTiled, found at run time so that the driver is not linked; null if it is missing.
 decltype(&cuTensorMapEncodeTiled) encoder() {
     static const auto found = [] {
         void* function = nullptr;
@@ -593,7 +592,7 @@ std::int64_t divide_up(std::int64_t value, int by) {
     return (value + by - 1) / by;
 }
 
-// Multiprocessors of the current device, or 0.
+// Number of multiprocessors of the current device, or 0.
 int multiprocessors() {
     int device = 0;
     int count = 0;
@@ -642,7 +641,7 @@ const char* launch(const LinearActArguments& a, cudaStream_t stream) {
     if (error == cudaSuccess) {
         return nullptr;
     }
-    cudaGetLastError();  // or whoever looks next takes it for theirs
+    cudaGetLastError();  // clears the error, which others would take for theirs
     return cudaGetErrorString(error);
 }
 

@@ -9,10 +9,10 @@ namespace mplug2_fast::cuda {
 enum class Type { bf16, fp16 };
 
 // out = residual + act(x . weight^T + bias) on tensor cores of compute capability 9.0, for any number of rows. Sums,
-// activation and the residual's addition are in float32; the sum is rounded once.
+// activation and the addition of the residual are in float32; the result is rounded once.
 //
 // `x` is (rows, in), `weight` (out_features, in), `bias` (out_features) or null, `residual` and `out` (rows,
-// out_features), the former null if there is none; all of `type`. Strides are those of rows, in elements. Sizes of
+// out_features), `residual` null if there is none; all of `type`. Strides are those of rows, in elements. Sizes of
 // features and strides must be multiples of 8, addresses multiples of 16.
 struct LinearActArguments {
     const void* x;
@@ -26,7 +26,7 @@ struct LinearActArguments {
     Type type;
 };
 
-// Launches on a stream of the current device; neither waits nor allocates. What went wrong, or null.
+// Launches on a stream of the current device, without waiting or allocating. Returns an error message, or null.
 const char* linear_act(const LinearActArguments& arguments, void* stream);
 
 }  // namespace mplug2_fast::cuda

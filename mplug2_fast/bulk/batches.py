@@ -1,8 +1,8 @@
-"""Decoded clips to batches for the model.
+"""Groups decoded clips into batches for the model.
 
-Which clips share a batch follows from the list of videos alone, not from how fast they were decoded or from what an
-earlier run had finished: in the last digits, what a model makes of a clip depends on the others in its batch, and a run
-that is taken up again is to give the very numbers of one that was never interrupted.
+The list of videos alone decides which clips share a batch; decoding speed and earlier runs do not matter. The last
+digits of a result depend on the other clips of the batch, so only this makes a resumed run give exactly the results of
+an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Batch:
-    """Clips that the model computes together, and files that gave none; `clips` or `failed` may be empty.
+    """Clips that the model computes together, and clips whose decoding failed. Either list may be empty.
 
     A clip's `index` is the number of its video in the whole run.
     """
@@ -39,11 +39,11 @@ def in_groups(count: int, size: int) -> list[range]:
 
 
 def batches_of_videos(clips: Iterable[Clip], groups: Sequence[Sequence[int]]) -> Iterator[Batch]:
-    """A batch for each group of videos, as soon as all of its clips are there.
+    """Yields a batch for each group of videos as soon as all of its clips are decoded.
 
     Args:
-        clips: one for each video, in any order.
-        groups: numbers of videos, each in one group.
+        clips: one per video, in any order.
+        groups: numbers of videos. Each number is in exactly one group.
     """
     group_of = {number: group for group, numbers in enumerate(groups) for number in numbers}
     gathered: dict[int, list[Clip]] = {}
@@ -60,9 +60,9 @@ def batches_of_videos(clips: Iterable[Clip], groups: Sequence[Sequence[int]]) ->
 
 
 def batches_of_windows(clips: Iterable[Clip], size: int) -> Iterator[Batch]:
-    """Batches of up to `size` windows of one video, in their order; those of different videos may alternate.
+    """Yields batches of up to `size` windows of one video, in order. Batches of different videos may alternate.
 
-    After an error, the windows of that video that are left are dropped.
+    After an error, the remaining windows of that video are dropped.
     """
     gathered: dict[int, list[Clip]] = {}
     for clip in clips:
@@ -77,10 +77,10 @@ def batches_of_windows(clips: Iterable[Clip], size: int) -> Iterator[Batch]:
 
 
 class Ahead:
-    """Draws from an iterator in a thread, one item ahead of what is asked for.
+    """Runs an iterator in a thread, one item ahead of its consumer.
 
-    To be used in a `with` statement, whose end waits for the thread: whatever the iterator may be waiting for has to be
-    ended before that.
+    Use it in a `with` statement. The end of the statement waits for the thread, so end whatever the iterator may wait
+    for first.
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class Ahead:
                 self._ready.get(timeout=0.05)
 
     def of(self, items: Iterator[_T]) -> Iterator[_T]:
-        """The items. What their iterator raises is raised here."""
+        """Yields the items. Exceptions of their iterator are raised here."""
         self._thread = threading.Thread(target=self._draw, args=(items,), name="batches", daemon=True)
         self._thread.start()
         while True:

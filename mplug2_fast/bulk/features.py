@@ -1,8 +1,8 @@
-"""Features of videos, in shards that are written whole, with an index that names only what is there.
+"""Features of videos, in shards that are written atomically, and an index that names only existing shards.
 
-A folder of features has an `index.jsonl`, with a line for each video, and shards, each a `.safetensors` or `.npy` file
-with one array `(rows, ...)` named "features". A line's `features` tell where the rows of its clips are:
-`[{"shard": "features-0000-000000.npy", "rows": [0, 3]}]`, the last row not included, in the order of the clips.
+A folder of features has an `index.jsonl` with one line per video, and shards. Each shard is a `.safetensors` or `.npy`
+file with one array `(rows, ...)` named "features". The `features` of a line are the rows of its clips, in order and
+without the last number: `[{"shard": "features-0000-000000.npy", "rows": [0, 3]}]`.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _SHARD_NAME = re.compile(r"features-\d{4,}-\d{6,}\.(safetensors|npy)")
 
 SHARD_BYTES = 256 * 2**20
 SHARD_SECONDS = 60.0
-"""A shard that is not full is written after this time: what a killed run has to compute again takes no longer."""
+"""A shard that is not full is written after this time, which limits how much a killed run must compute again."""
 
 
 class Row(NamedTuple):
-    """Where the features of a clip are, or will be."""
+    """Where the features of a clip are stored, or will be."""
 
     shard: str
     row: int
@@ -51,8 +51,8 @@ class Shards:
     """Writes features to shards, one after another.
 
     Args:
-        folder: where. rank: keeps the shards of programs apart that write to one folder.
-        format: of the shards. max_bytes, max_seconds: when a shard is written.
+        folder: the output folder. rank: part of the file names, so that several programs can write to one folder.
+        format: file format. max_bytes, max_seconds: a shard is written when it is this large or old.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class Shards:
         self._format = format
         self._max_bytes, self._max_seconds = max_bytes, max_seconds
         pattern = re.compile(rf"{self._prefix}(\d{{1,9}})\..*")
-        there = [int(match[1]) for path in folder.iterdir() if (match := pattern.fullmatch(path.name))]
-        self._number = max(there, default=-1) + 1
+        existing = [int(match[1]) for path in folder.iterdir() if (match := pattern.fullmatch(path.name))]
+        self._number = max(existing, default=-1) + 1
         self._rows: list[Tensor] = []
         self._bytes = 0
         self._since = time.monotonic()
 
     def add(self, features: Tensor) -> Row:
-        """Keep the features of a clip for the shard that is being filled."""
+        """Adds the features of a clip to the current shard."""
         if not self._rows:
             self._since = time.monotonic()
         self._rows.append(features)
@@ -84,33 +84,33 @@ class Shards:
         return Row(self.name(), len(self._rows) - 1)
 
     def is_due(self) -> bool:
-        """Whether it is time to write the shard."""
+        """Whether the shard should be written now."""
         late = time.monotonic() - self._since >= self._max_seconds
         return bool(self._rows) and (late or self._bytes >= self._max_bytes)
 
     def write(self) -> None:
-        """Write what there is as a shard. Raises `MPlug2Error`, also if somebody has made a file of that name."""
+        """Writes the current shard. Raises `MPlug2Error`, also if a file of that name exists."""
         features = torch.stack(self._rows)
         write_whole(self._folder / self.name(), _encoded(features, self._format), overwrite=False)
         self._number += 1
         self._rows, self._bytes = [], 0
 
     def is_empty(self) -> bool:
-        """Whether there is nothing to write."""
+        """Whether the current shard has no rows."""
         return not self._rows
 
     def name(self) -> str:
-        """The file name of the shard that is being filled."""
+        """The file name of the current shard."""
         return f"{self._prefix}{self._number:06d}.{self._format}"
 
 
 class Features(Work[Row | NotFiniteError]):
-    """Features: a row a clip, in shards, and a line a video in the index.
+    """Features: one row per clip, in shards, and one line per video in the index.
 
     Args:
         kind: see `features_of`.
-        format: of the shards; they have the model's dtype.
-        folder: where they go.
+        format: file format of the shards. Features have the model's dtype.
+        folder: the output folder.
     """
 
     command = "features"
@@ -120,9 +120,9 @@ class Features(Work[Row | NotFiniteError]):
         super().__init__(predictor, frames)
         for name, value, known in (("kind", kind, get_args(Kind)), ("format", format, get_args(Format))):
             if value not in known:
-                raise ConfigError(f"there is no {name} of features {value!r}: choose {', '.join(known)}")
+                raise ConfigError(f"there is no feature {name} {value!r}: choose {', '.join(known)}")
         if format == "npy" and self.weights.dtype == torch.bfloat16:
-            raise ConfigError("npy files know no bfloat16: take safetensors, or the dtype float16 or float32")
+            raise ConfigError("npy files cannot store bfloat16: use safetensors, or the dtype float16 or float32")
         self._kind, self._format, self._folder = kind, format, folder
         self._shards: Shards | None = None
         self._lines: list[Line] = []
@@ -163,13 +163,13 @@ class Features(Work[Row | NotFiniteError]):
         return [{"path": video.path, "features": []}]
 
     def write(self, lines: list[Line], journal: Journal) -> None:
-        """Lines wait for the shards that they name."""
+        """Lines are written after the shards that they name."""
         self._lines += lines
         if self._shards.is_due():
             self.flush(journal)
 
     def flush(self, journal: Journal) -> None:
-        """The journal keeps the name of the shard that is being written, so that `tidy` removes no other file."""
+        """Stores the name of the shard in the journal while it is written, so that `tidy` removes no other file."""
         if self._shards.is_empty():
             journal.append(self._lines)
         else:
@@ -181,12 +181,15 @@ class Features(Work[Row | NotFiniteError]):
         self._lines = []
 
     def tidy(self, journal: Journal) -> None:
-        """Remove the shard that a killed run was writing, if no line names it. Raises `ConfigError` if one is gone."""
+        """Removes the shard that a killed run was writing, if no line names it.
+
+        Raises `ConfigError` if a named shard is missing.
+        """
         named = {shard for line in read_lines(journal.path) for shard in _shards_in(line)}
-        if gone := sorted(shard for shard in named if not (self._folder / shard).exists()):
-            more = f" and {len(gone) - 1:,} more" if len(gone) > 1 else ""
+        if missing := sorted(shard for shard in named if not (self._folder / shard).exists()):
+            more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
             raise ConfigError(
-                f"{journal.path} names {gone[0]}{more}, which is not there: restore it, or name another folder"
+                f"{journal.path} names {missing[0]}{more}, which is missing: restore it, or use another folder"
             )
         writing = journal.kept.get("writing")
         if isinstance(writing, str) and _SHARD_NAME.fullmatch(writing) and writing not in named:
@@ -199,12 +202,12 @@ class Features(Work[Row | NotFiniteError]):
 
 @torch.inference_mode()
 def features_of(model: torch.nn.Module, frames: Tensor, kind: Kind) -> Tensor:
-    """The features of clips `(B, 3, T, H, W)`, on the CPU, in the model's dtype.
+    """The features of clips `(batch, 3, frames, height, width)`, on the CPU, in the model's dtype.
 
     Returns:
-        "vision": `(B, 1 + T'·L, width)`, the tokens of the vision encoder: the class token, averaged over T' frames,
-        and L patches of each. "universal": `(B, 1 + T'·L, hidden_size)`, the same after the universal layers, as the
-        decoder reads them. "pooled": `(B, hidden_size)`, the class token of those.
+        "vision": `(batch, tokens, width)`, the output of the vision encoder: the class token, averaged over the frames,
+        and the patches of all frames. "universal": `(batch, tokens, hidden_size)`, the output of the universal layers,
+        which the decoder reads. "pooled": `(batch, hidden_size)`, the class token of "universal".
     """
     weights = next(model.parameters())
     frames = frames.to(weights.device, weights.dtype)
@@ -217,25 +220,25 @@ def _rows_in(line: Line) -> list[tuple[int, int]]:
 
 
 def _shards_in(line: Line) -> list[str]:
-    """The shards that a line names. Raises `KeyError`, `TypeError` or `ValueError` for a line of something else."""
+    """The shards that a line names. Raises `KeyError`, `TypeError` or `ValueError` for any other line."""
     shards = []
     for piece in line["features"]:
         first, end = piece["rows"]
         if type(first) is not int or type(end) is not int or not 0 <= first < end:
             raise ValueError("rows must be two numbers, the first below the second")
         if not _SHARD_NAME.fullmatch(text_in(piece, "shard")):
-            raise ValueError("a shard must have the name of one")
+            raise ValueError("a shard must be named like features-0000-000000.npy")
         shards.append(piece["shard"])
     return shards
 
 
 def read_features(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
-    """The features of each video in a folder, (clips, ...), as `mplug2-fast features` wrote them; one shard at a time.
+    """Yields (path, features) of each video in a folder that `mplug2-fast features` wrote.
 
-    Videos that had an error are left out.
+    Features are `(clips, ...)`. Videos with an error are skipped. Only one shard is in memory at a time.
 
     Raises:
-        ConfigError: the index or a shard is not there, or is damaged.
+        ConfigError: the index or a shard is missing or damaged.
     """
     folder = Path(folder)
     load: Callable[[str], Tensor] = _Loader(folder)
@@ -244,16 +247,18 @@ def read_features(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]
             _shards_in(line)
             path, error = text_in(line, "path"), line["error"]
         except (KeyError, TypeError, ValueError) as problem:
-            raise ConfigError(f"{folder / INDEX}, line {number}: this is not a line of such an index") from problem
+            raise ConfigError(
+                f"{folder / INDEX}, line {number}: this is not a line of an index of features"
+            ) from problem
         if error is None:
             pieces = [load(piece["shard"])[slice(*piece["rows"])] for piece in line["features"]]
             if not pieces or any(len(p) != b - a for p, (a, b) in zip(pieces, _rows_in(line), strict=True)):
-                raise ConfigError(f"{folder / INDEX}, line {number}: its shards do not have the rows that it names")
+                raise ConfigError(f"{folder / INDEX}, line {number}: its shards lack some of its rows")
             yield path, torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
 
 class _Loader:
-    """Reads shards, and keeps the one that was read last."""
+    """Reads shards and caches the last one."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -282,7 +287,7 @@ def _encoded(features: Tensor, format: Format) -> bytes:
 
 
 def _ranges(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows that follow one another in a shard are one piece."""
+    """The ranges of consecutive rows within a shard."""
     pieces: list[dict[str, Any]] = []
     for shard, row in rows:
         if pieces and pieces[-1]["shard"] == shard and pieces[-1]["rows"][1] == row:

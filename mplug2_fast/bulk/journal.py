@@ -1,15 +1,15 @@
-"""Lines of results that survive whatever ends the program.
+"""A file of results that survives crashes.
 
-A journal is a file of JSON lines. Lines that come together are one write, and go to the disk once a second and at the
-end: a killed program loses no line that it wrote, a machine that loses power those of the last second. Whatever a
-killed program or a dead machine left half written at the end of the file is cut off when it is opened again. A lock of
-the operating system, which ends with the process, keeps a second program out.
+A journal is a file of JSON lines. Lines that are appended together are one write. They are synced to the disk once a
+second and at the end. A killed program loses no line that it wrote; a machine that loses power loses at most the last
+second. An incomplete line at the end is removed when the file is opened again. A lock of the operating system, which
+ends with the process, prevents two programs from writing to one file.
 
-Somebody may remove, replace or change the file while it is open. That is seen at the next write, and at the end: the
-lines are saved to a file that has a name, and the run stops with an error.
+If somebody removes, replaces or changes the file while it is open, the next write or the end notices it: the lines are
+saved to another file, and the run stops with an error.
 
-Beside the file lies another with what the results depend on (`captions.jsonl.run`), so that a run goes on only with
-the options that it began with, and a file that is something else is never written to.
+A second file beside it (`captions.jsonl.run`) stores the settings that the results depend on. A run resumes only with
+the settings it was started with, and never writes to a file that no run created.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 Line = dict[str, Any]
 Key = Callable[[Line], Hashable]
-"""From a line to what it is the result of."""
+"""Identifies what a line is the result of."""
 
 SECONDS_BETWEEN_SYNCS = 1.0
 
@@ -46,18 +46,18 @@ _MAX_SETTINGS_BYTES = 2**20
 
 
 class Journal:
-    """A file of JSON lines, open for appending, locked and whole.
+    """A file of JSON lines, locked and open for appending.
 
     Args:
-        path: the file, which is made if it is not there.
-        key: from a line to what it is the result of.
-        settings: what the results depend on, of values that JSON knows; it may not change while there are lines.
-        choices: numbers that are settled when the first line is written, and then stay.
-        guarded: other files depend on the lines. It is an error if the lines are gone; otherwise the run starts anew.
+        path: the file. It is created if it does not exist.
+        key: identifies what a line is the result of.
+        settings: what the results depend on, as JSON values. They may not change once the file has lines.
+        choices: numbers that are fixed when the file gets its first line.
+        guarded: other files depend on the lines. Missing lines are an error then; otherwise the run starts anew.
 
     Raises:
-        ConfigError: another process has it open, it cannot be written, it is something else, its lines are gone, or it
-            was begun with other settings.
+        ConfigError: another process has it open, it cannot be written, it is not a journal, its lines are missing, or
+            it was started with other settings.
     """
 
     def __init__(
@@ -77,18 +77,18 @@ class Journal:
         self._file = _open_locked(self.path)
         self._synced = time.monotonic()
         self.done: dict[Hashable, bool] = {}
-        """What there is a line for, and whether that is an error."""
+        """The key of each line -> whether the line is an error."""
         self.choices: dict[str, int] = choices or {}
-        """The choices that hold."""
+        """The choices in effect."""
         self.kept: dict[str, Any] = {}
-        """What `keep` was given, by this run or an earlier one."""
+        """Values that this run or an earlier one passed to `keep`."""
         try:
             self._settle()
             self._size = self._read()
             os.ftruncate(self._file, self._size)
         except OSError as error:
             os.close(self._file)
-            raise ConfigError(f"{self.path}: the results there cannot be read: {error.strerror}") from error
+            raise ConfigError(f"{self.path}: the results cannot be read: {error.strerror}") from error
         except BaseException:
             os.close(self._file)
             raise
@@ -102,10 +102,10 @@ class Journal:
         self.close()
 
     def append(self, lines: Iterable[Line]) -> None:
-        """Write the lines whose key has none yet, in one piece.
+        """Writes the lines with new keys, in one write.
 
         Raises:
-            MPlug2Error: they cannot be written, or the file was removed, replaced or changed by somebody else.
+            MPlug2Error: they cannot be written, or another program removed, replaced or changed the file.
         """
         fresh: dict[Hashable, Line] = {}
         for line in lines:
@@ -118,7 +118,7 @@ class Journal:
             while data:
                 data = data[os.write(self._file, data) :]
         except OSError as error:
-            with contextlib.suppress(OSError):  # half a line is cut off when the file is opened again
+            with contextlib.suppress(OSError):  # an incomplete line is removed when the file is opened again
                 os.ftruncate(self._file, self._size)
             raise MPlug2Error(f"{self.path}: the results cannot be written: {error.strerror}") from error
         self._size = size
@@ -128,23 +128,23 @@ class Journal:
             self.sync()
 
     def sync(self) -> None:
-        """Have everything that is written on the disk. Raises `MPlug2Error`."""
+        """Syncs the file to the disk. Raises `MPlug2Error`."""
         try:
             os.fsync(self._file)
         except OSError as error:
             raise MPlug2Error(f"{self.path}: the results cannot be written: {error.strerror}") from error
         self._synced = time.monotonic()
         if not os.path.exists(settings_file(self.path)):
-            warnings.warn(f"{settings_file(self.path)} was removed during the run: it is written again", stacklevel=2)
+            warnings.warn(f"{settings_file(self.path)} was removed during the run and is written again", stacklevel=2)
             self._write_settings()
 
     def keep(self, **values: Any) -> None:
-        """Store values with the settings for the next run. Raises `MPlug2Error`."""
+        """Stores values with the settings for the next run. Raises `MPlug2Error`."""
         self.kept |= values
         self._write_settings()
 
     def drop_failed(self, keys: Iterable[Hashable]) -> None:
-        """Remove the lines of these keys that are errors, all at once. Raises `MPlug2Error`."""
+        """Removes the lines of these keys that are errors, atomically. Raises `MPlug2Error`."""
         dropped = {key for key in keys if self.done.get(key)}
         if not dropped:
             return
@@ -172,15 +172,15 @@ class Journal:
             del self.done[key]
 
     def remove(self) -> None:
-        """Remove the file, which nobody needs any more, with its settings."""
-        self._lost = True  # on purpose: nothing to save
+        """Removes the file and its settings."""
+        self._lost = True  # intended: there is nothing to save
         for path in (self.path, settings_file(self.path)):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         sync_folder(self.path)
 
     def close(self) -> None:
-        """Sync, and let go of the lock. Raises `MPlug2Error` as `append` does."""
+        """Syncs, and releases the lock. Raises `MPlug2Error` as `append` does."""
         try:
             if not self._lost:
                 self._check_place()
@@ -189,9 +189,9 @@ class Journal:
             os.close(self._file)
 
     def _settle(self) -> None:
-        """Compares the settings with those that the output was begun with, or writes them."""
+        """Compares the settings with those that the output was started with, or writes them."""
         name = settings_file(self.path)
-        with contextlib.suppress(OSError):  # left by a run that was killed while it wrote the settings
+        with contextlib.suppress(OSError):  # left behind if a run was killed while it wrote the settings
             os.unlink(_temporary(name))
         if os.fstat(self._file).st_size == 0:
             kept: dict[str, Any] = {}
@@ -199,36 +199,33 @@ class Journal:
                 kept = _read_settings(name, self.path, ())[2]
             if self._guarded and kept.get("written"):
                 raise ConfigError(
-                    f"{self.path} has no lines, but {name} says that a run wrote some: restore it, or name another "
-                    "output"
+                    f"{self.path} has no lines, but {name} says that a run wrote some: restore it or use another output"
                 )
             self._write_settings()
             return
-        begun, self.choices, self.kept = _read_settings(name, self.path, self.choices)
-        names = [n for n in {**begun, **self._settings} if begun.get(n) != self._settings.get(n)]
+        old, self.choices, self.kept = _read_settings(name, self.path, self.choices)
+        names = [n for n in {**old, **self._settings} if old.get(n) != self._settings.get(n)]
         if names:
-            different = "; ".join(f"{n} was {begun.get(n)!r} and is {self._settings.get(n)!r}" for n in names)
-            raise ConfigError(
-                f"{self.path} was begun with other options: {different}. Take those, or name another output"
-            )
+            different = ", ".join(f"{n}={old.get(n)!r} (now {self._settings.get(n)!r})" for n in names)
+            raise ConfigError(f"{self.path} was started with {different}. Use the original options or another output")
 
     def _write_settings(self) -> None:
         parts = {"settings": self._settings, "choices": self.choices} | ({"kept": self.kept} if self.kept else {})
         write_whole(settings_file(self.path), _settings_data(parts))
 
     def _read(self) -> int:
-        """Takes note of the lines, and returns where the last whole one ends."""
+        """Collects the keys of the lines. Returns where the last complete line ends."""
         end = 0
         for number, data in enumerate(self._lines(), start=1):
             try:
                 key, failed = self._parsed(data)
             except (ValueError, KeyError, TypeError):
-                # A machine that loses power leaves zeros where blocks had not been written yet. What comes after
-                # them is not lost: it is computed again.
+                # A machine that loses power leaves zeros in blocks that were not written yet. Later lines are
+                # computed again.
                 if b"\0" in data or not data.endswith(b"\n"):
                     break
                 raise ConfigError(
-                    f"{self.path}, line {number}: this is not a result of such a run: name another file"
+                    f"{self.path}, line {number}: this is not a result of such a run: use another file"
                 ) from None
             if not data.endswith(b"\n"):
                 break
@@ -242,7 +239,7 @@ class Journal:
                 yield data
 
     def _parsed(self, data: bytes) -> tuple[Hashable, bool]:
-        """The key of a line, and whether it is an error. Raises for what is no line of such a journal."""
+        """The key of a line, and whether it is an error. Raises if it is not a line of such a journal."""
         line = parsed(data)
         key, error = self._key(line), line["error"]
         hash(key)
@@ -257,7 +254,7 @@ class Journal:
                     file.write(data)
 
     def _check_place(self) -> None:
-        """Whether the lines are still where the path leads."""
+        """Raises `MPlug2Error` if the path no longer leads to the file, or another program changed it."""
         status = os.fstat(self._file)
         try:
             is_there = os.path.samestat(os.stat(self.path), status)
@@ -273,13 +270,12 @@ class Journal:
         if status.st_size != self._size:
             self._lost = True
             raise MPlug2Error(
-                f"{self.path} was changed by another program during the run: find out which, then start the same "
-                "command again, which does what is missing"
+                f"{self.path} was changed by another program during the run: find out which and rerun the same command"
             )
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[Line]:
-    """The whole lines of a journal, which nobody needs to have open.
+    """The complete lines of a journal, without opening it as a `Journal`.
 
     Raises:
         ConfigError: it cannot be read, or a line is not a JSON object.
@@ -290,7 +286,7 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[Line]:
                 if data.endswith(b"\n"):
                     yield _object(data, f"{os.fspath(path)}, line {number}")
     except OSError as error:
-        raise ConfigError(f"{os.fspath(path)}: the results there cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{os.fspath(path)}: the results cannot be read: {error.strerror}") from error
 
 
 def _object(data: bytes, where: str) -> Line:
@@ -304,17 +300,17 @@ def _object(data: bytes, where: str) -> Line:
 
 
 def settings_file(path: str) -> str:
-    """Where a journal's settings are."""
+    """The settings file of a journal."""
     return f"{path}.run"
 
 
 def _temporary(path: str | os.PathLike[str]) -> str:
-    """Where `write_whole` writes until the file is complete."""
+    """The file that `write_whole` writes and then renames."""
     return f"{os.fspath(path)}.tmp"
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes, *, overwrite: bool = True) -> None:
-    """Write a file so that it is there in full or not at all. Raises `MPlug2Error`."""
+    """Writes a file atomically. Raises `MPlug2Error`."""
     temporary = _temporary(path)
     try:
         try:
@@ -342,7 +338,7 @@ def _settings_data(parts: dict[str, Any]) -> bytes:
 def _read_settings(
     name: str, path: str, numbers: Collection[str]
 ) -> tuple[dict[str, Any], dict[str, int], dict[str, Any]]:
-    """The settings, the choices and what was kept; the choices have these `numbers`."""
+    """The settings, the choices and the kept values. The choices must include `numbers`."""
     try:
         with open_regular(name) as file:
             data = file.read(_MAX_SETTINGS_BYTES + 1)
@@ -359,39 +355,37 @@ def _read_settings(
         return parts
     except FileNotFoundError:
         raise ConfigError(
-            f"{path} is there already, and {name}, which a run keeps beside its output, is not: name another output"
+            f"{path} exists, but {name}, which every run keeps beside its output, does not: use another output"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{name}, which tells with which options {path} was begun, cannot be read: name another output"
-        ) from error
+        raise ConfigError(f"{name}, which has the options of {path}, cannot be read: use another output") from error
 
 
 def _open_locked(path: str) -> int:
-    """The file, for appending, with its lock taken."""
+    """Opens a file for appending and locks it."""
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: the results cannot be written there: {reason}") from error
+        raise ConfigError(f"{path}: the results cannot be written: {reason}") from error
     try:
         if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise ConfigError(f"{path} is not a regular file: a run that can be taken up again needs one")
+            raise ConfigError(f"{path} is not a regular file, which a resumable run needs")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise
         except OSError as error:
             raise ConfigError(
-                f"{path} cannot be locked ({error.strerror}): name an output on a file system that has locks"
+                f"{path} cannot be locked ({error.strerror}): use an output on a file system that supports locks"
             ) from error
-        # Whoever held the lock until now may have removed the file.
+        # The previous owner of the lock may have removed the file.
         if not os.path.exists(path) or not os.path.samestat(os.stat(path), os.fstat(file)):
             raise BlockingIOError(errno.EAGAIN, "it was replaced")
         sync_folder(path)
     except BlockingIOError as error:
         os.close(file)
-        raise ConfigError(f"{path}: another run is writing to it: wait for it, or name another output") from error
+        raise ConfigError(f"{path}: another run is writing to it: wait for it, or use another output") from error
     except BaseException:
         os.close(file)
         raise

@@ -1,4 +1,4 @@
-"""Text files that users write: lists of videos, questions, candidates. Read a line at a time, within limits."""
+"""Reads text files that users write (lists of videos, questions, candidates): line by line, within limits."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def lines_of(path: str, what: str, *, max_bytes: int) -> Iterator[bytes]:
-    """The lines of a file, `-` for standard input, without their ends and without a byte order mark.
+    """The lines of a file, without line ends and byte order mark.
 
     Args:
-        path: a regular file, or the end of an open pipe.
+        path: a regular file, an open pipe, or `-` for standard input.
         what: what the file should be, for error messages: "a list of videos".
-        max_bytes: the most that a line may have.
+        max_bytes: maximum size of a line.
 
     Raises:
-        ConfigError: the file cannot be read, is not text, or is larger than any such file.
+        ConfigError: the file cannot be read, is not text, or is too large.
     """
     with _opened(path, what) as file:
         number = 0
@@ -37,7 +37,7 @@ def lines_of(path: str, what: str, *, max_bytes: int) -> Iterator[bytes]:
             if number == 1 and data[:2] in _UTF16:
                 raise ConfigError(f"{path}: this is UTF-16 text: save it as UTF-8")
             if b"\0" in data:
-                raise ConfigError(f"{where}: there is a NUL byte: {what} must be UTF-8 text")
+                raise ConfigError(f"{where}: it has a NUL byte: {what} must be UTF-8 text")
             if len(data) > max_bytes:
                 raise ConfigError(f"{where}: it is longer than {max_bytes:,} bytes: this is not {what}")
             if number > MAX_LINES:
@@ -46,7 +46,7 @@ def lines_of(path: str, what: str, *, max_bytes: int) -> Iterator[bytes]:
 
 
 def parsed(text: str | bytes) -> Any:
-    """What JSON text says. Raises `ValueError` for all that is not JSON, brackets nested too deeply among it."""
+    """Parses JSON. Raises `ValueError` for anything else, including brackets that are nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -77,12 +77,12 @@ def _opened(path: str, what: str) -> Iterator[BinaryIO]:
 
 
 def open_regular(path: str, *, pipes: bool = False) -> BinaryIO:
-    """Open a regular file to read it, or with `pipes` the end of a pipe that is open; anything else may never end.
+    """Opens a regular file for reading, or with `pipes` an open pipe. Reading from anything else may never end.
 
     Raises:
         OSError, ValueError: it cannot be opened, or is something else.
     """
-    # Without O_NONBLOCK, opening a named pipe waits for somebody who writes to it.
+    # Without O_NONBLOCK, opening a named pipe waits for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         mode = os.fstat(descriptor).st_mode
@@ -90,7 +90,7 @@ def open_regular(path: str, *, pipes: bool = False) -> BinaryIO:
         if stat.S_ISDIR(mode):
             raise OSError(errno.EISDIR, "it is a folder")
         if not stat.S_ISREG(mode) and not (pipes and is_open_pipe):
-            raise OSError(errno.EINVAL, "it is not a regular file; a list may come from standard input, as -")
+            raise OSError(errno.EINVAL, "it is not a regular file; use - to read a list from standard input")
         os.set_blocking(descriptor, True)
         return open(descriptor, "rb")
     except BaseException:

@@ -1,4 +1,4 @@
-"""Several programs that work on one run, as torchrun starts them: who each is, and how they wait for one another."""
+"""Several programs that share one run, as torchrun starts them: their ranks, and how they synchronise."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ _T = TypeVar("_T")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
-# Ranks wait for the slowest of them at the end. One that dies is torchrun's to notice, which ends the others.
+# At the end all ranks wait for the slowest one. If a rank dies, torchrun ends the others.
 _PATIENCE = timedelta(days=30)
-# At the beginning the others come soon, or never.
+# At the start the other ranks appear soon, or never.
 _START_PATIENCE = timedelta(minutes=10)
 
 
 class Ranks:
-    """The programs of a run; alone, unless torchrun started this one.
+    """The programs that share a run: several if torchrun started this one, otherwise only this one.
 
-    They talk over gloo, on CPUs, and only at the beginning and at the end. To be used in a `with` statement.
+    They communicate through gloo, on CPUs, and only at the start and at the end. Use it in a `with` statement.
 
     Args:
-        environment: where torchrun's variables are.
+        environment: has torchrun's variables.
 
     Raises:
-        ConfigError: some of torchrun's variables are there and others are not, or make no sense.
+        ConfigError: some of torchrun's variables are missing or invalid.
     """
 
     def __init__(self, environment: Any = os.environ) -> None:
         given = [name for name in _VARIABLES if name in environment]
         self.local_size = _number(environment, "LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in environment else 1
-        """How many of the programs are on this machine."""
+        """The number of programs on this machine."""
         if "RANK" not in environment and "WORLD_SIZE" not in environment:
             self.rank, self.size, self.local_rank = 0, 1, None
             return
         if missing := [name for name in _VARIABLES if name not in given]:
-            raise ConfigError(f"{', '.join(missing)}: not set, while {', '.join(given)} are: start it with torchrun")
+            raise ConfigError(f"{', '.join(missing)}: not set, although {', '.join(given)} are set: use torchrun")
         self.size = _number(environment, "WORLD_SIZE", 1)
         self.rank = _number(environment, "RANK", 0, self.size - 1)
         self.local_rank = _number(environment, "LOCAL_RANK", 0)
@@ -51,7 +51,7 @@ class Ranks:
 
     def __enter__(self) -> Self:
         if self.size > 1:
-            with _talking("the programs of this run do not find one another") as distributed:
+            with _talking("the programs of this run cannot connect to one another") as distributed:
                 options = {"rank": self.rank, "world_size": self.size}
                 distributed.init_process_group("gloo", timeout=_START_PATIENCE, **options)
                 self._group = distributed.new_group(backend="gloo", timeout=_PATIENCE)
@@ -64,7 +64,7 @@ class Ranks:
             torch.distributed.destroy_process_group()
 
     def device(self, device: str) -> str:
-        """The device of a name, "auto" being this program's own GPU where there are any."""
+        """The device to use. "auto" is this program's own GPU, or the CPU without a GPU."""
         if device != "auto" or self.local_rank is None:
             return device
         import torch
@@ -73,7 +73,7 @@ class Ranks:
         return f"cuda:{self.local_rank % count}" if count else "cpu"
 
     def first_makes(self, make: Callable[[], _T]) -> _T:
-        """What `make` gives to the first of the programs, in all of them; an `MPlug2Error` there is one everywhere."""
+        """Calls `make` in the first program. All programs return its result, or raise its `MPlug2Error`."""
         if self.size == 1:
             return make()
         made: list[Any] = [None, None]
@@ -89,7 +89,7 @@ class Ranks:
         return made[0]
 
     def gather(self, value: _T) -> list[_T]:
-        """The values of all programs, once each has one."""
+        """The values of all programs. Waits until all have called it."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -99,7 +99,7 @@ class Ranks:
 
 
 def _number(environment: Any, name: str, least: int, most: int | None = None) -> int:
-    """The number in one of torchrun's variables. Raises `ConfigError`."""
+    """Reads a number from one of torchrun's variables. Raises `ConfigError`."""
     text = environment[name]
     allowed = f"at least {least}" if most is None else f"from {least} to {most}"
     try:
@@ -107,17 +107,19 @@ def _number(environment: Any, name: str, least: int, most: int | None = None) ->
     except ValueError:
         number = least - 1
     if number < least or (most is not None and number > most):
-        raise ConfigError(f"{name} must be a number, {allowed}, as torchrun sets it, not {text!r}: correct or unset it")
+        raise ConfigError(
+            f"{name} must be a number, {allowed}, not {text!r}: correct it, or unset torchrun's variables"
+        )
     return number
 
 
 @contextmanager
-def _talking(problem: str = "another program of this run is gone") -> Iterator[Any]:
-    """torch.distributed; what it raises when there is a problem with another program becomes one line."""
+def _talking(problem: str = "another program of this run ended") -> Iterator[Any]:
+    """Yields torch.distributed. Its errors become one-line `MPlug2Error`s."""
     import torch.distributed
 
     try:
         yield torch.distributed
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
-        raise MPlug2Error(f"{problem} ({reason}): the same command, started again, goes on") from error
+        raise MPlug2Error(f"{problem} ({reason}): rerun the same command to resume") from error

@@ -1,4 +1,4 @@
-"""Saving the lines of a file that was removed, replaced or moved while it was being written."""
+"""Saves the lines of an output file that was removed, replaced or moved during a run."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ _COPIED_AT_ONCE = 2**20
 
 
 def rescue(file: int, path: str, settings_file: Callable[[str], str], settings: bytes) -> str:
-    """Save what an open file holds, which is no longer where its path leads, and say what happened.
+    """Saves the contents of an open file that its path no longer leads to. Returns a message that says what happened.
 
-    The lines go back to the path if nothing is there, otherwise beside it, to `captions.jsonl.recovered`; where the
-    folder is gone, to the next folder above it.
+    The lines go back to the path if it is free, otherwise to `captions.jsonl.recovered` beside it. If the folder was
+    removed, they go to the nearest existing folder above.
 
     Args:
-        file: open for reading. path: where it was.
-        settings_file: from a path to that of its settings. settings: written beside the lines, so that a run can go on.
+        file: open for reading. path: its former path.
+        settings_file: returns the path of the settings for an output. settings: written beside the lines, so that a run
+            can resume.
     """
     if moved := _new_name(file):
-        return f"{path} was moved to {moved} during the run: move it back, and the same command goes on"
+        return f"{path} was moved to {moved} during the run: move it back and rerun the same command"
     happened = f"{path} was removed or replaced during the run"
-    reason = "there is no folder for them"
+    reason = "there is no folder to write to"
     for target in _targets(path):
         try:
             _copy(file, target)
@@ -36,13 +37,13 @@ def rescue(file: int, path: str, settings_file: Callable[[str], str], settings: 
             reason = error.strerror
             continue
         if target == path:
-            return f"{happened}: its lines were written there again, and the same command goes on"
-        return f"{happened}: its lines are in {target} now, which a run can go on with as its output"
+            return f"{happened}: its lines were written there again. Rerun the same command to resume"
+        return f"{happened}: its lines are in {target} now. Use that as the output to resume"
     return f"{happened}, and its lines cannot be saved: {reason}"
 
 
 def rename_new(temporary: str, path: str | os.PathLike[str]) -> None:
-    """Give a file its final name. Raises `FileExistsError` rather than replace what has that name."""
+    """Renames a file. Raises `FileExistsError` instead of replacing an existing file."""
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -56,7 +57,7 @@ def rename_new(temporary: str, path: str | os.PathLike[str]) -> None:
 
 
 def sync_folder(path: str | os.PathLike[str]) -> None:
-    """Have the name of a file on the disk, which is its folder's, where the folder and the file system allow that."""
+    """Syncs the folder of a file, which holds its name, if the folder and the file system allow it."""
     try:
         folder = os.open(os.path.dirname(os.fspath(path)) or ".", os.O_RDONLY)
     except PermissionError:
@@ -71,7 +72,7 @@ def sync_folder(path: str | os.PathLike[str]) -> None:
 
 
 def _new_name(file: int) -> str | None:
-    """Where an open file is now; None if it has no name any more."""
+    """The current path of an open file, or None if it was removed."""
     name = os.readlink(f"/proc/self/fd/{file}")
     try:
         return name if os.path.samestat(os.stat(name), os.fstat(file)) else None
@@ -80,10 +81,10 @@ def _new_name(file: int) -> str | None:
 
 
 def _targets(path: str) -> Iterator[str]:
-    """Free names for the lines, best first."""
+    """Free paths for the lines, best first."""
     try:
         folder = os.path.dirname(os.path.abspath(path))
-    except OSError:  # the current folder is gone
+    except OSError:  # the current folder was removed
         folder = ""
     if os.path.isdir(folder) and not os.path.lexists(path):
         yield path
@@ -97,7 +98,7 @@ def _targets(path: str) -> Iterator[str]:
 
 
 def _copy(file: int, target: str) -> None:
-    """Copy a file to a name that is free."""
+    """Copies a file to a free path."""
     descriptor, temporary = tempfile.mkstemp(prefix=f"{os.path.basename(target)}.", dir=os.path.dirname(target) or ".")
     try:
         with open(descriptor, "wb") as copy:

@@ -1,13 +1,13 @@
-"""A bulk run: videos are decoded in other processes, batched, computed, and become lines of a journal.
+"""A bulk run: worker processes decode videos, the model computes batches, and the results become lines of a journal.
 
     sources -> DecodePool or DaliLoader -> batches, in a thread -> Work.compute -> Finished videos -> lines -> Journal
 
-Of several programs each has every so many-th batch and a journal of its own, a part, beside the output. The first one
-holds the output's lock, moves parts that an earlier run left into the output at the beginning, and those of this run at
-the end.
+If N programs share a run, each computes every N-th batch. The first one locks the output. The others write parts, which
+are journals beside the output. The first program moves the parts into the output: those of an earlier run at the start,
+those of this run at the end.
 
-A video whose decoder was killed or took too long may be whole: memory ran out because of another one, or somebody ended
-the process. Such videos wait until the others are done, and are then tried once more, one at a time.
+A video may be intact although its decoder was killed or timed out: another video may have used up the memory, or
+somebody may have killed the process. Such videos are retried once, one at a time, after all others.
 """
 
 from __future__ import annotations
@@ -38,17 +38,18 @@ from mplug2_fast.video import Clip, DaliLoader, DecodePool
 _LINES_AT_ONCE = 1000
 
 PREFETCH = 4
-"""Clips a worker: room enough that workers go on before this process has gathered what they gave."""
+"""Clips per worker that may wait for this process, so that workers need not wait for it."""
 
 Progress = Callable[[int, int], None]
-"""Called with the number of videos that were finished, and that of the failed among them."""
+"""Called with the number of newly finished videos and how many of them failed."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How files are decoded: in worker processes, with the seconds after which a clip is given up, None for no limit.
+    """How files are decoded.
 
-    `backend` is "pyav", "torchcodec" or "dali", which decodes in this process, on the GPU, and without a time limit.
+    num_workers: decoding processes. timeout: seconds per clip, None for no limit.
+    backend: "pyav", "torchcodec" or "dali". DALI decodes on the GPU, in this process and without a timeout.
     """
 
     num_workers: int = 1
@@ -58,9 +59,10 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one program does of a run: groups of numbers of videos, and how many clips share a batch.
+    """One program's share of a run.
 
-    `left` is how many videos it has to finish, `finished` how many of the whole run were finished before.
+    groups: numbers of videos. Each group is a batch. batch_size: clips per batch.
+    left: videos that this program has to finish. finished: videos of the whole run that earlier runs finished.
     """
 
     groups: list[list[int]]
@@ -71,8 +73,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of a run: lines and how many of them are errors, those of earlier runs included; then, of this one,
-    the videos that were finished, the seconds, and those in which the model computed, on average over the programs."""
+    """The result of a run.
+
+    lines, failed: all lines and how many are errors, including those of earlier runs.
+    videos, seconds: videos that this run finished, and its duration.
+    model_seconds: the time in which the model computed, averaged over the programs.
+    """
 
     lines: int = 0
     failed: int = 0
@@ -92,19 +98,19 @@ def run(
     ranks: Ranks | None = None,
     started: Callable[[Plan], Progress] | None = None,
 ) -> Summary:
-    """Do the work on the videos, or what is left of it, and write the lines to the output.
+    """Processes the videos, or resumes an earlier run, and writes the lines to the output.
 
     Args:
-        work: what is done. videos: each once. output: the journal.
+        work: what is computed. videos: without duplicates. output: the journal.
         decoding: see `Decoding`.
-        batch_memory: bytes that a batch may take; None takes what the run began with, or else a share of what is free.
-        retry_failed: also do the videos that an earlier run recorded as failed, for whatever reason.
-        ranks: the programs that share the work, entered; None for this one alone.
-        started: called when it is known what there is to do; gives what to call with each progress.
+        batch_memory: bytes for a batch. None: as the run was started with, or else a share of the free memory.
+        retry_failed: also retry the videos that an earlier run recorded as failed, for whatever reason.
+        ranks: the programs that share the run, already entered. None: only this program.
+        started: called with the plan before the first batch. Returns the progress callback.
 
     Raises:
-        ConfigError: the output is not this run's, is being written to, or cannot be.
-        MPlug2Error: the results cannot be written, or one clip alone is too large for the device.
+        ConfigError: the output belongs to another run, is locked, or cannot be written.
+        MPlug2Error: the results cannot be written, or a single clip is too large for the device.
     """
     ranks = ranks or Ranks({})
     output = os.fspath(output)
@@ -130,10 +136,10 @@ def run(
 
         shared = ranks.first_makes(open_output)
         if shared.videos != _digest(videos):
-            raise ConfigError("the programs of this run see different files: all need the same folders and lists")
+            raise ConfigError("the programs of this run find different files: all need the same folders and lists")
         if not os.path.exists(output):
             raise ConfigError(
-                f"{output}: the first program's output is not to be seen here: all need one folder for it"
+                f"{output}: the first program's output does not exist here: all programs need a shared folder for it"
             )
         plan = _plan(work, shared, ranks)
         if ranks.rank == 0:
@@ -162,17 +168,17 @@ def run(
 
 @dataclass(frozen=True)
 class _Shared:
-    """What the first program tells the others."""
+    """What the first program sends to the others."""
 
     videos: str
-    """A digest of the list."""
+    """A digest of the list of videos."""
     done: bytes
-    """One for each video: whether all of its lines are there."""
+    """One byte per video: whether all of its lines exist."""
     batch_size: int
 
 
 def _plan(work: Work[Any], shared: _Shared, ranks: Ranks) -> Plan:
-    """What this program does. A group in which anything is left is computed in full: see `batches`."""
+    """This program's share. A group with any unfinished video is computed as a whole: see `batches`."""
     done = shared.done
     together = 1 if work.frames.windows is not None else shared.batch_size
     groups = [
@@ -193,7 +199,7 @@ def _work_off(
     decoding: Decoding,
     started: Callable[[Plan], Progress] | None,
 ) -> Summary:
-    """Decode, compute and write what is planned."""
+    """Decodes, computes and writes what is planned."""
     progress = started(plan) if started is not None else lambda videos, failed: None
     begun = time.perf_counter()
     model_seconds = 0.0
@@ -211,8 +217,11 @@ def _work_off(
 
 @dataclass(frozen=True)
 class Step:
-    """What came of a batch: the lines of the videos that it finished, by their numbers; which of those failed; and the
-    seconds in which the model computed."""
+    """The result of a batch.
+
+    lines: of the videos that it finished, by their numbers. failed: which of them failed.
+    seconds: the time in which the model computed.
+    """
 
     lines: dict[int, list[Line]]
     failed: set[int]
@@ -220,7 +229,7 @@ class Step:
 
 
 def _steps_with_retries(work: Work[Any], videos: Sequence[Source], plan: Plan, decoding: Decoding) -> Iterator[Step]:
-    """All batches of a plan, then the videos that are tried once more."""
+    """All batches of a plan, then the retries."""
     again: list[int] = []
     yield from steps(work, videos, _decoded(work, videos, plan, decoding), again)
     yield from retries(work, videos, sorted(again), decoding, plan.batch_size)
@@ -229,7 +238,7 @@ def _steps_with_retries(work: Work[Any], videos: Sequence[Source], plan: Plan, d
 def retries(
     work: Work[Any], videos: Sequence[Source], numbers: Sequence[int], decoding: Decoding, batch_size: int = 1
 ) -> Iterator[Step]:
-    """Decode and compute videos once more: one at a time, in one new process, which dies with a file that kills it."""
+    """Retries videos one at a time, in a new process, so that a file which kills its decoder affects no other."""
     plan = Plan([[number] for number in numbers], batch_size, left=len(numbers), finished=0)
     yield from steps(work, videos, _decoded(work, videos, plan, replace(decoding, num_workers=1), prefetch=1))
 
@@ -237,10 +246,10 @@ def retries(
 def steps(
     work: Work[Any], videos: Sequence[Source], batches: Iterable[Batch], again: list[int] | None = None
 ) -> Iterator[Step]:
-    """Compute batches of the videos.
+    """Computes batches of the videos.
 
     Args:
-        again: takes the numbers of videos with a transient error, which are left out; None takes them as failed.
+        again: collects the numbers of videos with a transient error, which get no lines. None: they count as failed.
     """
     unfinished: dict[int, Finished[Any]] = {}
     for batch in batches:
@@ -287,17 +296,17 @@ def _decoded(
 def decoder_for(
     work: Work[Any], decoding: Decoding, prefetch: int = PREFETCH
 ) -> AbstractContextManager[DecodePool | DaliLoader]:
-    """What decodes the clips that a work computes, to be entered; on a CPU with one thread each, beside the model's.
+    """The decoder for a work, as a context manager. If the model is on the CPU, each process decodes with one thread.
 
     Raises:
-        ConfigError: DALI decodes no windows.
-        BackendError: there is no such backend here.
+        ConfigError: DALI does not decode windows.
+        BackendError: the backend is not available.
     """
     device = work.weights.device
     options = {"num_frames": work.frames.count, "image_size": work.image_size, "dtype": work.weights.dtype}
     if decoding.backend == "dali":
         if work.frames.windows is not None:
-            raise ConfigError("DALI decodes no windows: take the decoder pyav or torchcodec for them")
+            raise ConfigError("DALI does not decode windows: use the decoder pyav or torchcodec")
         return nullcontext(DaliLoader(device, **options))
     return DecodePool(
         decoding.num_workers,
@@ -311,7 +320,7 @@ def decoder_for(
 
 
 def _computed(work: Work[Any], clips: list[Clip], videos: Sequence[Source]) -> tuple[list[Any], dict[str, float]]:
-    """What comes of each clip, and the seconds by stage; a batch that is too large for the device goes in halves."""
+    """The outcome of each clip, and the seconds by stage. Splits a batch that is too large for the device in halves."""
     if not clips:
         return [], {}
     try:
@@ -322,7 +331,7 @@ def _computed(work: Work[Any], clips: list[Clip], videos: Sequence[Source]) -> t
         device = work.weights.device
         if len(clips) == 1:
             raise MPlug2Error(f"{device} ran out of memory for one clip: use a smaller dtype or fewer beams") from error
-    warnings.warn(f"{len(clips)} clips at a time are too many for {device}: see --batch-memory", stacklevel=2)
+    warnings.warn(f"a batch of {len(clips)} clips is too large for {device}: see --batch-memory", stacklevel=2)
     torch.cuda.empty_cache()
     half = len(clips) // 2
     (first, one), (second, two) = _computed(work, clips[:half], videos), _computed(work, clips[half:], videos)
@@ -330,7 +339,7 @@ def _computed(work: Work[Any], clips: list[Clip], videos: Sequence[Source]) -> t
 
 
 def _take_in_parts(journal: Journal, work: Work[Any], settings: dict[str, Any]) -> None:
-    """Move the lines of all parts beside a journal into it."""
+    """Moves the lines of all parts into the journal."""
     for path in sorted(glob.glob(f"{glob.escape(journal.path)}.part-[0-9]*[0-9]")):
         with Journal(path, work.key, settings, guarded=work.guarded) as part:
             work.tidy(part)

@@ -1,4 +1,4 @@
-"""What a bulk run works on: the videos that files, folders, lists and questions name, each once, in a fixed order."""
+"""The videos of a bulk run: from files, folders, lists and questions, without duplicates, in a fixed order."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _EXTENSIONS = """
 .mov .mp4 .mpe .mpeg .mpg .mts .mxf .ogm .ogv .png .qt .rm .rmvb .tif .tiff .ts .vob .webm .webp .wmv .y4m
 """
 EXTENSIONS = frozenset(_EXTENSIONS.split())
-"""How files in a folder end that are taken for videos or images. A file that is named itself may end as it likes."""
+"""Extensions of videos and images, which select the files of a folder. Explicitly named files need none of them."""
 
 LIST_EXTENSION = ".txt"
 
 MAX_PATH_BYTES = 2**16
 MAX_QUESTION_BYTES = 2**24
-"""Of a line with a question, whose other fields may be long."""
+"""Maximum size of a line with a question, whose other fields may be long."""
 
 
 class Question(NamedTuple):
-    """What is asked about a video; `id` is the user's own."""
+    """A question about a video. `id` is chosen by the user."""
 
     text: str
     id: str | int | None = None
@@ -35,7 +35,7 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A video, and what is asked about it, if anything is."""
+    """A video and the questions about it, if any."""
 
     path: str
     questions: tuple[Question, ...] = ()
@@ -43,36 +43,36 @@ class Source:
 
 @dataclass(frozen=True)
 class Sources:
-    """All videos in the order in which they were first named."""
+    """All videos, in the order of their first mention."""
 
     videos: list[Source]
     repeated: int = 0
-    """How many times a video, or a question about it, was named again."""
-    passed_over: int = 0
-    """How many files in folders do not end as a video or an image does."""
+    """The number of duplicate videos, or questions, that were ignored."""
+    not_media: int = 0
+    """The number of files in folders without the extension of a video or an image."""
     hidden: int = 0
-    """How many hidden files and folders were skipped: names with a dot in front, and `__MACOSX`."""
+    """The number of hidden files and folders that were skipped: names that start with a dot, and `__MACOSX`."""
     linked_again: int = 0
-    """How many folders were skipped because a link led to a folder that was read before."""
+    """The number of links that were skipped because their folder was read already."""
     empty: tuple[str, ...] = ()
-    """Folders without any video."""
+    """Folders without videos or images."""
     unreadable: tuple[str, ...] = ()
     """Folders that cannot be read, each with the reason."""
 
 
 def find_videos(inputs: Iterable[str | os.PathLike[str]]) -> Sources:
-    """The videos that files, folders and lists name.
+    """Finds the videos and images in files, folders and lists.
 
-    A folder stands for the videos and images in it and below it, by their extensions, sorted. Links to folders are
-    followed; each folder is read once. Hidden files and folders are skipped. A file that ends with `.txt`, or `-` for
-    standard input, is a list of files and folders, one a line. Anything else is a video or an image, whether it is
-    there or not. Paths are compared as they are written, but for `./` and doubled slashes.
+    A folder stands for the videos and images in it and below it, found by extension and sorted. Links to folders are
+    followed; each folder is read once. Hidden files and folders are skipped. A `.txt` file, or `-` for standard input,
+    is a list with one file or folder per line. Any other path is a video or an image, whether it exists or not. Paths
+    are duplicates if they are equal apart from `./` and repeated slashes.
 
     Raises:
-        ConfigError: a list cannot be read, or there is no video in all of them.
+        ConfigError: a list cannot be read, or there are no videos at all.
     """
     named = [os.fspath(given) for given in inputs]
-    passed_over = repeated = hidden = linked_again = 0
+    not_media = repeated = hidden = linked_again = 0
     found: dict[str, None] = {}
     empty: list[str] = []
     unreadable: list[str] = []
@@ -83,7 +83,7 @@ def find_videos(inputs: Iterable[str | os.PathLike[str]]) -> Sources:
         if os.path.isdir(path):
             folder = _read_folder(path)
             videos = [_spelled(file) for file in folder.files if os.path.splitext(file)[1].lower() in EXTENSIONS]
-            passed_over += len(folder.files) - len(videos)
+            not_media += len(folder.files) - len(videos)
             hidden += folder.hidden
             linked_again += folder.linked_again
             unreadable += folder.unreadable
@@ -95,24 +95,25 @@ def find_videos(inputs: Iterable[str | os.PathLike[str]]) -> Sources:
     if not found:
         if unreadable:
             raise ConfigError("; ".join(unreadable))
-        raise ConfigError(f"there are no videos in {_listed(named)}: name files, folders or lists")
+        raise ConfigError(f"no videos or images in {_listed(named)}: name files, folders or lists")
     videos = [Source(path) for path in found]
-    return Sources(videos, repeated, passed_over, hidden, linked_again, tuple(empty), tuple(unreadable))
+    return Sources(videos, repeated, not_media, hidden, linked_again, tuple(empty), tuple(unreadable))
 
 
 def ask_all(sources: Sources, question: str) -> Sources:
-    """The same videos, each with the same question."""
+    """The same videos, each with this question."""
     asked = (Question(question),)
     return replace(sources, videos=[Source(video.path, asked) for video in sources.videos])
 
 
 def read_questions(path: str | os.PathLike[str]) -> Sources:
-    """The questions of a JSONL file, `-` for standard input: objects with `path`, `question` and perhaps an `id`.
+    """Reads questions from a JSONL file, or from standard input (`-`).
 
-    Other fields are left alone. A video comes where it is first named, with all questions about it.
+    Each line is an object with `path`, `question` and, optionally, `id`. Other fields are ignored. Videos are in the
+    order of their first mention, each with all questions about it.
 
     Raises:
-        ConfigError: the file cannot be read, a line is not such an object, or there is none.
+        ConfigError: the file cannot be read, a line is not such an object, or there are no questions.
     """
     name = os.fspath(path)
     videos: dict[str, dict[Question, None]] = {}
@@ -126,7 +127,7 @@ def read_questions(path: str | os.PathLike[str]) -> Sources:
         repeated += question in questions
         questions[question] = None
     if not videos:
-        raise ConfigError(f'{name}: there are no questions: a line is {{"path": "a.mp4", "question": "What is it?"}}')
+        raise ConfigError(f'{name}: no questions: a line must be like {{"path": "a.mp4", "question": "What is it?"}}')
     return Sources([Source(video, tuple(questions)) for video, questions in videos.items()], repeated)
 
 
@@ -139,7 +140,7 @@ def _asked(line: str, where: str) -> tuple[str, Question]:
         raise ConfigError(f"{where}: this is not a JSON object")
     for name in ("path", "question"):
         if not isinstance(fields.get(name), str) or not fields[name].strip():
-            raise ConfigError(f"{where}: the object needs a {name!r} that is a text")
+            raise ConfigError(f"{where}: the object needs a text {name!r}")
     try:
         os.fsencode(fields["path"])
     except UnicodeEncodeError as error:
@@ -155,7 +156,7 @@ def _asked(line: str, where: str) -> tuple[str, Question]:
 
 
 def _lists_read(named: Iterable[str]) -> Iterator[str]:
-    """The files and folders, those in lists in place of the lists."""
+    """The files and folders, with lists replaced by their contents."""
     for path in named:
         if path == "-" or (path.lower().endswith(LIST_EXTENSION) and not os.path.isdir(path)):
             lines = lines_of(path, "a list of videos", max_bytes=MAX_PATH_BYTES)
@@ -166,7 +167,7 @@ def _lists_read(named: Iterable[str]) -> Iterator[str]:
 
 @dataclass
 class _Folder:
-    """What is in a folder and below it."""
+    """The contents of a folder and the folders below it."""
 
     files: list[str] = field(default_factory=list)
     hidden: int = 0
@@ -175,7 +176,7 @@ class _Folder:
 
 
 def _read_folder(top: str) -> _Folder:
-    """The files in a folder and the folders below it, then those in folders that links lead to; no folder twice."""
+    """Finds the files in a folder and below it, then those in linked folders. Reads no folder twice."""
     found = _Folder()
     seen: set[tuple[int, int]] = set()
     links = [top]
@@ -215,16 +216,16 @@ def _is_hidden(name: str) -> bool:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads nowhere: the decoder says why
+    except OSError:  # a broken link: the decoder reports it
         return False
 
 
 def _listed(named: list[str]) -> str:
-    """Paths for an error message, the first few of many."""
+    """Paths for an error message: at most five."""
     more = f" and {len(named) - 5:,} more" if len(named) > 5 else ""
     return ", ".join(named[:5]) + more if named else "nothing"
 
 
 def _spelled(path: str) -> str:
-    """One spelling of a path, without `./` and doubled slashes; `..` stays, since links make a difference there."""
+    """Normalises a path: removes `./` and repeated slashes. `..` stays, because of links."""
     return str(Path(path))

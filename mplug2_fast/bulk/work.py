@@ -1,4 +1,4 @@
-"""What a bulk run does with each batch, and the lines that it writes."""
+"""What a bulk run computes for each batch, and the lines it writes."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Frames:
-    """Which frames of a video make a clip: `count` spread over it, or windows over all of it."""
+    """The frames of a clip: `count` frames spread over the video, or each of the windows that cover it."""
 
     count: int
     windows: Windows | None = None
 
     @property
     def length(self) -> int:
-        """Frames of a clip."""
+        """Number of frames of a clip."""
         return self.count if self.windows is None else self.windows.length
 
     def settings(self) -> dict[str, Any]:
-        """For the settings of a journal."""
+        """As settings of a journal."""
         if self.windows is None:
             return {"frames": self.count, "windows": None}
         return {"frames": None, "windows": [self.windows.length, self.windows.stride]}
@@ -48,7 +48,7 @@ class Frames:
 
 @dataclass
 class Finished(Generic[_T]):
-    """A video of which everything is computed: what came of each clip, in their order, and the seconds it took."""
+    """A video whose clips are all computed: the outcome of each clip, in order, and the seconds by stage."""
 
     video: Source
     outcomes: list[_T] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Finished(Generic[_T]):
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, clip: Clip, outcome: _T, seconds: dict[str, float]) -> None:
-        """One clip more."""
+        """Adds the next clip."""
         self.outcomes.append(outcome)
         self.indices.append(clip.indices)
         self.backend = clip.backend
@@ -66,10 +66,10 @@ class Finished(Generic[_T]):
 
 
 class Work(ABC, Generic[_T]):
-    """From batches of clips to lines.
+    """Computes lines from batches of clips.
 
     Args:
-        predictor: the model and its task. frames: of a clip.
+        predictor: the model and its task. frames: the frames of a clip.
     """
 
     command: str
@@ -82,7 +82,7 @@ class Work(ABC, Generic[_T]):
 
     @property
     def weights(self) -> Tensor:
-        """One of the model's: it knows the device and the dtype."""
+        """One of the model's parameters, for its device and dtype."""
         return next(self.predictor.model.parameters())
 
     @property
@@ -90,7 +90,7 @@ class Work(ABC, Generic[_T]):
         return self.predictor.model.config.vision.image_size
 
     def settings(self) -> dict[str, Any]:
-        """What the lines depend on, apart from the videos."""
+        """What the lines depend on besides the videos."""
         return {
             "command": self.command,
             "model": fingerprint(self.predictor.model),
@@ -99,28 +99,28 @@ class Work(ABC, Generic[_T]):
         }
 
     def begin(self, rank: int) -> None:
-        """Make ready to write, as one of several programs; called once, before anything is computed."""
+        """Prepares for writing. Called once, before anything is computed."""
 
     def write(self, lines: list[Line], journal: Journal) -> None:
-        """Write lines, or keep them until `flush`."""
+        """Writes lines, or keeps them until `flush`."""
         journal.append(lines)
 
     def flush(self, journal: Journal) -> None:
-        """Write everything that was kept."""
+        """Writes all lines that were kept."""
 
     def tidy(self, journal: Journal) -> None:
-        """Remove what a killed run left behind; called before any `begin`, and for each part that is moved."""
+        """Removes what a killed run left behind. Called before any `begin`, and for each part that is moved."""
 
     @abstractmethod
     def bytes_of_clip(self) -> int:
-        """The memory that a clip takes in a batch."""
+        """The memory per clip of a batch."""
 
     @abstractmethod
     def compute(self, frames: Tensor, videos: Sequence[Source]) -> tuple[list[_T], dict[str, float]]:
-        """What comes of each clip, and the seconds by stage that the batch took.
+        """The outcome of each clip, and the seconds by stage for the batch.
 
         Args:
-            frames: `(B, 3, T, H, W)`, normalised, on the CPU. videos: those that the clips are of.
+            frames: `(batch, 3, frames, height, width)`, normalised, on the CPU. videos: the video of each clip.
 
         Raises:
             torch.OutOfMemoryError: the batch is too large.
@@ -128,23 +128,23 @@ class Work(ABC, Generic[_T]):
 
     @abstractmethod
     def keys(self, video: Source) -> list[Hashable]:
-        """The keys of the lines that a video gives."""
+        """The keys of a video's lines."""
 
     @abstractmethod
     def key(self, line: Line) -> Hashable:
         """The key of a line.
 
         Raises:
-            KeyError, TypeError, ValueError: it is none of this work's.
+            KeyError, TypeError, ValueError: it is not a line of this work.
         """
 
     @abstractmethod
     def lines(self, finished: Finished[_T]) -> list[Line]:
-        """The lines of a video. Those with a result that is not finite are errors."""
+        """The lines of a video. Lines with results that are not finite are errors."""
 
     @abstractmethod
     def no_lines(self, video: Source) -> list[Line]:
-        """The lines of a video that has an error, without that."""
+        """The lines of a failed video, without the error."""
 
     def error_lines(self, video: Source, clip: Clip) -> list[Line]:
         """The lines of a video that could not be decoded."""
@@ -155,7 +155,7 @@ class Work(ABC, Generic[_T]):
         return [{**line, **ending} for line in self.no_lines(video)]
 
     def _ending(self, finished: Finished[_T], error: NotFiniteError | None = None) -> Line:
-        """The fields that the line of a computed video ends with."""
+        """The last fields of the line of a computed video."""
         indices = finished.indices if self.frames.windows is not None else finished.indices[0]
         return {
             "frames": indices,
@@ -166,11 +166,11 @@ class Work(ABC, Generic[_T]):
 
 
 class Predict(Work["list[Texts]"]):
-    """Results of any task: one line per video, or one per question about a video, which is encoded once for all.
+    """Results of any task: one line per video, or one per question. A video is encoded once for all its questions.
 
     Args:
-        predictor: the model and its task. frames: of a clip.
-        options: of the task. A run with other options does not go on with this one's file.
+        predictor: the model and its task. frames: the frames of a clip.
+        options: of the task. A run with other options cannot resume this one's file.
     """
 
     def __init__(self, predictor: Predictor, frames: Frames, options: dict[str, Any]) -> None:
@@ -197,7 +197,7 @@ class Predict(Work["list[Texts]"]):
         asked = [(clip, text) for clip, video in enumerate(videos) for text in _texts(video)]
         found: list[list[Texts]] = [[] for _ in videos]
         generating = 0.0
-        for start in range(0, len(asked), len(videos)):  # as many at a time as there is memory for
+        for start in range(0, len(asked), len(videos)):  # as many texts at a time as clips
             clips, texts = zip(*asked[start : start + len(videos)], strict=True)
             chosen = image_embeds[torch.tensor(clips, device=image_embeds.device)]
             results, seconds = self.predictor.say(chosen, lambda embeds, texts=texts: self._respond(embeds, texts))
@@ -223,7 +223,7 @@ class Predict(Work["list[Texts]"]):
         return [{**head, **self._no_fields()} for head in _heads(video)]
 
     def _fields(self, per_clip: list[Texts], finished: Finished[Any]) -> Line:
-        """The fields for the results of one clip, or of each window, and the ending of the line."""
+        """The fields with the results of the clip, or of each window, and the last fields."""
         error = first_error(per_clip)
         if error is not None:
             found = self._no_fields()
@@ -238,12 +238,12 @@ class Predict(Work["list[Texts]"]):
 
 
 def _texts(video: Source) -> list[str | None]:
-    """What is asked about a video: one thing, without a text, if there are no questions."""
+    """The texts for a video: its questions, or a single None."""
     return [question.text for question in video.questions] or [None]
 
 
 def _heads(video: Source) -> list[Line]:
-    """The beginning of each line of a video."""
+    """The first fields of each line of a video."""
     if not video.questions:
         return [{"path": video.path}]
     return [
@@ -258,14 +258,14 @@ def first_error(outcomes: Sequence[Any]) -> NotFiniteError | None:
 
 
 def text_in(line: Line, name: str) -> str:
-    """A field of a line that must be a text. Raises `KeyError` or `TypeError`."""
+    """A text field of a line. Raises `KeyError` or `TypeError`."""
     if not isinstance(line[name], str):
         raise TypeError(f"{name} must be a text")
     return line[name]
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """A short text that tells models apart: a digest of their sizes and of the first numbers of each weight."""
+    """Identifies a model: a digest of its configuration and of the first numbers of each parameter."""
     digest = hashlib.sha256(repr(model.config).encode())
     for name, weight in sorted(model.named_parameters()):
         first = weight.detach().flatten()[:16].float().cpu()
@@ -278,7 +278,7 @@ def _digest(data: bytes) -> str:
 
 
 def _best_first(found: list[Alternative]) -> Line:
-    """A text with its score, and the alternatives; numbers that JSON does not know become null."""
+    """The best text, its score and the alternatives. Infinities and NaN become null."""
     alternatives = [{"text": text, "score": score if math.isfinite(score) else None} for text, score in found]
     best = alternatives[0] if alternatives else {"text": None, "score": None}
     return {**best, "alternatives": alternatives}

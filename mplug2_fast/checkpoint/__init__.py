@@ -1,4 +1,4 @@
-"""Official checkpoints: read, checked, converted, described. The models know nothing of this."""
+"""Reads, checks, converts and describes official checkpoints. The models do not depend on this package."""
 
 from mplug2_fast.checkpoint.convert import convert, save_pretrained
 from mplug2_fast.checkpoint.fit import Fit
@@ -10,9 +10,9 @@ from mplug2_fast.models import InferredConfig, infer_config, official_names
 from mplug2_fast.models.names import KeyKind
 
 load_released = load_official
-"""The former name."""
+"""Former name of `load_official`."""
 released_state_dict = official_state_dict
-"""The former name."""
+"""Former name of `official_state_dict`."""
 
 __all__ = [
     "Fit",

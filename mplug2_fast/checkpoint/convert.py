@@ -1,4 +1,4 @@
-"""Write the directory form: config.json, model.safetensors with the keys that the tasks use, perhaps a vocabulary."""
+"""Writes checkpoints as directories: config.json, model.safetensors with what the tasks use, and maybe a vocabulary."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def convert(
     dtype: torch.dtype | None = None,
     config: Any = None,
 ) -> Path:
-    """Convert a checkpoint of any form to the directory form, one tensor in memory at a time.
+    """Converts a checkpoint of any format to a directory. Only one tensor is in memory at a time.
 
     Args:
         src: as `from_pretrained` takes it.
-        dst: a directory that does not exist yet, or is empty. It appears complete, or not at all.
-        task: the task or tasks to keep; None decides as `from_pretrained` does.
-        dtype: None keeps each tensor's own.
+        dst: a directory that does not exist yet or is empty. It is written atomically.
+        task: the task or tasks to keep. None: as in `from_pretrained`.
+        dtype: None keeps the dtype of each tensor.
         config: overrides what the file says and what its shapes imply.
 
-    Returns `dst`. Raises `CheckpointError` as `from_pretrained` does, and for a `dst` that holds something.
+    Returns `dst`. Raises `CheckpointError` as `from_pretrained` does, and if `dst` is not empty.
     """
     _require_free(Path(dst).expanduser())
     source = open_checkpoint(src)
@@ -80,18 +80,18 @@ def save_pretrained(
     task: Tasks = None,
     card: str = "",
 ) -> Path:
-    """Write a fast or a reference model in the directory form.
+    """Writes a fast or a reference model as a directory.
 
     Args:
         model: the model.
-        directory: as `convert`'s `dst`.
-        dtype: None keeps each parameter's own.
-        vocab: a WordPiece vocabulary to put beside the weights; None means BERT's.
-        task: what to keep, such as captioning of a question answering model; None keeps all of the model's tasks.
-        card: Markdown that is added to the model card, README.md.
+        directory: like `dst` of `convert`.
+        dtype: None keeps the dtype of each parameter.
+        vocab: a WordPiece vocabulary to copy into the directory. None: BERT's, without a copy.
+        task: the task or tasks to keep, such as captioning of a question answering model. None: all tasks.
+        card: Markdown to add to the model card, README.md.
 
-    Returns the directory. Raises `CheckpointError` for a directory that holds something, for a task whose modules the
-    model lacks, and for weights that are not finite, or would not be in `dtype`.
+    Returns the directory. Raises `CheckpointError` if the directory is not empty, if the model lacks modules of a task,
+    and if a weight is not finite or would not be in `dtype`.
     """
     given = [task] if isinstance(task, (str, Task)) else list(task or model.tasks.values())
     tasks = [model.tasks.get(each, each) if isinstance(each, str) else each for each in given]
@@ -143,7 +143,7 @@ def _write_safetensors(
     tensors: Iterator[torch.Tensor],
     metadata: Mapping[str, str],
 ) -> None:
-    """The safetensors layout, written tensor by tensor: the library's writer wants all of them cast beforehand."""
+    """Writes a safetensors file tensor by tensor. The library's writer needs all cast tensors in memory."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for key, (dtype, shape) in _file_order(described).items():
@@ -160,39 +160,39 @@ def _write_safetensors(
 
 
 def _file_order(described: Mapping[str, tuple[torch.dtype, Shape]]) -> dict[str, tuple[torch.dtype, Shape]]:
-    """Widest dtypes first, so that every tensor is aligned; then by name."""
+    """Sorts by dtype, widest first, so that every tensor is aligned; then by name."""
     return dict(sorted(described.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
 
 
 def _require_free(dst: Path) -> None:
     try:
-        is_there, is_folder = dst.exists(), dst.is_dir()
+        exists, is_folder = dst.exists(), dst.is_dir()
         is_full = is_folder and any(dst.iterdir())
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{dst}: the checkpoint cannot be written there: {reason}") from error
+        raise CheckpointError(f"{dst}: the checkpoint cannot be written: {reason}") from error
     if is_full:
-        raise CheckpointError(f"{dst}: the directory is not empty, and nothing in it is overwritten; choose a new one")
-    if is_there and not is_folder:
-        raise CheckpointError(f"{dst}: there is a file of that name; choose a new directory")
+        raise CheckpointError(f"{dst}: the directory is not empty; choose a new one")
+    if exists and not is_folder:
+        raise CheckpointError(f"{dst}: a file has that name; choose a new directory")
 
 
 @contextmanager
 def _appearing(dst: Path) -> Iterator[Path]:
-    """A folder beside `dst` that becomes `dst` when the block succeeds, and goes away when it does not."""
+    """Yields a temporary folder that is renamed to `dst` if the block succeeds and removed if it fails."""
     _require_free(dst)
     outer = None
     try:
         dst.parent.mkdir(parents=True, exist_ok=True)
         outer = Path(tempfile.mkdtemp(prefix=f".{dst.name}.", dir=dst.parent))
         folder = outer / dst.name
-        folder.mkdir()  # with the permissions that a new directory gets here, which mkdtemp's are not
+        folder.mkdir()  # with default permissions, unlike mkdtemp's
         yield folder
         if dst.is_dir():
             dst.rmdir()
         os.replace(folder, dst)
     except OSError as error:
-        raise CheckpointError(f"{dst}: the checkpoint cannot be written there: {error.strerror or error}") from error
+        raise CheckpointError(f"{dst}: the checkpoint cannot be written: {error.strerror or error}") from error
     finally:
         if outer is not None:
             shutil.rmtree(outer, ignore_errors=True)

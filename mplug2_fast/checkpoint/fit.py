@@ -1,4 +1,4 @@
-"""How the entries of a state dict fit what a model needs, and the report when they do not."""
+"""Compares the entries of a state dict with what a model needs, and reports differences."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _GROUPS = 8
 
 @dataclass(frozen=True)
 class Fit:
-    """Every entry of a state dict, sorted by what it is to a model.
+    """The entries of a state dict, by their role in a model.
 
     Attributes:
-        title: the model, for messages: the tasks that it is for.
+        title: the tasks of the model, for messages.
         needed: keys that the model uses and that fit.
-        missing: keys that the model uses and that are not there, with their shapes.
-        mismatched: key -> (shape found, shape wanted).
+        missing: keys that the model uses and that are missing, with their shapes.
+        mismatched: key -> (shape found, shape needed).
         unexpected: keys that no checkpoint of this family and size has.
         unused: known keys that the model does not use.
-        tied: twins of needed keys.
-        momentum: momentum copies of training.
-        resized: key -> (shape found, shape wanted), for position embeddings that are resized while loading.
-        servable: tasks for which nothing is missing.
+        tied: second names of needed tensors (tied weights).
+        momentum: momentum copies from training.
+        resized: key -> (shape found, shape needed), for position embeddings that are resized while loading.
+        servable: tasks whose weights are complete.
     """
 
     title: str
@@ -44,16 +44,16 @@ class Fit:
 
     @property
     def ok(self) -> bool:
-        """Whether everything that the model needs is there, and nothing unexpected."""
+        """Whether the state dict has everything that the model needs, and nothing unexpected."""
         return not (self.missing or self.mismatched or self.unexpected)
 
     def require(self, name: str) -> None:
-        """Raise `CheckpointError` with the grouped report, unless `ok`. `name` is what is being read."""
+        """Raises `CheckpointError` with the grouped report, unless `ok`. `name` is the file, for the message."""
         if not self.ok:
             raise CheckpointError(self.report(name))
 
     def report(self, name: str) -> str:
-        """What does not fit, by subtree, with counts, examples and the remedy."""
+        """Lists what does not fit, by subtree, with counts, examples and the remedy."""
         lines = [f"{name} does not fit a {self.title} model of these sizes; nothing was loaded"]
         lines += _section("missing", {key: f"{key} {list(shape)}" for key, shape in self.missing.items()})
         lines += _section("unexpected", {key: key for key in self.unexpected})
@@ -72,23 +72,23 @@ class Fit:
                 return f"no weights for the head of {', '.join(heads)}: load the other tasks, then add it with add_task"
             if self.servable:
                 return (
-                    f'the parts that only {self.title} uses are not there: load it with task="{self.servable[0]}", '
+                    f'the parts that only {self.title} uses are missing: load it with task="{self.servable[0]}", '
                     f"or use a {self.title} checkpoint"
                 )
         if self.mismatched:
-            return "build the model with the sizes of this checkpoint (without config= they are read from its shapes)"
+            return "build the model with the sizes of this checkpoint (without config= its shapes determine them)"
         if self.missing:
-            return "the file is incomplete, or its keys were renamed: use the released checkpoint, whole"
+            return "the file is incomplete, or its keys were renamed: use the complete official checkpoint"
         return "remove the unexpected entries if they are known to be harmless, or use the checkpoint of this model"
 
 
 def check_fit(shapes: Mapping[str, Shape], names: OfficialNames, title: str, servable: tuple[str, ...] = ()) -> Fit:
-    """Sort the entries of a state dict.
+    """Sorts the entries of a state dict by their role.
 
     Args:
-        shapes: official key -> shape, prefixes of wrappers already gone.
-        names: of the model to fill. title: the model, for messages.
-        servable: tasks that the state dict has weights for, for messages.
+        shapes: official key -> shape, without prefixes of wrappers.
+        names: the model's official names. title: the tasks of the model, for messages.
+        servable: tasks whose weights are complete, for messages.
     """
     needed = names.needed
     sorted_keys: dict[KeyKind, list[str]] = {kind: [] for kind in KeyKind}
@@ -119,7 +119,7 @@ def check_fit(shapes: Mapping[str, Shape], names: OfficialNames, title: str, ser
 
 
 def group_of(key: str) -> str:
-    """The subtree that a key is reported under: up to its layer number, else its module."""
+    """The subtree under which a key is reported: up to its layer number, otherwise its module."""
     layer = re.match(r"(.+?)\.[0-9]+\.", key)
     return f"{layer[1]}.*" if layer else ".".join(key.split(".")[:-1][:2]) or key
 

@@ -1,4 +1,4 @@
-"""Describe a checkpoint: its form, tasks, sizes and dtypes, and what is missing, unexpected or unused in it."""
+"""Describes a checkpoint: format, tasks, sizes, dtypes, and which entries are missing, unexpected or unused."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ class KeyGroup:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint is.
+    """The description of a checkpoint.
 
     Attributes:
         path: the file or directory.
-        container: its form, in words.
-        file_bytes: size on disk of the file with the weights.
-        entries: tensors in its state dict.
-        parameters: numbers in those.
-        dtypes: dtype name -> tensors.
-        entry: the top-level entry that the weights are from; None where they are alone.
-        others: what else the file holds, such as optimizer state.
-        vocabulary: whether it has its own vocabulary beside it.
-        family: its family. tasks: the tasks that the groups below refer to; empty when the sizes are unknown.
-        servable: every task of this package that there are weights for.
-        config: the sizes; None when they cannot be told.
-        assumed: dotted field -> released default, for fields that nothing in the file tells.
-        needed_parameters: numbers that the tasks read.
+        container: its format, in words.
+        file_bytes: size of the file with the weights.
+        entries: number of tensors in its state dict.
+        parameters: number of their elements.
+        dtypes: dtype name -> number of tensors.
+        entry: the top-level entry with the weights, or None if the file is a bare state dict.
+        others: other top-level entries, such as optimizer state.
+        vocabulary: whether the directory has its own vocabulary.
+        family: the model family. tasks: the tasks that `groups` refers to; empty if the sizes are unknown.
+        servable: all tasks of this package whose weights are complete.
+        config: the sizes, or None if they cannot be determined.
+        assumed: dotted field -> official default, for fields that the file does not determine.
+        needed_parameters: number of elements that the tasks use.
         groups: the entries by kind and subtree.
-        problem: the report of why it cannot be loaded for `tasks`; None when it can.
+        problem: why it cannot be loaded for `tasks`, or None if it can.
     """
 
     path: str
@@ -77,7 +77,7 @@ class Inspection:
 
     @property
     def ok(self) -> bool:
-        """Whether it can be loaded for `tasks`, as far as names, shapes and dtypes tell."""
+        """Whether it can be loaded for `tasks`, judged by names, shapes and dtypes."""
         return self.problem is None
 
     def counts(self) -> dict[str, int]:
@@ -88,15 +88,15 @@ class Inspection:
         return counts
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, ready for JSON."""
+        """Nested plain values for JSON."""
         return asdict(self) | {"task": self.task, "ok": self.ok, "counts": self.counts()}
 
 
 def inspect(path: str | Path, task: Tasks = None, config: Any = None) -> Inspection:
-    """Describe a checkpoint without reading its weights.
+    """Describes a checkpoint without reading its weights.
 
-    A readable file that is not a checkpoint of a known family gives an `Inspection` with `problem`; one that cannot be
-    read at all raises `CheckpointError`, as in `from_pretrained`. `ConfigError` for a task that does not exist.
+    For a readable file that is not a checkpoint of a known family, `problem` is set. A file that cannot be read raises
+    `CheckpointError`, as in `from_pretrained`. An unknown task raises `ConfigError`.
     """
     source = open_checkpoint(path)
     described = {

@@ -1,4 +1,4 @@
-"""Copy an official state dict into a model, and out of it."""
+"""Copies official state dicts into models and back."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _WRAPPERS = frozenset(
     }
 )
 _OUTER = ("model", "base_model")
-"""What models are called inside of Lightning's and peft's modules."""
+"""Attributes that hold the model in modules of Lightning and peft."""
 _UNMERGED = re.compile(r"lora_|_flat_param|flat_param|_fpw_flat")
 _UNMERGED_REMEDIES = {
     "lora_": "adapters that are not merged into the weights; call merge_and_unload() and save again",
@@ -41,13 +41,13 @@ _UNMERGED_REMEDIES = {
 }
 _MAX_NAME = 500
 _PIECE = 2**17
-"""Numbers that are copied and checked at a time."""
+"""Elements that are copied and checked at once."""
 
 WEIGHT_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 
 
 class OfficialModel(Protocol):
-    """What fast and reference models share, as far as checkpoints go."""
+    """The interface of fast and reference models that checkpoints use."""
 
     config: Any
     tasks: dict[str, Task]
@@ -57,24 +57,24 @@ class OfficialModel(Protocol):
         """The official name of every parameter."""
 
     def official_parameters(self) -> dict[str, torch.Tensor]:
-        """Official name -> a detached view into the model's own parameters."""
+        """Official name -> a detached view of the model's parameter."""
 
 
 def load_official(model: OfficialModel, state_dict: Mapping[str, Any]) -> Fit:
-    """Fill every parameter of `model` from an official state dict; all of it, or nothing.
+    """Loads an official state dict into `model`, completely or not at all.
 
     Known entries that the model does not use are ignored. Position embeddings of another resolution are resized
-    bilinearly over the grid (pixel centres aligned, not corners), the class token kept.
+    bilinearly over the grid (`align_corners=False`); the class token is kept.
 
     Args:
         model: a fast or a reference model, with real storage (not on the meta device).
         state_dict: official key, with or without the prefixes of wrappers (`module.`, `_orig_mod.`, FSDP's and
             others) -> tensor or NumPy array, of any float dtype.
 
-    Returns what each entry was; `resized` names the position embeddings that were resized.
+    Returns the role of each entry; `resized` has the position embeddings that were resized.
 
-    Raises `CheckpointError` with a grouped report when anything is missing, unexpected or of another shape, and when a
-    weight is not finite, or would not be in the model's dtype.
+    Raises `CheckpointError` with a grouped report if an entry is missing, unexpected or of another shape, and if a
+    weight is not finite or would not be in the model's dtype.
     """
     tensors = {key: _as_tensor(key, value) for key, value in plain_state_dict(state_dict).items()}
     views = model.official_parameters()
@@ -97,7 +97,7 @@ def load_official(model: OfficialModel, state_dict: Mapping[str, Any]) -> Fit:
 
 
 def servable_tasks(shapes: Mapping[str, Any], config: Any) -> tuple[str, ...]:
-    """The tasks of this package for which no entry is missing."""
+    """The tasks of this package whose entries are complete."""
     return tuple(name for name in TASKS if official_names(config, name).needed.keys() <= shapes.keys())
 
 
@@ -111,9 +111,9 @@ def copy_official(
     tensors: Mapping[str, torch.Tensor],
     done: Callable[[torch.Tensor], None] = lambda tensor: None,
 ) -> None:
-    """Copy `tensors`, already known to fit, into `views` one by one; `done` is called with each source once read.
+    """Copies `tensors`, which must fit, into `views` one by one. Calls `done` with each tensor after reading it.
 
-    Raises `CheckpointError` at the first one that is not finite, or would not be in the dtype of its view.
+    Raises `CheckpointError` for the first tensor that is not finite or would not be in the dtype of its view.
     """
     for key, view in views.items():
         if not _copied_finite(view.detach(), fitted(tensors[key], tuple(view.shape))):
@@ -122,9 +122,9 @@ def copy_official(
 
 
 def _copied_finite(view: torch.Tensor, tensor: torch.Tensor) -> bool:
-    """Copy `tensor` into `view`; False if a copied number may be NaN or infinite.
+    """Copies `tensor` into `view`. Returns False if a copied number may be NaN or infinite.
 
-    Each piece is checked while it is still in the processor's cache. Its sum is only finite if all its numbers are.
+    Checks each piece while it is in the processor's cache: a finite sum shows that all its numbers are finite.
     """
     if not (view.is_cpu and view.is_contiguous() and tensor.is_contiguous()):
         view.copy_(tensor)
@@ -142,13 +142,13 @@ def _copy(views: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]
 
 
 def check_finite(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    """Raise `CheckpointError` if a number of `tensor` is NaN or infinite, or becomes infinite in `dtype`."""
+    """Raises `CheckpointError` if a number of `tensor` is NaN or infinite, or becomes infinite in `dtype`."""
     if not tensor.numel():
         return
-    extremes = torch.stack(torch.aminmax(tensor.detach()))  # NaN if any number is; one pass without a copy
+    extremes = torch.stack(torch.aminmax(tensor.detach()))  # NaN if any number is NaN; one pass without a copy
     if not extremes.isfinite().all():
         raise CheckpointError(
-            f"{key} has values that are not finite (NaN or infinite), so that no result could be right; nothing was "
+            f"{key} has values that are not finite (NaN or infinite), so every result would be wrong; nothing was "
             "loaded\n  remedy: use an undamaged copy, or a checkpoint from before the training diverged"
         )
     if not extremes.to(dtype).isfinite().all():
@@ -159,7 +159,7 @@ def check_finite(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
 
 
 def fitted(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """`tensor` itself, or for position embeddings of another resolution a resized copy of `shape` in float32."""
+    """`tensor`, or, for position embeddings of another resolution, a copy in float32 that is resized to `shape`."""
     if tuple(tensor.shape) == shape:
         return tensor
     width = shape[1]
@@ -170,12 +170,12 @@ def fitted(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def check_dtypes(fit: Fit, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise `CheckpointError` for needed entries whose dtype is none of weights."""
+    """Raises `CheckpointError` for needed entries with a dtype that weights cannot have."""
     wrong = [f"{key} ({tensors[key].dtype})" for key in fit.needed if tensors[key].dtype not in WEIGHT_DTYPES]
     if wrong:
         raise CheckpointError(
-            f"{len(wrong)} entries are not floating point of 16 bits or more and cannot be weights, first {wrong[0]}; "
-            "nothing was loaded\n  remedy: use a checkpoint that is not quantised"
+            f"{len(wrong)} entries are not floating point of 16 bits or more and cannot be weights, such as "
+            f"{wrong[0]}; nothing was loaded\n  remedy: use a checkpoint that is not quantised"
         )
 
 
@@ -185,7 +185,7 @@ def check_twins(
     tensors: Mapping[str, torch.Tensor],
     done: Callable[[torch.Tensor], None] = lambda tensor: None,
 ) -> None:
-    """Raise `CheckpointError` for tied twins that differ; `done` is told each tensor that was read."""
+    """Raises `CheckpointError` if tied entries differ. Calls `done` with each tensor after reading it."""
     for key in fit.tied:
         twin = names.tied[key]
         same = torch.equal(tensors[key], tensors[twin].to(tensors[key].dtype))
@@ -199,32 +199,31 @@ def check_twins(
 
 
 def plain_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The same entries under their official names: without the prefixes that wrappers of modules add, anywhere.
+    """The entries under their official names. Parts that module wrappers add to names are removed anywhere.
 
-    Raises `CheckpointError` for what is not a flat state dict of a whole model with merged adapters.
+    Raises `CheckpointError` unless it is a flat state dict of a whole model with merged adapters.
     """
     plain: dict[str, Any] = {}
     for key, value in state_dict.items():
         if not isinstance(key, str):
-            raise CheckpointError(f"a state dict has names as keys, this one has {printable(repr(key))}")
+            raise CheckpointError(f"keys of a state dict must be names, got {printable(repr(key))}")
         if isinstance(value, Mapping) and key in ("model", "module", "state_dict"):
             raise CheckpointError(f"this is a whole checkpoint, not a state dict: pass its {key!r} entry")
         if len(key) > _MAX_NAME or not key.isprintable():
-            raise CheckpointError(f"an entry has a name that no module has: {printable(repr(key))}; remove it")
+            raise CheckpointError(f"an entry has an impossible name: {printable(repr(key))}; remove it")
         if found := _UNMERGED.search(key):
             raise CheckpointError(f"{printable(key)}: {_UNMERGED_REMEDIES[found[0]]}")
         name = _plain_name(key)
         if name in plain:
             raise CheckpointError(
-                f"{printable(name)} is there twice, with and without prefixes of wrappers such as 'module.': "
-                "remove one of them"
+                f"{printable(name)} exists twice, with and without a wrapper's prefix such as 'module.': remove one"
             )
         plain[name] = value
     empty = [key for key, value in plain.items() if isinstance(value, torch.Tensor) and not value.numel()]
     if len(empty) > len(plain) / 2:
         raise CheckpointError(
-            f"{len(empty)} of {len(plain)} entries are empty, first {printable(empty[0])}: DeepSpeed's ZeRO-3 leaves "
-            "these in place of the weights, which are in other files; gather them with zero_to_fp32.py"
+            f"{len(empty)} of {len(plain)} entries are empty, such as {printable(empty[0])}: DeepSpeed's ZeRO-3 stores "
+            "the weights in other files; gather them with zero_to_fp32.py"
         )
     return plain
 

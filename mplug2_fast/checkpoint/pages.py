@@ -1,4 +1,4 @@
-"""Give the pages of a memory-mapped file back once they were read, so that a large file never counts as a whole."""
+"""Releases the pages of a memory-mapped file after they were read, so that a large file does not fill the memory."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ _PROC_MAPS = Path("/proc/self/maps")
 class PageReleaser:
     """Releases the pages under tensors that are views of one memory-mapped file.
 
-    The kernel drops the pages and reads them again from the file if they are touched later. That is only harmless for
-    unmodified pages of a file: memory of any other kind would lose its contents, so addresses are looked up among the
-    mappings of this file, and what is not there is left alone. Linux only; elsewhere nothing is released.
+    The kernel drops the pages and reads them from the file again if they are used later. Other memory would lose its
+    contents, so only addresses within the mappings of this file are released. Linux only; elsewhere it does nothing.
     """
 
     def __init__(self, file: Path) -> None:
@@ -35,7 +34,7 @@ class PageReleaser:
         self._madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
     def __call__(self, tensor: torch.Tensor) -> None:
-        """Release the whole pages that `tensor` covers; those it shares with neighbours go with the last of them."""
+        """Releases all pages that contain a part of `tensor`."""
         start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
         end = start + size
         page = mmap.PAGESIZE

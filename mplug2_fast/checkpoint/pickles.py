@@ -1,7 +1,7 @@
-"""Read the pickles that torch.save writes, without running anything that they name.
+"""Reads the pickles of torch.save without running any code that they name.
 
-Tensors become `StoredTensor` records. A few harmless classes become inert stand-ins. Every other name is refused. The
-number of bytes and of instructions is bounded, and so is what each instruction may allocate.
+Tensors become `StoredTensor` records. A few harmless classes become inert objects. All other names are refused. The
+numbers of bytes and instructions are limited, and so is the memory that each instruction may allocate.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 MAX_PICKLE_BYTES = 64 * 2**20
 MAX_READS = 3_000_000
-"""One for each instruction and each argument. Large with momentum copies and AdamW takes 0.9 million."""
+"""Maximum number of instructions and arguments. The Large model with momentum copies and AdamW has 0.9 million."""
 
 STORAGE_DTYPES: dict[str, torch.dtype] = {
     "DoubleStorage": torch.float64,
@@ -56,7 +56,7 @@ class RefusedError(pickle.UnpicklingError):
 
 @dataclass(frozen=True)
 class Storage:
-    """The memory behind tensors: `numel` numbers of `dtype`, stored under `key`."""
+    """The memory of tensors: `numel` elements of `dtype`, stored under `key`."""
 
     key: str
     dtype: torch.dtype
@@ -65,7 +65,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that is still in the file."""
+    """A tensor in the file, not read yet."""
 
     storage: Storage
     dtype: torch.dtype
@@ -77,13 +77,13 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class OtherTensor:
-    """A tensor of a kind that weights do not have, such as "sparse"."""
+    """A tensor of a kind that weights cannot have, such as "sparse"."""
 
     kind: str
 
 
 class Inert:
-    """Stands in for an object that nobody reads, such as NumPy's random state."""
+    """Replaces an object that nobody reads, such as NumPy's random state."""
 
     def __new__(cls, *_: Any, **__: Any) -> Inert:
         return object.__new__(cls)
@@ -102,13 +102,13 @@ class Inert:
 
 
 class WeightsUnpickler(pickle._Unpickler):
-    """Reads one pickle from a stream, which is left behind its last byte.
+    """Reads one pickle from a stream. Afterwards the stream is at the byte behind the pickle.
 
-    Raises `RefusedError` for a name that could run code, `pickle.UnpicklingError` for limits, and whatever damaged
-    pickles make Python raise.
+    Raises `RefusedError` for a name that could run code, `pickle.UnpicklingError` for exceeded limits, and any error
+    that Python raises for damaged pickles.
 
     Attributes:
-        storages: name -> storage, for each one that was read.
+        storages: name -> storage, for each storage that was read.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -156,7 +156,7 @@ class WeightsUnpickler(pickle._Unpickler):
         arguments = self.stack.pop()
         kind = self.stack[-1]
         if not _is_class(kind):
-            raise pickle.UnpicklingError("it makes an object of something that is not a class")
+            raise pickle.UnpicklingError("it creates an object from something that is not a class")
         self.stack[-1] = kind.__new__(kind, *arguments)
 
     def load_build(self) -> None:
@@ -177,7 +177,7 @@ class WeightsUnpickler(pickle._Unpickler):
         if not isinstance(self.stack[-1], (dict, Inert)):
             raise pickle.UnpicklingError("it sets an item of something that is not a dictionary")
         if isinstance(key, tuple) and any(isinstance(part, tuple) for part in key):
-            raise pickle.UnpicklingError("a dictionary has nested tuples as keys")  # they may take for ever to hash
+            raise pickle.UnpicklingError("a dictionary has nested tuples as keys")  # hashing them may never end
         self.stack[-1][key] = value
 
     def load_additems(self) -> None:
@@ -186,7 +186,7 @@ class WeightsUnpickler(pickle._Unpickler):
     def load_empty_set(self) -> None:
         self.append(Inert())
 
-    # Of the instructions, those that plain data and tensors need. Others could allocate without bounds or import.
+    # The instructions that plain data and tensors need. Others could allocate without limit or import modules.
     dispatch = {
         getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
         for name in (
@@ -210,7 +210,7 @@ class WeightsUnpickler(pickle._Unpickler):
 
 
 class _Bounded:
-    """The stream under an unpickler, with limits on the bytes and on the number of reads."""
+    """The stream of an unpickler, with limits on the numbers of bytes and reads."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -256,7 +256,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, dtype: Any, metad
         return OtherTensor("quantised")
     size, stride = (tuple(_whole(number) for number in numbers) for numbers in (size, stride))
     if len(size) != len(stride):
-        raise pickle.UnpicklingError("a tensor has not as many strides as sizes")
+        raise pickle.UnpicklingError("a tensor has different numbers of strides and sizes")
     negated = isinstance(metadata, dict) and bool(metadata.get("neg"))
     return StoredTensor(storage, dtype, _whole(offset), size, stride, negated)
 
@@ -282,7 +282,7 @@ def _rebuild_from_type(function: Any, kind: Any, arguments: Any, state: Any = No
     if kind is not _plain_tensor:
         return OtherTensor("subclassed")
     if not _is_rebuilder(function):
-        raise pickle.UnpicklingError("a tensor is made by something else than a function for tensors")
+        raise pickle.UnpicklingError("a tensor is not made by a function for tensors")
     return function(*arguments)
 
 
@@ -291,7 +291,7 @@ def _first(data: Any, *_: Any) -> Any:
 
 
 def _plain_tensor(*_: Any) -> OtherTensor:
-    """Stands in for the classes `torch.Tensor` and `torch.nn.Parameter`."""
+    """Replaces the classes `torch.Tensor` and `torch.nn.Parameter`."""
     return OtherTensor("unknown")
 
 

@@ -1,4 +1,4 @@
-"""Build a fast model from a checkpoint file, with little more memory than the model itself takes."""
+"""Builds a fast model from a checkpoint file, with little more memory than the model needs."""
 
 from __future__ import annotations
 
@@ -46,24 +46,25 @@ def from_pretrained(
     tasks: Sequence[Task | str] | None = None,
     pack: bool = True,
 ) -> Any:
-    """A fast model in eval mode, filled from a checkpoint. Only what its tasks need is read, tensor by tensor.
+    """Loads a fast model from a checkpoint, in eval mode. Reads only what its tasks need, tensor by tensor.
 
     Args:
-        path: an official `.pth` (its weights under `model` or `module`, or alone), a directory with config.json and
-            model.safetensors, a `.safetensors` with official names, or `owner/name[@revision]` on the Hugging Face Hub.
-        task: one task, by name or as an object. tasks: several. Without either, what the file says, or else the task
-            with the most modules that the weights serve.
-        dtype: of the parameters, whatever the file's, or its name; None is torch's default dtype.
-        device: None is the CPU.
-        config: overrides what the file says and what its shapes imply; with another image size, position embeddings
-            are resized as `load_official` does.
-        pack: whether to call the model's `pack()`, which makes it faster on a CPU and larger by half.
+        path: an official `.pth` (weights under `model` or `module`, or a bare state dict), a directory with
+            config.json and model.safetensors, a `.safetensors` with official names, or `owner/name[@revision]` on the
+            Hugging Face Hub.
+        task: one task, by name or as an object. tasks: several. Without either: as the file says, or else the task
+            with the most modules among those whose weights are complete.
+        dtype: of the parameters, as a dtype or its name. None: torch's default dtype.
+        device: None: the CPU.
+        config: overrides what the file says and what its shapes imply. For another image size, position embeddings
+            are resized as in `load_official`.
+        pack: whether to call the model's `pack()`, which makes it faster on a CPU but 50% larger.
 
-    Returns an `MPlug2`: for one of the tasks of the official checkpoints, `MPlug2ForCaptioning` or
+    Returns an `MPlug2`. If the task is one of the official checkpoints', it is an `MPlug2ForCaptioning` or an
     `MPlug2ForQuestionAnswering`.
 
-    Raises `CheckpointError`, naming the file, the reason and the remedy, when the file cannot be read, would run code,
-    or does not hold exactly such a model; `ConfigError` for a task, a dtype or a device that does not exist.
+    Raises `CheckpointError` if the file cannot be read, would run code, or does not hold exactly such a model. The
+    message has the file, the reason and the remedy. Raises `ConfigError` for an unknown task, dtype or device.
     """
     if task is not None and tasks is not None:
         raise ConfigError("give either task or tasks")

@@ -1,4 +1,4 @@
-"""Decide what a checkpoint is to be loaded as: family, sizes, tasks, and how its entries fit them."""
+"""Decides how a checkpoint is loaded: its family, sizes and tasks, and how its entries fit them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from mplug2_fast.models.names import OfficialNames
 from mplug2_fast.tasks import TASKS, Task, get, title_of
 
 Tasks = Task | str | Sequence[Task | str] | None
-"""Tasks as callers name them: one, several, or None for what the file says."""
+"""One task, several, or None for those that the file names."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a checkpoint is loaded as.
+    """How a checkpoint is loaded.
 
     Attributes:
-        family: of the model. config: the caller's, else the file's own, else that of the shapes.
-        tasks: the caller's, else the file's own, else the one with the most modules that the weights serve.
+        family: the model family. config: the caller's, otherwise the file's, otherwise inferred from the shapes.
+        tasks: the caller's, otherwise the file's, otherwise the task with the most modules whose weights are complete.
         names: the official names of a model for these tasks.
         fit: how the entries fit `names`.
-        servable: names of all tasks that there are weights for.
+        servable: names of all tasks whose weights are complete.
         assumed: dotted field -> official default, for fields that nothing determines.
         undetermined: dotted fields that a task needs, that nothing determines, and that have no official default.
     """
@@ -44,7 +44,7 @@ class Resolved:
     undetermined: tuple[str, ...] = ()
 
     def require(self, source: Source) -> None:
-        """Raise `CheckpointError` unless the checkpoint can be loaded so, as far as names, shapes and dtypes tell."""
+        """Raises `CheckpointError` if names, shapes or dtypes show that the checkpoint cannot be loaded this way."""
         if self.undetermined:
             raise CheckpointError(
                 f"{source.name}: {', '.join(self.undetermined)} cannot be inferred from the weights and has no default "
@@ -57,14 +57,14 @@ class Resolved:
             raise CheckpointError(f"{source.name}: {error}") from error
 
     def _instead(self) -> str:
-        """The task to load instead of one that needs more than the weights tell."""
+        """A hint to load another task, which does not need the undetermined fields."""
         modules = frozenset[str]().union(*(task.modules for task in self.tasks))
         other = next((name for name in self.servable if TASKS[name].modules < modules), None)
         return "" if other is None else f', or load it for task="{other}", which does not need it'
 
 
 def resolve(source: Source, tasks: Tasks = None, config: Any = None) -> Resolved:
-    """Settle family, configuration and tasks of an opened checkpoint. The fit is returned, not required.
+    """Determines family, configuration and tasks of an opened checkpoint. Does not raise if its entries do not fit.
 
     Raises:
         ConfigError: a task does not exist. CheckpointError: the sizes cannot be determined, or the file states a task
@@ -108,7 +108,7 @@ def _stated(source: Source) -> tuple[Task, ...]:
 
 
 def require_twins(source: Source, resolved: Resolved, done: Callable[[torch.Tensor], None]) -> None:
-    """Raise `CheckpointError` when tied twins in the file differ. `done` is called with each tensor that was read."""
+    """Raises `CheckpointError` if tied entries differ. Calls `done` with each tensor after reading it."""
     try:
         check_twins(resolved.fit, resolved.names, source.tensors, done)
     except CheckpointError as error:

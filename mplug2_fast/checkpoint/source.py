@@ -1,4 +1,4 @@
-"""Open a checkpoint of any form without reading its weights: what it holds, memory-mapped, or one clear error."""
+"""Opens a checkpoint of any format without reading its weights, which are memory-mapped."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 VOCABULARY_NAME = "vocab.txt"
 METADATA_KEY = "mplug2_config"
-"""Entry of a safetensors header that repeats config.json, so that the weights alone are enough."""
+"""Entry of the safetensors header that repeats config.json, so that the weights file is sufficient."""
 
 ENTRIES = ("model", "module", "state_dict")
-"""Entries of a training checkpoint that hold the weights. The first that is there is read; an EMA copy never is."""
+"""Entries of a training checkpoint that hold the weights. The first existing one is read, and never an EMA copy."""
 
 _MAX_CONFIG_BYTES = 2**20
 _MAX_HEADER_BYTES = 16 * 2**20
 _MAX_SHARING = 4
-"""How often the numbers in a file may be used, on average: tied weights and copies share them."""
+"""Maximum ratio of the sizes of all tensors and of their storages. Tied weights and copies share storages."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class Source:
     """An opened checkpoint.
 
     Attributes:
-        path: what the caller named.
+        path: the caller's path.
         file: the file with the weights.
-        container: the form, in words.
-        tensors: official key -> tensor, prefixes of wrappers gone, views of the mapped file.
-        config: the configuration, where the file states it in full.
-        tasks: the tasks that the file says it is for.
+        container: the format, in words.
+        tensors: official key -> tensor, without prefixes of wrappers; views of the mapped file.
+        config: the configuration, if the file has a complete one.
+        tasks: the tasks that the file names.
         stated: the `config` entry of a training checkpoint.
-        entry: the top-level entry that the weights are from; None where they are alone.
-        others: top-level entries beside the weights, such as optimizer state.
+        entry: the top-level entry with the weights, or None for a bare state dict.
+        others: other top-level entries, such as optimizer state.
     """
 
     path: Path
@@ -73,10 +73,10 @@ def shown_path(path: str | Path) -> str:
 
 
 def open_checkpoint(path: str | Path) -> Source:
-    """Open an official `.pth`, a directory with config.json and model.safetensors, a `.safetensors`, or `owner/name`.
+    """Opens an official `.pth`, a directory with config.json and model.safetensors, a `.safetensors`, or `owner/name`.
 
-    The last is a directory on the Hugging Face Hub, and is downloaded.
-    Nothing in the file is executed. Raises `CheckpointError`, naming the file, the reason and the remedy.
+    The last is a directory on the Hugging Face Hub, and is downloaded. No code in the file is executed. Raises
+    `CheckpointError` with the file, the reason and the remedy.
     """
     path = local(path)
     shown = shown_path(path)
@@ -106,14 +106,14 @@ def open_checkpoint(path: str | Path) -> Source:
 
 
 def vocabulary_path(path: str | Path) -> Path | None:
-    """The WordPiece vocabulary beside a checkpoint's weights; None where there is none, and BERT's serves."""
+    """The WordPiece vocabulary in a checkpoint directory, or None, which means BERT's."""
     path = local(path).expanduser()
     vocabulary = path / VOCABULARY_NAME
     return vocabulary if path.is_dir() and vocabulary.is_file() else None
 
 
 def _require_regular(path: Path, mode: int) -> None:
-    """Anything but a file may never end, or wait for ever."""
+    """Raises `CheckpointError` for anything but a regular file: reading it may never end."""
     kinds = {
         stat.S_IFIFO: "a named pipe",
         stat.S_IFSOCK: "a socket",
@@ -131,7 +131,7 @@ def _open_directory(path: Path) -> Source:
     if missing:
         found = ", ".join(printable(name) for name in sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
         raise CheckpointError(
-            f"{shown}: a checkpoint directory holds {CONFIG_NAME} and {WEIGHTS_NAME}, this one lacks "
+            f"{shown}: a checkpoint directory has {CONFIG_NAME} and {WEIGHTS_NAME}, this one lacks "
             f"{' and '.join(missing)} (it has {found}); name the checkpoint file itself, or convert it to a directory"
         )
     file, weights = path / CONFIG_NAME, path / WEIGHTS_NAME
@@ -207,7 +207,7 @@ def _stated_config(text: bytes) -> tuple[Any, tuple[str, ...]]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name is there twice in one object")
+        raise ValueError("an object has a name twice")
     return found
 
 
@@ -217,9 +217,8 @@ def _open_torch(path: Path, head: bytes, container: str) -> Source:
         return _torch_source(path, file, container)
     except RefusedError as error:
         raise CheckpointError(
-            f"refused: its pickle holds {printable(str(error))} beside tensors and plain values, and reading that "
-            "would run code; if you trust its origin, save its 'model' entry alone in an isolated environment and use "
-            "that file"
+            f"refused: its pickle holds {printable(str(error))}, and reading that would run code; if you trust its "
+            "origin, save its 'model' entry alone in an isolated environment and use that file"
         ) from error
     except BROKEN as error:
         reason = printable(" ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]]).rstrip(":"))
@@ -247,7 +246,7 @@ def _torch_source(path: Path, file: TorchFile, container: str) -> Source:
     if foreign:
         key, kind = printable(str(foreign[0][0])), _kind(foreign[0][1])
         raise CheckpointError(
-            f"{len(foreign)} entries of the state dict are no tensors, first {key} ({kind}); "
+            f"{len(foreign)} entries of the state dict are no tensors, such as {key} ({kind}); "
             "save the state dict alone, or under 'model'"
         )
     tensors = {key: tensor_of(file, value) for key, value in weights.items()}
@@ -266,13 +265,13 @@ def _torch_source(path: Path, file: TorchFile, container: str) -> Source:
 
 
 def _require_own_memory(tensors: Mapping[Any, torch.Tensor]) -> None:
-    """A small file whose tensors repeat a few numbers would make a model without bounds."""
+    """Raises `CheckpointError` if tensors repeat a few numbers: a small file could otherwise build a huge model."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors.values()}
     stated, stored = sum(tensor.nbytes for tensor in tensors.values()), sum(storages.values())
     if stated > _MAX_SHARING * stored + _MAX_CONFIG_BYTES:
         raise CheckpointError(
-            f"its tensors have {stated:,} bytes and the file has only {stored:,} for them, so that they repeat "
-            "themselves; save it with every tensor cloned"
+            f"its tensors need {stated:,} bytes, and the file has only {stored:,} for them: they repeat numbers; "
+            "save it with every tensor cloned"
         )
 
 
@@ -281,7 +280,7 @@ def _kind(value: Any) -> str:
 
 
 def _what_else(head: bytes) -> str:
-    """What a file that is no checkpoint is, from its first bytes."""
+    """Says what a file is that is not a checkpoint, from its first bytes."""
     text = head.lstrip().lower()
     if not head:
         return "the file is empty; download it again"

@@ -1,4 +1,4 @@
-"""Read what torch.save wrote: the zip form and the form before PyTorch 1.6. Weights stay in the memory-mapped file."""
+"""Reads files of torch.save: the zip format, and the format before PyTorch 1.6. Weights are memory-mapped."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ LEGACY_PROTOCOL = 1001
 
 _MAX_DIRECTORY_BYTES = 16 * 2**20
 _MAX_UNPACKED_BYTES, _MAX_RATIO = 256 * 2**20, 20
-"""What compressed entries may unpack to: the first, or the second times the size of the file."""
+"""Compressed entries may unpack to this size, or to this ratio times the size of the file."""
 
 BROKEN = (
     *(RuntimeError, OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, AssertionError),
     *(ArithmeticError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError),
     pickle.UnpicklingError,
 )
-"""What reading a damaged pickle or archive may raise."""
+"""Exceptions that reading a damaged pickle or archive may raise."""
 
 
 class TorchFile(Protocol):
-    """A file of torch.save: its object, with `StoredTensor` in place of tensors, and the memory behind those."""
+    """A file of torch.save: its object, with `StoredTensor` instead of tensors, and their storages."""
 
     content: Any
 
     def storage(self, key: str, itemsize: int) -> torch.UntypedStorage:
-        """The memory of that name."""
+        """The storage of that name."""
 
 
 def open_torch_file(path: Path, head: bytes) -> TorchFile:
-    """Raises `CheckpointError` without the path for what is refused, and one of `BROKEN` for what is damaged."""
+    """Opens a file. Raises `CheckpointError`, without the path, if it is refused, or one of `BROKEN` if damaged."""
     return _LegacyFile(path) if head.startswith(LEGACY_MAGIC) else _ZipFile(path)
 
 
 def tensor_of(file: TorchFile, stored: StoredTensor) -> torch.Tensor:
-    """The tensor, a view of the mapped file where it is stored as it is."""
+    """The tensor: a view of the mapped file unless it is stored compressed."""
     storage = file.storage(stored.storage.key, stored.dtype.itemsize)
     needed = stored.storage.numel * stored.storage.dtype.itemsize
     if storage.nbytes() < needed:
         raise ValueError(f"a storage has {storage.nbytes()} bytes instead of {needed}")
     tensor = torch.empty(0, dtype=stored.dtype)
-    tensor.set_(storage, stored.offset, stored.size, stored.stride)  # raises for what is outside of the storage
+    tensor.set_(storage, stored.offset, stored.size, stored.stride)  # raises if it exceeds the storage
     return tensor.neg() if stored.negated else tensor
 
 
@@ -97,7 +97,7 @@ class _ZipFile:
     def _check_entries(self) -> None:
         entries = sorted(self._archive.infolist(), key=lambda entry: entry.header_offset)
         if len(self._entries) < len(entries):
-            raise ValueError("two of its entries have one name")
+            raise ValueError("two of its entries have the same name")
         end = 0
         for entry in entries:
             if entry.flag_bits & 1:
@@ -108,7 +108,7 @@ class _ZipFile:
             if end > self._size or (
                 entry.compress_type == zipfile.ZIP_STORED and entry.compress_size != entry.file_size
             ):
-                raise ValueError("an entry has not the size that the archive states")
+                raise ValueError("the size of an entry differs from the archive's directory")
 
     def _check_byte_order(self) -> None:
         name = f"{self._folder}byteorder"
@@ -144,13 +144,13 @@ class _ZipFile:
         self._unpacked += entry.file_size
         if self._unpacked > max(_MAX_UNPACKED_BYTES, _MAX_RATIO * self._size):
             raise CheckpointError(
-                f"its compressed entries unpack to more than {_MAX_RATIO} times its size, as weights never do; "
-                "use a file as torch.save wrote it"
+                f"its compressed entries unpack to more than {_MAX_RATIO} times its size; use a file written by "
+                "torch.save"
             )
         with self._archive.open(entry) as stream:
             data = stream.read(entry.file_size + 1)
         if len(data) != entry.file_size:
-            raise ValueError("an entry has not the size that the archive states")
+            raise ValueError("the size of an entry differs from the archive's directory")
         return data
 
 
@@ -168,7 +168,7 @@ class _LegacyFile:
                 raise ValueError("its header is not that of torch.save")
             if system.get("little_endian") is not (sys.byteorder == "little"):
                 raise CheckpointError(
-                    f"its byte order is not that of this machine; save it on a {sys.byteorder}-endian one"
+                    f"it has another byte order than this machine; save it on a {sys.byteorder}-endian machine"
                 )
             self._spans: dict[str, tuple[int, int]] = {}
             for key in map(str, keys):
@@ -176,7 +176,7 @@ class _LegacyFile:
                 start = stream.tell()
                 length = numel * unpickler.storages[key].dtype.itemsize
                 if numel != unpickler.storages[key].numel or key in self._spans:
-                    raise ValueError("a storage has not the size that its tensors state")
+                    raise ValueError("the size of a storage differs from its tensors'")
                 if start + length > size:
                     raise EOFError("it ends too early")
                 self._spans[key] = (start, start + length)
@@ -193,7 +193,7 @@ class _LegacyFile:
 
 
 class _BoundedReads(io.FileIO):
-    """A file of which an archive's directory cannot make Python read more than a checkpoint's has."""
+    """A file that limits the size of reads, so that a damaged archive directory cannot fill the memory."""
 
     def read(self, size: int = -1) -> bytes:
         if size > _MAX_DIRECTORY_BYTES:

@@ -1,8 +1,8 @@
 """The command line: `mplug2-fast caption`, `answer`, `predict`, `features`, `train`, `evaluate`, `compare` and others.
 
-Results go to standard output, everything else to standard error. The exit status is 0 when all went well, 2 when a
-file, a checkpoint or an option was bad, 130 after Ctrl-C, and 141 when the reader of the results went away. What takes
-long to import is imported inside the commands, so that `--help` is quick.
+Results go to standard output, everything else to standard error. Exit statuses: 0 success, 2 a bad file, checkpoint or
+option, 130 Ctrl-C, 141 the reader of the results closed the pipe. Slow imports are inside the commands, so that
+`--help` is quick.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def _options(
 def main() -> None:
     """The entry point of the `mplug2-fast` command."""
     prepare_streams()
-    # PyTorch reads it at its first allocation: activations in huge pages, without a fault for every 4 KB of them.
+    # PyTorch reads this at its first allocation and then puts activations into huge pages, which saves page faults.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         app()
-    except OutputError as error:  # of --help or --version
+    except OutputError as error:  # --help or --version could not write
         sys.exit(output_failed(error))

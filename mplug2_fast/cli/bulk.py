@@ -1,4 +1,4 @@
-"""What the commands share that write their results to a file: options, progress, the summary and the exit status."""
+"""Shared by the commands that write results to a file: options, progress, the summary and the exit status."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAX_STRIDE = 1_000_000_000
 
 @dataclass(frozen=True)
 class BulkOptions:
-    """The options that only runs with `--out` have, as they are where they are not given."""
+    """Options that only runs with `--out` have, with their defaults."""
 
     frames: int | None = None
     windows: int | None = None
@@ -40,25 +40,25 @@ class BulkOptions:
     retry_failed: bool = False
 
     def __post_init__(self) -> None:
-        """Raises `ConfigError` for a number that no run can have."""
+        """Raises `ConfigError` for a number out of range."""
         for name, value, least, most, unit in (
             ("--timeout", self.timeout, 0.1, MAX_TIMEOUT, "seconds"),
             ("--batch-memory", self.batch_memory, 0.001, MAX_BATCH_MEMORY, "GiB"),
             ("--stride", self.stride, 1, MAX_STRIDE, "frames"),
         ):
-            if value is not None and not least <= value <= most:  # not a number is neither
+            if value is not None and not least <= value <= most:  # also for NaN
                 raise ConfigError(f"{name} must be from {least:g} to {most:,} {unit}, not {value:g}")
 
     def require_none(self) -> None:
-        """Raises `ConfigError` for an option that is given, where there is no `--out`."""
+        """Raises `ConfigError` if any of these options is given; called for runs without `--out`."""
         given = [
             f"--{field.name.replace('_', '-')}" for field in fields(self) if getattr(self, field.name) != field.default
         ]
         if given:
-            raise ConfigError(f"{', '.join(given)}: only with --out, which names the file that the results go to")
+            raise ConfigError(f"{', '.join(given)}: only with --out, which names the output file")
 
     def frames_of(self, predictor: Predictor) -> Frames:
-        """The clips that they describe. Raises `ConfigError` for options that contradict one another."""
+        """The frames of a clip. Raises `ConfigError` for options that contradict one another."""
         from mplug2_fast.bulk import Frames
         from mplug2_fast.video import Windows
 
@@ -67,21 +67,21 @@ class BulkOptions:
                 raise ConfigError("--stride: only with --windows")
             return Frames(self.frames or predictor.model.config.vision.num_frames)
         if self.frames is not None:
-            raise ConfigError("--frames and --windows: a clip is one or the other")
+            raise ConfigError("--frames and --windows: use one of them")
         return Frames(self.windows, Windows(self.windows, self.stride or self.windows))
 
     def decoding(self, device: str, videos: int, ranks: Ranks) -> Decoding:
-        """The decoder for this device. Raises `ConfigError` for options that do not go together."""
+        """The decoder for this device. Raises `ConfigError` for options that contradict one another."""
         from mplug2_fast.bulk import Decoding
 
         if self.decoder is Decoder.dali and (self.num_workers or self.timeout):
-            raise ConfigError("--num-workers and --timeout: DALI decodes in this process; not with --decoder dali")
+            raise ConfigError("--num-workers and --timeout: not with --decoder dali, which decodes in this process")
         cores = max(len(os.sched_getaffinity(0)) // ranks.local_size, 1)
         workers = self.num_workers or _usual_workers(device, cores)
         if workers > (most := min(cores, max(videos, 1))):
             if self.num_workers and ranks.rank == 0:
                 reason = _counted(cores, "core", "cores") if most == cores else _counted(videos, "video", "videos")
-                note(f"note: --num-workers is {most} rather than {workers:,}, for {reason}")
+                note(f"note: --num-workers reduced from {workers:,} to {most}: there is work for {reason} only")
             workers = most
         return Decoding(workers, self.timeout or 60.0, (self.decoder or Decoder.pyav).value)
 
@@ -97,17 +97,17 @@ def run_bulk(
     options: BulkOptions,
     unit: str,
 ) -> None:
-    """Do the work on all videos, with progress on standard error, and exit with a status of 2 if any failed."""
+    """Process all videos, with progress on standard error. Exits with status 2 if any failed."""
     from mplug2_fast import bulk
 
     if not out:
-        raise ConfigError("--out is empty: name the file that the results go to")
+        raise ConfigError("--out is empty: name the output file")
     sources = find()
     with bulk.Ranks() as ranks:
         work = make_work(ranks, sources)
         first = ranks.rank == 0
         if first:
-            _note_what_is_left_out(sources)
+            _note_skipped(sources)
         with _progress(ranks) as started:
             summary = bulk.run(
                 work,
@@ -127,18 +127,18 @@ def run_bulk(
             raise typer.Exit(BAD_INPUT)
 
 
-def _note_what_is_left_out(sources: Sources) -> None:
+def _note_skipped(sources: Sources) -> None:
     if sources.repeated:
-        note(f"note: named again and done once: {sources.repeated:,}")
-    if sources.passed_over:
-        note(f"note: files in folders passed over, no videos or images by their names: {sources.passed_over:,}")
+        note(f"note: ignored {_counted(sources.repeated, 'duplicate', 'duplicates')}")
+    if sources.not_media:
+        note(f"note: skipped {_counted(sources.not_media, 'non-media file', 'non-media files')}")
     if sources.hidden:
         note(f"note: skipped {_counted(sources.hidden, 'hidden file or folder', 'hidden files and folders')}")
     if sources.linked_again:
         links = _counted(sources.linked_again, "link to a folder", "links to folders")
-        note(f"note: skipped {links} whose videos are here already")
+        note(f"note: skipped {links} whose videos are included already")
     for folder in sources.empty:
-        note(f"note: {shown(folder)}: there are no videos or images in this folder")
+        note(f"note: {shown(folder)}: no videos or images in this folder")
 
 
 def _counted(number: int, one: str, many: str) -> str:
@@ -146,13 +146,13 @@ def _counted(number: int, one: str, many: str) -> str:
 
 
 def _usual_workers(device: str, cores: int) -> int:
-    """A GPU waits for what many cores decode; a CPU has the cores to itself but for few."""
+    """Many workers keep a GPU busy. On a CPU, the model needs most of the cores."""
     return max(1, min(cores - 1, 16) if device == "cuda" else cores // 8)
 
 
 @contextmanager
 def _progress(ranks: Ranks) -> Iterator[Callable[[Plan], Callable[[int, int], None]]]:
-    """What `bulk.run` calls when it has started: a bar where somebody looks, otherwise a line now and then."""
+    """The callback for `bulk.run`: a progress bar on a terminal, otherwise a line every 30 seconds."""
     if ranks.rank:
         yield lambda plan: lambda videos, failed: None
     elif sys.stderr.isatty():
@@ -191,7 +191,7 @@ class _Bar:
 
 
 class _Notes:
-    """Lines on standard error, at the beginning and now and then."""
+    """Lines on standard error, at the start and every `SECONDS_BETWEEN_NOTES`."""
 
     def __init__(self, plan: Plan) -> None:
         self._total = plan.left
@@ -199,7 +199,7 @@ class _Notes:
         self._rate = _Rate()
         self._last = time.monotonic()
         if plan.finished:
-            note(f"note: videos that were finished before: {plan.finished:,}; left to do: {plan.left:,}")
+            note(f"note: {_counted(plan.finished, 'video', 'videos')} already done, {plan.left:,} to do")
 
     def __call__(self, videos: int, failed: int) -> None:
         self._done += videos
@@ -212,7 +212,7 @@ class _Notes:
 
 
 class _Rate:
-    """Videos a second since the start."""
+    """Videos per second since the start."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -225,14 +225,14 @@ class _Rate:
 
 def _summarised(summary: Summary, out: str, unit: str) -> str:
     good = summary.lines - summary.failed
-    told = f"{shown(out)}: {good:,} {unit}, {summary.failed:,} failed"
+    text = f"{shown(out)}: {good:,} {unit}, {summary.failed:,} failed"
     if not summary.videos:
-        return f"{told}; nothing was left to do"
+        return f"{text}; nothing left to do"
     rate = summary.videos / summary.seconds
     share = summary.model_seconds / summary.seconds
     videos = f"{summary.videos:,} video{'' if summary.videos == 1 else 's'}"
-    taken = f"{videos} in {_duration(summary.seconds)}, {rate:.1f} a second"
-    return f"{told}; {taken}, the model computing {share:.0%} of the time"
+    taken = f"{videos} in {_duration(summary.seconds)}, {rate:.1f} per second"
+    return f"{text}; {taken}, model busy {share:.0%} of the time"
 
 
 def _duration(seconds: float) -> str:

@@ -22,19 +22,19 @@ TaskOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="TASK",
-        help="A task, such as captioning, or file.py:Name for one of your own; repeat it for several."
-        "  [default: what the file says, or the task with the most modules]",
+        help="A task, such as captioning, or file.py:Name for your own; repeat it for several."
+        "  [default: as the file says, or the task with the most modules]",
     ),
 ]
 
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="IN", help="A released .pth, a .safetensors, or a directory.")],
+    source: Annotated[str, typer.Argument(metavar="IN", help="An official .pth, a .safetensors, or a directory.")],
     target: Annotated[
-        str, typer.Argument(metavar="OUT", help="The directory to write; it must not exist, or be empty.")
+        str, typer.Argument(metavar="OUT", help="The directory to write; it must not exist or must be empty.")
     ],
     task: TaskOption = None,
-    dtype: Annotated[Dtype, typer.Option(help="auto keeps what the file has.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="auto keeps the file's.")] = Dtype.auto,
 ) -> None:
     """Write a checkpoint as a directory.
 
@@ -58,8 +58,8 @@ def inspect(
 ) -> None:
     """Describe a checkpoint.
 
-    Prints its tasks, sizes and dtype, and what in it is needed, missing, unexpected or unused. The exit status is 2
-    when it cannot be loaded; the report on standard error says why.
+    Prints its tasks, sizes and dtype, and which entries are needed, missing, unexpected or unused. The exit status is 2
+    if it cannot be loaded; standard error says why.
     """
     with reporting():
         from mplug2_fast import checkpoint

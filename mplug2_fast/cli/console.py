@@ -1,4 +1,4 @@
-"""What every command shares: errors and warnings of one line each, progress, and a reader that goes away."""
+"""Shared by all commands: one-line errors and warnings, progress, and what happens when the reader closes the pipe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BAD_INPUT, INTERRUPTED, READER_GONE = 2, 130, 141
 
 @contextmanager
 def reporting() -> Iterator[None]:
-    """Turn the errors that a user can do something about into a message and an exit status."""
+    """Turns errors that a user can fix into a message and an exit status."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")
@@ -41,7 +41,7 @@ class OutputError(OSError):
 
 
 class Output(io.TextIOWrapper):
-    """Standard output. What goes wrong with it is an `OutputError`, which is not one of another file."""
+    """Standard output. Its errors are `OutputError`s, to distinguish them from errors of other files."""
 
     def write(self, text: str) -> int:
         with _as_output_error():
@@ -53,16 +53,16 @@ class Output(io.TextIOWrapper):
 
 
 def emit(line: str) -> None:
-    """Print one line of results, at once."""
+    """Prints one line of results and flushes it."""
     with _as_output_error():
         print(line, flush=True)
 
 
 def note(message: str, *, lines: bool = False) -> None:
-    """Print a message on standard error; on one line, unless it is a report of several `lines`.
+    """Prints a message on standard error: on one line, or on several with `lines`.
 
-    Control characters are written as escapes: a file must not speak to the terminal. Nothing is done about a standard
-    error that cannot be written to, which is no reason to stop.
+    Control characters are escaped, so that a file name cannot control the terminal. Errors of standard error itself are
+    ignored.
     """
     parts = message.split("\n") if lines else [" ".join(message.split())]
     with contextlib.suppress(OSError):
@@ -70,7 +70,7 @@ def note(message: str, *, lines: bool = False) -> None:
 
 
 def shown(text: str) -> str:
-    """A text that stays on one line and in one column: control characters are written as escapes."""
+    """A text on one line and in one column: control characters are escaped."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 
@@ -85,7 +85,7 @@ def _as_output_error() -> Iterator[None]:
 
 
 def output_failed(error: OutputError) -> int:
-    """Say what is wrong with standard output; the exit status."""
+    """Reports what is wrong with standard output. Returns the exit status."""
     _discard_output()
     if error.errno == errno.EPIPE:
         return READER_GONE
@@ -95,7 +95,7 @@ def output_failed(error: OutputError) -> int:
 
 
 def waiting(what: str) -> AbstractContextManager[object]:
-    """Say what is being waited for, while it is, if somebody looks at standard error."""
+    """Shows a message while the block runs, if standard error is a terminal."""
     if not sys.stderr.isatty():
         return nullcontext()
     from rich.console import Console
@@ -105,23 +105,23 @@ def waiting(what: str) -> AbstractContextManager[object]:
 
 
 def _discard_output() -> None:
-    """Python flushes standard output once more when it exits, and would complain again."""
+    """Prevents a second error when Python flushes standard output at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def prepare_streams() -> None:
-    """Make standard output and error ready for results: file names may hold any bytes, which come back as they were.
+    """Prepares standard output and error for file names with arbitrary bytes, which are printed unchanged.
 
-    A stream that the caller closed is put in order first: otherwise the next file that is opened gets its number, and
-    what libraries print there would go into that file.
+    First opens streams that the caller closed. Otherwise the next opened file would get the stream's descriptor, and
+    output of libraries would go into that file.
     """
     for descriptor, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, flags), True)  # the lowest number that is free
+            os.set_inheritable(os.open(os.devnull, flags), True)  # gets the lowest free descriptor
     if sys.stdout is None:
-        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)  # not to be written to, as its user finds out
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)  # writing to it fails
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
     if isinstance(sys.stdout, io.TextIOWrapper):

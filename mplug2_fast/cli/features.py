@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Kind(str, Enum):
-    """The names that `--kind` knows."""
+    """Values of `--kind`."""
 
     vision = "vision"
     universal = "universal"
@@ -41,7 +41,7 @@ class Kind(str, Enum):
 
 
 class Format(str, Enum):
-    """The names that `--format` knows."""
+    """Values of `--format`."""
 
     safetensors = "safetensors"
     npy = "npy"
@@ -49,15 +49,15 @@ class Format(str, Enum):
 
 def features(
     videos: Videos,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder that the features go to.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The output folder.")],
     kind: Annotated[
         Kind,
         typer.Option(
-            help="vision: tokens of the vision encoder; universal: after the universal layers, as the decoder reads "
-            "them; pooled: the class token of those."
+            help="vision: output of the vision encoder; universal: output of the universal layers, which the decoder "
+            "reads; pooled: its class token."
         ),
     ] = Kind.universal,
-    format: Annotated[Format, typer.Option(help="Of the shards.")] = Format.safetensors,
+    format: Annotated[Format, typer.Option(help="File format of the shards.")] = Format.safetensors,
     checkpoint: CheckpointOption = None,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
@@ -72,8 +72,8 @@ def features(
 ) -> None:
     """Compute features of videos and images.
 
-    Writes shards, and index.jsonl with a line for each file: where its features are, or its error. Killed at any moment
-    and started again with the same command, it goes on.
+    Writes shards, and index.jsonl with one line per file: where its features are, or its error. Rerun the same command
+    to resume an interrupted run.
     """
     with reporting():
         options = BulkOptions(

@@ -9,7 +9,7 @@ import typer
 
 
 class Dtype(str, Enum):
-    """The names that `--dtype` knows."""
+    """Values of `--dtype`."""
 
     auto = "auto"
     float32 = "float32"
@@ -17,45 +17,43 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-VIDEOS_HELP = "Videos or images; with --out also folders of them, and .txt lists of all these, one a line."
+VIDEOS_HELP = "Videos or images. With --out also folders, and .txt lists with one path per line."
 Videos = Annotated[list[str], typer.Argument(metavar="PATH", help=VIDEOS_HELP)]
-OutOption = Annotated[
-    str | None, typer.Option(metavar="PATH", help="A file for the results, which a run that was stopped goes on with.")
-]
+OutOption = Annotated[str | None, typer.Option(metavar="PATH", help="Output file; rerun the same command to resume.")]
 CheckpointOption = Annotated[
     str | None,
     typer.Option(
         metavar="PATH",
-        help="An official .pth, a directory, a .safetensors, or owner/name on the Hub.  [default: the tiny model]",
+        help="An official .pth, a directory, a .safetensors, or owner/name on the Hub.  [default: the included tiny model]",
     ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: float32 on the CPU, bfloat16 or float16 on a GPU.")]
-DeviceOption = Annotated[str, typer.Option(metavar="[auto|cpu|cuda|cuda:N]", help="auto: a GPU where there is one.")]
-BeamsOption = Annotated[int | None, typer.Option(min=1, help="Beams of the search.  [default: the model's]")]
-ReturnOption = Annotated[int, typer.Option(min=1, help="Texts a file, best first, each on a line of its own.")]
-MinLengthOption = Annotated[int | None, typer.Option(min=0, help="Tokens at least.  [default: the model's]")]
-MaxLengthOption = Annotated[int | None, typer.Option(min=1, help="Tokens at most.  [default: the model's]")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object a file, each on a line of its own.")]
+DeviceOption = Annotated[str, typer.Option(metavar="[auto|cpu|cuda|cuda:N]", help="auto: a GPU, if available.")]
+BeamsOption = Annotated[int | None, typer.Option(min=1, help="Number of beams.  [default: the model's]")]
+ReturnOption = Annotated[int, typer.Option(min=1, help="Results per file, best first, one per line.")]
+MinLengthOption = Annotated[int | None, typer.Option(min=0, help="Minimum number of tokens.  [default: the model's]")]
+MaxLengthOption = Annotated[int | None, typer.Option(min=1, help="Maximum number of tokens.  [default: the model's]")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per file, one per line.")]
 
-# Of runs with --out.
+# Options of runs with --out.
 RetryOption = Annotated[
-    bool, typer.Option("--retry-failed", help="Also do the files that an earlier run recorded as failed.")
+    bool, typer.Option("--retry-failed", help="Also retry the files that an earlier run recorded as failed.")
 ]
-FramesOption = Annotated[int | None, typer.Option(min=1, help="Frames of a clip.  [default: the model's]")]
+FramesOption = Annotated[int | None, typer.Option(min=1, help="Frames per clip.  [default: the model's]")]
 WindowsOption = Annotated[
     int | None,
-    typer.Option(metavar="LENGTH", min=1, help="Windows of so many consecutive frames, over the whole video."),
+    typer.Option(metavar="LENGTH", min=1, help="Split the video into windows of LENGTH consecutive frames."),
 ]
 StrideOption = Annotated[
-    int | None, typer.Option(min=1, help="Frames from one window to the next.  [default: their length]")
+    int | None, typer.Option(min=1, help="Frames from the start of a window to the next start.  [default: LENGTH]")
 ]
 WorkersOption = Annotated[
-    int | None, typer.Option(min=1, help="Processes that decode.  [default: by the number of cores]")
+    int | None, typer.Option(min=1, help="Decoding processes.  [default: depends on the number of cores]")
 ]
 
 
 class Decoder(str, Enum):
-    """The names that `--decoder` knows."""
+    """Values of `--decoder`."""
 
     pyav = "pyav"
     torchcodec = "torchcodec"
@@ -67,9 +65,9 @@ DecoderOption = Annotated[
 ]
 TimeoutOption = Annotated[
     float | None,
-    typer.Option(metavar="SECONDS", help="The most that decoding a clip may take.  [default: 60]"),
+    typer.Option(metavar="SECONDS", help="Decode timeout per clip.  [default: 60]"),
 ]
 BatchMemoryOption = Annotated[
     float | None,
-    typer.Option(metavar="GIB", help="Memory for a batch.  [default: a share of what is free]"),
+    typer.Option(metavar="GIB", help="Memory for a batch.  [default: a share of the free memory]"),
 ]

@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 
 _Predictor = TypeVar("_Predictor", bound="Predictor")
 
-MOST_WORDS = 20
-"""Of those that the model does not know, named in a note."""
+MAX_UNKNOWN_WORDS = 20
+"""Unknown words that a note lists."""
 
-MOST_CHARACTERS = 100
-"""Of a question, repeated in an error."""
+MAX_QUOTED_CHARACTERS = 100
+"""Characters of a question that an error repeats."""
 
 MAX_CANDIDATE_BYTES = 2**16
 
@@ -74,11 +74,11 @@ def caption(
 ) -> None:
     """Caption videos and images.
 
-    Prints a line for each file, in their order: its name, a tab, and the caption. A file that cannot be read gets
-    a line on standard error, and the exit status is 2 once the others are done.
+    Prints one line per file, in order: its name, a tab, and the caption. Files that cannot be read are reported on
+    standard error. The others are still captioned, and the exit status is 2.
 
-    With --out the results go to a file, one JSON object a video, and PATH may be a folder or a .txt list too. Killed at
-    any moment and started again with the same command, it goes on.
+    With --out the results go to a file, one JSON object per video, and PATH may also be a folder or a .txt list. Rerun
+    the same command to resume an interrupted run.
     """
     with reporting():
         bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder, retry_failed)
@@ -106,22 +106,23 @@ def caption(
 
 def answer(
     files: Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help=VIDEOS_HELP)] = None,
-    question: Annotated[str | None, typer.Option(metavar="TEXT", help="The question, asked about each file.")] = None,
+    question: Annotated[str | None, typer.Option(metavar="TEXT", help="The question about each file.")] = None,
     questions: Annotated[
         str | None,
         typer.Option(
             metavar="JSONL",
-            help="With --out: the videos and questions, each an object with path, question, perhaps id.",
+            help="With --out: JSON lines with path, question and, optionally, id.",
         ),
     ] = None,
     candidate: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TEXT", help="An answer to choose from; give it once for each. Without any, the answer is free."
+            metavar="TEXT",
+            help="An answer to choose from; repeat it for each. Without candidates the answer is generated.",
         ),
     ] = None,
     candidates: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="A text file of answers to choose from, one a line.")
+        Path | None, typer.Option(metavar="PATH", help="A text file of answers to choose from, one per line.")
     ] = None,
     out: OutOption = None,
     checkpoint: CheckpointOption = None,
@@ -143,16 +144,16 @@ def answer(
 ) -> None:
     """Answer a question about videos and images.
 
-    Prints a line for each file, in their order: its name, a tab, and the answer. A file that cannot be read gets
-    a line on standard error, and the exit status is 2 once the others are done.
+    Prints one line per file, in order: its name, a tab, and the answer. Files that cannot be read are reported on
+    standard error. The others are still answered, and the exit status is 2.
 
-    With --out the results go to a file, one JSON object a question, and PATH may be a folder or a .txt list too. Killed
-    at any moment and started again with the same command, it goes on.
+    With --out the results go to a file, one JSON object per question, and PATH may also be a folder or a .txt list.
+    Rerun the same command to resume an interrupted run.
     """
     if (question is None) == (questions is None):
         raise typer.BadParameter("give either --question or, with --out, --questions")
     if bool(files) == (questions is not None):
-        raise typer.BadParameter("give files with --question; --questions names them itself")
+        raise typer.BadParameter("give files with --question, but not with --questions, which lists them")
     with reporting():
         bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder, retry_failed)
         choices = [*(candidate or ()), *_lines(candidates)] if candidate or candidates else None
@@ -167,7 +168,7 @@ def answer(
         if out is None:
             dataclasses.replace(bulk_options, timeout=None).require_none()
             if question is None:
-                raise ConfigError("--questions: only with --out, which names the file that the results go to")
+                raise ConfigError("--questions: only with --out, which names the output file")
             answerer = load(Answerer, checkpoint, dtype, device)
             results = answerer.answer(files, question, choices, **searching, **_in_a_process(timeout))
             _note_unknown_words(answerer, [question])
@@ -195,15 +196,15 @@ def predict(
         str | None,
         typer.Option(
             metavar="TASK",
-            help="A task, such as captioning, or file.py:Name for your own.  [default: what the checkpoint says]",
+            help="A task, such as captioning, or file.py:Name for your own.  [default: as the checkpoint says]",
         ),
     ] = None,
-    text: Annotated[str | None, typer.Option(metavar="TEXT", help="The text that goes with each file.")] = None,
+    text: Annotated[str | None, typer.Option(metavar="TEXT", help="The text for each file.")] = None,
     texts: Annotated[
         str | None,
         typer.Option(
             metavar="JSONL",
-            help="With --out: the videos and texts, each an object with path, question, perhaps id.",
+            help="With --out: JSON lines with path, question (the text) and, optionally, id.",
         ),
     ] = None,
     option: Annotated[
@@ -230,7 +231,7 @@ def predict(
     object per video or text. Rerun the same command to resume an interrupted run.
     """
     if bool(files) == (texts is not None):
-        raise typer.BadParameter("give files, or --texts, which names them itself")
+        raise typer.BadParameter("give either files or --texts, which lists them")
     with reporting():
         bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder, retry_failed)
         from mplug2_fast import tasks
@@ -241,7 +242,7 @@ def predict(
         if out is None:
             dataclasses.replace(bulk_options, timeout=None).require_none()
             if texts is not None:
-                raise ConfigError("--texts: only with --out, which names the file that the results go to")
+                raise ConfigError("--texts: only with --out, which names the output file")
             predictor = load(Predictor, checkpoint, dtype, device, task=chosen)
             results = predictor.predict(files, text, **options, **_in_a_process(timeout))
             _print(results, files, as_json, **({} if text is None else {"question": text}))
@@ -264,7 +265,7 @@ def predict(
 
 
 def _option(given: str) -> tuple[str, Any]:
-    """`name=value`, the value as JSON, or else as it is."""
+    """Parses `name=value`. The value is JSON if it can be parsed as JSON, otherwise text."""
     name, equals, value = given.partition("=")
     if not equals or not name:
         raise ConfigError(f"--option {given}: give it as NAME=VALUE")
@@ -275,7 +276,7 @@ def _option(given: str) -> tuple[str, Any]:
 
 
 def _check_texts(predictor: Predictor, sources: Sources, ranks: Ranks) -> None:
-    """Raise `ConfigError` for the first text that the model cannot read."""
+    """Raises `ConfigError` for the first text that the model cannot read."""
     asked = dict.fromkeys(question.text for video in sources.videos for question in video.questions)
     for text in asked or (None,):
         try:
@@ -283,22 +284,22 @@ def _check_texts(predictor: Predictor, sources: Sources, ranks: Ranks) -> None:
         except ConfigError as error:
             if text is None:
                 raise
-            raise ConfigError(f"{text[:MOST_CHARACTERS]!r}: {error}") from error
+            raise ConfigError(f"{text[:MAX_QUOTED_CHARACTERS]!r}: {error}") from error
     if ranks.rank == 0:
         _note_unknown_words(predictor, asked)
 
 
 def _in_a_process(timeout: float | None) -> dict[str, Any]:
-    """Decode in one process, which can be ended at any time, and which gives results in the order of the files."""
+    """Decoding in one worker process, which can be ended at any time and keeps the order of the files."""
     return {"num_workers": 1, "timeout": timeout or 60.0}
 
 
 def load(
     kind: type[_Predictor], checkpoint: str | None, dtype: Dtype, device: str, *, quietly: bool = False, **more: Any
 ) -> _Predictor:
-    """A predictor with the model of a checkpoint."""
+    """Loads a predictor from a checkpoint."""
     if checkpoint is None and not quietly:
-        note("note: this is the tiny model that ships, which knows moving shapes only; --checkpoint takes another")
+        note("note: this is the included tiny model, which knows only moving shapes; use --checkpoint for another")
     with waiting("loading the model"):
         return kind(checkpoint, dtype=dtype.value, device=device, **more)
 
@@ -306,13 +307,13 @@ def load(
 def _note_unknown_words(predictor: Predictor, questions: Iterable[str]) -> None:
     unknown = list(dict.fromkeys(word for question in questions for word in predictor.unknown_words(question)))
     if unknown:
-        more = f" and {len(unknown) - MOST_WORDS} more" if len(unknown) > MOST_WORDS else ""
-        told = f"{', '.join(unknown[:MOST_WORDS])}{more}"
-        note(f"note: the model does not know these words of the question: {told}")
+        more = f" and {len(unknown) - MAX_UNKNOWN_WORDS} more" if len(unknown) > MAX_UNKNOWN_WORDS else ""
+        words = f"{', '.join(unknown[:MAX_UNKNOWN_WORDS])}{more}"
+        note(f"note: the model does not know these words of the question: {words}")
 
 
 def _lines(path: Path | None) -> list[str]:
-    """The lines of a file of candidates that are not empty."""
+    """The non-empty lines of a file of candidates."""
     if path is None:
         return []
     from mplug2_fast.bulk.lists import lines_of
@@ -325,7 +326,7 @@ def _lines(path: Path | None) -> list[str]:
 
 
 def _print(results: Iterator[Result], files: list[str], as_json: bool, **more: str) -> None:
-    """Print each result as soon as it is there; exit with a status of 2 at the end if any has an error."""
+    """Prints each result as soon as it is available. Exits with status 2 at the end if any has an error."""
     failed = False
     for number, file in enumerate(files, start=1):
         with waiting(f"{shown(file)} ({number} of {len(files)})"):
@@ -343,7 +344,7 @@ def _print(results: Iterator[Result], files: list[str], as_json: bool, **more: s
 
 
 def _json(result: Result, more: dict[str, str]) -> str:
-    """The fields of a `Result`; numbers that JSON does not know become null."""
+    """The fields of a `Result`. Infinities and NaN become null."""
     fields = dataclasses.asdict(result)
     fields["alternatives"] = [{"text": text, "score": _number(score)} for text, score in result.alternatives]
     fields["score"] = _number(result.score)

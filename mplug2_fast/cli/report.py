@@ -13,9 +13,9 @@ from mplug2_fast.cli.tables import names_and_values
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Tell what is installed here.
+    """Show what is installed.
 
-    Prints versions, devices, and which native parts are there, which are not, why, and what to do about it.
+    Prints versions, devices, which native parts are installed, what is missing, and how to fix it.
     """
     with reporting():
         from mplug2_fast.info import collect
@@ -25,7 +25,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON ob
 
 
 def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(part, name, value) a line; a part is named on its first line only."""
+    """(part, name, value) of each line. Only the first line of a part has its name."""
     for part, values in found.items():
         shown = part
         for name, value in _flat(values):
@@ -34,7 +34,7 @@ def _rows(found: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
 
 
 def _flat(value: Any, key: str = "", name: str = "") -> Iterator[tuple[str, str]]:
-    """(name, text) of everything inside a value."""
+    """(name, text) of every leaf of a value."""
     if isinstance(value, dict):
         for inner, item in value.items():
             yield from _flat(item, inner, f"{name} {inner}".strip())

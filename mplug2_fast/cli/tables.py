@@ -1,4 +1,4 @@
-"""Plain tables without rules, as wide as the terminal, or as wide as they need to be where there is none."""
+"""Plain tables without rules, as wide as the terminal; without a terminal, lines are not folded."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from mplug2_fast.cli.console import shown
 
 
 def names_and_values(rows: Iterable[Sequence[str]]) -> str:
-    """Names and, last, a value a line; long values are folded under themselves."""
+    """One row per line: names, then a value. Long values are folded within their column."""
     return _render(None, [*rows])
 
 
 def columns(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table with a header; the columns named after a count are right-aligned."""
+    """A table with a header. The columns `entries` and `parameters` are right-aligned."""
     return _render(header, [*rows])
 
 

@@ -22,7 +22,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, causal: bool) -> Tensor:
     """`F.scaled_dot_product_attention` with all derivatives; its own flash kernel for CPUs has only the first."""
-    if _trains_on_cpu(query, key, value):
+    if query.numel() and _trains_on_cpu(query, key, value):  # the flash kernel divides by the number of heads
         additive = None if mask is None else _additive(mask, query.dtype)
         chosen = torch._fused_sdp_choice(query, key, value, additive, dropout_p, causal)
         if chosen == SDPBackend.FLASH_ATTENTION.value:

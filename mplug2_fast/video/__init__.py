@@ -1,6 +1,6 @@
-"""Video files and still images to the frames that the model sees.
+"""Turns video files and still images into the model's input frames.
 
-A process that only decodes has no need of torch, so names are imported when they are first asked for.
+A process that only decodes does not need torch, so names are imported at their first use.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # a name that is not imported above is an error to a type checker
+if not TYPE_CHECKING:  # so that type checkers report names that are not imported above
 
     def __getattr__(name: str) -> Any:
         if name in _EXPORTS:

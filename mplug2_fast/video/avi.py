@@ -1,8 +1,8 @@
-"""The chunks of an AVI file: whether it ends within one, and whether all that its index names are there.
+"""Checks the chunks of an AVI file: that the file does not end within one, and that all chunks of its index exist.
 
-Where the header of a chunk is damaged, libav looks for the next one that it recognises and leaves out what lies
-between, without a word. The index that most files end with knows better. Sizes that programs get wrong without harm
-are not damage: that of the whole file, those of a recording into a pipe, which are left open, and zeros between chunks.
+Where the header of a chunk is damaged, libav silently skips to the next one that it recognises. Most files end with an
+index, which shows what was skipped. Some wrong sizes are harmless and do not count as damage: the size of the whole
+file, the open sizes of a recording into a pipe, and zeros between chunks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MAX_ZEROS = 1 << 20
 
 @dataclass
 class _Found:
-    """What the index refers to, and the index itself; whether the header promises one."""
+    """What was found: the position of the frames, the index, and whether the header promises an index."""
 
     frames: int = 0
     index: bytes = b""
@@ -38,7 +38,7 @@ def check_chunks(file: BinaryIO, size: int, guard: Guard) -> None:
     """Follows the chunks of a file, if it is an AVI file.
 
     Raises:
-        DamagedError: it is truncated, or a chunk is not what it should be.
+        DamagedError: it is truncated, or a chunk is damaged.
         LimitError: there are too many chunks, or one is too large.
     """
     file.seek(0)
@@ -74,7 +74,7 @@ def _follow(file: BinaryIO, size: int, start: int, end: int, found: _Found, step
         if not name.isascii():
             raise _not_a_chunk(position)
         if position + 8 + length > size:
-            if is_frames or name == b"RIFF":  # a recording that was never finished, or goes on: its chunks tell
+            if is_frames or name == b"RIFF":  # the recording was not finished, or still runs: check its chunks
                 found.frames = found.frames or position + 8
                 _follow(file, size, position + 12, size, found, steps, guard)
                 if not found.index and length not in _OPEN:
@@ -95,12 +95,12 @@ def _follow(file: BinaryIO, size: int, start: int, end: int, found: _Found, step
 def _read_chunk(
     file: BinaryIO, name: bytes, kind: bytes, position: int, length: int, found: _Found, steps: Steps, guard: Guard
 ) -> None:
-    most = guard.limits.packet_bytes
-    if length > most and name not in (*_LISTS, b"JUNK"):
-        raise LimitError(f"has a chunk of {length:,} bytes; the limit is {most:,}")
+    limit = guard.limits.packet_bytes
+    if length > limit and name not in (*_LISTS, b"JUNK"):
+        raise LimitError(f"has a chunk of {length:,} bytes; the limit is {limit:,}")
     if name == b"LIST" and kind in (b"hdrl", b"strl"):
         end = position + 8 + length
-        with suppress(DamagedError):  # libav judges headers
+        with suppress(DamagedError):  # libav checks headers itself
             _follow(file, end, position + 12, end, found, steps, guard)
     elif name == b"avih":
         file.seek(position + 8)
@@ -111,7 +111,7 @@ def _read_chunk(
 
 
 def _after_zeros(file: BinaryIO, position: int, end: int) -> int | None:
-    """The position of the first byte that is not zero; None if all are, up to the end or to the limit on them."""
+    """The position of the first byte that is not zero; None if all are zero, up to the end or `_MAX_ZEROS`."""
     file.seek(position)
     for start in range(position, min(end, position + 2 * _MAX_ZEROS), 1 << 16):
         data = file.read(1 << 16)
@@ -122,14 +122,14 @@ def _after_zeros(file: BinaryIO, position: int, end: int) -> int | None:
 
 
 def _missing_chunk(file: BinaryIO, found: _Found, steps: Steps) -> int | None:
-    """The position of a chunk of video that the index names, and that is not there.
+    """The position of the first chunk of video that the index has and the file lacks.
 
-    An index that is wrong about most chunks is no witness: not every program writes it with care.
+    An index that is wrong about most chunks is ignored, because some programs write wrong indices.
     """
     letters = np.frombuffer(found.index, np.uint8).reshape(-1, _ENTRY.itemsize)[:, 2:4]
     is_video = (letters[:, 0] == ord("d")) & ((letters[:, 1] == ord("c")) | (letters[:, 1] == ord("b")))
     entries = np.frombuffer(found.index, _ENTRY)[is_video]
-    for base in (found.frames, 0):  # what its positions are counted from
+    for base in (found.frames, 0):  # positions count from the frames or from the start of the file
         first, missing = None, 0
         for start in range(0, len(entries), 1 << 16):
             for name, _, position, length in entries[start : start + (1 << 16)].tolist():
@@ -143,4 +143,4 @@ def _missing_chunk(file: BinaryIO, found: _Found, steps: Steps) -> int | None:
 
 
 def _not_a_chunk(position: int) -> DamagedError:
-    return DamagedError(f"is corrupt: the chunk at byte {position:,} is not what it should be")
+    return DamagedError(f"is corrupt: the chunk at byte {position:,} is damaged")

@@ -1,7 +1,7 @@
 """The libraries that decode: which are installed, and which of them may decode a file.
 
-PyAV decodes everything, tells damage, and is always there; what it gives is the truth that the others are held to. The
-others are used where they are asked for, and refuse what they are known to get wrong in silence.
+PyAV is always installed, decodes everything and reports damage; its frames are the reference for the other libraries.
+Those are used on request only, and refuse files that they are known to decode wrongly without an error.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _INSTALL = {
 }
 _MODULES = {"pyav": "av", "torchcodec": "torchcodec.decoders", "dali": "nvidia.dali"}
 READER_BACKENDS = ("pyav", "torchcodec")
-"""Those that give frames on the host; DALI gives clips: see `mplug2_fast.video.DaliLoader`."""
+"""The backends that return frames on the host. For DALI, which returns clips, see `mplug2_fast.video.DaliLoader`."""
 
 
 def reason_not_available(backend: str) -> str | None:
-    """Why a library cannot be used, and what to do about it; None if it can."""
+    """Why a library cannot be used, and the remedy; None if it can be used."""
     module = _MODULES[backend]
     try:
         if importlib.util.find_spec(module) is None:
             return f"not installed: {_INSTALL[backend]}"
-    except ModuleNotFoundError:  # of the package around the module
+    except ModuleNotFoundError:  # the package of the module is missing
         return f"not installed: {_INSTALL[backend]}"
     try:
         importlib.import_module(module)
-    except Exception as error:  # whatever a library that does not fit throws
+    except Exception as error:  # a library that does not fit may raise anything
         return f"cannot be imported ({' '.join(str(error).split())[:300]}): {_INSTALL[backend]}"
     return None
 
@@ -53,14 +53,14 @@ def _version(backend: str) -> str:
 
 
 def check_backend(backend: str | None) -> str:
-    """The backend for frames on the host: the one that is asked for, PyAV for None.
+    """Checks the name of a backend for frames on the host; None means PyAV.
 
     Raises:
-        BackendError: there is none of this name, or it is not available.
+        BackendError: the name is unknown, or the backend is not available.
     """
     backend = "pyav" if backend is None else backend
     if backend not in READER_BACKENDS:
-        raise BackendError(f"there is no video backend {backend!r}: choose one of {', '.join(READER_BACKENDS)}")
+        raise BackendError(f"unknown video backend {backend!r}: choose one of {', '.join(READER_BACKENDS)}")
     if reason := reason_not_available(backend):
         raise BackendError(f"the video backend {backend} is {reason}")
     return backend
@@ -69,10 +69,10 @@ def check_backend(backend: str | None) -> str:
 def stream_frames(
     backend: str, name: str, scan: Scan, indices: list[int], *, threads: int, image_size: int | None, guard: Guard
 ) -> Iterator[np.ndarray]:
-    """The frames with these indices, in ascending order, as they are decoded; arrays as of `decode_frames`.
+    """Yields the frames with these ascending indices as they are decoded, as arrays like those of `decode_frames`.
 
     Raises:
-        VideoError: the file cannot be decoded, or not by this backend; perhaps after frames that were good.
+        VideoError: the file cannot be decoded, or not by this backend. Good frames may have come before.
     """
     if backend == "pyav":
         from mplug2_fast.video.decode import stream_scanned
@@ -82,5 +82,5 @@ def stream_frames(
     from mplug2_fast.video.decode import orientation
 
     if reason := torchcodec.reason_not_served(scan, orientation(name, scan, guard)):
-        raise VideoError(f"{name}: torchcodec may not decode it: {reason}; the backend pyav does")
+        raise VideoError(f"{name}: torchcodec may not decode it: {reason}; use the backend pyav")
     return torchcodec.stream_frames(name, scan, indices, threads=threads, image_size=image_size)

@@ -1,4 +1,4 @@
-"""What loaders of many files take and give."""
+"""The input and the output of loaders of many files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_source(source: Source) -> Source:
 
 
 def shown(source: Source) -> str:
-    """A source as error messages call it."""
+    """A source as error messages show it."""
     return f"{len(source):,} bytes in memory" if isinstance(source, bytes) else os.fsdecode(source)
 
 
@@ -27,12 +27,12 @@ def shown(source: Source) -> str:
 class Clip:
     """Frames of a file, or the reason why there are none.
 
-    `frames` is (3, T, image_size, image_size), normalised, of the dtype that was asked for, or (T, height, width, 3),
-    uint8; None if there is an `error`. `indices` are the frames' numbers in the video. `window` is the number of the
-    window in the file, and `last` tells whether it is the last that comes of the file: always, unless windows were
-    asked for. After an error nothing comes of the file; windows before it may have. An error is `transient` if another
-    try may succeed: the decoder was killed, crashed or took too long. `seconds` is the time that decoding took, and
-    `passed_by` is why the backend that was asked for left the file to PyAV.
+    `frames` is (3, T, image_size, image_size), normalised, of the requested dtype; or (T, height, width, 3), uint8;
+    or None if there is an `error`. `indices` are the frames' numbers in the video. `window` is the number of the
+    window in the file. `last` is True for the last clip of the file; without windows, a file has one clip. An error
+    ends a file, but windows may come before it. An error is `transient` if another try may succeed: the decoder was
+    killed, crashed or took too long. `seconds` is the decoding time. `passed_by` is the reason why PyAV decoded the
+    file instead of the requested backend.
     """
 
     index: int

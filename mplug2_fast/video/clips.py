@@ -1,6 +1,6 @@
-"""What is taken from a file: one clip of frames spread over the video, or windows one after another.
+"""Clips of a file: one clip of frames from the whole video, or a series of windows.
 
-Nothing here needs torch, so that processes which only decode start quickly and stay small.
+This module does not need torch, so that processes which only decode start quickly and stay small.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from mplug2_fast.video.limits import Guard, Limits
 class Windows:
     """Windows of `length` consecutive frames, one every `stride` frames, over a whole video.
 
-    Windows begin at frame 0, `stride`, 2·`stride`, ... as long as each holds a frame that none before it holds. The
-    last one repeats the video's last frame where the video ends within it.
+    Windows begin at frame 0, `stride`, 2·`stride`, ... as long as each contains a frame that no earlier window has. If
+    the video ends within the last window, its last frame is repeated.
     """
 
     length: int = 16
@@ -39,7 +39,7 @@ class Windows:
 
 @dataclass(frozen=True)
 class ClipOptions:
-    """What `clips_of` makes of each file; `image_size` None leaves frames as large as they are."""
+    """Options of `clips_of`; without `image_size`, frames keep their size."""
 
     num_frames: int
     image_size: int | None
@@ -51,7 +51,7 @@ class ClipOptions:
 
 @dataclass(frozen=True)
 class DecodedClip:
-    """Frames of a file: arrays (height, width, 3), uint8, and their indices; whether more clips of it follow."""
+    """Frames of a file, arrays (height, width, 3), uint8, with their indices; `last` if no clip of the file follows."""
 
     frames: list[np.ndarray]
     indices: list[int]
@@ -61,10 +61,10 @@ class DecodedClip:
 
 
 def clips_of(path: str | os.PathLike[str], options: ClipOptions) -> Iterator[DecodedClip]:
-    """Decodes a file; one clip, or one for each window, each as soon as its frames are there.
+    """Decodes a file and yields one clip, or one for each window, as soon as its frames are decoded.
 
     Raises:
-        VideoError: the file cannot be turned into frames. Windows before the damage may have come out by then.
+        VideoError: the file cannot be decoded. Windows before the damage may have come before.
     """
     decoding = {"threads": options.threads, "image_size": options.image_size, "guard": Guard(options.limits)}
     if options.windows is not None:
@@ -104,9 +104,9 @@ def _all_frames(path: str | os.PathLike[str], backend: str, decoding: dict[str, 
 
 
 def _windows(frames: Iterator[np.ndarray], windows: Windows) -> Iterator[tuple[list[np.ndarray], list[int], int, bool]]:
-    """(frames, indices, number, whether it is the last) of each window. Holds no more than one window of frames.
+    """Yields (frames, indices, number, whether it is the last) of each window. Keeps at most one window of frames.
 
-    A window is known to be the last when no frame follows it, so each waits for the frame after it.
+    Only the next frame shows that a window is not the last, so each window is yielded after that frame is decoded.
     """
     length, gap = windows.length, max(windows.stride - windows.length, 0)
     held: deque[np.ndarray] = deque(islice(frames, length))

@@ -1,12 +1,12 @@
 """Clips of many files, decoded, squashed and normalised on the GPU by NVIDIA DALI.
 
-Nothing of a frame passes through the host. DALI decodes some batches ahead while the model computes; before that, PyAV
-reads each file's packets in a thread, which tells the number of frames and damage to the container. What DALI may not
-or cannot decode is passed by to PyAV, and says so.
+No frame passes through the host. DALI decodes some batches ahead while the model computes. Before that, PyAV reads
+each file's packets in a thread, which gives the number of frames and shows damage to the container. PyAV decodes what
+DALI may not or cannot decode; the clip then states the reason.
 
-DALI puts black pictures in the place of frames that are not there, and gives fewer frames of files that end early: it
-is told to fail instead, and its frames are counted. Damage within a picture that the container does not show is seen by
-PyAV only.
+By default DALI replaces missing frames by black pictures, and returns fewer frames of files that end early. Here it is
+set to fail instead, and its frames are counted. Only PyAV notices damage within a picture that the container does not
+show.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _GPU_CODECS = (*_CPU_CODECS, "av1", "h264", "hevc", "mpeg4")
 
 @dataclass(frozen=True)
 class _Job:
-    """A file that DALI is to decode. Its bytes are mapped, not read, and have to stay until it has."""
+    """A file for DALI to decode. Its bytes are memory-mapped and must stay so until DALI has decoded it."""
 
     index: int
     source: Source
@@ -45,21 +45,20 @@ class _Job:
 
 
 class DaliLoader:
-    """Decodes the clips of `DecodePool` with DALI.
+    """Decodes clips like those of `DecodePool`, but with DALI.
 
     Args:
         device: a CUDA device. On "cpu" DALI decodes VP8, VP9 and MJPEG only.
-        num_frames: frames of a clip: see `frame_indices`.
-        image_size: height and width that frames are squashed to, in pixels, by the rule of
-            `mplug2_fast.ops.preprocess_frames`.
-        dtype: of the frames, which are normalised as the model takes them.
-        batch_size: files that are decoded side by side.
-        prefetch: batches that are decoded ahead.
-        threads: of DALI, and of PyAV for the files that are passed by.
+        num_frames: frames of a clip, chosen by `frame_indices`.
+        image_size: height and width of the squashed frames, in pixels: see `mplug2_fast.ops.preprocess_frames`.
+        dtype: of the normalised frames.
+        batch_size: files to decode together.
+        prefetch: batches to decode ahead.
+        threads: of DALI, and of PyAV for the files that DALI does not decode.
 
     Raises:
         BackendError: DALI is not installed.
-        ValueError: an option out of its range.
+        ValueError: an option is out of its range.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class DaliLoader:
             raise ValueError(f"dtype must be torch.float32, bfloat16, float16 or float64, not {dtype}")
         self._device = torch.device(device)
         if self._device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"there is no CUDA device, which {device!r} asks for")
+            raise ValueError(f"{device!r} needs a CUDA device, and there is none")
         self._num_frames = num_frames
         self._image_size = image_size
         self._dtype = dtype
@@ -92,9 +91,9 @@ class DaliLoader:
         self._threads = threads
 
     def clips(self, sources: Iterable[Source]) -> Iterator[Clip]:
-        """One `Clip` a source, on the device, in the order in which they are ready.
+        """Yields one `Clip` for each source, on the device, as soon as it is decoded; the order may differ.
 
-        Sources are drawn some batches ahead, in the thread that iterates.
+        Sources are read some batches ahead, in the thread that iterates.
 
         Args:
             sources: paths, or the bytes of files.
@@ -118,7 +117,7 @@ class DaliLoader:
                 except Exception as error:
                     if feed.failure is not None:
                         raise feed.failure from None
-                    # The pipeline is lost with all that it was at: one file of these is to blame.
+                    # The pipeline is lost with its current files: one of them caused the failure.
                     lost = [job for batch in feed.batches for job in batch]
                     feed.batches.clear()
                     if not lost:
@@ -134,7 +133,7 @@ class DaliLoader:
                 yield from feed.drain()
 
     def _prepare(self, index: int, source: Source) -> _Job | Clip:
-        """What DALI needs to know of a file; or its clip, if DALI is not to see it."""
+        """The job of a file for DALI, or the finished clip of a file that DALI is not to decode."""
         started = time.perf_counter()
         try:
             with VideoReader(source, threads=1) as reader:
@@ -143,7 +142,7 @@ class DaliLoader:
         except VideoError as error:
             return Clip(index, source, error=error, seconds=time.perf_counter() - started)
         if reason is not None:
-            return self._pass_by(index, source, reason)
+            return self._decode_with_pyav(index, source, reason)
         data = (
             np.frombuffer(source, np.uint8)
             if isinstance(source, bytes)
@@ -156,11 +155,11 @@ class DaliLoader:
         if reader.scan.codec not in codecs:
             return f"DALI does not decode {reader.scan.codec} on {self._device.type}"
         if not reader.scan.one_frame_a_packet:
-            return "frames of this file cannot be told by its packets"
+            return "the packets of this file do not show which frames it has"
         if reader.rotation or reader.mirrored:
-            return "DALI does not turn frames upright"
+            return "DALI does not rotate or mirror frames to upright"
         if reader.scan.crop is not None:
-            return "DALI does not crop frames as the container asks for"
+            return "DALI does not crop frames as the container requires"
         return None
 
     def _pipeline(self, source: Callable[[], tuple[list[np.ndarray], list[np.ndarray]]]) -> Any:
@@ -205,21 +204,21 @@ class DaliLoader:
         frames: Tensor = torch.from_dlpack(output)
         if frames.shape[1] != len(job.indices):
             reason = f"DALI gave {frames.shape[1]} frames instead of {len(job.indices)}"
-            return self._pass_by(job.index, job.source, reason)
+            return self._decode_with_pyav(job.index, job.source, reason)
         frames = frames.to(self._dtype)
         return Clip(job.index, job.source, frames, indices=job.indices, backend="dali", seconds=seconds)
 
     def _alone(self, job: _Job) -> Clip:
-        """Decodes one file of those that a pipeline was lost with."""
+        """Decodes one file of a lost pipeline alone."""
         batches = iter([([job.data], [np.array(job.indices, np.int32)])])
         started = time.perf_counter()
         try:
             (output,) = self._pipeline(lambda: next(batches)).run()
         except Exception as error:
-            return self._pass_by(job.index, job.source, f"DALI cannot decode it: {_reason(error)}")
+            return self._decode_with_pyav(job.index, job.source, f"DALI cannot decode it: {_reason(error)}")
         return self._clip(job, output[0], time.perf_counter() - started)
 
-    def _pass_by(self, index: int, source: Source, reason: str) -> Clip:
+    def _decode_with_pyav(self, index: int, source: Source, reason: str) -> Clip:
         started = time.perf_counter()
         try:
             with VideoReader(source, image_size=self._image_size, threads=self._threads) as reader:
@@ -233,7 +232,7 @@ class DaliLoader:
 
 
 class _Feed:
-    """The batches that DALI asks for: prepared in threads, some ahead, and remembered until they are decoded."""
+    """Gives DALI its batches: prepares some ahead in threads, and keeps each until it is decoded."""
 
     def __init__(
         self,
@@ -245,16 +244,16 @@ class _Feed:
         self.batches: deque[list[_Job]] = deque()
         self.exhausted = False
         self.failure: BaseException | None = None
-        """What drawing the sources has raised: DALI would make a string of it."""
+        """The exception that reading the sources raised. DALI would turn it into a string."""
         self._executor = executor
         self._prepare = prepare
         self._sources = enumerate(sources)
         self._batch_size = batch_size
         self._prepared: deque[Future[_Job | Clip]] = deque()
-        self._finished: deque[Clip] = deque()  # of files that DALI is not to see
+        self._finished: deque[Clip] = deque()  # of files that DALI does not decode
 
     def drain(self) -> Iterator[Clip]:
-        """Clips that are there without DALI."""
+        """Yields the clips that were finished without DALI."""
         while self._finished:
             yield self._finished.popleft()
 
@@ -290,6 +289,6 @@ class _Feed:
 
 
 def _reason(error: Exception) -> str:
-    """The line of DALI's long report that says what happened."""
+    """The line of DALI's long report that states the cause."""
     lines = [line.strip() for line in str(error).rpartition("encountered:")[2].splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]

@@ -21,26 +21,26 @@ from mplug2_fast.video.limits import Guard, Limits
 class ClipDataset(IterableDataset[dict[str, Any]]):
     """Clips of video files, each decoded by the worker that yields it.
 
-    Yields dicts that the default collation makes batches of: `frames`, (3, num_frames, image_size, image_size),
-    normalised, and `index`, the file's number in `paths`, by which to find its texts.
+    Yields dicts that the default collation turns into batches: `frames`, (3, num_frames, image_size, image_size),
+    normalised, and `index`, the file's number in `paths`, which helps to find its texts.
 
-    In training, files come in another order each epoch, and of each interval of a video a random frame is taken. Which
-    depends on the seed, the epoch and the file, not on the number of workers. Ranks and workers share the files; each
-    yields the same number of clips, for which some files come twice. Otherwise files come in their order, once, with
-    the frames of `frame_indices`.
+    In training, the order of the files changes every epoch, and each interval of a video gives one random frame. The
+    choice depends on the seed, the epoch and the file, not on the number of workers. Ranks and workers share the files;
+    some files come twice so that each yields the same number of clips. Without training, every file comes once, in
+    order, with the frames of `frame_indices`.
 
     Args:
         paths: the files.
         num_frames, image_size, dtype: as in `DecodePool`.
         training: see above.
-        seed: of the order of files and the choice of frames.
-        on_error: "raise", or "replace": a file that cannot be decoded gets a warning, and a random other one of the
-            same share is taken instead, so that ranks keep step.
-        limits: on what one file may cost; None takes the defaults of `Limits`.
-        rank, world_size: of this process; None takes them from `torch.distributed` where that is initialised.
+        seed: for the order of files and the choice of frames.
+        on_error: "raise"; or "replace" to warn about a file that cannot be decoded and use another random file of the
+            same share, so that all ranks do the same number of steps.
+        limits: on the cost of one file; None means the defaults of `Limits`.
+        rank, world_size: of this process; None takes them from `torch.distributed` if that is initialised.
 
     Raises:
-        ValueError: no files, or an option out of its range.
+        ValueError: there are no files, or an option is out of its range.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ClipDataset(IterableDataset[dict[str, Any]]):
         world_size: int | None = None,
     ) -> None:
         if not paths:
-            raise ValueError("there are no files to take clips from")
+            raise ValueError("there are no files")
         for name, value in (("num_frames", num_frames), ("image_size", image_size)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
@@ -77,11 +77,11 @@ class ClipDataset(IterableDataset[dict[str, Any]]):
         self._seed = seed
         self._on_error = on_error
         self._limits = limits
-        # Shared with workers, also with those that outlive an epoch.
+        # Shared with workers, including those that live longer than an epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """To be called before each epoch, with the same number on all ranks; the first is 0."""
+        """Sets the number of the epoch, from 0. Call it before each epoch, with the same number on all ranks."""
         self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -108,9 +108,9 @@ class ClipDataset(IterableDataset[dict[str, Any]]):
                     clip = self._decode(other)
                 except VideoError:
                     continue
-                warnings.warn(f"{error}; {os.fsdecode(self._paths[other])} takes its place", stacklevel=2)
+                warnings.warn(f"{error}; using {os.fsdecode(self._paths[other])} instead", stacklevel=2)
                 return clip
-            raise VideoError(f"{error}; nor can any other of the {len(share)} files of this share") from error
+            raise VideoError(f"{error}; all other files of this share ({len(share)}) fail too") from error
 
     def _decode(self, index: int) -> dict[str, Any]:
         from mplug2_fast.video.decode import decode_frames

@@ -1,12 +1,11 @@
-"""Chosen frames of a file, decoded with PyAV: the whole file, or only the parts that are needed.
+"""Decodes chosen frames of a file with PyAV: the whole file, or only the parts that are needed.
 
-The packets are read once without decoding, which is cheap. From them follow the number of frames, which headers may
-get wrong, and what it costs to decode only the parts in which the chosen frames lie (`mplug2_fast.video.seek`). Where
-that is less, it is done, and checked; in every other case the file is decoded from its first packet to its last, and
-frames are counted as they come. Both ways give the same frames.
+The packets are read once without decoding, which is cheap. They show the number of frames, which headers may state
+wrongly, and the cost of decoding only the parts with the chosen frames (`mplug2_fast.video.seek`). If that is cheaper,
+only those parts are decoded, and the result is checked. Otherwise the file is decoded from its first packet to its
+last, and frames are counted. Both ways give the same frames.
 
-Damage is an error wherever the container, a packet or the decoder shows it. Parts that are passed over are not looked
-at by the decoder.
+Damage that the container, a packet or the decoder shows is an error. The decoder does not see skipped parts.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import numpy as np
 
 from mplug2_fast.errors import VideoError
 from mplug2_fast.video.files import FileFacts, inspect_file
-from mplug2_fast.video.limits import CarefulFile, DamagedError, Guard, LimitError, too_much_memory
+from mplug2_fast.video.limits import DamagedError, Guard, LimitedFile, LimitError, too_much_memory
 from mplug2_fast.video.pixels import squash
 from mplug2_fast.video.seek import (
     CannotSeekError,
@@ -49,23 +48,23 @@ from mplug2_fast.video.orientation import Orientation, OrientationReader
 from mplug2_fast.video.transport import missing_packets
 
 Choice = Callable[[int], Sequence[int]]
-"""From the number of frames in the file to the indices to take."""
+"""A function from the number of frames in the file to the indices to take."""
 
 _FORMAT_OPTIONS = {
     "format_whitelist": ",".join(MEDIA_FORMATS),
     "protocol_whitelist": "file",
     "pattern_type": "none",
 }
-# This decoder paints over damage without a word, unless told not to. Others must not be told: they take offence at
-# files that are merely unusual.
+# By default this decoder hides damage silently. Other decoders do not get this option: with it they refuse files that
+# are only unusual.
 _DECODER_OPTIONS = {"mjpeg": {"err_detect": "explode"}}
-# These decoders paint over damage too, and tell by a flag of the frame. With frames decoded side by side, a frame may
-# be handed out before its flags are set; with slices side by side, much damage is not noticed at all.
+# These decoders hide damage too, but mark the frame. When several threads decode frames, a frame may be returned before
+# its mark is set; when several threads decode slices, much damage is not noticed at all.
 _ONE_THREAD = frozenset(("h264", "mpeg4", "rv30", "rv40"))
-# The most pictures that a decoder keeps, and for the other codecs.
+# The maximum number of pictures that a decoder keeps; the second is for other codecs.
 _KEPT_PICTURES = {"h264": 18, "hevc": 18, "vvc": 18, "vp9": 10, "av1": 10}
 _KEPT_PICTURES_OTHERWISE = 3
-# What Python, NumPy and libav take before the first frame.
+# The memory of Python, NumPy and libav before the first frame.
 _PROCESS_BYTES = 1 << 28
 
 
@@ -78,16 +77,16 @@ def decode_frames(
     image_size: int | None = None,
     guard: Guard | None = None,
 ) -> list[np.ndarray]:
-    """The chosen frames of a video or image file.
+    """Decodes the chosen frames of a video or image file.
 
     Args:
         path: the file.
-        choose: from the number of frames to the indices to take.
+        choose: a function from the number of frames to the indices to take.
         may_seek: False decodes everything.
-        threads: for decoding and for conversion to RGB; None takes as many as torch does.
-        image_size: height and width that each frame is squashed to as soon as it is decoded, by the rule of
-            `mplug2_fast.ops.preprocess_frames`; None leaves them as they are.
-        guard: limits on what the file may cost; None takes the default limits.
+        threads: for decoding and for conversion to RGB; None means torch's number.
+        image_size: height and width of the frames, which are squashed right after decoding (see
+            `mplug2_fast.ops.preprocess_frames`); None keeps their size.
+        guard: limits on the cost of the file; None means the default limits.
 
     Returns:
         one array for each index, (height, width, 3), uint8, RGB, upright.
@@ -123,7 +122,7 @@ def decode_scanned(
                 found = dict(decode_segments(container, stream, scan, segments, convert))
             return [found[time] for time in times]
         except (CannotSeekError, av.FFmpegError):
-            pass  # decoding everything tells whether the file is at fault
+            pass  # decoding everything shows whether the file is damaged
     count, found = _decode_all(name, scan, indices, threads, image_size, guard)
     if count != scan.shown:
         indices = choose(count)
@@ -136,10 +135,10 @@ def decode_scanned(
 def stream_scanned(
     name: str, scan: Scan, indices: list[int], *, threads: int, image_size: int | None, guard: Guard
 ) -> Iterator[np.ndarray]:
-    """The frames with these indices, in ascending order, as they are decoded: none is held.
+    """Yields the frames with these ascending indices as they are decoded, without keeping them.
 
     Raises:
-        VideoError: as in `decode_frames`, perhaps after frames that were good; or there are fewer frames.
+        VideoError: as in `decode_frames`, or an index is too large. Good frames may have come before.
     """
     plan = plan_segments(scan, indices, _threads(scan, threads)) if indices else None
     convert = _Converter(name, scan, image_size, threads, guard)
@@ -178,9 +177,9 @@ def iterate_frames(
     image_size: int | None = None,
     guard: Guard | None = None,
 ) -> Iterator[np.ndarray]:
-    """Every frame of a file in order, as it is decoded: the arguments, arrays and errors of `decode_frames`.
+    """Yields every frame of a file in order, as it is decoded.
 
-    An error may come after frames that were good.
+    Arguments, arrays and errors are those of `decode_frames`. Good frames may come before an error.
     """
     name, guard = os.fsdecode(path), guard or Guard()
     scan = scan_packets(name, guard)
@@ -192,12 +191,12 @@ def iterate_frames(
 
 
 def count_frames(name: str, scan: Scan, threads: int, guard: Guard) -> int:
-    """The number of frames: what the packets tell where they can be trusted, or what decoding everything gives."""
+    """The number of frames: by the packets if they are reliable, otherwise by decoding everything."""
     return scan.shown if scan.one_frame_a_packet else sum(1 for _ in _every_frame(name, scan, threads, guard))
 
 
 def frame_times(name: str, scan: Scan, threads: int, guard: Guard) -> list[float]:
-    """When each frame is shown, in seconds after the first; by the rate of frames where times are missing."""
+    """The time of each frame, in seconds after the first; computed from the frame rate if times are missing."""
     tick = scan.seconds_a_tick
     if scan.one_frame_a_packet and tick:
         times = [time * tick for time in scan.times]
@@ -209,10 +208,10 @@ def frame_times(name: str, scan: Scan, threads: int, guard: Guard) -> list[float
 
 
 def scan_packets(name: str, guard: Guard) -> Scan:
-    """All packets of a file that is whole as far as can be told without decoding.
+    """Reads all packets of a file, and checks without decoding that the file is complete.
 
     Raises:
-        VideoError: it is not, has no packets, or exceeds a limit.
+        VideoError: the file is damaged, has no packets, or exceeds a limit.
     """
     with _errors_of(name, "is corrupt: its packets cannot be read", guard):
         facts = inspect_file(name, guard)
@@ -225,7 +224,7 @@ def scan_packets(name: str, guard: Guard) -> Scan:
 
 
 def orientation(name: str, scan: Scan, guard: Guard) -> Orientation:
-    """How the frames of a file are turned to be upright: that of the first."""
+    """The orientation of a file's first frame."""
     frame = next(_every_frame(name, scan, 1, guard))
     with _errors_of(name, None, guard):
         return OrientationReader()(frame)
@@ -234,8 +233,8 @@ def orientation(name: str, scan: Scan, guard: Guard) -> Orientation:
 def _scan(name: str, facts: FileFacts, guard: Guard) -> Scan:
     """Reads all packets of the video stream without decoding them."""
     scan = Scan(picture_end=facts.picture_end)
-    careful = None if facts.is_bounded or facts.picture_end else CarefulFile(name, guard)
-    with closing(careful) if careful else nullcontext(), _open(name, scan, 1, guard, careful) as (container, stream):
+    limited = None if facts.is_bounded or facts.picture_end else LimitedFile(name, guard)
+    with closing(limited) if limited else nullcontext(), _open(name, scan, 1, guard, limited) as (container, stream):
         context = stream.codec_context
         codec = scan.codec = context.codec.canonical_name
         scan.format = container.format.name
@@ -245,11 +244,11 @@ def _scan(name: str, facts: FileFacts, guard: Guard) -> Scan:
         fields = FieldCheck(context.extradata or b"") if codec == "h264" else None
         blocks, tracks, last = facts.blocks, set(), None
         damaged = last_is_damaged = False
-        most = guard.limits.frames
-        for packet in container.demux() if careful else container.demux(stream):
+        max_frames = guard.limits.frames
+        for packet in container.demux() if limited else container.demux(stream):
             guard.check()
-            if careful:
-                careful.found_packet()
+            if limited:
+                limited.found_packet()
             if not packet.size or packet.stream_index != stream.index:
                 continue
             damaged |= packet.is_corrupt
@@ -263,8 +262,8 @@ def _scan(name: str, facts: FileFacts, guard: Guard) -> Scan:
             scan.changes |= packet.has_sidedata("new_extradata")
             if shown and packet.pts is not None and (last is None or packet.pts >= last):
                 last, scan.last_duration = packet.pts, packet.duration or 0
-            if most is not None and len(scan.packets) > most:
-                raise LimitError(f"has more than {most:,} frames; raise Limits.frames")
+            if max_frames is not None and len(scan.packets) > max_frames:
+                raise LimitError(f"has more than {max_frames:,} frames; raise Limits.frames")
         if last_is_damaged or (damaged and not _is_joined(name, scan, stream, guard)):
             raise DamagedError("is corrupt or truncated: a packet is incomplete")
         _check_memory(scan, stream, guard)
@@ -282,16 +281,16 @@ def _is_joined(name: str, scan: Scan, stream: VideoStream, guard: Guard) -> bool
 
 
 def _check_memory(scan: Scan, stream: VideoStream, guard: Guard) -> None:
-    """Compares the frames that a decoder keeps with the limit, by what the header says of their size."""
-    most, context = guard.limits.memory, stream.codec_context
-    if most is None or context.format is None:
+    """Compares the memory of the frames that a decoder keeps, by their size in the header, with the limit."""
+    limit, context = guard.limits.memory, stream.codec_context
+    if limit is None or context.format is None:
         return
     pixels = context.width * context.height
     frame = pixels * context.format.padded_bits_per_pixel // 8
     kept = min(_KEPT_PICTURES.get(scan.codec, _KEPT_PICTURES_OTHERWISE), len(scan.packets) + 1)
-    room = most - _PROCESS_BYTES - 6 * pixels  # for a frame in RGB and its copy
+    room = limit - _PROCESS_BYTES - 6 * pixels  # for a frame in RGB and its copy
     if frame * min(kept, 2) > room:
-        raise too_much_memory(most)
+        raise too_much_memory(limit)
     scan.is_heavy = frame * 2 * kept > room
 
 
@@ -327,7 +326,7 @@ def _every_frame(name: str, scan: Scan, threads: int, guard: Guard) -> Iterator[
 
 
 class _Converter:
-    """From decoded frames to upright RGB arrays; what it sets up for a size and pixel format serves the next frame."""
+    """Converts decoded frames to upright RGB arrays. Reuses its set-up for frames of the same size and pixel format."""
 
     def __init__(self, name: str, scan: Scan, image_size: int | None, threads: int, guard: Guard) -> None:
         self._name = name
@@ -365,7 +364,7 @@ def _matrix(frame: av.VideoFrame) -> str:
 
 
 def usual_threads(threads: int | None) -> int:
-    """The number given, or as many as torch takes."""
+    """The given number, or torch's number of threads."""
     if threads is not None:
         return threads
     import torch
@@ -379,14 +378,14 @@ def _threads(scan: Scan, threads: int) -> int:
 
 @contextmanager
 def _open(
-    name: str, scan: Scan, threads: int, guard: Guard, careful: CarefulFile | None = None
+    name: str, scan: Scan, threads: int, guard: Guard, limited: LimitedFile | None = None
 ) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The file and its video stream, ready to decode; read by libav itself, or through a `CarefulFile`."""
+    """The file and its video stream, ready to decode; read by libav itself, or through a `LimitedFile`."""
     not_readable = "is not a video or image that can be read"
     pixels = guard.limits.pixels
     limits = {} if pixels is None else {"max_pixels": str(min(pixels, 2**31 - 1))}
 
-    source = careful or f"file:{name}"
+    source = limited or f"file:{name}"
     if scan.picture_end:
         with open(name, "rb") as file:
             source = io.BytesIO(file.read(scan.picture_end))
@@ -403,7 +402,7 @@ def _open(
         context = stream.codec_context
         if pixels is not None and context.width * context.height > pixels:
             size = f"{context.width:,}x{context.height:,}"
-            raise _error(name, f"has frames of {size} pixels, more than {pixels:,} in all; raise Limits.pixels")
+            raise _error(name, f"has frames of {size} pixels, more than {pixels:,} in total; raise Limits.pixels")
         context.options = _DECODER_OPTIONS.get(context.name, {}) | limits
         stream.thread_type = "AUTO"
         one_thread = context.codec.canonical_name in _ONE_THREAD or scan.is_heavy
@@ -412,7 +411,7 @@ def _open(
 
 
 def _choose_stream(name: str, container: InputContainer) -> VideoStream:
-    """The stream that libav takes for the best, unless it is the picture of a cover."""
+    """The stream that libav considers the best, but not a cover picture."""
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
         raise _error(name, "has no video stream" + (", only audio" if container.streams.audio else ""))
@@ -430,16 +429,16 @@ def _area(stream: VideoStream) -> int:
 
 @contextmanager
 def _errors_of(name: str, reason: str | None, guard: Guard) -> Iterator[None]:
-    """Turns what goes wrong with a file into one line about it; without a `reason`, libav's errors stay as they are."""
+    """Turns errors of a file into a `VideoError` of one line; without a `reason`, libav's errors stay unchanged."""
     try:
         yield
     except (DamagedError, LimitError) as error:
         raise _error(name, str(error)) from None
     except MemoryError as error:
         limit = guard.limits.memory
-        detail = "needs more memory than there is" if limit is None else str(too_much_memory(limit))
+        detail = "needs more memory than is available" if limit is None else str(too_much_memory(limit))
         raise _error(name, detail) from error
-    except (av.FFmpegError, OSError) as error:  # the second if the file cannot be read
+    except (av.FFmpegError, OSError) as error:  # OSError: the file cannot be read
         try:
             guard.check()
         except LimitError as late:
@@ -448,7 +447,7 @@ def _errors_of(name: str, reason: str | None, guard: Guard) -> Iterator[None]:
             raise
         detail = error.strerror or str(error)
         if isinstance(error, av.ArgumentError) and guard.limits.pixels is not None:
-            detail += f", or frames have more than {guard.limits.pixels:,} pixels in all: raise Limits.pixels"
+            detail += f", or frames have more than {guard.limits.pixels:,} pixels in total: raise Limits.pixels"
         raise _error(name, f"{reason} ({detail})") from error
 
 

@@ -1,7 +1,7 @@
-"""What a file shows before it is decoded: that it is a file, that its end is there, and that its claims are bounded.
+"""Checks of a file before decoding: it is a file, it is complete, and the sizes that it claims are bounded.
 
-Decoders go to the end of what they find and call it the end of the video. Whether something is missing only the
-container knows, so its own account of its length is compared with the file's, and its index with its contents.
+Decoders accept the end of a truncated file as the end of the video. Only the container shows that something is missing,
+so the length that it states is compared with the file's, and its index with its contents.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _EBML = b"\x1a\x45\xdf\xa3"
 
 @dataclass
 class FileFacts:
-    """What follows from the structure of a file, where it has one."""
+    """What the structure of a file shows."""
 
     picture_end: int | None = None
-    """Where the only picture of the file ends, whatever follows it."""
+    """The end of the file's only picture; other data may follow it."""
     blocks: Blocks | None = None
     crops: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)
-    """The pixels to cut off at the top, bottom, left and right, of the streams of which the container asks for it."""
+    """For each stream that the container crops: the pixels to cut off at the top, bottom, left and right."""
     has_tiles: bool = False
     is_bounded: bool = False
     """Whether its structure shows that its packets are not larger than the limit."""
@@ -44,7 +44,7 @@ def inspect_file(path: str, guard: Guard) -> FileFacts:
     """Reads the structure of a file, without decoding.
 
     Raises:
-        DamagedError: it is not a whole video or image file; the message says why in a few words.
+        DamagedError: it is not a complete video or image file; the message states the reason.
         LimitError: it claims more than the limits allow.
     """
     try:
@@ -57,7 +57,7 @@ def inspect_file(path: str, guard: Guard) -> FileFacts:
             raise DamagedError("is empty")
         with open(path, "rb") as file:
             facts = _inspect(file, status.st_size, PurePath(path).suffix.lower(), guard)
-        # Of a sparse file little is written, and much can be claimed.
+        # A small sparse file can claim a huge size.
         facts.is_bounded &= 1024 * status.st_blocks >= status.st_size
         return facts
     except FileNotFoundError:
@@ -120,15 +120,17 @@ def _use_movie(facts: FileFacts, movie: Movie) -> None:
 
 
 def _check_pixels(size: tuple[int, int], guard: Guard) -> None:
-    """libav decodes a picture before it tells its size."""
+    """Checks the size of a picture, because libav reports it only after decoding."""
     width, height = size
-    most = guard.limits.pixels
-    if most is not None and width * height > most:
-        raise LimitError(f"has frames of {width:,}x{height:,} pixels, more than {most:,} in all; raise Limits.pixels")
+    limit = guard.limits.pixels
+    if limit is not None and width * height > limit:
+        raise LimitError(
+            f"has frames of {width:,}x{height:,} pixels, more than {limit:,} in total; raise Limits.pixels"
+        )
 
 
 def _picture_size(file: BinaryIO, head: bytes, start: int = 0) -> tuple[int, int]:
-    """Width and height by the header of a picture, which begins at `start`; 0 where they cannot be told."""
+    """Width and height by the header of the picture at `start`; 0 if they are unknown."""
     if head.startswith(_PNG):
         return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
     if head[:3] == b"GIF":
@@ -156,10 +158,10 @@ def _jpeg_segments(file: BinaryIO, head: bytes, start: int = 0) -> Iterator[tupl
 
 
 def _end_of_only_picture(file: BinaryIO, size: int, head: bytes, suffix: str) -> int | None:
-    """Where the picture of a JPEG file ends, whatever follows it; None if it is no JPEG file, or a video.
+    """The end of the first picture in a JPEG file; None if it is no JPEG file, or a video.
 
-    More pictures may follow the first: other views, or what makes it brighter. A list of them marks such a file.
-    Without a name or a list that says so, JPEG pictures of the same size in a row are a video.
+    More pictures may follow the first, such as other views or a brightness map. Such a file has a list of them, or a
+    name with the suffix of a JPEG file. Without either, several JPEG pictures of the same size are a video.
     """
     if head[:3] != b"\xff\xd8\xff":
         return None
@@ -204,7 +206,7 @@ def _end_of_matroska(head: bytes) -> int:
 
 
 def _end_of_gif(file: BinaryIO, size: int, guard: Guard) -> int:
-    """The position after the trailer, or one beyond the end of the file where that comes first."""
+    """The position after the trailer, or a position beyond the end of the file if the trailer is missing."""
     steps = Steps(guard, size, 0.25)
     start, window = 0, b""
 
@@ -235,5 +237,5 @@ def _end_of_gif(file: BinaryIO, size: int, guard: Guard) -> int:
         elif kind == 0x2C and position + 10 <= size:  # an image: colours, the code size, blocks
             position = after_blocks(after_colours(read(position + 9), position + 10) + 1)
         else:
-            return size + 1 if kind == 0x2C else position + 1  # the trailer, or what the decoder will judge
+            return size + 1 if kind == 0x2C else position + 1  # the trailer, or data that the decoder checks
     return size + 1

@@ -1,13 +1,13 @@
-"""The container formats that may open a file.
+"""The container formats that are allowed.
 
-libav knows many more: lists that name other files, network protocols, devices, and text that it draws. A file that is
-taken for one of those is not opened.
+libav supports many more: lists of other files, network protocols, devices, and text that it renders. A file that libav
+recognises as one of those is not opened.
 """
 
 from __future__ import annotations
 
 PICTURE_FORMAT = "jpeg_pipe"
-"""That of one JPEG picture."""
+"""The format of one JPEG picture."""
 
 _VIDEO = (
     "3dostr 4xm amv anm apng apv asf av1 avi avs avs2 avs3 bethsoftvid bfi bink bmv c93 cavsvideo cdxl cine dcstr derf "
@@ -23,7 +23,7 @@ _PICTURES = (
     "pgx_pipe phm_pipe photocd_pipe pictor_pipe png_pipe ppm_pipe psd_pipe qdraw_pipe qoi_pipe sgi_pipe sunrast_pipe "
     "tiff_pipe txd vbn_pipe webp_pipe xbm_pipe xpm_pipe xwd_pipe"
 )
-# They hold no video, but the error can say so.
+# Formats without video: they are allowed so that the error can state this.
 _SOUND = "aac ac3 amr ape dts eac3 flac mp3 mpc mpc8 tta wv"
 
 MEDIA_FORMATS = tuple(f"{_VIDEO} {_PICTURES} {_SOUND}".split())

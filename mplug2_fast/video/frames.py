@@ -1,4 +1,4 @@
-"""The pixels that the model sees of a video."""
+"""Reads the model's input frames from a video."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from mplug2_fast.video.limits import Guard, Limits
 
 
 def read_frames(path: str | os.PathLike[str], num_frames: int, *, limits: Limits | None = None) -> Tensor:
-    """Decodes the frames of a video, or a still image, that `frame_indices` names.
+    """Decodes the frames of a video, or a still image, that `frame_indices` chooses.
 
-    The frames are those of decoding the whole file and counting, whatever its header says of their number. Frames are
-    upright (turned and mirrored as the file asks for), cropped where the container asks for it, and RGB; transparency
-    is dropped.
+    Frames are counted as decoding the whole file gives them, even if its header states another number. Frames are RGB,
+    upright (rotated and mirrored as the file requires) and cropped as the container requires; transparency is dropped.
 
     Args:
         path: a file that PyAV can decode: mp4, mkv, avi, webm, gif, png, jpeg and many more.
         num_frames: number of frames, at least 1.
-        limits: on time, pixels, frames and memory; None takes the defaults of `Limits`.
+        limits: on time, pixels, frames and memory; None means the defaults of `Limits`.
 
     Returns:
         (num_frames, height, width, 3), uint8.
 
     Raises:
-        VideoError: the file cannot be turned into frames, exceeds a limit, or its frames differ in size; one line,
+        VideoError: the file cannot be decoded, exceeds a limit, or its frames differ in size; one line,
             "<path>: <reason>".
         ValueError: `num_frames` is below 1.
         ImportError: PyAV is not installed.
@@ -42,19 +41,19 @@ def read_frames(path: str | os.PathLike[str], num_frames: int, *, limits: Limits
 def load_video(
     path: str | os.PathLike[str], num_frames: int = 16, image_size: int = 224, *, limits: Limits | None = None
 ) -> Tensor:
-    """A video file, or a still image, as the model's input at test time.
+    """Reads a video file, or a still image, as the model's input at test time.
 
     Args:
         path: a file that PyAV can decode: mp4, mkv, avi, webm, gif, png, jpeg and many more.
         num_frames: number of frames, at least 1; see `frame_indices`.
-        image_size: height and width that frames are squashed to, in pixels; see `mplug2_fast.ops.preprocess_frames`.
-        limits: on time, pixels, frames and memory; None takes the defaults of `Limits`.
+        image_size: height and width of the squashed frames, in pixels; see `mplug2_fast.ops.preprocess_frames`.
+        limits: on time, pixels, frames and memory; None means the defaults of `Limits`.
 
     Returns:
         (3, num_frames, image_size, image_size), float32, normalised.
 
     Raises:
-        VideoError: the file cannot be turned into frames, or exceeds a limit; one line, "<path>: <reason>".
+        VideoError: the file cannot be decoded, or exceeds a limit; one line, "<path>: <reason>".
         ValueError: `num_frames` or `image_size` is below 1.
         ImportError: PyAV is not installed.
     """
@@ -64,7 +63,7 @@ def load_video(
 def load_clip(
     path: str | os.PathLike[str], num_frames: int = 16, image_size: int = 224, guard: Guard | None = None
 ) -> tuple[Tensor, list[int]]:
-    """As `load_video`, and the indices of its frames."""
+    """Like `load_video`, but also returns the indices of the frames."""
     if num_frames < 1 or image_size < 1:
         raise ValueError(f"num_frames and image_size must be at least 1, not {num_frames} and {image_size}")
     frames, indices = _decode(path, num_frames, image_size, guard)

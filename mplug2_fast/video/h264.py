@@ -1,4 +1,4 @@
-"""Whether an H.264 packet holds one field of a picture rather than a whole one."""
+"""Checks whether an H.264 packet holds one field of a picture instead of a whole picture."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 _SLICES = (1, 5)
 _SEQUENCE = 7
-# Profiles whose parameters begin with the format of the colours.
+# Profiles whose parameters contain the colour format.
 _HIGH = frozenset((100, 110, 122, 244, 44, 83, 86, 118, 128, 138, 139, 134, 135))
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """What of a sequence's parameters the head of a slice depends on."""
+    """The parameters of a sequence that are needed to read the header of a slice."""
 
     may_have_fields: bool
     frame_number_bits: int
@@ -21,7 +21,7 @@ class Sequence:
 
 
 def read_sequence(unit: bytes | memoryview) -> Sequence | None:
-    """The parameters of a unit, which begins with its header; None where they make no sense."""
+    """The parameters in a unit, which begins with its header; None if they are invalid."""
     try:
         return _read_sequence(_Bits(unit[1:]))
     except IndexError:
@@ -71,7 +71,7 @@ def _skip_scaling_list(bits: _Bits, size: int) -> None:
 
 
 class FieldCheck:
-    """Looks for packets that hold one field."""
+    """Finds packets that hold one field."""
 
     def __init__(self, extradata: bytes) -> None:
         self._sequence: Sequence | None = None
@@ -109,7 +109,7 @@ def _field(unit: memoryview, sequence: Sequence) -> int | None:
 
 
 class _Bits:
-    """Numbers of any number of bits, without the bytes that keep start codes out of the data."""
+    """Reads numbers of any size in bits. Skips the bytes that prevent start codes within the data."""
 
     def __init__(self, data: bytes | memoryview) -> None:
         data = bytes(data).replace(b"\0\0\3", b"\0\0")

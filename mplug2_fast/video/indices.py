@@ -1,4 +1,4 @@
-"""Which frames of a video the model sees."""
+"""Chooses the frames of a video for the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def frame_indices(total: int, num_frames: int) -> list[int]:
-    """The frames of a video that the released pipeline takes at test time.
+    """The frames of a video that the official pipeline takes at test time.
 
     The video is cut into `num_frames` intervals of nearly equal length and the middle frame of each is taken:
     (first + last) // 2. A video with fewer frames gives all of them and repeats the last.
@@ -29,9 +29,9 @@ def frame_indices(total: int, num_frames: int) -> list[int]:
 
 
 def random_frame_indices(total: int, num_frames: int, generator: np.random.Generator) -> list[int]:
-    """The frames of a video that the released pipeline takes in training: a random one of each interval.
+    """The frames of a video that the official pipeline takes in training: a random one of each interval.
 
-    Arguments, result and errors are those of `frame_indices`, whose intervals these are.
+    Intervals, arguments, result and errors are those of `frame_indices`.
     """
     indices = [int(generator.integers(first, end)) for first, end in _intervals(total, num_frames)]
     return indices + indices[-1:] * (num_frames - len(indices))

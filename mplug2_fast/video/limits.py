@@ -1,7 +1,7 @@
-"""Limits on what one file may cost: time, pixels, frames and memory.
+"""Limits on the time, pixels, frames and memory of one file.
 
 A few bytes of a file can claim billions of frames or pixels. Claims are compared with the limits, and with the size of
-the file, before a decoder acts on them.
+the file, before a decoder uses them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True)
 class Limits:
-    """What reading one file may cost. A file that exceeds a limit is a `VideoError`; None means no limit.
+    """Limits on reading one file. A file that exceeds a limit is a `VideoError`; None means no limit.
 
     Args:
-        seconds: for one call that reads or decodes. `VideoReader.batches` and windows start again with each frame that
-            they give. `DecodePool` has its own `timeout` instead.
+        seconds: for one call that reads or decodes. For `VideoReader.batches` and windows, the time starts again after
+            each frame. `DecodePool` has its own `timeout` instead.
         pixels: of one frame.
-        frames: of one file; also bounds its index and its structure.
-        memory: bytes that decoding may take. Exact in the workers of `DecodePool`. In the calling process it is
-            compared with an estimate, and with the memory that the process takes while it decodes large frames.
+        frames: of one file; also limits its index and its structure.
+        memory: bytes for decoding. Exact in the workers of `DecodePool`. In the calling process it is compared with an
+            estimate, and with the memory of the process while it decodes large frames.
     """
 
     seconds: float | None = 60.0
@@ -43,20 +43,20 @@ class Limits:
 
     @property
     def packet_bytes(self) -> int:
-        """Bytes of one packet, or one part of the container that is held in memory."""
+        """Maximum bytes of one packet, or of one part of the container that is held in memory."""
         return _MAX_PACKET if self.memory is None else min(self.memory // 4, _MAX_PACKET)
 
 
 class LimitError(Exception):
-    """A file exceeds a limit; the message says which, and how to raise it."""
+    """A file exceeds a limit; the message states which, and how to raise it."""
 
 
 class DamagedError(Exception):
-    """The structure of a file is broken; the message says where."""
+    """The structure of a file is damaged; the message states where."""
 
 
 class Guard:
-    """The limits of one call, and the time and memory that it has used."""
+    """Checks the limits of one call."""
 
     def __init__(self, limits: Limits | None = None) -> None:
         self.limits = Limits() if limits is None else limits
@@ -65,12 +65,12 @@ class Guard:
         self.restart()
 
     def restart(self) -> None:
-        """Start the time limit again."""
+        """Restarts the time limit."""
         seconds = self.limits.seconds
         self._ends = None if seconds is None else time.monotonic() + seconds
 
     def cancel(self) -> None:
-        """Have the next check raise; may be called from another thread."""
+        """Makes the next check raise; may be called from another thread."""
         self._cancelled = True
 
     @property
@@ -78,12 +78,12 @@ class Guard:
         return None if self._ends is None else max(self._ends - time.monotonic(), 0.001)
 
     def watch_memory(self) -> None:
-        """Compare the memory of the process with the limit from now on."""
+        """From now on, also checks the memory of the process."""
         if self._memory_before is None and self.limits.memory is not None:
             self._memory_before = _resident_bytes()
 
     def check(self) -> None:
-        """Raises `LimitError` when the time or the memory is used up."""
+        """Raises `LimitError` if the time or memory limit is exceeded."""
         if self._cancelled:
             raise LimitError("decoding was cancelled")
         if self._ends is not None and time.monotonic() > self._ends:
@@ -93,29 +93,29 @@ class Guard:
 
 
 class Steps:
-    """Counts the parts of a container that are looked at one by one.
+    """Counts the parts of a container as they are read, and limits their number.
 
-    Their number is limited to a share of the limit on frames, and by the size of the file.
+    The maximum is a share of the limit on frames, plus a number that grows with the size of the file.
     """
 
     def __init__(self, guard: Guard, file_size: int, share: float = 0.5) -> None:
         self._guard = guard
         frames = guard.limits.frames
-        self._most = math.inf if frames is None else int(frames * share) + file_size // 256
+        self._max_count = math.inf if frames is None else int(frames * share) + file_size // 256
         self._count = 0
 
     def take(self) -> None:
         self._count += 1
         if self._count & 4095 == 0:
             self._guard.check()
-            if self._count > self._most:
-                raise LimitError(f"has more than {self._most:,} parts in its container; raise Limits.frames")
+            if self._count > self._max_count:
+                raise LimitError(f"has more than {self._max_count:,} parts in its container; raise Limits.frames")
 
 
-class CarefulFile:
-    """A file that libav reads through Python, which ends reading where too much of it gives no packet.
+class LimitedFile:
+    """A file that libav reads through Python, which stops reading when too many bytes give no packet.
 
-    For files whose structure does not show how much there is to read before the next packet.
+    For files whose structure does not show how many bytes precede the next packet.
     """
 
     def __init__(self, name: str, guard: Guard) -> None:
@@ -124,7 +124,7 @@ class CarefulFile:
         self._guard = guard
         self._read = 0
         memory = guard.limits.memory
-        self._most = _MAX_PACKET if memory is None else min(memory // 8, _MAX_PACKET)
+        self._max_read = _MAX_PACKET if memory is None else min(memory // 8, _MAX_PACKET)
 
     def found_packet(self) -> None:
         self._read = 0
@@ -132,13 +132,15 @@ class CarefulFile:
     def read(self, size: int) -> bytes:
         self._guard.check()
         self._read += size
-        if self._read > self._most:
-            raise LimitError(f"has no frame or sound within {self._most:,} bytes; raise Limits.memory")
+        if self._read > self._max_read:
+            raise LimitError(f"has no frame or sound within {self._max_read:,} bytes; raise Limits.memory")
         return self._file.read(size)
 
     def seek(self, position: int, whence: int = 0) -> int:
-        """The new position, or the negative error number, as libav's own files return it: a damaged container may name
-        a position before the start."""
+        """Returns the new position, or a negative error number as libav's own files do.
+
+        A damaged container may contain a position before the start.
+        """
         try:
             return self._file.seek(position, whence)
         except OSError as error:

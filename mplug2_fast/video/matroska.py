@@ -1,8 +1,8 @@
-"""The blocks of a Matroska or WebM file, found by following its structure.
+"""Finds the blocks of a Matroska or WebM file by following its structure.
 
-The file consists of elements: an id, a size, and that many bytes, which may be elements again. Where one is damaged,
-libav looks for the next part of the file that it recognises and leaves out what lies between, without a word. Following
-the sizes tells: elements that are whole fill the element around them to the byte.
+The file consists of elements: an id, a size, and as many bytes, which may be elements again. Where one is damaged,
+libav silently skips to the next part that it recognises. The sizes show this: undamaged elements exactly fill the
+element around them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _TRACKS, _TRACK, _TRACK_NUMBER, _VIDEO = 0x1654AE6B, 0xAE, 0xD7, 0xE0
 _CROPS = (0x54BB, 0x54AA, 0x54CC, 0x54DD)
 _CLUSTER, _GROUP, _BLOCK, _SIMPLE_BLOCK = 0x1F43B675, 0xA0, 0xA1, 0xA3
 _VOID, _CHECKSUM = 0xEC, 0xBF
-_ENTERED = frozenset((_SEGMENT, _TRACKS, _TRACK, _VIDEO, _CLUSTER, _GROUP))
+_CONTAINERS = frozenset((_SEGMENT, _TRACKS, _TRACK, _VIDEO, _CLUSTER, _GROUP))
 _MAY_BE_OPEN = (_SEGMENT, _CLUSTER)
 
-# The ids of one byte that there are in a cluster and in a group of blocks, and the most bytes that such an element can
-# hold. Matroska gave all short ids away long ago, so that any other is damage; longer ones may be news.
+# The ids of one byte that may occur in a cluster and in a group of blocks, and the maximum size of such an element. All
+# short ids of Matroska are assigned, so any other is damage; unknown longer ids may be new.
 _ANY = 1 << 56
 _SHORT_IDS = {
     _CLUSTER: dict.fromkeys((_SIMPLE_BLOCK, _GROUP, 0xAF, _VOID), _ANY)
@@ -35,16 +35,15 @@ _SHORT_IDS = {
     | {_CHECKSUM: 4},
 }
 
-# The longest id, the longest size, and the longest number of a track, with which a block begins.
+# The maximum bytes of an id, of a size, and of the track number at the start of a block.
 _HEAD = 4 + 8 + 8
 
 
 @dataclass
 class Blocks:
-    """The blocks of a file, and how its tracks are to be cropped.
+    """The blocks of a file, and the cropping of its tracks.
 
-    `positions` are those of what each block holds, ascending; `tracks` are the numbers of the tracks that they belong
-    to.
+    `positions` are the ascending positions of the blocks' contents; `tracks` are the numbers of their tracks.
     """
 
     positions: array = field(default_factory=lambda: array("Q"))
@@ -54,7 +53,7 @@ class Blocks:
     read: bytearray = field(default_factory=bytearray)
 
     def mark_as_read(self, position: int | None) -> int | None:
-        """The track of the block at this position, which libav has read; None where there is no such block."""
+        """Marks the block at this position as read by libav. Returns its track, or None if there is no such block."""
         if position is None:
             return None
         index = bisect_left(self.positions, position)
@@ -64,28 +63,28 @@ class Blocks:
         return self.tracks[index]
 
     def first_not_read(self, tracks: set[int]) -> int | None:
-        """The position of the first block of these tracks that libav has left out."""
-        at = self.read.find(0)
-        while at >= 0:
-            if self.tracks[at] in tracks:
-                return self.positions[at]
-            at = self.read.find(0, at + 1)
+        """The position of the first block of these tracks that libav has skipped."""
+        index = self.read.find(0)
+        while index >= 0:
+            if self.tracks[index] in tracks:
+                return self.positions[index]
+            index = self.read.find(0, index + 1)
         return None
 
 
 def find_blocks(file: BinaryIO, size: int, guard: Guard) -> Blocks:
-    """The blocks of a file.
+    """Finds the blocks of a file.
 
-    In live recordings, whose segment has an open size, the search ends where elements no longer fit, or are open too.
+    In live recordings, whose segment has an open size, the search ends at an element that does not fit or is open too.
 
     Raises:
-        DamagedError: elements do not fit into one another, or a block belongs to no track.
+        DamagedError: an element does not fit into the one around it, or a block belongs to no track.
         LimitError: there are too many elements, or one is too large.
     """
     blocks = Blocks()
     tracks: set[int] = set()
     track, crop = 0, dict.fromkeys(_CROPS, 0)
-    most, fillers = guard.limits.packet_bytes, Steps(guard, size, 1 / 64)
+    limit, fillers = guard.limits.packet_bytes, Steps(guard, size, 1 / 64)
     for element, start, length, head in _elements(file, size, Steps(guard, size)):
         if element in (_SIMPLE_BLOCK, _BLOCK):
             number, begins = ebml_number(head, 0)
@@ -105,14 +104,14 @@ def find_blocks(file: BinaryIO, size: int, guard: Guard) -> Blocks:
             crop[element] = int.from_bytes(head[:length], "big")
         if element in _CROPS or (element == _TRACK_NUMBER and any(crop.values())):
             blocks.crops[track] = tuple(crop.values())
-        if length > most and element not in (*_ENTERED, _VOID):
-            raise LimitError(f"has an element of {length:,} bytes; the limit is {most:,}")
+        if length > limit and element not in (*_CONTAINERS, _VOID):
+            raise LimitError(f"has an element of {length:,} bytes; the limit is {limit:,}")
     blocks.read = bytearray(len(blocks.positions))
     return blocks
 
 
 def _elements(file: BinaryIO, size: int, steps: Steps) -> Iterator[tuple[int, int, int, bytes]]:
-    """The elements up to the end of the segment: id, start and length of what they hold, and its first bytes."""
+    """Yields the elements up to the end of the segment: id, start, length and first bytes of the contents."""
     position, parent_end, short_ids, outer, is_open = 0, size, None, [], False
     while position < parent_end:
         steps.take()
@@ -136,23 +135,23 @@ def _elements(file: BinaryIO, size: int, steps: Steps) -> Iterator[tuple[int, in
                 return
             raise DamagedError(f"the element at byte {position:,} does not fit into its place")
         yield element, start, length, head[at:]
-        if element in _ENTERED:
+        if element in _CONTAINERS:
             outer.append((parent_end, short_ids))
             position, parent_end, short_ids = start, start + length, _SHORT_IDS.get(element)
         else:
             position = start + length
         while position == parent_end and len(outer) > 1:
             parent_end, short_ids = outer.pop()
-        # What follows the segment is not the container's: the loop ends with it.
+        # The loop ends with the segment: data after it is not part of the container.
 
 
 def ebml_number(data: bytes, position: int) -> tuple[int | None, int]:
     """A number of variable length and the position after it.
 
-    None stands for a size that is left open, as in a live recording; with the position unchanged, for no number.
+    The number is None if it is an open size, as in a live recording, or, with the position unchanged, if there is none.
     """
     first = data[position] if position < len(data) else 0
-    if 0x80 <= first < 0xFF:  # as are most
+    if 0x80 <= first < 0xFF:  # the usual case
         return first - 0x80, position + 1
     size = 9 - first.bit_length()
     end = position + size

@@ -1,6 +1,6 @@
-"""The boxes of an mp4, mov, HEIF or AVIF file: whether they claim more than they hold, and what libav leaves out.
+"""Checks the boxes of an mp4, mov, HEIF or AVIF file, and reads what libav ignores.
 
-libav makes an index entry for each frame that a table claims, and a table can claim billions in a few bytes. It does
+libav creates an index entry for each frame that a table claims, and a table can claim billions in a few bytes. It does
 not crop pictures to their clean aperture.
 """
 
@@ -21,10 +21,10 @@ from mplug2_fast.video.limits import DamagedError, Guard, LimitError, Steps
 TOP_LEVEL = frozenset(
     b"ftyp styp moov mdat moof mfra free skip wide pnot uuid meta sidx ssix emsg prft udta".split(),
 )
-"""The boxes at the top of a file; anything else after them is not the container's."""
+"""The boxes at the top level of a file; any other data after them is not part of the container."""
 
-_ENTERED = frozenset(b"moov trak mdia minf stbl edts moof traf mvex".split())
-# The bytes of one entry of a table, which begins with a version, flags and the number of its entries.
+_CONTAINERS = frozenset(b"moov trak mdia minf stbl edts moof traf mvex".split())
+# The bytes of one entry of each table. A table begins with a version, flags and the number of its entries.
 _TABLES = {b"stts": 8, b"ctts": 8, b"stsc": 12, b"stco": 4, b"co64": 8, b"stss": 4, b"stps": 4}
 _MAX_HEADER = 1 << 26
 _MAX_DEPTH = 16
@@ -32,7 +32,7 @@ _MAX_DEPTH = 16
 
 @dataclass
 class _Track:
-    """What the tables of a track say."""
+    """What the tables of a track state."""
 
     id: int = 0
     samples: int = 0
@@ -45,19 +45,19 @@ class _Track:
 
 @dataclass
 class Movie:
-    """What follows from the boxes of a file."""
+    """What the boxes of a file state."""
 
     end: int = 0
     """The position after the last box, which may be beyond the end of the file."""
     crops: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)
-    """Of each track that asks for it: the pixels to cut off at the top, bottom, left and right."""
+    """For each cropped track: the pixels to cut off at the top, bottom, left and right."""
     primary_item: bytes = b""
-    """The type of a still picture: "grid" for one that consists of tiles."""
+    """The type of a still picture, such as "grid" for one that consists of tiles."""
     index_entries: int = 0
 
 
 def read_movie(file: BinaryIO, size: int, guard: Guard) -> Movie:
-    """Follows the boxes of a file.
+    """Reads the boxes of a file.
 
     Raises:
         DamagedError: a table claims more entries than fit into it, or frames that do not fit into the file.
@@ -73,7 +73,7 @@ def read_movie(file: BinaryIO, size: int, guard: Guard) -> Movie:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where boxes are read from, and what is made of them."""
+    """The file that is read, and the result."""
 
     file: BinaryIO
     size: int
@@ -85,7 +85,7 @@ class _Place:
 def _boxes(
     file: BinaryIO, start: int, end: int, steps: Steps, *, top: bool = False
 ) -> Iterator[tuple[bytes, int, int]]:
-    """The type of each box, where what it holds begins, and where it ends."""
+    """Yields the type of each box, and the start and end of its contents."""
     position = start
     while position + 8 <= end:
         steps.take()
@@ -103,7 +103,7 @@ def _boxes(
 
 
 def _read_box(place: _Place, kind: bytes, start: int, end: int, track: _Track, depth: int) -> None:
-    if kind in _ENTERED:
+    if kind in _CONTAINERS:
         if depth > _MAX_DEPTH:
             raise DamagedError(f"its boxes are nested more than {_MAX_DEPTH} deep")
         inner = _Track() if kind in (b"trak", b"traf") else track
@@ -155,9 +155,9 @@ def _read_sample_sizes(place: _Place, kind: bytes, head: bytes, start: int, end:
 
 
 def _check_sample(place: _Place, size: int) -> None:
-    most = place.guard.limits.packet_bytes
-    if size > most:
-        raise LimitError(f"claims a frame of {size:,} bytes; the limit is {most:,}")
+    limit = place.guard.limits.packet_bytes
+    if size > limit:
+        raise LimitError(f"claims a frame of {size:,} bytes; the limit is {limit:,}")
 
 
 def _read_handler(place: _Place, kind: bytes, head: bytes, start: int, end: int, track: _Track) -> None:
@@ -179,7 +179,7 @@ def _read_run(place: _Place, kind: bytes, head: bytes, start: int, end: int, tra
 
 
 def _read_descriptions(place: _Place, kind: bytes, head: bytes, start: int, end: int, track: _Track) -> None:
-    """The clean aperture of the first kind of sample."""
+    """Reads the clean aperture of the first kind of sample."""
     for _, first, last in _boxes(place.file, start + 8, end, place.steps):
         place.file.seek(first)
         picture = place.file.read(78)
@@ -191,7 +191,7 @@ def _read_descriptions(place: _Place, kind: bytes, head: bytes, start: int, end:
 
 
 def _crop(aperture: bytes, width: int, height: int) -> tuple[int, int, int, int] | None:
-    """Pixels to cut off at the top, bottom, left and right; None for what does not lie within the picture."""
+    """Pixels to cut off at the top, bottom, left and right; None if the aperture is not within the picture."""
     numbers = struct.unpack(">8i", aperture)
     if 0 in numbers[1::2]:
         return None
@@ -219,7 +219,7 @@ def _finish_track(place: _Place, track: _Track) -> None:
     if track.crop:
         place.movie.crops[track.id] = track.crop
     if track.is_sound and track.constant_duration == 1 and track.sample_bytes:
-        return  # of such samples libav makes an entry for each chunk
+        return  # for such samples libav creates an entry for each chunk only
     if track.samples * track.sample_bytes > place.size:
         raise DamagedError(
             f"it claims {track.samples:,} frames of {track.sample_bytes:,} bytes, but has {place.size:,} bytes"
@@ -229,13 +229,13 @@ def _finish_track(place: _Place, track: _Track) -> None:
 
 def _count_entries(place: _Place, entries: int) -> None:
     place.movie.index_entries += entries
-    most = place.guard.limits.frames
-    if most is not None and place.movie.index_entries > 4 * most:
-        raise LimitError(f"claims more than {4 * most:,} frames of pictures and sound; raise Limits.frames")
+    limit = place.guard.limits.frames
+    if limit is not None and place.movie.index_entries > 4 * limit:
+        raise LimitError(f"claims more than {4 * limit:,} frames of pictures and sound; raise Limits.frames")
 
 
 def _read_compressed(place: _Place, start: int, end: int) -> None:
-    """A header that is compressed as a whole, as QuickTime once wrote it."""
+    """Reads a compressed header, which old versions of QuickTime write."""
     for kind, at, last in _boxes(place.file, start, end, place.steps):
         if kind != b"cmvd":
             continue
@@ -256,7 +256,7 @@ def _read_compressed(place: _Place, start: int, end: int) -> None:
 
 
 def _read_meta(place: _Place, start: int, end: int) -> None:
-    """The items of a HEIF or AVIF file. QuickTime has a box of this name that is built otherwise."""
+    """Reads the items of a HEIF or AVIF file. QuickTime has a box of this name with another layout."""
     primary, kinds = None, {}
     for kind, at, last in _boxes(place.file, start + 4, end, place.steps):
         place.file.seek(at)

@@ -1,4 +1,4 @@
-"""How the frames of a file are turned and mirrored to be upright."""
+"""How the frames of a file are rotated and mirrored to be upright."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mplug2_fast.video.limits import DamagedError
 
 @dataclass(frozen=True)
 class Orientation:
-    """Frames are turned counterclockwise by quarter turns, then mirrored left to right."""
+    """Frames are rotated counterclockwise by quarter turns, then mirrored left to right."""
 
     quarter_turns: int = 0
     mirrored: bool = False
@@ -28,10 +28,10 @@ class Orientation:
 
 
 class OrientationReader:
-    """Reads the orientation that frames ask for: that of their container, or of a picture's EXIF data.
+    """Reads the orientation of frames from their container, or from a picture's EXIF data.
 
-    A frame whose side data Python has looked at is not freed at once, and may be large. So libav picks the frames that
-    have a display matrix, and Python looks at that of a small copy.
+    When Python reads the side data of a frame, the frame is not freed at once, and it may be large. So libav finds the
+    frames with a display matrix, and Python reads the matrix of a small copy.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class OrientationReader:
         """The orientation of a frame.
 
         Raises:
-            DamagedError: an angle that is not a multiple of 90 degrees.
+            DamagedError: the angle is not a multiple of 90 degrees.
         """
         if self._of != (frame.width, frame.height, frame.format.name):
             self._of = frame.width, frame.height, frame.format.name
@@ -56,7 +56,7 @@ class OrientationReader:
 
 
 def _orientation_of_matrix(matrix: tuple[int, ...]) -> Orientation:
-    """What ffmpeg's autorotation makes of a display matrix: by its angle, then by the signs of its diagonals."""
+    """The orientation that ffmpeg's autorotation derives from a matrix: by its angle, then by its diagonal's signs."""
     a, b, _, c, d = matrix[:5]
     columns = math.hypot(a, c), math.hypot(b, d)
     angle = 0 if 0 in columns else round(math.degrees(math.atan2(b / columns[1], a / columns[0]))) % 360
@@ -73,14 +73,14 @@ def _orientation_of_matrix(matrix: tuple[int, ...]) -> Orientation:
             (False, True): Orientation(2, True),
             (False, False): Orientation(),
         }[a < 0, d < 0]
-    raise DamagedError(f"asks to be turned by {angle} degrees; only quarter turns are supported")
+    raise DamagedError(f"requires a rotation by {angle} degrees; only quarter turns are supported")
 
 
 def _display_matrix(frame: VideoFrame) -> bytes | None:
     for _ in range(16):
         try:
             matrix = frame.side_data.get(Type.DISPLAYMATRIX)
-        except ValueError as error:  # PyAV gives no side data where it does not know the kind of one
+        except ValueError as error:  # PyAV fails if one item of side data has an unknown kind
             unknown = re.match(r"\d+", str(error))
             if unknown is None:
                 raise

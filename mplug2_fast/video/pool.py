@@ -1,4 +1,4 @@
-"""Clips of many files, decoded in other processes while the model computes."""
+"""Decodes clips of many files in other processes while the model computes."""
 
 from __future__ import annotations
 
@@ -29,38 +29,37 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-# A Python that cannot import numpy and PyAV in this time never will.
+# The time for importing numpy and PyAV. A slower process counts as failed.
 _START_LIMIT = 120.0
 _START_TRIES = 3
 _MAX_WAIT = 3600.0
-"""Seconds of one wait: the operating system takes no number that is much larger."""
+"""Maximum seconds of one wait: the operating system refuses much larger numbers."""
 
 
 class DecodePool:
-    """Worker processes that decode files, ahead of what is asked for and within bounds.
+    """Worker processes that decode a limited number of files ahead.
 
-    A file that is broken, that takes too long, or that takes its decoder down costs only itself: the process is
-    replaced. Frames come through shared memory. To be used in a `with` statement, whose end ends the processes.
+    A file that is damaged, takes too long, or crashes its decoder does not affect other files: the process is replaced.
+    Frames are passed in shared memory. Use it in a `with` statement; the processes end with it.
 
     Args:
         num_workers: processes, at least 1.
-        timeout: seconds that decoding one clip may take before its process is killed; None for no limit. Time in
-            which nobody asks for clips does not count.
-        num_frames: frames of a clip: see `frame_indices`. Windows have their own length.
-        image_size: height and width that frames are squashed to, in pixels; None leaves them as they are.
-        dtype: of the frames, normalised as the model takes them; torch.uint8 squashes only, leaving (T, image_size,
-            image_size, 3) to `mplug2_fast.ops.preprocess_frames`, on a GPU for instance. Without `image_size`, frames
-            are uint8 in any case.
+        timeout: maximum seconds for one clip before its process is killed; None for no limit. Time in which no clip is
+            requested does not count.
+        num_frames: frames of a clip, chosen by `frame_indices`. Windows have their own length.
+        image_size: height and width of the squashed frames, in pixels; None keeps their size.
+        dtype: of the normalised frames. torch.uint8 means squashed only: (T, image_size, image_size, 3), for
+            `mplug2_fast.ops.preprocess_frames`, for instance on a GPU. Without `image_size`, frames are always uint8.
         backend: "pyav" or "torchcodec"; None for "pyav": see `VideoReader`.
-        windows: one clip a window rather than one a file.
-        prefetch: clips that are decoded ahead, for each worker.
-        threads: threads of each decoder; None shares the usable cores among the workers.
-        limits: on the pixels and frames of a file and the memory of a worker; None takes the defaults of `Limits`. The
+        windows: gives one clip for each window, instead of one for each file.
+        prefetch: clips to decode ahead, for each worker.
+        threads: threads of each decoder; None divides the usable cores among the workers.
+        limits: on the pixels and frames of a file and the memory of a worker; None means the defaults of `Limits`. The
             time limit is `timeout`.
 
     Raises:
-        ValueError: an option out of its range.
-        BackendError: there is no such backend, or it is not installed.
+        ValueError: an option is out of its range.
+        BackendError: the backend is unknown or not installed.
     """
 
     def __init__(
@@ -108,34 +107,34 @@ class DecodePool:
 
     @property
     def pids(self) -> list[int]:
-        """The worker processes that are there now."""
+        """The ids of the present worker processes."""
         return self._supervisor.pids()
 
     def clips(self, sources: Iterable[Source]) -> Iterator[Clip]:
-        """What comes of each file, in the order in which it is ready.
+        """Yields the clips of the files as soon as they are ready; the order of the files may differ.
 
         Each source gives one `Clip`, or with windows at least one, of which exactly one is `last`. Clips of one file
-        come in their order. Sources are drawn a few ahead, in the thread that iterates. Stopping early is fine.
+        come in order. A few sources are read ahead, in the thread that iterates. You may stop early.
 
         Args:
             sources: paths, or the bytes of files.
 
         Raises:
-            RuntimeError: the pool is not in its `with` statement, or is iterated twice at a time.
+            RuntimeError: the pool is used outside its `with` statement, or by two iterations at the same time.
             BackendError: workers cannot be started.
             TypeError: a source is neither a path nor bytes.
         """
         if not self._supervisor.is_alive():
-            raise RuntimeError("a DecodePool works within its with statement: with DecodePool(...) as pool: ...")
+            raise RuntimeError("use a DecodePool in a with statement: with DecodePool(...) as pool: ...")
         if self._busy:
-            raise RuntimeError("clips of this DecodePool are being iterated already: finish or close that first")
+            raise RuntimeError("another iteration of this DecodePool has not ended: finish or close it first")
         self._busy = True
         numbered = enumerate(sources)
-        waiting: dict[int, Source] = {}  # files of which something is still to come
+        waiting: dict[int, Source] = {}  # files with clips still to come
         try:
             more = True
             while more or waiting:
-                while more and self._supervisor.wants_files():
+                while more and self._supervisor.has_room():
                     if more := (following := next(numbered, None)) is not None:
                         index, source = following
                         waiting[index] = check_source(source)
@@ -175,7 +174,7 @@ class DecodePool:
 
 @dataclass(frozen=True)
 class _Task:
-    """A file that a worker is to decode."""
+    """A file for a worker to decode."""
 
     index: int
     source: Source
@@ -183,27 +182,29 @@ class _Task:
 
 
 @dataclass
-class _Desk:
-    """What lies before a worker: the file that it is at, then the one that it goes on with; and since when it has been
-    at the first, None while there is none or it waits for being asked on."""
+class _Queue:
+    """The tasks of a worker: the current file, then the next one.
+
+    `since` is the time when work on the current file began; None if there is no file, or the worker is paused.
+    """
 
     tasks: deque[_Task] = field(default_factory=deque)
     since: float | None = None
 
-    def waits(self) -> bool:
-        """Whether the worker has begun with a file and waits for being asked on."""
+    def is_paused(self) -> bool:
+        """Whether the worker has sent a clip and waits for the request for the next one."""
         return bool(self.tasks) and self.since is None
 
 
 class _Answer(NamedTuple):
-    """What a worker said about a file."""
+    """A worker's answer about a file."""
 
     index: int
     fields: dict[str, Any]
 
 
 class _Supervisor(threading.Thread):
-    """Keeps the workers busy, within bounds and time limits, while the other threads do something else."""
+    """The thread that gives the workers files and watches their time limits."""
 
     def __init__(self, num_workers: int, options: ClipOptions, timeout: float | None, ahead: int) -> None:
         super().__init__(name="decode-pool", daemon=True)
@@ -211,45 +212,43 @@ class _Supervisor(threading.Thread):
         self._options = options
         self._timeout = timeout
         self._ahead = ahead
-        # A worker that finds its next file before it need not wait until this process has heard of the last one. Of
-        # windows it gives one at a time, and takes another file for the end of the one that it is at.
+        # A worker has the next file already, so that it need not wait between files. With windows it has only one file:
+        # it sends one window for each request, and a new file would end the current one.
         self._depth = 2 if options.windows is None else 1
         self._changed = threading.Condition()
         self._files: deque[tuple[int, Source]] = deque()
         self._ready: deque[_Answer] = deque()
-        self._run = 0  # the number of the iteration that files and answers belong to
-        self._hungry = True  # a worker would take more, if there were files and room for what comes of them
+        self._run = 0  # the number of the current iteration, to which files and answers belong
+        self._idle = True  # a worker would do more if there were files and room for their clips
         self._failure: BaseException | None = None
         self._closed = False
         self._alarm, self._alarmed = socket.socketpair()
         self._alarm.setblocking(False)
-        # The rest is written by this thread alone.
+        # Only this thread changes the attributes below.
         self._selector = selectors.DefaultSelector()
         self._starting: dict[Worker, float] = {}
-        self._desks: dict[Worker, _Desk] = {}
+        self._queues: dict[Worker, _Queue] = {}
         self._failed_starts = 0
 
-    # What other threads call.
+    # Called by other threads.
 
     def pids(self) -> list[int]:
-        return [worker.pid for worker in [*self._starting, *self._desks]]
+        return [worker.pid for worker in [*self._starting, *self._queues]]
 
-    def wants_files(self) -> bool:
+    def has_room(self) -> bool:
         return len(self._files) < self._ahead
 
     def add(self, index: int, source: Source) -> None:
         with self._changed:
             self._files.append((index, source))
-            hungry = self._hungry
-        if hungry:
+            idle = self._idle
+        if idle:
             self._wake()
 
     def take(self, more: bool) -> _Answer | None:
-        """The next answer; waits for it, or if there are `more` files, until some are wanted."""
+        """Waits for the next answer. If there are `more` files, returns None as soon as there is room for them."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._ready or self._failure or self._closed or (more and self.wants_files())
-            )
+            self._changed.wait_for(lambda: self._ready or self._failure or self._closed or (more and self.has_room()))
             if self._closed:
                 raise RuntimeError("the DecodePool was closed while its clips were being iterated")
             if not self._ready and not self._failure:
@@ -257,13 +256,13 @@ class _Supervisor(threading.Thread):
             if self._failure:
                 raise BackendError(f"the decoding processes failed: {self._failure}") from self._failure
             answer = self._ready.popleft()
-            hungry = self._hungry
-        if hungry:
+            idle = self._idle
+        if idle:
             self._wake()
         return answer
 
     def forget(self) -> None:
-        """Drop files and answers: nobody asks for them any more."""
+        """Drops all files and answers, because the iteration has ended."""
         with self._changed:
             self._run += 1
             self._files.clear()
@@ -278,16 +277,16 @@ class _Supervisor(threading.Thread):
         self.join()
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):  # alarms enough are waiting, or the thread has ended
+        with contextlib.suppress(OSError):  # enough alarms are waiting already, or the thread has ended
             self._alarm.send(b"!")
 
-    # The thread.
+    # Called by this thread.
 
     def run(self) -> None:
         try:
             self._selector.register(self._alarmed, selectors.EVENT_READ)
             while not self._closed:
-                while len(self._starting) + len(self._desks) < self._num_workers:
+                while len(self._starting) + len(self._queues) < self._num_workers:
                     self._start_worker()
                 self._assign()
                 self._listen()
@@ -297,7 +296,7 @@ class _Supervisor(threading.Thread):
                 self._failure = error
                 self._changed.notify_all()
         finally:
-            for worker in [*self._starting, *self._desks]:
+            for worker in [*self._starting, *self._queues]:
                 worker.end()
             self._selector.close()
             self._alarm.close()
@@ -309,48 +308,48 @@ class _Supervisor(threading.Thread):
         self._selector.register(worker.socket, selectors.EVENT_READ, worker)
 
     def _assign(self) -> None:
-        """Files that are begun come first, then workers that have none."""
-        begin: list[tuple[Worker, _Task]] = []
+        """Requests further clips of current files first, then gives files to workers without one."""
+        started: list[tuple[Worker, _Task]] = []
         with self._changed:
-            for desk in self._desks.values():
-                if desk.waits() and desk.tasks[0].run != self._run:
-                    desk.tasks.clear()  # nobody asks for the rest of this file
-            begun = [worker for worker, desk in self._desks.items() if desk.waits()]
-            room = self._ahead - len(self._ready) - sum(len(desk.tasks) for desk in self._desks.values())
-            asked = begun[: max(room + len(begun), 0)]
+            for queue in self._queues.values():
+                if queue.is_paused() and queue.tasks[0].run != self._run:
+                    queue.tasks.clear()  # the rest of this file is no longer needed
+            paused = [worker for worker, queue in self._queues.items() if queue.is_paused()]
+            room = self._ahead - len(self._ready) - sum(len(queue.tasks) for queue in self._queues.values())
+            requested = paused[: max(room + len(paused), 0)]
             for depth in range(1, self._depth + 1):
-                for worker, desk in self._desks.items():
-                    if room > 0 and self._files and len(desk.tasks) < depth:
+                for worker, queue in self._queues.items():
+                    if room > 0 and self._files and len(queue.tasks) < depth:
                         room -= 1
-                        desk.tasks.append(_Task(*self._files.popleft(), self._run))
-                        begin.append((worker, desk.tasks[-1]))
-            short = any(len(desk.tasks) < self._depth for desk in self._desks.values())
-            self._hungry = short or len(asked) < len(begun)
-            if begin:
+                        queue.tasks.append(_Task(*self._files.popleft(), self._run))
+                        started.append((worker, queue.tasks[-1]))
+            short = any(len(queue.tasks) < self._depth for queue in self._queues.values())
+            self._idle = short or len(requested) < len(paused)
+            if started:
                 self._changed.notify_all()
-        for worker in asked:
-            self._desks[worker].since = time.monotonic()
-            with contextlib.suppress(ConnectionError):  # it died before, as listening will find out
+        for worker in requested:
+            self._queues[worker].since = time.monotonic()
+            with contextlib.suppress(ConnectionError):  # it has died, which `_listen` will notice
                 worker.proceed()
-        for worker, task in begin:
+        for worker, task in started:
             self._begin(worker, task)
 
     def _begin(self, worker: Worker, task: _Task) -> None:
-        desk = self._desks[worker]
-        if desk.since is None:
-            desk.since = time.monotonic()
+        queue = self._queues[worker]
+        if queue.since is None:
+            queue.since = time.monotonic()
         try:
             worker.start(task.source)
         except OSError as error:
-            desk.tasks.remove(task)
-            if not desk.tasks:
-                desk.since = None
+            queue.tasks.remove(task)
+            if not queue.tasks:
+                queue.since = None
             if isinstance(error, (ConnectionError, BlockingIOError)):
-                # The worker died before, as listening will find out: a file that it never saw is not to blame. Or the
-                # name of the file that lies before it is so long that no other fits beside it.
+                # The worker has died, which `_listen` will notice: the file is not the cause. Or the name of the
+                # current file is so long that another does not fit into the connection.
                 self._take_back(task)
             else:  # the file's name or its bytes are too large to send
-                self._hand_over(task, {"error": f"cannot be handed to a decoder: {error.strerror}", "seconds": 0.0})
+                self._hand_over(task, {"error": f"cannot be sent to a decoder: {error.strerror}", "seconds": 0.0})
 
     def _take_back(self, task: _Task) -> None:
         with self._changed:
@@ -367,7 +366,7 @@ class _Supervisor(threading.Thread):
     def _seconds_left(self) -> float | None:
         ends = [since + _START_LIMIT for since in self._starting.values()]
         if self._timeout is not None:
-            ends += [desk.since + self._timeout for desk in self._desks.values() if desk.since is not None]
+            ends += [queue.since + self._timeout for queue in self._queues.values() if queue.since is not None]
         return min(max(min(ends) - time.monotonic(), 0), _MAX_WAIT) if ends else None
 
     def _hear(self, worker: Worker, answer: dict[str, Any] | None) -> None:
@@ -377,14 +376,14 @@ class _Supervisor(threading.Thread):
             raise RuntimeError(f"a decoding process cannot start:\n{answer['failed']}")
         elif worker in self._starting:
             del self._starting[worker]
-            self._desks[worker] = _Desk()
+            self._queues[worker] = _Queue()
             self._failed_starts = 0
         else:
-            desk = self._desks[worker]
-            task, last = desk.tasks[0], answer.get("last", True)
+            queue = self._queues[worker]
+            task, last = queue.tasks[0], answer.get("last", True)
             if last:
-                desk.tasks.popleft()
-            desk.since = time.monotonic() if last and desk.tasks else None
+                queue.tasks.popleft()
+            queue.since = time.monotonic() if last and queue.tasks else None
             self._hand_over(task, answer)
 
     def _hand_over(self, task: _Task, answer: dict[str, Any]) -> None:
@@ -398,12 +397,12 @@ class _Supervisor(threading.Thread):
         for worker, since in list(self._starting.items()):
             if now >= since + _START_LIMIT:
                 self._lose(worker, "")
-        for worker, desk in list(self._desks.items()):
-            if desk.since is not None and self._timeout is not None and now >= desk.since + self._timeout:
+        for worker, queue in list(self._queues.items()):
+            if queue.since is not None and self._timeout is not None and now >= queue.since + self._timeout:
                 self._lose(worker, f"takes too long: decoding was stopped after {self._timeout:g} s", killed=True)
 
     def _lose(self, worker: Worker, reason: str, *, killed: bool = False) -> None:
-        """End a worker, which costs the file that it is at; what else lies before it goes to another."""
+        """Ends a worker. Its current file fails; its next file goes to another worker."""
         self._selector.unregister(worker.socket)
         ended = worker.end()
         if self._starting.pop(worker, None) is not None:
@@ -411,10 +410,10 @@ class _Supervisor(threading.Thread):
             if self._failed_starts >= _START_TRIES:
                 raise RuntimeError(f"a decoding process does not start: {ended}")
             return
-        desk = self._desks.pop(worker)
-        for task in list(desk.tasks)[1:]:
+        queue = self._queues.pop(worker)
+        for task in list(queue.tasks)[1:]:
             self._take_back(task)
-        if desk.tasks:
+        if queue.tasks:
             reason = reason if killed else f"{reason} ({ended})"
-            seconds = 0.0 if desk.since is None else time.monotonic() - desk.since
-            self._hand_over(desk.tasks[0], {"error": reason, "seconds": seconds, "transient": True})
+            seconds = 0.0 if queue.since is None else time.monotonic() - queue.since
+            self._hand_over(queue.tasks[0], {"error": reason, "seconds": seconds, "transient": True})

@@ -1,4 +1,4 @@
-"""One video at a time: frames by their index, whatever decodes them."""
+"""Reads frames of one video by their index, with any backend."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ if TYPE_CHECKING:
 class VideoReader:
     """The frames of a video file, or a still image, by index.
 
-    Opening reads the packets once, without decoding and without keeping them; frames are decoded when they are asked
-    for. The file itself is never held in memory.
+    Opening reads the packets once, without decoding or keeping them. Frames are decoded on request. The file itself is
+    never held in memory.
 
     Args:
         source: a file that PyAV can decode, or the bytes of one.
-        backend: "pyav", which decodes everything; "torchcodec", which refuses what it does not decode soundly; None for
-            "pyav".
-        image_size: height and width that frames are squashed to as soon as they are decoded, by the rule of
-            `mplug2_fast.ops.preprocess_frames`; None leaves them as they are.
-        threads: for decoding; None takes as many as torch does.
-        limits: on time, pixels, frames and memory; None takes the defaults of `Limits`. The time limit starts again
-            with each call, and with each frame that is decoded for the caller.
+        backend: "pyav", which decodes everything; "torchcodec", which refuses files that it does not decode reliably;
+            None for "pyav".
+        image_size: height and width of the frames, which are squashed right after decoding (see
+            `mplug2_fast.ops.preprocess_frames`); None keeps their size.
+        threads: for decoding; None means torch's number.
+        limits: on time, pixels, frames and memory; None means the defaults of `Limits`. The time limit starts again
+            with each call, and after each frame that the caller receives.
 
     Raises:
         VideoError: the file cannot be read; one line, "<path>: <reason>".
-        BackendError: there is no such backend, or it is not installed.
+        BackendError: the backend is unknown or not installed.
         ImportError: PyAV is not installed.
     """
 
@@ -87,9 +87,9 @@ class VideoReader:
 
     @cached_property
     def num_frames(self) -> int:
-        """The number of frames that decoding everything gives, whatever headers say.
+        """The number of frames that decoding everything gives, even if headers state another number.
 
-        As a rule the packets tell; for some codecs and containers everything is decoded once to count.
+        Usually the packets show it. For some codecs and containers, everything is decoded once to count.
         """
         from mplug2_fast.video.decode import count_frames
 
@@ -98,34 +98,34 @@ class VideoReader:
 
     @property
     def fps(self) -> float | None:
-        """Frames a second on average, over the whole duration; None if that is not known."""
+        """Average frames per second over the whole duration; None if that is unknown."""
         return self.num_frames / self.duration if self.duration else None
 
     @cached_property
     def duration(self) -> float | None:
-        """Seconds, by the times of the frames, or by their rate where times are missing; None if neither is known."""
+        """Seconds, by the times of the frames, or by their rate if times are missing; None if neither is known."""
         return self.scan.seconds(self.num_frames)
 
     @cached_property
     def times(self) -> list[float]:
-        """When each frame is shown, in seconds after the first."""
+        """The time of each frame, in seconds after the first."""
         from mplug2_fast.video.decode import frame_times
 
         with self._errors():
             return frame_times(self._name, self.scan, self._threads, self._guard)
 
     def indices_at(self, seconds: Iterable[float]) -> list[int]:
-        """The index of the frame that is shown at each time, in seconds after the first frame."""
+        """The index of the frame shown at each of these times, in seconds after the first frame."""
         return [max(bisect_right(self.times, time) - 1, 0) for time in seconds]
 
     @property
     def rotation(self) -> int:
-        """Degrees by which frames are turned to be upright, counterclockwise: 0 for most, 90, -90 or 180."""
+        """Degrees by which frames are rotated counterclockwise to be upright: 0 (the usual case), 90, -90 or 180."""
         return 90 * self._orientation.quarter_turns
 
     @property
     def mirrored(self) -> bool:
-        """Whether frames are mirrored left to right after they are turned."""
+        """Whether frames are mirrored left to right after the rotation."""
         return self._orientation.mirrored
 
     @cached_property
@@ -137,7 +137,7 @@ class VideoReader:
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        """Height and width of the first frame, upright, as it is in the file."""
+        """Height and width of the first frame, upright, in the file's size."""
         from mplug2_fast.video.decode import stream_scanned
 
         with self._errors():
@@ -146,14 +146,14 @@ class VideoReader:
         return first.shape[:2]
 
     def frames(self, indices: Sequence[int]) -> Tensor:
-        """Frames in the order of their indices, which may repeat.
+        """Decodes frames, in the order of the indices, which may repeat.
 
         Returns:
             (len(indices), height, width, 3), uint8, RGB, upright.
 
         Raises:
-            IndexError: there is no such frame.
-            VideoError: the file cannot be decoded; frames differ in size; or this backend may not decode the file.
+            IndexError: an index is out of range.
+            VideoError: the file cannot be decoded, frames differ in size, or this backend may not decode the file.
         """
         ascending = sorted(set(indices))
         found = dict(zip(ascending, self._stream(ascending), strict=True))
@@ -163,24 +163,24 @@ class VideoReader:
         return torch.from_numpy(np.stack([found[index] for index in indices]))
 
     def batches(self, indices: Sequence[int] | None = None, batch_size: int = 16) -> Iterator[Tensor]:
-        """Frames in batches, in one pass through the file that holds one batch at a time.
+        """Yields frames in batches, in one pass through the file that holds one batch at a time.
 
         Args:
-            indices: in ascending order; they may repeat. None takes all frames.
+            indices: in ascending order; they may repeat. None means all frames.
             batch_size: frames of a batch; the last may have fewer.
 
         Yields:
             (frames, height, width, 3), uint8.
 
         Raises:
-            ValueError: indices that descend, or a batch size below 1.
-            IndexError, VideoError: as in `frames`; perhaps after batches that were good.
+            ValueError: indices are not ascending, or the batch size is below 1.
+            IndexError, VideoError: as in `frames`. Good batches may have come before.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         indices = range(self.num_frames) if indices is None else indices
         if any(first > second for first, second in pairwise(indices)):
-            raise ValueError("indices must be in ascending order: one pass through the file gives no other")
+            raise ValueError("indices must be in ascending order, because the file is read in one pass")
         batch: list[np.ndarray] = []
         for pixels in self._stream(list(indices)):
             batch.append(pixels)
@@ -207,7 +207,7 @@ class VideoReader:
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Starts the time limit. Bytes have no path by which to call them."""
+        """Starts the time limit. Errors show bytes by their number, because they have no path."""
         self._guard.restart()
         try:
             yield

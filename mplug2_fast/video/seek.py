@@ -1,11 +1,11 @@
-"""Decoding only the parts of a video in which the chosen frames lie.
+"""Decodes only the parts of a video that contain the chosen frames.
 
-A part begins with a packet from which a decoder can start afresh, and is decoded as if it were a file: its packets in
-order, then the rest that the decoder holds back. Its frames are told by their presentation times, which packets carry
-too. That gives the frames of decoding everything if every packet gives one frame, times are there and differ, and the
-first packet really is a fresh start. This holds for few codecs and containers, is checked packet by packet and frame by
-frame, and where it does not hold, nothing is guessed: `plan_segments` gives None, or `decode_segments` raises
-`CannotSeekError`, and the caller decodes everything.
+A part begins with a packet at which a decoder can start, and is decoded like a file: its packets in order, then the
+frames that the decoder still holds. Frames are identified by their presentation times, which packets have too. The
+result equals that of decoding everything if every packet gives one frame, all times exist and differ, and a decoder can
+really start at the first packet. This is true for a few codecs and containers, and is checked for every packet and
+frame. If it is not true, `plan_segments` returns None or `decode_segments` raises `CannotSeekError`, and the caller
+decodes everything.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ _T = TypeVar("_T")
 _FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 _CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mjpeg")
 
-# The kinds of coded picture that a decoder can start from: for h264 an IDR picture, since an I picture that is marked
-# as a key frame may be followed by pictures that look back beyond it; for hevc an IDR or CRA picture. Pictures that
-# come after a CRA picture but are shown before it do look back: they belong to the part before.
+# The kinds of coded picture at which a decoder can start. For h264 an IDR picture, since pictures after an I picture
+# that is marked as a key frame may refer to pictures before it. For hevc an IDR or CRA picture. Pictures that come
+# after a CRA picture but are shown before it may refer to earlier pictures: they belong to the part before.
 _FRESH_STARTS = {"h264": (5,), "hevc": (19, 20, 21)}
 _CODED_PICTURES = {"h264": range(1, 6), "hevc": range(32)}
 
-# Seeking has to save a quarter of the decoding, since it reads the packets a second time.
+# Seeking must save a quarter of the decoding, because it reads the packets a second time.
 _WORTH_IT = 0.75
 
 
 class CannotSeekError(Exception):
-    """The file does not decode in parts as its packets promise; nothing is wrong with decoding it whole."""
+    """The file cannot be decoded in parts as its packets indicate. Decoding all of it may still work."""
 
 
 @dataclass(frozen=True, slots=True)
 class PacketInfo:
-    """What one packet says of itself."""
+    """What one packet states."""
 
     pts: int | None
     size: int
@@ -59,17 +59,17 @@ class Scan:
     codec: str = ""
     packets: list[PacketInfo] = field(default_factory=list)
     changes: bool = False
-    """Whether the decoder's parameters change within the stream."""
+    """Whether the decoder's parameters change in the stream."""
     has_fields: bool = False
     """Whether a packet holds one field of a picture, so that two packets give one frame."""
     fps: float | None = None
-    """The average rate that the container tells."""
+    """The average rate that the container states."""
     seconds_a_tick: float | None = None
     """The unit of presentation times."""
     last_duration: int = 0
-    """That of the packet that is shown last, in that unit; 0 if it is not known."""
+    """The duration of the packet that is shown last, in ticks; 0 if it is unknown."""
     picture_end: int | None = None
-    """Where the only picture of the file ends, whatever follows it."""
+    """The end of the file's only picture; other data may follow it."""
     crop: tuple[int, int, int, int] | None = None
     """The pixels that the container cuts off at the top, bottom, left and right."""
     is_heavy: bool = False
@@ -77,12 +77,12 @@ class Scan:
 
     @property
     def shown(self) -> int:
-        """Number of packets whose frame is shown: as a rule the number of frames."""
+        """Number of packets whose frame is shown: usually the number of frames."""
         return sum(packet.shown for packet in self.packets)
 
     @property
     def one_frame_a_packet(self) -> bool:
-        """Whether each packet gives one frame, told by its time, and the first is a start: as far as packets tell."""
+        """Whether, by the packets, each gives one frame with its own time, and a decoder can start at the first."""
         packets = self.packets
         times = [packet.pts for packet in packets]
         return bool(
@@ -99,17 +99,17 @@ class Scan:
 
     @property
     def times(self) -> list[int] | None:
-        """The presentation times of the packets that are shown, ascending; None where some are missing or equal."""
+        """The ascending presentation times of the packets that are shown; None if some are missing or equal."""
         times = sorted(packet.pts for packet in self.packets if packet.shown and packet.pts is not None)
         return times if len(set(times)) == self.shown else None
 
     def seconds(self, frames: int) -> float | None:
-        """The time that the frames are shown for: by their times, or by their rate where those are missing."""
+        """The duration of the frames: by their times, or by their rate if times are missing."""
         times = self.times
         if times and self.seconds_a_tick:
             gaps = sorted(later - earlier for earlier, later in pairwise(times))
             usual = gaps[len(gaps) // 2] if gaps else 0
-            # Durations of packets in another order than that of frames are those between packets.
+            # If packets and frames have different orders, the duration of a packet is the time to the next packet.
             order = [packet.pts for packet in self.packets if packet.shown]
             last = self.last_duration if order == times and self.last_duration else usual
             if times[-1] + last > times[0]:
@@ -119,7 +119,7 @@ class Scan:
 
 @dataclass(frozen=True)
 class Segment:
-    """The packets from `first` to `last`, in decoding order, which give the frames shown at `times`."""
+    """The packets from `first` to `last`, in decoding order, which give the frames with these `times`."""
 
     first: int
     last: int
@@ -127,7 +127,7 @@ class Segment:
 
 
 def is_fresh_start(packet: Packet, codec: str, extradata: bytes | None) -> bool:
-    """Whether a decoder can start from this packet and get this and all later-shown frames right."""
+    """Whether a decoder that starts at this packet decodes its frame and all frames shown later correctly."""
     if not packet.is_keyframe:
         return False
     if codec not in _FRESH_STARTS:
@@ -140,19 +140,19 @@ def is_fresh_start(packet: Packet, codec: str, extradata: bytes | None) -> bool:
 
 
 def is_shown(packet: Packet, codec: str) -> bool:
-    """Whether a packet says that it gives a frame; VP8 and VP9 have frames that only others look back to."""
+    """Whether a packet gives a frame by its own data; VP8 and VP9 have frames that serve only as references."""
     if packet.is_discard:
         return False
     data = memoryview(packet)
     if codec == "vp8":
         return bool(data[0] & 0x10)
-    if codec == "vp9":  # shown itself, showing an earlier one, or several frames together, of which the last is shown
+    if codec == "vp9":  # a shown frame, a repeated earlier frame, or several frames of which the last is shown
         return bool(data[0] & 0x0A) or data[-1] & 0xE0 == 0xC0
     return True
 
 
 def plan_segments(scan: Scan, indices: Sequence[int], threads: int) -> tuple[list[Segment], list[int]] | None:
-    """The parts to decode for the frames with these indices, and the time of each frame; None to decode everything."""
+    """The parts to decode for these indices, and the time of each frame; None to decode everything."""
     if not scan.one_frame_a_packet:
         return None
     packets = scan.packets
@@ -166,7 +166,7 @@ def plan_segments(scan: Scan, indices: Sequence[int], threads: int) -> tuple[lis
             before -= 1
         parts.setdefault(starts[before], []).append(position)
     segments = [Segment(first, max(part), tuple(times[at] for at in part)) for first, part in sorted(parts.items())]
-    # A part costs its packets, and the frames that idle threads would have decoded while it ends.
+    # The cost of a part: its packets, and the frames that threads could decode while they wait for the end of the part.
     cost = sum(segment.last - segment.first + threads for segment in segments)
     if cost > _WORTH_IT * len(packets):
         return None
@@ -180,10 +180,10 @@ def decode_segments(
     segments: Sequence[Segment],
     convert: Callable[[VideoFrame], _T],
 ) -> Iterator[tuple[int, _T]]:
-    """The segments' times, in ascending order, and the converted frames.
+    """Yields the segments' times, in ascending order, and the converted frames.
 
     Raises:
-        CannotSeekError: packets or frames are not those that were expected; frames that came before are right.
+        CannotSeekError: packets or frames differ from those expected; frames that came before are correct.
         av.FFmpegError: a packet cannot be decoded.
     """
     positions = {packet.pts: position for position, packet in enumerate(scan.packets)}
@@ -214,8 +214,8 @@ def _decode_segment(
         if expected == segment.first and position is not None and position < expected:
             continue
         if position != expected or packet.size != scan.packets[expected].size:
-            raise CannotSeekError("seeking does not lead to the packet that was asked for")
-        if packet.pts >= start.pts:  # what is shown before the start looks back beyond it
+            raise CannotSeekError("seeking does not lead to the requested packet")
+        if packet.pts >= start.pts:  # frames shown before the start may refer to pictures before it
             yield from stream.codec_context.decode(packet)
         expected += 1
         if expected > segment.last:
@@ -225,7 +225,7 @@ def _decode_segment(
 
 
 def split_units(data: bytes, codec: str, extradata: bytes) -> Iterator[memoryview]:
-    """The units that an h264 or hevc packet consists of, each from its header on."""
+    """Yields the units of an h264 or hevc packet, each from its header on."""
     view = memoryview(data)
     in_box = len(extradata) > 22 and extradata[0] == 1 if codec == "hevc" else len(extradata) > 6 and extradata[0] == 1
     if in_box:

@@ -1,8 +1,8 @@
-"""Frames decoded by torchcodec, where it can be trusted.
+"""Decodes frames with torchcodec, where it is reliable.
 
-torchcodec hands out pictures that the decoder has painted over for want of data, without a word, and puts another frame
-in the place of a missing one. So it gets only codecs whose decoders fail on damage, and the time of each frame is
-compared with that of its packet.
+torchcodec silently returns pictures that the decoder has repaired without enough data, and replaces a missing frame by
+another one. So it is used only for codecs whose decoders fail on damage, and the time of each frame is compared with
+that of its packet.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from mplug2_fast.video.orientation import Orientation
 from mplug2_fast.video.pixels import squash
 from mplug2_fast.video.seek import Scan
 
-# Damaged at random, files of these raised wherever PyAV did. Those of h264, mpeg4 and mjpeg gave pictures nine times
-# out of ten, those of av1 now and then.
-_SOUND = ("hevc", "vp8", "vp9")
+# Tested with random damage. For these codecs, torchcodec failed whenever PyAV did. For h264, mpeg4 and mjpeg it
+# returned pictures in nine of ten cases, for av1 sometimes.
+_RELIABLE = ("hevc", "vp8", "vp9")
 _BATCH = 4
 
 
 def reason_not_served(scan: Scan, orientation: Orientation) -> str | None:
-    if scan.codec not in _SOUND:
-        return f"of {scan.codec} it decodes damaged files without an error"
+    if scan.codec not in _RELIABLE:
+        return f"it decodes damaged {scan.codec} files without an error"
     if not scan.one_frame_a_packet:
-        return "its frames cannot be told by their times"
+        return "the times of its packets do not identify its frames"
     if scan.crop is not None:
-        return "it does not crop frames as the container asks for"
+        return "it does not crop frames as the container requires"
     if orientation.mirrored:
         return "it does not mirror frames"
     return None
@@ -37,7 +37,7 @@ def reason_not_served(scan: Scan, orientation: Orientation) -> str | None:
 def stream_frames(
     name: str, scan: Scan, indices: list[int], *, threads: int, image_size: int | None
 ) -> Iterator[np.ndarray]:
-    """The frames with these indices: see `mplug2_fast.video.backends.stream_frames`."""
+    """Yields the frames with these indices: see `mplug2_fast.video.backends.stream_frames`."""
     from torchcodec.decoders import VideoDecoder
 
     times = sorted(packet.pts for packet in scan.packets)
@@ -46,11 +46,11 @@ def stream_frames(
     try:
         decoder = VideoDecoder(name, dimension_order="NHWC", num_ffmpeg_threads=threads)
         for first in range(0, len(indices), _BATCH):
-            asked = indices[first : first + _BATCH]
-            batch = decoder.get_frames_at(asked)
-            for index, pixels, seconds in zip(asked, batch.data.numpy(), batch.pts_seconds.tolist(), strict=True):
+            chosen = indices[first : first + _BATCH]
+            batch = decoder.get_frames_at(chosen)
+            for index, pixels, seconds in zip(chosen, batch.data.numpy(), batch.pts_seconds.tolist(), strict=True):
                 if round(seconds / scan.seconds_a_tick) != times[index]:
-                    raise VideoError(f"{name}: is corrupt: torchcodec puts another frame in the place of frame {index}")
+                    raise VideoError(f"{name}: is corrupt: torchcodec replaces frame {index} by another")
                 yield pixels if image_size is None else squash(pixels, image_size)
     except (RuntimeError, ValueError, IndexError) as error:
         detail = str(error).strip().splitlines()[0][:200]

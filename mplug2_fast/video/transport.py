@@ -1,7 +1,7 @@
-"""Whether packets are missing in an MPEG transport stream.
+"""Checks whether packets of an MPEG transport stream are missing.
 
-Packets carry counters. Where whole streams are joined, the counters begin again, and libav calls the packet before the
-joint damaged although nothing is missing.
+Packets have counters. In joined streams the counters start again, and libav reports the packet before the joint as
+damaged although nothing is missing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _CHUNK = 1 << 16
 def missing_packets(file: BinaryIO, pid: int, guard: Guard) -> bool:
     """Whether packets of a stream are missing, by their counters.
 
-    A counter may jump where a stream begins: with a table of programs (PID 0) since the packet before it, and with
-    the start of a picture. Packets that are marked as damaged count as missing.
+    A counter may jump at the start of a stream: where a table of programs (PID 0) comes before a packet that starts a
+    picture. Packets that are marked as damaged count as missing.
     """
     size, offset = _packet_size(file)
     if size is None:
@@ -34,8 +34,8 @@ def missing_packets(file: BinaryIO, pid: int, guard: Guard) -> bool:
         if not (packets[:, 0] == 0x47).all():
             return True
         pids = (packets[:, 1].astype(np.int32) & 0x1F) << 8 | packets[:, 2]
-        looked_at = packets[(pids == 0) | (pids == pid), 1:4].tolist()
-        for high, low, flags in looked_at:
+        relevant = packets[(pids == 0) | (pids == pid), 1:4].tolist()
+        for high, low, flags in relevant:
             packet_pid, starts, damaged = (high & 0x1F) << 8 | low, high & 0x40, high & 0x80
             if packet_pid == 0:
                 table_since = True
@@ -54,7 +54,7 @@ def missing_packets(file: BinaryIO, pid: int, guard: Guard) -> bool:
 
 
 def _packet_size(file: BinaryIO) -> tuple[int | None, int]:
-    """The distance between packets, and where the first begins."""
+    """The distance between packets, and the position of the first."""
     file.seek(0)
     head = file.read(204 * 8)
     for size in _SIZES:

@@ -1,12 +1,12 @@
-"""A process that decodes: what runs in it, and the handle by which another process drives it.
+"""A decoding process, and the class by which its parent controls it.
 
-It is a Python of its own rather than a fork (threads and locks of the parent stay out of it) and does not import the
-parent's main module (a script needs no `if __name__ == "__main__"`). It imports numpy and PyAV only, so that replacing
-one is cheap.
+The process is a new Python, not a fork, so that it does not inherit threads and locks. It does not import the parent's
+main module, so a script needs no `if __name__ == "__main__"`. It imports only numpy and PyAV, so that replacing it is
+cheap.
 
-Messages go over a socket that keeps their bounds. The parent sends a job, then asks for each further clip; the worker
-answers with JSON and, for a clip, a file descriptor of anonymous memory that holds the frames. That memory belongs to
-whoever holds the descriptor: however a process ends, nothing is left behind.
+Messages are packets on a socket. The parent sends a job, then requests each further clip. The worker answers with JSON
+and, for a clip, a file descriptor of anonymous memory with the frames. That memory is freed when the last descriptor is
+closed, even if a process crashes.
 """
 
 from __future__ import annotations
@@ -37,13 +37,12 @@ _JOB, _JOB_IN_MEMORY = b"P", b"M"
 _DYING_LIMIT = 5.0
 _MAX_MESSAGE = 1 << 16
 _MAX_REASON = 1 << 12
-# Of the memory of a worker: what libraries and the frames that are handed over take, which the system's limit on data
-# leaves out.
+# The part of a worker's memory that the system's limit on data does not count: libraries, and frames that are sent.
 _SHARED_BYTES = 1 << 27
 
 
 class Worker:
-    """The parent's handle of a worker process, which starts with it."""
+    """The parent's control of a worker process. Creating it starts the process."""
 
     def __init__(self, options: ClipOptions) -> None:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -57,7 +56,7 @@ class Worker:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                # numpy would start a thread for every core, which it never uses here, and they spin for a while.
+                # Otherwise numpy starts a thread for every core; they are not used, but stay active for a while.
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
             )
 
@@ -66,12 +65,12 @@ class Worker:
         return self._process.pid
 
     def start(self, source: bytes | str | os.PathLike[str]) -> None:
-        """Begin with a file: a path, or the bytes of the file itself. Its first clip, or an error, is the answer.
+        """Starts a file: a path, or the bytes of the file. The answer is its first clip, or an error.
 
-        A file that follows another before the last answer to that has come ends it, unless one clip is all it gives.
+        With windows, starting a file ends the current one.
 
         Raises:
-            ConnectionError: the process is gone. BlockingIOError: it has not begun with the file before.
+            ConnectionError: the process has ended. BlockingIOError: it has not started the previous file.
             OSError: the file's name, or its bytes, are too large.
         """
         if isinstance(source, bytes):
@@ -86,14 +85,14 @@ class Worker:
             self.socket.send(_JOB + os.fsencode(source), socket.MSG_DONTWAIT)
 
     def proceed(self) -> None:
-        """Ask for the next clip of the file."""
+        """Requests the next clip of the file."""
         self.socket.send(_NEXT)
 
     def receive(self) -> dict[str, Any] | None:
-        """The answer that is waiting, with `memory`, a buffer, where it has frames; None if the process is gone."""
+        """The next answer, with a buffer `memory` if it has frames; None if the process has ended."""
         try:
             message, descriptors, _, _ = socket.recv_fds(self.socket, _MAX_MESSAGE, 1)
-        except ConnectionResetError:  # it left a message unread; told once, before the answers that it sent until then
+        except ConnectionResetError:  # raised once if the process left a message unread; its answers follow
             return self.receive()
         if not message:
             return None
@@ -104,39 +103,39 @@ class Worker:
         return answer
 
     def end(self) -> str:
-        """Kill the process if it is still there, and tell how it ended."""
+        """Kills the process if it still runs, and returns how it ended."""
         self.socket.close()
         self._process.kill()
         try:
             status = self._process.wait(_DYING_LIMIT)
-        except subprocess.TimeoutExpired:  # it waits for a disk or a network, and is gone when that answers
-            return "it cannot even be killed"
+        except subprocess.TimeoutExpired:  # it waits for a disk or a network, and will end afterwards
+            return "it cannot be killed"
         if status >= 0:
-            return f"it left with status {status}"
+            return f"it ended with status {status}"
         name = signal.Signals(-status).name
         return f"{name}, as when memory runs out" if -status == signal.SIGKILL else name
 
 
 def main(descriptor: int, parent: int, options: str) -> None:
-    """Serves one parent until that is gone."""
+    """Serves one parent until that ends."""
     connection = socket.socket(fileno=descriptor)
     fields = json.loads(options)
     windows, limits = fields.pop("windows"), Limits(**fields.pop("limits"))
-    _be_expendable(parent)
+    _set_up_signals(parent)
     if limits.memory is not None:
         most = max(limits.memory - _SHARED_BYTES, _SHARED_BYTES)
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     try:
-        import mplug2_fast.video.decode  # noqa: F401  (so that the first file does not pay for it, or fail by it)
+        import mplug2_fast.video.decode  # noqa: F401  (so that importing does not slow down or fail the first file)
     except Exception:
         connection.send(json.dumps({"failed": traceback.format_exc()[-_MAX_REASON:]}).encode())
         return
-    with contextlib.suppress(ConnectionError, EOFError):  # the parent is gone
+    with contextlib.suppress(ConnectionError, EOFError):  # the parent has ended
         _serve(connection, ClipOptions(**fields, windows=windows and Windows(**windows), limits=limits))
 
 
-def _be_expendable(parent: int) -> None:
-    """Never outlive the parent, leave Ctrl-C to it, and be the one that goes when the machine runs out of memory."""
+def _set_up_signals(parent: int) -> None:
+    """Ends with the parent, ignores Ctrl-C, and is killed first when the machine runs out of memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
@@ -145,7 +144,7 @@ def _be_expendable(parent: int) -> None:
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("800")
     except OSError:
-        pass  # not every sandbox has it
+        pass  # some sandboxes do not have this file
 
 
 def _serve(connection: socket.socket, options: ClipOptions) -> None:
@@ -160,7 +159,7 @@ def _serve(connection: socket.socket, options: ClipOptions) -> None:
 
 
 def _run_job(connection: socket.socket, path: bytes, options: ClipOptions) -> tuple[bytes, list[int]]:
-    """Sends what comes of a file as it is asked for, until another message than that comes, which it returns."""
+    """Sends the clips of a file on request. Returns the first message that is not such a request."""
     name = os.fsdecode(path)
     started = time.monotonic()
     try:
@@ -175,8 +174,8 @@ def _run_job(connection: socket.socket, path: bytes, options: ClipOptions) -> tu
     except Exception as error:
         if isinstance(error, MemoryError) and options.limits.memory is not None:
             error = too_much_memory(options.limits.memory)
-        told = isinstance(error, (VideoError, LimitError))
-        reason = str(error) if told else f"{type(error).__name__}: {error}"
+        is_expected = isinstance(error, (VideoError, LimitError))
+        reason = str(error) if is_expected else f"{type(error).__name__}: {error}"
         reason = reason.removeprefix(f"{name}: ".replace("\n", " "))
         answer = {"error": reason[:_MAX_REASON], "seconds": time.monotonic() - started}
         connection.send(json.dumps(answer).encode())
@@ -191,7 +190,7 @@ def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
 
 
 def _send_clip(connection: socket.socket, clip: DecodedClip, seconds: float) -> None:
-    """The frames go into shared memory, their indices behind them."""
+    """Sends the frames, followed by their indices, in shared memory."""
     shape = (len(clip.frames), *clip.frames[0].shape)
     indices = np.array(clip.indices, dtype=np.int64)
     size = int(np.prod(shape))

@@ -107,7 +107,7 @@ def test_a_line_that_is_something_else_is_left_alone(tmp_path: Path, alien: byte
 def test_a_file_that_no_run_began_is_left_alone(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "a.mp4"
     path.write_bytes(data)
-    with pytest.raises(ConfigError, match=r"a\.mp4 is there already, and .*a\.mp4\.run, which a run keeps"):
+    with pytest.raises(ConfigError, match=r"a\.mp4 exists, but .*a\.mp4\.run, which every run keeps"):
         journal(path)
     assert path.read_bytes() == data
     settings = Path(settings_file(str(path)))
@@ -121,20 +121,20 @@ def test_a_file_that_no_run_began_is_left_alone(tmp_path: Path, data: bytes) -> 
         '{"settings": null, "choices": {}}',
     ):
         settings.write_text(text)
-        with pytest.raises(ConfigError, match="cannot be read: name another output"):
+        with pytest.raises(ConfigError, match="cannot be read: use another output"):
             journal(path)
         assert path.read_bytes() == data
     for size in (0, -1, True, 1.5, "4", None, []):
         settings.write_text(json.dumps({"settings": SETTINGS, "choices": {"batch_size": size}}))
-        with pytest.raises(ConfigError, match="cannot be read: name another output"):
+        with pytest.raises(ConfigError, match="cannot be read: use another output"):
             journal(path, batch_size=4)
     settings.unlink()
     os.mkfifo(settings)  # does not wait for a writer
-    with pytest.raises(ConfigError, match="cannot be read: name another output"):
+    with pytest.raises(ConfigError, match="cannot be read: use another output"):
         journal(path)
     settings.unlink()
     settings.symlink_to("/dev/zero")
-    with pytest.raises(ConfigError, match="cannot be read: name another output"):
+    with pytest.raises(ConfigError, match="cannot be read: use another output"):
         journal(path)
 
 
@@ -144,9 +144,11 @@ def test_settings_may_not_change_while_there_are_lines(tmp_path: Path) -> None:
     journal(path).close()
     with journal(path, other) as opened:  # there are none yet
         opened.append([line("a")])
-    with pytest.raises(ConfigError, match=r"begun with other options: num_beams was 3 and is 5\. Take those, or name"):
+    with pytest.raises(
+        ConfigError, match=r"was started with num_beams=3 \(now 5\)\. Use the original options or another"
+    ):
         journal(path)
-    with pytest.raises(ConfigError, match="kind was None and is 'pooled'"):
+    with pytest.raises(ConfigError, match=r"kind=None \(now 'pooled'\)"):
         journal(path, {**other, "kind": "pooled"})
     path.unlink()
     journal(path).close()
@@ -165,7 +167,7 @@ def test_the_second_of_two_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
 
     def other() -> str:
-        """What another process is told."""
+        """The error of another process."""
         ours, theirs = os.pipe()
         process = os.fork()
         if process == 0:
@@ -178,14 +180,14 @@ def test_the_second_of_two_is_refused(tmp_path: Path) -> None:
                 os._exit(0)
         os.close(theirs)
         os.waitpid(process, 0)
-        with open(ours) as told:
-            return told.read()
+        with open(ours) as answer:
+            return answer.read()
 
     with journal(path) as opened:
         opened.append([line("a")])
         with pytest.raises(ConfigError, match="another run is writing to it"):
             journal(path)
-        assert other() == f"{path}: another run is writing to it: wait for it, or name another output"
+        assert other() == f"{path}: another run is writing to it: wait for it, or use another output"
     assert other() == "opened"
 
 
@@ -304,7 +306,7 @@ def test_the_lines_of_a_file_that_is_replaced_are_kept_beside_it(tmp_path: Path)
     opened.append([line("a")])
     (tmp_path / "other").write_text("somebody else's")
     (tmp_path / "other").rename(path)
-    with pytest.raises(MPlug2Error, match=r"its lines are in .*a\.jsonl\.recovered-1 now, which a run can go on with"):
+    with pytest.raises(MPlug2Error, match=r"its lines are in .*a\.jsonl\.recovered-1 now. Use that"):
         opened.append([line("b")])
     opened.close()
     assert path.read_text() == "somebody else's"
@@ -363,7 +365,7 @@ def test_settings_that_are_removed_are_written_again(tmp_path: Path) -> None:
     opened = journal(path, batch_size=4)
     opened.append([line("a")])
     Path(settings_file(str(path))).unlink()
-    with pytest.warns(UserWarning, match=r"a\.jsonl\.run was removed during the run: it is written again"):
+    with pytest.warns(UserWarning, match=r"a\.jsonl\.run was removed during the run and is written again"):
         opened.close()
     with journal(path, batch_size=9) as opened:
         assert opened.choices == {"batch_size": 4}

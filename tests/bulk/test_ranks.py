@@ -69,8 +69,8 @@ def test_two_programs_one_of_them_killed_and_started_again(tmp_path: Path) -> No
     assert 2 <= len(before) < 60
 
     again = start(paths, out)
-    _, told = again.communicate(timeout=200)
-    assert f"{out}: 54 captions, 6 failed; " in told
+    _, messages = again.communicate(timeout=200)
+    assert f"{out}: 54 captions, 6 failed; " in messages
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(lines) == 60
     assert {line["path"] for line in lines} == set(paths)
@@ -131,7 +131,9 @@ def test_who_a_program_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert (second.device("auto"), alone.device("auto")) == ("cuda:1", "auto")
-    with pytest.raises(ConfigError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT: not set, while RANK, WORLD_SIZE are"):
+    with pytest.raises(
+        ConfigError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT: not set, although RANK, WORLD_SIZE are"
+    ):
         bulk.Ranks({"RANK": "0", "WORLD_SIZE": "2"})
     for name, value, allowed in (
         ("RANK", "first", "from 0 to 1"),
@@ -143,7 +145,7 @@ def test_who_a_program_is(monkeypatch: pytest.MonkeyPatch) -> None:
         ("LOCAL_WORLD_SIZE", "0", "at least 1"),
         ("LOCAL_WORLD_SIZE", "", "at least 1"),
     ):
-        with pytest.raises(ConfigError, match=f"{name} must be a number, {allowed}, as torchrun sets it"):
+        with pytest.raises(ConfigError, match=f"{name} must be a number, {allowed}, not "):
             bulk.Ranks({**TORCHRUN, name: value})
     with pytest.raises(ConfigError, match="LOCAL_WORLD_SIZE must be"):
         bulk.Ranks({"LOCAL_WORLD_SIZE": "0"})
@@ -159,7 +161,7 @@ def test_programs_that_do_not_see_the_same_are_refused(captioner, clips: list[st
 
     second = Second(TORCHRUN)
     work = bulk.Predict(captioner, FRAMES, OPTIONS)
-    for digest, message in (("other", "see different files"), (runs._digest(videos(clips)), "is not to be seen here")):
+    for digest, message in (("other", "find different files"), (runs._digest(videos(clips)), "does not exist here")):
         second.shared = runs._Shared(digest, bytes(5), 2)
         with pytest.raises(ConfigError, match=message):
             bulk.run(work, videos(clips), tmp_path / "a.jsonl", ranks=second)

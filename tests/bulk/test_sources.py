@@ -36,7 +36,7 @@ def test_a_folder_stands_for_the_videos_below_it(folder: Path) -> None:
         "in/sub/deep/d.gif",
         "in/z/e.png",
     ]
-    assert (found.passed_over, found.repeated, found.empty) == (2, 0, ())
+    assert (found.not_media, found.repeated, found.empty) == (2, 0, ())
     assert paths(str(folder / "in" / "z")) == [str(folder / "in/z/e.png")]
 
 
@@ -69,7 +69,7 @@ def test_nothing_to_do_is_an_error(folder: Path) -> None:
     (folder / "empty.txt").touch()
     (folder / "none").mkdir()
     for named in ([], ["none"], ["empty.txt", "none"]):
-        with pytest.raises(ConfigError, match="there are no videos in"):
+        with pytest.raises(ConfigError, match="no videos or images in"):
             find_videos(named)
     with pytest.raises(ConfigError, match=r"missing\.txt: a list of videos cannot be read: No such file"):
         find_videos(["missing.txt"])
@@ -109,7 +109,7 @@ def test_links_to_folders_are_followed_and_no_folder_is_read_twice(folder: Path)
     own = ["in/a.MKV", "in/b.mp4", "in/file.mp4", "in/gone.mp4", "in/itself.mp4", "in/sub/c.webm", "in/sub/deep/d.gif"]
     assert [video.path for video in found.videos] == [*own, "in/z/e.png", "in/again/far.mp4"]
     # a loop, above, back, and of `up` those to `in` and to `deep` within `elsewhere`, and `a link`
-    assert (found.linked_again, found.passed_over) == (6, 3)
+    assert (found.linked_again, found.not_media) == (6, 3)
 
 
 def test_hidden_files_and_what_macos_leaves_are_skipped(folder: Path) -> None:
@@ -149,9 +149,9 @@ def test_lists_as_other_systems_write_them(
     ("data", "message"),
     [
         ("ä.mp4\n".encode("utf-16"), "list.txt: this is UTF-16 text: save it as UTF-8"),
-        ("a.mp4\n".encode("utf-16-be"), "list.txt, line 1: there is a NUL byte"),
+        ("a.mp4\n".encode("utf-16-be"), "list.txt, line 1: it has a NUL byte"),
         ("a.mp4\n".encode("utf-32"), "UTF-16 text"),
-        (b"a.mp4\nb\0.mp4\n", "list.txt, line 2: there is a NUL byte"),
+        (b"a.mp4\nb\0.mp4\n", "list.txt, line 2: it has a NUL byte"),
         (b"a.mp4\n" + b"x" * 100_000, "list.txt, line 2: it is longer than 65,536 bytes: this is not a list of videos"),
     ],
 )
@@ -174,7 +174,7 @@ def test_lists_and_questions_that_never_end_or_never_begin(folder: Path, monkeyp
         read_questions("in")
     with open("/dev/zero", "rb") as zero:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(zero))
-        with pytest.raises(ConfigError, match="-, line 1: there is a NUL byte"):
+        with pytest.raises(ConfigError, match="-, line 1: it has a NUL byte"):
             find_videos(["-"])
     monkeypatch.setattr(lists, "MAX_LINES", 3)
     Path("many.txt").write_text("a.mp4\n" * 4)
@@ -229,10 +229,10 @@ def test_questions_are_gathered_by_video(tmp_path: Path) -> None:
     [
         ("{", "line 2: this is not JSON"),
         ("[]", "line 2: this is not a JSON object"),
-        ({"question": "what?"}, "line 2: the object needs a 'path' that is a text"),
-        ({"path": "a", "question": 3}, "line 2: the object needs a 'question' that is a text"),
+        ({"question": "what?"}, "line 2: the object needs a text 'path'"),
+        ({"path": "a", "question": 3}, "line 2: the object needs a text 'question'"),
         ({"path": "\ud800.mp4", "question": "what?"}, "line 2: no file can have this 'path'"),
-        ({"path": " ", "question": "what?"}, "needs a 'path'"),
+        ({"path": " ", "question": "what?"}, "needs a text 'path'"),
         ({"path": "a", "question": "what?", "id": 1.5}, "the 'id' must be a text or an integer"),
         ({"path": "a", "question": "what?", "id": True}, "the 'id' must be"),
         ({"path": "a", "question": "what\ud800?"}, "line 2: the 'question' has characters that are not UTF-8"),
@@ -260,7 +260,7 @@ def test_questions_with_a_byte_order_mark(tmp_path: Path) -> None:
 
 
 def test_a_file_without_questions(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there are no questions"):
+    with pytest.raises(ConfigError, match="no questions: a line"):
         read_questions(write_jsonl(tmp_path / "q.jsonl", ""))
     with pytest.raises(ConfigError, match="cannot be read"):
         read_questions(tmp_path / "none.jsonl")

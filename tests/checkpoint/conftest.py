@@ -88,7 +88,7 @@ def golden_weights(golden_shapes: Shapes, make_state_dict: Callable[..., Any]) -
 
 @pytest.fixture
 def golden_file(golden_weights: dict[str, torch.Tensor], tmp_path: Path) -> Path:
-    """A released checkpoint as training leaves it."""
+    """An official checkpoint as training saves it."""
     path = tmp_path / "checkpoint.pth"
     optimizer = {"state": {0: {"step": 3, "exp_avg": torch.zeros(5)}}, "param_groups": [{"lr": 2e-5, "params": [0]}]}
     config = {"image_res": 56, "model_num_frames": 4, "prompt": "a video of", "beam_size": 3, "fusion_layers": 2}

@@ -96,7 +96,7 @@ def test_nothing_is_overwritten(golden_file, model, tmp_path):
     for write in (lambda to: convert(golden_file, to), lambda to: save_pretrained(model, to)):
         with pytest.raises(mf.CheckpointError, match="not empty"):
             write(folder)
-        with pytest.raises(mf.CheckpointError, match="a file of that name"):
+        with pytest.raises(mf.CheckpointError, match="a file has that name"):
             write(file)
     assert [entry.name for entry in folder.iterdir()] == ["notes.txt"]
     assert file.read_text() == "mine"

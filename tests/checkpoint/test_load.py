@@ -134,8 +134,8 @@ def test_twins_must_agree(golden_weights, golden_config, twin):
         ({"visn_emb_norm.weight": torch.zeros(128, dtype=torch.int8)}, "not floating point"),
         ({"visn_emb_norm.weight": torch.zeros(128, device="meta")}, "has no values"),
         ({"visn_emb_norm.weight": "gone"}, "neither a tensor nor a NumPy array of numbers, but str"),
-        ({"module.visn_emb_norm.weight": torch.zeros(128)}, "is there twice"),
-        ({3: torch.zeros(128)}, "names as keys"),
+        ({"module.visn_emb_norm.weight": torch.zeros(128)}, "exists twice"),
+        ({3: torch.zeros(128)}, "keys of a state dict must be names"),
         ({"model": {}}, "pass its 'model' entry"),
     ],
 )

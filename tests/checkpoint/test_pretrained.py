@@ -197,7 +197,7 @@ def test_an_unused_entry_may_hold_anything(tmp_path, golden_weights):
         (lambda w: {key: torch.empty(0) for key in w}, "zero_to_fp32.py"),
         (lambda w: w | {"a.lora_A.default.weight": torch.zeros(1)}, "merge_and_unload"),
         (lambda w: w | {"a._flat_param": torch.zeros(1)}, "FULL_STATE_DICT"),
-        (lambda w: w | {"module.visn_emb_norm.weight": torch.zeros(1)}, "is there twice"),
+        (lambda w: w | {"module.visn_emb_norm.weight": torch.zeros(1)}, "exists twice"),
     ],
 )
 def test_state_dicts_that_are_not_of_a_whole_model(tmp_path, golden_weights, golden_config, change, message):

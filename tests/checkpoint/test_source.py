@@ -84,7 +84,7 @@ BROKEN = [
     ("weights.pth", "list", "no state dict but list"),
     ("weights.pth", "no weights", "holds no weights, only epoch, lr"),
     ("weights.pth", "no weights inside", "holds no weights in its 'model' entry, only epoch"),
-    ("weights.pth", "numbers among weights", "no tensors, first epoch (int)"),
+    ("weights.pth", "numbers among weights", "no tensors, such as epoch (int)"),
     ("weights.safetensors", "empty", "the file is empty"),
     ("weights.safetensors", "text", "a text file"),
     ("weights.safetensors", "lfs", "git lfs pull"),

@@ -128,6 +128,8 @@ def arguments(op: Op, rng: Random) -> tuple[dict[str, Any], list[str]]:
     for _ in range(rng.choice((0, 0, 1, 1, 1, 2, 3))):
         name = rng.choice(list(given))
         value = given[name]
+        if f"{name}: freed" in done:  # other changes would read its memory
+            continue
         if isinstance(value, Tensor):
             what = rng.choice(list(MUTATIONS))
             try:
@@ -206,13 +208,21 @@ def call(op: Op, seed: int) -> str:
                 expected = as_tuple(op(*theirs.values()))
             except Exception as error:
                 raise AssertionError(f"{op.name} {seed} {way} {done}: returned, where PyTorch raises {error}") from None
-    for ours, eager in zip(as_tuple(results), expected, strict=True):
+    for index, (ours, eager) in enumerate(zip(as_tuple(results), expected, strict=True)):
         assert ours.shape == eager.shape, f"{op.name} {seed} {way} {done}: {ours.shape}, not {eager.shape}"
         if ours.is_floating_point() and torch.isfinite(eager).all():
-            error = (ours.double() - eager.double()).norm()
+            error = _distance(ours, eager)
             bound = TOLERANCE[min(ours.dtype, eager.dtype, key=lambda t: t.itemsize)] * eager.double().norm() + 1e-3
+            if error > bound:  # a norm of two nearly equal channels differs for either rounding
+                exact = as_tuple(op.spec.reference(**theirs, upcast=True))[index]
+                bound = max(bound, _distance(eager, exact))
+                error = _distance(ours, exact)
             assert error <= bound, f"{op.name} {seed} {way} {done}: off by {error:.3g}, {bound:.3g} allowed"
     return "compared"
+
+
+def _distance(one: Tensor, other: Tensor) -> Tensor:
+    return (one.double() - other.double()).norm()
 
 
 def _written(op: Op) -> list[str]:

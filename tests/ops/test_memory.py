@@ -41,6 +41,19 @@ def test_sides_of_zero(name, sizes, dtype, backend, native_module):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("name", EMPTY)
+def test_gradients_with_sides_of_zero(name):
+    op = ops.OPERATORS[name].op
+    for sizes in EMPTY[name]:
+        leaves = [
+            value.requires_grad_() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for value in _inputs(op, sizes, torch.float32)
+        ]
+        results = as_tuple(op(*leaves))
+        torch.autograd.backward(results, [torch.ones_like(result) for result in results])
+        assert all(leaf.grad.shape == leaf.shape for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.numel())
+
+
 def _inputs(op, sizes, dtype):
     """With sizes of 1 in place of 0, cut to those of 0: random tensors of no width have no scale."""
     whole = op.spec.inputs({k: v or 1 for k, v in sizes.items()}, dtype)

@@ -243,7 +243,7 @@ def test_damage_to_any_chunk_of_an_avi_file_is_noticed(tmp_path):
             damaged = bytearray(data)
             damaged[position + at] ^= 0x11
             path.write_bytes(damaged)
-            with pytest.raises(VideoError, match=f"the chunk at byte {position - 8:,} is not what it should be"):
+            with pytest.raises(VideoError, match=f"the chunk at byte {position - 8:,} is damaged"):
                 decode_frames(path, range)
 
 

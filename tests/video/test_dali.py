@@ -90,7 +90,7 @@ def test_many_files_some_of_them_not_for_dali(tmp_path):
             if index in (5, 7, 10, 11, 12, 13, 14):
                 assert clip.backend == "pyav"
                 assert clip.passed_by == (
-                    "frames of this file cannot be told by its packets"
+                    "the packets of this file do not show which frames it has"
                     if index == 7
                     else "DALI does not decode h264 on cpu"
                 )
@@ -159,7 +159,7 @@ def test_a_video_that_is_turned_is_left_to_pyav(tmp_path):
     turn(path)
     assert VideoReader(path).rotation == -90
     (clip,) = DaliLoader("cpu", num_frames=2, image_size=16).clips([path])
-    assert clip.passed_by == "DALI does not turn frames upright"
+    assert clip.passed_by == "DALI does not rotate or mirror frames to upright"
     assert torch.equal(clip.frames, load_video(path, 2, 16))
 
 
@@ -223,7 +223,7 @@ def test_options_out_of_range(options, message):
 @needs_dali
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there():
-    with pytest.raises(ValueError, match="there is no CUDA device, which 'cuda' asks for"):
+    with pytest.raises(ValueError, match="'cuda' needs a CUDA device, and there is none"):
         DaliLoader()
 
 

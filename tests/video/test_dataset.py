@@ -115,11 +115,11 @@ def test_broken_files(paths, tmp_path):
     broken = [*paths[:3], tmp_path / "none.mp4"]
     with pytest.raises(VideoError, match=r"none\.mp4: no such file"):
         list(ClipDataset(broken, image_size=8))
-    with pytest.warns(UserWarning, match=r"none\.mp4: no such file; .*\.mp4 takes its place"):
+    with pytest.warns(UserWarning, match=r"none\.mp4: no such file; using .*\.mp4 instead"):
         found = list(ClipDataset(broken, image_size=8, on_error="replace"))
     assert len(found) == 4
     assert {clip["index"] for clip in found} == {0, 1, 2}
-    with pytest.raises(VideoError, match=r"no such file; nor can any other of the 1 files of this share"):
+    with pytest.raises(VideoError, match=r"no such file; all other files of this share \(1\) fail too"):
         list(ClipDataset(broken[3:], image_size=8, on_error="replace"))
 
 

@@ -14,7 +14,7 @@ import pytest
 from mplug2_fast import VideoError
 from mplug2_fast.video import DecodePool, Limits, VideoReader, load_video
 from mplug2_fast.video.decode import decode_frames
-from mplug2_fast.video.limits import CarefulFile, Guard
+from mplug2_fast.video.limits import Guard, LimitedFile
 from tests.video import mutations
 from tests.video.clips import moving_frames, write_video
 
@@ -74,7 +74,7 @@ def picture_of_tiles():
 
 
 HOSTILE = {
-    "screen of a gif": (lambda _: gif(46_000), "has frames of 46,000x46,000 pixels, more than 134,217,728 in all"),
+    "screen of a gif": (lambda _: gif(46_000), "has frames of 46,000x46,000 pixels, more than 134,217,728 in total"),
     "frames of an mp4": (lambda folder: frames_claimed(folder, 20_000_000), "claims 20,000,000 frames of 1 bytes, but"),
     "frames of a fragment": (lambda folder: fragment_claimed(folder, 2**31), "claims more than 16,777,216 frames"),
     "edits": (lambda folder: edits_claimed(folder, 1000), "claims more than 16,777,216 frames"),
@@ -146,7 +146,7 @@ def test_sparse_files_take_little_memory(tmp_path, extension):
 def test_limits_can_be_raised_and_lowered(tmp_path):
     path = write_video(tmp_path / "clip.mkv", "mjpeg", moving_frames(20))
     for limits, reason in (
-        (Limits(pixels=5000), r"more than 5,000 (pixels )?in all[;:] raise Limits\.pixels"),
+        (Limits(pixels=5000), r"more than 5,000 (pixels )?in total[;:] raise Limits\.pixels"),
         (Limits(frames=19), "has more than 19 frames; raise Limits.frames"),
         (Limits(memory=2**20), "needs more than 0.000977 GiB of memory to decode; raise Limits.memory"),
         (Limits(seconds=1e-9), "takes too long: stopped after 1e-09 s; raise Limits.seconds"),
@@ -213,7 +213,7 @@ def test_mutated_files_are_accounted_for(tmp_path):
 def test_a_container_may_name_a_position_before_its_start(tmp_path):
     path = tmp_path / "a.nut"
     path.write_bytes(b"0123")
-    with closing(CarefulFile(str(path), Guard(Limits()))) as file:
+    with closing(LimitedFile(str(path), Guard(Limits()))) as file:
         assert file.seek(-1) == -errno.EINVAL
         assert file.seek(2) == 2
         assert file.read(9) == b"23"
@@ -224,6 +224,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     path = write_video(tmp_path / "a.nut", "ffv1", moving_frames(3))
-    monkeypatch.setattr(CarefulFile, "read", read)
+    monkeypatch.setattr(LimitedFile, "read", read)
     with pytest.raises(VideoError, match=rf"^{path}: is .*\(Input/output error\)$"):
         load_video(path, 2, 32)

@@ -98,7 +98,7 @@ def test_errors_are_those_of_decoding_here(clips, tmp_path):
 def test_a_path_without_end_costs_nothing_else(clips):
     with DecodePool(1, num_frames=2, image_size=8) as pool:
         found = by_index(pool.clips(["x" * 1_000_000, clips[0]]))
-    assert str(found[0].error).endswith("x: cannot be handed to a decoder: Message too long")
+    assert str(found[0].error).endswith("x: cannot be sent to a decoder: Message too long")
     assert found[1].error is None
 
 
@@ -151,7 +151,7 @@ def test_a_hanging_worker_costs_its_file_only(clips):
 def test_a_hanging_worker_whose_socket_is_full_is_ended_too(clips):
     with DecodePool(1, timeout=1.0, num_frames=2, image_size=8) as pool:
         list(pool.clips(clips[:1]))
-        (worker,) = pool._supervisor._desks
+        (worker,) = pool._supervisor._queues
         os.kill(worker.pid, signal.SIGSTOP)
         longest = "x" * (worker.socket.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) - 100)
         found = by_index(pool.clips([longest, longest, clips[0]]))
@@ -179,7 +179,7 @@ def test_a_dying_worker_costs_its_file_only(clips, name):
         os.kill(pid, signal.SIGSTOP)
 
         def kill_at_work():
-            while not any(len(desk.tasks) == 2 for desk in pool._supervisor._desks.values()):
+            while not any(len(queue.tasks) == 2 for queue in pool._supervisor._queues.values()):
                 time.sleep(0.01)
             os.kill(pid, getattr(signal, name))
             os.kill(pid, signal.SIGCONT)
@@ -210,7 +210,7 @@ def test_a_worker_that_dies_idle_costs_nothing(clips):
 def test_a_file_is_not_to_blame_for_a_worker_that_was_dead_before(clips):
     with DecodePool(1, num_frames=2, image_size=8) as pool:
         list(pool.clips(clips[:1]))
-        (worker,) = pool._supervisor._desks
+        (worker,) = pool._supervisor._queues
         # The worker's death goes unheard, as in the moment between it and the supervisor's waking up.
         pool._supervisor._selector.unregister(worker.socket)
         os.kill(worker.pid, signal.SIGKILL)
@@ -315,12 +315,12 @@ def test_a_pool_that_cannot_start_says_why(clips, monkeypatch, tmp_path):
 
 def test_misuse(clips):
     pool = DecodePool(1)
-    with pytest.raises(RuntimeError, match="works within its with statement"):
+    with pytest.raises(RuntimeError, match="use a DecodePool in a with statement"):
         next(pool.clips(clips))
     with pool:
         found = pool.clips(clips)
         next(found)
-        with pytest.raises(RuntimeError, match="iterated already"):
+        with pytest.raises(RuntimeError, match="another iteration of this DecodePool has not ended"):
             next(pool.clips(clips))
         found.close()
         with pytest.raises(TypeError, match="a source is a path or the bytes of a file, not int"):
@@ -344,7 +344,7 @@ def test_misuse(clips):
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         DecodePool(**{"num_workers": 1, **options})
-    with pytest.raises(BackendError, match="there is no video backend 'magic': choose one of pyav, torchcodec"):
+    with pytest.raises(BackendError, match="unknown video backend 'magic': choose one of pyav, torchcodec"):
         DecodePool(1, backend="magic")
     for name in ("length", "stride"):
         with pytest.raises(ValueError, match=f"{name} of the windows must be"):
