@@ -128,7 +128,7 @@ def arguments(op: Op, rng: Random) -> tuple[dict[str, Any], list[str]]:
     for _ in range(rng.choice((0, 0, 1, 1, 1, 2, 3))):
         name = rng.choice(list(given))
         value = given[name]
-        if f"{name}: freed" in done:  # other changes would read its memory
+        if {f"{name}: freed", f"{name}: huge"} & {*done}:  # other changes would read all of its memory
             continue
         if isinstance(value, Tensor):
             what = rng.choice(list(MUTATIONS))
