@@ -343,7 +343,7 @@ def test_an_instruction_set_that_does_not_exist(native_module: object, clips: li
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (finished.returncode, finished.stdout) == (2, "")
     assert errors(finished.stderr)[-1].startswith(
-        "error: MPLUG2_FAST_ISA: unknown instruction set nonsense: choose portable"
+        "error: MPLUG2_FAST_ISA: there is no instruction set nonsense: choose portable"
     )
     assert len(errors(finished.stderr)) == 2  # the note on the tiny model is the other
 
