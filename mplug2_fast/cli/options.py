@@ -24,7 +24,7 @@ CheckpointOption = Annotated[
     str | None,
     typer.Option(
         metavar="PATH",
-        help="An official .pth, a directory, a .safetensors, or owner/name on the Hub.  [default: the included tiny model]",
+        help="An official .pth, a directory, a .safetensors, or owner/name on the Hub.  [default: the tiny model]",
     ),
 ]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: float32 on the CPU, bfloat16 or float16 on a GPU.")]
