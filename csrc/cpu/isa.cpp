@@ -65,7 +65,8 @@ Isa isa_named(const std::string& name) {
             return isa;
         }
     }
-    throw std::invalid_argument("there is no instruction set " + name + ": choose portable, avx2, avx512 or avx512_bf16");
+    throw std::invalid_argument("there is no instruction set " + name +
+                                ": choose portable, avx2, avx512 or avx512_bf16");
 }
 
 }  // namespace mplug2_fast
