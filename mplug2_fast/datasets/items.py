@@ -165,10 +165,11 @@ def write_items(path: PathLike, items: Iterable[Item]) -> int:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as error:
+    except (OSError, UnicodeEncodeError) as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise DataError(f"{path}: cannot be written: {error.strerror}") from error
+        reason = error.strerror if isinstance(error, OSError) else f"an item has {error.object[error.start]!r}"
+        raise DataError(f"{path}: cannot be written: {reason}") from error
     return count
 
 
@@ -242,6 +243,11 @@ def _near(name: str) -> str | None:
 def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise DataError(f"{name} must be a text, got {printable(repr(value), 80)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        what = printable(repr(value), 80)
+        raise DataError(f"{name} has half characters, which no file can hold: {what}") from None
     return value
 
 

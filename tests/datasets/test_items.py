@@ -50,6 +50,7 @@ def test_fields_have_one_form(given, field, value):
         ({"id": True}, "id must be a text or a whole number, got True"),
         ({"id": ""}, "id must be a text or a whole number, got ''"),
         ({"video": 3}, "video must be a text, got 3"),
+        ({"caption": "\ud800"}, "caption has half characters, which no file can hold: '\\ud800'"),
         ({"caption": ["a", 3]}, "caption must be a text, got 3"),
         ({"start": -1}, "start must be a number of at least 0, got -1"),
         ({"start": 2, "end": 2}, "end must be after start, got start 2 and end 2"),
@@ -120,3 +121,6 @@ def test_a_file_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"file/a\.jsonl: cannot be written: "):
         write_items(tmp_path / "file/a.jsonl", [])
+    with pytest.raises(DataError, match=r"a\.jsonl: cannot be written: an item has '\\ud800'"):
+        write_items(tmp_path / "a.jsonl", [Item(id="a", extra={"note": "\ud800"})])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
