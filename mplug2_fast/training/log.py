@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 import time
@@ -32,6 +33,7 @@ class Log:
         self._waited, self._samples = 0.0, 0
         self._from, self._steps, self._started = 0, 0, time.monotonic()
         self._file: Any = None
+        self._lock: Any = None
         self._bar: Any = None
         self._writers: list[Callable[[int, Mapping[str, float]], None]] = []
 
@@ -45,6 +47,19 @@ class Log:
             self._bar.console.print(line, highlight=False, markup=False)
         else:
             print(line, file=sys.stderr, flush=True)
+
+    def claim(self) -> None:
+        """Keep other runs out of the folder for as long as this process lives.
+
+        Raises:
+            ConfigError: another run is there.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self._folder / ".lock").open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{self._folder}: another run is training there: stop it, or use another out") from None
 
     def recorded_recipe(self) -> Recipe | None:
         """The recipe that began this run."""
@@ -155,17 +170,22 @@ class Log:
         self.note(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
 
     def end(self, state: Any) -> None:
-        """Close everything and draw the losses."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        """Draw the losses and say how the run went."""
         if not self._first:
             return
-        self._file.close()
         self._plot(state)
         problems = f"; {state.skipped} steps skipped" if state.skipped else ""
         problems += f"; {len(state.bad)} files could not be read" if state.bad else ""
         self.note(f"{self._folder / 'model'}: trained for {state.step} steps{problems}")
+
+    def close(self) -> None:
+        """Close everything, however the run ended."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        for file in (self._file, self._lock):
+            if file is not None:
+                file.close()
 
     def _plot(self, state: Any) -> None:
         try:

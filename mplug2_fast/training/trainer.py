@@ -215,7 +215,7 @@ class Trainer:
         Raises:
             MPlug2Error: too many unreadable files, or too many steps in a row without an update.
         """
-        with self.world, self._signals():
+        with self.world, self._signals(), contextlib.closing(self._log):
             self.prepare()
             self._resume()
             self._log.begin(self.state.step, self.steps, self.state.bad)
@@ -230,6 +230,8 @@ class Trainer:
             return self._finish()
 
     def _resume(self) -> None:
+        if self.world.first:
+            self._log.claim()
         began = self.world.from_first(self._log.recorded_recipe() if self.world.first else None)
         if began is not None and (changed := self.recipe.differences(began)):
             raise ConfigError(

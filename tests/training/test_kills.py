@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -18,8 +20,8 @@ STEPS, KILLS = 300, 10
 
 def start(folder):
     command = [*launcher(), "tests.training.ranks", str(folder), "long"]
-    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+    errors = folder.with_suffix(".err").open("a")
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=errors, stderr=errors)
 
 
 def steps_done(folder):
@@ -27,8 +29,22 @@ def steps_done(folder):
     return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
+def family(pid):
+    """A process and all its descendants. torchrun gives each rank a session, so there is no group to kill."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found
+
+
 def kill(process):
-    os.killpg(process.pid, signal.SIGKILL)
+    for pid in family(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
 
 
@@ -43,7 +59,8 @@ def test_kills(tmp_path):
         while steps_done(killed) < until and process.poll() is None:
             time.sleep(0.02)
         time.sleep(rng.random() * 0.3)
-        kills += process.poll() is None
+        assert process.poll() is None, killed.with_suffix(".err").read_text()[-3000:]
+        kills += 1
         kill(process)
     assert kills == KILLS
     assert start(killed).wait() == 0

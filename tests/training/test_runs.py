@@ -164,3 +164,19 @@ def test_a_spike_is_skipped(recipe, train, monkeypatch):
     trainer.state.step, trainer.state.mean, trainer.state.variance = 100, 2.0, 0.01
     assert "standard deviations" in trainer._reason_to_skip(5.0, 1.0)
     assert trainer._reason_to_skip(2.5, 1.0) is None
+
+
+def test_two_runs_in_one_folder(recipe, train, monkeypatch):
+    original = Trainer.step
+
+    def step(self, shares):
+        if self.state.step == 1 and not refused:
+            with pytest.raises(ConfigError, match="another run is training there") as error:
+                train(recipe())
+            refused.append(error)
+        return original(self, shares)
+
+    refused = []
+    monkeypatch.setattr(Trainer, "step", step)
+    train(recipe())
+    assert refused
