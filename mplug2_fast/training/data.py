@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -52,24 +53,33 @@ class ItemDataset:
     """The items of a JSON Lines file.
 
     Args:
-        items: each gives the samples that the task makes of it.
-        task: of which the items must have the fields.
+        items: of which each has the fields of all tasks.
+        tasks: the first says which samples an item gives in training.
         vision: num_frames and image_size.
         augment: name in `AUGMENTATIONS`, or None for the frames and pixels of evaluation.
+        split_targets: whether an item with several targets gives several samples.
 
     Raises:
-        DataError: an item lacks a field that the task needs.
+        DataError: an item lacks a field that a task needs.
     """
 
-    def __init__(self, items: Sequence[Item], task: Task, vision: Any, augment: str | None = "none") -> None:
-        for item in items:
+    def __init__(
+        self,
+        items: Sequence[Item],
+        tasks: Sequence[Task],
+        vision: Any,
+        augment: str | None = "none",
+        *,
+        split_targets: bool = True,
+    ) -> None:
+        for task, item in itertools.product(tasks, items):
             missing = [name for name in task.fields if not getattr(item, name)]
             if not item.media and "vision" in task.modules:
                 missing.append("video or image")
             if missing:
                 raise DataError(f"item {item.id!r} has no {' and no '.join(missing)}, which {task.name} needs")
         self.items = list(items)
-        self.samples = [sample for item in items for sample in (task.samples(item) if augment else [item])]
+        self.samples = [each for item in items for each in (tasks[0].samples(item) if split_targets else [item])]
         self._vision = vision
         self._augment = augment
 
@@ -104,16 +114,18 @@ def _frames(item: Item, count: int, size: int | None, rng: np.random.Generator |
         raise VideoError(f"{path}: {error.strerror or error}") from error
 
 
-def open_dataset(source: Source, task: Task, config: Any, folder: Path = Path()) -> Dataset:
+def open_dataset(source: Source, tasks: Sequence[Task], config: Any) -> Dataset:
     """The data of a source: a JSON Lines file, a folder of splits, or a class in Python.
 
     Raises:
-        DataError: the file is no such data, or lacks what the task needs. ConfigError: the class cannot be imported.
+        DataError: the file is no such data, or lacks what a task needs. ConfigError: the class cannot be imported.
     """
     where, colon, name = source.data.rpartition(":")
     if colon and name.isidentifier():
         return _imported(where, name)(config)
-    return ItemDataset(read_items(source.data, source.split or None), task, config.vision, source.augment)
+    items = read_items(source.data, source.split or None)
+    # The reward of a caption takes all captions of its item.
+    return ItemDataset(items, tasks, config.vision, source.augment, split_targets=source.objective == "loss")
 
 
 def _imported(where: str, name: str) -> Any:

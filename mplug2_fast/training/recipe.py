@@ -76,7 +76,7 @@ class Source(_Part):
     split: str = ""
     batch_size: Positive = 8
     """Samples of a step, on all ranks together."""
-    share: Rate = 1.0
+    share: Annotated[float, Field(gt=0)] = 1.0
     """How often a step takes this source, if a step takes one."""
     weight: float | list[float] = 1.0
     """Of the loss, or of each task's."""

@@ -17,14 +17,14 @@ class CiderReward:
     """CIDEr-D of generated captions, with document frequencies of all references of the training data.
 
     Args:
-        references: of each item. split: cuts a text into words. decode: from token ids to a text.
+        references: of each item. tokenize: texts to texts of words with spaces between. decode: token ids to a text.
     """
 
-    def __init__(self, references: Sequence[Sequence[str]], split: Any, decode: Any) -> None:
+    def __init__(self, references: Sequence[Sequence[str]], tokenize: Any, decode: Any) -> None:
         from pycocoevalcap.cider.cider_scorer import CiderScorer, cook_refs
 
-        self._split, self._decode = split, decode
-        self._cook = lambda texts: cook_refs([" ".join(split(text)) for text in texts])
+        self._decode = decode
+        self._cook = lambda texts: cook_refs(tokenize(texts))
         self._scorer = CiderScorer()
         self._corpus = [self._cook(texts) for texts in references]
         self._scorer.crefs = self._corpus

@@ -21,7 +21,7 @@ from mplug2_fast.models import FAMILIES
 from mplug2_fast.tasks import Task, load
 from mplug2_fast.text import Tokenizer
 from mplug2_fast.training import lora
-from mplug2_fast.training.data import Batch, Dataset, ItemDataset, Step, StepDataset, iterate, open_dataset, schedule
+from mplug2_fast.training.data import Batch, Dataset, Step, StepDataset, iterate, open_dataset, schedule
 from mplug2_fast.training.data import to_device as moved
 from mplug2_fast.training.initial import scale_preserving
 from mplug2_fast.training.log import Log
@@ -101,6 +101,11 @@ class Trainer:
         self._check_sizes()
         self.tokenizer = tokenizer or self._tokenizer()
         self.model = model if model is not None else self._new_model()
+        if tokenizer is None and self.tokenizer.vocab_size != self.model.config.text.vocab_size:
+            raise ConfigError(
+                f"the vocabulary has {self.tokenizer.vocab_size} tokens and the model has "
+                f"{self.model.config.text.vocab_size}: put the vocab.txt that it was trained with beside the checkpoint"
+            )
         self.datasets = list(datasets) if datasets is not None else self._open_data()
         self.steps = recipe.steps or self._steps_of_epochs()
         self._plan = schedule([source.share for source in recipe.sources], self.steps, recipe.seed)
@@ -140,7 +145,7 @@ class Trainer:
 
     def _open_data(self) -> list[Dataset]:
         sources = self.recipe.sources
-        return [open_dataset(source, self._tasks[source.tasks[0]], self.model.config) for source in sources]
+        return [open_dataset(s, [self._tasks[name] for name in s.tasks], self.model.config) for s in sources]
 
     def _steps_of_epochs(self) -> int:
         first = self.recipe.sources[0]
@@ -201,10 +206,10 @@ class Trainer:
         from mplug2_fast.evaluation import tokenize
 
         prompt = self.model.config.generation.prompt
-        data = self.datasets[sources[0]]
-        if not isinstance(data, ItemDataset):
-            raise ConfigError("scst needs a JSON Lines file, for the document frequencies of its captions")
-        references = [item.caption for item in data.items]
+        items = getattr(self.datasets[sources[0]], "items", None)
+        if items is None:
+            raise ConfigError("scst counts the words of all captions: use a JSON Lines file, or a dataset with `items`")
+        references = [item.caption for item in items]
         return CiderReward(references, tokenize, lambda ids: self.tokenizer.decode_caption(ids, prompt))
 
     # --- the run

@@ -11,7 +11,7 @@ import torch
 
 from mplug2_fast.datasets import Item, read_items
 from mplug2_fast.errors import ConfigError, VideoError
-from mplug2_fast.evaluation import evaluate, score
+from mplug2_fast.evaluation import Prediction, evaluate, score
 from mplug2_fast.predict import Predictor
 from mplug2_fast.tasks import Task, load
 from mplug2_fast.training.data import ItemDataset, Sample, video_of
@@ -39,7 +39,7 @@ class Validator:
         self.task, self.metric = task, metric or (task.metrics[0] if task.metrics else "")
         if not self.metric:
             raise ConfigError(f"{task.name} has no metrics: name one in validation.metric")
-        self._data = ItemDataset(items, task, vision, augment=None)
+        self._data = ItemDataset(items, [task], vision, augment=None, split_targets=False)
         self._options, self._origin = options, origin
 
     @classmethod
@@ -63,7 +63,7 @@ class Validator:
         respond = self.task.respond(model, tokenizer, **self._options)
         count = min(max_items or len(self._data), len(self._data))
         items = self._data.samples[:count]
-        predictions: list[str | None] = [None] * count
+        predictions: list[Prediction] = [None] * count
         for start in range(0, count, BATCH_SIZE):
             read: dict[int, Sample] = {}
             for index in range(start, min(start + BATCH_SIZE, count)):
@@ -77,5 +77,5 @@ class Validator:
                 video = video_of(list(read.values()), model.config.vision.image_size).to(device)
                 found = respond(model.encode_video(video), [self.task.text_of(items[i]) for i in read])
             for index, texts in zip(read, found, strict=True):
-                predictions[index] = texts[0].text if isinstance(texts, list) and texts else None
+                predictions[index] = texts
         return score(self.task, predictions, items)

@@ -24,13 +24,18 @@ class Noise:
     def __len__(self) -> int:
         return 11
 
+    @property
+    def items(self) -> list[Item]:
+        return [self._item(index) for index in range(len(self))]
+
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         if index in self.unreadable:
             raise VideoError(f"{index}.mp4: damaged")
+        frames = rng.integers(0, 256, (self._frames, self._size, self._size, 3), dtype=np.uint8)
+        return Sample(self._item(index), frames + np.uint8(index))
+
+    def _item(self, index: int) -> Item:
         word, other = WORDS[index % 4], WORDS[index // 4]
         captions = (f"a {word} square moves {'left' if index % 2 else 'left and right'}", f"a {other} circle")
-        item = Item(
-            str(index), caption=captions, question=f"what color is the {word} shape", answers={word: 1.0, other: 0.5}
-        )
-        frames = rng.integers(0, 256, (self._frames, self._size, self._size, 3), dtype=np.uint8)
-        return Sample(item, frames + np.uint8(index))
+        question, answers = f"what color is the {word} shape", {word: 1.0, other: 0.5}
+        return Item(str(index), caption=captions, question=question, answers=answers)

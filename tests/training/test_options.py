@@ -144,7 +144,7 @@ def test_reward_is_cider_with_the_frequencies_of_all_references():
 
     references = [["a red square", "the red square"], ["a blue circle"], ["green things move left"]]
     words = ["a red square", "a blue square", "green things", "a red circle"]
-    reward = CiderReward(references, str.split, lambda ids: words[ids[0]])
+    reward = CiderReward(references, list, lambda ids: words[ids[0]])
     items = [Item(str(i), caption=tuple(texts)) for i, texts in enumerate(references)]
     found = reward(torch.tensor([[[0], [1]], [[1], [3]], [[2], [0]]]), items)
     for column in range(2):
@@ -152,3 +152,11 @@ def test_reward_is_cider_with_the_frequencies_of_all_references():
         _, expected = Cider().compute_score(dict(enumerate(references)), tests)
         torch.testing.assert_close(found[:, column], torch.tensor(expected, dtype=torch.float32))
     assert reward(torch.tensor([[[0], [1]]]), items[:1])[0].tolist() == found[0].tolist()
+
+
+def test_a_run_with_cider_as_the_reward(recipe):
+    pytest.importorskip("pycocoevalcap")
+    source = {"data": "tests.training.data:Noise", "task": "captioning", "batch_size": 2, "objective": "scst"}
+    trainer, before = start(recipe(sources=[source], steps=2, save_every=9))
+    trainer.train()
+    assert changed(trainer, before)
