@@ -4,6 +4,7 @@
     python bench/run.py --quick                             # everything, small: under two minutes
     python bench/run.py --level ops --only attention,mlp --sizes large --direction forward,backward --dtype bfloat16
     python bench/run.py --level model --preset large --dtype bfloat16,float32 --json large.json
+    python bench/run.py --level train --dtype float32,bfloat16            # a step of captioning and of answering
     python bench/run.py --quick --compare old.json --fail-if-slower 10%
     python bench/run.py --waterfall --preset large          # from the official algorithm to ours, a technique per row
     python bench/run.py --scaling --preset large            # time and memory by frames, batch, resolution and beams
@@ -26,7 +27,7 @@ import torch
 
 from bench import ceilings, compare, inputs, measure, packages, plots, runner, scaling, table, waterfall
 from bench.clock import MODES, Budget
-from bench.plan import BASELINES, TASKS, Plan
+from bench.plan import BASELINES, LOADER, TASKS, TRAIN, Plan
 from bench.process import ProcessError
 from bench.progress import Progress, TerminalProgress
 from bench.row import COMPARED, DIRECTIONS, LEVELS, SIZES, Key, Results, Row, Selection, on_roofline
@@ -41,7 +42,11 @@ QUICK_PROCESSES = {"ops": 5, "modules": 2, "video": 2}
 QUICK_MORE = {"beam_step": 11}
 QUICK_COMPILED = frozenset({"local_temporal"})
 """The one operator that --quick compiles. Compiling takes most of its time."""
-QUICK_TASKS = ("captioning", "features")
+QUICK_TASKS = {"model": ("captioning", "features"), "train": ("captioning step", LOADER)}
+
+
+WHOLE = {"model": TASKS, "train": TRAIN}
+"""The tasks of the levels that run whole models, one process per implementation."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -103,7 +108,12 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("sizes of the model's work").add_argument
     add("--frames", type=int, help="frames of the video (default: the preset's)")
     add("--beams", type=int, default=5, help="beams of the search (default: 5)")
-    add("--steps", type=int, default=15, help="decoding steps, all of which run (default: 15)")
+    add(
+        "--steps",
+        type=int,
+        default=15,
+        help="decoding steps, all of which run; tokens that training learns (default: 15)",
+    )
     add("--batch", type=int, default=1, help="copies of the video (default: 1)")
     add("--reference-steps", type=int, metavar="N", help="time the reference at N steps; the notes say so")
     add("--video", type=Path, help="a file, or .npy of uint8 frames (default: a bundled clip)")
@@ -255,7 +265,7 @@ def measure_levels(options: argparse.Namespace, progress: Progress) -> Results:
 
     best, parts = ceilings_now(), []
     for level, wanted in works.items():
-        if wanted and level == "model":
+        if wanted and level in WHOLE:
             parts.append(measure.run(plan(options, tasks=wanted), progress, best))
         elif wanted:
             parts.append(runner.run(wanted, settings(options, level), progress, best))
@@ -271,15 +281,20 @@ def levels_of(options: argparse.Namespace) -> tuple[str, ...]:
 
 def names_of(level: str) -> tuple[str, ...]:
     """The names that --only accepts in a level."""
-    return TASKS if level == "model" else importlib.import_module(f"bench.{level}.cases").NAMES
+    return WHOLE[level] if level in WHOLE else importlib.import_module(f"bench.{level}.cases").NAMES
 
 
 def works_of(level: str, options: argparse.Namespace) -> tuple[Any, ...]:
-    """Keys; at the level of the model, names of tasks."""
-    if level != "model":
+    """Keys; names of tasks at the levels that run whole models."""
+    if level not in WHOLE:
         return tuple(keys(level, options))
-    wanted = options.only or (("captioning",) if options.accelerate else QUICK_TASKS if options.quick else TASKS)
-    return tuple(task for task in TASKS if task in wanted)
+    chosen = ("captioning",) if options.accelerate else QUICK_TASKS[level] if options.quick else WHOLE[level]
+    return tuple(task for task in WHOLE[level] if task in (options.only or chosen) and not _lacks_clip(task, options))
+
+
+def _lacks_clip(task: str, options: argparse.Namespace) -> bool:
+    """Whether the data loader has no video file to read."""
+    return task == LOADER and (not inputs.has_decoder() or (options.video or inputs.DEFAULT_VIDEO).suffix == ".npy")
 
 
 def together(parts: list[Results], best: dict[str, Any]) -> Results:
@@ -323,7 +338,7 @@ def settings(options: argparse.Namespace, level: str) -> Settings:
 
 def again(key: Key, options: argparse.Namespace, progress: Progress, best: dict[str, Any]) -> Row:
     """Measures the row of a key again."""
-    if key.level == "model":
+    if key.level in WHOLE:
         chosen = argparse.Namespace(**{**vars(options), "dtype": (key.dtype,)})
         results = measure.run(plan(chosen, tasks=(key.name.removesuffix(", accelerated"),)), progress, best)
     else:
@@ -342,7 +357,7 @@ def plan(options: argparse.Namespace, kind: type[Plan] = Plan, tasks: tuple[str,
         threads=options.threads or default_threads("model", options.preset),
         baselines=("reference",) if options.accelerate else tuple(b for b in BASELINES if b in options.baselines),
         freeze=options.device == "cpu" and not (options.quick or options.no_freeze),
-        compiled_tasks=() if options.quick else TASKS,
+        compiled_tasks=() if options.quick else (*TASKS, *TRAIN),
         quick=options.quick,
         accelerate=options.accelerate,
         video=options.video,

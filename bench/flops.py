@@ -11,7 +11,14 @@ from torch import nn
 from mplug2_fast.models.mplug2 import MPlug2ForQuestionAnswering
 from mplug2_fast.models.mplug2.config import MPlug2Config
 
-TASKS = ("captioning", "answering", "features", "training", "vision", "universal", "decode")
+TASKS = ("captioning", "answering", "features", "vision", "universal", "decode")
+STEPS = (
+    "captioning step",
+    "captioning step checkpointed",
+    "answering step",
+    "answering step checkpointed",
+)
+"""Training steps."""
 
 
 def _linear(rows: int, inputs: int, outputs: int) -> int:
@@ -153,20 +160,37 @@ def decoding(config: MPlug2Config, memory: int, beams: int, steps: int) -> int:
     )
 
 
-def training(config: MPlug2Config, frames: int, steps: int, batch: int) -> int:
+def training(config: MPlug2Config, frames: int, steps: int, batch: int, question: int = 0) -> int:
     """Three times the forward pass, without the gradient of the pixels and without the update.
 
     A caption has the ignored tokens of the prompt and `steps` learned ones, which alone are scored. Teacher forcing
     computes as many tokens as one beam decodes. The latents change with each step, so their own self-attention is
-    computed once per batch.
+    computed once per batch. With a question of so many tokens, an answer of `steps` tokens is learned.
     """
     text = config.text
-    dim, latents, prompt = text.hidden_size, text.num_latents, config.generation.prompt_tokens
+    dim, latents, prompt = text.hidden_size, text.num_latents, 0 if question else config.generation.prompt_tokens
     forward = vision(config, frames) + universal(config, frames)
-    forward += decoding(config, visual_tokens(config, frames), 1, prompt + steps)
+    if question:
+        forward += text_encoder(config, question) + fusion(config, frames, question)
+    forward += decoding(config, visual_tokens(config, frames) + question, 1, prompt + steps)
     forward -= _linear(prompt, dim, dim + text.vocab_size)
     own = _linear(latents, dim, 5 * dim) + _attention(latents, latents, dim)
     return batch * (3 * forward - patches(config, frames)) + 3 * own
+
+
+def recomputed(
+    task: str, config: MPlug2Config, *, frames: int, beams: int, steps: int, batch: int = 1, question: int = 10
+) -> int:
+    """What checkpointing computes a second time: the layers of the vision encoder, of the text encoder, of the fusion
+    encoder and of the decoder."""
+    layers = vision_projections(config, frames) + vision_scores(config, frames) + vision_mlp(config, frames)
+    layers += local_temporal(config, frames)
+    memory, tokens = visual_tokens(config, frames), config.generation.prompt_tokens + steps
+    if task.startswith("answering"):
+        memory, tokens = memory + question, steps
+        text_layers = config.text.text_encoder_layers - config.text.num_uni_layer
+        layers += text_layers * _bert_layer(config, question) + fusion(config, frames, question)
+    return batch * (layers + decoder_tokens(config, 1, tokens) + cross_attention(config, memory, 1, tokens))
 
 
 def vision(config: MPlug2Config, frames: int) -> int:
@@ -184,8 +208,8 @@ def needed(
     task: str, config: MPlug2Config, *, frames: int, beams: int, steps: int, batch: int = 1, question: int = 10
 ) -> int:
     """FLOP that `task` (from `TASKS`) needs for `batch` videos. A question has `question` tokens."""
-    if task == "training":
-        return training(config, frames, steps, batch)
+    if task in STEPS:
+        return training(config, frames, steps, batch, question if task.startswith("answering") else 0)
     tokens, features = visual_tokens(config, frames), vision(config, frames) + universal(config, frames)
     if task == "answering":
         asked = text_encoder(config, question) + fusion(config, frames, question)
@@ -228,9 +252,9 @@ def needed_bytes(
     vision_weights = element * _parameters(model.visual, model.visual_projection, model.visual_projection_norm)
     universal_weights = element * _parameters(model.universal, model.visual_norm)
     weights = vision_weights + universal_weights
-    if task == "training":
-        captioner = model.captioner()
-        return 6 * 4 * _parameters(captioner) + video // element * 4 + batch * (steps + 1) * 8
+    if task in STEPS:
+        trained = model if task.startswith("answering") else model.captioner()
+        return 6 * 4 * _parameters(trained) + video // element * 4 + batch * (steps + 1) * 8
     if task == "answering":
         asked = element * _parameters(model.text.layers, model.fusion)
         decode = decoding_bytes(model, element, tokens + question, beams, steps, batch)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from bench.peer import Peer
 from bench.weights import fill
@@ -16,6 +19,9 @@ from mplug2_fast.acceleration import accelerate
 from mplug2_fast.models import mplug2
 from mplug2_fast.ops import explain, layer_norm
 from mplug2_fast.ops.runtime import cuda
+from mplug2_fast.training.optimizer import make_optimizer, official_of_parameters
+from mplug2_fast.training.recipe import Optimizer
+from mplug2_fast.training.world import checkpoint_activations, layers_of
 
 
 class NoInitialisation(TorchFunctionMode):
@@ -36,26 +42,24 @@ class Implementation:
     """
 
     backend: str
-    fused_optimizer = True
     kinds = (mplug2.MPlug2ForCaptioning, mplug2.MPlug2ForQuestionAnswering)
 
     def __init__(
         self, config: MPlug2Config, dtype: torch.dtype, device: str, beams: int, steps: int, family: str = "captioning"
     ) -> None:
         self.config, self.device, self.beams, self.steps = config, device, beams, steps
-        self.trains = family == "training"
+        self.trains = family.endswith("step")
         self.weights_dtype = torch.float32 if self.trains else dtype
         self.autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype != self.weights_dtype)
-        kind = self.kinds[family == "answering"]
+        self.answers = family.startswith("answering")
+        kind = self.kinds[self.answers]
         with NoInitialisation():
             self.model = kind(config, device="meta", dtype=self.weights_dtype).to_empty(device=device).eval()
         fill(self.model.official_parameters())
         self.prepare()
         if self.trains:
             self.model.train().requires_grad_(True)
-            self.optimizer = torch.optim.AdamW(
-                self.model.parameters(), lr=2e-5, weight_decay=0.02, fused=self.fused_optimizer or None
-            )
+            self.optimizer = self.make_optimizer()
         # min_length = max_length makes the end token impossible, so that every implementation does the same work.
         self.generation = {"num_beams": beams, "min_length": steps, "max_length": steps}
 
@@ -91,27 +95,49 @@ class Implementation:
         out = self.model.generate(video, question_ids=question, question_mask=mask, **self.generation)
         return out.scores[:, 0]
 
-    def loss(self, video: Tensor, caption: Tensor, mask: Tensor) -> Tensor:
-        return self.model(video, caption, mask)
+    def loss(self, *inputs: Tensor) -> Tensor:
+        """Of a caption or an answer for each video."""
+        if self.answers:
+            ids = inputs[3]
+            inputs = (*inputs, torch.ones_like(ids[:, 0]), torch.ones(len(ids), device=ids.device))
+        return self.model(*inputs)
 
-    def training(self, video: Tensor, caption: Tensor, mask: Tensor) -> Tensor:
-        """One step: loss, gradients, update. Returns the loss."""
-        with self.autocast:
-            loss = self.loss(video, caption, mask)
-        loss.backward()
+    def make_optimizer(self) -> torch.optim.AdamW:
+        """AdamW with the official groups: two learning rates, and no weight decay for biases and norms."""
+        return make_optimizer(self.model, official_of_parameters(self.model), Optimizer())
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Keeps only the inputs of layers for the backward pass."""
+        checkpoint_activations(self.model)
+        try:
+            yield
+        finally:
+            for layer in layers_of(self.model):
+                del layer.forward
+
+    def step(self, inputs: Sequence[Tensor], *, checkpointed: bool = False) -> Tensor:
+        """One step: loss, gradients, clipping, update. Returns the loss."""
+        loss = self._backward(inputs, checkpointed)
+        nn.utils.clip_grad_norm_(self.model.parameters(), Optimizer().gradient_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.detach()
+        return loss
 
-    def gradients(self, video: Tensor, caption: Tensor, mask: Tensor) -> Mapping[str, Tensor]:
-        """Gradients of the loss without dropout, by official name. They stay until the next step."""
+    def gradients(self, inputs: Sequence[Tensor], *, checkpointed: bool = False) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The loss without dropout, and its gradients by official name. They stay until the next step."""
         text = self.config.text
         self.model.train(not (text.hidden_dropout_prob or text.attention_probs_dropout_prob))
-        with self.autocast:
-            loss = self.loss(video, caption, mask)
-        loss.backward()
+        loss = self._backward(inputs, checkpointed)
         self.model.train()
-        return self.official_gradients()
+        return loss, self.official_gradients()
+
+    def _backward(self, inputs: Sequence[Tensor], checkpointed: bool) -> Tensor:
+        with self.recomputing() if checkpointed else nullcontext():
+            with self.autocast:
+                loss = self.loss(*inputs)
+            loss.backward()
+        return loss.detach()
 
     def official_gradients(self) -> Mapping[str, Tensor]:
         return self.model.official_gradients()
@@ -121,7 +147,6 @@ class Reference(Implementation):
     """The official algorithm, eager."""
 
     backend = "eager"
-    fused_optimizer = False
     kinds = (reference.MPlug2ForCaptioning, reference.MPlug2ForQuestionAnswering)
 
     def universal(self, visual: Tensor) -> Tensor:
@@ -130,6 +155,14 @@ class Reference(Implementation):
     def decode(self, embeds: Tensor) -> Tensor:
         out = self.model._beam_search(embeds, None, self.beams, self.steps, self.steps, 1)
         return out.scores[:, 0]
+
+    def make_optimizer(self) -> torch.optim.AdamW:
+        settings = Optimizer()
+        groups = [
+            {name: group[name] for name in ("params", "lr", "weight_decay")}
+            for group in make_optimizer(self.model, {}, settings).param_groups
+        ]
+        return torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps)
 
     def official_gradients(self) -> Mapping[str, Tensor]:
         return {name: parameter.grad for name, parameter in self.model.named_parameters()}
@@ -195,8 +228,20 @@ class Eager(Implementation):
         memory, memory_mask = self.peer.encode_question(video, question, mask)
         return self.peer.decode(memory, self.beams, self.steps, self.steps, memory_mask)[1]
 
-    def loss(self, video: Tensor, caption: Tensor, mask: Tensor) -> Tensor:
-        return self.peer.loss(video, caption)
+    def loss(self, *inputs: Tensor) -> Tensor:
+        if self.answers:
+            return self.peer.answer_loss(*inputs[:4])
+        return self.peer.loss(*inputs[:2])
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        peer = self.peer
+        layers = peer.vision_block, peer.bert_layer
+        peer.vision_block, peer.bert_layer = (partial(checkpoint, layer, use_reentrant=False) for layer in layers)
+        try:
+            yield
+        finally:
+            peer.vision_block, peer.bert_layer = layers
 
 
 class Compiled(Eager):

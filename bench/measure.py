@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import ceilings as under
-from bench import inputs, machine
+from bench import inputs, loader, machine
 from bench.case import OURS
 from bench.clock import Turns
-from bench.plan import DECODING, QUESTION_TOKENS, Plan, Spec
+from bench.flops import STEPS
+from bench.plan import DECODING, LOADER, QUESTION_TOKENS, Plan, Spec
 from bench.process import Process, ProcessError
 from bench.progress import Progress
 from bench.row import Baseline, Results, Row
@@ -83,6 +84,7 @@ def run(plan: Plan, progress: Progress, ceilings: dict[str, Any]) -> Results:
         results.rows += tabulate(plan, group.family, group.runs, results.ceilings)
     order = [plan.key(task, dtype) for task in plan.tasks for dtype in plan.dtypes]
     results.rows.sort(key=lambda row: order.index(row.key))
+    results.notes += of_loader(results.rows, plan.batch)
     return results
 
 
@@ -91,9 +93,9 @@ def fitting(plan: Plan, available: int, notes: list[str]) -> list[tuple[str, tup
     groups = []
     for family, dtypes in plan.groups(available):
         needed = plan.resident_bytes(family, dtypes)
-        if family == "training" and plan.device == "cpu" and needed > available:
+        if family in STEPS and plan.device == "cpu" and needed > available:
             notes.append(
-                f"No training in {', '.join(dtypes)}: with all baselines it needs about {needed / 1e9:.0f} GB of "
+                f"No {family} in {', '.join(dtypes)}: with all baselines it needs about {needed / 1e9:.0f} GB of "
                 f"memory, and {available / 1e9:.0f} GB are free. "
                 "Use fewer --frames or --baselines, or a smaller --preset."
             )
@@ -109,10 +111,13 @@ def save_inputs(plan: Plan, exchange: Path) -> str:
     config = plan.config
     description = plan.save_video(exchange)
     lengths = {"question": QUESTION_TOKENS, "caption": 1 + config.generation.prompt_tokens + plan.steps}
+    lengths["answer"] = 1 + plan.steps
     for seed, (name, tokens) in enumerate(lengths.items()):
         ids, mask = inputs.text(config.text.vocab_size, tokens, plan.batch, seed)
         torch.save(ids, exchange / f"{name}.pt")
         torch.save(mask, exchange / f"{name}_mask.pt")
+    if LOADER in plan.tasks:
+        loader.save(plan.video or inputs.DEFAULT_VIDEO, plan.batch, exchange)
     return description
 
 
@@ -157,7 +162,7 @@ class Group:
         self, plan: Plan, family: str, dtypes: tuple[str, ...], exchange: str, progress: Progress, results: Results
     ) -> None:
         self.plan, self.family, self.progress, self.results = plan, family, progress, results
-        self.tasks = plan.tasks_of("reference", family)
+        self.tasks = plan.tasks_of("fast", family)
         self.specs = list(plan.specs(family, dtypes, exchange))
         self.processes: dict[Spec, Process] = {}
         self.runs: dict[Spec, dict[str, Measured]] = {}
@@ -218,11 +223,12 @@ class Group:
 
     def _first_runs_of_reference(self, reference: Spec) -> None:
         """Writes the inputs and results of all tasks."""
-        before = [task for wanted in self.tasks for task in BEFORE.get(wanted, ())]
+        own = self.runs[reference]
+        before = [task for wanted in own for task in BEFORE.get(wanted, ())]
         self._compare_gradients(reference)
-        for task in dict.fromkeys([*before, *self.tasks]):
+        for task in dict.fromkeys([*before, *own]):
             reply = self._once(reference, task, "first run")
-            if task in self.tasks and reply["seconds"] > SLOW_SECONDS:
+            if task in own and reply["seconds"] > SLOW_SECONDS:
                 self.runs[reference][task].add(reply)
                 self.slow.add(task)
         if self.slow:
@@ -235,9 +241,9 @@ class Group:
             measured.warm_up(self._once(spec, task, "warming up", WARM_UPS.get(self.plan.device.split(":")[0], 1)))
 
     def _compare_gradients(self, spec: Spec) -> None:
-        if "training" in self.runs[spec]:
-            self.progress.begin(f"training · {spec.label} · comparing gradients")
-            self.runs[spec]["training"].relative_error = self.processes[spec].call(Worker.compare_gradients)
+        for task in [task for task in self.runs[spec] if task in STEPS]:
+            self.progress.begin(f"{task} · {spec.label} · comparing gradients")
+            self.runs[spec][task].relative_error = self.processes[spec].call(Worker.compare_gradients, task)
 
     def _leave_out(self, spec: Spec, error: ProcessError) -> None:
         """Notes a missing baseline. Without ours its dtype has no row, without the reference none has."""
@@ -265,10 +271,32 @@ def tabulate(plan: Plan, family: str, results: Runs, ceilings: Mapping[str, Any]
     """The rows of one group of workers, by task and dtype."""
     ours = {spec: runs for spec, runs in results.items() if plan.baseline(spec.implementation) is None}
     return [
-        row(plan, task, spec.dtype, runs[task], baselines(plan, task, spec.dtype, results), ceilings)
+        loader_row(plan, spec.dtype, runs)
+        if task == LOADER
+        else row(plan, task, spec.dtype, runs[task], baselines(plan, task, spec.dtype, results), ceilings)
         for task in plan.tasks_of("fast", family)
         for spec, runs in ours.items()
     ]
+
+
+def loader_row(plan: Plan, dtype: str, runs: Mapping[str, Measured]) -> Row:
+    """The time in which one process prepares a batch. The ratio to a step says how often it is ready in time."""
+    ours, (task, step) = runs[LOADER], next(iter(runs.items()))
+    found = row(plan, LOADER, dtype, ours, {}, {"copy_gb_per_second": 1.0})
+    return replace(found, flop=None, bytes=None, baselines={task: baseline(ours, step, task, False)}, backend="PyAV")
+
+
+def of_loader(rows: Iterable[Row], batch: int) -> list[str]:
+    """What bounds a training run, the loader or the step."""
+    found = []
+    for ours in (row for row in rows if row.key.name == LOADER):
+        ((task, step),) = ours.baselines.items()
+        slower = "loader" if ours.seconds > step.seconds else "step"
+        found.append(
+            f"{task}, {ours.key.dtype}: one process prepares {batch / ours.seconds:.3g} videos per second, and a "
+            f"step takes {batch / step.seconds:.3g}: the {slower} bounds training with one such process."
+        )
+    return found
 
 
 def baselines(plan: Plan, task: str, dtype: str, results: Runs) -> dict[str, Measured]:
@@ -308,6 +336,8 @@ def row(
         correct=within(error, allowed),
         backend=ours.backend,
         command=plan.command(task, dtype),
+        tokens=plan.tokens(task),
+        recomputed_flop=plan.recomputed_flop(task),
     )
 
 

@@ -90,14 +90,19 @@ def embed(embeddings: nn.Module, tokens: Tensor, positions: Tensor) -> Tensor:
 
 
 def bert_layer(
-    layer: nn.Module, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None, causal: bool = False
+    layer: nn.Module,
+    x: Tensor,
+    memory: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    memory_mask: Tensor | None = None,
 ) -> Tensor:
-    """A post-norm BERT layer; with a memory, also cross-attention. mask `(batch, 1, 1, tokens)`: tokens of x to see."""
+    """A post-norm BERT layer; with a memory, also cross-attention. Masks `(batch, 1, 1, tokens)`: tokens to see."""
     own = layer.attention.self
     qkv = split_heads(F.linear(x, own.in_proj_weight, own.in_proj_bias), 3, own.num_heads)
     x = add_norm(layer.attention.output, x, attend(own, *qkv, mask, causal))
     if memory is not None:
-        x = cross_attend(layer, x, *memory_heads(layer, memory), None)
+        x = cross_attend(layer, x, *memory_heads(layer, memory), memory_mask)
     return feed_forward(layer, x)
 
 
@@ -237,13 +242,23 @@ class Peer:
 
         Padding comes last, so that no token before it sees it.
         """
-        decoder, memory = self.model.decoder, self.encode_video(video)
+        return self._mean_loss(self.encode_video(video), None, tokens, self.model.config.generation.prompt_tokens)[0]
+
+    def answer_loss(self, video: Tensor, question: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+        """The summed cross-entropy of one answer to each question, over the number of questions."""
+        mean, targets = self._mean_loss(*self.encode_question(video, question, mask), tokens, 0)
+        return mean * targets / len(tokens)
+
+    def _mean_loss(
+        self, memory: Tensor, memory_mask: Tensor | None, tokens: Tensor, ignored: int
+    ) -> tuple[Tensor, Tensor]:
+        decoder = self.model.decoder
         x = embed(decoder.embeddings, tokens, torch.arange(tokens.shape[1], device=tokens.device))
         for layer in decoder.layers:
-            x = self.bert_layer(layer, x, memory, None, True)
+            x = self.bert_layer(layer, x, memory, None, True, memory_mask)
         labels = tokens[:, 1:].masked_fill(tokens[:, 1:] == PAD_TOKEN_ID, -100)
-        labels[:, : self.model.config.generation.prompt_tokens] = -100
-        return self.token_loss(decoder, x[:, :-1], labels)
+        labels[:, :ignored] = -100
+        return self.token_loss(decoder, x[:, :-1], labels), (labels != -100).sum()
 
     def start(self, memory: Tensor, beams: int, steps: int) -> None:
         """Fills the static caches, which all videos of these sizes share."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from bench import flops, inputs
-from bench.flops import TASKS
+from bench.flops import STEPS, TASKS
 from bench.row import Key
 from mplug2_fast import MPlug2Config
 from mplug2_fast.models.mplug2 import MPlug2ForCaptioning, MPlug2ForQuestionAnswering
@@ -20,9 +20,13 @@ BASELINES = ("reference", "eager", "compiled")
 FAMILIES = {
     "captioning": ("captioning", "features", "vision", "universal", "decode"),
     "answering": ("answering",),
-    "training": ("training",),
+    "captioning step": ("captioning step", "captioning step checkpointed", "data loader"),
+    "answering step": ("answering step", "answering step checkpointed"),
 }
 """Tasks that share a process, because they need the same model in the same state."""
+LOADER = "data loader"
+TRAIN = (*STEPS, LOADER)
+"""The tasks of the level `train`. A checkpointed step computes the activations of each layer a second time."""
 DECODING = ("captioning", "answering", "decode")
 QUESTION_TOKENS = 10
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -52,7 +56,7 @@ class Plan:
     """A run of the benchmark at the level of the model.
 
     Attributes:
-        tasks: from `TASKS`, in the order of the rows.
+        tasks: from `TASKS` and `TRAIN`, in the order of the rows.
         threads: of each worker, on the CPU.
         baselines: from `BASELINES`. The reference always runs, because the others are compared with it.
         reference_steps: decoding steps of the reference, at most `steps`.
@@ -74,7 +78,7 @@ class Plan:
     reference_steps: int
     baselines: tuple[str, ...] = BASELINES
     freeze: bool = True
-    compiled_tasks: tuple[str, ...] = TASKS
+    compiled_tasks: tuple[str, ...] = (*TASKS, *TRAIN)
     quick: bool = False
     accelerate: bool = False
     video: Path | None = None
@@ -97,18 +101,31 @@ class Plan:
 
     def key(self, task: str, dtype: str) -> Key:
         name = f"{task}, accelerated" if self.accelerate else task
-        direction = "both" if task == "training" else "forward"
-        return Key("model", name, self.sizes, direction, dtype, self.device.split(":")[0])
+        level, sizes = "model", self.sizes
+        if task in TRAIN:
+            level, sizes = "train", sizes.replace(f"{self.beams} beams, ", "").replace("steps", "targets")
+        direction = "both" if task in STEPS else "forward"
+        return Key(level, name, sizes, direction, dtype, self.device.split(":")[0])
 
     def reference_decodes_less(self, task: str) -> bool:
         """Whether the reference takes fewer decoding steps. Its time is then a lower bound, and its results differ."""
         return task in DECODING and self.reference_steps < self.steps
 
     def needed_flop(self, task: str) -> int:
-        return flops.needed(task, self.config, **self._counted())
+        return 0 if task == LOADER else flops.needed(task, self.config, **self._counted())
+
+    def recomputed_flop(self, task: str) -> int | None:
+        return flops.recomputed(task, self.config, **self._counted()) if task.endswith("checkpointed") else None
+
+    def tokens(self, task: str) -> int | None:
+        """Those of video and text that a training step computes."""
+        if task not in STEPS:
+            return None
+        text = QUESTION_TOKENS if task.startswith("answering") else self.config.generation.prompt_tokens
+        return self.batch * (flops.visual_tokens(self.config, self.frames) + text + self.steps)
 
     def needed_bytes(self, task: str, dtype: str) -> int:
-        return flops.needed_bytes(task, self.config, ELEMENT_BYTES[dtype], **self._counted())
+        return 0 if task == LOADER else flops.needed_bytes(task, self.config, ELEMENT_BYTES[dtype], **self._counted())
 
     def _counted(self) -> dict[str, int]:
         sizes = {name: getattr(self, name) for name in ("frames", "beams", "steps", "batch")}
@@ -117,7 +134,7 @@ class Plan:
     def command(self, task: str, dtype: str) -> str:
         """The command that measures a row again."""
         words = []
-        words += ["--accelerate"] if self.accelerate else ["--level", "model"]
+        words += ["--accelerate"] if self.accelerate else ["--level", "train" if task in TRAIN else "model"]
         words += ["--only", task, "--preset", self.preset, "--dtype", dtype]
         words += self.size_options()
         if self.reference_steps < self.steps:
@@ -145,13 +162,22 @@ class Plan:
         """Whether a task has this baseline. The accelerated reference is compared with the plain one."""
         if self.accelerate:
             return baseline == "reference"
+        if task == LOADER:
+            return False
         return baseline in self.baselines and (baseline != "compiled" or task in self.compiled_tasks)
 
     def tasks_of(self, implementation: str, family: str) -> tuple[str, ...]:
         """The tasks of a worker."""
         baseline = self.baseline(implementation)
         wanted = [task for task in self.tasks if task in FAMILIES[family]]
-        return tuple(task for task in wanted if baseline in (None, "reference") or self.runs(baseline, task))
+        steps = [task for task in wanted if task != LOADER]
+        return tuple(
+            wanted
+            if baseline is None
+            else steps
+            if baseline == "reference"
+            else [task for task in steps if self.runs(baseline, task)]
+        )
 
     @staticmethod
     def baseline(implementation: str) -> str | None:
@@ -164,6 +190,8 @@ class Plan:
         otherwise one after another. Each group has its own reference, so that compared runs take turns."""
         groups = []
         for family in (family for family in FAMILIES if self.tasks_of("fast", family)):
+            if not self.tasks_of("reference", family):
+                continue
             together = self.device != "cpu" or self.resident_bytes(family, self.dtypes) < 0.9 * available
             groups += [(family, dtypes) for dtypes in ([self.dtypes] if together else [(d,) for d in self.dtypes])]
         return groups
@@ -173,12 +201,12 @@ class Plan:
         parameters = _parameters(self.config, family)
         tokens, text, vision = flops.visual_tokens(self.config, self.frames), self.config.text, self.config.vision
         total = 6 * self.batch * text.num_attention_heads * tokens**2 * 4  # scores
-        if family == "training":
+        if family in STEPS:
             # Gradients, and about 40 values per channel and token that each block keeps for the backward pass.
             total += 4 * parameters + 4 * 40 * self.batch * tokens * vision.width * vision.layers
         for spec in self.specs(family, dtypes, ""):
             total += 700 << 20  # libraries; in the peer also the compiler
-            if family == "training":
+            if family in STEPS:
                 total += 3 * 4 * parameters  # with both moments of the optimizer
             else:
                 copies = {"fast": 1.5, "accelerated": 1.5, "frozen": 2}.get(spec.implementation, 1)
@@ -190,7 +218,7 @@ class Plan:
         sizes = (self.device, self.threads, self.config, self.beams, self.reference_steps, exchange, family)
         reference = Spec("reference", "float32", *sizes)
         yield reference
-        freeze = self.freeze and self.device == "cpu" and family != "training"
+        freeze = self.freeze and self.device == "cpu" and family not in STEPS
         kinds = ["accelerated" if self.accelerate else "fast", "eager", "frozen" if freeze else "compiled"]
         for dtype in dtypes:
             for kind in kinds:
@@ -201,5 +229,5 @@ class Plan:
 @cache
 def _parameters(config: MPlug2Config, family: str) -> int:
     """The number of parameters of a family's model."""
-    kind = MPlug2ForQuestionAnswering if family == "answering" else MPlug2ForCaptioning
+    kind = MPlug2ForQuestionAnswering if family.startswith("answering") else MPlug2ForCaptioning
     return sum(p.numel() for p in kind(config, device="meta").parameters())

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-LEVELS = ("ops", "modules", "model", "video")
+LEVELS = ("ops", "modules", "model", "train", "video")
 DIRECTIONS = ("forward", "backward", "both")
 SIZES = ("quick", "base", "large", "edge")
 COMPARED = ("reference", "eager", "torch", "compiled", "xformers", "flash_attn", "apex", "liger_kernel")
@@ -103,6 +103,8 @@ class Row:
         relative_error: norm of the difference over the norm, against float32 or better.
         allowed_error: twice the error of eager code in the same dtype, plus a noise floor. correct: within it.
         backend: what ran. command: measures the row again.
+        tokens: of a training step, those of video and text.
+        recomputed_flop: what checkpointing computes twice, which is not in `flop`.
     """
 
     key: Key
@@ -123,6 +125,8 @@ class Row:
     correct: bool
     backend: str
     command: str
+    tokens: int | None = None
+    recomputed_flop: int | None = None
 
     def ratio(self, baseline: str) -> float | None:
         return self.baselines[baseline].ratio if baseline in self.baselines else None

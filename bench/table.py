@@ -45,6 +45,15 @@ def ceiling(row: Row) -> str:
     return MISSING if row.percent_of_ceiling is None else f"{figure(row.percent_of_ceiling)} {row.bound}"
 
 
+def tokens(row: Row) -> str:
+    return MISSING if row.tokens is None else figure(row.tokens / row.seconds)
+
+
+def recomputed(row: Row) -> str:
+    """What checkpointing adds to the needed operations."""
+    return f"+{100 * row.recomputed_flop / row.flop:.0f}%" if row.recomputed_flop and row.flop else MISSING
+
+
 def bounds(row: Row) -> str:
     """The ratios to what bounds the work."""
     bounds = [f"{ratio(b.ratio)} {name}" for name, b in row.baselines.items() if name not in COMPARED]
@@ -86,6 +95,8 @@ def columns(rows: list[Row], ceilings: Mapping[str, Any]) -> dict[str, Column]:
         "±": lambda row: MISSING if row.spread is None else f"{100 * row.spread:.0f}%",
         "TFLOP/s": lambda row: figure(row.tflops),
         "GB/s": lambda row: figure(row.gb_per_second),
+        "tokens/s": tokens if any(row.tokens for row in rows) else None,
+        "recomputed": recomputed if any(row.recomputed_flop for row in rows) else None,
         "% of ceiling": ceiling,
         **{f"× {name}": lambda row, name=name: ratio(row.ratio(name)) for name in present},
         "vs. bound": bounds if bounded else None,

@@ -111,8 +111,8 @@ class Target:
 
     Attributes:
         work: a description.
-        level, name, sizes, dtype, device: of the forward rows that it judges. `sizes` are all sizes of an operator;
-            sizes of other rows start with it and have `batch` videos.
+        level, name, sizes, dtype, device: of the forward rows, or training steps, that it judges. `sizes` are all sizes
+            of an operator; sizes of other rows start with it and have `batch` videos.
         bound: of the quantity; None if it is only stated.
         at_most: whether the bound is an upper one.
     """
@@ -130,7 +130,8 @@ class Target:
 
     def is_for(self, row: Row) -> bool:
         key = row.key
-        if (key.level, key.name, key.dtype, key.direction) != (self.level, self.name, self.dtype, "forward"):
+        direction = "both" if self.level == "train" else "forward"
+        if (key.level, key.name, key.dtype, key.direction) != (self.level, self.name, self.dtype, direction):
             return False
         if key.device.split(":")[0] != self.device:
             return False
@@ -260,4 +261,15 @@ def _calls() -> list[Target]:
     ]
 
 
-TARGETS = (*_captioning(), *_operators(), *_steps(), *_calls())
+def _training() -> list[Target]:
+    def of(name: str, sizes: str, dtype: str, quantity: Quantity, bound: float, **more: Any) -> Target:
+        return Target("training step of captioning", "train", name, sizes, dtype, "cpu", quantity, bound, **more)
+
+    return [
+        of("captioning step", "base", "float32", times("reference"), 1.3),
+        of("captioning step", "base", "float32", times("compiled"), 1),
+        of("captioning step checkpointed", "large", "bfloat16", PEAK, 24, at_most=True),
+    ]
+
+
+TARGETS = (*_captioning(), *_operators(), *_steps(), *_calls(), *_training())

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from bench import memory
 from bench.case import relative_error
+from bench.flops import STEPS
 from bench.implementations import IMPLEMENTATIONS
-from bench.plan import Spec
+from bench.loader import Loader
+from bench.plan import LOADER, Spec
 from bench.weights import seeded_noise
 
 INPUTS = {
@@ -27,9 +29,11 @@ INPUTS = {
     "captioning": ("video",),
     "features": ("video",),
     "answering": ("video", "question", "question_mask"),
-    "training": ("video", "caption", "caption_mask"),
+    "captioning step": ("video", "caption", "caption_mask"),
+    "answering step": ("video", "question", "question_mask", "answer", "answer_mask"),
 }
 """The files that each task reads from the exchange folder."""
+CHECKPOINTED = " checkpointed"
 OUTPUTS = {"vision": "visual", "universal": "embeds"}
 """The file that the reference's result becomes; other tasks read it."""
 ZERO = 1e-6
@@ -47,11 +51,13 @@ class Worker:
         self.implementation = IMPLEMENTATIONS[spec.implementation](
             spec.config, getattr(torch, spec.dtype), spec.device, spec.beams, spec.steps, spec.family
         )
+        self._loader = Loader(spec.config, self.exchange)
         gc.collect()
         gc.freeze()  # a collection over PyTorch's modules takes a quarter of a second
 
     def _inputs(self, task: str) -> list[Tensor]:
-        inputs = [torch.load(self.exchange / f"{name}.pt").to(self.device) for name in INPUTS[task]]
+        names = () if task == LOADER else INPUTS[task.removesuffix(CHECKPOINTED)]
+        inputs = [torch.load(self.exchange / f"{name}.pt").to(self.device) for name in names]
         dtype = self.implementation.weights_dtype
         return [x.to(dtype) if x.is_floating_point() else x for x in inputs]
 
@@ -76,7 +82,7 @@ class Worker:
             "seconds": statistics.median(seconds for seconds, _ in runs),
             "peak_memory_bytes": peak,
             "added_memory_bytes": None if peak is None else peak - before,
-            "relative_error": None if task == "training" else self._error(task, output.float().cpu()),
+            "relative_error": None if task in (*STEPS, LOADER) else self._error(task, output.float().cpu()),
         }
 
     def _make_room(self) -> None:
@@ -87,7 +93,11 @@ class Worker:
                 torch.cuda.empty_cache()
 
     def _compute(self, task: str, inputs: list[Tensor]) -> Tensor:
-        with torch.set_grad_enabled(task == "training"):
+        if task == LOADER:
+            return self._loader()
+        if task in STEPS:
+            return self.implementation.step(inputs, checkpointed=task.endswith(CHECKPOINTED))
+        with torch.no_grad():
             return getattr(self.implementation, task)(*inputs)
 
     def _error(self, task: str, output: Tensor) -> float | None:
@@ -96,14 +106,19 @@ class Worker:
             torch.save(output, target)
         return relative_error(output, torch.load(target)) if target.exists() else None
 
-    def compare_gradients(self) -> float:
-        """The error of the gradients against the reference's, before any step."""
-        sketch = sketch_of(self.implementation.gradients(*self._inputs("training")))
+    def compare_gradients(self, task: str) -> float:
+        """The error of loss, gradients and their norm against the reference's, before any step: the largest of the
+        three."""
+        loss, gradients = self.implementation.gradients(self._inputs(task), checkpointed=task.endswith(CHECKPOINTED))
+        norm = torch.nn.utils.get_total_norm(gradients.values()).float().cpu()
+        sketch = sketch_of(gradients)
         self.implementation.optimizer.zero_grad()
-        target = self._target("training")
+        target = self._target(task)
         if self.is_reference:
-            torch.save(sketch, target)
-        return sketch_error(sketch, torch.load(target))
+            torch.save((loss.float().cpu(), norm, sketch), target)
+        exact_loss, exact_norm, exact_sketch = torch.load(target)
+        errors = relative_error(loss.float().cpu(), exact_loss), relative_error(norm, exact_norm)
+        return max(*errors, sketch_error(sketch, exact_sketch))
 
     def settle(self) -> None:
         """Pins a single-threaded worker to one core, the same for all workers: cores of a shared machine differ in

@@ -7,7 +7,7 @@ import pytest
 from bench import measure
 from bench.flops import TASKS
 from bench.measure import Measured
-from bench.plan import FAMILIES, Plan
+from bench.plan import FAMILIES, LOADER, TRAIN, Plan
 from bench.process import ProcessError
 from bench.progress import Progress
 from bench.worker import Worker
@@ -36,7 +36,7 @@ def test_a_row_for_every_task(measured):
     for row in measured.rows:
         assert row.key.level == "model"
         assert row.key.sizes == "tiny, 2 frames, 3 beams, 3 steps, batch 2"
-        assert row.key.direction == ("both" if row.key.name == "training" else "forward")
+        assert row.key.direction == "forward"
         assert list(row.baselines) == ["reference", "eager"]
         assert row.runs == 1
         assert row.spread == 0
@@ -68,12 +68,28 @@ def test_results_are_compared(measured):
         assert row.baselines["reference"].relative_error is None
 
 
-def test_only_training_has_the_compiler_in_its_memory(measured):
-    """The optimizer imports it. The other tasks compile nothing."""
+def test_no_task_has_the_compiler_in_its_memory(measured):
     for row in measured.rows:
-        if row.key.name != "training":
-            found = [row.peak_memory_bytes, *(b.peak_memory_bytes for b in row.baselines.values())]
-            assert max(found) < min(found) + 60e6
+        found = [row.peak_memory_bytes, *(b.peak_memory_bytes for b in row.baselines.values())]
+        assert max(found) < min(found) + 60e6
+
+
+def test_training_steps_and_their_loader():
+    found = measure.run(plan(tasks=(*TRAIN[:2], LOADER), batch=1, baselines=("reference",)), Progress(), CEILINGS)
+    assert not found.failed
+    plain, checkpointed, loader = found.rows
+    for step in (plain, checkpointed):
+        assert (step.key.level, step.key.direction) == ("train", "both")
+        assert step.key.sizes == "tiny, 2 frames, 3 targets"
+        assert list(step.baselines) == ["reference"]
+        assert step.correct
+        assert 0 < step.relative_error < 1e-4
+        assert step.tokens > 3
+    assert plain.recomputed_flop is None
+    assert 0.1 < checkpointed.recomputed_flop / checkpointed.flop < 0.34
+    assert loader.flop is None
+    assert list(loader.baselines) == ["captioning step"]
+    assert any("bounds training with one such process" in note for note in found.notes)
 
 
 def test_wrong_results_are_marked():
@@ -108,13 +124,14 @@ def kinds(found):
 
 
 def test_workers():
-    everything = plan(dtypes=("float32", "bfloat16"), baselines=("reference", "eager", "compiled"))
+    chosen = {"tasks": (*TASKS, *TRAIN), "dtypes": ("float32", "bfloat16")}
+    everything = plan(**chosen, baselines=("reference", "eager", "compiled"))
     assert kinds(everything.specs("captioning", everything.dtypes, ""))[:5] == [
         *(("reference", "float32"), ("fast", "float32"), ("eager", "float32"), ("frozen", "float32")),
         ("fast", "bfloat16"),
     ]
     # Gradients do not go through frozen weights.
-    assert ("compiled", "float32") in kinds(everything.specs("training", ("float32",), ""))
+    assert ("compiled", "float32") in kinds(everything.specs("captioning step", ("float32",), ""))
     some = dataclasses.replace(everything, compiled_tasks=("captioning",))
     assert ("frozen", "float32") not in kinds(some.specs("answering", ("float32",), ""))
     assert some.tasks_of("frozen", "captioning") == ("captioning",)
@@ -126,19 +143,19 @@ def test_memory_decides_which_workers_run_together():
     large = plan(preset="large", frames=16, steps=15, batch=1, dtypes=both, tasks=("captioning",))
     assert large.groups(32 << 30) == [("captioning", both)]
     assert large.groups(12 << 30) == [("captioning", ("float32",)), ("captioning", ("bfloat16",))]
-    all_tasks = dataclasses.replace(large, tasks=TASKS)
+    all_tasks = dataclasses.replace(large, tasks=(*TASKS, *TRAIN))
     assert [family for family, _ in all_tasks.groups(1 << 50)] == list(FAMILIES)
-    sizes = [all_tasks.resident_bytes(family, both) for family in ("captioning", "answering", "training")]
+    sizes = [all_tasks.resident_bytes(family, both) for family in FAMILIES]
     assert sizes == sorted(sizes)
 
 
 def test_training_is_left_out_if_memory_cannot_hold_it():
-    large = plan(preset="large", frames=16, steps=15, batch=1, tasks=("captioning", "training"))
+    large = plan(preset="large", frames=16, steps=15, batch=1, tasks=("captioning", "captioning step"))
     notes = []
     assert measure.fitting(large, 20 << 30, notes) == [("captioning", ("float32",))]
     assert notes == [
-        "No training in float32: with all baselines it needs about 50 GB of memory, and 21 GB are free. Use fewer "
-        "--frames or --baselines, or a smaller --preset."
+        "No captioning step in float32: with all baselines it needs about 50 GB of memory, and 21 GB are free. Use "
+        "fewer --frames or --baselines, or a smaller --preset."
     ]
 
 

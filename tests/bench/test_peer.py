@@ -97,6 +97,15 @@ def test_training(changes):
             assert relative(gradients[name], parameter.grad.double()) < 1e-4, name
 
 
+def test_training_of_question_answering():
+    model, peer, video = build(TINY, "answering")
+    question, answer = random_text(TINY, 2, 7), random_text(TINY, 2, 5)
+    ones = torch.ones(2, dtype=torch.long)
+    with torch.no_grad():
+        expected = model(video, *question, *answer, ones, ones.float())
+        assert_close(peer.answer_loss(video, *question, answer[0]), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_dropout():
     """Peer and reference draw different numbers, so only the mean and the spread of their losses agree."""
     config = TINY.replace(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)

@@ -11,19 +11,20 @@ import numpy as np
 import pytest
 
 from bench import cli, compare, measure, runner, scaling, waterfall
-from bench.row import LEVELS, Results
+from bench.row import Results
 from tests.bench.test_targets import CEILINGS
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--quick", "--baselines", "reference,eager", "--repeats", "1", "--steps", "3", "--frames", "2"]
-NAMES = ["layer_norm", "fusion layer", "captioning", "decoding"]
+WORKS = {"ops": "layer_norm", "modules": "fusion layer", "model": "captioning", "video": "decoding"}
+NAMES = list(WORKS.values())
 MEASURING = [(runner, "measure_ceilings"), (runner, "run"), (measure, "run"), (scaling, "run"), (waterfall, "run")]
 """Everything that times something."""
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """A finished run of one work of each level, with all that it writes."""
+    """A finished run of one work of each level but training, with all that it writes."""
     folder = tmp_path_factory.mktemp("bench")
     written = ["--json", str(folder / "run.json"), "--csv", str(folder / "run.csv"), "--pictures", str(folder)]
     done = subprocess.run(
@@ -38,7 +39,7 @@ def quick(tmp_path_factory):
 
 def test_every_level_has_its_rows(quick):
     results = Results.read(quick[1] / "run.json")
-    assert [(row.key.level, row.key.name) for row in results.rows] == list(zip(LEVELS, NAMES, strict=True))
+    assert [(row.key.level, row.key.name) for row in results.rows] == list(WORKS.items())
     assert {"cpu", "cores", "threads", "simd", "memory_bytes", "os", "gpu"} <= results.machine.keys()
     assert {"torch", "python", "mplug2_fast", "commit"} <= results.versions.keys()
     assert results.failed == {}
@@ -166,7 +167,7 @@ def test_invalid_options(options, words, capsys):
         (["--scaling", "--video", "none.npy"], "none.npy"),
         (["--waterfall", "--video", "words.mp4"], "words.mp4"),
         (["--level", "ops", "--only", "softmax"], "no such name in ops: softmax"),
-        (["--only", "attention,softmax,captioning"], "no such name in ops, modules, model, video: softmax"),
+        (["--only", "attention,softmax,captioning"], "no such name in ops, modules, model, train, video: softmax"),
         (["--accelerate", "--only", "attention"], "no such name in model: attention"),
         (["--level", "ops", "--only", "beam_step", "--direction", "backward"], "nothing to measure in ops"),
         (["--compare", "none.json"], "none.json"),
