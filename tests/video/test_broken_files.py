@@ -132,7 +132,7 @@ BROKEN = {
     "noise in jpeg in mkv": (noise_in("mkv", "mjpeg"), "is corrupt: the element at byte [0-9,]+ does not fit"),
     "noise in vp9": (noise_in("webm", "libvpx-vp9", gop=40), "is corrupt: the element at byte [0-9,]+ does not fit"),
     "noise in mpeg4": (noise_in("avi", "mpeg4", gop=40), "is corrupt"),
-    "noise in jpeg in avi": (noise_in("avi", "mjpeg"), "is corrupt: the chunk at byte [0-9,]+ is not what"),
+    "noise in jpeg in avi": (noise_in("avi", "mjpeg"), "is corrupt: the chunk at byte [0-9,]+ is damaged"),
     "noise in png": (noise_in("mov", "png"), "is corrupt"),
     "noise in jpeg": (noise_in("mov", "mjpeg"), "is corrupt"),
     "noise in av1": (noise_in("mp4", "libsvtav1", gop=40), "is corrupt"),
