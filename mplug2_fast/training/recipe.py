@@ -201,7 +201,8 @@ class Recipe(_Part):
     max_bad: Share = 0.01
     """Share of a source's files that may be unreadable."""
     max_spike: Rate = 10.0
-    """A step whose loss is so many standard deviations above the recent mean is skipped; 0 skips none."""
+    """A step is skipped if its loss is this many standard deviations, at least 0.1 each, above the recent mean; 0 skips
+    none."""
     max_skipped: Positive = 20
     """Steps in a row that may be skipped before training stops."""
     save_every: Positive = 500

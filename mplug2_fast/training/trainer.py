@@ -37,7 +37,8 @@ from mplug2_fast.training.world import World, checkpoint_activations
 STOPPED = 143
 """Exit status of a run that was asked to stop and has saved."""
 
-_SPIKE_MEMORY, _SPIKE_AFTER = 0.98, 50
+_SPIKE_MEMORY, _SPIKE_AFTER, _SPIKE_MIN = 0.98, 50, 0.1
+"""Of the mean and variance; steps before any is skipped; smallest standard deviation, for losses close to zero."""
 
 
 @dataclass
@@ -370,7 +371,7 @@ class Trainer:
         if not math.isfinite(loss) or not math.isfinite(norm):
             return f"the loss is {loss:g} and the norm of the gradients {norm:g}"
         known = state.step - state.skipped > _SPIKE_AFTER
-        highest = state.mean + limit * math.sqrt(max(state.variance, 0.0)) + 1e-6
+        highest = state.mean + limit * max(math.sqrt(max(state.variance, 0.0)), _SPIKE_MIN)
         if limit and known and loss > highest:
             return f"the loss {loss:.4g} is above {highest:.4g}, {limit:g} standard deviations over the recent mean"
         difference = loss - state.mean

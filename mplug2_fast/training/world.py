@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mplug2_fast.devices import pick_device
+from mplug2_fast.nn.bert_layer import BertLayer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -103,8 +104,11 @@ class World:
 
 
 def layers_of(module: nn.Module) -> list[nn.Module]:
-    """The layers of all stacks: the members of every `nn.ModuleList`."""
-    return [layer for stack in module.modules() if isinstance(stack, nn.ModuleList) for layer in stack]
+    """The layers of all stacks, the members of every `nn.ModuleList`, and BERT layers that stand alone."""
+    stacked = [layer for stack in module.modules() if isinstance(stack, nn.ModuleList) for layer in stack]
+    inside = {id(part) for layer in stacked for part in layer.modules()}
+    alone = [part for part in module.modules() if isinstance(part, BertLayer) and id(part) not in inside]
+    return stacked + alone
 
 
 def checkpoint_activations(module: nn.Module) -> None:
