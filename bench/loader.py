@@ -40,7 +40,7 @@ class Loader:
             (clip,) = self.exchange.glob("clip.*")
             batch, task = torch.load(self.exchange / "batch.pt"), get("captioning")
             items = [Item(str(n), video=str(clip), caption=(CAPTION,)) for n in range(batch)]
-            data = ItemDataset(items, task, self.config.vision, augment="none")
+            data = ItemDataset(items, [task], self.config.vision, augment="none")
             self.steps = StepDataset(data, [task], Tokenizer.from_vocab(None), self.config, batch_size=batch)
         step = self.steps[self.number]
         self.number += 1

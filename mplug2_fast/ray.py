@@ -14,9 +14,7 @@
     captions.write_parquet("captions")
 
 A step works like a bulk run: worker processes decode, and the model computes batches. A file that is broken or times
-out gets an `error` and affects no other.
-
-`train` runs a recipe on the workers of Ray Train. Importing this module does not import Ray.
+out gets an `error` and affects no other. This module does not import Ray.
 """
 
 from __future__ import annotations
@@ -24,8 +22,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -37,44 +34,9 @@ from mplug2_fast.bulk.work import Frames, Predict, Work
 from mplug2_fast.errors import ConfigError
 from mplug2_fast.predict import Answerer, Captioner, Predictor
 
-if TYPE_CHECKING:
-    from mplug2_fast.training import Recipe
-
 Columns = dict[str, Any]
 
 _USUAL = {"num_beams": None, "num_return": 1, "min_length": None, "max_length": None}
-
-
-def train(recipe: Recipe | str | Path, num_workers: int, *, use_gpu: bool = False) -> Path:
-    """Train by a recipe on a cluster, with Ray Train as the launcher. Each worker is a rank of the same `Trainer`.
-
-    All workers must see `recipe.out` and the data under the same paths. A run that was stopped goes on there.
-
-    Args:
-        recipe: a recipe, or the path of one. num_workers: ranks. use_gpu: one GPU for each.
-
-    Returns the folder of the model.
-
-    Raises:
-        ConfigError: the recipe is wrong. ImportError: Ray Train is not installed.
-    """
-    try:
-        from ray.train import ScalingConfig
-        from ray.train.torch import TorchTrainer
-    except ImportError as error:
-        raise ImportError("training on Ray needs pip install 'mplug2-fast[ray]'") from error
-    from mplug2_fast.training import Recipe, load_recipe
-
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    scaling = ScalingConfig(num_workers=num_workers, use_gpu=use_gpu)
-    TorchTrainer(_train_on_this_worker, train_loop_config=recipe.model_dump(), scaling_config=scaling).fit()
-    return Path(recipe.out) / "model"
-
-
-def _train_on_this_worker(values: dict[str, Any]) -> None:
-    from mplug2_fast.training import Trainer, make_recipe
-
-    Trainer(make_recipe(values)).train()
 
 
 class _Step:

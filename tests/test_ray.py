@@ -5,20 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 import mplug2_fast as mf
 from mplug2_fast.errors import ConfigError
-from mplug2_fast.ray import Answers, Captions, train
-from mplug2_fast.training import make_recipe
+from mplug2_fast.ray import Answers, Captions
 from tests.bulk.files import write_clip
 from tests.bulk.test_run import deaths
-from tests.training.conftest import values_of
 
 __all__ = ["deaths"]  # a fixture
 
@@ -89,43 +85,25 @@ def test_options_that_are_not_known() -> None:
         Captions(device="cpu", temperature=1)
 
 
-@pytest.fixture
-def local_ray() -> Iterator[Any]:
+def test_on_a_local_ray(paths: list[str]) -> None:
     ray = pytest.importorskip("ray")
     pytest.importorskip("pyarrow")
     variables = {"PYTHONPATH": str(Path(__file__).parents[1]), "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     ray.init(
         address="local",
-        num_cpus=4,
+        num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
         logging_level="error",
         object_store_memory=80 * 2**20,
         runtime_env={"env_vars": variables},
     )
-    yield ray
-    ray.shutdown()
-
-
-def test_on_a_local_ray(local_ray: Any, paths: list[str]) -> None:
-    videos = local_ray.data.from_items([{"path": path} for path in paths])
-    found = videos.map_batches(
-        Captions, fn_constructor_kwargs={"device": "cpu", **OPTIONS}, batch_size=2, concurrency=1
-    )
-    check_captions(found.take_all(), paths)
-
-
-def test_training_on_a_local_ray(local_ray: Any, tmp_path: Path) -> None:
-    """Two workers of Ray Train are two ranks: the losses are those of one rank."""
-    found = []
-    for name in ("ray", "here"):
-        recipe = make_recipe({**values_of(tmp_path / name), "steps": 2})
-        if name == "ray":
-            folder = train(recipe, num_workers=2)
-            assert (folder / "model.safetensors").exists()
-        else:
-            mf.Trainer(recipe, note=lambda line: None).train()
-        log = (tmp_path / name / "log.jsonl").read_text().splitlines()
-        found.append([json.loads(line)["loss"] for line in log])
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    try:
+        videos = ray.data.from_items([{"path": path} for path in paths])
+        found = videos.map_batches(
+            Captions, fn_constructor_kwargs={"device": "cpu", **OPTIONS}, batch_size=2, concurrency=1
+        )
+        check_captions(found.take_all(), paths)
+    finally:
+        ray.shutdown()
