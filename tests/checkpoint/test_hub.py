@@ -78,7 +78,7 @@ def test_a_name_loads_as_its_files_do(hub):
 
 def test_a_folder_of_that_name_comes_first(tmp_path):
     (tmp_path / "owner" / "tiny").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"owner/tiny: a checkpoint directory holds config\.json"):
+    with pytest.raises(CheckpointError, match=r"owner/tiny: a checkpoint directory has config\.json"):
         mf.from_pretrained("owner/tiny")
 
 

@@ -69,7 +69,7 @@ def test_a_run_goes_on(report, predictor, questions):
     more = evaluate(predictor, questions[:5], out.parent / out.name, metrics=["exact_match"], split="test")
     assert more.metrics == {"exact_match": 100.0}
     assert (out / "predictions.jsonl").read_bytes() == before
-    with pytest.raises(ConfigError, match="num_beams was 5 and is 2"):
+    with pytest.raises(ConfigError, match=r"num_beams=5 \(now 2\)"):
         evaluate(predictor, questions, out, options={"num_beams": 2})
     found.write(out)
 
