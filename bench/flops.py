@@ -165,7 +165,8 @@ def training(config: MPlug2Config, frames: int, steps: int, batch: int, question
 
     A caption has the ignored tokens of the prompt and `steps` learned ones, which alone are scored. Teacher forcing
     computes as many tokens as one beam decodes. The latents change with each step, so their own self-attention is
-    computed once per batch. With a question of so many tokens, an answer of `steps` tokens is learned.
+    computed once per batch. If `question` is given, the step trains an answer of `steps` tokens to a question of that
+    length.
     """
     text = config.text
     dim, latents, prompt = text.hidden_size, text.num_latents, 0 if question else config.generation.prompt_tokens

@@ -53,7 +53,7 @@ void add_block(const Plan<kPair>& p, const Workspace<kPair>& w, std::int64_t row
     }
 }
 
-// The tokens of one head, for the current (batch, head) pair and part of the keys of a thread.
+// The tokens of one (batch, head) pair, restricted to the keys that this thread handles.
 template <typename Element>
 struct Source {
     Tokens<Element> q, k, v;

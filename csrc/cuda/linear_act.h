@@ -11,8 +11,8 @@ enum class Type { bf16, fp16 };
 // out = residual + act(x . weight^T + bias) on tensor cores of compute capability 9.0, for any number of rows. Sums,
 // activation and the addition of the residual are in float32; the result is rounded once.
 //
-// `x` is (rows, in), `weight` (out_features, in), `bias` (out_features) or null, `residual` and `out` (rows,
-// out_features), `residual` null if there is none; all of `type`. Strides are those of rows, in elements. Sizes of
+// `x` is (rows, in), `weight` (out_features, in), `bias` (out_features) or null, `residual` or null and `out` (rows,
+// out_features); all have the type `type`. Strides are those of rows, in elements. Sizes of
 // features and strides must be multiples of 8, addresses multiples of 16.
 struct LinearActArguments {
     const void* x;

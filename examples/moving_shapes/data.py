@@ -23,10 +23,10 @@ CLIPS = 10_000_000
 
 
 class MovingShapes:
-    """Clips that no held-out scene equals. Their random numbers come from seeds of their own.
+    """Clips for training. Their seeds differ from those of held-out scenes.
 
     Args:
-        config: of the model, for the size of the frames.
+        config: the model's. It determines the size of the frames.
     """
 
     def __init__(self, config: Any) -> None:

@@ -48,7 +48,7 @@ class Fit:
         return not (self.missing or self.mismatched or self.unexpected)
 
     def require(self, name: str) -> None:
-        """Raises `CheckpointError` with the grouped report, unless `ok`. `name` is the file, for the message."""
+        """Raises `CheckpointError` with the grouped report, unless `ok`. The message begins with `name`, the file."""
         if not self.ok:
             raise CheckpointError(self.report(name))
 

@@ -108,7 +108,7 @@ def run_bulk(
         first = ranks.rank == 0
         if first:
             _note_skipped(sources)
-        with _progress(ranks) as started:
+        with progress(ranks) as started:
             summary = bulk.run(
                 work,
                 sources.videos,
@@ -151,7 +151,7 @@ def _usual_workers(device: str, cores: int) -> int:
 
 
 @contextmanager
-def _progress(ranks: Ranks) -> Iterator[Callable[[Plan], Callable[[int, int], None]]]:
+def progress(ranks: Ranks) -> Iterator[Callable[[Plan], Callable[[int, int], None]]]:
     """The callback for `bulk.run`: a progress bar on a terminal, otherwise a line every 30 seconds."""
     if ranks.rank:
         yield lambda plan: lambda videos, failed: None

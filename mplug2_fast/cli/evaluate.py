@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mplug2_fast.cli.bulk import BulkOptions, _progress
+from mplug2_fast.cli.bulk import BulkOptions, progress
 from mplug2_fast.cli.console import BAD_INPUT, emit, note, reporting, shown
 from mplug2_fast.cli.options import (
     BatchMemoryOption,
@@ -23,7 +23,7 @@ from mplug2_fast.cli.options import (
     TimeoutOption,
     WorkersOption,
 )
-from mplug2_fast.cli.predict import _lines, _option, load
+from mplug2_fast.cli.predict import lines_of, load, task_option
 from mplug2_fast.cli.tables import columns
 
 if TYPE_CHECKING:
@@ -78,16 +78,16 @@ def evaluate(
 
         items = read_items(data, split)
         chosen = None if task is None else tasks.load(task)
-        options = dict(map(_option, option or ()))
+        options = dict(map(task_option, option or ()))
         if candidates is not None:
-            options["candidates"] = _lines(candidates)
+            options["candidates"] = lines_of(candidates)
         with bulk.Ranks() as ranks:
             first = ranks.rank == 0
             if chosen is not None:  # before the model is loaded
                 evaluation.check(chosen, items, metric, tokenizer)
             predictor = load(Predictor, checkpoint, dtype, ranks.device(device), task=chosen, quietly=not first)
             videos = len(evaluation.sources_of(predictor.task, items))
-            with _progress(ranks) as started:
+            with progress(ranks) as started:
                 report = evaluation.evaluate(
                     predictor,
                     items,

@@ -156,7 +156,7 @@ def answer(
         raise typer.BadParameter("give files with --question, but not with --questions, which lists them")
     with reporting():
         bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder, retry_failed)
-        choices = [*(candidate or ()), *_lines(candidates)] if candidate or candidates else None
+        choices = [*(candidate or ()), *lines_of(candidates)] if candidate or candidates else None
         from mplug2_fast.predict import Answerer
 
         searching = {
@@ -238,7 +238,7 @@ def predict(
         from mplug2_fast.predict import Predictor
 
         chosen = None if task is None else tasks.load(task)
-        options = dict(map(_option, option or ()))
+        options = dict(map(task_option, option or ()))
         if out is None:
             dataclasses.replace(bulk_options, timeout=None).require_none()
             if texts is not None:
@@ -264,7 +264,7 @@ def predict(
         run_bulk(work, find, out, bulk_options, "results")
 
 
-def _option(given: str) -> tuple[str, Any]:
+def task_option(given: str) -> tuple[str, Any]:
     """Parses `name=value`. The value is JSON if it can be parsed as JSON, otherwise text."""
     name, equals, value = given.partition("=")
     if not equals or not name:
@@ -312,7 +312,7 @@ def _note_unknown_words(predictor: Predictor, questions: Iterable[str]) -> None:
         note(f"note: the model does not know these words of the question: {words}")
 
 
-def _lines(path: Path | None) -> list[str]:
+def lines_of(path: Path | None) -> list[str]:
     """The non-empty lines of a file of candidates."""
     if path is None:
         return []

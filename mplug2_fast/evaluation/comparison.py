@@ -29,7 +29,7 @@ class Comparison:
         settings: those that differ.
         shared, only: items in both, and in one alone.
         references_differ: shared items whose references differ.
-        score: the name of the score that items are compared by; None if there is none.
+        score: the name of the score that items are compared by, or None.
         shared_means: its means over the shared items.
         changed: how many shared items have another score.
         changes: those that changed most.

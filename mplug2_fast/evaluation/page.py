@@ -93,7 +93,7 @@ class Confusion:
 
 
 def confusion(items: Sequence[ItemResult]) -> Confusion:
-    """How often the model gives which answer in place of which, for the most frequent ones."""
+    """Counts of predicted answers for each of the most frequent right answers."""
     pairs = [(_right(item), FAILED if item.prediction is None else item.prediction) for item in items]
     frequent = [answer for answer, _ in Counter(right for right, _ in pairs).most_common(MAX_ANSWERS)]
 

@@ -136,11 +136,7 @@ def check(task: Task, items: Sequence[Item], metrics: Iterable[str] | None = Non
     if not items:
         raise DataError("there are no items to evaluate")
     for item in items:
-        missing = [name for name in task.fields if not getattr(item, name)]
-        if (item.video or item.image) is None:
-            missing.insert(0, "video or image")
-        if missing:
-            raise DataError(f"the item {printable(item.id)} has no {' and no '.join(missing)}, which {task.name} needs")
+        task.require_fields(item)
         if item.start is not None or item.end is not None:
             raise DataError(f"the item {printable(item.id)} is a part of a video (start, end): cut it out as a file")
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 from mplug2_fast.errors import ConfigError, printable
+from mplug2_fast.imports import imported
 from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, best_labels
 from mplug2_fast.tasks.captioning import Captioning
 from mplug2_fast.tasks.question_answering import AnswerRanking, QuestionAnswering
@@ -59,7 +56,7 @@ def title_of(tasks: Iterable[Task]) -> str:
 def load(name: str) -> Task:
     """The task that a command line names: a name in `TASKS`, `module:Name` or `file.py:Name`.
 
-    Runs the module's code: take such names from a user, never from a file.
+    Runs the module's code: take such names from a user, or from a file that the user trusts.
 
     Raises:
         ConfigError: there is no such task, module or file, or what it names is no task.
@@ -67,22 +64,8 @@ def load(name: str) -> Task:
     where, colon, attribute = name.rpartition(":")
     if not colon:
         return get(name)
-    try:
-        module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
-        found = getattr(module, attribute)
-    except (ImportError, AttributeError, OSError, SyntaxError) as error:
-        raise ConfigError(f"the task {name} cannot be imported: {error}") from error
+    found = imported(where, attribute, "task")
     found = found() if isinstance(found, type) and issubclass(found, Task) else found
     if not isinstance(found, Task):
         raise ConfigError(f"{name} is a {type(found).__name__}, not a mplug2_fast.tasks.Task")
     return found
-
-
-def _from_file(path: Path) -> object:
-    spec = importlib.util.spec_from_file_location(f"mplug2_fast_task_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module

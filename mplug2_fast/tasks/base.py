@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mplug2_fast.errors import ConfigError, NotFiniteError
+from mplug2_fast.errors import ConfigError, DataError, NotFiniteError, printable
 
 if TYPE_CHECKING:
     from mplug2_fast.datasets import Item
@@ -69,6 +69,14 @@ class Task(ABC):
     def respond(self, model: Any, tokenizer: Tokenizer, **options: Any) -> Respond:
         """The function that turns encoded videos and texts into results. Raises `ConfigError` for bad options."""
 
+    def require_fields(self, item: Item) -> None:
+        """Raise `DataError` for an item without the video, image or field that the task needs."""
+        missing = [name for name in self.fields if not getattr(item, name)]
+        if "vision" in self.modules and not item.media:
+            missing.insert(0, "video or image")
+        if missing:
+            raise DataError(f"the item {printable(item.id)} has no {' and no '.join(missing)}, which {self.name} needs")
+
     def samples(self, item: Item) -> list[Item]:
         """What an item gives in an epoch of training: more than one sample if it has several targets."""
         return [item]
@@ -86,7 +94,7 @@ class Task(ABC):
         return item.question if self.reads_text else None
 
     def references(self, item: Item) -> Mapping[str, float]:
-        """The right results of an item, each with its weight, for the metrics."""
+        """The correct results of an item, with the weight of each, for the metrics."""
         raise ConfigError(f"{self.name} cannot be evaluated on items: it has no `references` method")
 
     def check_text(self, model: Any, tokenizer: Tokenizer, text: str) -> None:  # noqa: B027 (nothing to check)

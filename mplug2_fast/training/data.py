@@ -4,12 +4,8 @@ workers, not on ranks, not on when the run was started. So a position in the dat
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import itertools
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -18,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mplug2_fast.datasets import Item, read_items
-from mplug2_fast.errors import ConfigError, DataError, VideoError
+from mplug2_fast.errors import DataError, VideoError
+from mplug2_fast.imports import imported
 from mplug2_fast.ops.preprocess_frames import preprocess_frames
 from mplug2_fast.tasks import Task
 from mplug2_fast.training.augment import AUGMENTATIONS
@@ -73,11 +70,7 @@ class ItemDataset:
         split_targets: bool = True,
     ) -> None:
         for task, item in itertools.product(tasks, items):
-            missing = [name for name in task.fields if not getattr(item, name)]
-            if not item.media and "vision" in task.modules:
-                missing.append("video or image")
-            if missing:
-                raise DataError(f"item {item.id!r} has no {' and no '.join(missing)}, which {task.name} needs")
+            task.require_fields(item)
         self.items = list(items)
         self.samples = [each for item in items for each in (tasks[0].samples(item) if split_targets else [item])]
         self._vision = vision
@@ -122,27 +115,10 @@ def open_dataset(source: Source, tasks: Sequence[Task], config: Any) -> Dataset:
     """
     where, colon, name = source.data.rpartition(":")
     if colon and name.isidentifier():
-        return _imported(where, name)(config)
+        return imported(where, name, "data")(config)
     items = read_items(source.data, source.split or None)
     # The reward of a caption takes all captions of its item.
     return ItemDataset(items, tasks, config.vision, source.augment, split_targets=source.objective == "loss")
-
-
-def _imported(where: str, name: str) -> Any:
-    try:
-        if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(f"mplug2_fast_data_{Path(where).stem}", where)
-            if spec is None or spec.loader is None:
-                raise ImportError(f"{where} is not a Python file")
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            if (here := str(Path.cwd())) not in sys.path:
-                sys.path.insert(0, here)  # as `python -m` does
-            module = importlib.import_module(where)
-        return getattr(module, name)
-    except (ImportError, AttributeError, OSError, SyntaxError) as error:
-        raise ConfigError(f"the data {where}:{name} cannot be imported: {error}") from error
 
 
 class Batch(NamedTuple):

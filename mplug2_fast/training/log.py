@@ -33,7 +33,7 @@ class Log:
         self._waited, self._samples = 0.0, 0
         self._from, self._steps, self._started = 0, 0, time.monotonic()
         self._file: Any = None
-        self._lock: Any = None
+        self._open: list[Any] = []
         self._bar: Any = None
         self._writers: list[Callable[[int, Mapping[str, float]], None]] = []
 
@@ -55,9 +55,10 @@ class Log:
             ConfigError: another run is there.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self._folder / ".lock").open("a")
+        lock = (self._folder / ".lock").open("a")
+        self._open.append(lock)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"{self._folder}: another run is training there: stop it, or use another out") from None
 
@@ -90,6 +91,7 @@ class Log:
         partial.write_text("".join(f"{line}\n" for line in kept))
         partial.replace(path)
         self._file = path.open("a", buffering=1)
+        self._open.append(self._file)
         self._open_writers(step)
         if sys.stderr.isatty() and self._print is None:
             self._bar = _bar()
@@ -109,7 +111,7 @@ class Log:
                 self._writers.append(
                     lambda step, values: [writer.add_scalar(name, v, step) for name, v in values.items()]
                 )
-                self._flush = writer.flush
+                self._open.append(writer)
         if self._recipe.wandb:
             try:
                 import wandb
@@ -183,9 +185,8 @@ class Log:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        for file in (self._file, self._lock):
-            if file is not None:
-                file.close()
+        for each in self._open:
+            each.close()
 
     def _plot(self, state: Any) -> None:
         try:

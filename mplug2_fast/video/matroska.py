@@ -148,7 +148,8 @@ def _elements(file: BinaryIO, size: int, steps: Steps) -> Iterator[tuple[int, in
 def ebml_number(data: bytes, position: int) -> tuple[int | None, int]:
     """A number of variable length and the position after it.
 
-    The number is None if it is an open size, as in a live recording, or, with the position unchanged, if there is none.
+    The number is None for an open size, as in a live recording. At the end of the data it is None too, and the position
+    is unchanged.
     """
     first = data[position] if position < len(data) else 0
     if 0x80 <= first < 0xFF:  # the usual case

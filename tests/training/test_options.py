@@ -113,7 +113,7 @@ def test_batches_that_cannot_be_divided(recipe):
 
 def test_items_without_the_fields_of_the_task(recipe, tmp_path):
     write_items(tmp_path / "a.jsonl", [Item("7", video="a.mp4")])
-    with pytest.raises(DataError, match="item '7' has no caption, which captioning needs"):
+    with pytest.raises(DataError, match="the item 7 has no caption, which captioning needs"):
         start(recipe(sources=[{"data": str(tmp_path / "a.jsonl"), "task": "captioning"}]))
 
 

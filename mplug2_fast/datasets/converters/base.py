@@ -150,7 +150,7 @@ class Annotations:
         return paths[0]
 
     def paths(self, role: str) -> Sequence[Path]:
-        """The files of a role. Raises `DataError` if there is none."""
+        """The files of a role. Raises `DataError` if none was given."""
         if role not in self._paths:
             raise DataError(f"{self.converter.name} needs {_described(self.converter, role)}")
         return self._paths[role]
