@@ -40,13 +40,18 @@ def attention_reference(
     mask = _visible(query, key, key_padding_mask, causal)
     key, value = without_padding(key, value, key_padding_mask)
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    scores = query @ key.transpose(-1, -2) * scale_of(query.shape[-1])
     if mask is None:
         weights = scores.softmax(dim=-1)
     else:  # a query that sees no key gets zeros
         weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).masked_fill(~mask, 0)
     weights = weights if dropout is None else dropout(weights)
     return (weights @ value).transpose(1, 2).flatten(2)
+
+
+def scale_of(head_dim: int) -> float:
+    """1 / √head_dim, of the scores. Without channels, every score is 0 at any scale."""
+    return max(head_dim, 1) ** -0.5
 
 
 def make_inputs(
@@ -272,6 +277,7 @@ SPEC = Spec(
         ),
         {"batch": 1, "queries": 3, "keys": 20, "heads": 2, "head_dim": 5},
         {"batch": 0, "queries": 3, "keys": 5},
+        {"batch": 2, "queries": 3, "keys": 5, "head_dim": 0},
     ),
     models={
         "base": {"batch": 16, "queries": 197, "keys": 197, "heads": 12, "head_dim": 64, "fused": True},

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mplug2_fast.ops.attention import scale_of
 from mplug2_fast.ops.runtime import cpu, formula, triton
 from mplug2_fast.ops.runtime.backend import Backend
 from mplug2_fast.ops.runtime.op import Op
@@ -71,7 +72,7 @@ def _append(a: Arguments) -> tuple[Tensor, Tensor]:
 def reference(a: Arguments) -> Tensor:
     """softmax(query·keyᵀ / √head_dim)·value over the positions up to `step`."""
     keys, values = _append(a)
-    scores = torch.einsum("rhd,rthd->rht", a.query, keys) * a.query.shape[-1] ** -0.5
+    scores = torch.einsum("rhd,rthd->rht", a.query, keys) * scale_of(a.query.shape[-1])
     return torch.einsum("rht,rthd->rhd", scores.softmax(dim=-1), values).flatten(1)
 
 
@@ -143,6 +144,7 @@ SPEC = Spec(
         {"rows": 1, "length": 1, "step": 0},
         {"rows": 4, "length": 33, "step": 32, "heads": 1, "head_dim": 33},
         {"rows": 0, "length": 3, "step": 1},
+        {"rows": 2, "length": 3, "step": 1, "head_dim": 0},
     ),
     models={
         "base": {"rows": 5, "length": 15, "step": 14, "heads": 12, "head_dim": 64},
