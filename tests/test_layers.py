@@ -23,6 +23,7 @@ LAYERS = (
     ("generation", "acceleration"),
     ("nn",),
     ("datasets",),
+    ("images",),
     ("video", "text"),
     ("ops",),
     ("kernels",),

@@ -47,6 +47,20 @@ def inspect_file(path: str, guard: Guard) -> FileFacts:
         DamagedError: it is not a complete video or image file; the message states the reason.
         LimitError: it claims more than the limits allow.
     """
+    with open_media(path) as (file, status):
+        facts = _inspect(file, status.st_size, PurePath(path).suffix.lower(), guard)
+        # A small sparse file can claim a huge size.
+        facts.is_bounded &= 1024 * status.st_blocks >= status.st_size
+        return facts
+
+
+@contextmanager
+def open_media(path: str) -> Iterator[tuple[BinaryIO, os.stat_result]]:
+    """A regular file that is not empty, open for reading, and its status.
+
+    Raises:
+        DamagedError: there is no such file, it is no regular file, it is empty, or it cannot be read.
+    """
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
@@ -56,10 +70,7 @@ def inspect_file(path: str, guard: Guard) -> FileFacts:
         if status.st_size == 0:
             raise DamagedError("is empty")
         with open(path, "rb") as file:
-            facts = _inspect(file, status.st_size, PurePath(path).suffix.lower(), guard)
-        # A small sparse file can claim a huge size.
-        facts.is_bounded &= 1024 * status.st_blocks >= status.st_size
-        return facts
+            yield file, status
     except FileNotFoundError:
         raise DamagedError("no such file") from None
     except PermissionError:
