@@ -17,6 +17,7 @@ from mplug2_fast.predict import predictor
 from mplug2_fast.tasks.base import not_finite
 from mplug2_fast.tasks.generative import texts_of
 from mplug2_fast.video import Clip
+from mplug2_fast.video.frames import PreparedClip
 
 QUESTION = "what color is the circle"
 VIDEOS = [bulk.Source(name, (bulk.Question(QUESTION),)) for name in ("good.mp4", "nan.mp4", "inf.mp4")]
@@ -40,7 +41,10 @@ def answerer() -> mf.Answerer:
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predictor, "load_clip", lambda path, *_, **__: (frames(path), [0, 1, 2, 3]))
+    def load(path: str, *_: object) -> PreparedClip:
+        return PreparedClip(frames(path), [0, 1, 2, 3], (640, 360), "pyav")
+
+    monkeypatch.setattr(predictor, "prepare_clip", load)
 
 
 def assert_one_is_good(errors: list[str | None]) -> None:

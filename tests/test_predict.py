@@ -15,7 +15,9 @@ from mplug2_fast.errors import CheckpointError, ConfigError, MPlug2Error, VideoE
 from mplug2_fast.predict import Answerer, Captioner, Result, predictor
 from mplug2_fast.tasks import question_answering
 from mplug2_fast.text import Tokenizer
+from mplug2_fast.video.frames import PreparedClip
 from mplug2_fast.video.limits import Guard
+from mplug2_fast.video.preparation import MPLUG2, Preparation
 from tests.bulk.files import write_clip
 
 TEXT = "a video of the red blue square circle moves left right up what does do color is it yes no"
@@ -55,14 +57,15 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """No files: names become noise, and names with `bad` in them cannot be read. Lists what was asked for."""
     asked: list[str] = []
 
-    def load(path: str, num_frames: int, image_size: int, guard: Guard) -> tuple[torch.Tensor, list[int]]:
+    def load(path: str, preparation: Preparation, num_frames: int, image_size: int, guard: Guard) -> PreparedClip:
+        assert preparation == MPLUG2
         assert (num_frames, image_size) == (4, 32)
         asked.append(path)
         if "bad" in path:
             raise VideoError(f"{path}: is truncated:\n it has 3 bytes of 4")
-        return pixels(path), [1, 3, 5, 7]
+        return PreparedClip(pixels(path), [1, 3, 5, 7], (640, 360), "pyav")
 
-    monkeypatch.setattr(predictor, "load_clip", load)
+    monkeypatch.setattr(predictor, "prepare_clip", load)
     return asked
 
 
@@ -132,7 +135,7 @@ def test_bad_files_do_not_stop_the_others(loaded: list[str], captioner: Captione
 def test_what_else_a_file_can_cause(
     monkeypatch: pytest.MonkeyPatch, captioner: Captioner, problem: Exception, reason: str
 ) -> None:
-    monkeypatch.setattr(predictor, "load_clip", _raiser(problem))
+    monkeypatch.setattr(predictor, "prepare_clip", _raiser(problem))
     (result,) = captioner.caption("x.mp4")
     assert reason in result.error
 
@@ -140,13 +143,13 @@ def test_what_else_a_file_can_cause(
 def test_errors_of_the_program_are_not_taken_for_bad_files(
     monkeypatch: pytest.MonkeyPatch, captioner: Captioner
 ) -> None:
-    monkeypatch.setattr(predictor, "load_clip", _raiser(TypeError("a bug")))
+    monkeypatch.setattr(predictor, "prepare_clip", _raiser(TypeError("a bug")))
     with pytest.raises(TypeError, match="a bug"):
         list(captioner.caption("x.mp4"))
 
 
-def _raiser(problem: Exception) -> Callable[..., torch.Tensor]:
-    def load(path: str, **_: int) -> torch.Tensor:
+def _raiser(problem: Exception) -> Callable[..., PreparedClip]:
+    def load(path: str, *_: object) -> PreparedClip:
         raise problem
 
     return load
@@ -155,17 +158,17 @@ def _raiser(problem: Exception) -> Callable[..., torch.Tensor]:
 def test_the_next_file_is_decoded_while_the_model_works(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
     second_started = threading.Event()
 
-    def load(path: str, **_: int) -> tuple[torch.Tensor, list[int]]:
+    def load(path: str, *_: object) -> PreparedClip:
         if path == "two.mp4":
             second_started.set()
-        return torch.zeros(3, 4, 32, 32), [0, 1, 2, 3]
+        return PreparedClip(torch.zeros(3, 4, 32, 32), [0, 1, 2, 3], (640, 360), "pyav")
 
     class Waiting(FixedModel):
         def encode_video(self, video: torch.Tensor) -> torch.Tensor:
             assert second_started.wait(timeout=240), "the second file was not decoded in the meantime"
             return super().encode_video(video)
 
-    monkeypatch.setattr(predictor, "load_clip", load)
+    monkeypatch.setattr(predictor, "prepare_clip", load)
     results = Captioner(Waiting(CONFIG, [["red"]]), tokenizer).caption(["one.mp4", "two.mp4", "three.mp4"])
     assert [result.text for result in results] == ["red"] * 3
 

@@ -34,6 +34,7 @@ from mplug2_fast.bulk.work import Finished, Work
 from mplug2_fast.errors import ConfigError, MPlug2Error
 from mplug2_fast.predict.memory import is_out_of_memory, require_memory
 from mplug2_fast.video import Clip, DaliLoader, DecodePool
+from mplug2_fast.video.preparation import MPLUG2
 
 _LINES_AT_ONCE = 1000
 
@@ -299,7 +300,7 @@ def decoder_for(
     """The decoder for a work, as a context manager. If the model is on the CPU, each process decodes with one thread.
 
     Raises:
-        ConfigError: DALI does not decode windows.
+        ConfigError: DALI does not decode windows, and serves no other preparation than mPLUG-2's.
         BackendError: the backend is not available.
     """
     device = work.weights.device
@@ -307,6 +308,8 @@ def decoder_for(
     if decoding.backend == "dali":
         if work.frames.windows is not None:
             raise ConfigError("DALI does not decode windows: use the decoder pyav or torchcodec")
+        if work.preparation != MPLUG2:
+            raise ConfigError("DALI prepares frames for mPLUG-2 only: use the decoder pyav or torchcodec")
         return nullcontext(DaliLoader(device, **options))
     return DecodePool(
         decoding.num_workers,
@@ -315,6 +318,7 @@ def decoder_for(
         windows=work.frames.windows,
         prefetch=prefetch,
         threads=1 if device.type == "cpu" else None,
+        preparation=work.preparation,
         **options,
     )
 

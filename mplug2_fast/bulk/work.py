@@ -18,11 +18,12 @@ from mplug2_fast.errors import NotFiniteError
 from mplug2_fast.predict.memory import clip_bytes
 from mplug2_fast.tasks import Alternative
 from mplug2_fast.video import Windows
+from mplug2_fast.video.preparation import MPLUG2
 
 if TYPE_CHECKING:
     from mplug2_fast.predict import Predictor
     from mplug2_fast.tasks import Texts
-    from mplug2_fast.video import Clip
+    from mplug2_fast.video import Clip, Preparation
 
 _T = TypeVar("_T")
 
@@ -48,19 +49,24 @@ class Frames:
 
 @dataclass
 class Finished(Generic[_T]):
-    """A video whose clips are all computed: the outcome of each clip, in order, and the seconds by stage."""
+    """A video whose clips are all computed: the outcome of each clip, in order, and the seconds by stage.
+
+    `size` is the width and height of its frames in the file, upright.
+    """
 
     video: Source
     outcomes: list[_T] = field(default_factory=list)
     indices: list[list[int]] = field(default_factory=list)
     backend: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    size: tuple[int, int] | None = None
 
     def add(self, clip: Clip, outcome: _T, seconds: dict[str, float]) -> None:
         """Adds the next clip."""
         self.outcomes.append(outcome)
         self.indices.append(clip.indices)
         self.backend = clip.backend
+        self.size = clip.size
         for stage, taken in {"decode": clip.seconds, **seconds}.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + taken
 
@@ -89,6 +95,10 @@ class Work(ABC, Generic[_T]):
     def image_size(self) -> int:
         return self.predictor.model.config.vision.image_size
 
+    @property
+    def preparation(self) -> Preparation:
+        return self.predictor.preparation
+
     def settings(self) -> dict[str, Any]:
         """What the lines depend on besides the videos."""
         return {
@@ -96,6 +106,8 @@ class Work(ABC, Generic[_T]):
             "model": fingerprint(self.predictor.model),
             "dtype": str(self.weights.dtype).removeprefix("torch."),
             **self.frames.settings(),
+            # Runs of mPLUG-2 began before there were others, and still resume.
+            **({} if self.preparation == MPLUG2 else {"preparation": self.preparation.name}),
         }
 
     def begin(self, rank: int) -> None:
@@ -155,12 +167,13 @@ class Work(ABC, Generic[_T]):
         return [{**line, **ending} for line in self.no_lines(video)]
 
     def _ending(self, finished: Finished[_T], error: NotFiniteError | None = None) -> Line:
-        """The last fields of the line of a computed video."""
+        """The last fields of the line of a computed video. Boxes need the `size` of its frames: width and height."""
         indices = finished.indices if self.frames.windows is not None else finished.indices[0]
         return {
             "frames": indices,
             "decoder": finished.backend,
             "seconds": _rounded(finished.seconds),
+            **({} if self.preparation == MPLUG2 else {"size": finished.size}),
             "error": None if error is None else str(error),
         }
 

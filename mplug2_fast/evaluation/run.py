@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,10 @@ from mplug2_fast.evaluation.report import PAGE_NAME, PREDICTIONS_NAME, ItemResul
 from mplug2_fast.evaluation.scoring import choose, score_all
 from mplug2_fast.predict import Predictor
 from mplug2_fast.tasks import Alternative, Task
+from mplug2_fast.video import Preparation
 
 PathLike = str | os.PathLike[str]
 Started = Callable[[bulk.Plan], Callable[[int, int], None]]
-
-FRAME_SAMPLING = "the middle frame of equal intervals"
-"""What `mplug2_fast.video.frame_indices` does."""
 
 
 def evaluate(
@@ -104,14 +103,16 @@ def evaluate(
                 **{
                     name: value for name, value in work.settings().items() if name not in ("command", "task", "windows")
                 },
-                "frame_sampling": FRAME_SAMPLING,
+                "preparation": predictor.preparation.name,
+                "frame_sampling": predictor.preparation.sampling,
                 "decoder": (decoding or bulk.Decoding()).backend,
                 "tokenizer": tokenizer if any(metric.tokenized for metric in choose(task, metrics)[0]) else None,
                 "device": work.weights.device.type,
                 "mplug2_fast": mplug2_fast.__version__,
                 "torch": torch.__version__,
             }
-            report = _report(task, items, found, metrics, tokenizer, deciding)
+            seen = [_seen(item, line, predictor.preparation) for item, line in zip(items, found, strict=True)]
+            report = _report(task, seen, found, metrics, tokenizer, deciding)
             if out is not None:
                 report.write(folder)
                 write_whole(folder / PAGE_NAME, render(report).encode("utf-8", "backslashreplace"))
@@ -167,6 +168,13 @@ def _key(task: Task, item: Item) -> Any:
     """The key of an item's line among the predictions."""
     text = task.text_of(item)
     return _path(item) if text is None else (_path(item), text, item.id)
+
+
+def _seen(item: Item, line: Line, preparation: Preparation) -> Item:
+    """The item with its box where the model sees it, if that differs."""
+    if item.box is None or line.get("size") is None:
+        return item
+    return replace(item, box=preparation.box_in_square(item.box, *line["size"]))
 
 
 def _make(folder: Path) -> None:

@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mplug2_fast.images.augment import GroundingAugment, ImageAugment
     from mplug2_fast.images.load import LoadedImage, load_image
+    from mplug2_fast.images.preparation import MPLUG, MPlugGrounding
 
 _EXPORTS = {
+    "MPLUG": "preparation",
     "GroundingAugment": "augment",
     "ImageAugment": "augment",
     "LoadedImage": "load",
+    "MPlugGrounding": "preparation",
     "load_image": "load",
 }
 
-__all__ = ["GroundingAugment", "ImageAugment", "LoadedImage", "load_image"]
+__all__ = ["MPLUG", "GroundingAugment", "ImageAugment", "LoadedImage", "MPlugGrounding", "load_image"]
 
 
 if not TYPE_CHECKING:  # so that type checkers report names that are not imported above

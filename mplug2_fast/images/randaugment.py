@@ -143,9 +143,13 @@ def _warp(pixels: np.ndarray, matrix: tuple[tuple[float, ...], ...]) -> np.ndarr
     x, y = a * columns + b * rows + left, c * columns + d * rows + top
     column, row = np.floor(x), np.floor(y)
     right, down = (x - column)[..., None], (y - row)[..., None]
-    framed = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), constant_values=BORDER).astype(np.float32)
-    first, second = ((row.astype(np.int64) + 1 + more).clip(0, height + 1) for more in (0, 1))
-    here, next_to = ((column.astype(np.int64) + 1 + more).clip(0, width + 1) for more in (0, 1))
-    upper = framed[first, here] + right * (framed[first, next_to] - framed[first, here])
-    lower = framed[second, here] + right * (framed[second, next_to] - framed[second, here])
+    framed = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), constant_values=BORDER).reshape(-1, 3).astype(np.float32)
+    here, beside = ((column + 1 + more).clip(0, width + 1).astype(np.intp) for more in (0, 1))
+    above, below = ((row + 1 + more).clip(0, height + 1).astype(np.intp) * (width + 2) for more in (0, 1))
+
+    def blend(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        value = framed.take(first, axis=0)
+        return value + right * (framed.take(second, axis=0) - value)
+
+    upper, lower = blend(above + here, above + beside), blend(below + here, below + beside)
     return np.rint(upper + down * (lower - upper)).astype(np.uint8)

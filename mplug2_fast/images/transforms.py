@@ -25,7 +25,7 @@ def resize(pixels: np.ndarray, width: int, height: int, *, bicubic: bool = False
     if pixels.shape[:2] == (height, width):
         return pixels
     filter = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
-    return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize((width, height), filter))
+    return np.array(Image.fromarray(np.ascontiguousarray(pixels)).resize((width, height), filter))
 
 
 def normalise(frames: Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD) -> Tensor:

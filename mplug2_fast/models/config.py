@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mplug2_fast.errors import ConfigError, printable
+from mplug2_fast.video.preparation import MPLUG2, Preparation
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -49,6 +50,11 @@ class Config:
         if name not in cls.presets:
             raise ConfigError(f"no preset {name!r}: choose one of {', '.join(cls.presets)}")
         return cls(*cls.presets[name])
+
+    @property
+    def preparation(self) -> Preparation:
+        """How files become the model's input."""
+        return MPLUG2
 
     def replace(self, **changes: Any) -> Self:
         """A copy with fields changed: `replace(text={"num_latents": 8}, vision={"num_frames": 4})`.

@@ -24,13 +24,13 @@ from mplug2_fast.tasks.base import require
 from mplug2_fast.tasks.generative import text_options
 from mplug2_fast.text import Tokenizer, clean_question
 from mplug2_fast.video import DecodePool
-from mplug2_fast.video.frames import load_clip
+from mplug2_fast.video.frames import prepare_clip
 from mplug2_fast.video.limits import Guard, Limits
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from mplug2_fast.video import Clip
+    from mplug2_fast.video import Clip, Preparation
 
 TINY_MODEL = Path(__file__).parents[1] / "data" / "tiny"
 """The model that comes with the package. It knows the clips of examples/moving_shapes and nothing else."""
@@ -45,7 +45,8 @@ class Result:
 
     `score` is the length-normalised log probability of a generated text, or the probability of a given candidate
     among the candidates. `alternatives` are the `num_return` best, best first, the text itself included. `frames` are
-    the indices of the frames that the model saw, and `decoder` is what decoded them.
+    the indices of the frames that the model saw, `decoder` is what decoded them, and `size` is their width and height
+    in the file, upright.
     `seconds` has the wall time of each stage: `decode` (file to pixels), `encode` (pixels to visual tokens) and
     `generate` (tokens to words).
     """
@@ -58,11 +59,12 @@ class Result:
     decoder: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     error: str | None = None
+    size: tuple[int, int] | None = None
 
 
 class _Decoded(NamedTuple):
-    """A file's video `(1, 3, T, H, W)`, or the error, and the seconds that decoding took; the
-    indices of its frames, and what decoded them."""
+    """A file's video `(1, 3, T, H, W)`, or the error, and the seconds that decoding took; the indices of its frames,
+    what decoded them, and their size in the file."""
 
     path: str
     video: Tensor | None
@@ -70,6 +72,7 @@ class _Decoded(NamedTuple):
     error: str | None
     frames: tuple[int, ...] = ()
     decoder: str | None = None
+    size: tuple[int, int] | None = None
 
 
 Words = Callable[[Tensor], list[Texts]]
@@ -130,6 +133,11 @@ class Predictor:
     ) -> Self:
         """The same as the constructor with the path of a checkpoint."""
         return cls(path, dtype=dtype, device=device)
+
+    @property
+    def preparation(self) -> Preparation:
+        """How files become the model's input."""
+        return self.task.preparation(self.model.config)
 
     def for_task(self, task: Task | str) -> Self:
         """The same model and tokenizer for another of its tasks."""
@@ -196,7 +204,7 @@ class Predictor:
         decoded = (
             self._decoded_by_workers(files, num_workers, timeout) if num_workers else self._decoded(files, timeout)
         )
-        for path, video, decoding, error, frames, decoder in decoded:
+        for path, video, decoding, error, frames, decoder, size in decoded:
             if video is None:
                 yield Result(path, seconds={"decode": decoding}, error=error)
             else:
@@ -211,9 +219,9 @@ class Predictor:
                     raise MPlug2Error(f"{device} ran out of memory: {remedy}") from problem
                 seconds = {"decode": decoding, "encode": encoding, "generate": generating}
                 if isinstance(found, NotFiniteError):
-                    yield Result(path, frames=frames, decoder=decoder, seconds=seconds, error=str(found))
+                    yield Result(path, frames=frames, decoder=decoder, seconds=seconds, error=str(found), size=size)
                     continue
-                yield Result(path, *found[0], tuple(found), frames, decoder, seconds)
+                yield Result(path, *found[0], tuple(found), frames, decoder, seconds, size=size)
 
     @torch.inference_mode()
     def encode(self, videos: Tensor) -> tuple[Tensor, float]:
@@ -252,10 +260,11 @@ class Predictor:
         vision = self.model.config.vision
         guard.restart()
         try:
-            video, frames = load_clip(path, num_frames=vision.num_frames, image_size=vision.image_size, guard=guard)
+            clip = prepare_clip(path, self.preparation, vision.num_frames, vision.image_size, guard)
         except (MPlug2Error, OSError, ValueError, RuntimeError, MemoryError) as problem:
             return _Decoded(path, None, time.perf_counter() - started, _reason(problem, path))
-        return _Decoded(path, video[None], time.perf_counter() - started, None, tuple(frames), "pyav")
+        seconds = time.perf_counter() - started
+        return _Decoded(path, clip.video[None], seconds, None, tuple(clip.indices), clip.decoder, clip.size)
 
     def _decoded_by_workers(
         self, paths: Iterable[PathLike], num_workers: int, timeout: float | None
@@ -265,12 +274,12 @@ class Predictor:
             num_workers = min(num_workers, max(len(paths), 1))
         vision, dtype = self.model.config.vision, next(self.model.parameters()).dtype
         sizes = {"num_frames": vision.num_frames, "image_size": vision.image_size}
-        with DecodePool(num_workers, timeout=timeout, dtype=dtype, **sizes) as pool:
+        with DecodePool(num_workers, timeout=timeout, dtype=dtype, preparation=self.preparation, **sizes) as pool:
             clips = pool.clips(os.fspath(path) for path in paths)
             for clip in _in_order(clips) if num_workers == 1 else clips:
                 video = None if clip.frames is None else clip.frames[None]
                 error = None if clip.error is None else _reason(clip.error, clip.source)
-                yield _Decoded(clip.source, video, clip.seconds, error, tuple(clip.indices), clip.backend)
+                yield _Decoded(clip.source, video, clip.seconds, error, tuple(clip.indices), clip.backend, clip.size)
 
     def generation_options(
         self,

@@ -14,6 +14,7 @@ from mplug2_fast.errors import ConfigError, DataError, NotFiniteError, printable
 if TYPE_CHECKING:
     from mplug2_fast.datasets import Item
     from mplug2_fast.text import Tokenizer
+    from mplug2_fast.video import Preparation
 
 
 class Alternative(NamedTuple):
@@ -68,6 +69,10 @@ class Task(ABC):
     @abstractmethod
     def respond(self, model: Any, tokenizer: Tokenizer, **options: Any) -> Respond:
         """The function that turns encoded videos and texts into results. Raises `ConfigError` for bad options."""
+
+    def preparation(self, config: Any) -> Preparation:
+        """How files become the input of a model for this task."""
+        return config.preparation
 
     def require_fields(self, item: Item) -> None:
         """Raise `DataError` for an item without the video, image or field that the task needs."""

@@ -1,10 +1,16 @@
-"""Random changes of frames in training. One change applies to all frames of a clip."""
+"""Random changes of frames in training. One change applies to all frames of a clip.
+
+Which of them a model can have depends on its preparation: `AUGMENTATIONS` are mPLUG-2's, `PICTURE_AUGMENTATIONS` are
+mPLUG's, for images.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
 import numpy as np
+
+from mplug2_fast.images import GroundingAugment, ImageAugment
 
 VIDEO_MARGIN = 1.14
 """Frames are this much larger than the crop: mPLUG-2's pre-training."""
@@ -60,3 +66,12 @@ class ImageCrop(Augmentation):
 
 AUGMENTATIONS: dict[str, Augmentation] = {"none": Unchanged(), "video": VideoCrop(), "image": ImageCrop()}
 """Name, as recipes state it, to augmentation."""
+
+PICTURE_AUGMENTATIONS: dict[str, ImageAugment | GroundingAugment] = {
+    "randaugment": ImageAugment(),
+    "randaugment_corrected": ImageAugment(flip=False, clip_sharpness=True),
+    "grounding": GroundingAugment(),
+    "grounding_corrected": GroundingAugment(correct_crop=True),
+}
+"""Those of the official mPLUG code. The corrected ones do not flip images whose text may say "left" or "right", clip
+what the official Sharpness wraps around, and never crop away the object of a phrase."""

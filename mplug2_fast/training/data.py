@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,23 +15,31 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mplug2_fast.datasets import Item, read_items
-from mplug2_fast.errors import DataError, VideoError
+from mplug2_fast.errors import ConfigError, DataError, VideoError, printable
+from mplug2_fast.images import GroundingAugment, ImageAugment, load_image
+from mplug2_fast.images.transforms import normalise_in_square
 from mplug2_fast.imports import imported
-from mplug2_fast.ops.preprocess_frames import preprocess_frames
+from mplug2_fast.ops.preprocess_frames import MEAN, STD, preprocess_frames
 from mplug2_fast.tasks import Task
-from mplug2_fast.training.augment import AUGMENTATIONS
+from mplug2_fast.training.augment import AUGMENTATIONS, PICTURE_AUGMENTATIONS
 from mplug2_fast.video.indices import frame_indices, random_frame_indices
+from mplug2_fast.video.preparation import MPLUG2, Preparation
 
 if TYPE_CHECKING:
     from mplug2_fast.text import Tokenizer
     from mplug2_fast.training.recipe import Source
+    from mplug2_fast.video.reader import VideoReader
 
 MAX_REPLACEMENTS = 20
 """Other samples that are tried in place of an unreadable one."""
 
 
 class Sample(NamedTuple):
-    """An item and its frames `(T, height, width, 3)`, uint8; None for an item without video or image."""
+    """An item and its frames; None for an item without video or image.
+
+    Frames are `(T, height, width, 3)`, uint8, to be normalised; or `(3, T, height, width)`, float32, normalised. The
+    item's box is a box of these frames.
+    """
 
     item: Item
     frames: np.ndarray | None
@@ -53,11 +62,13 @@ class ItemDataset:
         items: of which each has the fields of all tasks.
         tasks: the first says which samples an item gives in training.
         vision: num_frames and image_size.
-        augment: name in `AUGMENTATIONS`, or None for the frames and pixels of evaluation.
+        augment: name in `AUGMENTATIONS` or `PICTURE_AUGMENTATIONS`, or None for the frames and pixels of evaluation.
         split_targets: whether an item with several targets gives several samples.
+        preparation: how files become the model's input.
 
     Raises:
-        DataError: an item lacks a field that a task needs.
+        ConfigError: there is no such augmentation for models with this preparation.
+        DataError: an item lacks a field that a task or the augmentation needs.
     """
 
     def __init__(
@@ -68,13 +79,20 @@ class ItemDataset:
         augment: str | None = "none",
         *,
         split_targets: bool = True,
+        preparation: Preparation = MPLUG2,
     ) -> None:
+        known = AUGMENTATIONS if preparation == MPLUG2 else {"none": None, **PICTURE_AUGMENTATIONS}
+        if (augment or "none") not in known:
+            raise ConfigError(f"no augmentation {augment!r} for this model: choose one of {', '.join(known)}")
         for task, item in itertools.product(tasks, items):
             task.require_fields(item)
+        if augment in PICTURE_AUGMENTATIONS:
+            _require_pictures(items, augment)
         self.items = list(items)
         self.samples = [each for item in items for each in (tasks[0].samples(item) if split_targets else [item])]
         self._vision = vision
         self._augment = augment
+        self._preparation = preparation
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -83,9 +101,65 @@ class ItemDataset:
         item = self.samples[index]
         if not item.media:
             return Sample(item, None)
+        if self._preparation != MPLUG2:
+            return self._prepared(item, rng)
         size, augment = self._vision.image_size, AUGMENTATIONS[self._augment or "none"]
         frames = _frames(item, self._vision.num_frames, augment.decoded_size(size), rng if self._augment else None)
         return Sample(item, augment(frames, size, rng))
+
+    def _prepared(self, item: Item, rng: np.random.Generator) -> Sample:
+        size, augment = self._vision.image_size, PICTURE_AUGMENTATIONS.get(self._augment or "none")
+        if augment is None:
+            frames, (width, height) = _prepared_frames(item, self._preparation, self._vision)
+            if item.box is not None:
+                item = replace(item, box=self._preparation.box_in_square(item.box, width, height))
+            return Sample(item, frames)
+        pixels = load_image(item.media[0]).pixels
+        if isinstance(augment, ImageAugment):
+            return Sample(item, augment(pixels, size, rng)[None])
+        assert item.text is not None  # these were checked before
+        assert item.box is not None
+        found = augment(pixels, item.text, item.box, size, rng)
+        frames = normalise_in_square(torch.from_numpy(found.pixels)[None], found.place, MEAN, STD).numpy()
+        return Sample(replace(item, text=found.phrase, box=found.box), frames)
+
+
+def _require_pictures(items: Sequence[Item], augment: str) -> None:
+    for item in items:
+        grounds = isinstance(PICTURE_AUGMENTATIONS[augment], GroundingAugment)
+        if item.image is None or (grounds and (item.text is None or item.box is None)):
+            needed = "an image, a text and a box" if grounds else "an image"
+            raise DataError(f"the augmentation {augment} needs {needed}, which the item {printable(item.id)} lacks")
+
+
+def _prepared_frames(item: Item, preparation: Preparation, vision: Any) -> tuple[np.ndarray, tuple[int, int]]:
+    """Frames `(3, T, size, size)`, float32, and their width and height in the file."""
+    from mplug2_fast.video.frames import prepare_clip
+    from mplug2_fast.video.reader import VideoReader
+
+    path, size = item.media[0], vision.image_size
+    count = vision.num_frames if item.video is not None else 1
+    if item.start is None and item.end is None:
+        clip = prepare_clip(path, preparation, count, size)
+        return clip.video.numpy(), clip.size
+    resampling = preparation.resampling(total=2)  # a part is one of a video
+    sizes = {} if resampling is None else {"image_size": size, "resampling": resampling}
+    with VideoReader(path, threads=1, **sizes) as reader:
+        first, total = _part(item, reader)
+        frames = reader.frames([first + index for index in preparation.frames(total, count)])
+        if resampling is None:
+            frames = torch.from_numpy(np.stack([preparation.square(frame, size) for frame in frames.numpy()]))
+        height, width = reader.size
+    return preparation.tensor(frames, torch.float32, (width, height)).numpy(), (width, height)
+
+
+def _part(item: Item, reader: VideoReader) -> tuple[int, int]:
+    """The first frame of an item's part of a video, and the number of its frames."""
+    if item.start is None and item.end is None:
+        return 0, reader.num_frames
+    end = reader.duration if item.end is None else min(item.end, reader.duration)
+    first, final = reader.indices_at([min(item.start or 0.0, end), end])
+    return first, final + 1 - first
 
 
 def _frames(item: Item, count: int, size: int | None, rng: np.random.Generator | None) -> np.ndarray:
@@ -94,13 +168,8 @@ def _frames(item: Item, count: int, size: int | None, rng: np.random.Generator |
     path = item.media[0]
     try:
         with VideoReader(path, image_size=size, threads=1) as reader:
-            first, last = 0, reader.num_frames
-            if item.start is not None or item.end is not None:
-                end = reader.duration if item.end is None else min(item.end, reader.duration)
-                first, final = reader.indices_at([min(item.start or 0.0, end), end])
-                last = final + 1
+            first, total = _part(item, reader)
             count = count if item.video is not None else 1
-            total = last - first
             chosen = frame_indices(total, count) if rng is None else random_frame_indices(total, count, rng)
             return reader.frames([first + index for index in chosen]).numpy()
     except OSError as error:
@@ -118,7 +187,9 @@ def open_dataset(source: Source, tasks: Sequence[Task], config: Any) -> Dataset:
         return imported(where, name, "data")(config)
     items = read_items(source.data, source.split or None)
     # The reward of a caption takes all captions of its item.
-    return ItemDataset(items, tasks, config.vision, source.augment, split_targets=source.objective == "loss")
+    split = source.objective == "loss"
+    preparation = tasks[0].preparation(config)
+    return ItemDataset(items, tasks, config.vision, source.augment, split_targets=split, preparation=preparation)
 
 
 class Batch(NamedTuple):
@@ -208,7 +279,8 @@ class StepDataset(torch.utils.data.Dataset[Step]):
 
 def video_of(samples: Sequence[Sample], image_size: int) -> Tensor:
     """The frames of samples as `(B, 3, T, image_size, image_size)`, float32, normalised."""
-    return torch.stack([preprocess_frames(torch.from_numpy(s.frames), image_size) for s in samples])
+    frames = [torch.from_numpy(sample.frames) for sample in samples]
+    return torch.stack([f if f.is_floating_point() else preprocess_frames(f, image_size) for f in frames])
 
 
 class _Steps:

@@ -80,8 +80,11 @@ class Source(_Part):
     """How often a step takes this source, if a step takes one."""
     weight: float | list[float] = 1.0
     """Of the loss, or of each task's."""
-    augment: Literal["none", "video", "image"] = "none"
-    """`none`: only the frames are random, as the official fine-tuning does."""
+    augment: Literal[
+        "none", "video", "image", "randaugment", "randaugment_corrected", "grounding", "grounding_corrected"
+    ] = "none"
+    """`none`: only the frames of videos are random, as mPLUG-2's official fine-tuning does. `video` and `image` are for
+    mPLUG-2. The others are for images with mPLUG: see `PICTURE_AUGMENTATIONS`."""
     objective: Literal["loss", "scst"] = "loss"
 
     @property

@@ -29,17 +29,20 @@ class Validator:
     """Predicts items of a data set and scores the predictions.
 
     Args:
-        items: with references. task: what is predicted. vision: num_frames and image_size.
+        items: with references. task: what is predicted. config: of the model.
         metric: decides what is best; empty is the task's first one. options: of the task. origin: of the items.
     """
 
     def __init__(
-        self, items: list[Item], task: Task, vision: Any, metric: str, options: dict[str, Any], origin: str
+        self, items: list[Item], task: Task, config: Any, metric: str, options: dict[str, Any], origin: str
     ) -> None:
         self.task, self.metric = task, metric or (task.metrics[0] if task.metrics else "")
         if not self.metric:
             raise ConfigError(f"{task.name} has no metrics: name one in validation.metric")
-        self._data = ItemDataset(items, [task], vision, augment=None, split_targets=False)
+        preparation = task.preparation(config)
+        self._data = ItemDataset(
+            items, [task], config.vision, augment=None, split_targets=False, preparation=preparation
+        )
         self._options, self._origin = options, origin
 
     @classmethod
@@ -49,7 +52,7 @@ class Validator:
         if settings is None:
             return None
         items = read_items(settings.data, settings.split or None)
-        return cls(items, load(settings.task), config.vision, settings.metric, settings.options, settings.data)
+        return cls(items, load(settings.task), config, settings.metric, settings.options, settings.data)
 
     def report(self, model: Any, tokenizer: Tokenizer, folder: Path) -> dict[str, float]:
         """Evaluate all items, write the report into a folder, and return metric -> value."""
@@ -71,6 +74,7 @@ class Validator:
                     read[index] = self._data.sample(index, np.random.default_rng(0))
                 except VideoError:
                     continue
+                items[index] = read[index].item
             if not read:
                 continue
             with torch.inference_mode():

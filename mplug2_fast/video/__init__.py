@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mplug2_fast.video.indices import frame_indices, random_frame_indices
     from mplug2_fast.video.limits import Limits
     from mplug2_fast.video.pool import DecodePool
+    from mplug2_fast.video.preparation import Preparation
     from mplug2_fast.video.reader import VideoReader
 
 _EXPORTS = {
@@ -25,6 +26,7 @@ _EXPORTS = {
     "DaliLoader": "dali",
     "DecodePool": "pool",
     "Limits": "limits",
+    "Preparation": "preparation",
     "VideoReader": "reader",
     "Windows": "clips",
     "frame_indices": "indices",
@@ -39,6 +41,7 @@ __all__ = [
     "DaliLoader",
     "DecodePool",
     "Limits",
+    "Preparation",
     "VideoReader",
     "Windows",
     "frame_indices",

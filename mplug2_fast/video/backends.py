@@ -15,6 +15,7 @@ import numpy as np
 
 from mplug2_fast.errors import BackendError, VideoError
 from mplug2_fast.video.limits import Guard
+from mplug2_fast.video.preparation import Resampling
 from mplug2_fast.video.seek import Scan
 
 _INSTALL = {
@@ -67,20 +68,29 @@ def check_backend(backend: str | None) -> str:
 
 
 def stream_frames(
-    backend: str, name: str, scan: Scan, indices: list[int], *, threads: int, image_size: int | None, guard: Guard
+    backend: str,
+    name: str,
+    scan: Scan,
+    indices: list[int],
+    *,
+    threads: int,
+    image_size: int | None,
+    resampling: Resampling = "nearest",
+    guard: Guard,
 ) -> Iterator[np.ndarray]:
     """Yields the frames with these ascending indices as they are decoded, as arrays like those of `decode_frames`.
 
     Raises:
         VideoError: the file cannot be decoded, or not by this backend. Good frames may have come before.
     """
+    sizes = {"image_size": image_size, "resampling": resampling}
     if backend == "pyav":
         from mplug2_fast.video.decode import stream_scanned
 
-        return stream_scanned(name, scan, indices, threads=threads, image_size=image_size, guard=guard)
+        return stream_scanned(name, scan, indices, threads=threads, guard=guard, **sizes)
     from mplug2_fast.video import torchcodec
     from mplug2_fast.video.decode import orientation
 
     if reason := torchcodec.reason_not_served(scan, orientation(name, scan, guard)):
         raise VideoError(f"{name}: torchcodec may not decode it: {reason}; use the backend pyav")
-    return torchcodec.stream_frames(name, scan, indices, threads=threads, image_size=image_size)
+    return torchcodec.stream_frames(name, scan, indices, threads=threads, **sizes)

@@ -32,7 +32,8 @@ class Clip:
     window in the file. `last` is True for the last clip of the file; without windows, a file has one clip. An error
     ends a file, but windows may come before it. An error is `transient` if another try may succeed: the decoder was
     killed, crashed or took too long. `seconds` is the decoding time. `passed_by` is the reason why PyAV decoded the
-    file instead of the requested backend.
+    file instead of the requested backend. `size` is the width and height of the file's frames, upright; None if it is
+    not known.
     """
 
     index: int
@@ -46,3 +47,4 @@ class Clip:
     last: bool = True
     passed_by: str | None = None
     transient: bool = False
+    size: tuple[int, int] | None = None

@@ -8,15 +8,18 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mplug2_fast.video.backends import stream_frames
-from mplug2_fast.video.indices import frame_indices
 from mplug2_fast.video.limits import Guard, Limits
+from mplug2_fast.video.preparation import MPLUG2, Preparation
+
+if TYPE_CHECKING:
+    from mplug2_fast.video.seek import Scan
 
 
 @dataclass(frozen=True)
@@ -43,63 +46,101 @@ class ClipOptions:
 
     num_frames: int
     image_size: int | None
-    windows: Windows | None
-    threads: int
-    backend: str
-    limits: Limits
+    windows: Windows | None = None
+    threads: int | None = None
+    backend: str = "pyav"
+    limits: Limits = field(default_factory=Limits)
+    preparation: Preparation = MPLUG2
 
 
 @dataclass(frozen=True)
 class DecodedClip:
-    """Frames of a file, arrays (height, width, 3), uint8, with their indices; `last` if no clip of the file follows."""
+    """Frames of a file, arrays (height, width, 3), uint8, with their indices; `last` if no clip of the file follows.
+
+    `size` is the width and height of the file's frames, upright.
+    """
 
     frames: list[np.ndarray]
     indices: list[int]
     window: int
     last: bool
     backend: str
+    size: tuple[int, int]
 
 
-def clips_of(path: str | os.PathLike[str], options: ClipOptions) -> Iterator[DecodedClip]:
+def clips_of(path: str | os.PathLike[str], options: ClipOptions, guard: Guard | None = None) -> Iterator[DecodedClip]:
     """Decodes a file and yields one clip, or one for each window, as soon as its frames are decoded.
+
+    Args:
+        path: the file. options: see `ClipOptions`. guard: None makes one of the limits.
 
     Raises:
         VideoError: the file cannot be decoded. Windows before the damage may have come before.
     """
-    decoding = {"threads": options.threads, "image_size": options.image_size, "guard": Guard(options.limits)}
+    name, guard, preparation = os.fsdecode(path), guard or Guard(options.limits), options.preparation
+    count = options.num_frames if options.windows is None else options.windows.length
+    pixels = preparation.still(name, count, guard)
+    if pixels is not None:
+        square = _square(pixels, options)
+        size = pixels.shape[1], pixels.shape[0]
+        yield DecodedClip([square] * count, [0] * count, window=0, last=True, backend="pillow", size=size)
+        return
+
+    from mplug2_fast.video.decode import scan_packets, usual_threads
+
+    scan = scan_packets(name, guard)
+    resampling = None if options.image_size is None else preparation.resampling(scan.shown)
+    decoding = {
+        "threads": usual_threads(options.threads),
+        "image_size": None if resampling is None else options.image_size,
+        "resampling": resampling or "nearest",
+        "guard": guard,
+    }
+
+    def finish(frame: np.ndarray) -> np.ndarray:
+        return _square(frame, options) if resampling is None else frame
+
     if options.windows is not None:
-        for window in _windows(_all_frames(path, options.backend, decoding), options.windows):
-            yield DecodedClip(*window, backend=options.backend)
+        frames = map(finish, _all_frames(name, scan, options.backend, decoding))
+        for window in _windows(frames, options.windows):
+            yield DecodedClip(*window, backend=options.backend, size=_size(scan))
         return
     indices: list[int] = []
 
     def choose(total: int) -> list[int]:
-        indices[:] = frame_indices(total, options.num_frames)
+        indices[:] = preparation.frames(total, count)
         return indices
 
-    frames = _chosen_frames(path, choose, options.backend, decoding)
-    yield DecodedClip(frames, indices, window=0, last=True, backend=options.backend)
+    found = _chosen_frames(name, scan, choose, options.backend, decoding)
+    squares = {id(frame): finish(frame) for frame in found}  # a frame that is repeated is squared once
+    frames = [squares[id(frame)] for frame in found]
+    yield DecodedClip(frames, indices, window=0, last=True, backend=options.backend, size=_size(scan))
+
+
+def _square(pixels: np.ndarray, options: ClipOptions) -> np.ndarray:
+    return pixels if options.image_size is None else options.preparation.square(pixels, options.image_size)
+
+
+def _size(scan: Scan) -> tuple[int, int]:
+    assert scan.size is not None  # a frame was decoded
+    return scan.size
 
 
 def _chosen_frames(
-    path: str | os.PathLike[str], choose: Callable[[int], list[int]], backend: str, decoding: dict[str, Any]
+    name: str, scan: Scan, choose: Callable[[int], list[int]], backend: str, decoding: dict[str, Any]
 ) -> list[np.ndarray]:
-    from mplug2_fast.video.decode import decode_frames, scan_packets
+    from mplug2_fast.video.decode import decode_scanned
 
     if backend == "pyav":
-        return decode_frames(path, choose, **decoding)
-    name = os.fsdecode(path)
-    scan = scan_packets(name, decoding["guard"])
+        return decode_scanned(name, scan, choose, **decoding)
     return list(stream_frames(backend, name, scan, choose(scan.shown), **decoding))
 
 
-def _all_frames(path: str | os.PathLike[str], backend: str, decoding: dict[str, Any]) -> Iterator[np.ndarray]:
-    from mplug2_fast.video.decode import iterate_frames, scan_packets
+def _all_frames(name: str, scan: Scan, backend: str, decoding: dict[str, Any]) -> Iterator[np.ndarray]:
+    from mplug2_fast.video.decode import iterate_scanned
 
     if backend == "pyav":
-        return iterate_frames(path, **decoding)
-    name = os.fsdecode(path)
-    scan = scan_packets(name, decoding["guard"])
+        return iterate_scanned(name, scan, **decoding)
     return stream_frames(backend, name, scan, list(range(scan.shown)), **decoding)
 
 

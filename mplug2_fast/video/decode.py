@@ -22,6 +22,7 @@ from mplug2_fast.errors import VideoError
 from mplug2_fast.video.files import FileFacts, inspect_file
 from mplug2_fast.video.limits import DamagedError, Guard, LimitedFile, LimitError, too_much_memory
 from mplug2_fast.video.pixels import squash
+from mplug2_fast.video.preparation import Resampling
 from mplug2_fast.video.seek import (
     CannotSeekError,
     PacketInfo,
@@ -37,7 +38,7 @@ try:
     import av
     from av.container import InputContainer
     from av.stream import Disposition
-    from av.video.reformatter import VideoReformatter
+    from av.video.reformatter import Interpolation, VideoReformatter
     from av.video.stream import VideoStream
 except ImportError as error:
     raise ImportError("reading video files needs PyAV: pip install av") from error
@@ -75,6 +76,7 @@ def decode_frames(
     may_seek: bool = True,
     threads: int | None = None,
     image_size: int | None = None,
+    resampling: Resampling = "nearest",
     guard: Guard | None = None,
 ) -> list[np.ndarray]:
     """Decodes the chosen frames of a video or image file.
@@ -84,8 +86,8 @@ def decode_frames(
         choose: a function from the number of frames to the indices to take.
         may_seek: False decodes everything.
         threads: for decoding and for conversion to RGB; None means torch's number.
-        image_size: height and width of the frames, which are squashed right after decoding (see
-            `mplug2_fast.ops.preprocess_frames`); None keeps their size.
+        image_size: height and width of the frames, which are squashed right after decoding; None keeps their size.
+        resampling: how frames are squashed: see `squash`.
         guard: limits on the cost of the file; None means the default limits.
 
     Returns:
@@ -98,7 +100,8 @@ def decode_frames(
     name, guard = os.fsdecode(path), guard or Guard()
     scan = scan_packets(name, guard)
     threads = usual_threads(threads)
-    return decode_scanned(name, scan, choose, may_seek=may_seek, threads=threads, image_size=image_size, guard=guard)
+    sizes = {"image_size": image_size, "resampling": resampling}
+    return decode_scanned(name, scan, choose, may_seek=may_seek, threads=threads, guard=guard, **sizes)
 
 
 def decode_scanned(
@@ -109,6 +112,7 @@ def decode_scanned(
     may_seek: bool = True,
     threads: int,
     image_size: int | None,
+    resampling: Resampling = "nearest",
     guard: Guard,
 ) -> list[np.ndarray]:
     """`decode_frames` of a file whose packets are known."""
@@ -116,24 +120,31 @@ def decode_scanned(
     plan = plan_segments(scan, indices, _threads(scan, threads)) if may_seek else None
     if plan is not None:
         segments, times = plan
-        convert = _Converter(name, scan, image_size, threads, guard)
+        convert = _Converter(name, scan, image_size, resampling, threads, guard)
         try:
             with _errors_of(name, None, guard), _open(name, scan, threads, guard) as (container, stream):
                 found = dict(decode_segments(container, stream, scan, segments, convert))
             return [found[time] for time in times]
         except (CannotSeekError, av.FFmpegError):
             pass  # decoding everything shows whether the file is damaged
-    count, found = _decode_all(name, scan, indices, threads, image_size, guard)
+    count, found = _decode_all(name, scan, indices, threads, image_size, resampling, guard)
     if count != scan.shown:
         indices = choose(count)
-        _, found = _decode_all(name, scan, indices, threads, image_size, guard)
+        _, found = _decode_all(name, scan, indices, threads, image_size, resampling, guard)
         if not found.keys() >= set(indices):
             raise _error(name, "does not decode to the same frames twice")
     return [found[index] for index in indices]
 
 
 def stream_scanned(
-    name: str, scan: Scan, indices: list[int], *, threads: int, image_size: int | None, guard: Guard
+    name: str,
+    scan: Scan,
+    indices: list[int],
+    *,
+    threads: int,
+    image_size: int | None,
+    resampling: Resampling = "nearest",
+    guard: Guard,
 ) -> Iterator[np.ndarray]:
     """Yields the frames with these ascending indices as they are decoded, without keeping them.
 
@@ -141,7 +152,7 @@ def stream_scanned(
         VideoError: as in `decode_frames`, or an index is too large. Good frames may have come before.
     """
     plan = plan_segments(scan, indices, _threads(scan, threads)) if indices else None
-    convert = _Converter(name, scan, image_size, threads, guard)
+    convert = _Converter(name, scan, image_size, resampling, threads, guard)
     done = 0
     if plan is not None:
         segments, times = plan
@@ -170,21 +181,14 @@ def stream_scanned(
         raise _error(name, f"has only {count:,} frames: there is no frame {indices[done]:,}")
 
 
-def iterate_frames(
-    path: str | os.PathLike[str],
-    *,
-    threads: int | None = None,
-    image_size: int | None = None,
-    guard: Guard | None = None,
+def iterate_scanned(
+    name: str, scan: Scan, *, threads: int, image_size: int | None, resampling: Resampling, guard: Guard
 ) -> Iterator[np.ndarray]:
     """Yields every frame of a file in order, as it is decoded.
 
-    Arguments, arrays and errors are those of `decode_frames`. Good frames may come before an error.
+    Arrays and errors are those of `decode_frames`. Good frames may come before an error.
     """
-    name, guard = os.fsdecode(path), guard or Guard()
-    scan = scan_packets(name, guard)
-    threads = usual_threads(threads)
-    convert = _Converter(name, scan, image_size, threads, guard)
+    convert = _Converter(name, scan, image_size, resampling, threads, guard)
     for frame in _every_frame(name, scan, threads, guard):
         yield convert(frame)
         guard.restart()
@@ -295,11 +299,17 @@ def _check_memory(scan: Scan, stream: VideoStream, guard: Guard) -> None:
 
 
 def _decode_all(
-    name: str, scan: Scan, indices: Sequence[int], threads: int, image_size: int | None, guard: Guard
+    name: str,
+    scan: Scan,
+    indices: Sequence[int],
+    threads: int,
+    image_size: int | None,
+    resampling: Resampling,
+    guard: Guard,
 ) -> tuple[int, dict[int, np.ndarray]]:
     """The number of frames in the file, and those with these indices."""
     wanted, found, count = set(indices), {}, 0
-    convert = _Converter(name, scan, image_size, threads, guard)
+    convert = _Converter(name, scan, image_size, resampling, threads, guard)
     for frame in _every_frame(name, scan, threads, guard):
         if count in wanted:
             found[count] = convert(frame)
@@ -326,12 +336,19 @@ def _every_frame(name: str, scan: Scan, threads: int, guard: Guard) -> Iterator[
 
 
 class _Converter:
-    """Converts decoded frames to upright RGB arrays. Reuses its set-up for frames of the same size and pixel format."""
+    """Converts decoded frames to upright RGB arrays. Reuses its set-up for frames of the same size and pixel format.
 
-    def __init__(self, name: str, scan: Scan, image_size: int | None, threads: int, guard: Guard) -> None:
+    It records the size of the frames in the `Scan`.
+    """
+
+    def __init__(
+        self, name: str, scan: Scan, image_size: int | None, resampling: Resampling, threads: int, guard: Guard
+    ) -> None:
         self._name = name
+        self._scan = scan
         self._crop = scan.crop
         self._image_size = image_size
+        self._resampling = resampling
         self._threads = 1 if scan.is_heavy else threads
         self._guard = guard
         self._sizes: set[tuple[int, int]] = set()
@@ -342,6 +359,8 @@ class _Converter:
         colours = f"its colours cannot be converted to RGB ({frame.format.name}, matrix {_matrix(frame)})"
         with _errors_of(self._name, colours, self._guard):
             self._guard.check()
+            if self._image_size is not None and self._resampling == "bilinear" and self._crop is None:
+                return self._scaled(frame, self._image_size)
             pixels = self._reformatter.reformat(frame, format="rgb24", threads=self._threads).to_ndarray()
             if self._crop is not None:
                 top, bottom, left, right = self._crop
@@ -350,13 +369,24 @@ class _Converter:
                     raise DamagedError(f"is corrupt: cropping leaves nothing of its {width}x{height} frames")
                 pixels = pixels[top : height - bottom, left : width - right]
             pixels = self._orientation_of(frame).upright(pixels)
+        self._scan.size = pixels.shape[1], pixels.shape[0]
         if self._image_size is not None:
-            return squash(pixels, self._image_size)
+            return squash(pixels, self._image_size, self._resampling)
         self._sizes.add(pixels.shape[:2])
         if len(self._sizes) > 1:
             sizes = " and ".join(f"{width}x{height}" for height, width in sorted(self._sizes))
             raise _error(self._name, f"frames change size within the video ({sizes}): give an image_size")
         return pixels
+
+    def _scaled(self, frame: av.VideoFrame, size: int) -> np.ndarray:
+        """Converts and scales in one step, as libav's own scaling filter does."""
+        orientation = self._orientation_of(frame)
+        width, height = frame.width, frame.height
+        self._scan.size = (height, width) if orientation.quarter_turns % 2 else (width, height)
+        square = self._reformatter.reformat(
+            frame, size, size, format="rgb24", interpolation=Interpolation.BILINEAR, threads=self._threads
+        )
+        return orientation.upright(square.to_ndarray())
 
 
 def _matrix(frame: av.VideoFrame) -> str:

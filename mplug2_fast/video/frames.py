@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mplug2_fast.ops.preprocess_frames import preprocess_frames
-from mplug2_fast.video.indices import frame_indices
+from mplug2_fast.video.clips import ClipOptions, clips_of
 from mplug2_fast.video.limits import Guard, Limits
+from mplug2_fast.video.preparation import MPLUG2, Preparation
 
 
 def read_frames(path: str | os.PathLike[str], num_frames: int, *, limits: Limits | None = None) -> Tensor:
@@ -35,7 +36,8 @@ def read_frames(path: str | os.PathLike[str], num_frames: int, *, limits: Limits
     """
     if num_frames < 1:
         raise ValueError(f"num_frames must be at least 1, not {num_frames}")
-    return torch.from_numpy(np.stack(_decode(path, num_frames, None, Guard(limits))[0]))
+    (clip,) = clips_of(path, ClipOptions(num_frames, None), Guard(limits))
+    return torch.from_numpy(np.stack(clip.frames))
 
 
 def load_video(
@@ -64,21 +66,37 @@ def load_clip(
     path: str | os.PathLike[str], num_frames: int = 16, image_size: int = 224, guard: Guard | None = None
 ) -> tuple[Tensor, list[int]]:
     """Like `load_video`, but also returns the indices of the frames."""
+    clip = prepare_clip(path, MPLUG2, num_frames, image_size, guard)
+    return clip.video, clip.indices
+
+
+class PreparedClip(NamedTuple):
+    """The input of a model: `video` (3, frames, size, size), float32, normalised.
+
+    `indices` are the frames' numbers in the file, `size` is the width and height of the file's frames, upright, and
+    `decoder` is what decoded it: "pillow" or "pyav".
+    """
+
+    video: Tensor
+    indices: list[int]
+    size: tuple[int, int]
+    decoder: str
+
+
+def prepare_clip(
+    path: str | os.PathLike[str],
+    preparation: Preparation,
+    num_frames: int,
+    image_size: int,
+    guard: Guard | None = None,
+) -> PreparedClip:
+    """Reads a video file, or a still image, as the input of a model with this preparation.
+
+    Raises:
+        VideoError, ValueError: as in `load_video`.
+    """
     if num_frames < 1 or image_size < 1:
         raise ValueError(f"num_frames and image_size must be at least 1, not {num_frames} and {image_size}")
-    frames, indices = _decode(path, num_frames, image_size, guard)
-    return preprocess_frames(torch.from_numpy(np.stack(frames)), image_size), indices
-
-
-def _decode(
-    path: str | os.PathLike[str], num_frames: int, image_size: int | None, guard: Guard | None
-) -> tuple[list[np.ndarray], list[int]]:
-    from mplug2_fast.video.decode import decode_frames
-
-    indices: list[int] = []
-
-    def choose(total: int) -> list[int]:
-        indices[:] = frame_indices(total, num_frames)
-        return indices
-
-    return decode_frames(path, choose, image_size=image_size, guard=guard), indices
+    (clip,) = clips_of(path, ClipOptions(num_frames, image_size, preparation=preparation), guard)
+    video = preparation.tensor(torch.from_numpy(np.stack(clip.frames)), torch.float32, clip.size)
+    return PreparedClip(video, clip.indices, clip.size, clip.backend)

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from mplug2_fast.errors import BackendError, VideoError
-from mplug2_fast.ops.preprocess_frames import DTYPES, preprocess_frames
+from mplug2_fast.ops.preprocess_frames import DTYPES
 from mplug2_fast.video.backends import check_backend
 from mplug2_fast.video.clip import Clip, Source, check_source, shown
 from mplug2_fast.video.clips import ClipOptions, Windows
 from mplug2_fast.video.limits import Limits
+from mplug2_fast.video.preparation import MPLUG2, Preparation
 from mplug2_fast.video.worker import Worker
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ class DecodePool:
         num_workers: processes, at least 1.
         timeout: maximum seconds for one clip before its process is killed; None for no limit. Time in which no clip is
             requested does not count.
-        num_frames: frames of a clip, chosen by `frame_indices`. Windows have their own length.
-        image_size: height and width of the squashed frames, in pixels; None keeps their size.
-        dtype: of the normalised frames. torch.uint8 means squashed only: (T, image_size, image_size, 3), for
+        num_frames: frames of a clip, chosen by the preparation. Windows have their own length.
+        image_size: height and width of the frames' squares, in pixels; None keeps their size.
+        dtype: of the normalised frames. torch.uint8 means not normalised: (T, image_size, image_size, 3), for
             `mplug2_fast.ops.preprocess_frames`, for instance on a GPU. Without `image_size`, frames are always uint8.
         backend: "pyav" or "torchcodec"; None for "pyav": see `VideoReader`.
         windows: gives one clip for each window, instead of one for each file.
@@ -56,6 +57,8 @@ class DecodePool:
         threads: threads of each decoder; None divides the usable cores among the workers.
         limits: on the pixels and frames of a file and the memory of a worker; None means the defaults of `Limits`. The
             time limit is `timeout`.
+        preparation: which frames are taken, and how they become squares; None is mPLUG-2's: `frame_indices`, squashed
+            to the nearest pixels. The workers import its class by name.
 
     Raises:
         ValueError: an option is out of its range.
@@ -75,6 +78,7 @@ class DecodePool:
         prefetch: int = 2,
         threads: int | None = None,
         limits: Limits | None = None,
+        preparation: Preparation | None = None,
     ) -> None:
         numbers = {"num_workers": num_workers, "num_frames": num_frames, "prefetch": prefetch}
         numbers |= {
@@ -89,7 +93,9 @@ class DecodePool:
             raise ValueError(f"dtype must be torch.uint8, float32, bfloat16, float16 or float64, not {dtype}")
         threads = max(len(os.sched_getaffinity(0)) // num_workers, 1) if threads is None else threads
         limits = replace(Limits() if limits is None else limits, seconds=None)
-        options = ClipOptions(num_frames, image_size, windows, threads, check_backend(backend), limits)
+        self._preparation = MPLUG2 if preparation is None else preparation
+        backend = check_backend(backend)
+        options = ClipOptions(num_frames, image_size, windows, threads, backend, limits, self._preparation)
         self._image_size = image_size
         self._dtype = dtype
         self._ahead = num_workers * prefetch
@@ -159,7 +165,7 @@ class DecodePool:
         indices = np.frombuffer(memory, np.int64, offset=size).tolist()
         frames = torch.frombuffer(memory, dtype=torch.uint8, count=size).view(shape)
         if self._image_size is not None and self._dtype is not torch.uint8:
-            frames = preprocess_frames(frames, self._image_size, self._dtype)
+            frames = self._preparation.tensor(frames, self._dtype, tuple(answer["size"]))
         return Clip(
             index,
             source,
@@ -169,6 +175,7 @@ class DecodePool:
             seconds=seconds,
             window=answer["window"],
             last=answer["last"],
+            size=tuple(answer["size"]),
         )
 
 

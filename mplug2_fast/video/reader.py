@@ -19,6 +19,7 @@ from mplug2_fast.errors import VideoError
 from mplug2_fast.video.backends import check_backend, stream_frames
 from mplug2_fast.video.clip import Source, shown
 from mplug2_fast.video.limits import Guard, Limits
+from mplug2_fast.video.preparation import Resampling
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -40,6 +41,7 @@ class VideoReader:
             None for "pyav".
         image_size: height and width of the frames, which are squashed right after decoding (see
             `mplug2_fast.ops.preprocess_frames`); None keeps their size.
+        resampling: how frames are squashed: "nearest", or "bilinear" for libav's filter.
         threads: for decoding; None means torch's number.
         limits: on time, pixels, frames and memory; None means the defaults of `Limits`. The time limit starts again
             with each call, and after each frame that the caller receives.
@@ -56,12 +58,14 @@ class VideoReader:
         *,
         backend: str | None = None,
         image_size: int | None = None,
+        resampling: Resampling = "nearest",
         threads: int | None = None,
         limits: Limits | None = None,
     ) -> None:
         from mplug2_fast.video.decode import scan_packets, usual_threads
 
         self._image_size = image_size
+        self._resampling: Resampling = resampling
         self._guard = Guard(limits)
         self._threads = usual_threads(threads)
         self.backend = check_backend(backend)
@@ -202,6 +206,7 @@ class VideoReader:
                 indices,
                 threads=self._threads,
                 image_size=self._image_size,
+                resampling=self._resampling,
                 guard=self._guard,
             )
 

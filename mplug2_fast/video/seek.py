@@ -74,6 +74,8 @@ class Scan:
     """The pixels that the container cuts off at the top, bottom, left and right."""
     is_heavy: bool = False
     """Whether decoding could take more memory than the limit."""
+    size: tuple[int, int] | None = None
+    """Width and height of the frames, upright; None until one is decoded."""
 
     @property
     def shown(self) -> int:

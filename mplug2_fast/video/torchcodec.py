@@ -14,6 +14,7 @@ import numpy as np
 from mplug2_fast.errors import VideoError
 from mplug2_fast.video.orientation import Orientation
 from mplug2_fast.video.pixels import squash
+from mplug2_fast.video.preparation import Resampling
 from mplug2_fast.video.seek import Scan
 
 # Tested with random damage. For these codecs, torchcodec failed whenever PyAV did. For h264, mpeg4 and mjpeg it
@@ -35,7 +36,13 @@ def reason_not_served(scan: Scan, orientation: Orientation) -> str | None:
 
 
 def stream_frames(
-    name: str, scan: Scan, indices: list[int], *, threads: int, image_size: int | None
+    name: str,
+    scan: Scan,
+    indices: list[int],
+    *,
+    threads: int,
+    image_size: int | None,
+    resampling: Resampling = "nearest",
 ) -> Iterator[np.ndarray]:
     """Yields the frames with these indices: see `mplug2_fast.video.backends.stream_frames`."""
     from torchcodec.decoders import VideoDecoder
@@ -51,7 +58,8 @@ def stream_frames(
             for index, pixels, seconds in zip(chosen, batch.data.numpy(), batch.pts_seconds.tolist(), strict=True):
                 if round(seconds / scan.seconds_a_tick) != times[index]:
                     raise VideoError(f"{name}: is corrupt: torchcodec replaces frame {index} by another")
-                yield pixels if image_size is None else squash(pixels, image_size)
+                scan.size = pixels.shape[1], pixels.shape[0]
+                yield pixels if image_size is None else squash(pixels, image_size, resampling)
     except (RuntimeError, ValueError, IndexError) as error:
         detail = str(error).strip().splitlines()[0][:200]
         raise VideoError(f"{name}: is corrupt: torchcodec cannot decode it ({detail})") from error

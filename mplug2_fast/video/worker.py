@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import json
 import mmap
 import os
+import pickle
 import resource
 import signal
 import socket
@@ -29,8 +29,8 @@ from typing import Any
 import numpy as np
 
 from mplug2_fast.errors import VideoError
-from mplug2_fast.video.clips import ClipOptions, DecodedClip, Windows, clips_of
-from mplug2_fast.video.limits import LimitError, Limits, too_much_memory
+from mplug2_fast.video.clips import ClipOptions, DecodedClip, clips_of
+from mplug2_fast.video.limits import LimitError, too_much_memory
 
 _NEXT = b"N"
 _JOB, _JOB_IN_MEMORY = b"P", b"M"
@@ -48,7 +48,7 @@ class Worker:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; from mplug2_fast.video.worker import main; "
-            f"main({theirs.fileno()}, {os.getpid()}, {json.dumps(dataclasses.asdict(options))!r})"
+            f"main({theirs.fileno()}, {os.getpid()}, {pickle.dumps(options)!r})"
         )
         with theirs:
             self._process = subprocess.Popen(
@@ -116,22 +116,21 @@ class Worker:
         return f"{name}, as when memory runs out" if -status == signal.SIGKILL else name
 
 
-def main(descriptor: int, parent: int, options: str) -> None:
+def main(descriptor: int, parent: int, pickled: bytes) -> None:
     """Serves one parent until that ends."""
     connection = socket.socket(fileno=descriptor)
-    fields = json.loads(options)
-    windows, limits = fields.pop("windows"), Limits(**fields.pop("limits"))
     _set_up_signals(parent)
-    if limits.memory is not None:
-        most = max(limits.memory - _SHARED_BYTES, _SHARED_BYTES)
-        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     try:
+        options: ClipOptions = pickle.loads(pickled)
+        if options.limits.memory is not None:
+            most = max(options.limits.memory - _SHARED_BYTES, _SHARED_BYTES)
+            resource.setrlimit(resource.RLIMIT_DATA, (most, most))
         import mplug2_fast.video.decode  # noqa: F401  (so that importing does not slow down or fail the first file)
     except Exception:
         connection.send(json.dumps({"failed": traceback.format_exc()[-_MAX_REASON:]}).encode())
         return
     with contextlib.suppress(ConnectionError, EOFError):  # the parent has ended
-        _serve(connection, ClipOptions(**fields, windows=windows and Windows(**windows), limits=limits))
+        _serve(connection, options)
 
 
 def _set_up_signals(parent: int) -> None:
@@ -207,6 +206,7 @@ def _send_clip(connection: socket.socket, clip: DecodedClip, seconds: float) -> 
             "window": clip.window,
             "last": clip.last,
             "backend": clip.backend,
+            "size": clip.size,
             "seconds": seconds,
         }
         socket.send_fds(connection, [json.dumps(answer).encode()], [descriptor])
