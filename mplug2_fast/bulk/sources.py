@@ -13,8 +13,9 @@ from mplug2_fast.errors import ConfigError
 from mplug2_fast.text import is_text
 
 _EXTENSIONS = """
-.3g2 .3gp .apng .asf .avi .bmp .divx .dv .f4v .flv .gif .h264 .hevc .ivf .jpeg .jpg .m2ts .m2v .m4v .mjpeg .mjpg .mkv
-.mov .mp4 .mpe .mpeg .mpg .mts .mxf .ogm .ogv .png .qt .rm .rmvb .tif .tiff .ts .vob .webm .webp .wmv .y4m
+.3g2 .3gp .apng .asf .avi .avif .bmp .divx .dv .f4v .flv .gif .h264 .heic .heif .hevc .ivf .jfif .jp2 .jpe .jpeg .jpg
+.m2ts .m2v .m4v .mjpeg .mjpg .mkv .mov .mp4 .mpe .mpeg .mpg .mts .mxf .ogm .ogv .png .qt .rm .rmvb .tif .tiff .ts .vob
+.webm .webp .wmv .y4m
 """
 EXTENSIONS = frozenset(_EXTENSIONS.split())
 """Extensions of videos and images, which select the files of a folder. Explicitly named files need none of them."""

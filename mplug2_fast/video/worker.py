@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,7 @@ def main(descriptor: int, parent: int, pickled: bytes) -> None:
     """Serves one parent until that ends."""
     connection = socket.socket(fileno=descriptor)
     _set_up_signals(parent)
+    warnings.simplefilter("ignore")  # Pillow warns of large images, and of damage that it then reports as an error
     try:
         options: ClipOptions = pickle.loads(pickled)
         if options.limits.memory is not None:

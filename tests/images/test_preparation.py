@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -145,3 +147,8 @@ def test_augmentations_that_do_not_fit_are_refused(files: dict[str, Path]):
         dataset(image, "randaugment", MPLUG2)
     with pytest.raises(DataError, match="grounding needs an image, a text and a box, which the item a lacks"):
         dataset(image, "grounding", GROUNDING)
+
+
+def test_decoding_processes_need_no_torch():
+    code = "import sys, mplug2_fast.images.preparation; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
