@@ -104,7 +104,7 @@ PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 test-pythons:
 	rm -rf build/pythons
 	set -e; for python in $(PYTHONS); do \
-		if ! command -v $$python > /dev/null; then echo "$$python: not installed"; continue; fi; \
+		if ! $$python -c '' 2> /dev/null; then echo "$$python: not installed"; continue; fi; \
 		folder=build/pythons/$$(basename $$python); \
 		$$python -m compileall -q -f bench examples kernels mplug2_fast tests setup.py; \
 		MPLUG2_FAST_NATIVE=required $$python -m pip wheel --quiet --no-deps --wheel-dir $$folder .; \
