@@ -6,8 +6,8 @@
 
 namespace mplug2_fast {
 
-// A chunk is hashed by one thread. The checksum depends on this size, but on neither the threads nor the instruction
-// set.
+// A chunk is hashed by one thread. A checksum depends on the size of its chunks, but on neither the threads nor the
+// instruction set.
 inline constexpr std::int64_t kChecksumChunk = 128 * 1024;
 
 struct ChecksumChunk {
@@ -30,6 +30,16 @@ inline std::uint64_t checksum_mix(std::uint64_t state, std::uint64_t value) {
     state ^= value;
     state ^= state >> 32;
     return state * 0x9E3779B97F4A7C15u;
+}
+
+// Adds a piece of memory to a checksum: its size and the hashes of its chunks.
+inline std::uint64_t checksum_add(std::uint64_t state, std::int64_t bytes, const std::uint64_t* hashes,
+                                  std::int64_t count) {
+    state = checksum_mix(state, bytes);
+    for (std::int64_t i = 0; i < count; ++i) {
+        state = checksum_mix(state, hashes[i]);
+    }
+    return state;
 }
 
 }  // namespace mplug2_fast

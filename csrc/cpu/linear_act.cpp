@@ -2,11 +2,14 @@
 
 #include "cpu/activation.h"
 #include "cpu/buffer.h"
+#include "cpu/digest.h"
 #include "cpu/few_rows.h"
 #include "cpu/parallel.h"
 
 namespace mplug2_fast::MPLUG2_ISA {
 namespace {
+
+static_assert(kHashedRows == kColumns);
 
 // `products` (rows, kColumns) become the columns of out from `column` on.
 template <typename Element, Activation kActivation>
@@ -45,13 +48,22 @@ void run(const LinearActArguments& a) {
             for (std::int64_t block = begin; block < end; ++block) {
                 const std::int64_t column = block * kColumns, left = a.out_features - column;
                 const int columns = static_cast<int>(left < kColumns ? left : kColumns);
+                const Element* first = weight + column * a.in_features;
+                const bool hashed = a.hashes && row == 0;
+                Digest digest(first);
                 for (int j = 0; j < columns; j += kRows) {
                     Rows<Element> w;
                     w.ahead = kRows * a.in_features;
                     for (int r = 0; r < kRows; ++r) {
-                        w.row[r] = weight + (column + (j + r < columns ? j + r : columns - 1)) * a.in_features;
+                        w.row[r] = first + (j + r < columns ? j + r : columns - 1) * a.in_features;
                     }
                     packed.multiply(w, products + j);
+                    if (hashed) {
+                        digest.absorb_until(w.row[kRows - 1] + a.in_features);
+                    }
+                }
+                if (hashed) {
+                    a.hashes[block] = digest.finish(first + columns * a.in_features);
                 }
                 switch (a.activation) {
                     case Activation::none:

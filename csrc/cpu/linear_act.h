@@ -13,6 +13,11 @@ namespace mplug2_fast {
 // `x` is (rows, in) with a stride in elements for its rows, `weight` (out_features, in), `bias` (out_features) or null,
 // `residual` and `out` (rows, out_features), the former null or out itself; all but x contiguous. All are
 // bfloat16 if `bf16`, otherwise float32.
+//
+// `hashes`, if not null, takes the hash of each kHashedRows rows of the weight, as a checksum with such chunks has
+// them. The rows are hashed while they are in the processor's cache.
+inline constexpr std::int64_t kHashedRows = 64;
+
 struct LinearActArguments {
     const void* x;
     const void* weight;
@@ -24,6 +29,7 @@ struct LinearActArguments {
     Activation activation;
     bool bf16;
     int threads;
+    std::uint64_t* hashes = nullptr;
 };
 
 MPLUG2_KERNEL(linear_act, LinearActArguments)

@@ -12,7 +12,8 @@ A call with another memory, or with prefixes that continue nothing, drops everyt
 tokens may not be a generation, so only small tensors are kept from it.
 
 Weights are also compared with those of the last call, by checksum or by value: PyTorch's version counter misses writes
-through `.data`, NumPy or fused optimizers. Results of other weights are computed again.
+through `.data`, NumPy or fused optimizers. Results of other weights are computed again. A step's products compute the
+checksums of the weights that they read, so a step is compared after it was computed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mplug2_fast.ops.checksum import checksum, is_readable
+from mplug2_fast.ops.checksum import ReadWeights, checksum, is_readable
 
 _FINGERPRINT_TOKENS, _FINGERPRINT_CHANNELS = 64, 4
 
@@ -43,7 +44,7 @@ class Record:
         index: the video of each row; None without a memory.
     """
 
-    weights: tuple[Values, ...]
+    weights: Values
     x: Tensor
     out: Tensor
     kept: tuple[Tensor, ...] = ()
@@ -176,41 +177,18 @@ class Call:
         return x.shape[1] == 1 or self._parents is not None
 
 
-class Changed(Exception):
-    """The weights have changed since a record was computed."""
-
-
-class Weights:
-    """Checks a layer's weights, part by part, just before each part computes: its products then find them in the
-    processor's cache.
+class Values:
+    """The values of tensors at one time: checksums, or copies if they cannot be read, as on a GPU.
 
     Args:
-        known: the values that the weights must still have, or None to accept any.
+        read: the checksums that products have computed.
     """
 
-    def __init__(self, known: tuple[Values, ...] | None) -> None:
-        self._known, self._read = known, []
-
-    def read(self, *parameters: Tensor) -> None:
-        """Reads parameters. Raises `Changed` if their values differ."""
-        values = Values(parameters)
-        if self._known is not None and not values.same(self._known[len(self._read)]):
-            raise Changed
-        self._read.append(values)
-
-    @property
-    def values(self) -> tuple[Values, ...]:
-        return tuple(self._read)
-
-
-class Values:
-    """The values of tensors at one time: a checksum, or copies if they cannot be read, as on a GPU."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], read: ReadWeights | None = None) -> None:
         devices = sorted({tensor.device.type for tensor in tensors})
         autocast = [torch.get_autocast_dtype(each) if torch.is_autocast_enabled(each) else None for each in devices]
         self._kinds = (*autocast, *((tensor.dtype, tensor.shape, tensor.device) for tensor in tensors))
-        self._checksum = _checksum(tensors)
+        self._checksum = _checksum(tensors, read)
         self._bytes = _bytes(tensors) if self._checksum is None else ()
 
     def same(self, other: Values) -> bool:
@@ -219,11 +197,14 @@ class Values:
         return all(torch.equal(a, b) for a, b in zip(self._bytes, other._bytes, strict=True))
 
 
-def _checksum(tensors: Sequence[Tensor]) -> tuple[Any, ...] | None:
+def _checksum(tensors: Sequence[Tensor], read: ReadWeights | None = None) -> tuple[Any, ...] | None:
     """Identifies the values of tensors; None if their memory cannot be read."""
     if not all(map(is_readable, tensors)):
         return None
-    return *((tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors), checksum(tensors)
+    read = ReadWeights() if read is None else read
+    matrices = [read.checksum(tensor) for tensor in tensors if tensor.dim() == 2]
+    others = checksum([tensor for tensor in tensors if tensor.dim() != 2])
+    return *((tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors), *matrices, others
 
 
 def _bytes(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

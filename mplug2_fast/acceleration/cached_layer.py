@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mplug2_fast.acceleration.cache import Call, Changed, Record, Videos, Weights
+from mplug2_fast.acceleration.cache import Call, Record, Values, Videos
 from mplug2_fast.ops import attention, beam_attention
+from mplug2_fast.ops.checksum import reading_weights
 
 if TYPE_CHECKING:
     from mplug2_fast.acceleration.bert_attention import Projections
@@ -37,12 +38,22 @@ class CausalLayer:
         videos, index = found
         record = videos.records.get(id(self.module))
         parents = self.call.parents(record, x, visible, index)
-        if parents is not None:
-            try:
-                return self._decode(x, visible, videos, index, record, parents)
-            except Changed:
-                pass
-        return self._decode(x, visible, videos, index, None, None)
+        weights = None
+        if record is not None and parents is not None:
+            with reading_weights() as read:
+                out, *made = self._decode(x, visible, videos, index, record, parents)
+            weights = Values(self._parameters(), read)
+        if weights is None or not weights.same(record.weights):
+            weights = Values(self._parameters())
+            out, *made = self._decode(x, visible, videos, index, None, None)
+        kept = made if self.call.is_generation(x) else made[:2]
+        videos.records[id(self.module)] = Record(weights, x.clone(), out.clone(), tuple(kept), visible, index)
+        return out, *(t.transpose(1, 2).clone() for t in made[:2])
+
+    def _parameters(self) -> list[Tensor]:
+        own, cross, layer = self.own, self.cross, self.module
+        parts = (own.inner, own.output, cross.inner, cross.output, layer.intermediate, layer.output)
+        return [parameter for part in parts for parameter in part.parameters()]
 
     def _decode(
         self,
@@ -52,32 +63,26 @@ class CausalLayer:
         index: tuple[int, ...],
         record: Record | None,
         parents: list[int] | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`decode`, with or without a record and the row of it that each row of x continues. Raises `Changed`."""
-        own, cross, layer = self.own, self.cross, self.module
-        weights = Weights(None if record is None else record.weights)
-        weights.read(*cross.inner.parameters())
+    ) -> tuple[Tensor, ...]:
+        """(result, keys, values, keys and values of the memory), with or without a record and the row of it that each
+        row of x continues."""
+        own, cross = self.own, self.cross
         if record is None or len(record.kept) == 2:
             keys, values = (t.transpose(1, 2).contiguous() for t in cross.key_value(videos.memory))
         else:
             keys, values = record.kept[2:]
 
         new = x if record is None else x[:, record.x.shape[1] :]
-        weights.read(*own.inner.parameters())
         key, value = own.key_value(new)
         if record is not None:
             key, value = (torch.cat([t[parents], n], dim=1) for t, n in zip(record.kept[:2], (key, value), strict=True))
         context = _attend_self(own.query(new), key, value, visible)
-        weights.read(*own.output.parameters(), *cross.output.parameters())
         out = own.finish(context, new)
         out = cross.finish(_attend(cross.query(out), keys, values, videos, index), out)
-        weights.read(*layer.intermediate.parameters(), *layer.output.parameters())
         out = self.feed_forward(out)
         if record is not None:
             out = torch.cat([record.out[parents], out], dim=1)
-        kept = (key, value, keys, values) if self.call.is_generation(x) else (key, value)
-        videos.records[id(layer)] = Record(weights.values, x.clone(), out.clone(), kept, visible, index)
-        return out, *(t.transpose(1, 2).clone() for t in (key, value))
+        return out, key, value, keys, values
 
 
 def _attend_self(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from mplug2_fast.acceleration.products import product
 from mplug2_fast.acceleration.structure import has, require, require_children, require_linear, require_norm
 from mplug2_fast.acceleration.swap import DecoderPartKind, Kind, State, Unserved, Unsuitable, original_forward
 from mplug2_fast.ops import layer_norm, linear_act
+from mplug2_fast.ops.checksum import reading_weights
 from mplug2_fast.ops.linear_act import Activation
 
 _MAX_LOGITS_BYTES = 256 << 20
@@ -123,15 +124,14 @@ def _continue(head: Any, found: FoundHead, call: Call, x: Tensor, *embeddings: T
     """The logits of all tokens of x `(rows, tokens, channels)`. Computes only those of new tokens if the rows continue
     rows of the last call."""
     record = call.videos.records.get(id(head))
-    weights = (Values((*head.parameters(), *embeddings)),)
-    if record is not None and not weights[0].same(record.weights[0]):
-        record = None
+    parameters, weights = (*head.parameters(), *embeddings), None
     parents = None if record is None else call.parents(record, x, None, None)
-    if parents is None:
-        out = _logits(head, found, x, *embeddings)
-    else:
-        new = _logits(head, found, x[:, record.x.shape[1] :], *embeddings)
-        out = torch.cat([record.out[parents], new], dim=1)
+    if record is not None and parents is not None:
+        with reading_weights() as read:
+            new = _logits(head, found, x[:, record.x.shape[1] :], *embeddings)
+        weights, out = Values(parameters, read), torch.cat([record.out[parents], new], dim=1)
+    if weights is None or not weights.same(record.weights):
+        weights, out = Values(parameters), _logits(head, found, x, *embeddings)
     if call.is_generation(x) and out.numel() * out.element_size() <= _MAX_LOGITS_BYTES:
         call.videos.records[id(head)] = Record(weights, x.clone(), out.clone())
     else:

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,3 +38,49 @@ def checksum(tensors: Sequence[Tensor]) -> int:
     pieces = [(tensor.data_ptr(), tensor.numel() * tensor.element_size()) for tensor in tensors]
     threads = cpu.threads(sum(size for _, size in pieces) // 4)
     return cpu.module().checksum(cpu.isa(), threads, pieces)
+
+
+def matrix_checksum(matrix: Tensor) -> int:
+    """Another such hash, of a readable matrix. Products with few rows can compute it too."""
+    if not matrix.is_contiguous() or matrix.numel() == 0:
+        return checksum((matrix,))
+    size, row = (part.numel() * part.element_size() for part in (matrix, matrix[0]))
+    return cpu.module().matrix_checksum(cpu.isa(), cpu.threads(size // 4), matrix.data_ptr(), size, row)
+
+
+class ReadWeights:
+    """Checksums of weights that products computed while they read them."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Any, ...], int] = {}
+
+    def add(self, weight: Tensor, value: int) -> None:
+        self._found[_place(weight)] = value
+
+    def checksum(self, weight: Tensor) -> int:
+        """`matrix_checksum(weight)`, computed here if no product has read this matrix."""
+        found = self._found.get(_place(weight))
+        return matrix_checksum(weight) if found is None else found
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+_reading: ContextVar[ReadWeights | None] = ContextVar("mplug2_fast_read_weights", default=None)
+
+
+@contextmanager
+def reading_weights() -> Iterator[ReadWeights]:
+    """Inside, products with few rows compute the checksums of their weights, which must not be freed meanwhile."""
+    read = ReadWeights()
+    token = _reading.set(read)
+    try:
+        yield read
+    finally:
+        _reading.reset(token)
+
+
+def weights_to_read() -> ReadWeights | None:
+    """Where a product adds its weight's checksum; None if nobody needs it."""
+    return _reading.get()

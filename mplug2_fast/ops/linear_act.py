@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mplug2_fast.ops.checksum import weights_to_read
 from mplug2_fast.ops.runtime import cpu, cuda, onednn, triton
 from mplug2_fast.ops.runtime.backend import Backend
 from mplug2_fast.ops.runtime.op import Op
@@ -128,13 +129,16 @@ def has_few_rows_kernel(x: Tensor, weight: Tensor) -> bool:
 
 
 def few_rows(a: Arguments) -> Tensor:
-    """The native kernel, which reads the weight once. Copies the other tensors if they are not contiguous."""
+    """The native kernel, which reads the weight once, and hashes it if `reading_weights` needs that. Copies the other
+    tensors if they are not contiguous."""
     outputs, inputs = a.weight.shape
     out = a.x.new_empty(*_result_shape(a))
     x = a.x.contiguous()
     bias = None if a.bias is None else a.bias.contiguous()
     residual = None if a.residual is None else a.residual.contiguous()
-    cpu.module().linear_act(
+    read = weights_to_read()
+    module = cpu.module()
+    value = (module.linear_act if read is None else module.linear_act_hashed)(
         cpu.isa(),
         x.dtype is torch.bfloat16,
         cpu.threads(a.weight.numel()),
@@ -147,6 +151,8 @@ def few_rows(a: Arguments) -> Tensor:
         cpu.address(residual),
         out.data_ptr(),
     )
+    if read is not None and value is not None:
+        read.add(a.weight, value)
     return out
 
 

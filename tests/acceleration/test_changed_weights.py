@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import mplug2_fast as mf
 from mplug2_fast.acceleration import cache
 from mplug2_fast.acceleration.swap import STATE
+from mplug2_fast.ops.checksum import matrix_checksum
 from mplug2_fast.ops.runtime import onednn
 from tests.acceleration.official import MPLUG2
 from tests.acceleration.test_decoder import CASE, check, extended, tiled, words
@@ -113,7 +114,18 @@ def test_weights_created_in_inference_mode():
 def test_checksums_need_no_copies_of_weights(decoders, native_module):
     check(*decoders, words(6, 1), tiled(2))
     seen = vars(decoders[1])[STATE].session._seen
-    assert all(values._bytes == () for record in seen.videos.records.values() for values in record.weights)
+    assert all(record.weights._bytes == () for record in seen.videos.records.values())
+
+
+def test_a_step_reads_only_the_weights_of_the_memory_a_second_time(decoders, native_module, monkeypatch):
+    plain, fast = decoders
+    memory, ids, read = tiled(2), words(6, 1), []
+    check(plain, fast, ids, memory)
+    monkeypatch.setattr("mplug2_fast.ops.checksum.matrix_checksum", lambda t: read.append(t) or matrix_checksum(t))
+    assert check(plain, fast, extended(ids, torch.arange(6), 0), memory)["logits"] == 6
+    inner = [layer.crossattention.self for layer in fast.bert.encoder.layer]
+    expected = {weight.data_ptr() for each in inner for weight in (each.key.weight, each.value.weight)}
+    assert {tensor.data_ptr() for tensor in read} == expected
 
 
 class Attention(nn.Module):

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mplug2_fast.ops.checksum import checksum, is_readable
+from mplug2_fast.ops import linear_act, mlp
+from mplug2_fast.ops.checksum import checksum, is_readable, matrix_checksum, reading_weights
 from mplug2_fast.ops.runtime import cpu
 
 pytestmark = pytest.mark.usefixtures("native_module")
@@ -61,7 +62,37 @@ def test_any_address():
 def test_instruction_sets_and_threads_do_not_count(size):
     data, module = random_bytes(size), cpu.module()
     isas = [isa for isa in module.Isa.__members__.values() if module.is_supported(isa)]
-    assert len({module.checksum(isa, threads, [(data.data_ptr(), size)]) for isa in isas for threads in (1, 2, 7)}) == 1
+    pieces = [(data.data_ptr(), size)]
+    assert len({module.checksum(isa, threads, pieces) for isa in isas for threads in (1, 2, 7)}) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (63, 33), (64, 128), (65, 200), (300, 17), (500, 512)])
+def test_products_hash_the_weights_that_they_read(monkeypatch, outputs, inputs, dtype):
+    generator, module = torch.Generator().manual_seed(0), cpu.module()
+    weight, x = (torch.randn(rows, inputs, generator=generator).to(dtype) for rows in (outputs, 5))
+    expected = matrix_checksum(weight)
+    monkeypatch.setattr("mplug2_fast.ops.checksum.matrix_checksum", None)  # not called
+    for isa in filter(module.is_supported, module.Isa.__members__.values()):
+        for threads in (1, 3):
+            monkeypatch.setattr(cpu, "isa", lambda isa=isa: isa)
+            monkeypatch.setattr(cpu, "threads", lambda work, threads=threads: threads)
+            with reading_weights() as read:
+                result = linear_act(x, weight)
+            assert read.checksum(weight) == expected
+            assert torch.equal(result, linear_act(x, weight))
+
+
+def test_products_with_many_rows_do_not_hash_their_weights():
+    x, fc, proj = torch.randn(65, 8), torch.randn(16, 8), torch.randn(8, 16)
+    with reading_weights() as read:
+        mlp(x, fc, None, proj, None, activation="gelu")
+        assert read._found == {}
+        mlp(x[:64], fc, None, proj, None, activation="gelu")
+        assert len(read._found) == 2
+    linear_act(x[:1], torch.randn(3, 8))
+    assert len(read._found) == 2
+    assert [read.checksum(w) for w in (fc, proj)] == [matrix_checksum(w) for w in (fc, proj)]
 
 
 CHANGES = {
