@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mplug2_fast.errors import VideoError
-from mplug2_fast.models.mplug2.config import CLS_TOKEN_ID, SEP_TOKEN_ID
+from mplug2_fast.models.config import CLS_TOKEN_ID, SEP_TOKEN_ID
 from mplug2_fast.ops import preprocess_frames
 from mplug2_fast.video import frame_indices, load_video
 

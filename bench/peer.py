@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mplug2_fast.models.config import CLS_TOKEN_ID, PAD_TOKEN_ID, SEP_TOKEN_ID
 from mplug2_fast.models.mplug2 import MPlug2ForCaptioning, MPlug2ForQuestionAnswering
-from mplug2_fast.models.mplug2.config import CLS_TOKEN_ID, PAD_TOKEN_ID, SEP_TOKEN_ID
 
 TUNED = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
 """What mode="max-autotune-no-cudagraphs" tunes on a GPU, without two searches that take minutes: Triton products, which

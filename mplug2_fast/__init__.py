@@ -38,6 +38,8 @@ if TYPE_CHECKING:
         released_state_dict,
     )
     from mplug2_fast.errors import CheckpointError, ConfigError, DataError, MPlug2Error, NotFiniteError, VideoError
+    from mplug2_fast.models.mplug import MPlug
+    from mplug2_fast.models.mplug.config import MPlugConfig
     from mplug2_fast.models.mplug2 import GenerationOutput, MPlug2, MPlug2ForCaptioning, MPlug2ForQuestionAnswering
     from mplug2_fast.models.mplug2.config import MPlug2Config
     from mplug2_fast.predict import Answerer, Captioner
@@ -57,6 +59,8 @@ _EXPORTS = {
     "MPlug2ForCaptioning": "mplug2_fast.models.mplug2",
     "MPlug2ForQuestionAnswering": "mplug2_fast.models.mplug2",
     "GenerationOutput": "mplug2_fast.models.mplug2",
+    "MPlug": "mplug2_fast.models.mplug",
+    "MPlugConfig": "mplug2_fast.models.mplug.config",
     "load_official": "mplug2_fast.checkpoint",
     "load_released": "mplug2_fast.checkpoint",
     "official_state_dict": "mplug2_fast.checkpoint",
@@ -97,11 +101,13 @@ __all__ = [
     "ConfigError",
     "DataError",
     "GenerationOutput",
+    "MPlug",
     "MPlug2",
     "MPlug2Config",
     "MPlug2Error",
     "MPlug2ForCaptioning",
     "MPlug2ForQuestionAnswering",
+    "MPlugConfig",
     "NotFiniteError",
     "Trainer",
     "VideoError",

@@ -120,6 +120,16 @@ class Tokenizer:
         """Ids and masks of captions to train on: cleaned up, `prompt` directly in front, ending with [SEP]."""
         return self.encode([prompt + clean_caption(caption) for caption in captions], max_length, end=True)
 
+    def encode_phrases(self, phrases: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+        """Ids and masks `(texts, length)` of phrases: [CLS], at most `length - 2` tokens, [SEP], padding."""
+        ids = torch.zeros(len(phrases), length, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, encoding in enumerate(self._tokenizer.encode_batch(list(phrases))):
+            tokens = [*encoding.ids[: length - 1], SEP_TOKEN_ID]
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = 1
+        return ids, mask
+
     def unknown_words(self, text: str) -> list[str]:
         """The words of `text` that become [UNK], in the order in which they first occur."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)

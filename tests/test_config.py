@@ -3,7 +3,7 @@
 import pytest
 
 import mplug2_fast as mf
-from mplug2_fast.models.mplug2.config import GenerationConfig
+from mplug2_fast.models.config import GenerationConfig
 
 
 @pytest.mark.parametrize("name", ["large", "base", "tiny"])

@@ -14,8 +14,8 @@ from bench.peer import Peer, logits
 from bench.row import Key
 from bench.weights import allocate
 from mplug2_fast import MPlug2Config
+from mplug2_fast.models.config import CLS_TOKEN_ID, SEP_TOKEN_ID
 from mplug2_fast.models.mplug2 import MPlug2ForCaptioning
-from mplug2_fast.models.mplug2.config import CLS_TOKEN_ID, SEP_TOKEN_ID
 from mplug2_fast.ops import beam_attention, beam_step, explain
 from mplug2_fast.ops.runtime.spec import NOISE_FLOOR, normal
 from mplug2_fast.reference import MPlug2ForCaptioning as ReferenceForCaptioning

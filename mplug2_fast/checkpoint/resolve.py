@@ -13,8 +13,11 @@ from mplug2_fast.checkpoint.load import check_dtypes, check_twins, servable_task
 from mplug2_fast.checkpoint.source import Source
 from mplug2_fast.errors import CheckpointError, ConfigError, printable
 from mplug2_fast.models import FAMILIES, Family, infer_config, official_names
-from mplug2_fast.models.names import OfficialNames
+from mplug2_fast.models.names import DECODER, FUSION, TEXT, VISION, OfficialNames
 from mplug2_fast.tasks import TASKS, Task, get, title_of
+
+_CHAIN = frozenset((VISION, TEXT, FUSION, DECODER))
+"""Of several tasks that a file serves, the one with most of these modules is the default."""
 
 Tasks = Task | str | Sequence[Task | str] | None
 """One task, several, or None for those that the file names."""
@@ -58,8 +61,8 @@ class Resolved:
 
     def _instead(self) -> str:
         """A hint to load another task, which does not need the undetermined fields."""
-        modules = frozenset[str]().union(*(task.modules for task in self.tasks))
-        other = next((name for name in self.servable if TASKS[name].modules < modules), None)
+        modules = self.config.modules_for(self.tasks)
+        other = next((name for name in self.servable if self.config.modules_for([TASKS[name]]) < modules), None)
         return "" if other is None else f', or load it for task="{other}", which does not need it'
 
 
@@ -82,14 +85,14 @@ def resolve(source: Source, tasks: Tasks = None, config: Any = None) -> Resolved
         except CheckpointError as error:
             raise CheckpointError(f"{source.name}: {error}") from error
         config, assumed, undetermined = inferred.config, inferred.assumed, inferred.undetermined
-        servable = [task for task in TASKS.values() if task.modules <= inferred.modules]
+        servable = [task for task in TASKS.values() if config.modules_for([task]) <= inferred.modules]
     else:
         servable = [TASKS[name] for name in servable_tasks(shapes, config)]
-    wanted = wanted or _stated(source) or (max(servable, key=lambda task: len(task.modules), default=None),)
+    wanted = wanted or _stated(source) or (max(servable, key=lambda task: len(task.modules & _CHAIN), default=None),)
     if wanted == (None,):
         wanted = (next(iter(TASKS.values())),)
     names = official_names(config, wanted)
-    modules = frozenset[str]().union(*(task.modules for task in wanted))
+    modules = config.modules_for(wanted)
     missing = tuple(name for name, module in undetermined.items() if module in modules)
     known = tuple(task.name for task in servable)
     fit = check_fit(shapes, names, title_of(wanted), known)

@@ -75,8 +75,9 @@ def evaluate(
     check(task, items, metrics, tokenizer)
     if out is not None:
         load("matplotlib.figure")
-    sources = sources_of(task, items)
-    for text, item in {task.text_of(item): item for item in items}.items():
+    config = predictor.model.config
+    sources = sources_of(task, items, config)
+    for text, item in {task.text_of(item, config): item for item in items}.items():
         _check_text(predictor, text, item)
     with ExitStack() as stack:
         folder = Path(out if out is not None else stack.enter_context(tempfile.TemporaryDirectory()))
@@ -97,7 +98,7 @@ def evaluate(
 
         def finish() -> Report:
             lines = {work.key(line): line for line in read_lines(folder / PREDICTIONS_NAME)}
-            found = [lines[_key(task, item)] for item in items]
+            found = [lines[_key(task, item, config)] for item in items]
             deciding = {
                 **_origin(checkpoint, data, split),
                 **{
@@ -112,7 +113,7 @@ def evaluate(
                 "torch": torch.__version__,
             }
             seen = [_seen(item, line, predictor.preparation) for item, line in zip(items, found, strict=True)]
-            report = _report(task, seen, found, metrics, tokenizer, deciding)
+            report = _report(task, config, seen, found, metrics, tokenizer, deciding)
             if out is not None:
                 report.write(folder)
                 write_whole(folder / PAGE_NAME, render(report).encode("utf-8", "backslashreplace"))
@@ -142,12 +143,12 @@ def check(task: Task, items: Sequence[Item], metrics: Iterable[str] | None = Non
             raise DataError(f"the item {printable(item.id)} is a part of a video (start, end): cut it out as a file")
 
 
-def sources_of(task: Task, items: Iterable[Item]) -> list[bulk.Source]:
+def sources_of(task: Task, items: Iterable[Item], config: Any) -> list[bulk.Source]:
     """The files of the items, each once, with all texts that go with it."""
     asked: dict[str, dict[bulk.Question, None]] = {}
     for item in items:
         texts = asked.setdefault(_path(item), {})
-        text = task.text_of(item)
+        text = task.text_of(item, config)
         if text is not None:
             texts[bulk.Question(text, item.id)] = None
     return [bulk.Source(path, tuple(texts)) for path, texts in asked.items()]
@@ -164,9 +165,9 @@ def _path(item: Item) -> str:
     return os.fspath(Path(item.video or item.image or ""))
 
 
-def _key(task: Task, item: Item) -> Any:
+def _key(task: Task, item: Item, config: Any) -> Any:
     """The key of an item's line among the predictions."""
-    text = task.text_of(item)
+    text = task.text_of(item, config)
     return _path(item) if text is None else (_path(item), text, item.id)
 
 
@@ -186,6 +187,7 @@ def _make(folder: Path) -> None:
 
 def _report(
     task: Task,
+    config: Any,
     items: Sequence[Item],
     lines: Sequence[Line],
     metrics: Iterable[str] | None,
@@ -203,7 +205,7 @@ def _report(
         ItemResult(
             id=item.id,
             path=_path(item),
-            question=task.text_of(item),
+            question=task.text_of(item, config),
             prediction=line["text"],
             alternatives=tuple(each["text"] for each in line["alternatives"][1:]),
             references=task.references(item),

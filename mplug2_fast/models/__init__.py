@@ -9,11 +9,12 @@ import torch
 
 from mplug2_fast.errors import CheckpointError
 from mplug2_fast.models.family import Family, InferredConfig
+from mplug2_fast.models.mplug.family import MPLUG
 from mplug2_fast.models.mplug2.family import MPLUG2
 from mplug2_fast.models.names import OfficialNames, Shape, with_heads
 from mplug2_fast.tasks import Task, get
 
-FAMILIES: dict[str, Family] = {"mplug2": MPLUG2}
+FAMILIES: dict[str, Family] = {"mplug2": MPLUG2, "mplug": MPLUG}
 """Name, as configurations state it, to family."""
 
 __all__ = ["FAMILIES", "Family", "InferredConfig", "infer_config", "official_names"]
@@ -23,10 +24,10 @@ def official_names(config: Any, tasks: Task | str | Sequence[Task | str]) -> Off
     """The official names of a model for these tasks, with their heads. Builds no model.
 
     Raises:
-        ConfigError: a task does not exist.
+        ConfigError: a task does not exist, or needs a module that the family does not have.
     """
     found = [get(task) for task in ([tasks] if isinstance(tasks, (str, Task)) else tasks)]
-    modules = frozenset[str]().union(*(task.modules for task in found))
+    modules = config.modules_for(found)
     with torch.device("meta"):
         heads = {task.name: head for task in found if (head := task.head(config)) is not None}
     return with_heads(FAMILIES[config.family].names(config, modules), heads)

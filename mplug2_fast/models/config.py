@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mplug2_fast.errors import ConfigError, printable
+from mplug2_fast.models.wording import Wording
 from mplug2_fast.video.preparation import MPLUG2, Preparation
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from mplug2_fast.tasks import Task
+
+CLS_TOKEN_ID, SEP_TOKEN_ID, PAD_TOKEN_ID = 101, 102, 0
+
+CLIP_TOWERS = {"ViT-L-14": (1024, 24, 14), "ViT-B-16": (768, 12, 16)}
+"""Image towers in the official configurations: name to (width, layers, patch size)."""
+
+MAX_IMAGE_SIDE = 400
+"""Patches along one side of a frame."""
 
 MAX_LAYERS = 1000
 MAX_TEXT = 1000
@@ -33,8 +45,22 @@ class Config:
     Raises `ConfigError` for values that no model can have.
     """
 
+    if TYPE_CHECKING:  # each family has its own kinds of these parts
+        vision: Any
+        text: Any
+
     family: ClassVar[str]
     """Key of the family in `mplug2_fast.models.FAMILIES`."""
+    title: ClassVar[str]
+    """The family's name for people."""
+    modules: ClassVar[tuple[str, ...]]
+    """The modules that a model of the family can have."""
+    implied: ClassVar[Mapping[str, frozenset[str]]] = {}
+    """Module -> further modules that it needs in this family."""
+    lengths: ClassVar[Mapping[str, tuple[int, int]]] = {}
+    """Name of a task -> (min_length, max_length) where the family's default is not the task's."""
+    wording: ClassVar[Wording]
+    """How texts become token ids."""
     presets: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Name to the parts, in the order of the fields."""
 
@@ -43,6 +69,24 @@ class Config:
             values = getattr(self, part.name)
             for f in dataclasses.fields(values):
                 _check_field(f"{type(values).__name__}.{f.name}", f, getattr(values, f.name))
+
+    def frames_of(self, tokens: int) -> int:
+        """The number of frames that `tokens` visual tokens were made of."""
+        return max(1, tokens // (1 + self.vision.num_patches))
+
+    def modules_for(self, tasks: Iterable[Task]) -> frozenset[str]:
+        """The modules that tasks need.
+
+        Raises `ConfigError` for a task with a module that the family does not have.
+        """
+        needed: set[str] = set()
+        for task in tasks:
+            unknown = task.modules - set(self.modules)
+            if unknown:
+                names = ", ".join(sorted(unknown))
+                raise ConfigError(f"{task.name} needs {names}, and {self.title} has only {', '.join(self.modules)}")
+            needed |= task.modules
+        return frozenset(needed).union(*(self.implied.get(name, ()) for name in needed))
 
     @classmethod
     def preset(cls, name: str) -> Self:
@@ -102,6 +146,84 @@ class Config:
         if unknown:
             raise ConfigError(f"unknown configuration fields: {printable(', '.join(sorted(unknown)))}")
         return cls(**{part: kind(**parts[part]) for part, kind in kinds.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """Defaults of `generate`. A length of None means the official default of the task."""
+
+    num_beams: int = 5
+    min_length: int | None = None
+    max_length: int | None = None
+    prompt: str = ""
+    prompt_length: int | None = None
+    """Tokens of the prompt without [CLS]. None counts words and punctuation marks, which is exact if the vocabulary
+    holds each of them whole. It holds those of the official prompt."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Number of targets after [CLS] that the captioning loss ignores: all tokens of the prompt but the last.
+
+        The official code ignores positions 0 to prompt_length - 1 of the input ids. Position 0 is [CLS], which is no
+        target, so the last token of the prompt is learned.
+        """
+        counted = len(re.findall(r"\w+|[^\w\s]", self.prompt)) if self.prompt_length is None else self.prompt_length
+        return max(counted - 1, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastConfig:
+    """Sizes of the features that visual inputs and texts are compared by."""
+
+    embed_dim: int = 256
+
+
+def check_towers(vision: Any, text: Any) -> None:
+    """Raises `ConfigError` for sizes of an image tower and of BERT layers that no model can have."""
+    if vision.width % vision.head_dim:
+        raise ConfigError(f"the vision width {vision.width} is not a multiple of the head dimension {vision.head_dim}")
+    if text.hidden_size % text.num_attention_heads:
+        raise ConfigError(
+            f"hidden_size {text.hidden_size} is not a multiple of num_attention_heads {text.num_attention_heads}"
+        )
+    if vision.image_size % vision.patch_size:
+        raise ConfigError(
+            f"image_size {vision.image_size} is not a multiple of the patch size {vision.patch_size}: "
+            f"use {vision.image_size // vision.patch_size * vision.patch_size}"
+        )
+    if vision.image_size > MAX_IMAGE_SIDE * vision.patch_size:
+        raise ConfigError(
+            f"image_size {vision.image_size} is more than {MAX_IMAGE_SIDE} patches of {vision.patch_size} pixels"
+        )
+    if text.fusion_layers > text.stored_layers:
+        raise ConfigError(f"fusion_layers {text.fusion_layers} is more than the stored layers {text.stored_layers}")
+
+
+def official_tower(model: Mapping[str, Any], clip: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """`width`, `layers` and `patch` of the image tower: as given, or else by the YAML's `clip_name`."""
+    if clip is None:
+        name = model.get("clip_name", "ViT-L-14")
+        if name not in CLIP_TOWERS:
+            raise ConfigError(
+                f"clip_name {name!r} is not one of {', '.join(CLIP_TOWERS)}: "
+                "pass clip, a dict of width, layers and patch"
+            )
+        clip = dict(zip(("width", "layers", "patch"), CLIP_TOWERS[name], strict=True))
+    missing = [key for key in ("width", "layers", "patch") if key not in clip]
+    if missing:
+        raise ConfigError(f"clip lacks {', '.join(missing)}")
+    return clip
+
+
+def official_generation(model: Mapping[str, Any]) -> GenerationConfig:
+    """Defaults of `generate` from the YAML fields."""
+    return GenerationConfig(
+        num_beams=model.get("beam_size", 5),
+        min_length=model.get("min_length"),
+        max_length=model.get("max_length"),
+        prompt=model.get("prompt", ""),
+        prompt_length=model.get("prompt_length"),
+    )
 
 
 def _parts(config: Any) -> tuple[dataclasses.Field[Any], ...]:

@@ -37,8 +37,7 @@ class Family:
     """A family of models.
 
     Attributes:
-        title: for people.
-        config: its configuration class, with its presets.
+        config: its configuration class, with its title and its presets.
         names: (configuration, modules) -> official names.
         recognise: how many of the entries that determine the sizes a state dict has.
         infer: (shapes, the checkpoint's own `config` entry) -> configuration.
@@ -46,10 +45,14 @@ class Family:
         clip_bytes: the memory of a clip: see `mplug2_fast.predict.memory`.
     """
 
-    title: str
     config: type[Config]
     names: Callable[[Any, frozenset[str]], OfficialNames]
     recognise: Callable[[Mapping[str, Shape]], int]
     infer: Callable[[Mapping[str, Shape], Mapping[str, Any]], InferredConfig]
     build: Callable[..., nn.Module]
     clip_bytes: Callable[..., int]
+
+    @property
+    def title(self) -> str:
+        """Its name for people."""
+        return self.config.title

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 Shape = tuple[int, ...]
+
+VISION, TEXT, FUSION, DECODER, CONTRAST, MATCHING = SHARED_MODULES = (
+    "vision",
+    "text",
+    "fusion",
+    "decoder",
+    "contrast",
+    "matching",
+)
+"""Modules that every family has."""
 
 LAYER_NUMBER = r"(0|[1-9][0-9]{0,3})"
 """Pattern of a layer's number. Keys with larger numbers are unexpected: no model has as many layers."""
@@ -73,12 +83,22 @@ class OfficialNames:
             return KeyKind.TIED
         return KeyKind.UNUSED if key.startswith("heads.") else KeyKind.UNEXPECTED
 
-    def views(self, model: nn.Module, of: Callable[[Tensor], Tensor] = Tensor.detach) -> dict[str, Tensor]:
-        """Official name -> view into the model's parameters, or into what `of` makes of each: their gradients, say."""
+    def views(
+        self, model: nn.Module, of: Callable[[Tensor], Tensor] = Tensor.detach, only: Container[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Official name -> view into the model's parameters, or into what `of` makes of each: their gradients, say.
+
+        `only` has the paths of the parameters that are wanted; None wants all.
+        """
         return {
-            entry.official: of(_attribute(model, entry.path)).chunk(entry.parts)[entry.part].view(entry.shape)
+            entry.official: _part(of(_attribute(model, entry.path)), entry).view(entry.shape)
             for entry in self.entries
+            if only is None or entry.path in only
         }
+
+
+def _part(tensor: Tensor, entry: Entry) -> Tensor:
+    return tensor if entry.parts == 1 else tensor.chunk(entry.parts)[entry.part]
 
 
 def _attribute(model: nn.Module, path: str) -> Tensor:

@@ -27,6 +27,7 @@ class TemporalBlock(nn.Module):
         reduction: the temporal modules have d_model // reduction inner channels.
         kernel_size: frames that a temporal module sees, odd.
         eps: of all layer norms.
+        attention_dropout: on the attention weights, in training.
         temporal: False leaves out the temporal modules.
 
     Source: mPLUG-2 (arXiv 2302.00402), section 3.2.
@@ -41,12 +42,13 @@ class TemporalBlock(nn.Module):
         reduction: int = 2,
         kernel_size: int = 3,
         eps: float = 1e-5,
+        attention_dropout: float = 0.0,
         temporal: bool = True,
     ) -> None:
         super().__init__()
         self.lmhra1 = LocalTemporal(d_model, reduction, kernel_size, eps) if temporal else None
         self.lmhra2 = LocalTemporal(d_model, reduction, kernel_size, eps) if temporal else None
-        self.attn = SelfAttention(d_model, n_head)
+        self.attn = SelfAttention(d_model, n_head, attention_dropout)
         self.ln_1 = LayerNorm(d_model, eps=eps)
         self.mlp = MLP(d_model, mlp_ratio * d_model, "quick_gelu")
         self.ln_2 = LayerNorm(d_model, eps=eps)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mplug2_fast.models.mplug2.config import CLS_TOKEN_ID, SEP_TOKEN_ID, TextConfig
+from mplug2_fast.models.config import CLS_TOKEN_ID, PAD_TOKEN_ID, SEP_TOKEN_ID
+from mplug2_fast.nn.config import StacksConfig
+from mplug2_fast.outputs import GenerationOutput
 from mplug2_fast.reference.bert import (
     BertEmbeddings,
     BertEncoder,
@@ -19,7 +21,7 @@ from mplug2_fast.reference.bert import (
 
 
 class PredictionTransform(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: StacksConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -29,7 +31,7 @@ class PredictionTransform(nn.Module):
 
 
 class PredictionHead(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: StacksConfig) -> None:
         super().__init__()
         self.transform = PredictionTransform(config)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
@@ -39,7 +41,7 @@ class PredictionHead(nn.Module):
 
 
 class TextDecoder(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: StacksConfig) -> None:
         super().__init__()
         self.bert = nn.Module()
         self.bert.embeddings = BertEmbeddings(config)
@@ -71,17 +73,19 @@ def beam_search(
     min_length: int,
     max_length: int,
     device: torch.device,
+    start: Sequence[int] = (CLS_TOKEN_ID,),
 ) -> list[list[Hypothesis]]:
     """Beam search over whole prefixes. Finished videos are copied out of the batch.
 
     Args:
         next_logits: (prefixes `(alive·beams, length)`, which videos are alive `(alive,)`) to the logits
             `(alive·beams, vocabulary)` of the next token.
+        start: ids that all sequences start with.
 
     Returns for each video its hypotheses (score, ids from [CLS] on), best first.
     """
     alive = torch.arange(batch, device=device)
-    sequences = torch.full((batch * num_beams, 1), CLS_TOKEN_ID, dtype=torch.long, device=device)
+    sequences = torch.tensor([list(start)], device=device).repeat(batch * num_beams, 1)
     cumulative = torch.tensor([0.0] + [-torch.inf] * (num_beams - 1), device=device).repeat(batch, 1)
     hypotheses: list[list[Hypothesis]] = [[] for _ in range(batch)]
 
@@ -113,3 +117,41 @@ def beam_search(
             if not len(alive):
                 break
     return [sorted(found, key=lambda h: -h[0]) for found in hypotheses]
+
+
+def stacked(found: Sequence[Sequence[Hypothesis]], num_return: int, device: torch.device) -> GenerationOutput:
+    """The `num_return` best hypotheses of each row as tensors, padded with -1 and -inf."""
+    found = [hypotheses[:num_return] for hypotheses in found]
+    length = max(len(ids) for hypotheses in found for _, ids in hypotheses)
+    sequences = torch.full((len(found), num_return, length), -1, dtype=torch.long, device=device)
+    scores = torch.full((len(found), num_return), -torch.inf, device=device)
+    for i, hypotheses in enumerate(found):
+        for j, (score, ids) in enumerate(hypotheses):
+            sequences[i, j, : len(ids)] = ids
+            scores[i, j] = score
+    return GenerationOutput(sequences, scores)
+
+
+def shifted_labels(input_ids: Tensor, prompt_tokens: int = 0) -> Tensor:
+    """Targets `(batch, tokens - 1)` of teacher forcing. Padding and `prompt_tokens` after [CLS] are ignored."""
+    labels = input_ids[:, 1:].long()
+    labels = labels.masked_fill(labels == PAD_TOKEN_ID, -100)
+    labels[:, :prompt_tokens] = -100
+    return labels
+
+
+def rank_answers(
+    decoder: TextDecoder, memory: Tensor, mask: Tensor, answer_ids: Tensor, answer_mask: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k likeliest of the given answers `(A, tokens)`: (indices, probabilities), each `(B, k)`, best first."""
+    batch = memory.shape[0]
+    start = torch.full((batch, 1), CLS_TOKEN_ID, dtype=torch.long, device=memory.device)
+    first_probs = decoder(start, torch.ones_like(start), memory, mask)[:, 0].float().softmax(dim=-1)
+    top_probs, top = first_probs[:, answer_ids[:, 1]].topk(k, dim=-1)
+
+    memory, mask = memory.repeat_interleave(k, dim=0), mask.repeat_interleave(k, dim=0)
+    ids = answer_ids[top.flatten()]
+    logits = decoder(ids, answer_mask[top.flatten()], memory, mask)
+    nll = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), shifted_labels(ids), reduction="none").sum(dim=1)
+    probs, order = (top_probs.log() - nll.view(batch, k)).softmax(dim=-1).sort(dim=-1, descending=True)
+    return top.gather(1, order), probs

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mplug2_fast.models.mplug2.config import CLS_TOKEN_ID, PAD_TOKEN_ID, MPlug2Config
+from mplug2_fast.models.mplug2.config import MPlug2Config
 from mplug2_fast.models.mplug2.official_names import MPlug2Names
 from mplug2_fast.modes import in_eval_mode
 from mplug2_fast.outputs import GenerationOutput
-from mplug2_fast.reference.decoder import Hypothesis, TextDecoder, beam_search
-from mplug2_fast.reference.encoders import FusionEncoder, TextEncoder
+from mplug2_fast.reference.decoder import TextDecoder, beam_search, rank_answers, shifted_labels, stacked
+from mplug2_fast.reference.encoders import TextEncoder
+from mplug2_fast.reference.fusion import FusionEncoder
 from mplug2_fast.reference.vision import LocalTemporal, VisionTransformer
 from mplug2_fast.tasks import AnswerRanking, Captioning, QuestionAnswering, Task
 
@@ -60,7 +61,7 @@ class _MPlug2(nn.Module):
     @property
     def official_names(self) -> MPlug2Names:
         """The official name of every parameter."""
-        return MPlug2Names(self.config, next(iter(self.tasks.values())).modules)
+        return MPlug2Names(self.config, self.config.modules_for([next(iter(self.tasks.values()))]))
 
     def official_parameters(self) -> dict[str, Tensor]:
         """Official name -> this model's parameter, detached. The modules have the official names themselves."""
@@ -110,26 +111,7 @@ class _MPlug2(nn.Module):
             max_length=high if max_length is None else max_length,
             device=memory.device,
         )
-        return _pad([hypotheses[:num_return] for hypotheses in found], num_return, memory.device)
-
-
-def _pad(found: list[list[Hypothesis]], num_return: int, device: torch.device) -> GenerationOutput:
-    length = max(len(ids) for hypotheses in found for _, ids in hypotheses)
-    sequences = torch.full((len(found), num_return, length), -1, dtype=torch.long, device=device)
-    scores = torch.full((len(found), num_return), -torch.inf, device=device)
-    for i, hypotheses in enumerate(found):
-        for j, (score, ids) in enumerate(hypotheses):
-            sequences[i, j, : len(ids)] = ids
-            scores[i, j] = score
-    return GenerationOutput(sequences, scores)
-
-
-def shifted_labels(input_ids: Tensor, prompt_tokens: int = 0) -> Tensor:
-    """Targets `(batch, tokens - 1)` of teacher forcing. Padding and `prompt_tokens` after [CLS] are ignored."""
-    labels = input_ids[:, 1:].long()
-    labels = labels.masked_fill(labels == PAD_TOKEN_ID, -100)
-    labels[:, :prompt_tokens] = -100
-    return labels
+        return stacked(found, num_return, memory.device)
 
 
 class MPlug2ForCaptioning(_MPlug2):
@@ -227,14 +209,4 @@ class MPlug2ForQuestionAnswering(_MPlug2):
     ) -> tuple[Tensor, Tensor]:
         """The k likeliest of the given answers `(A, tokens)`: (indices, probabilities), each `(B, k)`, best first."""
         memory, mask = self.encode_question(video, question_ids, question_mask)
-        batch = memory.shape[0]
-        start = torch.full((batch, 1), CLS_TOKEN_ID, dtype=torch.long, device=memory.device)
-        first_probs = self.text_decoder(start, torch.ones_like(start), memory, mask)[:, 0].float().softmax(dim=-1)
-        top_probs, top = first_probs[:, answer_ids[:, 1]].topk(k, dim=-1)
-
-        memory, mask = memory.repeat_interleave(k, dim=0), mask.repeat_interleave(k, dim=0)
-        ids = answer_ids[top.flatten()]
-        logits = self.text_decoder(ids, answer_mask[top.flatten()], memory, mask)
-        nll = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), shifted_labels(ids), reduction="none").sum(dim=1)
-        probs, order = (top_probs.log() - nll.view(batch, k)).softmax(dim=-1).sort(dim=-1, descending=True)
-        return top.gather(1, order), probs
+        return rank_answers(self.text_decoder, memory, mask, answer_ids, answer_mask, k)

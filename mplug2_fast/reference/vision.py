@@ -1,4 +1,4 @@
-"""The vision encoder: a CLIP image tower over frames, with local temporal modules between its sub-layers.
+"""Vision encoders. mPLUG-2's is a CLIP image tower over frames, with local temporal modules between its sub-layers.
 
 Activations are `(1 + patches, batch * frames, channels)`, as `nn.MultiheadAttention` has them by default; the local
 temporal modules permute to `(batch, channels, frames, height, width)` and back.
@@ -7,11 +7,12 @@ temporal modules permute to `(batch, channels, frames, height, width)` and back.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from mplug2_fast.nn.config import VisionConfig
+from mplug2_fast.nn.config import TowerConfig, VisionConfig
 
 
 class QuickGELU(nn.Module):
@@ -38,13 +39,13 @@ class LocalTemporal(nn.Module):
         return self.up_proj(self.act(self.conv(self.down_proj(x))))
 
 
-class ResidualAttentionBlock(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
+class AttentionBlock(nn.Module):
+    """CLIP's block."""
+
+    def __init__(self, config: TowerConfig, dropout: float = 0.0) -> None:
         super().__init__()
         width = config.width
-        self.lmhra1 = LocalTemporal(config)
-        self.lmhra2 = LocalTemporal(config)
-        self.attn = nn.MultiheadAttention(width, config.num_heads)
+        self.attn = nn.MultiheadAttention(width, config.num_heads, dropout=dropout)
         self.ln_1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.mlp = nn.Sequential(
             OrderedDict(
@@ -55,6 +56,22 @@ class ResidualAttentionBlock(nn.Module):
         )
         self.ln_2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
+    def attend(self, x: Tensor) -> Tensor:
+        normed = self.ln_1(x)
+        return x + self.attn(normed, normed, normed, need_weights=False)[0]
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.ln_2(x))
+
+
+class ResidualAttentionBlock(AttentionBlock):
+    """CLIP's block with local temporal modules."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__(config)
+        self.lmhra1 = LocalTemporal(config)
+        self.lmhra2 = LocalTemporal(config)
+
     def _local_temporal(self, module: LocalTemporal, x: Tensor, frames: int) -> Tensor:
         tokens, batch_frames, width = x.shape
         side = int((tokens - 1) ** 0.5)
@@ -64,17 +81,36 @@ class ResidualAttentionBlock(nn.Module):
         return torch.cat([x[:1], patches], dim=0)
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
-        x = self._local_temporal(self.lmhra1, x, frames)
-        normed = self.ln_1(x)
-        x = x + self.attn(normed, normed, normed, need_weights=False)[0]
-        x = self._local_temporal(self.lmhra2, x, frames)
-        return x + self.mlp(self.ln_2(x))
+        x = self.attend(self._local_temporal(self.lmhra1, x, frames))
+        return self.feed_forward(self._local_temporal(self.lmhra2, x, frames))
 
 
 class Transformer(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList([ResidualAttentionBlock(config) for _ in range(config.layers)])
+        self.resblocks = nn.ModuleList(blocks)
+
+
+class ImageTransformer(nn.Module):
+    """mPLUG's image tower: images `(B, 3, H, W)` to `(B, 1 + L, width)`, the class token in front."""
+
+    def __init__(self, config: TowerConfig, dropout: float) -> None:
+        super().__init__()
+        patch, width = config.patch_size, config.width
+        self.conv1 = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.positional_embedding = nn.Parameter(torch.empty(1 + config.num_patches, width))
+        self.ln_pre = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.transformer = Transformer(AttentionBlock(config, dropout) for _ in range(config.layers))
+        self.ln_post = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.conv1(image).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)
+        x = self.ln_pre(x + self.positional_embedding).permute(1, 0, 2)
+        for block in self.transformer.resblocks:
+            x = block.feed_forward(block.attend(x))
+        return self.ln_post(x.permute(1, 0, 2))
 
 
 class VisionTransformer(nn.Module):
@@ -96,7 +132,7 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(1 + config.num_patches, width))
         self.ln_pre = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.transformer = Transformer(config)
+        self.transformer = Transformer(ResidualAttentionBlock(config) for _ in range(config.layers))
         self.ln_post = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, video: Tensor) -> Tensor:

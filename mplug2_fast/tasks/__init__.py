@@ -8,9 +8,13 @@ from mplug2_fast.errors import ConfigError, printable
 from mplug2_fast.imports import imported
 from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, best_labels
 from mplug2_fast.tasks.captioning import Captioning
+from mplug2_fast.tasks.grounding import Grounding
 from mplug2_fast.tasks.question_answering import AnswerRanking, QuestionAnswering
+from mplug2_fast.tasks.retrieval import Retrieval
 
-TASKS: dict[str, Task] = {task.name: task for task in (Captioning(), QuestionAnswering(), AnswerRanking())}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (Captioning(), QuestionAnswering(), AnswerRanking(), Grounding(), Retrieval())
+}
 """Name to task."""
 
 __all__ = [
@@ -18,8 +22,10 @@ __all__ = [
     "Alternative",
     "AnswerRanking",
     "Captioning",
+    "Grounding",
     "QuestionAnswering",
     "Respond",
+    "Retrieval",
     "Task",
     "Texts",
     "best_labels",

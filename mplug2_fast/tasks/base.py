@@ -22,6 +22,8 @@ class Alternative(NamedTuple):
 
     text: str
     score: float
+    box: tuple[float, ...] | None = None
+    """(center x, center y, width, height) in [0, 1] of what the model sees, for tasks that find boxes."""
 
 
 Texts = list[Alternative] | NotFiniteError
@@ -56,6 +58,14 @@ class Task(ABC):
 
     def head(self, config: Any) -> nn.Module | None:
         """A new head, with the parameters that only this task has, or None."""
+        return None
+
+    def training_state(self, model: Any, queue_size: int, momentum: float) -> nn.Module | None:
+        """What the loss needs besides model and batch, such as queues. `update(model)` is called before each step.
+
+        Args:
+            model: what is trained. queue_size: features to keep, 0 for none. momentum: of copies of the model.
+        """
         return None
 
     @abstractmethod
@@ -94,7 +104,7 @@ class Task(ABC):
         """How many targets the loss of a batch is the mean of. Losses of parts of a batch are weighted by it."""
         return len(next(iter(batch.values())))
 
-    def text_of(self, item: Item) -> str | None:
+    def text_of(self, item: Item, config: Any) -> str | None:
         """The text that goes with an item's file in `respond`."""
         return item.question if self.reads_text else None
 

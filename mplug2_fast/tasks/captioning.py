@@ -1,4 +1,4 @@
-"""Video captioning (mPLUG-2, section 3.3; tasks of generation)."""
+"""Captioning (mPLUG-2, section 3.3; mPLUG, section 4.3)."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 class Captioning(Task):
-    """A caption for a video, by beam search."""
+    """A caption for a video or an image, by beam search."""
 
     name = "captioning"
-    modules = frozenset({"vision", "universal", "decoder"})
+    modules = frozenset({"vision", "decoder"})
     lengths = (4, 20)
     options = ("num_beams", "num_return", "min_length", "max_length")
     fields = ("caption",)
@@ -59,21 +59,37 @@ class Captioning(Task):
         return int(batch["caption_mask"][:, 1 + config.generation.prompt_tokens :].sum())
 
     def predict(
-        self, model: Any, video: Tensor | None = None, image_embeds: Tensor | None = None, **options: int | None
+        self,
+        model: Any,
+        video: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        *,
+        prefix: Sequence[int] | None = None,
+        **options: int | None,
     ) -> GenerationOutput:
-        """Captions of videos `(B, 3, T, H, W)`, or of image_embeds `(B, S, D)`. Options: see `search_options`."""
+        """Captions by beam search.
+
+        Args:
+            model: with the modules of this task.
+            video: `(B, 3, T, H, W)`, or image_embeds `(B, S, D)` from `encode_video`.
+            prefix: ids that every caption starts with; None for [CLS] alone. Lengths do not count it.
+            options: see `search_options`.
+        """
 
         def remember(video: Tensor | None, image_embeds: Tensor | None) -> Any:
             return model.decoder.remember(model.embed(video, image_embeds))
 
-        return model.search(self.name, remember, [video, image_embeds], **search_options(self, model, **options))
+        filled = search_options(self, model, **options)
+        return model.search(self.name, remember, [video, image_embeds], prefix=prefix, **filled)
 
     def respond(self, model: Any, tokenizer: Tokenizer, **options: Any) -> Respond:
         filled = text_options(self, model, **options)
-        prompt = model.config.generation.prompt
+        prompt, wording = model.config.generation.prompt, model.config.wording
+        prefix = wording.prefix(tokenizer, prompt)
 
         def respond(image_embeds: Tensor, texts: Sequence[str | None]) -> list[Texts]:
-            return texts_of(model.predict(self, image_embeds=image_embeds, **filled), tokenizer, prompt, model)
+            found = model.predict(self, image_embeds=image_embeds, prefix=prefix, **filled)
+            return texts_of(found, lambda ids: wording.caption(tokenizer, ids, prompt), model)
 
         return respond
 
@@ -82,7 +98,8 @@ class Captioning(Task):
 
     def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:
         captions = [item.caption[0] for item in items]
-        ids, mask = tokenizer.encode_captions(captions, config.generation.prompt, config.text.max_position_embeddings)
+        longest, prompt = config.text.max_position_embeddings, config.generation.prompt
+        ids, mask = config.wording.captions(tokenizer, captions, prompt, longest)
         return {"caption_ids": ids, "caption_mask": mask}
 
     def references(self, item: Item) -> Mapping[str, float]:

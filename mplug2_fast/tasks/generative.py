@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from mplug2_fast.outputs import GenerationOutput
 from mplug2_fast.tasks.base import Alternative, Task, Texts, not_finite, require
-
-if TYPE_CHECKING:
-    from mplug2_fast.text import Tokenizer
 
 BEFORE_LAST = slice(None, -1)
 """The positions of a sequence that predict another token of it."""
@@ -54,16 +52,15 @@ def search_options(
     min_length: int | None = None,
     max_length: int | None = None,
 ) -> dict[str, int]:
-    """All options of beam search: what is None has the configuration's default, or else the task's.
+    """All options of beam search: what is None has the configuration's default, or else its family's for the task.
 
     Raises `ConfigError` for options that contradict each other or the model.
     """
     defaults, positions = model.config.generation, model.config.text.max_position_embeddings
+    lengths = model.config.lengths.get(task.name, task.lengths)
     shortest, longest = (
         next(value for value in values if value is not None)
-        for values in zip(
-            (min_length, max_length), (defaults.min_length, defaults.max_length), task.lengths, strict=True
-        )
+        for values in zip((min_length, max_length), (defaults.min_length, defaults.max_length), lengths, strict=True)
     )
     beams = defaults.num_beams if num_beams is None else num_beams
     require(beams >= 1, f"num_beams must be at least 1, got {beams}")
@@ -81,11 +78,11 @@ def text_options(task: Task, model: Any, **options: Any) -> dict[str, int]:
     return filled
 
 
-def texts_of(output: GenerationOutput, tokenizer: Tokenizer, prompt: str, model: Any) -> list[Texts]:
-    """The hypotheses of each video, best first. Rows that only pad, whose scores are -inf, are left out."""
+def texts_of(output: GenerationOutput, text_of: Callable[[Sequence[int]], str], model: Any) -> list[Texts]:
+    """The hypotheses of each video as texts, best first. Rows that only pad, whose scores are -inf, are left out."""
     return [
         [
-            Alternative(tokenizer.decode_caption(ids, prompt), score)
+            Alternative(text_of(ids), score)
             for ids, score in zip(sequences, scores, strict=True)
             if not math.isinf(score)
         ]

@@ -169,7 +169,7 @@ class Trainer:
             checkpoint_activations(model)
         momentum = None if recipe.distillation is None else recipe.distillation.momentum
         self._module = TrainingStep(model, momentum)
-        used = [frozenset().union(*(self._tasks[t].modules for t in source.tasks)) for source in recipe.sources]
+        used = [model.config.modules_for(self._tasks[t] for t in source.tasks) for source in recipe.sources]
         always = frozenset[str].union(*used) if recipe.sources_per_step == "all" else frozenset.intersection(*used)
         self._wrapped = self.world.spread(self._module, recipe.strategy, find_unused=always != model.module_names)
         self.optimizer = make_optimizer(model, self.names, recipe.optimizer)
@@ -206,12 +206,12 @@ class Trainer:
             return None
         from mplug2_fast.evaluation import tokenize
 
-        prompt = self.model.config.generation.prompt
+        prompt, wording = self.model.config.generation.prompt, self.model.config.wording
         items = getattr(self.datasets[sources[0]], "items", None)
         if items is None:
             raise ConfigError("scst counts the words of all captions: use a JSON Lines file, or a dataset with `items`")
         references = [item.caption for item in items]
-        return CiderReward(references, tokenize, lambda ids: self.tokenizer.decode_caption(ids, prompt))
+        return CiderReward(references, tokenize, lambda ids: wording.caption(self.tokenizer, ids, prompt))
 
     # --- the run
 

@@ -79,7 +79,7 @@ class Validator:
                 continue
             with torch.inference_mode():
                 video = video_of(list(read.values()), model.config.vision.image_size).to(device)
-                found = respond(model.encode_video(video), [self.task.text_of(items[i]) for i in read])
+                found = respond(model.encode_video(video), [self.task.text_of(items[i], model.config) for i in read])
             for index, texts in zip(read, found, strict=True):
                 predictions[index] = texts
         return score(self.task, predictions, items)

@@ -8,7 +8,7 @@ from bench.peer import Peer
 from bench.weights import fill
 from mplug2_fast import MPlug2Config, reference
 from mplug2_fast.models import mplug2
-from mplug2_fast.models.mplug2.config import SEP_TOKEN_ID
+from mplug2_fast.models.config import SEP_TOKEN_ID
 from tests.tiny import random_text
 from tests.tolerance import relative
 

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mplug2_fast import MPlug2Error
-from tests.golden import mplug2
+from tests.golden import mplug, mplug2
 from tests.golden.cases import CaseError, GoldenCase
 from tests.golden.compare import Comparison, compare
 
-KINDS = {**mplug2.KINDS}
+KINDS = {**mplug2.KINDS, **mplug.KINDS}
 """Kind of case -> what computes its quantities with an implementation."""
 IMPLEMENTATIONS = ("reference", "fast")
 

@@ -17,7 +17,8 @@ from tests.golden import weights
 
 FOLDER = Path(__file__).parent
 CAPTIONING, QUESTION_ANSWERING = ("caption_a", "caption_b"), ("qa_a",)
-STORED = (*CAPTIONING, *QUESTION_ANSWERING)
+MPLUG = ("mplug_caption", "mplug_grounding", "mplug_retrieval", "mplug_video", "mplug_vqa")
+STORED = (*CAPTIONING, *QUESTION_ANSWERING, *MPLUG)
 
 
 class CaseError(Exception):
@@ -84,14 +85,22 @@ class GoldenCase:
     def state_dict(self) -> dict[str, Tensor]:
         """Every entry of the official state dict."""
         case = self.description
-        values = weights.state_dict(case["keys"], case["seed"], case["eos_bias"])
+        values = weights.state_dict(case["keys"], case["seed"], case["eos_bias"], case.get("queue_ptr", 0))
         return {key: torch.as_tensor(value) for key, value in values.items()}
 
     @cached_property
     def video(self) -> Tensor:
-        """The normalised video `(batch, 3, frames, height, width)`."""
+        """The normalised video `(batch, 3, frames, height, width)`, or images as videos of one frame."""
         generator = np.random.RandomState(1000 + self.description["seed"])
-        return torch.as_tensor(generator.standard_normal(self.description["video_shape"]).astype(np.float32))
+        shape = self.description.get("image_shape") or self.description["video_shape"]
+        values = torch.as_tensor(generator.standard_normal(shape).astype(np.float32))
+        return values[:, :, None] if len(shape) == 4 else values
+
+    @cached_property
+    def picture(self) -> np.ndarray:
+        """The picture that preprocessing starts from: `(height, width, 3)`, uint8."""
+        generator = np.random.RandomState(2000 + self.description["seed"])
+        return generator.randint(0, 256, self.description["picture_shape"]).astype(np.uint8)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -66,8 +66,11 @@ EXACT = Tolerance(differing, 0)
 TOLERANCES = {
     "beam_scores": Tolerance(absolute, 1e-3),
     "rank_probs": Tolerance(absolute, 1e-4),
-    "loss": Tolerance(relative, 1e-4),
-    "grad:": Tolerance(gradient, 1e-3),
+    **dict.fromkeys(("loss", "scst_loss", "caption_loss", "loss_ita", "loss_itm"), Tolerance(relative, 1e-4)),
+    **dict.fromkeys(("grad:", "scst_grad:"), Tolerance(gradient, 1e-3)),
+    **dict.fromkeys(("metric:", "accuracy"), Tolerance(absolute, 1e-6)),
+    "pixels": Tolerance(absolute, 1e-6),
+    "train_pixels": Tolerance(absolute, 1e-6),
 }
 """By the name of a quantity, or of its group (see `group`). The rest are hidden states; integers must be equal."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mplug2_fast.generation.beam_search import beam_search, output
-from mplug2_fast.models.mplug2.config import CLS_TOKEN_ID, SEP_TOKEN_ID
+from mplug2_fast.models.config import CLS_TOKEN_ID, SEP_TOKEN_ID
 from mplug2_fast.nn.text_decoder import Memory
 from mplug2_fast.reference.decoder import beam_search as released_beam_search
 

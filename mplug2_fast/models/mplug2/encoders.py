@@ -1,4 +1,4 @@
-"""Universal layers, text encoder and fusion encoder."""
+"""Universal layers and text encoder."""
 
 from __future__ import annotations
 
@@ -59,29 +59,3 @@ class TextEncoder(nn.Module):
         for layer in (*self.layers, universal.first, universal.last):
             x = layer(x, key_padding_mask=mask)
         return x
-
-
-class FusionEncoder(nn.Module):
-    """Text meets video: cross-attention layers, and every `stride_layer` a connected layer over both together."""
-
-    def __init__(self, config: TextConfig) -> None:
-        super().__init__()
-        self._connected = [config.connected(n) for n in range(config.fusion_layers)]
-        self.layers = nn.ModuleList(
-            [
-                BertLayer.from_config(config, cross_attention=not connected, fused_projections=True)
-                for connected in self._connected
-            ]
-        )
-
-    def forward(self, text: Tensor, text_mask: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
-        """text `(B, tokens, D)`, its mask `(B, tokens)`, visual `(B, S, D)`, all of it seen. Returns (visual, text)."""
-        split = visual.shape[1]
-        for layer, connected in zip(self.layers, self._connected, strict=True):
-            if connected:
-                both_mask = torch.cat([text_mask.new_ones(visual.shape[:2]), text_mask], dim=1)
-                both = layer(torch.cat([visual, text], dim=1), key_padding_mask=both_mask)
-                visual, text = visual + both[:, :split], both[:, split:]
-            else:
-                text = layer(text, key_padding_mask=text_mask, memory=visual)
-        return visual, text

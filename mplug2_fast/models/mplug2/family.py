@@ -31,4 +31,4 @@ def _build(
     return mplug2.MPlug2(config, tasks, device=device, dtype=dtype)
 
 
-MPLUG2 = Family("mPLUG-2", MPlug2Config, MPlug2Names, recognise, infer, _build, clip_bytes)
+MPLUG2 = Family(MPlug2Config, MPlug2Names, recognise, infer, _build, clip_bytes)

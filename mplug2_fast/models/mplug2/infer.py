@@ -9,19 +9,9 @@ from typing import Any
 
 from mplug2_fast.errors import CheckpointError, ConfigError
 from mplug2_fast.models.family import InferredConfig
-from mplug2_fast.models.mplug2.config import MPlug2Config
-from mplug2_fast.models.mplug2.official_names import (
-    DECODER,
-    FUSION,
-    MODULES,
-    TEXT,
-    UNIVERSAL,
-    VISION,
-    MPlug2Names,
-    official_name,
-    stack_of,
-)
-from mplug2_fast.models.names import LAYER_NUMBER, Shape
+from mplug2_fast.models.mplug2.config import UNIVERSAL, MPlug2Config
+from mplug2_fast.models.mplug2.official_names import MPlug2Names, official_name, stack_of
+from mplug2_fast.models.names import CONTRAST, DECODER, FUSION, LAYER_NUMBER, MATCHING, TEXT, VISION, Shape
 
 _HEAD_DIM = 64
 _FUSION_DEFAULTS = {24: (6, 1000), 12: (3, 100)}
@@ -83,8 +73,9 @@ def infer(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> InferredCon
     }
     generation["prompt_length"] = stated.get("prompt_length")  # None: counted from the prompt
     generation |= {name: stated[name] for name in ("min_length", "max_length") if stated.get(name) is not None}
+    contrast = {"embed_dim": shapes["vision_proj.weight"][0]} if CONTRAST in modules else {}
     try:
-        config = MPlug2Config().replace(vision=vision, text=text, generation=generation)
+        config = MPlug2Config().replace(vision=vision, text=text, generation=generation, contrast=contrast)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"the shapes of the checkpoint make no model: {error}") from error
     return InferredConfig(config, modules, assumed, undetermined)
@@ -94,12 +85,16 @@ def _modules(shapes: Mapping[str, Shape]) -> frozenset[str]:
     fusion = bool(_layers(shapes, stack_of(_FUSION_LAYER)))
     embeddings = official_name("text.embeddings.word.weight").removesuffix("word_embeddings.weight")
     words = any(key.startswith(embeddings) for key in shapes)
-    return frozenset({VISION, UNIVERSAL, DECODER} | ({TEXT, FUSION} if fusion and words else set()))
+    heads = {CONTRAST} if {"vision_proj.weight", "text_proj.weight"} <= shapes.keys() else set()
+    heads |= {MATCHING} if "itm_head.weight" in shapes else set()
+    return frozenset({VISION, UNIVERSAL, DECODER} | ({TEXT, FUSION} if fusion and words else set()) | heads)
 
 
 def recognise(shapes: Mapping[str, Shape]) -> int:
-    """How many of the parameters of an mPLUG-2 model a state dict has."""
-    return len(MPlug2Names(MPlug2Config(), frozenset(MODULES)).needed.keys() & shapes.keys())
+    """How many of the parameters of an mPLUG-2 model a state dict has. Zero if its patches are those of an image."""
+    if len(shapes.get(official_name(_PATCHES), ())) == 4:
+        return 0
+    return len(MPlug2Names(MPlug2Config(), frozenset(MPlug2Config.modules)).needed.keys() & shapes.keys())
 
 
 def _require_anchors(shapes: Mapping[str, Shape]) -> None:

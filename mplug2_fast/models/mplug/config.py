@@ -1,0 +1,127 @@
+"""Sizes and defaults of mPLUG: presets, and what the official configuration files say."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from mplug2_fast.models.config import (
+    Config,
+    ContrastConfig,
+    GenerationConfig,
+    check_towers,
+    official_generation,
+    official_tower,
+)
+from mplug2_fast.models.mplug.wording import MPlugWording
+from mplug2_fast.models.names import SHARED_MODULES
+from mplug2_fast.models.wording import Wording
+from mplug2_fast.nn.config import StacksConfig, TowerConfig
+
+ATTENTION_DROPOUT = 0.1
+"""Of the image tower in training."""
+
+
+@dataclass(frozen=True)
+class ImageConfig(TowerConfig):
+    """Sizes of the vision encoder: CLIP's image tower. `num_frames` is what is taken of a video."""
+
+    image_size: int = 336
+    attention_dropout: float = ATTENTION_DROPOUT
+
+
+@dataclass(frozen=True)
+class TextConfig(StacksConfig):
+    """The BERT layers of mPLUG."""
+
+    hidden_size: int = 768
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    stored_layers: int = 12
+    text_encoder_layers: int = 6
+    fusion_layers: int = 6
+    stride_layer: int = 6
+    text_decode_layers: int = 12
+
+
+@dataclass(frozen=True)
+class MPlugConfig(Config):
+    """The sizes of an mPLUG model, and its defaults for generation.
+
+    Raises `ConfigError` for sizes that no model can have.
+    """
+
+    vision: ImageConfig = field(default_factory=ImageConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+
+    family: ClassVar[str] = "mplug"
+    title: ClassVar[str] = "mPLUG"
+    modules: ClassVar[tuple[str, ...]] = SHARED_MODULES
+    lengths: ClassVar = {"captioning": (8, 25)}
+    wording: ClassVar[Wording] = MPlugWording()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_towers(self.vision, self.text)
+
+    @classmethod
+    def from_official(
+        cls,
+        *,
+        bert: Mapping[str, Any],
+        model: Mapping[str, Any] | None = None,
+        clip: Mapping[str, Any] | None = None,
+    ) -> MPlugConfig:
+        """Read the official files: `config_bert*.json`, the task's YAML, and the CLIP sizes.
+
+        Args:
+            bert: the BERT JSON.
+            model: the YAML fields; absent ones have the official default.
+            clip: `width`, `layers` and `patch` of the image tower. None takes them from the YAML's `clip_name`.
+        """
+        model = dict(model or {})
+        clip = official_tower(model, clip)
+        names = {f.name for f in dataclasses.fields(TextConfig)}
+        text = {key: value for key, value in bert.items() if key in names}
+        text["stored_layers"] = bert.get("num_hidden_layers", TextConfig.stored_layers)
+        return cls(
+            ImageConfig(
+                width=clip["width"],
+                layers=clip["layers"],
+                patch_size=clip["patch"],
+                image_size=model.get("image_res", ImageConfig.image_size),
+                num_frames=model.get("num_frm_test", ImageConfig.num_frames),
+            ),
+            TextConfig(**text),
+            official_generation(model),
+            ContrastConfig(model.get("embed_dim", ContrastConfig.embed_dim)),
+        )
+
+
+_TINY = (
+    ImageConfig(width=128, layers=3, patch_size=8, image_size=48, num_frames=1, attention_dropout=0.0),
+    TextConfig(
+        hidden_size=128,
+        num_attention_heads=2,
+        intermediate_size=256,
+        vocab_size=256,
+        max_position_embeddings=64,
+        stored_layers=4,
+        text_encoder_layers=2,
+        fusion_layers=4,
+        stride_layer=3,
+        text_decode_layers=2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    ),
+    GenerationConfig(min_length=1, max_length=40),
+    ContrastConfig(64),
+)
+_BASE = (ImageConfig(width=768, layers=12, patch_size=16, image_size=384), TextConfig(stride_layer=3))
+_LARGE = (ImageConfig(), TextConfig())
+
+MPlugConfig.presets = {"large": _LARGE, "base": _BASE, "tiny": _TINY}

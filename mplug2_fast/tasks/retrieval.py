@@ -1,0 +1,357 @@
+"""Retrieval between texts and images or videos: contrast of features, and matching of pairs.
+
+Source: mPLUG (arXiv 2205.12005), sections 3.3 and 4.2; ALBEF (arXiv 2107.07651) for the queues.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mplug2_fast.nn.momentum import MomentumCopy
+from mplug2_fast.nn.parts import linear
+from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, not_finite, require
+
+if TYPE_CHECKING:
+    from mplug2_fast.datasets import Item
+    from mplug2_fast.text import Tokenizer
+
+LEFT_OUT = -100.0
+"""Score of a pair that was not compared."""
+
+MATCHING_BATCH = 64
+"""Texts of one visual input whose fusion is computed at once."""
+
+_NOT_COPIED = ("fusion", "decoder", "matching")
+
+
+class Losses(NamedTuple):
+    """The losses of a step, and what the matching was computed with.
+
+    Attributes:
+        contrast, matching: one number each.
+        image_weights: `(B, B)`, how likely each image is drawn as the wrong one of each text (row).
+        text_weights: `(B, B)`, how likely each text is drawn as the wrong one of each image (row).
+    """
+
+    contrast: Tensor
+    matching: Tensor
+    image_weights: Tensor
+    text_weights: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.contrast + self.matching
+
+
+class Scores(NamedTuple):
+    """How well visual inputs and texts go together.
+
+    Attributes:
+        by_visual: `(N, M)`; row i ranks the texts for visual input i. by_text: `(M, N)`.
+        similarities: `(N, M)`, cosines of the features.
+    """
+
+    by_visual: Tensor
+    by_text: Tensor
+    similarities: Tensor
+
+
+class MomentumContrast(nn.Module):
+    """The training state of contrast with queues: a momentum copy, and the features of the latest batches.
+
+    Args:
+        model: what is trained.
+        queue_size: features that are kept; a multiple of the batch of all ranks.
+        momentum: of the copy.
+
+    Attributes:
+        image_queue, text_queue: `(embed_dim, queue_size)`, columns of norm 1. idx_queue: `(1, queue_size)`, int64, -100
+            at first. queue_ptr: `(1,)`, where the next batch goes.
+    """
+
+    image_queue: Tensor
+    text_queue: Tensor
+    idx_queue: Tensor
+    queue_ptr: Tensor
+
+    def __init__(self, model: Any, queue_size: int = 65536, momentum: float = 0.995) -> None:
+        super().__init__()
+        self.copy = MomentumCopy(model, without=_NOT_COPIED, momentum=momentum)
+        width, like = model.config.contrast.embed_dim, model.contrast.temperature
+        for name in ("image_queue", "text_queue"):
+            start = torch.randn(width, queue_size, dtype=like.dtype, device=like.device)
+            self.register_buffer(name, F.normalize(start, dim=0))
+        self.register_buffer("idx_queue", torch.full((1, queue_size), -100, dtype=torch.int64, device=like.device))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64, device=like.device))
+
+    def update(self, model: nn.Module) -> None:
+        """Move the copy towards the model. Once before each step."""
+        self.copy.update(model)
+
+    @torch.no_grad()
+    def features(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """The copy's features of a batch's visual inputs and texts, each `(B, embed_dim)`."""
+        twin = self.copy.model
+        visual = twin.visual_features(twin.embed(batch["video"], None))
+        return visual, twin.text_features(twin.encode_text(batch["text_ids"], batch["text_mask"]))
+
+    @torch.no_grad()
+    def enqueue(self, visual: Tensor, text: Tensor, ids: Tensor) -> None:
+        """Put the features and ids of all ranks in place of the oldest ones.
+
+        Raises:
+            ValueError: the size of the queues is not a multiple of the batch.
+        """
+        visual, text, ids = (gathered(each) for each in (visual, text, ids))
+        count, size = visual.shape[0], self.idx_queue.shape[1]
+        if size % count:
+            raise ValueError(f"queue_size {size} is not a multiple of the batch of all ranks, {count}: change one")
+        start = int(self.queue_ptr)
+        places = slice(start, start + count)
+        self.image_queue[:, places] = visual.T
+        self.text_queue[:, places] = text.T
+        self.idx_queue[0, places] = ids
+        self.queue_ptr[0] = (start + count) % size
+
+
+class Retrieval(Task):
+    """Which text goes with which image or video."""
+
+    name = "retrieval"
+    modules = frozenset({"vision", "text", "fusion", "contrast", "matching"})
+    reads_text = True
+    fields = ("caption",)
+    metrics = ("retrieval",)
+
+    def training_state(self, model: Any, queue_size: int, momentum: float) -> nn.Module | None:
+        return MomentumContrast(model, queue_size, momentum) if queue_size else None
+
+    def loss(self, model: Any, batch: Mapping[str, Any], **options: Any) -> Tensor:
+        """Contrast and matching, added: see `losses`."""
+        return self.losses(model, batch, **options).total
+
+    def losses(
+        self,
+        model: Any,
+        batch: Mapping[str, Any],
+        *,
+        state: MomentumContrast | None = None,
+        alpha: float = 0.0,
+        negatives: tuple[Tensor, Tensor] | None = None,
+    ) -> Losses:
+        """The losses of a batch of pairs.
+
+        Args:
+            model: with the modules of this task.
+            batch: `video` `(B, 3, T, H, W)`, or `image_embeds` `(B, S, D)` without a state; `text_ids`, `text_mask`
+                `(B, tokens)`; `ids` `(B,)`, int64, equal for pairs that are right for one another.
+            state: with queues, which then get the batch; None compares within the batch.
+            alpha: weight of the momentum copy's own similarities among the targets.
+            negatives: (index of the wrong image of each text, of the wrong text of each image); None draws them by
+                their similarity. Without another id in the batch, a row has no negatives.
+        """
+        ids, mask = batch["ids"], batch["text_mask"]
+        visual = model.embed(batch.get("video"), batch.get("image_embeds"))
+        text = model.encode_text(batch["text_ids"], mask)
+        f, g = model.visual_features(visual), model.text_features(text)
+        temperature = model.contrast.temperature
+        keys, soft = (f, g, ids), None
+        if state is not None:
+            f_m, g_m = state.features(batch)
+            f_all = torch.cat([f_m.T, state.image_queue], dim=1)
+            g_all = torch.cat([g_m.T, state.text_queue], dim=1)
+            keys = (f_all.T, g_all.T, torch.cat([ids, state.idx_queue[0]]))
+            if alpha:
+                with torch.no_grad():
+                    soft = (f_m @ g_all / temperature).softmax(dim=1), (g_m @ f_all / temperature).softmax(dim=1)
+        logits = f @ keys[1].T / temperature, g @ keys[0].T / temperature
+        same = (ids[:, None] == keys[2]).float()
+        hard = same / same.sum(dim=1, keepdim=True)
+        contrast = torch.stack(
+            [
+                F.cross_entropy(each.float(), hard if soft is None else alpha * soft[way] + (1 - alpha) * hard)
+                for way, each in enumerate(logits)
+            ]
+        ).mean()
+        if state is not None:
+            state.enqueue(f_m, g_m, ids)
+        text_weights, image_weights = (_weights(each.detach(), ids) for each in logits)
+        if negatives is None:
+            negatives = _drawn(image_weights), _drawn(text_weights)
+        matching = self._matching(model, visual, text, mask, negatives, ids)
+        return Losses(contrast, matching, image_weights, text_weights)
+
+    def _matching(
+        self, model: Any, visual: Tensor, text: Tensor, mask: Tensor, negatives: tuple[Tensor, Tensor], ids: Tensor
+    ) -> Tensor:
+        """The cross-entropy of pairs (label 1), texts with wrong images, and images with wrong texts (label 0)."""
+        image, other = negatives
+        # An image's own text and its wrong one share its keys and values.
+        both = torch.stack([text, text[other.clamp(min=0)]], dim=1)
+        both_mask = torch.stack([mask, mask[other.clamp(min=0)]], dim=1)
+        right, wrong = matched(model, visual, both, both_mask).unbind(dim=1)
+        crossed = matched(model, visual[image.clamp(min=0)], text[:, None], mask[:, None])[:, 0]
+        labels = torch.cat([torch.ones_like(ids), -other.clamp(max=0), -image.clamp(max=0)])
+        labels[len(ids) :] *= -100  # a row without negatives is ignored
+        return F.cross_entropy(torch.cat([right, wrong, crossed]).float(), labels)
+
+    def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:
+        texts = [item.caption[0] for item in items]
+        video = items[0].video is not None
+        text_ids, text_mask = config.wording.descriptions(tokenizer, texts, video=video, training=True)
+        longest = config.text.max_position_embeddings
+        ids = torch.tensor([zlib.crc32((item.media[0] if item.media else item.id).encode()) for item in items])
+        return {"text_ids": text_ids[:, :longest], "text_mask": text_mask[:, :longest], "ids": ids}
+
+    def samples(self, item: Item) -> list[Item]:
+        return [replace(item, caption=(caption,)) for caption in item.caption]
+
+    def targets(self, batch: Mapping[str, Tensor], config: Any) -> int:
+        return len(batch["ids"])
+
+    def predict(
+        self,
+        model: Any,
+        video: Tensor | None = None,
+        *,
+        text_ids: Tensor,
+        text_mask: Tensor,
+        image_embeds: Tensor | None = None,
+        k: int = 0,
+        add_similarity: bool | None = None,
+    ) -> Scores:
+        """Scores of all visual inputs with all texts.
+
+        Args:
+            model: with the modules of this task.
+            video: `(N, 3, T, H, W)`, or image_embeds `(N, S, D)` from `encode_video`.
+            text_ids, text_mask: `(M, tokens)`.
+            k: candidates of each row, by similarity, that are scored by matching; the rest get -100. 0 scores by
+                similarity alone.
+            add_similarity: whether the score is the matching logit plus the similarity. None: for videos of several
+                frames, as the official code does.
+        """
+        visual = model.embed(video, image_embeds)
+        text = model.encode_text(text_ids, text_mask)
+        similarities = model.visual_features(visual) @ model.text_features(text).T
+        if not k:
+            return Scores(similarities, similarities.T, similarities)
+        if add_similarity is None:
+            add_similarity = model.config.frames_of(visual.shape[1]) > 1
+        wanted = candidates(similarities, k)
+        logits = match_pairs(model, lambda row: visual[row : row + 1], text, text_mask, wanted.any)
+        scores = logits + similarities if add_similarity else logits
+        by_visual, by_text = torch.full_like(scores, LEFT_OUT), torch.full_like(scores.T, LEFT_OUT)
+        by_visual[wanted.by_visual] = scores[wanted.by_visual]
+        by_text[wanted.by_text] = scores.T[wanted.by_text]
+        return Scores(by_visual, by_text, similarities)
+
+    def respond(self, model: Any, tokenizer: Tokenizer) -> Respond:
+        """How likely each text goes with its file."""
+
+        def respond(image_embeds: Tensor, texts: Sequence[str | None]) -> list[Texts]:
+            require(all(text is not None for text in texts), "this task needs a text for each file")
+            video = model.config.frames_of(image_embeds.shape[1]) > 1
+            given = [str(text) for text in texts]
+            ids, mask = model.config.wording.descriptions(tokenizer, given, video=video, training=False)
+            ids, mask = ids.to(image_embeds.device), mask.to(image_embeds.device)
+            text = model.encode_text(ids, mask)
+            logits = matched(model, image_embeds, text[:, None], mask[:, None])[:, 0].float()
+            found = logits.softmax(dim=-1)[:, 1].tolist()
+            return [
+                [Alternative(text, p)] if p == p else not_finite(next(model.parameters()).dtype)
+                for text, p in zip(given, found, strict=True)
+            ]
+
+        return respond
+
+    def text_of(self, item: Item, config: Any) -> str | None:
+        return item.caption[0] if item.caption else item.text
+
+    def references(self, item: Item) -> Mapping[str, float]:
+        return dict.fromkeys(item.caption, 1.0)
+
+    def check_text(self, model: Any, tokenizer: Tokenizer, text: str) -> None:
+        require(bool(text.strip()), "the text is empty")
+
+
+class Candidates(NamedTuple):
+    """Which pairs are scored by matching.
+
+    Attributes:
+        by_visual: `(N, M)`, the best texts of each visual input. by_text: `(M, N)`.
+    """
+
+    by_visual: Tensor
+    by_text: Tensor
+
+    @property
+    def any(self) -> Tensor:
+        """`(N, M)`, the pairs that either side wants."""
+        return self.by_visual | self.by_text.T
+
+
+def candidates(similarities: Tensor, k: int) -> Candidates:
+    """The k best of each row and of each column of similarities `(N, M)`."""
+    rows, columns = (
+        torch.zeros_like(each, dtype=torch.bool).scatter_(1, each.topk(min(k, each.shape[1]), dim=1).indices, True)
+        for each in (similarities, similarities.T)
+    )
+    return Candidates(rows, columns)
+
+
+def match_pairs(model: Any, visual_of: Any, text: Tensor, text_mask: Tensor, wanted: Tensor) -> Tensor:
+    """The matching logits of the wanted pairs, 0 elsewhere: `(N, M)`.
+
+    Args:
+        visual_of: from the number of a visual input to its image_embeds `(1, S, D)`. Each is asked for once, and its
+            keys and values are computed once for all its texts.
+        text: `(M, tokens, D)`. text_mask: `(M, tokens)`. wanted: `(N, M)`.
+    """
+    logits = torch.zeros(wanted.shape, dtype=text.dtype, device=text.device)
+    for row in wanted.any(dim=1).nonzero()[:, 0].tolist():
+        visual = visual_of(row)
+        for chosen in wanted[row].nonzero()[:, 0].split(MATCHING_BATCH):
+            logits[row, chosen] = matched(model, visual, text[None, chosen], text_mask[None, chosen])[0, :, 1]
+    return logits
+
+
+def matched(model: Any, visual: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+    """The logits (no match, match) of each text with its visual input: `(B, texts, 2)`.
+
+    Args:
+        visual: `(B, S, D)`. text: `(B, texts, tokens, D)`. text_mask: `(B, texts, tokens)`.
+    """
+    _, fused = model.fusion(text, text_mask, visual)
+    return linear(model.matching, fused[..., 0, :])
+
+
+@torch.no_grad()
+def gathered(tensor: Tensor) -> Tensor:
+    """The rows of all ranks."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return tensor
+    rows = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(rows, tensor.contiguous())
+    return torch.cat(rows)
+
+
+def _weights(logits: Tensor, ids: Tensor) -> Tensor:
+    """How likely each column of the batch is drawn for each row: by similarity, never one of the same id."""
+    weights = logits[:, : len(ids)].float().softmax(dim=1)
+    return weights.masked_fill(ids[:, None] == ids, 0.0)
+
+
+def _drawn(weights: Tensor) -> Tensor:
+    """A column for each row; -1 where no column has a weight."""
+    possible = weights.sum(dim=1) > 0
+    drawn = torch.where(possible[:, None], weights, 1.0).multinomial(1)[:, 0]
+    return torch.where(possible, drawn, -1)
