@@ -20,6 +20,9 @@ PAD_TOKEN_ID, CLS_TOKEN_ID, SEP_TOKEN_ID = 0, 101, 102
 """As in the vocabulary of bert-base-uncased."""
 _SPECIAL_IDS = {"[PAD]": PAD_TOKEN_ID, "[CLS]": CLS_TOKEN_ID, "[SEP]": SEP_TOKEN_ID}
 _OTHER_SPECIALS = ("[UNK]", "[MASK]")
+_JOINED = [(f" {mark}", mark) for mark in ".?!,"]
+_JOINED += [(" ' ", "'"), *((f" {ending}", ending) for ending in ("n't", "'m", "'s", "'ve", "'re"))]
+"""Parts of decoded texts and what they become, in this order."""
 _REMOVED = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")
 
 
@@ -142,11 +145,14 @@ class Tokenizer:
         """The text of one sequence of ids.
 
         Padding (-1 or 0), [CLS] and [SEP] are dropped wherever they stand; as in the released code, a [SEP] does not
-        end the text.
+        end the text. Spaces before punctuation and in contractions are removed, as BERT's tokenizer does.
         """
         ids = ids.tolist() if isinstance(ids, Tensor) else ids
         kept = [i for i in ids if i >= 0 and i not in _SPECIAL_IDS.values()]
-        return self._tokenizer.decode(kept, skip_special_tokens=False).strip()
+        text = self._tokenizer.decode(kept, skip_special_tokens=False)
+        for apart, joined in _JOINED:
+            text = text.replace(apart, joined)
+        return text.strip()
 
     def decode_caption(self, ids: Iterable[int] | Tensor, prompt: str = "") -> str:
         """`decode`, and of its text only what follows the last occurrence of `prompt`."""

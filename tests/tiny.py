@@ -26,7 +26,9 @@ def randomise(model: torch.nn.Module, seed: int = 0, scale: float = 1.0) -> torc
     for key, view in sorted(model.official_parameters().items()):
         generator = torch.Generator().manual_seed(hash_name(key) + seed)
         noise = torch.randn(view.shape, generator=generator)
-        if view.ndim == 1:
+        if view.ndim == 0:  # a temperature
+            noise = 0.05 + 0.01 * noise.abs()
+        elif view.ndim == 1:
             noise = 0.1 * noise + (1.0 if key.endswith(".weight") else 0.0)
         elif "embedding" in key or "latents" in key:
             noise = 0.5 * noise

@@ -43,7 +43,8 @@ class Inspection:
         entry: the top-level entry with the weights, or None if the file is a bare state dict.
         others: other top-level entries, such as optimizer state.
         vocabulary: whether the directory has its own vocabulary.
-        family: the model family. tasks: the tasks that `groups` refers to; empty if the sizes are unknown.
+        family: the model family. size: the name of the published size, if it is one.
+        tasks: the tasks that `groups` refers to; empty if the sizes are unknown.
         servable: all tasks of this package whose weights are complete.
         config: the sizes, or None if they cannot be determined.
         assumed: dotted field -> official default, for fields that the file does not determine.
@@ -62,6 +63,7 @@ class Inspection:
     others: tuple[str, ...] = ()
     vocabulary: bool = False
     family: str | None = None
+    size: str | None = None
     tasks: tuple[str, ...] = ()
     servable: tuple[str, ...] = ()
     config: Any = None
@@ -117,6 +119,7 @@ def inspect(path: str | Path, task: Tasks = None, config: Any = None) -> Inspect
     return Inspection(
         **described,
         family=resolved.family.title,
+        size=_size(resolved.config),
         tasks=tuple(each.name for each in resolved.tasks),
         servable=resolved.servable,
         config=resolved.config,
@@ -125,6 +128,18 @@ def inspect(path: str | Path, task: Tasks = None, config: Any = None) -> Inspect
         groups=_fit_groups(source, resolved.fit),
         problem=_problem(source, resolved),
     )
+
+
+def _size(config: Any) -> str | None:
+    """The preset with these layers and widths."""
+    for name in config.presets:
+        preset = config.preset(name)
+        same = ("width", "layers", "patch_size")
+        if all(getattr(preset.vision, field) == getattr(config.vision, field) for field in same) and (
+            preset.text.hidden_size == config.text.hidden_size
+        ):
+            return name
+    return None
 
 
 def _problem(source: Source, resolved: Resolved) -> str | None:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from mplug2_fast.checkpoint.fit import Fit, check_fit
 from mplug2_fast.errors import CheckpointError, printable
-from mplug2_fast.models import official_names
+from mplug2_fast.models import FAMILIES, official_names
 from mplug2_fast.models.names import OfficialNames
 from mplug2_fast.tasks import TASKS, Task, title_of
 
@@ -39,6 +39,7 @@ _UNMERGED_REMEDIES = {
         "FSDP's flattened parameters; save again with StateDictType.FULL_STATE_DICT",
     ),
 }
+_SPELLINGS = {other: ours for family in FAMILIES.values() for other, ours in family.spellings.items()}
 _MAX_NAME = 500
 _PIECE = 2**17
 """Elements that are copied and checked at once."""
@@ -216,7 +217,7 @@ def plain_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         name = _plain_name(key)
         if name in plain:
             raise CheckpointError(
-                f"{printable(name)} exists twice, with and without a wrapper's prefix such as 'module.': remove one"
+                f"{printable(name)} exists twice, with and without a part such as 'module.' or '.bert': remove one"
             )
         plain[name] = value
     empty = [key for key, value in plain.items() if isinstance(value, torch.Tensor) and not value.numel()]
@@ -232,7 +233,11 @@ def _plain_name(key: str) -> str:
     parts = [part for part in key.split(".") if part not in _WRAPPERS] or [key]
     while len(parts) > 1 and parts[0] in _OUTER:
         del parts[0]
-    return ".".join(parts)
+    name = ".".join(parts)
+    for other, ours in _SPELLINGS.items():
+        if name.startswith(other):
+            return ours + name.removeprefix(other)
+    return name
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:

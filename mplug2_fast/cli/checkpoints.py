@@ -94,10 +94,17 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
     if found.entry is not None:
         yield "weights", f"its entry {found.entry!r}"
     if found.family is not None:
-        yield "family", found.family
+        yield "family", found.family if found.size is None else f"{found.family}, {found.size}"
     yield "task", ", ".join(found.tasks) or "unknown"
     if len(found.servable) > 1:
         yield "serves", ", ".join(found.servable)
+    if found.servable and found.config is not None:
+        from mplug2_fast.tasks import TASKS
+
+        present = frozenset[str]().union(*(TASKS[name].modules for name in found.servable))
+        absent = [part for part in ("contrast", "matching") if part not in present]
+        if absent:
+            yield "lacks", f"heads of retrieval: {' and '.join(absent)}"
     yield "dtype", _dtypes(found)
     yield "entries", f"{found.entries:,}, {_million(found.parameters)} parameters"
     yield "needed", f"{_million(found.needed_parameters)} parameters"

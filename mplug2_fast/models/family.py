@@ -43,6 +43,7 @@ class Family:
         infer: (shapes, the checkpoint's own `config` entry) -> configuration.
         build: (configuration, tasks, device, dtype) -> model.
         clip_bytes: the memory of a clip: see `mplug2_fast.predict.memory`.
+        spellings: other beginnings of official names -> the ones that we use.
     """
 
     config: type[Config]
@@ -51,6 +52,7 @@ class Family:
     infer: Callable[[Mapping[str, Shape], Mapping[str, Any]], InferredConfig]
     build: Callable[..., nn.Module]
     clip_bytes: Callable[..., int]
+    spellings: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:

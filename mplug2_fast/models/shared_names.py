@@ -18,6 +18,12 @@ TIED = {
     f"{PREDICTIONS}.decoder.bias": f"{PREDICTIONS}.bias",
 }
 """Names that a file stores twice -> the name that the models use."""
+WRAPPED_ENCODERS = {
+    f"{encoder}.{wrapped}.": f"{encoder}."
+    for encoder in ("text_encoder", "fusion_encoder", "text_encoder_m", "fusion_encoder_m")
+    for wrapped in ("bert", "fusion")
+}
+"""In pre-training, each encoder is inside a module with a head."""
 CLIP_TEXT = re.compile(
     r"visual_encoder\.(positional_embedding|text_projection|logit_scale|token_embedding\.weight|ln_final\.(weight|bias)"
     r"|transformer\.resblocks\.[0-9]+\.(attn\.(in_proj_|out_proj\.)|ln_[12]\.|mlp\.c_(fc|proj)\.)(weight|bias))"

@@ -86,6 +86,8 @@ class Source(_Part):
     """`none`: only the frames of videos are random, as mPLUG-2's official fine-tuning does. `video` and `image` are for
     mPLUG-2. The others are for images with mPLUG: see `PICTURE_AUGMENTATIONS`."""
     objective: Literal["loss", "scst"] = "loss"
+    options: dict[str, Any] = {}
+    """Options of the task's loss, such as `{weighting = "per_sample"}`; only with one task."""
 
     @property
     def tasks(self) -> list[str]:
@@ -101,6 +103,8 @@ class Source(_Part):
             raise ValueError("task is an empty list: name at least one")
         if len(self.weights) != len(self.tasks):
             raise ValueError(f"weight has {len(self.weights)} numbers and task {len(self.tasks)} names")
+        if self.options and len(self.tasks) > 1:
+            raise ValueError("options are of one task's loss: give each task a source of its own")
         if self.objective == "scst" and self.tasks != ["captioning"]:
             raise ValueError("scst trains the task captioning")
         return self
@@ -152,6 +156,21 @@ class Distillation(_Part):
     """Steps over which alpha grows from 0."""
 
 
+class Queues(_Part):
+    """Momentum features of earlier batches that retrieval contrasts with. Defaults are the official ones.
+
+    Without this part, a batch is contrasted within itself.
+    """
+
+    size: Positive = 65536
+    """A multiple of the batch."""
+    momentum: Share = 0.995
+    alpha: Share = 0.4
+    """Weight of the momentum copy's own similarities among the targets."""
+    ramp_steps: Count = 0
+    """Steps over which alpha grows from 0; the official code takes the first epoch."""
+
+
 class Validation(_Part):
     """Scores on held-out data during training."""
 
@@ -191,6 +210,7 @@ class Recipe(_Part):
     schedule: Schedule = Schedule()
     lora: Lora | None = None
     distillation: Distillation | None = None
+    queues: Queues | None = None
     validation: Validation | None = None
     ema: Share = 0.0
     """Decay of an average of the weights, which is validated and written; 0 keeps none."""
@@ -285,6 +305,7 @@ def _part_at(where: Sequence[Any]) -> type[BaseModel]:
         "optimizer": Optimizer,
         "schedule": Schedule,
         "distillation": Distillation,
+        "queues": Queues,
         "validation": Validation,
     }
     return parts[str(where[0])] if where else Recipe

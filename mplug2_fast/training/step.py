@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,26 +20,31 @@ class Part(NamedTuple):
     Attributes:
         batch: on the model's device.
         shares: task -> share of the step's targets that are here. weights: task -> weight of its loss.
-        objective: "loss" or "scst".
+        objective: "loss" or "scst". options: of the loss.
     """
 
     batch: Batch
     shares: Mapping[str, float]
     weights: Mapping[str, float]
     objective: str = "loss"
+    options: Mapping[str, Any] = MappingProxyType({})
 
 
 class TrainingStep(nn.Module):
-    """A model, and a momentum copy of it as its teacher if there is distillation.
+    """A model, a momentum copy of it as its teacher if there is distillation, and the training states of its tasks.
 
     Args:
         model: what is trained.
         momentum: of the teacher; None for no teacher.
+        states: task -> its training state.
     """
 
-    def __init__(self, model: nn.Module, momentum: float | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, momentum: float | None = None, states: Mapping[str, nn.Module] | None = None
+    ) -> None:
         super().__init__()
         self.model = model
+        self.states = nn.ModuleDict(states or {})
         self._momentum = momentum
         self._teacher = None
         if momentum is not None:
@@ -49,25 +55,28 @@ class TrainingStep(nn.Module):
         return self._teacher
 
     @torch.no_grad()
-    def update_teacher(self) -> None:
-        """Move the teacher towards the model: teacher = momentum · teacher + (1 - momentum) · model."""
+    def update(self) -> None:
+        """Move the teacher and the states towards the model: copy = momentum · copy + (1 - momentum) · model."""
+        for state in self.states.values():
+            state.update(self.model)
         if self._teacher is not None:
             own = list(self.model.parameters())
             torch._foreach_lerp_(list(self._teacher.parameters()), own, 1 - (self._momentum or 0.0))
 
     def forward(
-        self, parts: Sequence[Part], alpha: float = 0.0, reward: Any = None
+        self, parts: Sequence[Part], alpha: float = 0.0, reward: Any = None, queue_alpha: float = 0.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of the losses, and each task's loss, all times their shares of the targets.
 
         Args:
             parts: one of each source. alpha: weight of the teacher's soft targets. reward: of generated captions.
+            queue_alpha: weight of the soft targets of tasks with a state.
         """
         total, losses = [], {}
         for part in parts:
             tensors = part.batch.tensors
             video = next(iter(tensors.values())).get("video")
-            if len(tensors) > 1 and video is not None:
+            if len(tensors) > 1 and video is not None and not self.states.keys() & tensors.keys():
                 embeds = self.model.encode_video(video)
                 tensors = {
                     name: {**{key: value for key, value in batch.items() if key != "video"}, "image_embeds": embeds}
@@ -76,8 +85,10 @@ class TrainingStep(nn.Module):
             for name, batch in tensors.items():
                 if part.objective == "scst":
                     loss = self_critical_loss(self.model, batch, part.batch.items, reward)
-                elif self._teacher is None:
-                    loss = self.model.loss(name, batch)
+                elif name in self.states:
+                    loss = self.model.loss(name, batch, state=self.states[name], alpha=queue_alpha, **part.options)
+                elif self._teacher is None or not hasattr(self.model.tasks[name], "logits"):
+                    loss = self.model.loss(name, batch, **part.options)
                 else:
                     with torch.no_grad():
                         given = batch if video is None else {**batch, "video": video, "image_embeds": None}

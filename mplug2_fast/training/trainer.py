@@ -26,7 +26,7 @@ from mplug2_fast.training.data import to_device as moved
 from mplug2_fast.training.initial import scale_preserving
 from mplug2_fast.training.log import Log
 from mplug2_fast.training.optimizer import make_optimizer, matching, official_of_parameters, set_learning_rates
-from mplug2_fast.training.recipe import Recipe, load_recipe
+from mplug2_fast.training.recipe import Distillation, Queues, Recipe, load_recipe
 from mplug2_fast.training.result import write_result
 from mplug2_fast.training.saves import OptimizerState, Saves, named_tensors, names_in, require_names
 from mplug2_fast.training.scst import CiderReward
@@ -168,7 +168,7 @@ class Trainer:
         if recipe.activation_checkpointing:
             checkpoint_activations(model)
         momentum = None if recipe.distillation is None else recipe.distillation.momentum
-        self._module = TrainingStep(model, momentum)
+        self._module = TrainingStep(model, momentum, self._states(model))
         used = [model.config.modules_for(self._tasks[t] for t in source.tasks) for source in recipe.sources]
         always = frozenset[str].union(*used) if recipe.sources_per_step == "all" else frozenset.intersection(*used)
         self._wrapped = self.world.spread(self._module, recipe.strategy, find_unused=always != model.module_names)
@@ -179,6 +179,19 @@ class Trainer:
             self._average = {name: p.detach().clone() for name, p in model.named_parameters()}
         self._reward = self._make_reward()
         self.saves = Saves(self.folder / "saves", recipe.keep, self.world, self._log.note)
+
+    def _states(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Task -> its training state, for tasks that have one."""
+        queues = self.recipe.queues
+        if queues is None:
+            return {}
+        for source in self.recipe.sources:
+            if queues.size % source.batch_size and "retrieval" in source.tasks:
+                raise ConfigError(
+                    f"queues.size {queues.size} is not a multiple of the batch_size {source.batch_size}: change one"
+                )
+        made = {name: task.training_state(model, queues.size, queues.momentum) for name, task in self._tasks.items()}
+        return {name: state for name, state in made.items() if state is not None}
 
     def _freeze(self, model: nn.Module) -> None:
         chosen = self.recipe.model
@@ -291,7 +304,7 @@ class Trainer:
         """
         recipe, state = self.recipe, self.state
         rate = set_learning_rates(self.optimizer, recipe.schedule, state.step, self.steps)
-        self._module.update_teacher()
+        self._module.update()
         self.optimizer.zero_grad(set_to_none=True)
         keys = [(i, task) for i in shares for task in recipe.sources[i].tasks]
         counts = [sum(part.targets[task] for part in shares[i].parts) for i, task in keys]
@@ -304,7 +317,7 @@ class Trainer:
             torch.manual_seed(_seed(recipe.seed, state.step, self.world.rank, number))
             with self._synchronised(number == recipe.accumulate - 1):
                 with self._precision():
-                    total, found = self._wrapped(parts, self._alpha(), self._reward)
+                    total, found = self._wrapped(parts, self._alpha(), self._reward, self._queue_alpha())
                 (total * self.world.size).backward()
             for name, loss in found.items():
                 losses[name] = losses.get(name, 0.0) + float(loss)
@@ -329,7 +342,7 @@ class Trainer:
         shares = {task: batch.targets[task] / max(targets[i, task], 1) for task in source.tasks}
         weights = dict(zip(source.tasks, source.weights, strict=True))
         tensors = {task: moved(each, self.world.device) for task, each in batch.tensors.items()}
-        return Part(batch._replace(tensors=tensors), shares, weights, source.objective)
+        return Part(batch._replace(tensors=tensors), shares, weights, source.objective, source.options)
 
     def _weighted(self, losses: Mapping[str, float], shares: Mapping[int, Step]) -> float:
         sources = [self.recipe.sources[i] for i in shares]
@@ -337,11 +350,16 @@ class Trainer:
         return sum(weights[name] * value for name, value in losses.items())
 
     def _alpha(self) -> float:
-        distillation = self.recipe.distillation
-        if distillation is None:
+        return self._ramped(self.recipe.distillation)
+
+    def _queue_alpha(self) -> float:
+        return self._ramped(self.recipe.queues)
+
+    def _ramped(self, settings: Distillation | Queues | None) -> float:
+        if settings is None:
             return 0.0
-        ramp = distillation.ramp_steps
-        return distillation.alpha * (min(1.0, self.state.step / ramp) if ramp else 1.0)
+        ramp = settings.ramp_steps
+        return settings.alpha * (min(1.0, self.state.step / ramp) if ramp else 1.0)
 
     @contextlib.contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
@@ -481,11 +499,12 @@ class Trainer:
         yield plain.eval()
 
     def _weights(self) -> dict[str, Tensor]:
-        """The weights of the model, of their average, and of the teacher, by name."""
+        """The weights of the model, of their average, and of the teacher, and the tasks' states, by name."""
         tensors = named_tensors("model", self.model)
         tensors |= {f"average.{name}": tensor for name, tensor in self._average.items()}
         if self._module.teacher is not None:
             tensors |= named_tensors("teacher", self._module.teacher)
+        tensors |= named_tensors("state", self._module.states)
         return tensors
 
     def _save(self) -> None:

@@ -8,7 +8,7 @@ import mplug2_fast as mf
 from mplug2_fast.tasks import TASKS, Task, load
 from tests.tiny import SMALL, random_text, random_video, randomise
 
-CAPTIONING, ANSWERING, RANKING = TASKS
+CAPTIONING, ANSWERING, RANKING = list(TASKS)[:3]
 
 
 class Matching(Task):

@@ -12,6 +12,7 @@ from mplug2_fast.models.mplug.config import MPlugConfig
 from mplug2_fast.models.mplug.infer import infer, recognise
 from mplug2_fast.models.mplug.memory import clip_bytes
 from mplug2_fast.models.mplug.official_names import MPlugNames
+from mplug2_fast.models.shared_names import WRAPPED_ENCODERS
 from mplug2_fast.tasks import Task
 
 if TYPE_CHECKING:
@@ -26,4 +27,4 @@ def _build(
     return mplug.MPlug(config, tasks, device=device, dtype=dtype)
 
 
-MPLUG = Family(MPlugConfig, MPlugNames, recognise, infer, _build, clip_bytes)
+MPLUG = Family(MPlugConfig, MPlugNames, recognise, infer, _build, clip_bytes, WRAPPED_ENCODERS)

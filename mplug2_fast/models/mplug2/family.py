@@ -12,6 +12,7 @@ from mplug2_fast.models.mplug2.config import MPlug2Config
 from mplug2_fast.models.mplug2.infer import infer, recognise
 from mplug2_fast.models.mplug2.memory import clip_bytes
 from mplug2_fast.models.mplug2.official_names import MPlug2Names
+from mplug2_fast.models.shared_names import WRAPPED_ENCODERS
 from mplug2_fast.tasks import AnswerRanking, Captioning, QuestionAnswering, Task
 
 if TYPE_CHECKING:
@@ -31,4 +32,4 @@ def _build(
     return mplug2.MPlug2(config, tasks, device=device, dtype=dtype)
 
 
-MPLUG2 = Family(MPlug2Config, MPlug2Names, recognise, infer, _build, clip_bytes)
+MPLUG2 = Family(MPlug2Config, MPlug2Names, recognise, infer, _build, clip_bytes, WRAPPED_ENCODERS)
