@@ -1,8 +1,4 @@
-"""How files become the input of mPLUG.
-
-A configuration of the family returns `MPLUG` as its `preparation`. The task of visual grounding overrides
-`Task.preparation` and returns `MPlugGrounding(config.vision.image_size)`.
-"""
+"""How files become the input of mPLUG."""
 
 from __future__ import annotations
 

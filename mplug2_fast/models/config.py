@@ -100,6 +100,11 @@ class Config:
         """How files become the model's input."""
         return MPLUG2
 
+    @property
+    def grounding_preparation(self) -> Preparation:
+        """How files become the model's input for visual grounding."""
+        return self.preparation
+
     def replace(self, **changes: Any) -> Self:
         """A copy with fields changed: `replace(text={"num_latents": 8}, vision={"num_frames": 4})`.
 

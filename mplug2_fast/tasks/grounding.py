@@ -14,6 +14,7 @@ from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, not_finite
 if TYPE_CHECKING:
     from mplug2_fast.datasets import Item
     from mplug2_fast.text import Tokenizer
+    from mplug2_fast.video import Preparation
 
 START, FIRST_BIN, BINS = 344, 345, 337
 """Ids of [unused339], which starts a box, and of [unused340], the first of the places from 0 to 1."""
@@ -126,6 +127,9 @@ class Grounding(Task):
             ]
 
         return respond
+
+    def preparation(self, config: Any) -> Preparation:
+        return config.grounding_preparation
 
     def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:
         ids, mask = config.wording.phrases(tokenizer, [item.text or "" for item in items])

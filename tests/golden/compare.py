@@ -69,6 +69,7 @@ TOLERANCES = {
     **dict.fromkeys(("loss", "scst_loss", "caption_loss", "loss_ita", "loss_itm"), Tolerance(relative, 1e-4)),
     **dict.fromkeys(("grad:", "scst_grad:"), Tolerance(gradient, 1e-3)),
     **dict.fromkeys(("metric:", "accuracy"), Tolerance(absolute, 1e-6)),
+    **{f"augment:{name}": Tolerance(absolute, 1) for name in ("ShearX", "ShearY", "Rotate")},  # rounding of a warp
     "pixels": Tolerance(absolute, 1e-6),
     "train_pixels": Tolerance(absolute, 1e-6),
 }

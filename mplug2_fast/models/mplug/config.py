@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from mplug2_fast.images.preparation import MPLUG, MPlugGrounding
 from mplug2_fast.models.config import (
     Config,
     ContrastConfig,
@@ -19,6 +20,7 @@ from mplug2_fast.models.mplug.wording import MPlugWording
 from mplug2_fast.models.names import SHARED_MODULES
 from mplug2_fast.models.wording import Wording
 from mplug2_fast.nn.config import StacksConfig, TowerConfig
+from mplug2_fast.video.preparation import Preparation
 
 ATTENTION_DROPOUT = 0.1
 """Of the image tower in training."""
@@ -63,6 +65,14 @@ class MPlugConfig(Config):
     modules: ClassVar[tuple[str, ...]] = SHARED_MODULES
     lengths: ClassVar = {"captioning": (8, 25)}
     wording: ClassVar[Wording] = MPlugWording()
+
+    @property
+    def preparation(self) -> Preparation:
+        return MPLUG
+
+    @property
+    def grounding_preparation(self) -> Preparation:
+        return MPlugGrounding(self.vision.image_size)
 
     def __post_init__(self) -> None:
         super().__post_init__()
