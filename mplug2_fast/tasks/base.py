@@ -18,12 +18,27 @@ if TYPE_CHECKING:
 
 
 class Alternative(NamedTuple):
-    """One text for a file, and its score."""
+    """One text for a file, and its score. `box` is None unless the task finds boxes: see `BoxAlternative`."""
 
     text: str
     score: float
-    box: tuple[float, ...] | None = None
-    """(center x, center y, width, height) in [0, 1] of what the model sees, for tasks that find boxes."""
+
+    box = None
+
+
+class BoxAlternative(Alternative):
+    """A box, its text and its score: a pair of the two, like other alternatives.
+
+    Attributes:
+        box: (center x, center y, width, height) in [0, 1] of what the model sees.
+    """
+
+    box: tuple[float, float, float, float] | None  # type: ignore[assignment]
+
+    def __new__(cls, text: str, score: float, box: tuple[float, float, float, float] | None = None) -> BoxAlternative:
+        self = super().__new__(cls, text, score)
+        self.box = box
+        return self
 
 
 Texts = list[Alternative] | NotFiniteError

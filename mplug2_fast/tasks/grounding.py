@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, not_finite, require
+from mplug2_fast.tasks.base import BoxAlternative, Respond, Task, Texts, not_finite, require
 
 if TYPE_CHECKING:
     from mplug2_fast.datasets import Item
@@ -113,14 +113,18 @@ class Grounding(Task):
         return Boxes((ids - FIRST_BIN) / (BINS - 1), ids, found, scores)
 
     def respond(self, model: Any, tokenizer: Tokenizer) -> Respond:
+        """Boxes, of which the part outside of the image is cut off."""
+
         def respond(image_embeds: Tensor, texts: Sequence[str | None]) -> list[Texts]:
             require(all(text is not None for text in texts), "this task needs a phrase for each image")
             ids, mask = model.config.wording.phrases(tokenizer, [str(text) for text in texts])
             ids, mask = ids.to(image_embeds.device), mask.to(image_embeds.device)
             found = model.predict(self, image_embeds=image_embeds, text_ids=ids, text_mask=mask)
-            boxes, scores = found.boxes.tolist(), found.scores.tolist()
+            left_top, right_bottom = corners(found.boxes).clamp(0, 1).chunk(2, dim=1)
+            boxes = torch.cat([(left_top + right_bottom) / 2, right_bottom - left_top], dim=1).tolist()
+            scores = found.scores.tolist()
             return [
-                [Alternative(" ".join(f"{value:.4f}" for value in box), score, tuple(box))]
+                [BoxAlternative(" ".join(f"{value:.4f}" for value in box), score, tuple(box))]
                 if score == score
                 else not_finite(next(model.parameters()).dtype)
                 for box, score in zip(boxes, scores, strict=True)

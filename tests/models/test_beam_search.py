@@ -47,13 +47,14 @@ def test_the_released_search(seed, num_beams, min_length, num_return):
             for ended, found in beam_search(
                 decoder,
                 memory,
-                start_token_id=CLS_TOKEN_ID,
+                start=(CLS_TOKEN_ID,),
                 end_token_id=SEP_TOKEN_ID,
                 num_return=num_return,
                 **options,
             )
             if ended
-        )
+        ),
+        (CLS_TOKEN_ID,),
     )
     expected = released_beam_search(
         decoder.next_logits,
