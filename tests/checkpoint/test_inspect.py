@@ -20,7 +20,7 @@ def test_training_checkpoint(golden_file, golden_weights, golden_config):
     assert found.others == ("optimizer", "config", "epoch")
     assert (found.task, found.servable) == (
         "question_answering",
-        ("captioning", "question_answering", "answer_ranking"),
+        ("captioning", "question_answering", "answer_ranking", "grounding"),
     )
     assert found.config == golden_config.replace(num_beams=3)
     assert found.counts() == {"needed": 269, "unused": 104, "tied": 2}
@@ -58,7 +58,7 @@ def test_directory(golden_file, tmp_path):
 
 def test_what_does_not_fit_is_told(golden_weights, tmp_path):
     path = tmp_path / "checkpoint.pth"
-    weights = golden_weights | {"itm_head.weight": torch.zeros(2, 128), "visn_emb_norm.bias": torch.zeros(3)}
+    weights = golden_weights | {"category_head.weight": torch.zeros(2, 128), "visn_emb_norm.bias": torch.zeros(3)}
     del weights["visual_encoder.visual.ln_post.weight"]
     torch.save({"model": weights}, path)
     found = inspect(path, task="captioning")
@@ -88,5 +88,5 @@ def test_another_model(tmp_path):
     assert not found.ok
     assert found.config is None
     assert found.tasks == ()
-    assert "not the weights of an mPLUG-2 model" in found.problem
+    assert "not the weights of an mPLUG-2 or mPLUG model" in found.problem
     assert found.counts() == {"unexpected": 2}

@@ -84,8 +84,8 @@ def test_temporal_downsampling_has_a_kernel_over_frames(golden_config):
 
 
 def test_unknown_task_is_refused(golden_config):
-    with pytest.raises(mf.ConfigError, match="retrieval"):
-        official_names(golden_config, "retrieval")
+    with pytest.raises(mf.ConfigError, match="poetry"):
+        official_names(golden_config, "poetry")
 
 
 @pytest.mark.parametrize("implementation", ["fast", "reference"])

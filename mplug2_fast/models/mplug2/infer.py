@@ -92,7 +92,7 @@ def _modules(shapes: Mapping[str, Shape]) -> frozenset[str]:
 
 def recognise(shapes: Mapping[str, Shape]) -> int:
     """How many of the parameters of an mPLUG-2 model a state dict has. Zero if its patches are those of an image."""
-    if len(shapes.get(official_name(_PATCHES), ())) == 4:
+    if len(shapes.get(official_name(_PATCHES), ())) == 4 and not any(".lmhra1." in key for key in shapes):
         return 0
     return len(MPlug2Names(MPlug2Config(), frozenset(MPlug2Config.modules)).needed.keys() & shapes.keys())
 
