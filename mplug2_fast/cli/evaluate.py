@@ -86,7 +86,7 @@ def evaluate(
             if chosen is not None:  # before the model is loaded
                 evaluation.check(chosen, items, metric, tokenizer)
             predictor = load(Predictor, checkpoint, dtype, ranks.device(device), task=chosen, quietly=not first)
-            videos = len(evaluation.sources_of(predictor.task, items))
+            videos = len(evaluation.sources_of(predictor.task, items, predictor.model.config))
             with progress(ranks) as started:
                 report = evaluation.evaluate(
                     predictor,
