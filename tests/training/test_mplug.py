@@ -30,7 +30,8 @@ class Pictures(Noise):
     """Noise with a caption, a phrase and a box for each picture."""
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        item = Item(str(index), image=f"{index}.png", caption=(f"word {index}",), text="a dog", box=(0.5, 0.5, 0.2, 0.1))
+        box = (0.5, 0.5, 0.2, 0.1)
+        item = Item(str(index), image=f"{index}.png", caption=(f"word {index}",), text="a dog", box=box)
         frames = rng.integers(0, 256, (1, self._size, self._size, 3), dtype=np.uint8)
         return Sample(item, frames)
 
