@@ -67,7 +67,7 @@ sanitize: sanitized
 # Random calls of every operator, with every instruction set that this processor has.
 FUZZ_CALLS ?= 2000
 fuzz: sanitized
-	PYTHONPATH="$(SANITIZED)/package:." $(UNDER_SANITIZERS) $(BIN)/python -m tests.ops.fuzz --calls $(FUZZ_CALLS)
+	cd $(SANITIZED)/package && PYTHONPATH=$(CURDIR) $(UNDER_SANITIZERS) $(CURDIR)/$(BIN)/python -m tests.ops.fuzz --calls $(FUZZ_CALLS)
 
 # A wheel for other machines: dist/. It uses the libgomp.so.1 that torch has loaded. A copy of it in the wheel would be a
 # second OpenMP runtime in the process, with threads that compete with torch's.

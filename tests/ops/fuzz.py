@@ -243,6 +243,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="the seed of the first call")
     parser.add_argument("--only", choices=list(ops.OPERATORS), nargs="*", default=list(ops.OPERATORS))
     chosen = parser.parse_args()
+    print(f"native module: {cpu.module().__file__}", flush=True)
     failures = 0
     for name in chosen.only:
         for isa in ISAS:
