@@ -207,3 +207,9 @@ def test_the_default_device_does_not_matter():
     expected = preprocess_frames(frames, 4)
     with torch.device("meta"):
         assert torch.equal(preprocess_frames(frames, 4), expected)
+
+
+def test_a_result_that_cannot_be_allocated_fails_at_once():
+    frames = torch.zeros(2, 5, 7, 3, dtype=torch.uint8)
+    with ops.use_backend("torch"), pytest.raises(RuntimeError, match=r"overflow|alloc"):
+        preprocess_frames(frames, 2**31)
