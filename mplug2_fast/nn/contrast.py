@@ -25,7 +25,7 @@ class Contrast(nn.Module):
         super().__init__()
         self.vision_proj = nn.Linear(dim, embed_dim)
         self.text_proj = nn.Linear(dim, embed_dim)
-        self.temperature = nn.Parameter(torch.empty(()))
+        self.temperature = nn.Parameter(torch.empty(1))  # FSDP2 shards no scalars
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.temperature, TEMPERATURE)

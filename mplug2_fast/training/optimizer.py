@@ -47,6 +47,10 @@ def _decays(official: str, parameter: nn.Parameter, settings: Optimizer) -> bool
     return "bias" not in official and "LayerNorm.weight" not in official
 
 
+_STAIR = 100
+"""Steps between changes of the rate in the first epoch of the schedule `epochs`."""
+
+
 def set_learning_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int, steps: int) -> float:
     """Set the rates of step `step`, from 0, of `steps`. Returns the largest."""
     for group in optimizer.param_groups:
@@ -57,6 +61,8 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, ste
 def learning_rate(base: float, schedule: Schedule, step: int, steps: int) -> float:
     """The learning rate of step `step`, from 0, of `steps`."""
     warmup = schedule.warmup_steps
+    if schedule.kind == "epochs":
+        return _by_epochs(base, schedule, step, steps)
     if step < warmup:
         start = schedule.warmup_learning_rate
         return start + (base - start) * (step + 1) / warmup
@@ -65,6 +71,18 @@ def learning_rate(base: float, schedule: Schedule, step: int, steps: int) -> flo
         return base
     done = (step - warmup) / max(1, steps - warmup)
     return lowest + (base - lowest) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def _by_epochs(base: float, schedule: Schedule, step: int, steps: int) -> float:
+    """The schedule of mPLUG, as the training loops of the official code have it."""
+    epoch = step // schedule.steps_per_epoch
+    if epoch == 0:
+        stairs = schedule.warmup_steps // _STAIR
+        start = schedule.warmup_learning_rate
+        return start + (base - start) * (min(step // _STAIR, stairs) / stairs if stairs else 1.0)
+    epochs = math.ceil(steps / schedule.steps_per_epoch)
+    lowest = schedule.min_learning_rate
+    return lowest + (base - lowest) * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
 
 
 def official_of_parameters(model: Any) -> dict[str, str]:

@@ -141,7 +141,17 @@ class Schedule(_Part):
     """Where the warm-up starts."""
     min_learning_rate: Rate = 1e-6
     """Where the cosine ends. A rate that is lower from the start stays constant."""
-    kind: Literal["cosine", "constant"] = "cosine"
+    kind: Literal["cosine", "constant", "epochs"] = "cosine"
+    """`epochs` is mPLUG's: in the first epoch the rate goes in stairs of 100 steps from the warm-up's start to the base
+    rate, up or down. Then it is constant within each epoch, on a cosine over the epochs."""
+    steps_per_epoch: Count = 0
+    """Of the schedule `epochs`."""
+
+    @model_validator(mode="after")
+    def _with_epochs(self) -> Schedule:
+        if (self.kind == "epochs") != bool(self.steps_per_epoch):
+            raise ValueError("steps_per_epoch goes with the schedule epochs, which needs it")
+        return self
 
 
 class Distillation(_Part):

@@ -188,7 +188,7 @@ def test_retrieval_works_for_mplug2_too():
     found = model.predict("retrieval", video, text_ids=ids, text_mask=mask, k=2)
     assert found.by_visual.shape == (2, 2)
     assert model.predict("grounding", video, text_ids=ids, text_mask=mask).boxes.shape == (2, 4)
-    assert float(model.contrast.temperature) == pytest.approx(0.07)
+    assert model.contrast.temperature.item() == pytest.approx(0.07)
 
 
 def test_attention_dropout_of_the_tower_in_training():

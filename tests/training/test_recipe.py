@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+from pydantic import ValidationError
 
 from mplug2_fast.errors import ConfigError
 from mplug2_fast.training import load_recipe, make_recipe
@@ -88,3 +91,18 @@ def test_learning_rates():
     assert rates[9] == pytest.approx(0.55)
     assert rates[14] == pytest.approx(0.1)
     assert learning_rate(0.01, schedule, 14, 14) == 0.01
+
+
+def test_the_schedule_of_mplug():
+    """Stairs in the first epoch, also downwards; constant within each later epoch."""
+    values = {"kind": "epochs", "warmup_steps": 400, "warmup_learning_rate": 1e-5, "steps_per_epoch": 1000}
+    schedule = Schedule(**values, min_learning_rate=1e-6)
+
+    def rates(base, *steps):
+        return [learning_rate(base, schedule, step, 8000) for step in steps]
+
+    assert rates(3e-5, 0, 99, 100, 250, 400, 999) == pytest.approx([1e-5, 1e-5, 1.5e-5, 2e-5, 3e-5, 3e-5])
+    assert rates(5e-6, 0, 200, 400) == pytest.approx([1e-5, 7.5e-6, 5e-6])
+    assert rates(3e-5, 1000, 1999) == pytest.approx([1e-6 + 2.9e-5 * (1 + math.cos(math.pi / 8)) / 2] * 2)
+    with pytest.raises(ValidationError, match="steps_per_epoch goes with the schedule epochs"):
+        Schedule(kind="epochs")
