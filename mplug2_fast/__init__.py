@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from mplug2_fast.models.mplug.config import MPlugConfig
     from mplug2_fast.models.mplug2 import GenerationOutput, MPlug2, MPlug2ForCaptioning, MPlug2ForQuestionAnswering
     from mplug2_fast.models.mplug2.config import MPlug2Config
-    from mplug2_fast.predict import Answerer, Captioner
+    from mplug2_fast.predict import Answerer, Captioner, Grounder, Retriever
     from mplug2_fast.training import Trainer
     from mplug2_fast.video import load_video
 
@@ -73,6 +73,8 @@ _EXPORTS = {
     "restore": "mplug2_fast.acceleration",
     "Answerer": "mplug2_fast.predict",
     "Captioner": "mplug2_fast.predict",
+    "Grounder": "mplug2_fast.predict",
+    "Retriever": "mplug2_fast.predict",
 }
 _MODULES = (
     "acceleration",
@@ -101,6 +103,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "GenerationOutput",
+    "Grounder",
     "MPlug",
     "MPlug2",
     "MPlug2Config",
@@ -109,6 +112,7 @@ __all__ = [
     "MPlug2ForQuestionAnswering",
     "MPlugConfig",
     "NotFiniteError",
+    "Retriever",
     "Trainer",
     "VideoError",
     "__version__",

@@ -15,6 +15,7 @@ from torch import Tensor
 from mplug2_fast.bulk.journal import Journal, Line
 from mplug2_fast.bulk.sources import Source
 from mplug2_fast.errors import NotFiniteError
+from mplug2_fast.predict.boxes import box_fields
 from mplug2_fast.predict.memory import clip_bytes
 from mplug2_fast.tasks import Alternative
 from mplug2_fast.video import Windows
@@ -101,14 +102,7 @@ class Work(ABC, Generic[_T]):
 
     def settings(self) -> dict[str, Any]:
         """What the lines depend on besides the videos."""
-        return {
-            "command": self.command,
-            "model": fingerprint(self.predictor.model),
-            "dtype": str(self.weights.dtype).removeprefix("torch."),
-            **self.frames.settings(),
-            # Runs of mPLUG-2 began before there were others, and still resume.
-            **({} if self.preparation == MPLUG2 else {"preparation": self.preparation.name}),
-        }
+        return {"command": self.command, **model_settings(self.predictor, self.frames)}
 
     def begin(self, rank: int) -> None:
         """Prepares for writing. Called once, before anything is computed."""
@@ -241,13 +235,23 @@ class Predict(Work["list[Texts]"]):
         if error is not None:
             found = self._no_fields()
         elif self.frames.windows is not None:
-            found = {"windows": [_best_first(found) for found in per_clip]}
+            found = {"windows": [self._result(found, finished) for found in per_clip]}
         else:
-            found = _best_first(per_clip[0])
+            found = self._result(per_clip[0], finished)
         return {**found, **self._ending(finished, error)}
 
     def _no_fields(self) -> Line:
-        return {"windows": []} if self.frames.windows is not None else _best_first([])
+        return {"windows": []} if self.frames.windows is not None else self._result([])
+
+    def _result(self, found: Sequence[Alternative], finished: Finished[Any] | None = None) -> Line:
+        """The fields with the result of one clip."""
+        fields = _best_first(found)
+        if not self.predictor.task.finds_boxes:
+            return fields
+        size = None if finished is None else finished.size
+        seen = found[0].box if found else None
+        box = None if seen is None or size is None else self.preparation.box_in_pixels(seen, *size)
+        return {**fields, **box_fields(box, size)}
 
 
 def _texts(video: Source) -> list[str | None]:
@@ -277,6 +281,17 @@ def text_in(line: Line, name: str) -> str:
     return line[name]
 
 
+def model_settings(predictor: Predictor, frames: Frames) -> dict[str, Any]:
+    """The model, and how files become its input."""
+    return {
+        "model": fingerprint(predictor.model),
+        "dtype": str(next(predictor.model.parameters()).dtype).removeprefix("torch."),
+        **frames.settings(),
+        # Runs of mPLUG-2 began before there were others, and still resume.
+        **({} if predictor.preparation == MPLUG2 else {"preparation": predictor.preparation.name}),
+    }
+
+
 def fingerprint(model: torch.nn.Module) -> str:
     """Identifies a model: a digest of its configuration and of the first numbers of each parameter."""
     digest = hashlib.sha256(repr(model.config).encode())
@@ -290,7 +305,7 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _best_first(found: list[Alternative]) -> Line:
+def _best_first(found: Sequence[Alternative]) -> Line:
     """The best text, its score and the alternatives. Infinities and NaN become null."""
     alternatives = [{"text": text, "score": score if math.isfinite(score) else None} for text, score in found]
     best = alternatives[0] if alternatives else {"text": None, "score": None}

@@ -1,4 +1,4 @@
-"""The command line: `mplug2-fast caption`, `answer`, `predict`, `features`, `train`, `evaluate`, `compare` and others.
+"""The command line: `mplug2-fast caption`, `answer`, `ground`, `retrieve`, `train`, `evaluate` and others.
 
 Results go to standard output, everything else to standard error. Exit statuses: 0 success, 2 a bad file, checkpoint or
 option, 130 Ctrl-C, 141 the reader of the results closed the pipe. Slow imports are inside the commands, so that
@@ -14,24 +14,41 @@ from typing import Annotated
 import typer
 
 import mplug2_fast
+from mplug2_fast.cli.answer import answer, rank
 from mplug2_fast.cli.checkpoints import convert, inspect
 from mplug2_fast.cli.console import OutputError, output_failed, prepare_streams
 from mplug2_fast.cli.data import data
 from mplug2_fast.cli.evaluate import compare, evaluate
 from mplug2_fast.cli.features import features
-from mplug2_fast.cli.predict import answer, caption, predict
+from mplug2_fast.cli.ground import ground
+from mplug2_fast.cli.predict import caption, predict
 from mplug2_fast.cli.report import info
+from mplug2_fast.cli.retrieve import retrieve
 from mplug2_fast.cli.train import train
 
 app = typer.Typer(
     name="mplug2-fast",
-    help="Caption videos and images, and answer questions about them.",
+    help="Caption videos and images, answer questions about them, find what a text names, and search in them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (caption, answer, predict, features, train, evaluate, compare, convert, inspect, info):
+for command in (
+    caption,
+    answer,
+    rank,
+    ground,
+    retrieve,
+    predict,
+    features,
+    train,
+    evaluate,
+    compare,
+    convert,
+    inspect,
+    info,
+):
     app.command()(command)
 app.add_typer(data, name="data")
 

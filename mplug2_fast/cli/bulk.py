@@ -107,7 +107,7 @@ def run_bulk(
         work = make_work(ranks, sources)
         first = ranks.rank == 0
         if first:
-            _note_skipped(sources)
+            note_skipped(sources)
         with progress(ranks) as started:
             summary = bulk.run(
                 work,
@@ -127,7 +127,7 @@ def run_bulk(
             raise typer.Exit(BAD_INPUT)
 
 
-def _note_skipped(sources: Sources) -> None:
+def note_skipped(sources: Sources) -> None:
     if sources.repeated:
         note(f"note: ignored {_counted(sources.repeated, 'duplicate', 'duplicates')}")
     if sources.not_media:

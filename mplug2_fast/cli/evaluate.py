@@ -74,7 +74,7 @@ def evaluate(
         from mplug2_fast import bulk, evaluation, tasks
         from mplug2_fast.datasets import read_items
         from mplug2_fast.predict import Predictor
-        from mplug2_fast.predict.predictor import TINY_MODEL
+        from mplug2_fast.predict.predictor import tiny_model
 
         items = read_items(data, split)
         chosen = None if task is None else tasks.load(task)
@@ -99,7 +99,7 @@ def evaluate(
                     decoding=bulk_options.decoding(next(predictor.model.parameters()).device.type, videos, ranks),
                     batch_memory=bulk_options.batch_bytes(),
                     retry_failed=retry_failed,
-                    checkpoint=TINY_MODEL if checkpoint is None else checkpoint,
+                    checkpoint=tiny_model(chosen) if checkpoint is None else checkpoint,
                     data=data,
                     split=split,
                     ranks=ranks,

@@ -1,11 +1,11 @@
-"""`mplug2-fast caption`, `answer` and `predict`."""
+"""`mplug2-fast caption` and `predict`, and what the commands that print results share."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -93,7 +93,7 @@ def caption(
         if out is None:
             dataclasses.replace(bulk_options, timeout=None).require_none()
             captioner = load(Captioner, checkpoint, dtype, device)
-            _print(captioner.caption(files, **searching, **_in_a_process(timeout)), files, as_json)
+            print_results(captioner, captioner.caption(files, **searching, **in_a_process(timeout)), files, as_json)
             return
         from mplug2_fast import bulk
 
@@ -102,92 +102,6 @@ def caption(
             return bulk.Predict(captioner, bulk_options.frames_of(captioner), searching)
 
         run_bulk(work, lambda: bulk.find_videos(files), out, bulk_options, "captions")
-
-
-def answer(
-    files: Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help=VIDEOS_HELP)] = None,
-    question: Annotated[str | None, typer.Option(metavar="TEXT", help="The question about each file.")] = None,
-    questions: Annotated[
-        str | None,
-        typer.Option(
-            metavar="JSONL",
-            help="With --out: JSON lines with path, question and, optionally, id.",
-        ),
-    ] = None,
-    candidate: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TEXT",
-            help="An answer to choose from; repeat it for each. Without candidates the answer is generated.",
-        ),
-    ] = None,
-    candidates: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="A text file of answers to choose from, one per line.")
-    ] = None,
-    out: OutOption = None,
-    checkpoint: CheckpointOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
-    num_beams: BeamsOption = None,
-    num_return: ReturnOption = 1,
-    min_length: MinLengthOption = None,
-    max_length: MaxLengthOption = None,
-    as_json: JsonOption = False,
-    frames: FramesOption = None,
-    windows: WindowsOption = None,
-    stride: StrideOption = None,
-    num_workers: WorkersOption = None,
-    timeout: TimeoutOption = None,
-    batch_memory: BatchMemoryOption = None,
-    decoder: DecoderOption = None,
-    retry_failed: RetryOption = False,
-) -> None:
-    """Answer a question about videos and images.
-
-    Prints one line per file, in order: its name, a tab, and the answer. Files that cannot be read are reported on
-    standard error. The others are still answered, and the exit status is 2.
-
-    With --out the results go to a file, one JSON object per question, and PATH may also be a folder or a .txt list.
-    Rerun the same command to resume an interrupted run.
-    """
-    if (question is None) == (questions is None):
-        raise typer.BadParameter("give either --question or, with --out, --questions")
-    if bool(files) == (questions is not None):
-        raise typer.BadParameter("give files with --question, but not with --questions, which lists them")
-    with reporting():
-        bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder, retry_failed)
-        choices = [*(candidate or ()), *lines_of(candidates)] if candidate or candidates else None
-        from mplug2_fast.predict import Answerer
-
-        searching = {
-            "num_beams": num_beams,
-            "num_return": num_return,
-            "min_length": min_length,
-            "max_length": max_length,
-        }
-        if out is None:
-            dataclasses.replace(bulk_options, timeout=None).require_none()
-            if question is None:
-                raise ConfigError("--questions: only with --out, which names the output file")
-            answerer = load(Answerer, checkpoint, dtype, device)
-            results = answerer.answer(files, question, choices, **searching, **_in_a_process(timeout))
-            _note_unknown_words(answerer, [question])
-            _print(results, files, as_json, question=question)
-            return
-        from mplug2_fast import bulk
-
-        def find() -> Sources:
-            if questions is not None:
-                return bulk.read_questions(questions)
-            return bulk.ask_all(bulk.find_videos(files), question)
-
-        def work(ranks: Ranks, sources: Sources) -> Work:
-            answerer = load(Answerer, checkpoint, dtype, ranks.device(device), quietly=ranks.rank > 0)
-            _check_texts(answerer, sources, ranks)
-            predictor, options = answerer.with_options(choices, **searching)
-            return bulk.Predict(predictor, bulk_options.frames_of(predictor), options)
-
-        run_bulk(work, find, out, bulk_options, "answers")
 
 
 def predict(
@@ -244,8 +158,8 @@ def predict(
             if texts is not None:
                 raise ConfigError("--texts: only with --out, which names the output file")
             predictor = load(Predictor, checkpoint, dtype, device, task=chosen)
-            results = predictor.predict(files, text, **options, **_in_a_process(timeout))
-            _print(results, files, as_json, **({} if text is None else {"question": text}))
+            results = predictor.predict(files, text, **options, **in_a_process(timeout))
+            print_results(predictor, results, files, as_json, **({} if text is None else {"question": text}))
             return
         from mplug2_fast import bulk
 
@@ -258,7 +172,7 @@ def predict(
         def work(ranks: Ranks, sources: Sources) -> Work:
             predictor = load(Predictor, checkpoint, dtype, ranks.device(device), task=chosen, quietly=ranks.rank > 0)
             if predictor.task.reads_text or text is not None or texts is not None:
-                _check_texts(predictor, sources, ranks)
+                check_texts(predictor, sources, ranks)
             return bulk.Predict(predictor, bulk_options.frames_of(predictor), options)
 
         run_bulk(work, find, out, bulk_options, "results")
@@ -275,7 +189,7 @@ def task_option(given: str) -> tuple[str, Any]:
         return name, value
 
 
-def _check_texts(predictor: Predictor, sources: Sources, ranks: Ranks) -> None:
+def check_texts(predictor: Predictor, sources: Sources, ranks: Ranks) -> None:
     """Raises `ConfigError` for the first text that the model cannot read."""
     asked = dict.fromkeys(question.text for video in sources.videos for question in video.questions)
     for text in asked or (None,):
@@ -286,10 +200,10 @@ def _check_texts(predictor: Predictor, sources: Sources, ranks: Ranks) -> None:
                 raise
             raise ConfigError(f"{text[:MAX_QUOTED_CHARACTERS]!r}: {error}") from error
     if ranks.rank == 0:
-        _note_unknown_words(predictor, asked)
+        note_unknown_words(predictor, asked)
 
 
-def _in_a_process(timeout: float | None) -> dict[str, Any]:
+def in_a_process(timeout: float | None) -> dict[str, Any]:
     """Decoding in one worker process, which can be ended at any time and keeps the order of the files."""
     return {"num_workers": 1, "timeout": timeout or 60.0}
 
@@ -299,12 +213,16 @@ def load(
 ) -> _Predictor:
     """Loads a predictor from a checkpoint."""
     if checkpoint is None and not quietly:
-        note("note: this is the included tiny model, which knows only moving shapes; use --checkpoint for another")
+        from mplug2_fast.predict.predictor import TINY_MPLUG, tiny_model
+
+        shapes = tiny_model(more.get("task") or kind.default_task) == TINY_MPLUG
+        known = "pictures of shapes" if shapes else "moving shapes"
+        note(f"note: this is the included tiny model, which knows only {known}; use --checkpoint for another")
     with waiting("loading the model"):
         return kind(checkpoint, dtype=dtype.value, device=device, **more)
 
 
-def _note_unknown_words(predictor: Predictor, questions: Iterable[str]) -> None:
+def note_unknown_words(predictor: Predictor, questions: Iterable[str]) -> None:
     unknown = list(dict.fromkeys(word for question in questions for word in predictor.unknown_words(question)))
     if unknown:
         more = f" and {len(unknown) - MAX_UNKNOWN_WORDS} more" if len(unknown) > MAX_UNKNOWN_WORDS else ""
@@ -312,21 +230,33 @@ def _note_unknown_words(predictor: Predictor, questions: Iterable[str]) -> None:
         note(f"note: the model does not know these words of the question: {words}")
 
 
-def lines_of(path: Path | None) -> list[str]:
-    """The non-empty lines of a file of candidates."""
+def lines_of(path: Path | None, what: str = "candidates") -> list[str]:
+    """The non-empty lines of a file of candidates or other texts."""
     if path is None:
         return []
     from mplug2_fast.bulk.lists import lines_of
 
     try:
-        lines = lines_of(str(path), "a file of candidates", max_bytes=MAX_CANDIDATE_BYTES)
+        lines = lines_of(str(path), f"a file of {what}", max_bytes=MAX_CANDIDATE_BYTES)
         return [text for line in lines if (text := line.decode().strip())]
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: the candidates cannot be read: it is not UTF-8 text") from error
+        raise ConfigError(f"{path}: the {what} cannot be read: it is not UTF-8 text") from error
 
 
-def _print(results: Iterator[Result], files: list[str], as_json: bool, **more: str) -> None:
-    """Prints each result as soon as it is available. Exits with status 2 at the end if any has an error."""
+def print_results(
+    predictor: Predictor,
+    results: Iterator[Result],
+    files: list[str],
+    as_json: bool,
+    done: Callable[[int, Result], None] | None = None,
+    **more: str,
+) -> None:
+    """Prints each result as soon as it is available. Exits with status 2 at the end if any has an error.
+
+    Args:
+        done: called with the place of the file and its result, if that is no error.
+        more: further fields of the JSON objects.
+    """
     failed = False
     for number, file in enumerate(files, start=1):
         with waiting(f"{shown(file)} ({number} of {len(files)})"):
@@ -334,8 +264,12 @@ def _print(results: Iterator[Result], files: list[str], as_json: bool, **more: s
         if result.error is not None:
             failed = True
             note(f"error: {shown(result.path)}: {result.error}")
+        elif done is not None:
+            done(number - 1, result)
         if as_json:
-            emit(_json(result, more))
+            emit(_json(result, more, boxes=predictor.task.finds_boxes))
+        elif result.box is not None:
+            emit(f"{shown(result.path)}\t{' '.join(f'{side:.1f}' for side in result.box)}")
         elif result.error is None:
             for alternative in result.alternatives:
                 emit(f"{shown(result.path)}\t{shown(alternative.text)}")
@@ -343,12 +277,17 @@ def _print(results: Iterator[Result], files: list[str], as_json: bool, **more: s
         raise typer.Exit(BAD_INPUT)
 
 
-def _json(result: Result, more: dict[str, str]) -> str:
-    """The fields of a `Result`. Infinities and NaN become null."""
+def _json(result: Result, more: dict[str, str], *, boxes: bool) -> str:
+    """The fields of a `Result`, those of boxes only with `boxes`. Infinities and NaN become null."""
     fields = dataclasses.asdict(result)
     fields["alternatives"] = [{"text": text, "score": _number(score)} for text, score in result.alternatives]
     fields["score"] = _number(result.score)
     fields["seconds"] = {stage: round(seconds, 6) for stage, seconds in result.seconds.items()}
+    size, _ = fields.pop("size"), fields.pop("box")
+    if boxes:
+        from mplug2_fast.predict.boxes import box_fields
+
+        fields |= {"size": size, **box_fields(result.box, result.size)}
     return json.dumps({"path": fields.pop("path"), **more, **fields}, allow_nan=False)
 
 

@@ -16,6 +16,8 @@ EXAMPLES = 8
 MAX_FAILED = 20
 MAX_ANSWERS = 12
 """Rows and columns of the confusion matrix."""
+RANKS = ("rank", "text_rank", "visual_rank")
+"""Scores of items that are ranks."""
 OTHER, FAILED = "(other)", "(failed)"
 
 
@@ -72,8 +74,11 @@ def plots(report: Report) -> list[str]:
     """Histograms of the items' scores, and the recall of a retrieval."""
     names = {name: None for item in report.items for name in item.scores}
     columns = {name: [item.scores[name] for item in report.items] for name in names}
-    ranks = columns.pop("rank", None)
-    drawn = [] if ranks is None else [found_at_rank([rank or float("inf") for rank in ranks])]
+    ranks = {name: columns.pop(name) for name in RANKS if name in columns}
+    drawn = [
+        found_at_rank([rank or float("inf") for rank in found], name.removesuffix("rank"))
+        for name, found in ranks.items()
+    ]
     for name, values in columns.items():
         if there := [value for value in values if value is not None]:
             drawn.append(histogram(there, name))

@@ -30,8 +30,8 @@ def histogram(values: Sequence[float], name: str) -> str:
     return _svg(figure)
 
 
-def found_at_rank(ranks: Sequence[float]) -> str:
-    """The share of queries whose first right result is among the first K, over K."""
+def found_at_rank(ranks: Sequence[float], direction: str = "") -> str:
+    """The share of queries whose first right result is among the first K, over K. `direction` is for the label."""
     figure, axes = _figure()
     finite = sorted(rank for rank in ranks if rank != float("inf"))
     shares = [100 * (place + 1) / len(ranks) for place in range(len(finite))]
@@ -39,7 +39,7 @@ def found_at_rank(ranks: Sequence[float]) -> str:
     axes.set_xscale("log")
     axes.set_ylim(0, 100)
     axes.set_xlabel("K")
-    axes.set_ylabel("R@K")
+    axes.set_ylabel(f"{direction.replace('_', ' ')}R@K")
     return _svg(figure)
 
 

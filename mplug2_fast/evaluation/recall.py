@@ -1,6 +1,9 @@
-"""Recall of a matrix of scores."""
+"""Recall: how many queries find one of their right results among the first K."""
 
 from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -8,15 +11,26 @@ CUTOFFS = (1, 5, 10)
 
 
 def recalls(scores: Tensor, right: Tensor) -> dict[str, float]:
-    """`recall@1`, `recall@5`, `recall@10` and their mean `recall_mean`, in percent, and `median_rank`, from 1.
-
-    A query counts as found at K if one of its right results is among its K best.
+    """The recall of a matrix of scores: see `recalls_of_ranks`.
 
     Args:
         scores: `(queries, results)`. right: the same shape, whether a result is right for a query.
     """
+    return recalls_of_ranks(ranks_of(scores, right))
+
+
+def ranks_of(scores: Tensor, right: Tensor) -> list[int]:
+    """The rank, from 1, of the best right result of each query. Arguments: as for `recalls`."""
     best = scores.masked_fill(~right, -float("inf")).amax(dim=1, keepdim=True)
-    ranks = (scores > best).sum(dim=1)
-    found = {f"recall@{cutoff}": 100.0 * float((ranks < cutoff).double().mean()) for cutoff in CUTOFFS}
+    return (1 + (scores > best).sum(dim=1)).tolist()
+
+
+def recalls_of_ranks(ranks: Sequence[float]) -> dict[str, float]:
+    """`recall@1`, `recall@5`, `recall@10` and their mean `recall_mean`, in percent, and `median_rank`.
+
+    Args:
+        ranks: of the best right result of each query, from 1; infinite where there is none.
+    """
+    found = {f"recall@{cutoff}": 100.0 * sum(rank <= cutoff for rank in ranks) / len(ranks) for cutoff in CUTOFFS}
     mean = sum(found.values()) / len(CUTOFFS)
-    return {**found, "recall_mean": mean, "median_rank": float(ranks.double().quantile(0.5)) + 1}
+    return {**found, "recall_mean": mean, "median_rank": float(statistics.median(ranks))}

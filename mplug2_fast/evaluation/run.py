@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from mplug2_fast.checkpoint.hub import local
 from mplug2_fast.checkpoint.source import WEIGHTS_NAME
 from mplug2_fast.datasets import Item
 from mplug2_fast.errors import ConfigError, DataError, printable
-from mplug2_fast.evaluation.metrics.base import load
+from mplug2_fast.evaluation.gallery import Evaluated, evaluate_gallery, path_of
+from mplug2_fast.evaluation.metrics.base import Metric, load
 from mplug2_fast.evaluation.metrics.tokenizer import TOKENIZERS, tokenize
 from mplug2_fast.evaluation.page import render
 from mplug2_fast.evaluation.report import PAGE_NAME, PREDICTIONS_NAME, ItemResult, Report
@@ -75,51 +77,81 @@ def evaluate(
     check(task, items, metrics, tokenizer)
     if out is not None:
         load("matplotlib.figure")
-    config = predictor.model.config
-    sources = sources_of(task, items, config)
-    for text, item in {task.text_of(item, config): item for item in items}.items():
-        _check_text(predictor, text, item)
+    frames = frames or bulk.Frames(predictor.model.config.vision.num_frames)
+    decoding = decoding or bulk.Decoding()
+    options = dict(options or {})
+    if task.evaluation == "gallery":
+        _require_alone(task, ranks, frames, decoding, batch_memory, retry_failed)
     with ExitStack() as stack:
         folder = Path(out if out is not None else stack.enter_context(tempfile.TemporaryDirectory()))
         ranks.first_makes(lambda: _make(folder))
-        work = bulk.Predict(
-            predictor, frames or bulk.Frames(predictor.model.config.vision.num_frames), dict(options or {})
-        )
-        bulk.run(
-            work,
-            sources,
-            folder / PREDICTIONS_NAME,
-            decoding=decoding,
-            batch_memory=batch_memory,
-            retry_failed=retry_failed,
-            ranks=ranks,
-            started=started,
-        )
+        if task.evaluation == "gallery":
+            evaluated = partial(evaluate_gallery, predictor, items, options, frames, decoding, started)
+        else:
+            work = bulk.Predict(predictor, frames, options)
+            config = predictor.model.config
+            for text, item in {task.text_of(item, config): item for item in items}.items():
+                _check_text(predictor, text, item)
+            bulk.run(
+                work,
+                sources_of(task, items, config),
+                folder / PREDICTIONS_NAME,
+                decoding=decoding,
+                batch_memory=batch_memory,
+                retry_failed=retry_failed,
+                ranks=ranks,
+                started=started,
+            )
+            evaluated = partial(_scored, work, items, folder, metrics, tokenizer)
 
         def finish() -> Report:
-            lines = {work.key(line): line for line in read_lines(folder / PREDICTIONS_NAME)}
-            found = [lines[_key(task, item, config)] for item in items]
+            found = evaluated()
+            failed = sum(result.error is not None for result in found.items)
             deciding = {
+                "items": len(items),
+                "failed": failed,
                 **_origin(checkpoint, data, split),
-                **{
-                    name: value for name, value in work.settings().items() if name not in ("command", "task", "windows")
-                },
+                **found.settings,
                 "preparation": predictor.preparation.name,
                 "frame_sampling": predictor.preparation.sampling,
-                "decoder": (decoding or bulk.Decoding()).backend,
-                "tokenizer": tokenizer if any(metric.tokenized for metric in choose(task, metrics)[0]) else None,
-                "device": work.weights.device.type,
+                "decoder": decoding.backend,
+                "tokenizer": tokenizer if any(metric.tokenized for metric in _metrics(task, metrics)) else None,
+                "device": next(predictor.model.parameters()).device.type,
                 "mplug2_fast": mplug2_fast.__version__,
                 "torch": torch.__version__,
             }
-            seen = [_seen(item, line, predictor.preparation) for item, line in zip(items, found, strict=True)]
-            report = _report(task, config, seen, found, metrics, tokenizer, deciding)
+            scored = found.scored
+            report = Report(task.name, scored.values, deciding, scored.libraries, scored.left_out, found.items)
             if out is not None:
                 report.write(folder)
                 write_whole(folder / PAGE_NAME, render(report).encode("utf-8", "backslashreplace"))
             return report
 
         return ranks.first_makes(finish)
+
+
+def _require_alone(
+    task: Task,
+    ranks: bulk.Ranks,
+    frames: bulk.Frames,
+    decoding: bulk.Decoding,
+    batch_memory: int | None,
+    retry_failed: bool,
+) -> None:
+    """Raise `ConfigError` for options of bulk runs that a gallery does not have."""
+    given = {
+        "several programs": ranks.size > 1,
+        "windows": frames.windows is not None,
+        f"the decoder {decoding.backend}": decoding.backend != "pyav",
+        "batch_memory": batch_memory is not None,
+        "retry_failed": retry_failed,
+    }
+    refused = [name for name, there in given.items() if there]
+    if refused:
+        raise ConfigError(
+            f"{task.name} ranks all files of a data set together, in one program that decodes with pyav: leave out "
+            f"{', '.join(refused)}"
+        )
 
 
 def check(task: Task, items: Sequence[Item], metrics: Iterable[str] | None = None, tokenizer: str = "python") -> None:
@@ -131,7 +163,7 @@ def check(task: Task, items: Sequence[Item], metrics: Iterable[str] | None = Non
     """
     if tokenizer not in TOKENIZERS:
         raise ConfigError(f"no tokenizer {printable(repr(tokenizer))}: choose one of {', '.join(TOKENIZERS)}")
-    for metric in choose(task, metrics)[0]:
+    for metric in _metrics(task, metrics):
         metric.require()
     if tokenizer == "java":
         tokenize(["a test"], tokenizer)
@@ -143,11 +175,20 @@ def check(task: Task, items: Sequence[Item], metrics: Iterable[str] | None = Non
             raise DataError(f"the item {printable(item.id)} is a part of a video (start, end): cut it out as a file")
 
 
+def _metrics(task: Task, names: Iterable[str] | None) -> list[Metric]:
+    """The metrics that are computed item by item."""
+    if task.evaluation == "gallery":
+        if names is not None:
+            raise ConfigError(f"{task.name} has its own metrics, of recall in both directions: name no others")
+        return []
+    return choose(task, names)[0]
+
+
 def sources_of(task: Task, items: Iterable[Item], config: Any) -> list[bulk.Source]:
     """The files of the items, each once, with all texts that go with it."""
     asked: dict[str, dict[bulk.Question, None]] = {}
     for item in items:
-        texts = asked.setdefault(_path(item), {})
+        texts = asked.setdefault(path_of(item), {})
         text = task.text_of(item, config)
         if text is not None:
             texts[bulk.Question(text, item.id)] = None
@@ -161,14 +202,10 @@ def _check_text(predictor: Predictor, text: str | None, item: Item) -> None:
         raise DataError(f"the item {printable(item.id)}: {error}") from error
 
 
-def _path(item: Item) -> str:
-    return os.fspath(Path(item.video or item.image or ""))
-
-
 def _key(task: Task, item: Item, config: Any) -> Any:
     """The key of an item's line among the predictions."""
     text = task.text_of(item, config)
-    return _path(item) if text is None else (_path(item), text, item.id)
+    return path_of(item) if text is None else (path_of(item), text, item.id)
 
 
 def _seen(item: Item, line: Line, preparation: Preparation) -> Item:
@@ -185,15 +222,14 @@ def _make(folder: Path) -> None:
         raise ConfigError(f"{folder}: the report cannot be written there: {error.strerror}") from error
 
 
-def _report(
-    task: Task,
-    config: Any,
-    items: Sequence[Item],
-    lines: Sequence[Line],
-    metrics: Iterable[str] | None,
-    tokenizer: str,
-    settings: dict[str, Any],
-) -> Report:
+def _scored(
+    work: bulk.Predict, items: Sequence[Item], folder: Path, metrics: Iterable[str] | None, tokenizer: str
+) -> Evaluated:
+    """The metrics of the predictions of a run."""
+    task, config, preparation = work.predictor.task, work.predictor.model.config, work.preparation
+    by_key = {work.key(line): line for line in read_lines(folder / PREDICTIONS_NAME)}
+    lines = [by_key[_key(task, item, config)] for item in items]
+    items = [_seen(item, line, preparation) for item, line in zip(items, lines, strict=True)]
     predictions = [
         None
         if line["error"] is not None
@@ -204,7 +240,7 @@ def _report(
     results = [
         ItemResult(
             id=item.id,
-            path=_path(item),
+            path=path_of(item),
             question=task.text_of(item, config),
             prediction=line["text"],
             alternatives=tuple(each["text"] for each in line["alternatives"][1:]),
@@ -215,9 +251,8 @@ def _report(
         )
         for place, (item, line) in enumerate(zip(items, lines, strict=True))
     ]
-    failed = sum(result.error is not None for result in results)
-    settings = {"items": len(items), "failed": failed, **settings}
-    return Report(task.name, scored.values, settings, scored.libraries, scored.left_out, results)
+    settings = {name: value for name, value in work.settings().items() if name not in ("command", "task", "windows")}
+    return Evaluated(scored, results, settings)
 
 
 def _origin(checkpoint: PathLike | None, data: PathLike | None, split: str | None) -> dict[str, Any]:

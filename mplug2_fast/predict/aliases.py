@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mplug2_fast.predict.predictor import Paths, Predictor, Result
-from mplug2_fast.tasks import AnswerRanking, Captioning, QuestionAnswering
+from mplug2_fast.tasks import AnswerRanking, Captioning, Grounding, QuestionAnswering
 from mplug2_fast.tasks.base import require
 
 
@@ -86,3 +86,21 @@ class Answerer(Predictor):
         given = [name for name, value in searching.items() if value is not None]
         require(not given, f"{', '.join(given)}: not used when the answer is chosen from candidates")
         return self.for_task(AnswerRanking.name), {"candidates": candidates, "num_return": num_return}
+
+
+class Grounder(Predictor):
+    """Boxes of what a phrase names in image files. Arguments: as for `Predictor`."""
+
+    command = "ground"
+    default_task = Grounding.name
+
+    def ground(
+        self, paths: Paths, phrase: str, *, num_workers: int = 0, timeout: float | None = 60.0
+    ) -> Iterator[Result]:
+        """One `Result` per file, whose `box` is (left, top, right, bottom) in pixels: see `Predictor.predict`.
+
+        Args:
+            paths, num_workers, timeout: as for `Predictor.predict`.
+            phrase: names one thing in each image, such as "the red circle".
+        """
+        return self.predict(paths, phrase, num_workers=num_workers, timeout=timeout)

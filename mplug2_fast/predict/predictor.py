@@ -26,6 +26,7 @@ from mplug2_fast.text import Tokenizer, clean_question
 from mplug2_fast.video import DecodePool
 from mplug2_fast.video.frames import prepare_clip
 from mplug2_fast.video.limits import Guard, Limits
+from mplug2_fast.video.preparation import Box
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,7 +34,12 @@ if TYPE_CHECKING:
     from mplug2_fast.video import Clip, Preparation
 
 TINY_MODEL = Path(__file__).parents[1] / "data" / "tiny"
-"""The model that comes with the package. It knows the clips of examples/moving_shapes and nothing else."""
+"""The mPLUG-2 that comes with the package. It knows the clips of examples/moving_shapes and nothing else."""
+
+TINY_MPLUG = TINY_MODEL.with_name("tiny_mplug")
+"""The mPLUG that comes with the package. It knows the pictures of examples/shapes and nothing else."""
+
+TINY_MPLUG_TASKS = frozenset(("grounding", "retrieval"))
 
 PathLike = str | os.PathLike[str]
 Paths = PathLike | Iterable[PathLike]
@@ -43,6 +49,8 @@ Paths = PathLike | Iterable[PathLike]
 class Result:
     """What came out for one file: a text, or an error.
 
+    `box` is (left, top, right, bottom) in pixels of the upright file, for tasks that find boxes. The boxes of
+    `alternatives` are (center x, center y, width, height) in [0, 1] of what the model sees.
     `score` is the length-normalised log probability of a generated text, or the probability of a given candidate
     among the candidates. `alternatives` are the `num_return` best, best first, the text itself included. `frames` are
     the indices of the frames that the model saw, `decoder` is what decoded them, and `size` is their width and height
@@ -60,9 +68,10 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)
     error: str | None = None
     size: tuple[int, int] | None = None
+    box: Box | None = None
 
 
-class _Decoded(NamedTuple):
+class Decoded(NamedTuple):
     """A file's video `(1, 3, T, H, W)`, or the error, and the seconds that decoding took; the indices of its frames,
     what decoded them, and their size in the file."""
 
@@ -102,8 +111,8 @@ class Predictor:
         """Load a checkpoint of any form that `mplug2_fast.from_pretrained` reads, or use a model as it is.
 
         Args:
-            checkpoint: the checkpoint, or a model; None is the tiny model that comes with the package. A `vocab.txt`
-                in a directory is the vocabulary, otherwise it is that of bert-base-uncased.
+            checkpoint: the checkpoint, or a model; None is the tiny model for the task that comes with the package. A
+                `vocab.txt` in a directory is the vocabulary, otherwise it is that of bert-base-uncased.
             tokenizer: with a model, and only then: the one that it was trained with.
             task: a name in `mplug2_fast.tasks.TASKS`, or a task; None is the first task that the checkpoint states.
             dtype: a dtype or its name; None or "auto": see `pick_dtype`. Not with a model.
@@ -140,9 +149,11 @@ class Predictor:
         return self.task.preparation(self.model.config)
 
     def for_task(self, task: Task | str) -> Self:
-        """The same model and tokenizer for another of its tasks."""
+        """The same model and tokenizer for another task, which the model gets if it does not have it."""
         other = copy.copy(self)
         other.task = get(task)
+        if other.task.name not in other.model.tasks:
+            other.model.add_task(other.task)
         return other
 
     def predict(
@@ -200,10 +211,7 @@ class Predictor:
 
     def run(self, paths: Paths, words: Words, num_workers: int = 0, timeout: float | None = 60.0) -> Iterator[Result]:
         """One `Result` per path; see `predict`."""
-        files = _each(paths)
-        decoded = (
-            self._decoded_by_workers(files, num_workers, timeout) if num_workers else self._decoded(files, timeout)
-        )
+        decoded = self.decoded(paths, num_workers, timeout)
         for path, video, decoding, error, frames, decoder, size in decoded:
             if video is None:
                 yield Result(path, seconds={"decode": decoding}, error=error)
@@ -212,16 +220,22 @@ class Predictor:
                     image_embeds, encoding = self.encode(video)
                     (found,), generating = self.say(image_embeds, words)
                 except (RuntimeError, MemoryError) as problem:
-                    if not is_out_of_memory(problem):
-                        raise
-                    device = next(self.model.parameters()).device
-                    remedy = "use a smaller dtype, fewer beams, or the CPU"
-                    raise MPlug2Error(f"{device} ran out of memory: {remedy}") from problem
+                    self.explain_memory(problem)
+                    raise
                 seconds = {"decode": decoding, "encode": encoding, "generate": generating}
                 if isinstance(found, NotFiniteError):
                     yield Result(path, frames=frames, decoder=decoder, seconds=seconds, error=str(found), size=size)
                     continue
-                yield Result(path, *found[0], tuple(found), frames, decoder, seconds, size=size)
+                seen = found[0].box
+                box = None if seen is None or size is None else self.preparation.box_in_pixels(seen, *size)
+                yield Result(path, *found[0], tuple(found), frames, decoder, seconds, size=size, box=box)
+
+    def explain_memory(self, problem: Exception) -> None:
+        """Raises `MPlug2Error` if an error says that the device ran out of memory."""
+        if is_out_of_memory(problem):
+            device = next(self.model.parameters()).device
+            remedy = "use a smaller dtype, fewer beams, or the CPU"
+            raise MPlug2Error(f"{device} ran out of memory: {remedy}") from problem
 
     @torch.inference_mode()
     def encode(self, videos: Tensor) -> tuple[Tensor, float]:
@@ -240,14 +254,33 @@ class Predictor:
         found = words(image_embeds)
         return found, time.perf_counter() - started
 
-    def _decoded(self, paths: Iterable[PathLike], timeout: float | None) -> Iterator[_Decoded]:
+    def decoded(
+        self,
+        paths: Paths,
+        num_workers: int,
+        timeout: float | None,
+        *,
+        num_frames: int | None = None,
+        in_order: bool = False,
+    ) -> Iterator[Decoded]:
+        """The decoded files, in order if `in_order` is set or one process or thread decodes.
+
+        Args:
+            num_frames: of a video; None is the model's number.
+        """
+        files, num_frames = _each(paths), num_frames or self.model.config.vision.num_frames
+        if not num_workers:
+            return self._decoded(files, timeout, num_frames)
+        return self._decoded_by_workers(files, num_workers, timeout, num_frames, in_order or num_workers == 1)
+
+    def _decoded(self, paths: Iterable[PathLike], timeout: float | None, num_frames: int) -> Iterator[Decoded]:
         """The files in order; while one is consumed, the next is decoded in a thread."""
-        pending: deque[Future[_Decoded]] = deque()
+        pending: deque[Future[Decoded]] = deque()
         guard = Guard(Limits(seconds=timeout))
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as pool:
             try:
                 for path in paths:
-                    pending.append(pool.submit(self._decode, os.fspath(path), guard))
+                    pending.append(pool.submit(self._decode, os.fspath(path), guard, num_frames))
                     if len(pending) > 1:
                         yield pending.popleft().result()
                 while pending:
@@ -255,31 +288,30 @@ class Predictor:
             finally:  # on Ctrl-C, do not wait until files are decoded
                 guard.cancel()
 
-    def _decode(self, path: str, guard: Guard) -> _Decoded:
+    def _decode(self, path: str, guard: Guard, num_frames: int) -> Decoded:
         started = time.perf_counter()
-        vision = self.model.config.vision
         guard.restart()
         try:
-            clip = prepare_clip(path, self.preparation, vision.num_frames, vision.image_size, guard)
+            clip = prepare_clip(path, self.preparation, num_frames, self.model.config.vision.image_size, guard)
         except (MPlug2Error, OSError, ValueError, RuntimeError, MemoryError) as problem:
-            return _Decoded(path, None, time.perf_counter() - started, _reason(problem, path))
+            return Decoded(path, None, time.perf_counter() - started, _reason(problem, path))
         seconds = time.perf_counter() - started
-        return _Decoded(path, clip.video[None], seconds, None, tuple(clip.indices), clip.decoder, clip.size)
+        return Decoded(path, clip.video[None], seconds, None, tuple(clip.indices), clip.decoder, clip.size)
 
     def _decoded_by_workers(
-        self, paths: Iterable[PathLike], num_workers: int, timeout: float | None
-    ) -> Iterator[_Decoded]:
-        """The files as worker processes have them ready; those of one process in order."""
+        self, paths: Iterable[PathLike], num_workers: int, timeout: float | None, num_frames: int, in_order: bool
+    ) -> Iterator[Decoded]:
+        """The files as worker processes have them ready."""
         if isinstance(paths, Sized):
             num_workers = min(num_workers, max(len(paths), 1))
-        vision, dtype = self.model.config.vision, next(self.model.parameters()).dtype
-        sizes = {"num_frames": vision.num_frames, "image_size": vision.image_size}
+        dtype = next(self.model.parameters()).dtype
+        sizes = {"num_frames": num_frames, "image_size": self.model.config.vision.image_size}
         with DecodePool(num_workers, timeout=timeout, dtype=dtype, preparation=self.preparation, **sizes) as pool:
             clips = pool.clips(os.fspath(path) for path in paths)
-            for clip in _in_order(clips) if num_workers == 1 else clips:
+            for clip in _in_order(clips) if in_order else clips:
                 video = None if clip.frames is None else clip.frames[None]
                 error = None if clip.error is None else _reason(clip.error, clip.source)
-                yield _Decoded(clip.source, video, clip.seconds, error, tuple(clip.indices), clip.backend, clip.size)
+                yield Decoded(clip.source, video, clip.seconds, error, tuple(clip.indices), clip.backend, clip.size)
 
     def generation_options(
         self,
@@ -299,15 +331,23 @@ class Predictor:
         return filled
 
 
+def tiny_model(task: Task | str | None) -> Path:
+    """The model that comes with the package for a task."""
+    name = task.name if isinstance(task, Task) else task
+    return TINY_MPLUG if name in TINY_MPLUG_TASKS else TINY_MODEL
+
+
 def _load(
     path: PathLike | None, task: Task | str | None, dtype: str | torch.dtype | None, device: str | torch.device | None
 ) -> tuple[torch.nn.Module, Tokenizer]:
     """The model of a checkpoint and its tokenizer."""
     device = pick_device(device)
     dtype = pick_dtype(dtype, device)
-    if path is None and not TINY_MODEL.exists():
-        raise CheckpointError(f"{TINY_MODEL}: the tiny model is missing: reinstall, or name a checkpoint")
-    path = TINY_MODEL if path is None else Path(path)
+    if path is None:
+        path = tiny_model(task)
+        if not path.exists():
+            raise CheckpointError(f"{path}: the tiny model is missing: reinstall, or name a checkpoint")
+    path = Path(path)
     model = from_pretrained(path, task=task, dtype=dtype, device=device)
     return model, Tokenizer.from_vocab(vocabulary_path(path), vocab_size=model.config.text.vocab_size)
 

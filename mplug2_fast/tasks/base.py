@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from mplug2_fast.errors import ConfigError, DataError, NotFiniteError, printable
 
 if TYPE_CHECKING:
     from mplug2_fast.datasets import Item
+    from mplug2_fast.tasks.gallery import Gallery
     from mplug2_fast.text import Tokenizer
     from mplug2_fast.video import Preparation
 
@@ -61,6 +62,9 @@ class Task(ABC):
         options: names of the options that `respond` takes.
         fields: of an item, which training and evaluation need beside its video or image.
         metrics: names in `mplug2_fast.evaluation.METRICS`, the most telling one first.
+        finds_boxes: whether each result has a `box`.
+        evaluation: how the task is evaluated: "items" responds to each item by itself, "gallery" ranks all files and
+            all captions of the data set for each other.
     """
 
     name: ClassVar[str]
@@ -70,6 +74,8 @@ class Task(ABC):
     options: ClassVar[tuple[str, ...]] = ()
     fields: ClassVar[tuple[str, ...]] = ()
     metrics: ClassVar[tuple[str, ...]] = ()
+    finds_boxes: ClassVar[bool] = False
+    evaluation: ClassVar[Literal["items", "gallery"]] = "items"
 
     def head(self, config: Any) -> nn.Module | None:
         """A new head, with the parameters that only this task has, or None."""
@@ -122,6 +128,14 @@ class Task(ABC):
     def text_of(self, item: Item, config: Any) -> str | None:
         """The text that goes with an item's file in `respond`."""
         return item.question if self.reads_text else None
+
+    def gallery(self, model: Any, tokenizer: Tokenizer, files: int = 0, **options: Any) -> Gallery:
+        """What ranks files and texts for each other. Raises `ConfigError` for bad options.
+
+        Args:
+            files: how many there will be.
+        """
+        raise ConfigError(f"{self.name} does not rank files and texts for each other: it has no `gallery` method")
 
     def references(self, item: Item) -> Mapping[str, float]:
         """The correct results of an item, with the weight of each, for the metrics."""

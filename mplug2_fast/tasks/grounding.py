@@ -48,6 +48,7 @@ class Grounding(Task):
     reads_text = True
     fields = ("text", "box")
     metrics = ("boxes",)
+    finds_boxes = True
 
     def loss(self, model: Any, batch: Mapping[str, Any], *, weighting: Weighting = "released") -> Tensor:
         """The mean cross-entropy of the four coordinates, weighted by how wrong the predicted box is.

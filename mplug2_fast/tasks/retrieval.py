@@ -15,18 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mplug2_fast.nn.momentum import MomentumCopy
-from mplug2_fast.nn.parts import linear
 from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, not_finite, require
+from mplug2_fast.tasks.gallery import Gallery
+from mplug2_fast.tasks.matching import Scores, matched, rerank
 
 if TYPE_CHECKING:
     from mplug2_fast.datasets import Item
     from mplug2_fast.text import Tokenizer
 
-LEFT_OUT = -100.0
-"""Score of a pair that was not compared."""
-
-MATCHING_BATCH = 64
-"""Texts of one visual input whose fusion is computed at once."""
+MAX_TEXT_LENGTH = 10_000
+"""Characters."""
 
 _NOT_COPIED = ("fusion", "decoder", "matching")
 
@@ -48,19 +46,6 @@ class Losses(NamedTuple):
     @property
     def total(self) -> Tensor:
         return self.contrast + self.matching
-
-
-class Scores(NamedTuple):
-    """How well visual inputs and texts go together.
-
-    Attributes:
-        by_visual: `(N, M)`; row i ranks the texts for visual input i. by_text: `(M, N)`.
-        similarities: `(N, M)`, cosines of the features.
-    """
-
-    by_visual: Tensor
-    by_text: Tensor
-    similarities: Tensor
 
 
 class MomentumContrast(nn.Module):
@@ -129,6 +114,7 @@ class Retrieval(Task):
     reads_text = True
     fields = ("caption",)
     metrics = ("retrieval",)
+    evaluation = "gallery"
 
     def training_state(self, model: Any, queue_size: int, momentum: float) -> nn.Module | None:
         return MomentumContrast(model, queue_size, momentum) if queue_size else None
@@ -245,13 +231,9 @@ class Retrieval(Task):
             return Scores(similarities, similarities.T, similarities)
         if add_similarity is None:
             add_similarity = model.config.frames_of(visual.shape[1]) > 1
-        wanted = candidates(similarities, k)
-        logits = match_pairs(model, lambda row: visual[row : row + 1], text, text_mask, wanted.any)
-        scores = logits + similarities if add_similarity else logits
-        by_visual, by_text = torch.full_like(scores, LEFT_OUT), torch.full_like(scores.T, LEFT_OUT)
-        by_visual[wanted.by_visual] = scores[wanted.by_visual]
-        by_text[wanted.by_text] = scores.T[wanted.by_text]
-        return Scores(by_visual, by_text, similarities)
+        return rerank(
+            model, lambda row: visual[row : row + 1], text, text_mask, similarities, k, add_similarity=add_similarity
+        )
 
     def respond(self, model: Any, tokenizer: Tokenizer) -> Respond:
         """How likely each text goes with its file."""
@@ -272,6 +254,11 @@ class Retrieval(Task):
 
         return respond
 
+    def gallery(self, model: Any, tokenizer: Tokenizer, files: int = 0, **options: Any) -> Gallery:
+        unknown = ", ".join(sorted(options.keys() - {"rerank"}))
+        require(not unknown, f"retrieval has no option {unknown}; it has: rerank")
+        return Gallery(model, tokenizer, files, **options)
+
     def text_of(self, item: Item, config: Any) -> str | None:
         return item.caption[0] if item.caption else item.text
 
@@ -279,58 +266,11 @@ class Retrieval(Task):
         return dict.fromkeys(item.caption, 1.0)
 
     def check_text(self, model: Any, tokenizer: Tokenizer, text: str) -> None:
+        from mplug2_fast.text import is_text
+
+        require(is_text(text), "the text has characters that are not UTF-8")
         require(bool(text.strip()), "the text is empty")
-
-
-class Candidates(NamedTuple):
-    """Which pairs are scored by matching.
-
-    Attributes:
-        by_visual: `(N, M)`, the best texts of each visual input. by_text: `(M, N)`.
-    """
-
-    by_visual: Tensor
-    by_text: Tensor
-
-    @property
-    def any(self) -> Tensor:
-        """`(N, M)`, the pairs that either side wants."""
-        return self.by_visual | self.by_text.T
-
-
-def candidates(similarities: Tensor, k: int) -> Candidates:
-    """The k best of each row and of each column of similarities `(N, M)`."""
-    rows, columns = (
-        torch.zeros_like(each, dtype=torch.bool).scatter_(1, each.topk(min(k, each.shape[1]), dim=1).indices, True)
-        for each in (similarities, similarities.T)
-    )
-    return Candidates(rows, columns)
-
-
-def match_pairs(model: Any, visual_of: Any, text: Tensor, text_mask: Tensor, wanted: Tensor) -> Tensor:
-    """The matching logits of the wanted pairs, 0 elsewhere: `(N, M)`.
-
-    Args:
-        visual_of: from the number of a visual input to its image_embeds `(1, S, D)`. Each is asked for once, and its
-            keys and values are computed once for all its texts.
-        text: `(M, tokens, D)`. text_mask: `(M, tokens)`. wanted: `(N, M)`.
-    """
-    logits = torch.zeros(wanted.shape, dtype=text.dtype, device=text.device)
-    for row in wanted.any(dim=1).nonzero()[:, 0].tolist():
-        visual = visual_of(row)
-        for chosen in wanted[row].nonzero()[:, 0].split(MATCHING_BATCH):
-            logits[row, chosen] = matched(model, visual, text[None, chosen], text_mask[None, chosen])[0, :, 1]
-    return logits
-
-
-def matched(model: Any, visual: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
-    """The logits (no match, match) of each text with its visual input: `(B, texts, 2)`.
-
-    Args:
-        visual: `(B, S, D)`. text: `(B, texts, tokens, D)`. text_mask: `(B, texts, tokens)`.
-    """
-    _, fused = model.fusion(text, text_mask, visual)
-    return linear(model.matching, fused[..., 0, :])
+        require(len(text) <= MAX_TEXT_LENGTH, f"the text is longer than {MAX_TEXT_LENGTH:,} characters")
 
 
 @torch.no_grad()

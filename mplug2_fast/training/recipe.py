@@ -190,7 +190,7 @@ class Validation(_Part):
     every: Count = 0
     """Steps between validations; 0 validates only at the end."""
     metric: str = ""
-    """Decides what is best. Empty: the task's first metric."""
+    """Decides what is best. Empty: the task's main metric."""
     patience: Count = 0
     """Validations without an improvement before training stops; 0 never stops."""
     max_items: Count = 0

@@ -6,7 +6,8 @@ from torch import nn
 
 import mplug2_fast as mf
 from mplug2_fast.nn.momentum import MomentumCopy
-from mplug2_fast.tasks.retrieval import MomentumContrast, candidates
+from mplug2_fast.tasks.matching import candidates
+from mplug2_fast.tasks.retrieval import MomentumContrast
 from tests.tiny import randomise
 
 SMALL = mf.MPlugConfig.preset("tiny").replace(

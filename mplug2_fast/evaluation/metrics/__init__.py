@@ -28,8 +28,8 @@ METRICS: dict[str, Metric] = {
         Metric("matthews", "text", labels.matthews, labels.LIBRARY),
         Metric("pearson", "number", labels.pearson, labels.LIBRARY),
         Metric("spearman", "number", labels.spearman, labels.LIBRARY),
-        Metric("retrieval", "ranking", retrieval.retrieval, retrieval.LIBRARY),
-        Metric("boxes", "box", boxes.boxes),
+        Metric("retrieval", "ranking", retrieval.retrieval, retrieval.LIBRARY, main="recall@1"),
+        Metric("boxes", "box", boxes.boxes, main="accuracy@0.5"),
     )
 }
 """Name to metric."""

@@ -48,6 +48,7 @@ class Metric:
         tokenized: the texts are tokenized before.
         java: it calls Java.
         opt_in: why it only runs when it is named.
+        main: the value that decides between two models; empty if it is called as the metric.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Metric:
     tokenized: bool = False
     java: bool = False
     opt_in: str | None = None
+    main: str = ""
 
     def require(self) -> None:
         """Raise `ConfigError` if the library is not installed."""

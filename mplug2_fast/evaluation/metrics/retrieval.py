@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 
 from mplug2_fast.evaluation.metrics.base import References, Scores, load, percent
+from mplug2_fast.evaluation.recall import CUTOFFS
 
 LIBRARY = "torchmetrics"
-CUTOFFS = (1, 5, 10)
 
 
 def retrieval(predictions: Sequence[Sequence[str]], references: Sequence[References]) -> Scores:

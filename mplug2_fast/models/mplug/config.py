@@ -28,9 +28,10 @@ ATTENTION_DROPOUT = 0.1
 
 @dataclass(frozen=True)
 class ImageConfig(TowerConfig):
-    """Sizes of the vision encoder: CLIP's image tower. `num_frames` is what is taken of a video."""
+    """Sizes of the vision encoder: CLIP's image tower. `num_frames` is what is taken of a video; images have one."""
 
     image_size: int = 336
+    num_frames: int = 1
     attention_dropout: float = ATTENTION_DROPOUT
 
 

@@ -1,0 +1,120 @@
+"""A gallery: all files and all texts of a search, ranked for each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mplug2_fast.errors import ConfigError
+from mplug2_fast.info import available_memory
+from mplug2_fast.tasks.base import not_finite, require
+from mplug2_fast.tasks.matching import Scores, rerank
+
+if TYPE_CHECKING:
+    from mplug2_fast.text import Tokenizer
+
+TEXT_BATCH = 256
+"""Texts that are encoded at once."""
+
+
+class Gallery:
+    """Visual inputs, each encoded once, and their scores with texts.
+
+    Args:
+        model: with the modules of retrieval. tokenizer: of the model.
+        files: how many visual inputs are expected, for the check of the memory.
+        rerank: candidates of each row and column, chosen by their features, that the matching head scores; 0 scores by
+            features alone.
+        add_similarity: as for `Retrieval.predict`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        files: int = 0,
+        *,
+        rerank: int = 0,
+        add_similarity: bool | None = None,
+    ) -> None:
+        require(
+            isinstance(rerank, int) and not isinstance(rerank, bool) and rerank >= 0,
+            f"rerank must be a whole number from 0 on, got {rerank!r}",
+        )
+        self._model, self._tokenizer = model, tokenizer
+        self._files, self._rerank, self._add_similarity = files, rerank, add_similarity
+        self._features: list[Tensor] = []
+        self._embeds: list[Tensor] = []
+        self._video = False
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    @torch.inference_mode()
+    def add(self, image_embeds: Tensor) -> list[bool]:
+        """Adds visual inputs `(B, S, D)` of `encode_video`. Returns which of them are finite; the others are left out.
+
+        Raises `ConfigError` if the tokens of all files, which re-ranking keeps on the CPU, do not fit into its memory.
+        """
+        if not self._features:
+            self._video = self._model.config.frames_of(image_embeds.shape[1]) > 1
+            self._require_memory(image_embeds[0].nbytes)
+        features = self._model.visual_features(image_embeds).float()
+        finite = features.isfinite().all(dim=1)
+        self._features.extend(features[finite].cpu())
+        if self._rerank:
+            self._embeds.extend(image_embeds[finite].cpu())
+        return finite.tolist()
+
+    @torch.inference_mode()
+    def scores(self, texts: Sequence[str]) -> Scores:
+        """Scores of all visual inputs with the texts, on the CPU. Pairs that are not re-ranked have -100.
+
+        Raises:
+            ConfigError: there are no texts, or no visual inputs. NotFiniteError: the model's results are not finite.
+        """
+        require(len(texts) > 0, "there are no texts to compare with")
+        require(len(self) > 0, "there are no images or videos to compare with")
+        ids, mask = self._model.config.wording.descriptions(
+            self._tokenizer, list(texts), video=self._video, training=False
+        )
+        features, embeds = zip(*self._encoded(ids, mask), strict=True)
+        similarities = torch.stack(self._features) @ torch.cat(features).T
+        if not self._rerank:
+            return self._finite(Scores(similarities, similarities.T, similarities))
+        device = next(self._model.parameters()).device
+        return self._finite(
+            rerank(
+                self._model,
+                lambda row: self._embeds[row][None].to(device),
+                torch.cat(embeds),
+                mask,
+                similarities,
+                self._rerank,
+                add_similarity=self._video if self._add_similarity is None else self._add_similarity,
+            )
+        )
+
+    def _encoded(self, ids: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features and tokens of the texts, batch by batch, on the CPU."""
+        device = next(self._model.parameters()).device
+        for rows, seen in zip(ids.split(TEXT_BATCH), mask.split(TEXT_BATCH), strict=True):
+            text = self._model.encode_text(rows.to(device), seen.to(device))
+            yield self._model.text_features(text).float().cpu(), text.cpu()
+
+    def _finite(self, scores: Scores) -> Scores:
+        if not all(each.isfinite().all() for each in scores):
+            raise not_finite(next(self._model.parameters()).dtype)
+        return scores
+
+    def _require_memory(self, bytes_of_file: int) -> None:
+        needed, free = self._files * bytes_of_file, available_memory()
+        if self._rerank and needed > free:
+            raise ConfigError(
+                f"re-ranking keeps the visual tokens of {self._files:,} files in memory, which takes "
+                f"{needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free: take fewer files, a smaller dtype, "
+                "or no re-ranking"
+            )

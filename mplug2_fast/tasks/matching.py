@@ -1,0 +1,101 @@
+"""Scores of texts with images or videos, and the matching of the most similar pairs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mplug2_fast.nn.parts import linear
+
+LEFT_OUT = -100.0
+"""Score of a pair that was not compared."""
+
+MATCHING_BATCH = 64
+"""Texts of one visual input whose fusion is computed at once."""
+
+
+class Scores(NamedTuple):
+    """How well visual inputs and texts go together.
+
+    Attributes:
+        by_visual: `(N, M)`; row i ranks the texts for visual input i. by_text: `(M, N)`.
+        similarities: `(N, M)`, cosines of the features.
+    """
+
+    by_visual: Tensor
+    by_text: Tensor
+    similarities: Tensor
+
+
+class Candidates(NamedTuple):
+    """Which pairs are scored by matching.
+
+    Attributes:
+        by_visual: `(N, M)`, the best texts of each visual input. by_text: `(M, N)`.
+    """
+
+    by_visual: Tensor
+    by_text: Tensor
+
+    @property
+    def any(self) -> Tensor:
+        """`(N, M)`, the pairs that either side wants."""
+        return self.by_visual | self.by_text.T
+
+
+def candidates(similarities: Tensor, k: int) -> Candidates:
+    """The k best of each row and of each column of similarities `(N, M)`."""
+    rows, columns = (
+        torch.zeros_like(each, dtype=torch.bool).scatter_(1, each.topk(min(k, each.shape[1]), dim=1).indices, True)
+        for each in (similarities, similarities.T)
+    )
+    return Candidates(rows, columns)
+
+
+def match_pairs(model: Any, visual_of: Any, text: Tensor, text_mask: Tensor, wanted: Tensor) -> Tensor:
+    """The matching logits of the wanted pairs, 0 elsewhere: `(N, M)`.
+
+    Args:
+        visual_of: from the number of a visual input to its image_embeds `(1, S, D)`. Each is asked for once, and its
+            keys and values are computed once for all its texts.
+        text: `(M, tokens, D)`. text_mask: `(M, tokens)`. wanted: `(N, M)`. All three may be on another device than the
+            model, such as the CPU.
+    """
+    logits = torch.zeros(wanted.shape, dtype=text.dtype, device=text.device)
+    for row in wanted.any(dim=1).nonzero()[:, 0].tolist():
+        visual = visual_of(row)
+        for chosen in wanted[row].nonzero()[:, 0].split(MATCHING_BATCH):
+            texts = text[None, chosen].to(visual.device), text_mask[None, chosen].to(visual.device)
+            logits[row, chosen] = matched(model, visual, *texts)[0, :, 1].to(logits.device)
+    return logits
+
+
+def matched(model: Any, visual: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+    """The logits (no match, match) of each text with its visual input: `(B, texts, 2)`.
+
+    Args:
+        visual: `(B, S, D)`. text: `(B, texts, tokens, D)`. text_mask: `(B, texts, tokens)`.
+    """
+    _, fused = model.fusion(text, text_mask, visual)
+    return linear(model.matching, fused[..., 0, :])
+
+
+def rerank(
+    model: Any, visual_of: Any, text: Tensor, text_mask: Tensor, similarities: Tensor, k: int, *, add_similarity: bool
+) -> Scores:
+    """Scores by matching of the k most similar pairs of each row and column; the rest get -100.
+
+    Args:
+        visual_of, text, text_mask: as for `match_pairs`. similarities: `(N, M)`.
+        add_similarity: whether the score is the matching logit plus the similarity.
+    """
+    wanted = candidates(similarities, k)
+    scores = match_pairs(model, visual_of, text, text_mask, wanted.any).to(similarities.dtype)
+    if add_similarity:
+        scores = scores + similarities
+    by_visual, by_text = torch.full_like(scores, LEFT_OUT), torch.full_like(scores.T, LEFT_OUT)
+    by_visual[wanted.by_visual] = scores[wanted.by_visual]
+    by_text[wanted.by_text] = scores.T[wanted.by_text]
+    return Scores(by_visual, by_text, similarities)
