@@ -28,7 +28,7 @@ from mplug2_fast.checkpoint.source import (
 from mplug2_fast.errors import CheckpointError
 from mplug2_fast.models import official_names
 from mplug2_fast.models.names import Shape
-from mplug2_fast.tasks import Task, get, title_of
+from mplug2_fast.tasks import Task, get, stated, title_of
 
 _SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -124,11 +124,11 @@ def _write(
     vocabulary: Path | None,
     card: str | None = None,
 ) -> Path:
-    stated = {"family": config.family, "tasks": [task.name for task in tasks], **config.to_dict()}
+    values = {"family": config.family, "tasks": [stated(task) for task in tasks], **config.to_dict()}
     with _appearing(Path(dst).expanduser()) as folder:
-        (folder / CONFIG_NAME).write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
+        (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         _write_safetensors(
-            folder / WEIGHTS_NAME, described, tensors, {"format": "pt", METADATA_KEY: json.dumps(stated)}
+            folder / WEIGHTS_NAME, described, tensors, {"format": "pt", METADATA_KEY: json.dumps(values)}
         )
         if card is not None:
             (folder / CARD_NAME).write_text(model_card(config, tasks, card), encoding="utf-8")

@@ -14,7 +14,7 @@ from mplug2_fast.checkpoint.source import Source
 from mplug2_fast.errors import CheckpointError, ConfigError, printable
 from mplug2_fast.models import FAMILIES, Family, infer_config, official_names
 from mplug2_fast.models.names import DECODER, FUSION, TEXT, VISION, OfficialNames
-from mplug2_fast.tasks import TASKS, Task, get, title_of
+from mplug2_fast.tasks import TASKS, Stated, Task, get, title_of
 
 _CHAIN = frozenset((VISION, TEXT, FUSION, DECODER))
 """Of several tasks that a file serves, the one with most of these modules is the default."""
@@ -74,7 +74,7 @@ def resolve(source: Source, tasks: Tasks = None, config: Any = None) -> Resolved
             that does not come with the package and that the caller did not pass.
     """
     given = [tasks] if isinstance(tasks, (str, Task)) else list(tasks or ())
-    wanted = tuple(map(get, given))
+    wanted = tuple(get(_by_name(source, each)) for each in given)
     shapes = shapes_of(source.tensors)
     assumed: dict[str, Any] = {}
     undetermined: dict[str, str] = {}
@@ -99,11 +99,18 @@ def resolve(source: Source, tasks: Tasks = None, config: Any = None) -> Resolved
     return Resolved(FAMILIES[config.family], config, wanted, names, fit, known, assumed, missing)
 
 
+def _by_name(source: Source, task: Task | str) -> Task | Stated:
+    """The task, or what the file states under that name."""
+    return next((each for each in source.tasks if isinstance(each, dict) and each.get("name") == task), task)
+
+
 def _stated(source: Source) -> tuple[Task, ...]:
     try:
         return tuple(map(get, source.tasks))
     except ConfigError as error:
-        unknown = next(name for name in source.tasks if name not in TASKS)
+        unknown = next((name for name in source.tasks if isinstance(name, str) and name not in TASKS), None)
+        if unknown is None:
+            raise CheckpointError(f"{source.name}: {error}") from error
         raise CheckpointError(
             f"{source.name}: its task {printable(unknown)} does not come with this package; pass the Task object: "
             "tasks=[...], or --task file.py:Name on the command line"

@@ -19,6 +19,7 @@ from mplug2_fast.checkpoint.pickles import Inert, OtherTensor, RefusedError, Sto
 from mplug2_fast.checkpoint.torch_file import BROKEN, LEGACY_MAGIC, TorchFile, open_torch_file, tensor_of
 from mplug2_fast.errors import CheckpointError, ConfigError, printable
 from mplug2_fast.models import FAMILIES
+from mplug2_fast.tasks import Stated
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -56,7 +57,7 @@ class Source:
     container: str
     tensors: dict[str, torch.Tensor]
     config: Any = None
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[Stated, ...] = ()
     stated: Mapping[str, Any] = field(default_factory=dict)
     entry: str | None = None
     others: tuple[str, ...] = ()
@@ -180,7 +181,7 @@ def _open_safetensors(path: Path, head: bytes) -> Source:
     return Source(path, path, "safetensors file", plain_state_dict(tensors), config, tasks)
 
 
-def _stated_config(text: bytes) -> tuple[Any, tuple[str, ...]]:
+def _stated_config(text: bytes) -> tuple[Any, tuple[Stated, ...]]:
     """The configuration and the tasks in a JSON text."""
     if len(text) > _MAX_CONFIG_BYTES:
         raise CheckpointError(f"not a configuration: it has more than {_MAX_CONFIG_BYTES:,} bytes")
@@ -193,7 +194,7 @@ def _stated_config(text: bytes) -> tuple[Any, tuple[str, ...]]:
         raise CheckpointError(f"holds no configuration but {type(stated).__name__}")
     task, tasks = stated.pop("task", None), stated.pop("tasks", None)
     tasks = tasks if tasks is not None else [] if task is None else [task]
-    if not isinstance(tasks, list) or not all(isinstance(name, str) for name in tasks):
+    if not isinstance(tasks, list) or not all(isinstance(each, (str, dict)) for each in tasks):
         raise CheckpointError(f"its tasks are {printable(repr(tasks))}, not a list of names")
     family = stated.pop("family", next(iter(FAMILIES)))
     if family not in FAMILIES:

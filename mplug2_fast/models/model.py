@@ -113,6 +113,10 @@ class Model(nn.Module, ABC):
     def _image_embeds(self, video: Tensor) -> Tensor:
         """What text and decoder attend to."""
 
+    @abstractmethod
+    def pooled(self, image_embeds: Tensor) -> Tensor:
+        """The class token of image_embeds `(B, S, D)`: `(B, D)`."""
+
     def text_features(self, text: Tensor) -> Tensor:
         """Text `(B, tokens, D)` of `encode_text` to features for comparison `(B, embed_dim)`, of norm 1."""
         return self.contrast.text(text[:, 0])

@@ -131,7 +131,11 @@ class Predictor:
         else:
             require(tokenizer is None, "a checkpoint brings its own vocabulary: give a tokenizer only with a model")
             self.model, self.tokenizer = _load(checkpoint, task, dtype, device)
-        self.task = next(iter(self.model.tasks.values())) if task is None else get(task)
+        tasks = self.model.tasks
+        if task is None:
+            self.task = next(iter(tasks.values()))
+        else:
+            self.task = tasks[task] if isinstance(task, str) and task in tasks else get(task)
 
     @classmethod
     def from_pretrained(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from mplug2_fast.errors import ConfigError, printable
 from mplug2_fast.imports import imported
 from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, best_labels
 from mplug2_fast.tasks.captioning import Captioning
+from mplug2_fast.tasks.classification import Classification
 from mplug2_fast.tasks.grounding import Grounding
 from mplug2_fast.tasks.question_answering import AnswerRanking, QuestionAnswering
 from mplug2_fast.tasks.retrieval import Retrieval
@@ -17,35 +19,60 @@ TASKS: dict[str, Task] = {
 }
 """Name to task."""
 
+KINDS: dict[str, type[Task]] = {Classification.kind: Classification}
+"""Tasks that are made with settings, such as labels."""
+
+Stated = str | Mapping[str, Any]
+"""A task in a checkpoint: its name, or its kind with its settings."""
+
 __all__ = [
+    "KINDS",
     "TASKS",
     "Alternative",
     "AnswerRanking",
     "Captioning",
+    "Classification",
     "Grounding",
     "QuestionAnswering",
     "Respond",
     "Retrieval",
+    "Stated",
     "Task",
     "Texts",
     "best_labels",
     "get",
     "load",
+    "stated",
     "title_of",
 ]
 
 
-def get(task: Task | str) -> Task:
-    """The task of that name, or the task itself.
+def get(task: Task | Stated) -> Task:
+    """The task of that name, that a checkpoint states, or the task itself.
 
     Raises:
-        ConfigError: no task has the name.
+        ConfigError: no task has the name, or the settings are wrong.
     """
     if isinstance(task, Task):
         return task
+    if not isinstance(task, str):
+        settings = dict(task)
+        kind = settings.pop("kind", None)
+        if kind not in KINDS:
+            raise ConfigError(f"no kind of task {printable(repr(kind))}: choose one of {', '.join(KINDS)}")
+        try:
+            return KINDS[kind](**settings)
+        except TypeError:
+            raise ConfigError(f"a {kind} cannot have the settings {printable(', '.join(map(str, settings)))}") from None
     if task not in TASKS:
         raise ConfigError(f"no task {printable(repr(task))}: choose one of {', '.join(TASKS)}, or pass a Task object")
     return TASKS[task]
+
+
+def stated(task: Task) -> Stated:
+    """What a checkpoint says of a task, from which `get` makes it again."""
+    settings = task.settings()
+    return {"kind": task.kind, **settings} if settings else task.name
 
 
 def title_of(tasks: Iterable[Task]) -> str:

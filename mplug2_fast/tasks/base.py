@@ -55,6 +55,7 @@ class Task(ABC):
     A task holds no parameters and no state. One instance serves any number of models.
 
     Attributes:
+        kind: of a task that has settings, its name in `mplug2_fast.tasks.KINDS`.
         name: how checkpoints and the command line name it.
         modules: the modules of the model that it computes with.
         reads_text: whether it takes a text with each video, such as a question.
@@ -67,6 +68,7 @@ class Task(ABC):
             all captions of the data set for each other.
     """
 
+    kind: ClassVar[str] = ""
     name: ClassVar[str]
     modules: ClassVar[frozenset[str]]
     reads_text: ClassVar[bool] = False
@@ -76,6 +78,11 @@ class Task(ABC):
     metrics: ClassVar[tuple[str, ...]] = ()
     finds_boxes: ClassVar[bool] = False
     evaluation: ClassVar[Literal["items", "gallery"]] = "items"
+
+    def settings(self) -> Mapping[str, Any]:
+        """Plain values that make the task again, for checkpoints: `KINDS[task.kind](**settings)`. Empty for a task that
+        its name tells."""
+        return {}
 
     def head(self, config: Any) -> nn.Module | None:
         """A new head, with the parameters that only this task has, or None."""
@@ -107,7 +114,7 @@ class Task(ABC):
 
     def require_fields(self, item: Item) -> None:
         """Raise `DataError` for an item without the video, image or field that the task needs."""
-        missing = [name for name in self.fields if not getattr(item, name)]
+        missing = [name for name in self.fields if getattr(item, name) in (None, "", (), {})]
         if "vision" in self.modules and not item.media:
             missing.insert(0, "video or image")
         if missing:

@@ -66,7 +66,15 @@ class MPlug(Model):
         return self.text(input_ids, mask)
 
     def visual_features(self, image_embeds: Tensor) -> Tensor:
-        return self.contrast.visual(image_embeds[:, :: 1 + self.config.vision.num_patches])
+        return self.contrast.visual(self._class_tokens(image_embeds))
+
+    def pooled(self, image_embeds: Tensor) -> Tensor:
+        """The class token of an image, or the mean of a video's."""
+        return self._class_tokens(image_embeds).mean(dim=1)
+
+    def _class_tokens(self, image_embeds: Tensor) -> Tensor:
+        """The class token of each frame `(B, T, D)`."""
+        return image_embeds[:, :: 1 + self.config.vision.num_patches]
 
     def _visual(self, video: Tensor) -> Tensor:
         x = self.visual(video)

@@ -49,7 +49,10 @@ class MPlug2(Model):
         return self.text(input_ids, mask, self.universal)
 
     def visual_features(self, image_embeds: Tensor) -> Tensor:
-        return self.contrast.visual(image_embeds[:, 0])
+        return self.contrast.visual(self.pooled(image_embeds))
+
+    def pooled(self, image_embeds: Tensor) -> Tensor:
+        return image_embeds[:, 0]
 
     def _visual(self, video: Tensor) -> Tensor:
         x = self.visual(video)

@@ -1,0 +1,149 @@
+"""Classification of images and videos, of texts, and of both together.
+
+The heads are inferred from common practice, not taken from the paper: a linear layer on a class token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mplug2_fast.errors import DataError, printable
+from mplug2_fast.tasks.base import Respond, Task, Texts, best_labels, require
+
+if TYPE_CHECKING:
+    from mplug2_fast.datasets import Item
+    from mplug2_fast.text import Tokenizer
+
+On = Literal["visual", "text", "fused"]
+
+_MODULES: dict[str, frozenset[str]] = {
+    "visual": frozenset({"vision"}),
+    "text": frozenset({"text"}),
+    "fused": frozenset({"vision", "text", "fusion"}),
+}
+MAX_LABELS = 100_000
+
+
+class Classification(Task):
+    """Which of several classes an input has: one label an item.
+
+    Args:
+        labels: the classes.
+        on: what the head sees. "visual": the class token of an image or a video. "text": that of a text or of a pair of
+            texts. "fused": that of a text after fusion with an image or a video, for visual entailment and the like.
+        name: of the task, so that a model can have several.
+
+    Raises:
+        ConfigError: fewer than two labels, one twice, or no such `on`.
+    """
+
+    kind = "classification"
+    options = ("num_return",)
+    fields = ("label",)
+    metrics = ("accuracy", "f1")
+    # Each task has its own.
+    name: str  # type: ignore[misc]
+    modules: frozenset[str]  # type: ignore[misc]
+    reads_text: bool  # type: ignore[misc]
+
+    def __init__(self, labels: Sequence[str], on: On = "visual", name: str = "classification") -> None:
+        require(not isinstance(labels, str), "labels must be a list of texts, not one text")
+        require(all(isinstance(label, str) and label for label in labels), "labels must be texts that are not empty")
+        require(2 <= len(labels) <= MAX_LABELS, f"a classification has from 2 to {MAX_LABELS:,} labels")
+        require(len(set(labels)) == len(labels), "a label is there twice")
+        require(on in _MODULES, f"on must be one of {', '.join(_MODULES)}, got {printable(repr(on))}")
+        require(isinstance(name, str) and name.isidentifier(), f"{printable(repr(name))} is no name for a task")
+        self.labels, self.on, self.name = tuple(labels), on, name
+        self.modules, self.reads_text = _MODULES[on], on != "visual"
+
+    def settings(self) -> dict[str, Any]:
+        return {"labels": list(self.labels), "on": self.on, "name": self.name}
+
+    def head(self, config: Any) -> nn.Module:
+        dropout = nn.Dropout(config.text.hidden_dropout_prob)
+        return nn.Sequential(dropout, nn.Linear(config.text.hidden_size, len(self.labels)))
+
+    def logits(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+        """The logits of the classes `(B, labels)`."""
+        ids, mask = batch.get("text_ids"), batch.get("text_mask")
+        if self.on == "visual":
+            pooled = model.pooled(model.embed(batch.get("video"), batch.get("image_embeds")))
+        elif self.on == "text":
+            pooled = model.encode_text(ids, mask)[:, 0]
+        else:
+            visual = model.embed(batch.get("video"), batch.get("image_embeds"))
+            pooled = model.fuse(model.encode_text(ids, mask), mask, visual).text[:, 0]
+        return model.heads[self.name](pooled)
+
+    def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+        """The mean cross-entropy.
+
+        Args:
+            model: with the modules of this task.
+            batch: `labels` `(B,)`, int64; `video` or `image_embeds` unless `on` is "text"; `text_ids` and `text_mask`
+                `(B, tokens)` unless it is "visual".
+        """
+        return F.cross_entropy(self.logits(model, batch).float(), batch["labels"])
+
+    def predict(self, model: Any, video: Tensor | None = None, **inputs: Any) -> Tensor:
+        """The probabilities of the classes `(B, labels)`, float32. Inputs: see `loss`."""
+        return self.logits(model, {"video": video, **inputs}).float().softmax(dim=-1)
+
+    def respond(self, model: Any, tokenizer: Tokenizer, num_return: int = 1) -> Respond:
+        count = len(self.labels)
+        require(1 <= num_return <= count, f"num_return must be from 1 to the {count} labels, got {num_return}")
+
+        def respond(image_embeds: Tensor, texts: Sequence[str | None]) -> list[Texts]:
+            inputs: dict[str, Any] = {"image_embeds": image_embeds}
+            if self.reads_text:
+                require(all(text is not None for text in texts), "this task needs a text for each file")
+                ids, mask = model.config.wording.questions(tokenizer, [str(text) for text in texts])
+                inputs |= {"text_ids": ids.to(image_embeds.device), "text_mask": mask.to(image_embeds.device)}
+            return best_labels(model.predict(self, **inputs), self.labels, num_return)
+
+        return respond
+
+    def classify(self, model: Any, tokenizer: Tokenizer, texts: Sequence[str], num_return: int = 1) -> list[Texts]:
+        """The most likely labels of texts, for a task on texts alone. A pair is two texts with " [SEP] " between."""
+        require(self.on == "text", f"{self.name} needs an image or a video")
+        ids, mask = model.config.wording.questions(tokenizer, texts)
+        device = next(model.parameters()).device
+        found = model.predict(self, text_ids=ids.to(device), text_mask=mask.to(device))
+        return best_labels(found, self.labels, num_return)
+
+    def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:
+        tensors = {"labels": torch.tensor([self._number(item) for item in items])}
+        if self.reads_text:
+            texts = [self.text_of(item, config) or "" for item in items]
+            ids, mask = config.wording.training_questions(tokenizer, texts, config.text.max_position_embeddings)
+            tensors |= {"text_ids": ids, "text_mask": mask}
+        return tensors
+
+    def targets(self, batch: Mapping[str, Tensor], config: Any) -> int:
+        return len(batch["labels"])
+
+    def text_of(self, item: Item, config: Any) -> str | None:
+        if not self.reads_text:
+            return None
+        return item.text if item.text_pair is None else f"{item.text} [SEP] {item.text_pair}"
+
+    def references(self, item: Item) -> Mapping[str, float]:
+        return {self.labels[self._number(item)]: 1.0}
+
+    def check_text(self, model: Any, tokenizer: Tokenizer, text: str) -> None:
+        require(bool(text.strip()), "the text is empty")
+
+    def _number(self, item: Item) -> int:
+        label = item.label
+        text = str(label).lower() if isinstance(label, bool) else str(label)
+        if text not in self.labels:
+            known = ", ".join(self.labels[:10]) + (", ..." if len(self.labels) > 10 else "")
+            raise DataError(
+                f"the item {printable(item.id)} has the label {printable(repr(label))}, and {self.name} knows {known}"
+            )
+        return self.labels.index(text)

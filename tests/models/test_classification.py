@@ -1,0 +1,136 @@
+"""Classification on images, videos, texts, and both; labels are kept with the weights."""
+
+import json
+
+import pytest
+import torch
+
+import mplug2_fast as mf
+from mplug2_fast.datasets import Item
+from mplug2_fast.tasks import Classification
+from mplug2_fast.text import Tokenizer
+from tests.models.test_mplug import SMALL as MPLUG
+from tests.tiny import SMALL as MPLUG2
+from tests.tiny import randomise
+
+LABELS = ("no", "yes", "maybe")
+FAMILIES = [(mf.MPlug2, MPLUG2, 3), (mf.MPlug, MPLUG, 2)]
+
+
+def make(family, config, on, name="verdict"):
+    torch.manual_seed(0)
+    return family(config, [Classification(LABELS, on, name)])
+
+
+def batch_of(config, on, frames, rows=3):
+    generator = torch.Generator().manual_seed(1)
+    size = config.vision.image_size
+    batch = {"labels": torch.arange(rows) % len(LABELS)}
+    if on != "text":
+        batch["video"] = torch.randn(rows, 3, frames, size, size, generator=generator)
+    if on != "visual":
+        batch["text_ids"] = torch.randint(5, 200, (rows, 6), generator=generator)
+        batch["text_mask"] = (torch.arange(6) < torch.tensor([[6], [3], [5]])).long()[:rows]
+        batch["text_ids"] *= batch["text_mask"]
+    return batch
+
+
+@pytest.mark.parametrize("on", ["visual", "text", "fused"])
+@pytest.mark.parametrize(("family", "config", "frames"), FAMILIES, ids=["mPLUG-2", "mPLUG"])
+def test_a_row_does_not_depend_on_the_others(family, config, frames, on):
+    model = randomise(make(family, config, on)).double()
+    batch = batch_of(config, on, frames)
+    batch = {name: each.double() if each.is_floating_point() else each for name, each in batch.items()}
+    inputs = {name: each for name, each in batch.items() if name != "labels"}
+    together = model.predict("verdict", **inputs)
+    for row in range(3):
+        alone = model.predict("verdict", **{name: each[row : row + 1] for name, each in inputs.items()})
+        torch.testing.assert_close(alone[0], together[row], rtol=1e-5, atol=1e-6)
+    expected = {"visual": {"vision"}, "text": {"text"}, "fused": {"vision", "text", "fusion"}}[on]
+    assert model.module_names - {"universal"} == expected
+    weight = model.heads["verdict"][1].weight
+    (gradient,) = torch.autograd.grad(model.loss("verdict", batch), weight)
+    step, place = 1e-6, (1, 2)
+    with torch.no_grad():
+        changed = []
+        for sign in (1, -1):
+            weight[place] += sign * step
+            changed.append(model.tasks["verdict"].logits(model, batch).double().log_softmax(dim=1))
+            weight[place] -= sign * step
+    rows = torch.arange(3), batch["labels"]
+    numeric = -(changed[0][rows].mean() - changed[1][rows].mean()) / (2 * step)
+    assert gradient[place].item() == pytest.approx(numeric.item(), rel=1e-3, abs=1e-6)
+
+
+def test_labels_are_kept_with_the_weights(tmp_path):
+    model = make(mf.MPlug, MPLUG, "fused", "verdict")
+    model.add_task(Classification(["cat", "dog"], name="animal"))
+    mf.checkpoint.save_pretrained(model, tmp_path / "saved")
+    stated = json.loads((tmp_path / "saved" / "config.json").read_text())["tasks"]
+    assert stated[0] == {"kind": "classification", "labels": list(LABELS), "on": "fused", "name": "verdict"}
+    found = mf.checkpoint.inspect(tmp_path / "saved")
+    assert (found.ok, found.tasks, found.family) == (True, ("verdict", "animal"), "mPLUG")
+    loaded = mf.from_pretrained(tmp_path / "saved")
+    assert loaded.tasks["verdict"].labels == LABELS
+    one = mf.from_pretrained(tmp_path / "saved", task="animal")
+    assert list(one.tasks) == ["animal"]
+    assert one.module_names == {"vision"}
+    batch = batch_of(MPLUG, "visual", 1)
+    expected = model.predict("animal", batch["video"])
+    torch.testing.assert_close(one.predict("animal", batch["video"]), expected, rtol=1e-4, atol=1e-5)
+    (tmp_path / "saved" / "config.json").write_text(json.dumps({"family": "mplug", "tasks": [{"kind": "poetry"}]}))
+    with pytest.raises(mf.CheckpointError, match="no kind of task 'poetry': choose one of classification"):
+        mf.from_pretrained(tmp_path / "saved")
+
+
+def test_items_and_texts():
+    task = Classification(["true", "false"], "text", "pairs")
+    items = [
+        Item("1", text="it rains", text_pair="it is wet", label=True),
+        Item("2", text="it rains", label="false"),
+    ]
+    tokenizer = Tokenizer.from_vocab()
+    config = MPLUG.replace(vocab_size=tokenizer.vocab_size)
+    for item in items:
+        task.require_fields(item)
+    batch = task.batch(items, tokenizer, config)
+    assert batch["labels"].tolist() == [0, 1]
+    assert batch["text_ids"][0].tolist() == [101, 2009, 15811, 102, 2009, 2003, 4954]
+    assert task.references(items[0]) == {"true": 1.0}
+    model = mf.MPlug(config, [task]).eval()
+    ((best,), _) = task.classify(model, tokenizer, ["it rains", "it pours"])
+    assert best.text in task.labels
+    with pytest.raises(mf.DataError, match="the item 3 has the label 'perhaps', and pairs knows true, false"):
+        task.batch([Item("3", text="a", label="perhaps")], tokenizer, config)
+    with pytest.raises(mf.DataError, match="has no label"):
+        task.require_fields(Item("4", text="a"))
+
+
+def test_training_lowers_the_loss():
+    model = make(mf.MPlug, MPLUG, "visual").train()
+    batch = batch_of(MPLUG, "visual", 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = model.loss("verdict", batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": ["one"]}, "from 2 to"),
+        ({"labels": ["a", "a"]}, "twice"),
+        ({"labels": "ab"}, "list of texts"),
+        ({"labels": ["a", ""]}, "not empty"),
+        ({"labels": ["a", "b"], "on": "sound"}, "on must be one of visual, text, fused"),
+        ({"labels": ["a", "b"], "name": "a b"}, "is no name for a task"),
+    ],
+)
+def test_bad_settings(arguments, message):
+    with pytest.raises(mf.ConfigError, match=message):
+        Classification(**arguments)
