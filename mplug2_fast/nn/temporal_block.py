@@ -53,12 +53,15 @@ class TemporalBlock(nn.Module):
         self.mlp = MLP(d_model, mlp_ratio * d_model, "quick_gelu")
         self.ln_2 = LayerNorm(d_model, eps=eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x and result: `(..., frames, 1 + patches, d_model)`, with any leading axes."""
-        x = x if self.lmhra1 is None else self.lmhra1(x)
+    def forward(self, x: Tensor, *, temporal: bool = True) -> Tensor:
+        """x and result: `(..., frames, 1 + patches, d_model)`, with any leading axes.
+
+        `temporal=False` skips the temporal modules.
+        """
+        x = self.lmhra1(x) if temporal and self.lmhra1 is not None else x
         normed = self.ln_1(x)
         x = self.attn(normed, residual=x) if unchanged(_ADDING, self.attn) else x + self.attn(normed)
-        x = x if self.lmhra2 is None else self.lmhra2(x)
+        x = self.lmhra2(x) if temporal and self.lmhra2 is not None else x
         if unchanged(_ADDING, self.mlp):
             return self.mlp(x, norm=self.ln_2, residual=True)
         return x + self.mlp(self.ln_2(x))

@@ -49,8 +49,9 @@ class ImageTower(nn.Module):
         )
         self.norm_post = LayerNorm(config.width, eps=config.layer_norm_eps)
 
-    def encode(self, video: Tensor) -> Tensor:
-        """Video `(B, 3, T, H, W)` to `(B, T', 1 + L, width)`, each frame with its class token in front."""
+    def encode(self, video: Tensor, **options: bool) -> Tensor:
+        """Video `(B, 3, T, H, W)` to `(B, T', 1 + L, width)`, each frame with its class token in front. Options are of
+        the blocks."""
         size = self.config.image_size
         if video.shape[-2:] != (size, size):
             raise ValueError(
@@ -63,7 +64,7 @@ class ImageTower(nn.Module):
         x = F.pad(x, (0, 0, 1, 0))
         x = norm_of_sum(self.norm_pre, x, embeddings.expand_as(x))
         for block in self.blocks:
-            x = block(x)
+            x = block(x, **options)
         return x
 
     def cut(self, video: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ class VisionTransformer(ImageTower):
             return video[..., None]
         return F.pad(video, (0, 0, 0, 0, 1, 1)).unfold(2, 3, self.config.temporal_stride)
 
-    def forward(self, video: Tensor) -> Tensor:
-        x = self.encode(video)
+    def forward(self, video: Tensor, *, temporal: bool = True) -> Tensor:
+        x = self.encode(video) if temporal else self.encode(video, temporal=False)
         class_token = x[:, :, 0].mean(dim=1, keepdim=True)
         return self.norm_post(torch.cat([class_token, x[:, :, 1:].flatten(1, 2)], dim=1))

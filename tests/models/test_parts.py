@@ -289,3 +289,26 @@ def test_dropout_that_stays_on_in_evaluation_counts():
             part.train()
     assert loss(model) != loss(model)
     assert not torch.equal(generate(model).scores, generate(model).scores)
+
+
+def test_ways_of_an_image():
+    """A frame skips the temporal modules, a clip repeats the image, and a text may end before the universal layers."""
+    model = randomise(mf.MPlug2(SMALL, ["question_answering"]))
+    image = random_video(SMALL, frames=1)[:, :, 0]
+    clip = image[:, :, None].expand(-1, -1, SMALL.vision.num_frames, -1, -1)
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_image(image, "clip"), model.encode_video(clip))
+        torch.testing.assert_close(model.encode_image(image), model.encode_video(image[:, :, None]))
+        frame = model.encode_image(image, "frame")
+        ids, mask = random_text(SMALL, 2, 5)
+        before = model.encode_text(ids, mask, universal=False)
+        shared = model.universal
+        after = shared.last(shared.first(before, key_padding_mask=mask), key_padding_mask=mask)
+        torch.testing.assert_close(after, model.encode_text(ids, mask))
+        assert not torch.allclose(frame, model.encode_image(image), atol=1e-3)
+        for block in model.visual.blocks:
+            for module in (block.lmhra1, block.lmhra2):
+                module.reset_parameters()  # the identity
+        torch.testing.assert_close(frame, model.encode_image(image))
+    with pytest.raises(ValueError, match="image_as must be single, clip or frame"):
+        model.encode_image(image, "video")

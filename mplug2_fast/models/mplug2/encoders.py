@@ -53,9 +53,9 @@ class TextEncoder(nn.Module):
             ]
         )
 
-    def forward(self, input_ids: Tensor, mask: Tensor, universal: UniversalLayers) -> Tensor:
-        """input_ids and mask `(B, tokens)` to `(B, tokens, D)`."""
+    def forward(self, input_ids: Tensor, mask: Tensor, universal: UniversalLayers | None) -> Tensor:
+        """input_ids and mask `(B, tokens)` to `(B, tokens, D)`; None for universal layers ends before them."""
         x = self.embeddings(input_ids)
-        for layer in (*self.layers, universal.first, universal.last):
+        for layer in (*self.layers, *((universal.first, universal.last) if universal is not None else ())):
             x = layer(x, key_padding_mask=mask)
         return x

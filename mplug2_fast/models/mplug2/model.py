@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 
 from mplug2_fast.models.model import Fused, Model
@@ -17,6 +19,9 @@ from mplug2_fast.nn.text_decoder import TextDecoder
 from mplug2_fast.nn.vision_transformer import VisionTransformer
 
 __all__ = ["Fused", "MPlug2"]
+
+
+ImageAs = Literal["single", "clip", "frame"]
 
 
 class MPlug2(Model):
@@ -44,9 +49,33 @@ class MPlug2(Model):
     def _names(self) -> OfficialNames:
         return MPlug2Names(self.config, self.module_names)
 
-    def encode_text(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        """input_ids and mask `(B, tokens)`, mask 1 for tokens and 0 for padding, to `(B, tokens, D)`."""
-        return self.text(input_ids, mask, self.universal)
+    def encode_image(self, image: Tensor, image_as: ImageAs = "single") -> Tensor:
+        """Image `(B, 3, H, W)`, normalised, to image_embeds `(B, S, D)`.
+
+        Args:
+            image: as frames of videos.
+            image_as: "single": one frame. "clip": a video that shows the image `num_frames` times, for models
+                that were trained on videos alone. "frame": one frame without the temporal modules, for models that were
+                trained on images in this way (mPLUG-2, figure 2b).
+
+        Raises:
+            ValueError: a wrong shape, or no such way.
+        """
+        if image_as not in ("single", "clip", "frame"):
+            raise ValueError(f"image_as must be single, clip or frame, got {image_as!r}")
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(f"image must be (batch, 3, height, width), got {tuple(image.shape)}")
+        video = image[:, :, None]
+        if image_as == "clip":
+            video = video.expand(-1, -1, self.config.vision.num_frames, -1, -1)
+        return self._encode(self._frame_embeds if image_as == "frame" else self._image_embeds, video)
+
+    def encode_text(self, input_ids: Tensor, mask: Tensor, *, universal: bool = True) -> Tensor:
+        """input_ids and mask `(B, tokens)`, mask 1 for tokens and 0 for padding, to `(B, tokens, D)`.
+
+        `universal=False` gives the text before the universal layers.
+        """
+        return self.text(input_ids, mask, self.universal if universal else None)
 
     def visual_features(self, image_embeds: Tensor) -> Tensor:
         return self.contrast.visual(self.pooled(image_embeds))
@@ -54,12 +83,15 @@ class MPlug2(Model):
     def pooled(self, image_embeds: Tensor) -> Tensor:
         return image_embeds[:, 0]
 
-    def _visual(self, video: Tensor) -> Tensor:
-        x = self.visual(video)
+    def _visual(self, video: Tensor, **options: bool) -> Tensor:
+        x = self.visual(video, **options)
         if self.visual_projection is not None:
             x = self.dropout(self.visual_projection_norm(linear(self.visual_projection, x)))
         return x
 
-    def _image_embeds(self, video: Tensor) -> Tensor:
-        x = self._visual(video)
+    def _image_embeds(self, video: Tensor, **options: bool) -> Tensor:
+        x = self._visual(video, **options)
         return self.dropout(norm_of_sum(self.visual_norm, x, self.universal(x)))
+
+    def _frame_embeds(self, video: Tensor) -> Tensor:
+        return self._image_embeds(video, temporal=False)
