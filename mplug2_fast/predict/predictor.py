@@ -19,7 +19,7 @@ from mplug2_fast.checkpoint import from_pretrained, vocabulary_path
 from mplug2_fast.devices import pick_device, pick_dtype
 from mplug2_fast.errors import CheckpointError, MPlug2Error, NotFiniteError
 from mplug2_fast.predict.memory import clip_bytes, is_out_of_memory, require_memory
-from mplug2_fast.tasks import Alternative, Respond, Task, Texts, get
+from mplug2_fast.tasks import TASKS, Alternative, Respond, Task, Texts, get
 from mplug2_fast.tasks.base import require
 from mplug2_fast.tasks.generative import text_options
 from mplug2_fast.text import Tokenizer, clean_question
@@ -131,11 +131,12 @@ class Predictor:
         else:
             require(tokenizer is None, "a checkpoint brings its own vocabulary: give a tokenizer only with a model")
             self.model, self.tokenizer = _load(checkpoint, task, dtype, device)
-        tasks = self.model.tasks
         if task is None:
-            self.task = next(iter(tasks.values()))
+            self.task = next(iter(self.model.tasks.values()))
+        elif isinstance(task, str) and task not in TASKS and task in self.model.tasks:
+            self.task = self.model.tasks[task]
         else:
-            self.task = tasks[task] if isinstance(task, str) and task in tasks else get(task)
+            self.task = get(task)
 
     @classmethod
     def from_pretrained(
