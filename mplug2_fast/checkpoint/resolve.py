@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,9 +88,7 @@ def resolve(source: Source, tasks: Tasks = None, config: Any = None) -> Resolved
         servable = [task for task in TASKS.values() if config.modules_for([task]) <= inferred.modules]
     else:
         servable = [TASKS[name] for name in servable_tasks(shapes, config)]
-    wanted = wanted or _stated(source) or (max(servable, key=lambda task: len(task.modules & _CHAIN), default=None),)
-    if wanted == (None,):
-        wanted = (next(iter(TASKS.values())),)
+    wanted = wanted or _stated(source) or (_usual(servable, shapes, config),)
     names = official_names(config, wanted)
     modules = config.modules_for(wanted)
     missing = tuple(name for name, module in undetermined.items() if module in modules)
@@ -102,6 +100,15 @@ def resolve(source: Source, tasks: Tasks = None, config: Any = None) -> Resolved
 def _by_name(source: Source, task: Task | str) -> Task | Stated:
     """The task, or what the file states under that name."""
     return next((each for each in source.tasks if isinstance(each, dict) and each.get("name") == task), task)
+
+
+def _usual(servable: Sequence[Task], shapes: Container[str], config: Any) -> Task:
+    """The task that an entry of the file marks, or else the task with the most modules."""
+    marked = {task for key, task in FAMILIES[config.family].marks.items() if key in shapes}
+    for task in servable:
+        if task.name in marked:
+            return task
+    return max(servable, key=lambda task: len(task.modules & _CHAIN), default=next(iter(TASKS.values())))
 
 
 def _stated(source: Source) -> tuple[Task, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import stat
 import struct
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ from mplug2_fast.tasks import Stated
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 VOCABULARY_NAME = "vocab.txt"
+DEEPSPEED_NAME = "mp_rank_00_model_states.pt"
+"""The file with the weights in a folder that DeepSpeed writes."""
 METADATA_KEY = "mplug2_config"
 """Entry of the safetensors header that repeats config.json, so that the weights file is sufficient."""
 
@@ -76,13 +79,14 @@ def shown_path(path: str | Path) -> str:
 def open_checkpoint(path: str | Path) -> Source:
     """Opens an official `.pth`, a directory with config.json and model.safetensors, a `.safetensors`, or `owner/name`.
 
-    The last is a directory on the Hugging Face Hub, and is downloaded. No code in the file is executed. Raises
-    `CheckpointError` with the file, the reason and the remedy.
+    The last is a directory on the Hugging Face Hub, and is downloaded. A folder that DeepSpeed wrote works too. No code
+    in the file is executed. Raises `CheckpointError` with the file, the reason and the remedy.
     """
     path = local(path)
     shown = shown_path(path)
     try:
         path = path.expanduser()
+        path = _deepspeed_weights(path) or path
         kind = path.stat().st_mode
         if stat.S_ISDIR(kind):
             return _open_directory(path)
@@ -104,6 +108,31 @@ def open_checkpoint(path: str | Path) -> Source:
         raise CheckpointError(_what_else(head))
     except CheckpointError as error:
         raise CheckpointError(f"{shown}: {error}") from error
+
+
+def _deepspeed_weights(folder: Path) -> Path | None:
+    """The file with the weights in a folder that DeepSpeed wrote, or in the folder that its file `latest` names.
+
+    Raises `CheckpointError` if they are split over several files.
+    """
+    if not folder.is_dir() or (folder / CONFIG_NAME).exists():
+        return None
+    latest = folder / "latest"
+    if latest.is_file():
+        with latest.open("rb") as stream:
+            name = os.fsdecode(stream.read(256)).strip()
+        if name and Path(name).name == name:
+            folder = folder / name
+    file = folder / DEEPSPEED_NAME
+    if not file.is_file():
+        return None
+    parts = len(list(folder.glob("mp_rank_*_model_states.pt")))
+    if parts > 1:
+        raise CheckpointError(
+            f"{shown_path(folder)}: the weights are split over {parts} files; merge them with DeepSpeed's "
+            "zero_to_fp32.py"
+        )
+    return file
 
 
 def vocabulary_path(path: str | Path) -> Path | None:

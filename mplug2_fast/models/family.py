@@ -44,6 +44,7 @@ class Family:
         build: (configuration, tasks, device, dtype) -> model.
         clip_bytes: the memory of a clip: see `mplug2_fast.predict.memory`.
         spellings: other beginnings of official names -> the ones that we use.
+        marks: entry that only files of one task have -> the name of the task.
     """
 
     config: type[Config]
@@ -53,6 +54,7 @@ class Family:
     build: Callable[..., nn.Module]
     clip_bytes: Callable[..., int]
     spellings: Mapping[str, str] = field(default_factory=dict)
+    marks: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:

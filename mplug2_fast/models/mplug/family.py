@@ -27,4 +27,13 @@ def _build(
     return mplug.MPlug(config, tasks, device=device, dtype=dtype)
 
 
-MPLUG = Family(MPlugConfig, MPlugNames, recognise, infer, _build, clip_bytes, WRAPPED_ENCODERS)
+MPLUG = Family(
+    MPlugConfig,
+    MPlugNames,
+    recognise,
+    infer,
+    _build,
+    clip_bytes,
+    WRAPPED_ENCODERS,
+    marks={"bbox_prob_mask": "grounding"},
+)
