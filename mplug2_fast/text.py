@@ -1,4 +1,4 @@
-"""Words to token ids and back: the uncased BERT WordPiece, and the clean-up that the released datasets apply."""
+"""Words to token ids and back: the uncased BERT WordPiece, and the clean-up of the official datasets."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Tokenizer:
 
         Each row is [CLS], the text's tokens and, with `end`, [SEP]; shorter rows are padded with 0, where the mask
         is 0 too. A row longer than `max_length`, [CLS] included, loses its last tokens, the [SEP] among them: the
-        released call appends the [SEP] to the text and truncates afterwards. Special tokens that are written out
+        official code appends the [SEP] to the text and truncates afterwards. Special tokens that are written out
         in a text, such as "[SEP]", become the one token that they name.
         """
         if max_length is not None and max_length < 1:
@@ -110,11 +110,11 @@ class Tokenizer:
         return ids, mask
 
     def encode_questions(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and masks of questions as the released test code makes them: cleaned up, not truncated, no [SEP]."""
+        """Ids and masks of questions as the official test code makes them: cleaned up, not truncated, no [SEP]."""
         return self.encode([clean_question(question) for question in questions], end=False)
 
     def encode_answers(self, answers: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and masks of answers as the released code makes them: as they are, ending with [SEP]."""
+        """Ids and masks of answers as the official code makes them: as they are, ending with [SEP]."""
         return self.encode(answers, end=True)
 
     def encode_captions(
@@ -144,7 +144,7 @@ class Tokenizer:
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """The text of one sequence of ids.
 
-        Padding (-1 or 0), [CLS] and [SEP] are dropped wherever they stand; as in the released code, a [SEP] does not
+        Padding (-1 or 0), [CLS] and [SEP] are dropped wherever they stand; as in the official code, a [SEP] does not
         end the text. Spaces before punctuation and in contractions are removed, as BERT's tokenizer does.
         """
         ids = ids.tolist() if isinstance(ids, Tensor) else ids
@@ -170,15 +170,15 @@ def is_text(text: str) -> bool:
 
 
 def clean_question(text: str, max_words: int = 50) -> str:
-    """A question as the released datasets clean it: lower-case, without punctuation, at most `max_words` words.
+    """A question as the official datasets clean it: lower-case, without punctuation, at most `max_words` words.
 
-    Words are what single spaces separate, so a doubled space counts as an empty word, as in the released code.
+    Words are what single spaces separate, so a doubled space counts as an empty word, as in the official code.
     """
     return _first_words(text.lower().translate(_REMOVED).rstrip(" "), max_words)
 
 
 def clean_caption(text: str, max_words: int = 80) -> str:
-    """A caption as the released datasets clean it: as a question, and runs of white space become one space."""
+    """A caption as the official datasets clean it: as a question, and runs of white space become one space."""
     text = text.lower().translate(_REMOVED).replace("<person>", "person")
     return _first_words(re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" "), max_words)
 

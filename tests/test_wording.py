@@ -1,11 +1,13 @@
 """What the families make of texts. Expected ids are those of the official datasets, in bert-base-uncased."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 import mplug2_fast as mf
 from mplug2_fast.datasets import Item
+from mplug2_fast.errors import DataError
 from mplug2_fast.models.mplug.wording import video_caption
 from mplug2_fast.text import Tokenizer
 from tests.golden.cases import FOLDER
@@ -37,6 +39,16 @@ def test_a_question_is_truncated_in_training_alone(tokenizer):
     long = ["word " * 100]
     assert WORDING.training_questions(tokenizer, long, 512)[0].shape[1] == 80
     assert WORDING.questions(tokenizer, long)[0].shape[1] == 101
+
+
+def test_words_and_objects_do_not_count_as_a_long_question(tokenizer):
+    """The fields `ocr` and `object_label` add words to a question that mPLUG reads as a whole."""
+    config = mf.MPlugConfig.preset("tiny").replace(vocab_size=tokenizer.vocab_size, max_position_embeddings=128)
+    task, model = mf.tasks.get("question_answering"), SimpleNamespace(config=config)
+    extra = {"ocr": [[place, "word"] for place in range(40)], "object_label": "&&".join(["man"] * 30)}
+    task.check_text(model, tokenizer, task.text_of(Item("1", question="what?", extra=extra), config))
+    with pytest.raises(DataError, match=r"^the item 1: ocr must be a list of \[place, word\], got \['ab'\]$"):
+        task.text_of(Item("1", question="what?", extra={"ocr": ["ab"]}), config)
 
 
 def test_a_text_keeps_what_follows_a_separator(tokenizer):

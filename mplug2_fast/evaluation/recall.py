@@ -5,7 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+from mplug2_fast.tasks.matching import LEFT_OUT
 
 CUTOFFS = (1, 5, 10)
 
@@ -20,9 +23,17 @@ def recalls(scores: Tensor, right: Tensor) -> dict[str, float]:
 
 
 def ranks_of(scores: Tensor, right: Tensor) -> list[int]:
-    """The rank, from 1, of the best right result of each query. Arguments: as for `recalls`."""
+    """The rank, from 1, of the best right result of each query. Arguments: as for `recalls`.
+
+    Equal scores rank in the order of the results. Pairs that were not compared rank last, the right ones behind the
+    wrong ones.
+    """
     best = scores.masked_fill(~right, -float("inf")).amax(dim=1, keepdim=True)
-    return (1 + (scores > best).sum(dim=1)).tolist()
+    tied = scores == best
+    first = (tied & right).int().argmax(dim=1, keepdim=True)
+    before = torch.arange(scores.shape[1], device=scores.device) < first
+    ahead = (scores > best) | (tied & ~right & (before | (best <= LEFT_OUT)))
+    return (1 + ahead.sum(dim=1)).tolist()
 
 
 def recalls_of_ranks(ranks: Sequence[float]) -> dict[str, float]:

@@ -28,7 +28,7 @@ def beam_search(
     max_length: int,
     num_return: int,
 ) -> Iterator[tuple[Tensor, Hypotheses]]:
-    """The released search: a beam that produced the end token is stored as a hypothesis and goes on; when the best beam
+    """The official search: a beam that produced the end token is stored as a hypothesis and goes on; when the best beam
     produced it, or at the last step, all beams of that video are stored and the video is done.
 
     Args:

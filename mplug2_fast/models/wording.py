@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -19,7 +19,13 @@ PHRASE_TOKENS = 20
 
 
 class Wording:
-    """mPLUG-2's wording. The sources are the official datasets."""
+    """mPLUG-2's wording. The sources are the official datasets.
+
+    Attributes:
+        max_question_words: what the model reads of a question; None for all of it.
+    """
+
+    max_question_words: ClassVar[int | None] = 50
 
     def question_of(self, item: Item) -> str:
         """An item's question as the model reads it."""

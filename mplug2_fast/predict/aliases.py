@@ -62,7 +62,8 @@ class Answerer(Predictor):
 
         Args:
             paths, num_workers, timeout: as for `Predictor.predict`.
-            question: at most 50 words, asked about each file; it is cleaned up as the official datasets do.
+            question: asked about each file; it is cleaned up as the official datasets of the model's family do. mPLUG-2
+                reads at most 50 words.
             candidates: the answers to choose from; None generates an answer by beam search.
             num_beams, min_length, max_length: of the beam search, as in `Captioner.caption`; not with candidates.
             num_return: answers per file, at most `num_beams`, or at most the number of candidates.

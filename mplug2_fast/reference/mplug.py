@@ -301,7 +301,7 @@ class MPlug(nn.Module):
         return logits + mask
 
     def grounding_loss(self, visual: Tensor, text_ids: Tensor, text_mask: Tensor, target_boxes: Tensor) -> Tensor:
-        """The loss as released: each sample's cross-entropy times the weights of every sample of the batch."""
+        """The official loss: each sample's cross-entropy times the weights of every sample of the batch."""
         memory, mask = self.memory(visual, text_ids, text_mask)
         targets = FIRST_BIN + (target_boxes.clamp(0, 1) * (BINS - 1)).long()
         start = targets.new_full((len(targets), 1), START)

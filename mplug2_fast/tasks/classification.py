@@ -27,6 +27,8 @@ _MODULES: dict[str, frozenset[str]] = {
     "fused": frozenset({"vision", "text", "fusion"}),
 }
 MAX_LABELS = 100_000
+SEPARATOR = " [SEP] "
+"""Between the texts of a pair."""
 
 
 class Classification(Task):
@@ -44,12 +46,12 @@ class Classification(Task):
 
     kind = "classification"
     options = ("num_return",)
-    fields = ("label",)
     metrics = ("accuracy", "f1")
     # Each task has its own.
     name: str  # type: ignore[misc]
     modules: frozenset[str]  # type: ignore[misc]
     reads_text: bool  # type: ignore[misc]
+    fields: tuple[str, ...]  # type: ignore[misc]
 
     def __init__(self, labels: Sequence[str], on: On = "visual", name: str = "classification") -> None:
         require(not isinstance(labels, str), "labels must be a list of texts, not one text")
@@ -60,6 +62,7 @@ class Classification(Task):
         require(isinstance(name, str) and name.isidentifier(), f"{printable(repr(name))} is no name for a task")
         self.labels, self.on, self.name = tuple(labels), on, name
         self.modules, self.reads_text = _MODULES[on], on != "visual"
+        self.fields = ("text", "label") if self.reads_text else ("label",)
 
     def settings(self) -> dict[str, Any]:
         return {"labels": list(self.labels), "on": self.on, "name": self.name}
@@ -102,7 +105,7 @@ class Classification(Task):
             inputs: dict[str, Any] = {"image_embeds": image_embeds}
             if self.reads_text:
                 require(all(text is not None for text in texts), "this task needs a text for each file")
-                ids, mask = model.config.wording.questions(tokenizer, [str(text) for text in texts])
+                ids, mask = _encoded(model.config, tokenizer, [str(text) for text in texts])
                 inputs |= {"text_ids": ids.to(image_embeds.device), "text_mask": mask.to(image_embeds.device)}
             return best_labels(model.predict(self, **inputs), self.labels, num_return)
 
@@ -111,7 +114,7 @@ class Classification(Task):
     def classify(self, model: Any, tokenizer: Tokenizer, texts: Sequence[str], num_return: int = 1) -> list[Texts]:
         """The most likely labels of texts, for a task on texts alone. A pair is two texts with " [SEP] " between."""
         require(self.on == "text", f"{self.name} needs an image or a video")
-        ids, mask = model.config.wording.questions(tokenizer, texts)
+        ids, mask = _encoded(model.config, tokenizer, texts)
         device = next(model.parameters()).device
         found = model.predict(self, text_ids=ids.to(device), text_mask=mask.to(device))
         return best_labels(found, self.labels, num_return)
@@ -119,8 +122,8 @@ class Classification(Task):
     def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:
         tensors = {"labels": torch.tensor([self._number(item) for item in items])}
         if self.reads_text:
-            texts = [self.text_of(item, config) or "" for item in items]
-            ids, mask = config.wording.training_questions(tokenizer, texts, config.text.max_position_embeddings)
+            texts = [str(self.text_of(item, config)) for item in items]
+            ids, mask = _encoded(config, tokenizer, texts)
             tensors |= {"text_ids": ids, "text_mask": mask}
         return tensors
 
@@ -130,12 +133,15 @@ class Classification(Task):
     def text_of(self, item: Item, config: Any) -> str | None:
         if not self.reads_text:
             return None
-        return item.text if item.text_pair is None else f"{item.text} [SEP] {item.text_pair}"
+        return item.text if item.text_pair is None else f"{item.text}{SEPARATOR}{item.text_pair}"
 
     def references(self, item: Item) -> Mapping[str, float]:
         return {self.labels[self._number(item)]: 1.0}
 
     def check_text(self, model: Any, tokenizer: Tokenizer, text: str) -> None:
+        from mplug2_fast.text import is_text
+
+        require(is_text(text), "the text has characters that are not UTF-8")
         require(bool(text.strip()), "the text is empty")
 
     def _number(self, item: Item) -> int:
@@ -147,3 +153,10 @@ class Classification(Task):
                 f"the item {printable(item.id)} has the label {printable(repr(label))}, and {self.name} knows {known}"
             )
         return self.labels.index(text)
+
+
+def _encoded(config: Any, tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Ids and mask of texts, cut where the positions end. The texts of a pair are cleaned one by one."""
+    clean = config.wording.clean_question
+    cleaned = [SEPARATOR.join(map(clean, text.split(SEPARATOR))) for text in texts]
+    return tokenizer.encode(cleaned, config.text.max_position_embeddings, end=False)

@@ -23,7 +23,7 @@ MAX_ERROR = 5.0
 MAX_PHRASE_LENGTH = 10_000
 """Characters."""
 
-Weighting = Literal["released", "per_sample", "none"]
+Weighting = Literal["official", "per_sample", "none"]
 
 
 class Boxes(NamedTuple):
@@ -50,7 +50,7 @@ class Grounding(Task):
     metrics = ("boxes",)
     finds_boxes = True
 
-    def loss(self, model: Any, batch: Mapping[str, Any], *, weighting: Weighting = "released") -> Tensor:
+    def loss(self, model: Any, batch: Mapping[str, Any], *, weighting: Weighting = "official") -> Tensor:
         """The mean cross-entropy of the four coordinates, weighted by how wrong the predicted box is.
 
         The weight of a coordinate is |predicted - true|, at most 5, times 1 - GIoU of the box, without a gradient. A
@@ -60,14 +60,14 @@ class Grounding(Task):
             model: with the modules of this task.
             batch: `video` `(B, 3, 1, H, W)` or `image_embeds` `(B, S, D)`; `text_ids`, `text_mask` `(B, tokens)`;
                 `target_boxes` `(B, 4)`, (center x, center y, width, height) in [0, 1].
-            weighting: "per_sample": as above. "released": as the official code, which multiplies each sample's
+            weighting: "per_sample": as above. "official": as the official code, which multiplies each sample's
                 cross-entropy by the weights of all samples of the batch. "none": the plain cross-entropy.
 
         Raises:
             ValueError: no such weighting.
         """
-        if weighting not in ("released", "per_sample", "none"):
-            raise ValueError(f"weighting must be released, per_sample or none, got {weighting!r}")
+        if weighting not in ("official", "per_sample", "none"):
+            raise ValueError(f"weighting must be official, per_sample or none, got {weighting!r}")
         targets = batch["target_boxes"].float()
         bins = (targets.clamp(0, 1) * (BINS - 1)).floor().long()
         inputs = torch.cat([bins.new_full((len(bins), 1), START), bins[:, :-1] + FIRST_BIN], dim=1)

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 MAX_CANDIDATES = 128
 """Candidates that the official code keeps after the first token, to score them in full."""
 
-MAX_QUESTION_WORDS = 50
 MAX_QUESTION_LENGTH = 10_000
 """Characters."""
 
@@ -112,11 +111,12 @@ class QuestionAnswering(Task):
         from mplug2_fast.text import is_text
 
         require(is_text(text), "the question has characters that are not UTF-8")
-        words = len(text.split())
-        require(bool(model.config.wording.clean_question(text).strip()), "the question is empty")
-        require(words <= MAX_QUESTION_WORDS, f"the question has {words} words, at most {MAX_QUESTION_WORDS} are read")
+        wording, words = model.config.wording, len(text.split())
+        most = wording.max_question_words
+        require(bool(wording.clean_question(text).strip()), "the question is empty")
+        require(most is None or words <= most, f"the question has {words} words, at most {most} are read")
         require(len(text) <= MAX_QUESTION_LENGTH, f"the question is longer than {MAX_QUESTION_LENGTH:,} characters")
-        ids, _ = model.config.wording.questions(tokenizer, [text])
+        ids, _ = wording.questions(tokenizer, [text])
         _require_positions(model, "the question", ids)
 
     def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:

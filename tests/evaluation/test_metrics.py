@@ -14,6 +14,7 @@ from mplug2_fast.errors import ConfigError, DataError
 from mplug2_fast.evaluation import METRICS, score, score_all, tokenize
 from mplug2_fast.evaluation.metrics import tokenizer
 from mplug2_fast.evaluation.metrics.answers import normalise_vqa
+from mplug2_fast.evaluation.recall import ranks_of
 from mplug2_fast.tasks import Alternative, Captioning
 
 CAPTIONS = [
@@ -254,6 +255,13 @@ def test_retrieval():
     assert scored.values == pytest.approx(
         {"recall@1": 20, "recall@5": 40, "recall@10": 60, "mrr": 20 * (1 + 1 / 3 + 1 / 8), "median_rank": 8}
     )
+
+
+def test_ranks_of_equal_scores():
+    """In the order of the results; pairs that were not compared rank last and are never found by chance."""
+    right = torch.eye(3).bool()
+    assert ranks_of(torch.full((3, 3), 0.5), right) == [1, 2, 3]
+    assert ranks_of(torch.tensor([[1.0, -100, -100], [2.0, -100, -100], [-100, 1.0, -100]]), right) == [1, 3, 3]
 
 
 def test_boxes():

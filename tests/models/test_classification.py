@@ -95,15 +95,18 @@ def test_items_and_texts():
         task.require_fields(item)
     batch = task.batch(items, tokenizer, config)
     assert batch["labels"].tolist() == [0, 1]
-    assert batch["text_ids"][0].tolist() == [101, 2009, 15811, 102, 2009, 2003, 4954]
+    for family in (config, MPLUG2):
+        ids = task.batch(items, tokenizer, family)["text_ids"]
+        assert ids[0].tolist() == [101, 2009, 15811, 102, 2009, 2003, 4954]
     assert task.references(items[0]) == {"true": 1.0}
     model = mf.MPlug(config, [task]).eval()
     ((best,), _) = task.classify(model, tokenizer, ["it rains", "it pours"])
     assert best.text in task.labels
     with pytest.raises(mf.DataError, match="the item 3 has the label 'perhaps', and pairs knows true, false"):
         task.batch([Item("3", text="a", label="perhaps")], tokenizer, config)
-    with pytest.raises(mf.DataError, match="has no label"):
-        task.require_fields(Item("4", text="a"))
+    for item, missing in ((Item("4", text="a"), "label"), (Item("5", label="true"), "text")):
+        with pytest.raises(mf.DataError, match=f"has no {missing}"):
+            task.require_fields(item)
 
 
 def test_training_lowers_the_loss():

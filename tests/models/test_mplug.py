@@ -93,7 +93,7 @@ def test_boxes():
     close(found.logits, logits)
 
 
-@pytest.mark.parametrize("weighting", ["released", "per_sample", "none"])
+@pytest.mark.parametrize("weighting", ["official", "per_sample", "none"])
 def test_grounding_loss_of_one_sample_has_no_broadcast(weighting):
     _, fast = pair()
     video, ids, mask = inputs(rows=2, texts=2)
@@ -104,7 +104,7 @@ def test_grounding_loss_of_one_sample_has_no_broadcast(weighting):
 
     alone = [loss(slice(i, i + 1), weighting) for i in range(2)]
     together = loss(slice(0, 2), weighting)
-    if weighting == "released":
+    if weighting == "official":
         close(alone[0], loss(slice(0, 1), "per_sample"))
         assert not torch.isclose(together, (alone[0] + alone[1]) / 2, rtol=1e-3)
     else:

@@ -88,7 +88,7 @@ def _image_question(record: Record, annotations: Annotations, name: str) -> Item
     answers: dict[str, float] = {}
     if "answer" in record or name.startswith("train"):
         answers = shares(record.texts("answer"))
-        if source == "vg":
+        if source in ("vg", "gqa"):
             answers = {answer: weight * VISUAL_GENOME_WEIGHT for answer, weight in answers.items()}
     number = record.name("question_id") if "question_id" in record else name
     return Item(
@@ -96,7 +96,7 @@ def _image_question(record: Record, annotations: Annotations, name: str) -> Item
         image=annotations.media.path(record.text("image")),
         question=record.text("question"),
         answers=answers,
-        extra={each: record.values[each] for each in ("ocr", "object_label") if each in record and record.values[each]},
+        extra={each: record.values[each] for each in ("ocr", "object_label") if record.values.get(each) is not None},
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from mplug2_fast.errors import DataError, printable
 from mplug2_fast.models.wording import Ids, Wording
 
 if TYPE_CHECKING:
@@ -22,15 +23,20 @@ _OPENINGS = ("a video of ", "a video clip of ", "a video showing ", "a video tut
 class MPlugWording(Wording):
     """Questions and captions are not cleaned: case and punctuation go to the tokenizer."""
 
+    max_question_words = None
+
     def question_of(self, item: Item) -> str:
         """The question, then [SEP] and the words read in the image, then [SEP] and the labels of objects.
 
         The fields `ocr` ([[place, word], ...]) and `object_label` ("a&&b") of the item are optional.
+
+        Raises:
+            DataError: `ocr` has another form.
         """
         from mplug2_fast.text import clean_question
 
         text = item.question or ""
-        words = [str(word) for _, word in item.extra.get("ocr") or ()]
+        words = _ocr_words(item)
         if words:
             text += f" [SEP] {clean_question(' '.join(words), MAX_OCR_WORDS)}"
         if "object_label" in item.extra:
@@ -55,6 +61,14 @@ class MPlugWording(Wording):
     def caption(self, tokenizer: Tokenizer, ids: Iterable[int], prompt: str) -> str:
         text = tokenizer.decode(ids)
         return video_caption(text) if prompt else text
+
+
+def _ocr_words(item: Item) -> list[str]:
+    ocr: Any = item.extra.get("ocr") or []
+    if not isinstance(ocr, list) or not all(isinstance(each, list | tuple) and len(each) == 2 for each in ocr):
+        what = printable(repr(ocr), 80)
+        raise DataError(f"the item {printable(item.id)}: ocr must be a list of [place, word], got {what}")
+    return [str(word) for _, word in ocr]
 
 
 def video_caption(text: str) -> str:
