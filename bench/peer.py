@@ -213,8 +213,8 @@ class Peer:
 
     def encode_universal(self, visual: Tensor) -> Tensor:
         model, universal = self.model, self.model.universal
-        latents = self.bert_layer(universal.first, universal.latents.expand(visual.shape[0], -1, -1), visual)
-        update = self.bert_layer(universal.last, visual, latents)
+        latents = self.bert_layer(universal.layers[0], universal.latents.expand(visual.shape[0], -1, -1), visual)
+        update = self.bert_layer(universal.layers[-1], visual, latents)
         return dropout(model.dropout, norm(model.visual_norm, visual + update))
 
     def encode_video(self, video: Tensor) -> Tensor:
@@ -227,7 +227,7 @@ class Peer:
         split = visual.shape[1]
         both_mask = torch.cat([mask.new_ones(visual.shape[0], 1, 1, split), mask], dim=-1)
         text = embed(model.text.embeddings, tokens, torch.arange(tokens.shape[1], device=tokens.device))
-        for layer in (*model.text.layers, model.universal.first, model.universal.last):
+        for layer in (*model.text.layers, *model.universal.layers):
             text = self.bert_layer(layer, text, None, mask)
         for layer in model.fusion.layers:
             if layer.crossattention is not None:
