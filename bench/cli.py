@@ -4,6 +4,7 @@
     python bench/run.py --quick                             # everything, small: under two minutes
     python bench/run.py --level ops --only attention,mlp --sizes large --direction forward,backward --dtype bfloat16
     python bench/run.py --level model --preset large --dtype bfloat16,float32 --json large.json
+    python bench/run.py --model mplug --preset large        # answers, captions, boxes, retrieval of one image
     python bench/run.py --level train --dtype float32,bfloat16            # a step of captioning and of answering
     python bench/run.py --quick --compare old.json --fail-if-slower 10%
     python bench/run.py --waterfall --preset large          # from the official algorithm to ours, a technique per row
@@ -27,15 +28,17 @@ import torch
 
 from bench import ceilings, compare, inputs, measure, packages, plots, runner, scaling, table, waterfall
 from bench.clock import MODES, Budget
+from bench.flops import MODEL_TASKS
 from bench.plan import BASELINES, LOADER, TASKS, TRAIN, Plan
 from bench.process import ProcessError
 from bench.progress import Progress, TerminalProgress
 from bench.row import COMPARED, DIRECTIONS, LEVELS, SIZES, Key, Results, Row, Selection, on_roofline
 from bench.runner import Settings
 from bench.video import cases as video
-from mplug2_fast import MPlug2Config
 from mplug2_fast.devices import DTYPES, pick_device
 from mplug2_fast.errors import MPlug2Error
+from mplug2_fast.models import FAMILIES
+from mplug2_fast.tasks.grounding import BINS, FIRST_BIN
 
 QUICK = Budget(seconds=0.12, most=100, fewest=3, slow=1.0)
 QUICK_PROCESSES = {"ops": 5, "modules": 2, "video": 2}
@@ -69,6 +72,12 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what").add_argument
     add("--level", type=names(LEVELS), default=LEVELS, help=f"{', '.join(LEVELS)} (default: all)")
     add("--only", type=names(), default=(), help="names of operators, modules and tasks (default: all)")
+    add(
+        "--model",
+        choices=tuple(MODEL_TASKS),
+        default="mplug2",
+        help="family of models (default: mplug2; mplug has the level model, on one image)",
+    )
     add("--preset", choices=("tiny", "base", "large"), help="size of modules and models (default: base; --quick: tiny)")
     add("--sizes", type=names(SIZES), help=f"sizes of operators: {', '.join(SIZES)} (default: the preset's)")
     add("--dtype", type=names(tuple(DTYPES)), default=("float32",), help=f"{', '.join(DTYPES)} (default: float32)")
@@ -111,8 +120,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--steps",
         type=int,
-        default=15,
-        help="decoding steps, all of which run; tokens that training learns (default: 15)",
+        help="decoding steps, all of which run; tokens that training learns (default: 15; mplug: 10)",
     )
     add("--batch", type=int, default=1, help="copies of the video (default: 1)")
     add("--reference-steps", type=int, metavar="N", help="time the reference at N steps; the notes say so")
@@ -157,8 +165,15 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Fills in defaults. Exits with status 2 if options are invalid."""
     options.preset = options.preset or ("tiny" if options.quick else "base")
     options.sizes = options.sizes or ("quick" if options.quick or options.preset == "tiny" else options.preset,)
-    config = MPlug2Config.preset(options.preset)
-    options.frames = config.vision.num_frames if options.frames is None else options.frames
+    config = FAMILIES[options.model].config.preset(options.preset)
+    images = options.model == "mplug"
+    if images:
+        if options.waterfall or options.scaling or options.accelerate or options.level not in (LEVELS, ("model",)):
+            parser.error("--model mplug measures only --level model")
+        options.level = ("model",)
+    if options.frames is None:
+        options.frames = 1 if images else config.vision.num_frames
+    options.steps = (10 if images else 15) if options.steps is None else options.steps
     options.repeats = options.repeats or (3 if options.scaling else 9 if options.quick else 5)
     options.reference_steps = options.reference_steps or options.steps
     for name in ("frames", "beams", "batch", "repeats"):
@@ -192,7 +207,7 @@ def check_named(options: argparse.Namespace) -> None:
         FileNotFoundError: a folder to write to does not exist.
     """
     levels = levels_of(options)
-    known = [name for level in levels for name in names_of(level)]
+    known = [name for level in levels for name in names_of(level, options)]
     unknown = [name for name in options.only if name not in known]
     if unknown:
         raise ValueError(f"no such name in {', '.join(levels)}: {', '.join(unknown)}; choose from {', '.join(known)}")
@@ -201,7 +216,8 @@ def check_named(options: argparse.Namespace) -> None:
         if not folder.is_dir():
             raise FileNotFoundError(f"folder {folder} does not exist: create it first")
     if options.video:
-        inputs.load(options.video, options.frames, MPlug2Config.preset(options.preset).vision.image_size)
+        config = FAMILIES[options.model].config.preset(options.preset)
+        inputs.load(options.video, options.frames, config.vision.image_size)
 
 
 def run(options: argparse.Namespace, progress: Progress) -> int:
@@ -279,8 +295,10 @@ def levels_of(options: argparse.Namespace) -> tuple[str, ...]:
     return ("model",) if options.accelerate else options.level
 
 
-def names_of(level: str) -> tuple[str, ...]:
+def names_of(level: str, options: argparse.Namespace) -> tuple[str, ...]:
     """The names that --only accepts in a level."""
+    if level == "model":
+        return MODEL_TASKS[options.model]
     return WHOLE[level] if level in WHOLE else importlib.import_module(f"bench.{level}.cases").NAMES
 
 
@@ -288,8 +306,16 @@ def works_of(level: str, options: argparse.Namespace) -> tuple[Any, ...]:
     """Keys; names of tasks at the levels that run whole models."""
     if level not in WHOLE:
         return tuple(keys(level, options))
-    chosen = ("captioning",) if options.accelerate else QUICK_TASKS[level] if options.quick else WHOLE[level]
-    return tuple(task for task in WHOLE[level] if task in (options.only or chosen) and not _lacks_clip(task, options))
+    known = names_of(level, options)
+    chosen = ("captioning",) if options.accelerate else QUICK_TASKS[level] if options.quick else known
+    wanted = (task for task in known if task in (options.only or chosen))
+    return tuple(task for task in wanted if not _lacks_clip(task, options) and not _lacks_places(task, options))
+
+
+def _lacks_places(task: str, options: argparse.Namespace) -> bool:
+    """Whether the vocabulary of the model, a tiny one, has no tokens for the places of boxes."""
+    vocabulary = FAMILIES[options.model].config.preset(options.preset).text.vocab_size
+    return task == "grounding" and vocabulary < FIRST_BIN + BINS
 
 
 def _lacks_clip(task: str, options: argparse.Namespace) -> bool:
@@ -349,6 +375,7 @@ def again(key: Key, options: argparse.Namespace, progress: Progress, best: dict[
 def plan(options: argparse.Namespace, kind: type[Plan] = Plan, tasks: tuple[str, ...] = ("captioning",)) -> Plan:
     sizes = ("frames", "beams", "steps", "batch", "repeats", "reference_steps")
     return kind(
+        model=options.model,
         preset=options.preset,
         dtypes=options.dtype,
         device=options.device,
@@ -357,7 +384,7 @@ def plan(options: argparse.Namespace, kind: type[Plan] = Plan, tasks: tuple[str,
         threads=options.threads or default_threads("model", options.preset),
         baselines=("reference",) if options.accelerate else tuple(b for b in BASELINES if b in options.baselines),
         freeze=options.device == "cpu" and not (options.quick or options.no_freeze),
-        compiled_tasks=() if options.quick else (*TASKS, *TRAIN),
+        compiled_tasks=() if options.quick else (*MODEL_TASKS[options.model], *TRAIN),
         quick=options.quick,
         accelerate=options.accelerate,
         video=options.video,

@@ -6,12 +6,24 @@ activations and softmaxes. Formulas are for batch 1.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 from torch import nn
 
-from mplug2_fast.models.mplug2 import MPlug2ForQuestionAnswering
+from mplug2_fast.models import FAMILIES
 from mplug2_fast.models.mplug2.config import MPlug2Config
+from mplug2_fast.tasks import get
+from mplug2_fast.tasks.grounding import BINS
 
 TASKS = ("captioning", "answering", "features", "vision", "universal", "decode")
+MPLUG_TASKS = (
+    *("captioning", "answering", "ranking", "grounding", "vision"),
+    *("retrieval features", "re-ranking", "re-ranking long texts"),
+)
+MODEL_TASKS = {"mplug2": TASKS, "mplug": MPLUG_TASKS}
+"""Family of models -> its tasks."""
+BOX_TOKENS = 4
 STEPS = (
     "captioning step",
     "captioning step checkpointed",
@@ -30,22 +42,30 @@ def _attention(queries: int, keys: int, channels: int) -> int:
     return 2 * _linear(queries, channels, keys)
 
 
-def visual_tokens(config: MPlug2Config, frames: int) -> int:
-    """S: the mean class token and the patches of all frames."""
+def visual_tokens(config: Any, frames: int) -> int:
+    """S: the class token, which mPLUG has for each frame and mPLUG-2 for all together, and the patches of all
+    frames."""
+    if config.family == "mplug":
+        return frames * (1 + config.vision.num_patches)
     return 1 + config.vision.output_frames(frames) * config.vision.num_patches
+
+
+def encoded_frames(config: Any, frames: int) -> int:
+    """Frames inside the vision encoder."""
+    return frames if config.family == "mplug" else config.vision.output_frames(frames)
 
 
 def patches(config: MPlug2Config, frames: int) -> int:
     """The patch convolution as a product."""
     vision = config.vision
-    inputs = 3 * vision.patch_size**2 * (3 if vision.temporal_downsampling else 1)
-    return _linear(vision.output_frames(frames) * vision.num_patches, inputs, vision.width)
+    inputs = 3 * vision.patch_size**2 * (3 if getattr(vision, "temporal_downsampling", False) else 1)
+    return _linear(encoded_frames(config, frames) * vision.num_patches, inputs, vision.width)
 
 
 def vision_projections(config: MPlug2Config, frames: int) -> int:
     """Queries, keys, values and output of all blocks."""
     vision = config.vision
-    tokens = vision.output_frames(frames) * (1 + vision.num_patches)
+    tokens = encoded_frames(config, frames) * (1 + vision.num_patches)
     return vision.layers * _linear(tokens, vision.width, 4 * vision.width)
 
 
@@ -53,18 +73,20 @@ def vision_scores(config: MPlug2Config, frames: int) -> int:
     """Attention within each frame, class token included."""
     vision = config.vision
     tokens = 1 + vision.num_patches
-    return vision.layers * vision.output_frames(frames) * _attention(tokens, tokens, vision.width)
+    return vision.layers * encoded_frames(config, frames) * _attention(tokens, tokens, vision.width)
 
 
 def vision_mlp(config: MPlug2Config, frames: int) -> int:
     """Both products of every block's MLP."""
     vision = config.vision
-    tokens = vision.output_frames(frames) * (1 + vision.num_patches)
+    tokens = encoded_frames(config, frames) * (1 + vision.num_patches)
     return vision.layers * 2 * _linear(tokens, vision.width, vision.mlp_ratio * vision.width)
 
 
 def local_temporal(config: MPlug2Config, frames: int) -> int:
-    """Two modules per block, on patches only: down, convolution over time, up."""
+    """Two modules per block, on patches only: down, convolution over time, up. mPLUG has none."""
+    if config.family == "mplug":
+        return 0
     vision = config.vision
     tokens, inner = vision.output_frames(frames) * vision.num_patches, vision.width // vision.temporal_reduction
     convolution = 2 * tokens * inner * vision.temporal_kernel_size
@@ -96,7 +118,7 @@ def universal_last(config: MPlug2Config, frames: int) -> int:
 
 
 def text_encoder(config: MPlug2Config, question: int) -> int:
-    """All layers over the tokens of a question, with the universal ones: self-attention and FFN."""
+    """All layers over the tokens of a text, with the universal ones: self-attention and FFN."""
     return config.text.text_encoder_layers * _bert_layer(config, question)
 
 
@@ -109,6 +131,57 @@ def fusion(config: MPlug2Config, frames: int, question: int) -> int:
         _bert_layer(config, tokens + question) if text.connected(n) else _bert_layer(config, question) + cross
         for n in range(text.fusion_layers)
     )
+
+
+def matching(config: Any, frames: int, texts: Sequence[int]) -> int:
+    """Whether each of several texts, given by their tokens, matches one visual input: fusion and the matching head.
+
+    The visual input is projected once for all texts, by the layers up to the first connected one. That layer gives each
+    text a visual input. Only the first token of the last layer is needed.
+    """
+    dim, intermediate = config.text.hidden_size, config.text.intermediate_size
+    visual, layers = visual_tokens(config, frames), config.text.fusion_layers
+    total, shared = len(texts) * _linear(1, dim, 2), True
+    for n in range(layers):
+        connected = config.text.connected(n)
+        for i, tokens in enumerate(texts):
+            projected = 0 if shared and i else visual
+            keys = tokens + visual * connected
+            rows = 1 if n == layers - 1 else keys
+            asked = 1 if n == layers - 1 else tokens + projected * connected
+            total += _linear(tokens + projected * connected, dim, 2 * dim) + _linear(asked, dim, dim)
+            total += _attention(rows, keys, dim) + _linear(rows, dim, dim) + 2 * _linear(rows, dim, intermediate)
+            if not connected:
+                total += _linear(projected, dim, 2 * dim) + _attention(rows, visual, dim) + _linear(rows, dim, 2 * dim)
+        shared = shared and not connected
+    return total
+
+
+def answers(config: Any, memory: int, texts: Iterable[int]) -> int:
+    """The probabilities of answers, given by their tokens with [CLS] and [SEP], over `memory` tokens.
+
+    [CLS] is computed once for all answers. [SEP] predicts nothing.
+    """
+    text, dim = config.text, config.text.hidden_size
+    places = [0] + [place for tokens in texts for place in range(1, tokens - 1)]
+    layer = _linear(len(places), dim, 6 * dim + 2 * text.intermediate_size) + _attention(len(places), memory, dim)
+    layer += sum(_attention(1, place + 1, dim) for place in places)
+    words = _linear(len(places), dim, dim + text.vocab_size)
+    return memory_keys_values(config, memory) + text.text_decode_layers * layer + words
+
+
+def box(config: Any, memory: int) -> int:
+    """Four greedy steps over `memory` tokens, in which only the tokens of places are scored."""
+    dim = config.text.hidden_size
+    scored = BOX_TOKENS * (_linear(1, dim, config.text.vocab_size) - _linear(1, dim, BINS))
+    return decoding(config, memory, 1, BOX_TOKENS) - scored
+
+
+def retrieval_features(config: Any, frames: int, texts: Iterable[int]) -> int:
+    """The features of one visual input and of texts, given by their tokens, whose states are results too."""
+    dim, width = config.text.hidden_size, config.contrast.embed_dim
+    of_texts = sum(text_encoder(config, tokens) + _linear(1, dim, width) for tokens in texts)
+    return vision(config, frames) + _linear(frames, dim, width) + of_texts
 
 
 def _bert_layer(config: MPlug2Config, tokens: int) -> int:
@@ -201,20 +274,44 @@ def vision(config: MPlug2Config, frames: int) -> int:
 
 
 def universal(config: MPlug2Config, frames: int) -> int:
-    """Visual tokens to image_embeds."""
+    """Visual tokens to image_embeds. For mPLUG they are the same."""
+    if config.family == "mplug":
+        return 0
     return universal_first(config, frames) + universal_last(config, frames)
 
 
 def needed(
-    task: str, config: MPlug2Config, *, frames: int, beams: int, steps: int, batch: int = 1, question: int = 10
+    task: str,
+    config: Any,
+    *,
+    frames: int,
+    beams: int,
+    steps: int,
+    batch: int = 1,
+    question: int = 10,
+    texts: Sequence[int] = (),
+    long_texts: Sequence[int] = (),
+    candidates: Sequence[int] = (),
 ) -> int:
-    """FLOP that `task` (from `TASKS`) needs for `batch` videos. A question has `question` tokens."""
+    """FLOP that `task` (from `MODEL_TASKS`) needs for `batch` videos. A question or a phrase has `question` tokens;
+    `texts`, `long_texts` and `candidates` are the tokens of the texts and of the answers that are compared."""
     if task in STEPS:
         return training(config, frames, steps, batch, question if task.startswith("answering") else 0)
     tokens, features = visual_tokens(config, frames), vision(config, frames) + universal(config, frames)
-    if task == "answering":
-        asked = text_encoder(config, question) + fusion(config, frames, question)
-        return batch * (features + asked + decoding(config, tokens + question, beams, steps))
+    if task in ("answering", "ranking", "grounding"):
+        asked = features + text_encoder(config, question) + fusion(config, frames, question)
+        memory = tokens + question
+        decoded = {
+            "answering": lambda: decoding(config, memory, beams, steps),
+            "ranking": lambda: answers(config, memory, candidates),
+            "grounding": lambda: box(config, memory),
+        }
+        return batch * (asked + decoded[task]())
+    if task == "retrieval features":
+        own = retrieval_features(config, frames, ())
+        return batch * own + retrieval_features(config, frames, texts) - own
+    if task.startswith("re-ranking"):
+        return batch * matching(config, frames, long_texts if task.endswith("long texts") else texts)
     decode = decoding(config, tokens, beams, steps)
     tasks = {
         "vision": vision(config, frames),
@@ -228,7 +325,7 @@ def needed(
 
 def needed_bytes(
     task: str,
-    config: MPlug2Config,
+    config: Any,
     element: int,
     *,
     frames: int,
@@ -236,6 +333,9 @@ def needed_bytes(
     steps: int,
     batch: int = 1,
     question: int = 10,
+    texts: Sequence[int] = (),
+    long_texts: Sequence[int] = (),
+    candidates: Sequence[int] = (),
 ) -> int:
     """Bytes that `task` must move, in elements of `element` bytes, without anything that could stay in a cache.
 
@@ -245,21 +345,31 @@ def needed_bytes(
       values: the memory's once for all beams of a video, and each beam's own; all are written once
     - training: weights and both moments of the optimizer, read and written, in float32
     """
-    model, vision_config, text = MPlug2ForQuestionAnswering(config, device="meta"), config.vision, config.text
+    tasks = [get("question_answering"), *([get("retrieval")] if config.family == "mplug" else ())]
+    model, vision_config, text = FAMILIES[config.family].build(config, tasks, "meta"), config.vision, config.text
     tokens = visual_tokens(config, frames)
     video = batch * 3 * frames * vision_config.image_size**2 * element
     states = batch * tokens * text.hidden_size * element
     found = batch * ((steps + 1) * 8 + 4)
     vision_weights = element * _parameters(model.visual, model.visual_projection, model.visual_projection_norm)
-    universal_weights = element * _parameters(model.universal, model.visual_norm)
+    own = (model.universal, model.visual_norm) if config.family == "mplug2" else ()
+    universal_weights = element * _parameters(*own)
     weights = vision_weights + universal_weights
     if task in STEPS:
-        trained = model if task.startswith("answering") else model.captioner()
-        return 6 * 4 * _parameters(trained) + video // element * 4 + batch * (steps + 1) * 8
-    if task == "answering":
-        asked = element * _parameters(model.text.layers, model.fusion)
+        trained = [model]
+        if not task.startswith("answering"):
+            trained = [part for name, part in model.named_children() if name not in ("text", "fusion")]
+        return 6 * 4 * _parameters(*trained) + video // element * 4 + batch * (steps + 1) * 8
+    asked = element * _parameters(model.text.layers, model.fusion)
+    if task in ("answering", "ranking", "grounding"):
+        beams, steps = {"answering": (beams, steps), "ranking": (1, 1), "grounding": (1, BOX_TOKENS)}[task]
         decode = decoding_bytes(model, element, tokens + question, beams, steps, batch)
-        return video + weights + asked + decode + found + batch * question * 8
+        return video + weights + asked + decode + found + (batch * question + sum(candidates)) * 8
+    text_states = sum(long_texts if task.endswith("long texts") else texts) * text.hidden_size * element
+    if task == "retrieval features":
+        return video + weights + element * _parameters(model.text.layers, model.contrast) + text_states
+    if task.startswith("re-ranking"):
+        return element * _parameters(model.fusion, model.matching) + states + text_states
     decode = decoding_bytes(model, element, tokens, beams, steps, batch) + found
     tasks = {
         "vision": video + vision_weights + states,
@@ -271,9 +381,7 @@ def needed_bytes(
     return tasks[task]
 
 
-def decoding_bytes(
-    model: MPlug2ForQuestionAnswering, element: int, memory: int, beams: int, steps: int, batch: int
-) -> int:
+def decoding_bytes(model: Any, element: int, memory: int, beams: int, steps: int, batch: int) -> int:
     """Weights, keys and values of a beam search over `memory` tokens."""
     decoder, dim = model.decoder, model.config.text.hidden_size
     once = len(decoder.layers) * 2 * dim * (dim + 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -12,16 +12,30 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+import mplug2_fast as mf
 from bench.peer import Peer
 from bench.weights import fill
-from mplug2_fast import MPlug2Config, reference
 from mplug2_fast.acceleration import accelerate
-from mplug2_fast.models import mplug2
 from mplug2_fast.ops import explain, layer_norm
 from mplug2_fast.ops.runtime import cuda
+from mplug2_fast.tasks.matching import match_pairs
 from mplug2_fast.training.optimizer import make_optimizer, official_of_parameters
 from mplug2_fast.training.recipe import Optimizer
 from mplug2_fast.training.world import checkpoint_activations, layers_of
+
+MODEL_TASKS = {
+    "answering": ("question_answering", "answer_ranking", "grounding"),
+    "retrieval": ("retrieval",),
+}
+"""Family of the benchmark's tasks -> tasks of an mPLUG model; otherwise captioning."""
+
+
+def build(library: Any, config: Any, family: str, **options: Any) -> nn.Module:
+    """The model of `library`, mplug2_fast or its reference, for a family of tasks."""
+    if config.family == "mplug":
+        return library.MPlug(config, MODEL_TASKS.get(family, ("captioning",)), **options)
+    answers = family.startswith("answering")
+    return (library.MPlug2ForQuestionAnswering if answers else library.MPlug2ForCaptioning)(config, **options)
 
 
 class NoInitialisation(TorchFunctionMode):
@@ -42,19 +56,19 @@ class Implementation:
     """
 
     backend: str
-    kinds = (mplug2.MPlug2ForCaptioning, mplug2.MPlug2ForQuestionAnswering)
+    library: Any = mf
 
     def __init__(
-        self, config: MPlug2Config, dtype: torch.dtype, device: str, beams: int, steps: int, family: str = "captioning"
+        self, config: Any, dtype: torch.dtype, device: str, beams: int, steps: int, family: str = "captioning"
     ) -> None:
         self.config, self.device, self.beams, self.steps = config, device, beams, steps
         self.trains = family.endswith("step")
         self.weights_dtype = torch.float32 if self.trains else dtype
         self.autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype != self.weights_dtype)
         self.answers = family.startswith("answering")
-        kind = self.kinds[self.answers]
         with NoInitialisation():
-            self.model = kind(config, device="meta", dtype=self.weights_dtype).to_empty(device=device).eval()
+            model = build(self.library, config, family, device="meta", dtype=self.weights_dtype)
+            self.model = model.to_empty(device=device).eval()
         fill(self.model.official_parameters())
         self.prepare()
         if self.trains:
@@ -69,6 +83,10 @@ class Implementation:
     def remarks(self) -> list[str]:
         """After the runs: what was not as it should have been."""
         return []
+
+    def method(self, task: str) -> Callable[..., Tensor]:
+        """The method of a task, which may say how long its texts are."""
+        return getattr(self, task.removesuffix(" long texts").removeprefix("long ").replace(" ", "_").replace("-", "_"))
 
     def vision(self, video: Tensor) -> Tensor:
         """Video `(batch, 3, frames, height, width)` to visual tokens `(batch, S, D)`."""
@@ -89,6 +107,26 @@ class Implementation:
     def captioning(self, video: Tensor) -> Tensor:
         """Video to the score of its best sequence, `(batch,)`."""
         return self.model.generate(video, **self.generation).scores[:, 0]
+
+    def ranking(self, video: Tensor, question: Tensor, mask: Tensor, answers: Tensor, answers_mask: Tensor) -> Tensor:
+        """log p of each of the answers `(answers, tokens)`, among them all: `(batch, answers)`."""
+        raise NotImplementedError
+
+    def grounding(self, video: Tensor, phrase: Tensor, mask: Tensor) -> Tensor:
+        """The logits of the places of the first coordinate `(batch, places)`. The others follow from it."""
+        raise NotImplementedError
+
+    def text_states(self, texts: Tensor, mask: Tensor) -> Tensor:
+        """Texts `(texts, tokens)` to hidden states."""
+        raise NotImplementedError
+
+    def retrieval_features(self, video: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
+        """The features of videos and texts, one after another `(batch + texts, embed_dim)`."""
+        raise NotImplementedError
+
+    def re_ranking(self, embeds: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+        """image_embeds and hidden states of texts to the matching logits `(batch, texts)`."""
+        raise NotImplementedError
 
     def answering(self, video: Tensor, question: Tensor, mask: Tensor) -> Tensor:
         """Video and question to the score of the best answer, `(batch,)`."""
@@ -147,7 +185,7 @@ class Reference(Implementation):
     """The official algorithm, eager."""
 
     backend = "eager"
-    kinds = (reference.MPlug2ForCaptioning, reference.MPlug2ForQuestionAnswering)
+    library = mf.reference
 
     def universal(self, visual: Tensor) -> Tensor:
         return self.model.visn_emb_norm(visual + self.model.text_encoder.v_module(visual))
@@ -168,6 +206,46 @@ class Reference(Implementation):
         return {name: parameter.grad for name, parameter in self.model.named_parameters()}
 
 
+class MPlugReference(Reference):
+    """mPLUG's official algorithm, eager."""
+
+    def vision(self, video: Tensor) -> Tensor:
+        return self.model.encode_video(video)
+
+    def captioning(self, video: Tensor) -> Tensor:
+        return self.model.search(self.model.encode_video(video), None, **self.generation).scores[:, 0]
+
+    def _memory(self, video: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.memory(self.model.encode_video(video), text, mask)
+
+    def answering(self, video: Tensor, question: Tensor, mask: Tensor) -> Tensor:
+        return self.model.search(*self._memory(video, question, mask), **self.generation).scores[:, 0]
+
+    def ranking(self, video: Tensor, question: Tensor, mask: Tensor, answers: Tensor, answers_mask: Tensor) -> Tensor:
+        visual = self.model.encode_video(video)
+        return in_order(*self.model.rank_answers(visual, question, mask, answers, answers_mask, len(answers)))
+
+    def grounding(self, video: Tensor, phrase: Tensor, mask: Tensor) -> Tensor:
+        return self.model.ground(self.model.encode_video(video), phrase, mask)[2][:, 0]
+
+    def text_states(self, texts: Tensor, mask: Tensor) -> Tensor:
+        return self.model.text_encoder(texts, mask)
+
+    def retrieval_features(self, video: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
+        visual, text = self.model.encode_video(video), self.model.text_encoder(texts, mask)
+        return torch.cat([self.model.image_feature(visual), self.model.text_feature(text)])
+
+    def re_ranking(self, embeds: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+        """Each pair is fused alone, with its own keys and values."""
+        pairs = (self.model.match(visual.expand(len(states), -1, -1), states, mask)[:, 1] for visual in embeds)
+        return torch.stack(list(pairs))
+
+
+def in_order(indices: Tensor, probabilities: Tensor) -> Tensor:
+    """log p of answers in the order in which they were given."""
+    return torch.empty_like(probabilities).scatter_(1, indices, probabilities.log())
+
+
 class Accelerated(Reference):
     """The reference after `mplug2_fast.accelerate`."""
 
@@ -179,7 +257,7 @@ class Accelerated(Reference):
 
 
 class Fast(Implementation):
-    """The fast model, as `mplug2_fast.models.mplug2` runs it."""
+    """The fast model."""
 
     def prepare(self) -> None:
         x = torch.zeros(1, 1, dtype=self.weights_dtype, device=self.device)
@@ -196,8 +274,30 @@ class Fast(Implementation):
     def universal(self, visual: Tensor) -> Tensor:
         return self.model.visual_norm(visual + self.model.universal(visual))
 
+    def captioning(self, video: Tensor) -> Tensor:
+        return self.model.predict("captioning", video, **self.generation).scores[:, 0]
+
     def decode(self, embeds: Tensor) -> Tensor:
-        return self.model.generate(image_embeds=embeds, **self.generation).scores[:, 0]
+        return self.model.predict("captioning", image_embeds=embeds, **self.generation).scores[:, 0]
+
+    def answering(self, video: Tensor, question: Tensor, mask: Tensor) -> Tensor:
+        asked = {"question_ids": question, "question_mask": mask}
+        return self.model.predict("question_answering", video, **asked, **self.generation).scores[:, 0]
+
+    def ranking(self, video: Tensor, question: Tensor, mask: Tensor, answers: Tensor, answers_mask: Tensor) -> Tensor:
+        texts = {"question_ids": question, "question_mask": mask, "answer_ids": answers, "answer_mask": answers_mask}
+        return in_order(*self.model.predict("answer_ranking", video, **texts, k=len(answers)))
+
+    def grounding(self, video: Tensor, phrase: Tensor, mask: Tensor) -> Tensor:
+        return self.model.predict("grounding", video, text_ids=phrase, text_mask=mask).logits[:, 0]
+
+    def retrieval_features(self, video: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
+        visual, text = self.model.encode_video(video), self.model.encode_text(texts, mask)
+        return torch.cat([self.model.visual_features(visual), self.model.text_features(text)])
+
+    def re_ranking(self, embeds: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+        everything = torch.ones(len(embeds), len(states), dtype=torch.bool, device=embeds.device)
+        return match_pairs(self.model, lambda row: embeds[row : row + 1], states, mask, everything)
 
 
 class Eager(Implementation):
@@ -227,6 +327,18 @@ class Eager(Implementation):
     def answering(self, video: Tensor, question: Tensor, mask: Tensor) -> Tensor:
         memory, memory_mask = self.peer.encode_question(video, question, mask)
         return self.peer.decode(memory, self.beams, self.steps, self.steps, memory_mask)[1]
+
+    def ranking(self, video: Tensor, question: Tensor, mask: Tensor, answers: Tensor, answers_mask: Tensor) -> Tensor:
+        return self.peer.rank(*self.peer.encode_question(video, question, mask), answers)
+
+    def grounding(self, video: Tensor, phrase: Tensor, mask: Tensor) -> Tensor:
+        return self.peer.ground(*self.peer.encode_question(video, phrase, mask))[:, 0]
+
+    def retrieval_features(self, video: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
+        return torch.cat(self.peer.retrieval_features(video, texts, mask))
+
+    def re_ranking(self, embeds: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+        return self.peer.match(embeds, states, mask)
 
     def loss(self, *inputs: Tensor) -> Tensor:
         if self.answers:
@@ -266,9 +378,10 @@ class Frozen(Compiled):
 
     def prepare(self) -> None:
         text = self.config.text
-        bert_layers = text.text_encoder_layers + text.num_uni_layer + text.fusion_layers
+        stacks = (text.text_encoder_layers, getattr(text, "num_uni_layer", 0), text.fusion_layers)
+        bert_layers = sum(stacks) + text.text_decode_layers  # answers that are ranked pass the decoder as whole texts
         torch._inductor.config.freezing = True
-        torch._dynamo.config.recompile_limit = 1 + max(self.config.vision.layers, text.text_decode_layers, bert_layers)
+        torch._dynamo.config.recompile_limit = 1 + max(self.config.vision.layers, bert_layers)
         super().prepare()
 
 
@@ -280,3 +393,8 @@ IMPLEMENTATIONS: dict[str, type[Implementation]] = {
     "compiled": Compiled,
     "frozen": Frozen,
 }
+
+
+def implementation(name: str, config: Any) -> type[Implementation]:
+    """The implementation of that name for a configuration's family of models."""
+    return MPlugReference if (name, config.family) == ("reference", "mplug") else IMPLEMENTATIONS[name]

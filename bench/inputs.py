@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,12 +53,26 @@ def load_array(path: Path, frames: int, image_size: int) -> Tensor:
     return preprocess_frames(torch.from_numpy(pixels[frame_indices(len(pixels), frames)]), image_size)
 
 
-def text(vocab_size: int, tokens: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Seeded ids that start with [CLS], and masks, `(batch, tokens)`. Each row is a token shorter than the one before,
-    down to three quarters of the tokens."""
+def lengths(tokens: int, batch: int, shortest: int | None = None) -> list[int]:
+    """Of the texts of `text`: each is a token shorter than the one before, down to `shortest`, by default three
+    quarters of the tokens."""
+    shortest = tokens - tokens // 4 if shortest is None else shortest
+    return [tokens - row % (tokens - shortest + 1) for row in range(batch)]
+
+
+def text(
+    vocab_size: int, lengths: Sequence[int], seed: int, *, width: int | None = None, last: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Seeded ids that start with [CLS], and masks, `(texts, width)`.
+
+    Args:
+        width: with padding; None for the longest text. last: the last token of each text.
+    """
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(SEP_TOKEN_ID + 1, vocab_size, (batch, tokens), generator=generator)
+    width, ends = width or max(lengths), torch.tensor(lengths)[:, None]
+    ids = torch.randint(SEP_TOKEN_ID + 1, vocab_size, (len(lengths), width), generator=generator)
     ids[:, 0] = CLS_TOKEN_ID
-    lengths = tokens - torch.arange(batch) % (tokens // 4 + 1)
-    mask = (torch.arange(tokens) < lengths[:, None]).long()
+    if last is not None:
+        ids.scatter_(1, ends - 1, last)
+    mask = (torch.arange(width) < ends).long()
     return ids * mask, mask

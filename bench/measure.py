@@ -18,18 +18,24 @@ from bench import inputs, loader, machine
 from bench.case import OURS
 from bench.clock import Turns
 from bench.flops import STEPS
-from bench.plan import DECODING, LOADER, QUESTION_TOKENS, Plan, Spec
+from bench.plan import COMPARED, DECODING, LOADER, QUESTION_TOKENS, TEXT_TOKENS, Plan, Spec
 from bench.process import Process, ProcessError
 from bench.progress import Progress
 from bench.row import Baseline, Results, Row
 from bench.worker import Worker
 from mplug2_fast.info import available_memory
+from mplug2_fast.models.config import SEP_TOKEN_ID
 
 SLOW_SECONDS = 5.0
 """A reference that is slower is neither warmed up nor repeated: its first run counts."""
 WARM_UPS = {"cuda": 3}
 """On a GPU a first run tunes and compiles, and a second one captures graphs."""
-BEFORE = {"universal": ("vision",), "decode": ("vision", "universal")}
+BEFORE = {
+    "universal": ("vision",),
+    "decode": ("vision", "universal"),
+    "re-ranking": ("vision", "text states"),
+    "re-ranking long texts": ("vision", "long text states"),
+}
 """The tasks that the reference computes first to give a task its input."""
 NOISE, SCORE_NOISE = 1e-5, 4e-2
 """Relative errors; see NOTES.md. In a narrow dtype a search may choose other words, which changes the score by that
@@ -110,10 +116,13 @@ def save_inputs(plan: Plan, exchange: Path) -> str:
     """Writes the inputs of the workers. Returns a description of the video."""
     config = plan.config
     description = plan.save_video(exchange)
-    lengths = {"question": QUESTION_TOKENS, "caption": 1 + config.generation.prompt_tokens + plan.steps}
-    lengths["answer"] = 1 + plan.steps
-    for seed, (name, tokens) in enumerate(lengths.items()):
-        ids, mask = inputs.text(config.text.vocab_size, tokens, plan.batch, seed)
+    caption = 1 + config.generation.prompt_tokens + plan.steps
+    tokens = {"question": QUESTION_TOKENS, "caption": caption, "answer": 1 + plan.steps}
+    texts = {name: inputs.lengths(longest, plan.batch) for name, longest in tokens.items()}
+    for seed, (name, lengths) in enumerate({**texts, **COMPARED}.items()):
+        width = TEXT_TOKENS if name == "texts" else None
+        last = SEP_TOKEN_ID if name == "candidates" else None
+        ids, mask = inputs.text(config.text.vocab_size, lengths, seed, width=width, last=last)
         torch.save(ids, exchange / f"{name}.pt")
         torch.save(mask, exchange / f"{name}_mask.pt")
     if LOADER in plan.tasks:

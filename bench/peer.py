@@ -1,4 +1,4 @@
-"""The compiled peer: mPLUG-2 as an expert writes it in an afternoon for `torch.compile`.
+"""The compiled peer: mPLUG-2 and mPLUG as an expert writes them in an afternoon for `torch.compile`.
 
 It computes with the parameters of the fast model and none of its code: plain PyTorch, batch-first,
 scaled_dot_product_attention, fused projections, static caches, all beams in one batch. Each function that repeats is
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mplug2_fast.models.config import CLS_TOKEN_ID, PAD_TOKEN_ID, SEP_TOKEN_ID
-from mplug2_fast.models.mplug2 import MPlug2ForCaptioning, MPlug2ForQuestionAnswering
+from mplug2_fast.nn.vision_transformer import ImageEncoder
+from mplug2_fast.tasks.grounding import BINS, FIRST_BIN, START
 
 TUNED = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"}
 """What mode="max-autotune-no-cudagraphs" tunes on a GPU, without two searches that take minutes: Triton products, which
@@ -50,9 +51,10 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def vision(model: nn.Module, video: Tensor, block: Callable[..., Tensor]) -> Tensor:
-    """Video `(batch, 3, frames, height, width)` to tokens `(batch, 1 + frames·patches, width)`."""
+    """Video `(batch, 3, frames, height, width)` to tokens `(batch, 1 + frames·patches, width)`, or to those of images
+    one after another `(batch, frames·(1 + patches), width)`."""
     config, patch = model.config, model.config.patch_size
-    kernel, stride = (3, config.temporal_stride) if config.temporal_downsampling else (1, 1)
+    kernel, stride = (3, config.temporal_stride) if getattr(config, "temporal_downsampling", False) else (1, 1)
     weight = model.patch_weight.view(-1, 3, kernel, patch, patch)
     x = F.conv3d(video.to(weight.dtype), weight, stride=(stride, patch, patch), padding=(kernel // 2, 0, 0))
     x = x.flatten(3).permute(0, 2, 3, 1)  # (batch, frames, patches, width)
@@ -60,17 +62,19 @@ def vision(model: nn.Module, video: Tensor, block: Callable[..., Tensor]) -> Ten
     x = norm(model.norm_pre, x + model.positional_embedding)
     for layer in model.blocks:
         x = block(layer, x)
+    if isinstance(model, ImageEncoder):
+        return norm(model.norm_post, x.flatten(1, 2))
     return norm(model.norm_post, torch.cat([x[:, :, 0].mean(dim=1, keepdim=True), x[:, :, 1:].flatten(1, 2)], dim=1))
 
 
 def vision_block(block: nn.Module, x: Tensor) -> Tensor:
     """`(batch, frames, 1 + patches, width)`."""
-    x = local_temporal(block.lmhra1, x)
+    x = x if block.lmhra1 is None else local_temporal(block.lmhra1, x)
     own = block.attn
     qkv = F.linear(norm(block.ln_1, x).flatten(0, 1), own.in_proj_weight, own.in_proj_bias)
     context = merge_heads(F.scaled_dot_product_attention(*split_heads(qkv, 3, own.num_heads)))
     x = x + linear(own.out_proj, context).view(x.shape)
-    x = local_temporal(block.lmhra2, x)
+    x = x if block.lmhra2 is None else local_temporal(block.lmhra2, x)
     return x + linear(block.mlp.c_proj, quick_gelu(linear(block.mlp.c_fc, norm(block.ln_2, x))))
 
 
@@ -97,12 +101,14 @@ def bert_layer(
     causal: bool = False,
     memory_mask: Tensor | None = None,
 ) -> Tensor:
-    """A post-norm BERT layer; with a memory, also cross-attention. Masks `(batch, 1, 1, tokens)`: tokens to see."""
+    """A post-norm BERT layer; with a memory, also cross-attention. Masks `(batch, 1, 1, tokens)`: tokens to see. A
+    memory of batch 1 serves all sequences, as the queries of one."""
     own = layer.attention.self
     qkv = split_heads(F.linear(x, own.in_proj_weight, own.in_proj_bias), 3, own.num_heads)
     x = add_norm(layer.attention.output, x, attend(own, *qkv, mask, causal))
     if memory is not None:
-        x = cross_attend(layer, x, *memory_heads(layer, memory), memory_mask)
+        queries = x.reshape(memory.shape[0], -1, x.shape[-1])
+        x = cross_attend(layer, queries, *memory_heads(layer, memory), memory_mask).view(x.shape)
     return feed_forward(layer, x)
 
 
@@ -182,9 +188,9 @@ def best_beams(
 
 
 class Peer:
-    """Captioning or question answering with the parameters of `model`. Only those parts must have memory that run."""
+    """The tasks with the parameters of `model`. Only those parts must have memory that run."""
 
-    def __init__(self, model: MPlug2ForCaptioning | MPlug2ForQuestionAnswering) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         self.sizes: tuple[Any, ...] = ()
         self.caches: list[tuple[Tensor, Tensor]] = []
@@ -212,30 +218,84 @@ class Peer:
         return dropout(model.dropout, norm(model.visual_projection_norm, linear(model.visual_projection, x)))
 
     def encode_universal(self, visual: Tensor) -> Tensor:
+        if not self.universal_layers:
+            return visual
         model, universal = self.model, self.model.universal
-        latents = self.bert_layer(universal.layers[0], universal.latents.expand(visual.shape[0], -1, -1), visual)
-        update = self.bert_layer(universal.layers[-1], visual, latents)
+        latents = self.bert_layer(universal.first, universal.latents.expand(visual.shape[0], -1, -1), visual)
+        update = self.bert_layer(universal.last, visual, latents)
         return dropout(model.dropout, norm(model.visual_norm, visual + update))
+
+    @property
+    def universal_layers(self) -> tuple[nn.Module, ...]:
+        """mPLUG has none."""
+        universal = getattr(self.model, "universal", None)
+        return () if universal is None else (universal.first, universal.last)
 
     def encode_video(self, video: Tensor) -> Tensor:
         return self.encode_universal(self.encode_visual(video))
 
-    def encode_question(self, video: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The decoder's memory [visual; text] `(batch, S + tokens, D)`, and its mask `(batch, 1, 1, S + tokens)`."""
-        model = self.model
-        visual, mask = self.encode_video(video), mask[:, None, None].bool()
-        split = visual.shape[1]
-        both_mask = torch.cat([mask.new_ones(visual.shape[0], 1, 1, split), mask], dim=-1)
-        text = embed(model.text.embeddings, tokens, torch.arange(tokens.shape[1], device=tokens.device))
-        for layer in (*model.text.layers, *model.universal.layers):
-            text = self.bert_layer(layer, text, None, mask)
-        for layer in model.fusion.layers:
+    def encode_text(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Tokens and mask `(batch, tokens)` to `(batch, tokens, D)`."""
+        text = embed(self.model.text.embeddings, tokens, torch.arange(tokens.shape[1], device=tokens.device))
+        for layer in (*self.model.text.layers, *self.universal_layers):
+            text = self.bert_layer(layer, text, None, mask[:, None, None].bool())
+        return text
+
+    def fuse(self, visual: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Visual and text after fusion, and the mask of both `(batch, 1, 1, S + tokens)`. A visual input of batch 1
+        serves all texts, until a connected layer gives each its own."""
+        mask, split = mask[:, None, None].bool(), visual.shape[1]
+        both_mask = torch.cat([mask.new_ones(len(mask), 1, 1, split), mask], dim=-1)
+        for layer in self.model.fusion.layers:
             if layer.crossattention is not None:
                 text = self.bert_layer(layer, text, visual, mask)
             else:  # connected
+                visual = visual.expand(len(text), -1, -1)
                 both = self.bert_layer(layer, torch.cat([visual, text], dim=1), None, both_mask)
                 visual, text = visual + both[:, :split], both[:, split:]
+        return visual, text, both_mask
+
+    def encode_question(self, video: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The decoder's memory [visual; text] `(batch, S + tokens, D)`, and its mask `(batch, 1, 1, S + tokens)`."""
+        visual, text, both_mask = self.fuse(self.encode_video(video), self.encode_text(tokens, mask), mask)
         return torch.cat([visual, text], dim=1), both_mask
+
+    def retrieval_features(self, video: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of images and of texts, each `(batch, embed_dim)`."""
+        contrast = self.model.contrast
+        visual, text = self.encode_visual(video)[:, 0], self.encode_text(tokens, mask)[:, 0]
+        projected = linear(contrast.vision_proj, visual), linear(contrast.text_proj, text)
+        return F.normalize(projected[0], dim=-1), F.normalize(projected[1], dim=-1)
+
+    def match(self, visual: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """The logits of each text `(texts, tokens, D)` with each visual input `(batch, S, D)`: `(batch, texts)`."""
+        fused = [self.fuse(each[None], text, mask)[1][:, 0] for each in visual]
+        return linear(self.model.matching, torch.stack(fused))[..., 1]
+
+    def rank(self, memory: Tensor, memory_mask: Tensor, answers: Tensor) -> Tensor:
+        """log p of each answer `(answers, tokens)` for each memory: `(batch, answers)`."""
+        decoder, found = self.model.decoder, []
+        for states, seen in zip(memory.split(1), memory_mask.split(1), strict=True):
+            x = embed(decoder.embeddings, answers, torch.arange(answers.shape[1], device=answers.device))
+            for layer in decoder.layers:
+                x = self.bert_layer(layer, x, states, None, True, seen)
+            labels = answers[:, 1:].masked_fill(answers[:, 1:] == PAD_TOKEN_ID, -100)
+            losses = F.cross_entropy(logits(decoder, x[:, :-1]).flatten(0, 1), labels.flatten(), reduction="none")
+            losses = losses.view(labels.shape)
+            # The first token counts twice: it also chooses the candidates.
+            found.append((-losses.sum(dim=1) - losses[:, 0]).log_softmax(dim=0))
+        return torch.stack(found)
+
+    def ground(self, memory: Tensor, memory_mask: Tensor) -> Tensor:
+        """Logits of the places in four greedy steps `(batch, 4, places)`."""
+        batch, device = memory.shape[0], memory.device
+        self.start(memory, 1, 4)
+        token, origin, found = torch.full((batch, 1), START, device=device), torch.arange(batch, device=device), []
+        for step in torch.arange(4, device=device):
+            x = self.states(token, step[None], origin, memory_mask)
+            found.append(logits(self.model.decoder, x)[:, 0, FIRST_BIN : FIRST_BIN + BINS])
+            token = FIRST_BIN + found[-1].argmax(dim=-1, keepdim=True)
+        return torch.stack(found, dim=1)
 
     def loss(self, video: Tensor, tokens: Tensor) -> Tensor:
         """The mean cross-entropy over the targets. All tokens of the prompt but the last are ignored.

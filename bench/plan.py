@@ -7,19 +7,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
+import mplug2_fast as mf
 from bench import flops, inputs
-from bench.flops import STEPS, TASKS
+from bench.flops import MPLUG_TASKS, STEPS, TASKS
+from bench.implementations import build
 from bench.row import Key
-from mplug2_fast import MPlug2Config
-from mplug2_fast.models.mplug2 import MPlug2ForCaptioning, MPlug2ForQuestionAnswering
+from mplug2_fast.models import FAMILIES as MODELS
 
 BASELINES = ("reference", "eager", "compiled")
 FAMILIES = {
     "captioning": ("captioning", "features", "vision", "universal", "decode"),
-    "answering": ("answering",),
+    "answering": ("answering", "ranking", "grounding"),
+    "retrieval": ("retrieval features", "re-ranking", "re-ranking long texts"),
     "captioning step": ("captioning step", "captioning step checkpointed", "data loader"),
     "answering step": ("answering step", "answering step checkpointed"),
 }
@@ -29,6 +32,15 @@ TRAIN = (*STEPS, LOADER)
 """The tasks of the level `train`. A checkpointed step computes the activations of each layer a second time."""
 DECODING = ("captioning", "answering", "decode")
 QUESTION_TOKENS = 10
+TEXT_TOKENS = 30
+"""To which mPLUG pads or cuts texts that are compared with an image."""
+COMPARED = {
+    "texts": inputs.lengths(17, 128, 9),
+    "long_texts": inputs.lengths(TEXT_TOKENS, 128, TEXT_TOKENS),
+    "candidates": inputs.lengths(5, 128, 3),
+}
+"""Tokens of 128 captions, about as long as those of COCO and Flickr30k, of 128 long texts, and of 128 answers, with
+[SEP]."""
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -40,7 +52,7 @@ class Spec:
     dtype: str
     device: str
     threads: int
-    config: MPlug2Config
+    config: Any
     beams: int
     steps: int
     exchange: str
@@ -56,7 +68,8 @@ class Plan:
     """A run of the benchmark at the level of the model.
 
     Attributes:
-        tasks: from `TASKS` and `TRAIN`, in the order of the rows.
+        model: a family of models.
+        tasks: from `bench.flops.MODEL_TASKS` of the model and `TRAIN`, in the order of the rows.
         threads: of each worker, on the CPU.
         baselines: from `BASELINES`. The reference always runs, because the others are compared with it.
         reference_steps: decoding steps of the reference, at most `steps`.
@@ -78,14 +91,15 @@ class Plan:
     reference_steps: int
     baselines: tuple[str, ...] = BASELINES
     freeze: bool = True
-    compiled_tasks: tuple[str, ...] = (*TASKS, *TRAIN)
+    compiled_tasks: tuple[str, ...] = (*dict.fromkeys((*TASKS, *MPLUG_TASKS)), *TRAIN)
     quick: bool = False
     accelerate: bool = False
     video: Path | None = None
+    model: str = "mplug2"
 
     @property
-    def config(self) -> MPlug2Config:
-        return MPlug2Config.preset(self.preset)
+    def config(self) -> Any:
+        return MODELS[self.model].config.preset(self.preset)
 
     @property
     def runs_a_turn(self) -> int:
@@ -97,7 +111,9 @@ class Plan:
     def sizes(self) -> str:
         """The sizes of a row."""
         batch = f", batch {self.batch}" if self.batch > 1 else ""
-        return f"{self.preset}, {self.frames} frames, {self.beams} beams, {self.steps} steps{batch}"
+        frames = f"{self.frames} frames" if self.frames > 1 or self.model == "mplug2" else "1 image"
+        family = "" if self.model == "mplug2" else f"{MODELS[self.model].title} "
+        return f"{family}{self.preset}, {frames}, {self.beams} beams, {self.steps} steps{batch}"
 
     def key(self, task: str, dtype: str) -> Key:
         name = f"{task}, accelerated" if self.accelerate else task
@@ -112,7 +128,7 @@ class Plan:
         return task in DECODING and self.reference_steps < self.steps
 
     def needed_flop(self, task: str) -> int:
-        return 0 if task == LOADER else flops.needed(task, self.config, **self._counted())
+        return 0 if task == LOADER else flops.needed(task, self.config, **self._counted(), **COMPARED)
 
     def recomputed_flop(self, task: str) -> int | None:
         return flops.recomputed(task, self.config, **self._counted()) if task.endswith("checkpointed") else None
@@ -125,9 +141,11 @@ class Plan:
         return self.batch * (flops.visual_tokens(self.config, self.frames) + text + self.steps)
 
     def needed_bytes(self, task: str, dtype: str) -> int:
-        return 0 if task == LOADER else flops.needed_bytes(task, self.config, ELEMENT_BYTES[dtype], **self._counted())
+        if task == LOADER:
+            return 0
+        return flops.needed_bytes(task, self.config, ELEMENT_BYTES[dtype], **self._counted(), **COMPARED)
 
-    def _counted(self) -> dict[str, int]:
+    def _counted(self) -> dict[str, Any]:
         sizes = {name: getattr(self, name) for name in ("frames", "beams", "steps", "batch")}
         return {**sizes, "question": QUESTION_TOKENS}
 
@@ -135,6 +153,7 @@ class Plan:
         """The command that measures a row again."""
         words = []
         words += ["--accelerate"] if self.accelerate else ["--level", "train" if task in TRAIN else "model"]
+        words += [] if self.model == "mplug2" else ["--model", self.model]
         words += ["--only", task, "--preset", self.preset, "--dtype", dtype]
         words += self.size_options()
         if self.reference_steps < self.steps:
@@ -227,7 +246,6 @@ class Plan:
 
 
 @cache
-def _parameters(config: MPlug2Config, family: str) -> int:
+def _parameters(config: Any, family: str) -> int:
     """The number of parameters of a family's model."""
-    kind = MPlug2ForQuestionAnswering if family.startswith("answering") else MPlug2ForCaptioning
-    return sum(p.numel() for p in kind(config, device="meta").parameters())
+    return sum(p.numel() for p in build(mf, config, family, device="meta").parameters())

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-PRELOADED = ("torch", "torch._dynamo", "torch._inductor.compile_fx", "mplug2_fast.ops", "mplug2_fast.models.mplug2")
+MODELS = ("mplug2_fast.models.mplug2", "mplug2_fast.models.mplug")
+PRELOADED = ("torch", "torch._dynamo", "torch._inductor.compile_fx", "mplug2_fast.ops", *MODELS)
 
 
 class ProcessError(Exception):

@@ -272,4 +272,16 @@ def _training() -> list[Target]:
     ]
 
 
-TARGETS = (*_captioning(), *_operators(), *_steps(), *_calls(), *_training())
+def _mplug() -> list[Target]:
+    def of(work: str, name: str, quantity: Quantity, bound: float) -> Target:
+        return Target(work, "model", name, "mPLUG large", "float32", "cpu", quantity, bound)
+
+    return [
+        of("mPLUG, re-ranking 128 texts of an image", "re-ranking", times("reference"), 8),
+        of("mPLUG, re-ranking 128 texts of an image", "re-ranking", GEMM_SHARE, 75),
+        of("mPLUG, an answer to a question", "answering", times("reference"), 3),
+        of("mPLUG, an answer to a question", "answering", times("compiled"), 1.2),
+    ]
+
+
+TARGETS = (*_captioning(), *_operators(), *_steps(), *_calls(), *_training(), *_mplug())

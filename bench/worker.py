@@ -17,7 +17,7 @@ from torch import Tensor
 from bench import memory
 from bench.case import relative_error
 from bench.flops import STEPS
-from bench.implementations import IMPLEMENTATIONS
+from bench.implementations import implementation
 from bench.loader import Loader
 from bench.plan import LOADER, Spec
 from bench.weights import seeded_noise
@@ -29,12 +29,19 @@ INPUTS = {
     "captioning": ("video",),
     "features": ("video",),
     "answering": ("video", "question", "question_mask"),
+    "ranking": ("video", "question", "question_mask", "candidates", "candidates_mask"),
+    "grounding": ("video", "question", "question_mask"),
+    "text states": ("texts", "texts_mask"),
+    "long text states": ("long_texts", "long_texts_mask"),
+    "retrieval features": ("video", "texts", "texts_mask"),
+    "re-ranking": ("visual", "states", "texts_mask"),
+    "re-ranking long texts": ("visual", "long_states", "long_texts_mask"),
     "captioning step": ("video", "caption", "caption_mask"),
     "answering step": ("video", "question", "question_mask", "answer", "answer_mask"),
 }
 """The files that each task reads from the exchange folder."""
 CHECKPOINTED = " checkpointed"
-OUTPUTS = {"vision": "visual", "universal": "embeds"}
+OUTPUTS = {"vision": "visual", "universal": "embeds", "text states": "states", "long text states": "long_states"}
 """The file that the reference's result becomes; other tasks read it."""
 ZERO = 1e-6
 """Gradients below this share of the largest norm are rounding. Biases of keys are: shifting all scores of a query
@@ -48,7 +55,7 @@ class Worker:
         torch.set_num_threads(spec.threads)
         self.device, self.exchange = spec.device, Path(spec.exchange)
         self.is_reference = spec.implementation == "reference"
-        self.implementation = IMPLEMENTATIONS[spec.implementation](
+        self.implementation = implementation(spec.implementation, spec.config)(
             spec.config, getattr(torch, spec.dtype), spec.device, spec.beams, spec.steps, spec.family
         )
         self._loader = Loader(spec.config, self.exchange)
@@ -98,7 +105,7 @@ class Worker:
         if task in STEPS:
             return self.implementation.step(inputs, checkpointed=task.endswith(CHECKPOINTED))
         with torch.no_grad():
-            return getattr(self.implementation, task)(*inputs)
+            return self.implementation.method(task)(*inputs)
 
     def _error(self, task: str, output: Tensor) -> float | None:
         target = self._target(task)

@@ -12,6 +12,7 @@ from mplug2_fast.nn.attention import AttentionHeads, FusedProjections, attend, c
 from mplug2_fast.nn.config import BertConfig
 from mplug2_fast.nn.layer_norm import LayerNorm, norm_of_sum
 from mplug2_fast.nn.mlp import feed_forward
+from mplug2_fast.nn.packing import Packing
 from mplug2_fast.nn.parts import PLAIN, add_linear, dropout_rate, linear, plain
 from mplug2_fast.nn.unchanged import Kinds, unchanged
 from mplug2_fast.ops.beam_attention import beam_attention
@@ -75,12 +76,14 @@ class BertFusedProjections(FusedProjections):
         *,
         key_padding_mask: Tensor | None = None,
         causal: bool = False,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Attention of x `(..., tokens, hidden)`, without the output projection.
 
         Args:
             memory: `(..., keys, hidden)`, with the leading axes of x; or its keys and values, for x `(batch, tokens,
                 hidden)`; or None for self-attention.
+            packing: for self-attention, see `BertLayer.forward`.
         """
         if isinstance(memory, KeysValues):
             query = self.project_query(x)
@@ -88,8 +91,24 @@ class BertFusedProjections(FusedProjections):
                 return beam_attention(query, *memory, key_padding_mask=key_padding_mask)
             key, value = (states.transpose(1, 2) for states in memory)
             return attend(self.dropout, query, key, value, key_padding_mask=key_padding_mask)
+        if packing is not None:
+            return self._within_texts(x, packing, causal)
         heads = self.project(x) if memory is None else (self.project_query(x), *self.project_memory(memory))
         return self.context(*heads, key_padding_mask=key_padding_mask, causal=causal)
+
+    def _within_texts(self, x: Tensor, packing: Packing, causal: bool) -> Tensor:
+        """Self-attention within each of the packed texts of x `(1, rows, hidden)`."""
+        if packing.first_only:
+            query, key, value = self.project_query(packing.wanted(x)), *self.project_memory(x)
+        else:
+            query, key, value = self.project(x)
+        found, text = [], 0
+        for group in packing.groups:
+            asked = query[0, text : text + group.texts, None] if packing.first_only else group.of(query[0])
+            heads = asked, group.of(key[0]), group.of(value[0])
+            found.append(self.context(*heads, key_padding_mask=group.mask, causal=causal).flatten(0, 1))
+            text += group.texts
+        return torch.cat(found)[None]
 
 
 class BertProjections(AttentionHeads):
@@ -180,8 +199,11 @@ class BertAttention(nn.Module):
         *,
         key_padding_mask: Tensor | None = None,
         causal: bool = False,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """x and result `(..., tokens, dim)`. Attends to x itself, or to a memory as in `BertLayer.forward`."""
+        """x and result `(..., tokens, dim)`. Attends to x itself, or to a memory; see `BertLayer.forward`."""
+        if packing is not None:
+            return self.output(self.self(x, causal=causal, packing=packing), packing.wanted(x))
         if memory is None:
             x = calm_padding(x, key_padding_mask)
             return self.output(self.self(x, key_padding_mask=key_padding_mask, causal=causal), x)
@@ -269,6 +291,7 @@ class BertLayer(nn.Module):
         causal: bool = False,
         memory: Tensor | KeysValues | None = None,
         memory_mask: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """Runs the layer.
 
@@ -279,13 +302,16 @@ class BertLayer(nn.Module):
             memory: `(..., keys, hidden)`, with the leading axes of x, or without the last of them: then the sequences
                 on that axis share it. Without a memory the layer skips cross-attention.
             memory_mask: `(..., keys)`, nonzero for tokens.
+            packing: of the texts in x `(1, rows, hidden)`, each of which attends only to itself. It has their masks.
+                It needs fused projections, and is for inference.
 
-        Returns a tensor of x's shape.
+        Returns a tensor of x's shape, or `(1, texts, hidden)` where the packing wants only first tokens.
 
         Raises:
             ValueError: shapes that do not match, or a memory for a layer without cross-attention.
         """
-        x = self.attention(x, key_padding_mask=key_padding_mask, causal=causal)
+        own = {"key_padding_mask": key_padding_mask} if packing is None else {"packing": packing}
+        x = self.attention(x, causal=causal, **own)
         if memory is not None:
             if self.crossattention is None:
                 raise ValueError("got a memory, but this layer was built without cross-attention")
@@ -308,3 +334,11 @@ class BertLayer(nn.Module):
 _FEED_FORWARD: Kinds = frozenset((BertIntermediate, BertOutput))
 BERT_KINDS: Kinds = PLAIN | _FEED_FORWARD | {BertEmbeddings, BertLayer, BertAttention, BertFusedProjections}
 """The classes of all modules in a text encoder."""
+
+
+def can_pack(*layers: nn.Module) -> bool:
+    """Whether these layers take a packing. Replaced or watched layers and attentions get padded texts."""
+    return all(
+        unchanged(BERT_KINDS, layer) and unchanged(BERT_KINDS, layer.attention, layer.attention.self)
+        for layer in layers
+    )

@@ -12,9 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mplug2_fast.nn.bert_layer import BERT_KINDS, BertEmbeddings, BertLayer, KeysValues
+from mplug2_fast.nn.bert_layer import BERT_KINDS, BertEmbeddings, BertLayer, KeysValues, can_pack
 from mplug2_fast.nn.config import BertConfig
 from mplug2_fast.nn.layer_norm import NORMS, LayerNorm
+from mplug2_fast.nn.packing import Packing
 from mplug2_fast.nn.parts import dropout_rate, linear
 from mplug2_fast.nn.unchanged import TENSORS, unchanged
 from mplug2_fast.ops.decoder_layer import decoder_layer
@@ -49,7 +50,7 @@ class Memory:
     keys_values: list[KeysValues | None]
     step_by: StepBy | None = None
 
-    def select(self, index: Tensor) -> Memory:
+    def select(self, index: Tensor | slice) -> Memory:
         """The memories of the batch rows `index`."""
         heads = [None if each is None else KeysValues(*(part[index] for part in each)) for each in self.keys_values]
         return Memory(self.states[index], None if self.mask is None else self.mask[index], heads)
@@ -134,6 +135,10 @@ class TextDecoder(nn.Module):
                 self._memory_of(index, remembered)
         return remembered
 
+    def can_pack(self) -> bool:
+        """Whether `forward` takes a packing."""
+        return self._is_unchanged() and can_pack(*self.layers)
+
     def _is_unchanged(self) -> bool:
         return unchanged(frozenset((type(self),)), self)
 
@@ -152,20 +157,32 @@ class TextDecoder(nn.Module):
             found = memory.keys_values[index] = KeysValues.of(layer.crossattention.self, memory.states)
         return found
 
-    def forward(self, input_ids: Tensor, mask: Tensor, memory: Memory, *, positions: slice = slice(None)) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        memory: Memory,
+        *,
+        positions: slice = slice(None),
+        packing: Packing | None = None,
+    ) -> Tensor:
         """Computes logits of whole sequences (teacher forcing).
 
         Args:
             input_ids, mask: `(batch, sequences, tokens)`; all sequences of a batch row attend to the same memory.
             positions: the tokens whose logits are wanted.
+            packing: for inference with a batch of 1: compute only the packed tokens of the sequences.
 
-        Returns logits `(batch, sequences, positions, vocabulary)`.
+        Returns logits `(batch, sequences, positions, vocabulary)`, or `(rows, vocabulary)` of the packed tokens.
         """
         x = self.embeddings(input_ids)
+        seen = {"key_padding_mask": mask} if packing is None else {"packing": packing}
+        if packing is not None:
+            x = packing.pack(x[0])[None]
         for index, layer in enumerate(self.layers):
             attended = self._memory_of(index, memory)
-            x = layer(x, key_padding_mask=mask, causal=True, memory=attended, memory_mask=memory.mask)
-        return self.logits(x[:, :, positions])
+            x = layer(x, causal=True, memory=attended, memory_mask=memory.mask, **seen)
+        return self.logits(x[:, :, positions] if packing is None else x[0])
 
     def new_cache(
         self, batch: int, beams: int, max_length: int, device: torch.device | None = None

@@ -12,8 +12,8 @@ from mplug2_fast.nn.parts import linear
 LEFT_OUT = -100.0
 """Score of a pair that was not compared."""
 
-MATCHING_BATCH = 64
-"""Texts of one visual input whose fusion is computed at once."""
+MATCHING_TOKENS = 8192
+"""Tokens, padding included, of the texts of one visual input whose fusion is computed at once."""
 
 
 class Scores(NamedTuple):
@@ -59,16 +59,20 @@ def match_pairs(model: Any, visual_of: Any, text: Tensor, text_mask: Tensor, wan
 
     Args:
         visual_of: from the number of a visual input to its image_embeds `(1, S, D)`. Each is asked for once, and its
-            keys and values are computed once for all its texts.
+            keys and values are computed once for all its texts, up to `MATCHING_TOKENS`.
         text: `(M, tokens, D)`. text_mask: `(M, tokens)`. wanted: `(N, M)`. All three may be on another device than the
             model, such as the CPU.
     """
     logits = torch.zeros(wanted.shape, dtype=text.dtype, device=text.device)
     for row in wanted.any(dim=1).nonzero()[:, 0].tolist():
         visual = visual_of(row)
-        for chosen in wanted[row].nonzero()[:, 0].split(MATCHING_BATCH):
-            texts = text[None, chosen].to(visual.device), text_mask[None, chosen].to(visual.device)
-            logits[row, chosen] = matched(model, visual, *texts)[0, :, 1].to(logits.device)
+        for chosen in wanted[row].nonzero()[:, 0].split(max(1, MATCHING_TOKENS // text.shape[1])):
+            some, mask = text[chosen].to(visual.device), text_mask[chosen].to(visual.device)
+            if model.fusion.can_pack():
+                pairs = linear(model.matching, model.fusion.first_tokens(some, mask, visual[0]))
+            else:
+                pairs = matched(model, visual, some[None], mask[None])[0]
+            logits[row, chosen] = pairs[:, 1].to(logits.device)
     return logits
 
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mplug2_fast.nn.packing import Packing
 from mplug2_fast.outputs import GenerationOutput
 from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, not_finite, require
 from mplug2_fast.tasks.generative import (
     BEFORE_LAST,
+    IGNORED,
     search_options,
     shifted_labels,
     text_options,
@@ -174,10 +176,14 @@ class AnswerRanking(QuestionAnswering):
         first = model.decoder(start, torch.ones_like(start), memory)[:, 0, 0]
         top_probs, top = first.float().softmax(dim=-1)[:, answer_ids[:, 1]].topk(k, dim=-1)
 
-        ids = answer_ids[top]  # (B, k, tokens): the candidates of a video share its memory
-        logits = model.decoder(ids, answer_mask[top], memory, positions=BEFORE_LAST).float().permute(0, 3, 1, 2)
-        labels = shifted_labels(ids, model.pad_token_id)
-        nll = F.cross_entropy(logits, labels, reduction="none").sum(dim=-1)
+        nll = torch.stack(
+            [
+                _negative_log_likelihoods(
+                    model, memory.select(slice(row, row + 1)), answer_ids[best], answer_mask[best]
+                )
+                for row, best in enumerate(top)
+            ]
+        )
         probs, order = (top_probs.log() - nll).softmax(dim=-1).sort(dim=-1, descending=True)
         return top.gather(1, order), probs
 
@@ -202,6 +208,23 @@ class AnswerRanking(QuestionAnswering):
             ]
 
         return respond
+
+
+def _negative_log_likelihoods(model: Any, memory: Any, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
+    """-log p of each of the answers `(A, tokens)` to one question, without [CLS]: `(A,)`.
+
+    Padding is not computed, nor the last token of each answer, which predicts nothing.
+    """
+    labels = F.pad(shifted_labels(answer_ids, model.pad_token_id), (0, 1), value=IGNORED).flatten()
+    places = torch.arange(len(labels), device=labels.device)
+    if model.decoder.can_pack():
+        packing = Packing.of(answer_mask, skip_last=1)
+        places = packing.places
+        logits = model.decoder(answer_ids[None], answer_mask[None], memory, packing=packing)
+    else:
+        logits = model.decoder(answer_ids[None], answer_mask[None], memory)[0].flatten(0, 1)
+    losses = F.cross_entropy(logits.float(), labels[places], reduction="none")
+    return losses.new_zeros(len(answer_ids)).index_add_(0, places // answer_ids.shape[1], losses)
 
 
 def _remember(

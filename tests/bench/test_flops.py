@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import mplug2_fast as mf
 from bench import flops
-from mplug2_fast import MPlug2Config, reference
+from mplug2_fast import MPlug2Config, MPlugConfig, reference
 from mplug2_fast.models.mplug2 import MPlug2ForCaptioning
 
 LARGE = MPlug2Config.preset("large")
@@ -65,6 +66,62 @@ def test_question_answering_against_the_reference():
     parts = flops.needed("features", config, **RUN) + flops.decoding(config, 257 + 7, 5, 15)
     asked = flops.text_encoder(config, 7) + flops.fusion(config, 16, 7)
     assert flops.needed("answering", config, **RUN, question=7) == parts + asked
+
+
+MPLUG = MPlugConfig.preset("large")
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        (flops.vision(MPLUG, 1) - flops.visual_projection(MPLUG, 1), 382),
+        (flops.memory_keys_values(MPLUG, 577 + 10), 17),
+        (flops.needed("answering", MPLUG, frames=1, beams=5, steps=10), 422),
+        (128 * flops.fusion(MPLUG, 1, 30), 1469),
+        (flops.matching(MPLUG, 1, [30] * 128), 372),
+    ],
+)
+def test_mplug_large(part, expected):
+    assert round(part / 1e9) == expected
+
+
+def small_mplug(**changes):
+    return MPlugConfig.preset("tiny").replace(vocab_size=700, stored_layers=5, fusion_layers=5, **changes)
+
+
+@pytest.mark.parametrize("stride", [3, 6])
+@torch.no_grad()
+def test_mplug_against_the_reference(stride):
+    config = small_mplug(stride_layer=stride)
+    model = reference.MPlug(config, list(mf.tasks.TASKS), device="meta").eval()
+    image, ids = torch.empty(1, 3, 48, 48, device="meta"), torch.zeros(1, 7, dtype=torch.long, device="meta")
+    mask, visual = torch.ones_like(ids), torch.empty(1, 37, 128, device="meta")
+    assert flops.visual_tokens(config, 1) == 37
+    assert flops.vision(config, 1) == counted(lambda: model.encode_image(image))
+    assert flops.text_encoder(config, 7) == counted(lambda: model.text_encoder(ids, mask))
+    asked = flops.text_encoder(config, 7) + flops.fusion(config, 1, 7)
+    assert asked == counted(lambda: model.memory(visual, ids, mask))
+    features = flops.retrieval_features(config, 1, [7])
+    text = torch.empty(1, 7, 128, device="meta")
+    assert features == flops.vision(config, 1) + flops.text_encoder(config, 7) + counted(
+        lambda: (model.image_feature(visual), model.text_feature(text))
+    )
+    # Of the last layer matching needs only the first token: no other queries, outputs, attention and FFN.
+    pairs, dim = counted(lambda: model.match(visual, text, mask)), config.text.hidden_size
+    rest = 2 * 6 * dim * (4 * dim + 2 * config.text.intermediate_size) + 4 * 6 * dim * (7 + 37)
+    assert flops.matching(config, 1, [7]) == pairs - rest
+
+
+@pytest.mark.parametrize("stride", [3, 6])
+@torch.no_grad()
+def test_what_the_fast_model_computes_is_what_is_needed(stride):
+    config, lengths = small_mplug(stride_layer=stride), [5, 2, 7, 5]
+    model = mf.MPlug(config, ["retrieval", "answer_ranking"]).eval()
+    mask = (torch.arange(7) < torch.tensor(lengths)[:, None]).long()
+    text, visual = torch.randn(4, 7, 128), torch.randn(37, 128)
+    found = counted(lambda: model.matching(model.fusion.first_tokens(text, mask, visual)))
+    # After a connected layer no token is left out.
+    assert 1 <= found / flops.matching(config, 1, lengths) < (1.1 if stride == 3 else 1.0001)
 
 
 def test_training_against_the_reference():

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from bench import measure
-from bench.flops import TASKS
+from bench.flops import MPLUG_TASKS, TASKS
 from bench.measure import Measured
 from bench.plan import FAMILIES, LOADER, TRAIN, Plan
 from bench.process import ProcessError
@@ -72,6 +72,21 @@ def test_no_task_has_the_compiler_in_its_memory(measured):
     for row in measured.rows:
         found = [row.peak_memory_bytes, *(b.peak_memory_bytes for b in row.baselines.values())]
         assert max(found) < min(found) + 60e6
+
+
+def test_mplug_has_its_own_tasks():
+    tasks = tuple(task for task in MPLUG_TASKS if task != "grounding")  # the tiny vocabulary has no places
+    found = measure.run(plan(model="mplug", tasks=tasks, frames=1), Progress(), CEILINGS)
+    assert not found.failed
+    assert [row.key.name for row in found.rows] == list(tasks)
+    for row in found.rows:
+        assert row.key.sizes == "mPLUG tiny, 1 image, 3 beams, 3 steps, batch 2"
+        assert "--model mplug --only" in row.command
+        assert list(row.baselines) == ["reference", "eager"]
+        assert row.correct
+        assert row.relative_error < 1e-4
+        assert row.flop
+        assert row.bytes
 
 
 def test_training_steps_and_their_loader():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import mplug2_fast as mf
 from bench.peer import Peer
 from bench.weights import fill
 from mplug2_fast import MPlug2Config, reference
@@ -161,3 +162,29 @@ def test_compilations_of_training(unique_graphs):
         assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-5)
     # Vision block, two shapes of universal layers, decoder layer, head with loss.
     assert unique_graphs() == 5
+
+
+@pytest.mark.parametrize("changes", [{}, {"stride_layer": 6}, {"width": 64}], ids=["connected", "plain", "projected"])
+@torch.no_grad()
+def test_mplug(changes):
+    config = mf.MPlugConfig.preset("tiny").replace(vocab_size=700, **changes)
+    tasks = ["question_answering", "answer_ranking", "grounding", "retrieval"]
+    model, fast = (library.MPlug(config, tasks).eval() for library in (reference, mf))
+    for each in (model, fast):
+        fill(each.official_parameters())
+    peer = Peer(fast)
+    image = torch.randn(2, 3, 1, 48, 48, generator=torch.Generator().manual_seed(3))
+    question, texts = random_text(config, 2, 7), random_text(config, 5, 6, seed=1)
+    visual, states = model.encode_video(image), model.text_encoder(*texts)
+    memory = peer.encode_question(image, *question)
+    expected = model.search(*model.memory(visual, *question), num_beams=3, min_length=6, max_length=6)
+    ids, scores = peer.decode(memory[0], 3, 6, 6, memory[1])
+    assert torch.equal(ids, expected.sequences[:, 0])
+    assert_close(scores, expected.scores[:, 0], rtol=1e-4, atol=1e-4)
+    assert_close(peer.ground(*memory), model.ground(visual, *question)[2], rtol=1e-4, atol=1e-4)
+    indices, probabilities = model.rank_answers(visual, *question, *texts, 5)
+    assert_close(peer.rank(*memory, texts[0]).gather(1, indices), probabilities.log(), rtol=1e-4, atol=1e-4)
+    features = peer.retrieval_features(image, *texts)
+    assert_close(features, (model.image_feature(visual), model.text_feature(states)), rtol=1e-4, atol=1e-4)
+    alone = [model.match(each.expand(5, -1, -1), states, texts[1])[:, 1] for each in visual]
+    assert_close(peer.match(visual, states, texts[1]), torch.stack(alone), rtol=1e-4, atol=1e-4)

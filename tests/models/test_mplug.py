@@ -6,6 +6,7 @@ from torch import nn
 
 import mplug2_fast as mf
 from mplug2_fast.nn.momentum import MomentumCopy
+from mplug2_fast.nn.packing import Group, Packing
 from mplug2_fast.tasks.matching import candidates
 from mplug2_fast.tasks.retrieval import MomentumContrast
 from tests.tiny import randomise
@@ -49,6 +50,7 @@ def test_fusion(stride, frames):
         rows = [text[None, :2].expand(3, -1, -1, -1), mask[None, :2].expand(3, -1, -1)]
         fused = fast.fuse(*rows, visual)
         for row in range(3):
+            close(fast.fusion.first_tokens(text[:2], mask[:2], visual[row]), fused.text[row, :, 0])
             for column in range(2):
                 alone = reference.fuse(text[column : column + 1], mask[column : column + 1], visual[row : row + 1])
                 close(fused.visual[row, column], alone[0][0])
@@ -73,6 +75,35 @@ def test_retrieval_scores(frames, k):
         close(actual[both], expected[both])
     assert int((found.by_visual > -100).sum(dim=1).max()) == min(k, 5)
     assert int((found.by_text > -100).sum(dim=1).max()) == min(k, 3)
+
+
+@torch.no_grad()
+def test_packed_texts():
+    """Padding inside a text is not seen, and the results are in the order of the texts."""
+    _, fast = pair()
+    _, ids, mask = inputs()
+    mask[1, 2] = 0
+    packing = Packing.of(mask)
+    assert [(group.texts, group.tokens) for group in packing.groups] == [(1, n) for n in (3, 4, 5, 6, 7)]
+    assert [group.mask is None for group in packing.groups] == [True, True, True, False, True]
+    assert Packing.of(mask, skip_last=6).groups == (Group(slice(0, 5), 5, 1, None),)
+    layer, x = fast.text.layers[0], fast.text.embeddings(ids)
+    expected = layer(x, key_padding_mask=mask)
+    close(layer(packing.pack(x)[None], packing=packing)[0], packing.pack(expected))
+    first = layer(packing.pack(x)[None], packing=packing._replace(first_only=True))[0]
+    close(packing.restore(first), expected[:, 0])
+
+
+@pytest.mark.parametrize("part", ["", "layers.0", "layers.3.attention.self"])
+def test_watched_parts_are_called_in_matching(part):
+    _, fast = pair()
+    video, ids, mask = inputs()
+    expected = fast.predict("retrieval", video, text_ids=ids, text_mask=mask, k=3)
+    calls = []
+    fast.fusion.get_submodule(part).register_forward_hook(lambda *_: calls.append(part))
+    found = fast.predict("retrieval", video, text_ids=ids, text_mask=mask, k=3)
+    assert len(calls) == 3  # once for each image
+    close(found.by_visual, expected.by_visual)
 
 
 def test_candidates_of_both_sides():
