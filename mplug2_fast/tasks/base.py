@@ -64,6 +64,8 @@ class Task(ABC):
         fields: of an item, which training and evaluation need beside its video or image.
         metrics: names in `mplug2_fast.evaluation.METRICS`, the most telling one first.
         finds_boxes: whether each result has a `box`.
+        soft_targets: whether the task has `logits(model, batch)`, and its loss takes those of a teacher as `soft`, with
+            their weight `alpha`.
         evaluation: how the task is evaluated: "items" responds to each item by itself, "gallery" ranks all files and
             all captions of the data set for each other.
     """
@@ -77,6 +79,7 @@ class Task(ABC):
     fields: ClassVar[tuple[str, ...]] = ()
     metrics: ClassVar[tuple[str, ...]] = ()
     finds_boxes: ClassVar[bool] = False
+    soft_targets: ClassVar[bool] = False
     evaluation: ClassVar[Literal["items", "gallery"]] = "items"
 
     def settings(self) -> Mapping[str, Any]:

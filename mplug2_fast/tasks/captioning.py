@@ -35,6 +35,7 @@ class Captioning(Task):
     options = ("num_beams", "num_return", "min_length", "max_length")
     fields = ("caption",)
     metrics = ("cider", "bleu", "rouge_l", "meteor", "spice", "exact_match")
+    soft_targets = True
 
     def loss(self, model: Any, batch: Mapping[str, Any], *, soft: Tensor | None = None, alpha: float = 0.0) -> Tensor:
         """The mean cross-entropy over the targets. All tokens of the prompt but the last are ignored.

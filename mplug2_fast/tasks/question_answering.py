@@ -43,6 +43,7 @@ class QuestionAnswering(Task):
     options = ("num_beams", "num_return", "min_length", "max_length")
     fields = ("question", "answers")
     metrics = ("accuracy", "vqa_accuracy")
+    soft_targets = True
 
     def loss(self, model: Any, batch: Mapping[str, Any], *, soft: Tensor | None = None, alpha: float = 0.0) -> Tensor:
         """Each answer's summed cross-entropy times its weight, summed, over the number of videos.

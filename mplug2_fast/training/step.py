@@ -87,7 +87,7 @@ class TrainingStep(nn.Module):
                     loss = self_critical_loss(self.model, batch, part.batch.items, reward)
                 elif name in self.states:
                     loss = self.model.loss(name, batch, state=self.states[name], alpha=queue_alpha, **part.options)
-                elif self._teacher is None or not hasattr(self.model.tasks[name], "logits"):
+                elif self._teacher is None or not self.model.tasks[name].soft_targets:
                     loss = self.model.loss(name, batch, **part.options)
                 else:
                     with torch.no_grad():

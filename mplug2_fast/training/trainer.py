@@ -168,6 +168,8 @@ class Trainer:
         if recipe.activation_checkpointing:
             checkpoint_activations(model)
         momentum = None if recipe.distillation is None else recipe.distillation.momentum
+        if momentum is not None and not any(task.soft_targets for task in self._tasks.values()):
+            raise ConfigError(f"distillation: {', '.join(self._tasks)} has no soft targets: leave it out")
         self._module = TrainingStep(model, momentum, self._states(model))
         used = [model.config.modules_for(self._tasks[t] for t in source.tasks) for source in recipe.sources]
         always = frozenset[str].union(*used) if recipe.sources_per_step == "all" else frozenset.intersection(*used)
@@ -191,7 +193,10 @@ class Trainer:
                     f"queues.size {queues.size} is not a multiple of the batch_size {source.batch_size}: change one"
                 )
         made = {name: task.training_state(model, queues.size, queues.momentum) for name, task in self._tasks.items()}
-        return {name: state for name, state in made.items() if state is not None}
+        states = {name: state for name, state in made.items() if state is not None}
+        if not states:
+            raise ConfigError(f"queues: {', '.join(self._tasks)} has no queues: leave them out")
+        return states
 
     def _freeze(self, model: nn.Module) -> None:
         chosen = self.recipe.model

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,12 +117,11 @@ def checkpoint_activations(module: nn.Module) -> None:
     """Recompute each layer's activations in the backward pass instead of keeping them."""
     from torch.utils.checkpoint import checkpoint
 
+    def recomputed(layer: nn.Module, *args: Any, **options: Any) -> Any:
+        forward = partial(type(layer).forward, layer)
+        if not torch.is_grad_enabled():
+            return forward(*args, **options)
+        return checkpoint(forward, *args, use_reentrant=False, **options)
+
     for layer in layers_of(module):
-        forward = layer.forward
-
-        def recomputed(*args: Any, forward: Any = forward, **options: Any) -> Any:
-            if not torch.is_grad_enabled():
-                return forward(*args, **options)
-            return checkpoint(forward, *args, use_reentrant=False, **options)
-
-        layer.forward = recomputed  # type: ignore[method-assign]
+        layer.forward = MethodType(recomputed, layer)  # type: ignore[method-assign]  # a copied layer gets its own

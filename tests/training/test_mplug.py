@@ -89,6 +89,23 @@ def _stop_after(trainer, step):
         raise KeyboardInterrupt
 
 
+def test_the_copy_keeps_its_weights_when_activations_are_recomputed(tmp_path):
+    features = []
+    for recomputed in (False, True):
+        trainer = trainer_of(tmp_path / str(recomputed), tmp_path, activation_checkpointing=recomputed, steps=2)
+        trainer.train()
+        features.append(trainer._module.states["retrieval"].image_queue)
+    torch.testing.assert_close(*features)
+
+
+@pytest.mark.parametrize("part", ["queues", "distillation"])
+def test_parts_that_no_task_uses_are_refused(tmp_path, part):
+    source = {"data": "tests.training.test_mplug:Pictures", "task": "grounding", "batch_size": 2}
+    trainer = trainer_of(tmp_path / "run", tmp_path, sources=[source], **{"queues": None, part: {}})
+    with pytest.raises(ConfigError, match=rf"^{part}: grounding has no"):
+        trainer.prepare()
+
+
 def test_a_queue_that_no_batch_fits_is_refused(tmp_path):
     trainer = trainer_of(tmp_path / "run", tmp_path, queues={"size": 10})
     with pytest.raises(ConfigError, match=r"queues.size 10 is not a multiple of the batch_size 4"):
