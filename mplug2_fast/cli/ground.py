@@ -89,7 +89,7 @@ def ground(
             places = None if draw is None else _places(draw, files)
             grounder = load(Grounder, checkpoint, dtype, device)
             results = grounder.ground(files, text, **in_a_process(timeout))
-            note_unknown_words(grounder, [text])
+            note_unknown_words(grounder, [text], "text")
             done = None if places is None else _drawing(grounder, places)
             print_results(grounder, results, files, as_json, done, question=text)
             return

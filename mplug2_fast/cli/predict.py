@@ -222,12 +222,13 @@ def load(
         return kind(checkpoint, dtype=dtype.value, device=device, **more)
 
 
-def note_unknown_words(predictor: Predictor, questions: Iterable[str]) -> None:
+def note_unknown_words(predictor: Predictor, questions: Iterable[str], what: str = "question") -> None:
+    """Prints the words that the model cannot tell apart. `what` says where they are."""
     unknown = list(dict.fromkeys(word for question in questions for word in predictor.unknown_words(question)))
     if unknown:
         more = f" and {len(unknown) - MAX_UNKNOWN_WORDS} more" if len(unknown) > MAX_UNKNOWN_WORDS else ""
         words = f"{', '.join(unknown[:MAX_UNKNOWN_WORDS])}{more}"
-        note(f"note: the model does not know these words of the question: {words}")
+        note(f"note: the model does not know these words of the {what}: {words}")
 
 
 def lines_of(path: Path | None, what: str = "candidates") -> list[str]:

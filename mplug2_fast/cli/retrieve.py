@@ -90,7 +90,7 @@ def retrieve(
         note_skipped(sources)
         retriever = load(Retriever, checkpoint, dtype, device)
         retriever.check_texts(wanted)
-        note_unknown_words(retriever, wanted)
+        note_unknown_words(retriever, wanted, "texts")
         device_type = next(retriever.model.parameters()).device.type
         decoding = bulk_options.decoding(device_type, len(sources.videos), bulk.Ranks({}))
         gallery = retriever.gallery(len(sources.videos), rerank=rerank)

@@ -37,7 +37,8 @@ class Pairs:
     @classmethod
     def of(cls, items: Sequence[Item]) -> Pairs:
         files: dict[str, int] = {}
-        texts, owners = [], []
+        texts: list[str] = []
+        owners: list[int] = []
         for item in items:
             number = files.setdefault(path_of(item), len(files))
             texts += item.caption

@@ -48,9 +48,11 @@ def require_writable(path: Path) -> None:
 
 def save(image: Image.Image, path: Path) -> None:
     """Writes a picture. Raises `MPlug2Error`."""
-    options = {"quality": 95} if path.suffix.lower() in _JPEG else {}
     try:
-        image.save(path, **options)
+        if path.suffix.lower() in _JPEG:
+            image.save(path, quality=95)
+        else:
+            image.save(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise MPlug2Error(f"{printable(str(path))}: the picture cannot be written: {reason}") from error

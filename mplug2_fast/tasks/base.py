@@ -16,30 +16,34 @@ if TYPE_CHECKING:
     from mplug2_fast.tasks.gallery import Gallery
     from mplug2_fast.text import Tokenizer
     from mplug2_fast.video import Preparation
+    from mplug2_fast.video.preparation import Box
 
 
 class Alternative(NamedTuple):
-    """One text for a file, and its score. `box` is None unless the task finds boxes: see `BoxAlternative`."""
+    """One text for a file, and its score."""
 
     text: str
     score: float
 
-    box = None
+    @property
+    def box(self) -> Box | None:
+        """(center x, center y, width, height) in [0, 1] of what the model sees, for tasks that find boxes."""
+        return None
 
 
 class BoxAlternative(Alternative):
-    """A box, its text and its score: a pair of the two, like other alternatives.
+    """A box, its text and its score: a pair of the two, like other alternatives."""
 
-    Attributes:
-        box: (center x, center y, width, height) in [0, 1] of what the model sees.
-    """
+    _box: Box | None
 
-    box: tuple[float, float, float, float] | None  # type: ignore[assignment]
-
-    def __new__(cls, text: str, score: float, box: tuple[float, float, float, float] | None = None) -> BoxAlternative:
+    def __new__(cls, text: str, score: float, box: Box | None = None) -> BoxAlternative:
         self = super().__new__(cls, text, score)
-        self.box = box
+        self._box = box
         return self
+
+    @property
+    def box(self) -> Box | None:
+        return self._box
 
 
 Texts = list[Alternative] | NotFiniteError
