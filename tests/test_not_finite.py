@@ -119,7 +119,7 @@ def test_a_window_that_is_not_finite_is_an_error_of_the_video(captioner):
 def test_which_scores_are_good(captioner, scores, good):
     sequences = torch.tensor([[[101, 110, 102], [101, 111, 102]]])
     output = GenerationOutput(sequences, torch.tensor([scores]))
-    (found,) = texts_of(output, captioner.tokenizer, "", captioner.model)
+    (found,) = texts_of(output, captioner.tokenizer.decode, captioner.model)
     assert isinstance(found, list) == good
     if good:
         assert len(found) == 1
