@@ -87,7 +87,8 @@ class Source(_Part):
     mPLUG-2. The others are for images with mPLUG: see `PICTURE_AUGMENTATIONS`."""
     objective: Literal["loss", "scst"] = "loss"
     options: dict[str, Any] = {}
-    """Options of the task's loss, such as `{weighting = "per_sample"}`; only with one task."""
+    """Options of the task's loss, such as `{weighting = "per_sample"}`. With several tasks, each task's are named:
+    `{grounding = {weighting = "per_sample"}}`."""
 
     @property
     def tasks(self) -> list[str]:
@@ -97,14 +98,17 @@ class Source(_Part):
     def weights(self) -> list[float]:
         return self.weight if isinstance(self.weight, list) else [self.weight] * len(self.tasks)
 
+    def options_of(self, task: str) -> dict[str, Any]:
+        return self.options if len(self.tasks) == 1 else self.options.get(task, {})
+
     @model_validator(mode="after")
     def _complete(self) -> Source:
         if not self.tasks:
             raise ValueError("task is an empty list: name at least one")
         if len(self.weights) != len(self.tasks):
             raise ValueError(f"weight has {len(self.weights)} numbers and task {len(self.tasks)} names")
-        if self.options and len(self.tasks) > 1:
-            raise ValueError("options are of one task's loss: give each task a source of its own")
+        if len(self.tasks) > 1 and (other := sorted(self.options.keys() - {*self.tasks})):
+            raise ValueError(f"options has {', '.join(other)}, which is no task of this source")
         if self.objective == "scst" and self.tasks != ["captioning"]:
             raise ValueError("scst trains the task captioning")
         return self

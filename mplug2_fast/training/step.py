@@ -20,14 +20,14 @@ class Part(NamedTuple):
     Attributes:
         batch: on the model's device.
         shares: task -> share of the step's targets that are here. weights: task -> weight of its loss.
-        objective: "loss" or "scst". options: of the loss.
+        objective: "loss" or "scst". options: task -> options of its loss.
     """
 
     batch: Batch
     shares: Mapping[str, float]
     weights: Mapping[str, float]
     objective: str = "loss"
-    options: Mapping[str, Any] = MappingProxyType({})
+    options: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 
 
 class TrainingStep(nn.Module):
@@ -83,12 +83,13 @@ class TrainingStep(nn.Module):
                     for name, batch in tensors.items()
                 }
             for name, batch in tensors.items():
+                options = part.options.get(name, {})
                 if part.objective == "scst":
                     loss = self_critical_loss(self.model, batch, part.batch.items, reward)
                 elif name in self.states:
-                    loss = self.model.loss(name, batch, state=self.states[name], alpha=queue_alpha, **part.options)
+                    loss = self.model.loss(name, batch, state=self.states[name], alpha=queue_alpha, **options)
                 elif self._teacher is None or not self.model.tasks[name].soft_targets:
-                    loss = self.model.loss(name, batch, **part.options)
+                    loss = self.model.loss(name, batch, **options)
                 else:
                     with torch.no_grad():
                         given = batch if video is None else {**batch, "video": video, "image_embeds": None}

@@ -347,7 +347,8 @@ class Trainer:
         shares = {task: batch.targets[task] / max(targets[i, task], 1) for task in source.tasks}
         weights = dict(zip(source.tasks, source.weights, strict=True))
         tensors = {task: moved(each, self.world.device) for task, each in batch.tensors.items()}
-        return Part(batch._replace(tensors=tensors), shares, weights, source.objective, source.options)
+        options = {task: source.options_of(task) for task in source.tasks}
+        return Part(batch._replace(tensors=tensors), shares, weights, source.objective, options)
 
     def _weighted(self, losses: Mapping[str, float], shares: Mapping[int, Step]) -> float:
         sources = [self.recipe.sources[i] for i in shares]

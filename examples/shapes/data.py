@@ -1,0 +1,61 @@
+"""Pictures of shapes as training data: each with a caption, a question, and a phrase for one of its objects."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from examples.shapes.language import ANSWERS, QUESTION_KINDS, phrase, question
+from examples.shapes.render import draw
+from examples.shapes.scenes import Scene, caption, sample_scene
+from mplug2_fast.datasets import Item
+from mplug2_fast.training import Sample
+
+PICTURES = 10_000_000
+"""Pictures of an epoch: more than any run takes."""
+
+
+def example(rng: np.random.Generator, *, held_out: bool, id: str = "", image: str | None = None) -> tuple[Scene, Item]:
+    """A random scene, and its item. Kind and answer of the question are drawn first, so all are equally frequent."""
+    kind = QUESTION_KINDS[rng.integers(len(QUESTION_KINDS))]
+    answer = ANSWERS[kind][rng.integers(len(ANSWERS[kind]))]
+    asked = None
+    while asked is None:
+        scene = sample_scene(rng, held_out=held_out)
+        asked = question(scene, kind, answer, rng)
+    target = scene[rng.integers(len(scene))]
+    item = Item(
+        id=id,
+        image=image,
+        caption=(caption(scene),),
+        question=asked,
+        answers={answer: 1.0},
+        text=phrase(scene, target, rng),
+        box=target.box,
+        extra={"kind": kind},
+    )
+    return scene, item
+
+
+class Shapes:
+    """Pictures for training. No caption of a held-out picture is among them.
+
+    Args:
+        config: the model's. Its image_size must be that of the pictures.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self._size = config.vision.image_size
+
+    def __len__(self) -> int:
+        return PICTURES
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        """One picture `(1, image_size, image_size, 3)` and its texts.
+
+        Its id is the caption: for retrieval, pictures with the same caption are the same.
+        """
+        scene, item = example(rng, held_out=False)
+        return Sample(replace(item, id=item.caption[0]), draw(scene, rng)[None])
