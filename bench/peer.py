@@ -221,15 +221,15 @@ class Peer:
         if not self.universal_layers:
             return visual
         model, universal = self.model, self.model.universal
-        latents = self.bert_layer(universal.first, universal.latents.expand(visual.shape[0], -1, -1), visual)
-        update = self.bert_layer(universal.last, visual, latents)
+        latents = self.bert_layer(universal.layers[0], universal.latents.expand(visual.shape[0], -1, -1), visual)
+        update = self.bert_layer(universal.layers[-1], visual, latents)
         return dropout(model.dropout, norm(model.visual_norm, visual + update))
 
     @property
     def universal_layers(self) -> tuple[nn.Module, ...]:
         """mPLUG has none."""
         universal = getattr(self.model, "universal", None)
-        return () if universal is None else (universal.first, universal.last)
+        return () if universal is None else tuple(universal.layers)
 
     def encode_video(self, video: Tensor) -> Tensor:
         return self.encode_universal(self.encode_visual(video))

@@ -38,7 +38,7 @@ def test_prompt_tokens_are_all_but_the_last(prompt, tokens):
         ({"num_attention_heads": 3}, "num_attention_heads 3"),
         ({"image_size": 225}, "use 224"),
         ({"temporal_kernel_size": 2}, "odd"),
-        ({"num_uni_layer": 3}, "num_uni_layer 3"),
+        ({"num_uni_layer": 13}, "num_uni_layer 13"),
         ({"fusion_layers": 30}, "fusion_layers 30"),
         ({"text_encoder_layers": 1}, "text_encoder_layers 1"),
         ({"layers": 0}, "layers must be a positive whole number"),

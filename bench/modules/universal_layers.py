@@ -39,7 +39,7 @@ def flop(config: MPlug2Config, with_gradients: bool) -> int:
 
 
 def main_operator(model: nn.Module, visual: Tensor) -> Explanation:
-    heads = visual.unflatten(-1, (model.universal.last.attention.self.num_heads, -1))
+    heads = visual.unflatten(-1, (model.universal.layers[-1].attention.self.num_heads, -1))
     return explain(attention, heads, heads, heads)
 
 

@@ -29,6 +29,7 @@ MAX_TEXT = 1000
 """Characters of a text field."""
 # Larger values are mistakes, or attempts to fill the memory. No model comes near them.
 _DEFAULT_MAX = 2**20
+_MAY_BE_ZERO = frozenset(("num_uni_layer",))
 _MAX: dict[str, int] = {
     **dict.fromkeys(("layers", "stored_layers", "text_encoder_layers", "text_decode_layers"), MAX_LAYERS),
     **dict.fromkeys(("width", "hidden_size", "head_dim", "num_attention_heads"), 2**16),
@@ -240,7 +241,7 @@ def _check_field(name: str, field: dataclasses.Field[Any], value: Any) -> None:
     largest = _MAX.get(field.name, _DEFAULT_MAX)
     whole = isinstance(value, int) and not isinstance(value, bool)
     if field.type == "int":
-        if not whole or value < 1:
+        if not whole or value < (field.name not in _MAY_BE_ZERO):
             raise ConfigError(f"{name} must be a positive whole number, got {_shown(value)}")
         if value > largest:
             raise ConfigError(f"{name} must be at most {largest:,}, got {_shown(value)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from mplug2_fast.models.mplug2.config import TextConfig
@@ -9,7 +11,7 @@ from mplug2_fast.reference.bert import BertEmbeddings, BertEncoder, BertLayer, s
 
 
 class TextEncoder(nn.Module):
-    """BERT whose last two layers are universal: plain self-attention layers for text, `v_module` for a video.
+    """BERT whose last layers are universal: plain self-attention layers for text, `v_module` for a video.
 
     Args:
         text: False leaves out what only a text needs, the embeddings and the layers below the universal ones.
@@ -17,7 +19,8 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: TextConfig, *, text: bool) -> None:
         super().__init__()
-        first_universal = config.text_encoder_layers - config.num_uni_layer
+        shared = config.num_uni_layer if config.share_universal else 0
+        first_universal = config.text_encoder_layers - shared
         if text:
             self.embeddings = BertEmbeddings(config)
         self.encoder = BertEncoder(
@@ -41,6 +44,23 @@ class TextEncoder(nn.Module):
 
     def v_module(self, visual: Tensor) -> Tensor:
         """Visual tokens `(B, S, D)` through the universal layers: into the latents, and back onto all tokens."""
-        first, last = (self.encoder.layer[index] for index in self.universal)
-        latents = first(first.latents.expand(visual.shape[0], -1, -1), memory=visual)
-        return last(visual, memory=latents)
+        return v_module([self.encoder.layer[index] for index in self.universal], visual)
+
+
+def v_module(layers: Sequence[nn.Module], visual: Tensor) -> Tensor:
+    """Into the latents of the first layer, and back onto all tokens with the last."""
+    latents = layers[0].latents.expand(visual.shape[0], -1, -1)
+    for layer in layers[:-1]:
+        latents = layer(latents, memory=visual)
+    return layers[-1](visual, memory=latents)
+
+
+class UnsharedLayers(BertEncoder):
+    """Universal layers of the video alone."""
+
+    def __init__(self, config: TextConfig) -> None:
+        latents = [config.num_latents, *[0] * (config.num_uni_layer - 1)]
+        super().__init__({i: BertLayer(config, cross_attention=True, num_latents=n) for i, n in enumerate(latents)})
+
+    def v_module(self, visual: Tensor) -> Tensor:
+        return v_module(list(self.layer.values()), visual)

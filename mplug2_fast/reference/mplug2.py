@@ -13,7 +13,7 @@ from mplug2_fast.models.mplug2.official_names import MPlug2Names
 from mplug2_fast.modes import in_eval_mode
 from mplug2_fast.outputs import GenerationOutput
 from mplug2_fast.reference.decoder import TextDecoder, beam_search, rank_answers, shifted_labels, stacked
-from mplug2_fast.reference.encoders import TextEncoder
+from mplug2_fast.reference.encoders import TextEncoder, UnsharedLayers
 from mplug2_fast.reference.fusion import FusionEncoder
 from mplug2_fast.reference.vision import LocalTemporal, VisionTransformer
 from mplug2_fast.tasks import AnswerRanking, Captioning, QuestionAnswering, Task
@@ -39,6 +39,8 @@ class _MPlug2(nn.Module):
             self.visn_emb_norm = nn.LayerNorm(text.hidden_size, eps=1e-12)
             self.dropout = nn.Dropout(text.hidden_dropout_prob)
             self.text_encoder = TextEncoder(text, text=answers)
+            if text.num_uni_layer and not text.share_universal:
+                self.universal_encoder = UnsharedLayers(text)
             if answers:
                 self.fusion_encoder = FusionEncoder(text)
             self.text_decoder = TextDecoder(text)
@@ -81,7 +83,10 @@ class _MPlug2(nn.Module):
     def encode_video(self, video: Tensor) -> Tensor:
         """Video `(B, 3, T, H, W)`, normalised, to image_embeds `(B, S, D)`."""
         x = self.encode_visual(video)
-        return self.dropout(self.visn_emb_norm(x + self.text_encoder.v_module(x)))
+        if self.config.text.num_uni_layer:
+            layers = self.text_encoder if self.config.text.share_universal else self.universal_encoder
+            x = x + layers.v_module(x)
+        return self.dropout(self.visn_emb_norm(x))
 
     def _beam_search(
         self,

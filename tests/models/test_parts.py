@@ -111,9 +111,9 @@ def test_a_hook_that_is_removed_leaves_nothing():
         "visual.blocks.0.lmhra1.conv",
         "visual_projection",
         "visual_norm",
-        "universal.first.attention",
-        "universal.first.crossattention",
-        "universal.last.output.LayerNorm",
+        "universal.layers.0.attention",
+        "universal.layers.0.crossattention",
+        "universal.layers.1.output.LayerNorm",
         "decoder.embeddings.position",
         "decoder.embeddings.token_type",
         "decoder.layers.0",
@@ -249,7 +249,7 @@ def mesh():
 def test_sharded_parts(mesh):
     """Parameters of a sharded part are whole only while it is called."""
     model, twin = (without_dropout(make()).train() for _ in range(2))
-    for part in (*model.visual.blocks, *model.decoder.layers, model.universal.first, model.universal.last):
+    for part in (*model.visual.blocks, *model.decoder.layers, *model.universal.layers):
         fully_shard(part, mesh=mesh)
     sharded = make()
     for part in (sharded.visual, sharded.universal, sharded.decoder):
@@ -303,7 +303,7 @@ def test_ways_of_an_image():
         ids, mask = random_text(SMALL, 2, 5)
         before = model.encode_text(ids, mask, universal=False)
         shared = model.universal
-        after = shared.last(shared.first(before, key_padding_mask=mask), key_padding_mask=mask)
+        after = shared.layers[1](shared.layers[0](before, key_padding_mask=mask), key_padding_mask=mask)
         torch.testing.assert_close(after, model.encode_text(ids, mask))
         assert not torch.allclose(frame, model.encode_image(image), atol=1e-3)
         for block in model.visual.blocks:

@@ -29,7 +29,10 @@ class TextConfig(StacksConfig):
     """The BERT layers of mPLUG-2: text encoder with its universal layers, fusion encoder, decoder."""
 
     num_uni_layer: int = 2
+    """Universal layers, from 0. `text_encoder_layers` includes them."""
     num_latents: int = 50
+    share_universal: bool = True
+    """Whether text and video share the universal layers, or have as many each."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,6 @@ class MPlug2Config(Config):
             )
         if vision.temporal_kernel_size % 2 == 0:
             raise ConfigError(f"temporal_kernel_size must be odd, got {vision.temporal_kernel_size}")
-        if text.num_uni_layer != 2:
-            raise ConfigError(
-                f"num_uni_layer {text.num_uni_layer} is not known: mPLUG-2 has a first and a last universal layer"
-            )
         if text.text_encoder_layers < text.num_uni_layer:
             raise ConfigError(
                 f"text_encoder_layers {text.text_encoder_layers} includes the num_uni_layer "

@@ -73,9 +73,10 @@ class MPlug2(Model):
     def encode_text(self, input_ids: Tensor, mask: Tensor, *, universal: bool = True) -> Tensor:
         """input_ids and mask `(B, tokens)`, mask 1 for tokens and 0 for padding, to `(B, tokens, D)`.
 
-        `universal=False` gives the text before the universal layers.
+        `universal=False` gives the text before the universal layers, if they are shared.
         """
-        return self.text(input_ids, mask, self.universal if universal else None)
+        shared = self.config.text.share_universal
+        return self.text(input_ids, mask, self.universal if universal and shared else None)
 
     def visual_features(self, image_embeds: Tensor) -> Tensor:
         return self.contrast.visual(self.pooled(image_embeds))
@@ -91,7 +92,8 @@ class MPlug2(Model):
 
     def _image_embeds(self, video: Tensor, **options: bool) -> Tensor:
         x = self._visual(video, **options)
-        return self.dropout(norm_of_sum(self.visual_norm, x, self.universal(x)))
+        update = self.universal(x)
+        return self.dropout(self.visual_norm(x) if update is None else norm_of_sum(self.visual_norm, x, update))
 
     def _frame_embeds(self, video: Tensor) -> Tensor:
         return self._image_embeds(video, temporal=False)

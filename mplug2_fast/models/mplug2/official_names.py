@@ -44,6 +44,9 @@ from mplug2_fast.models.shared_names import (
     norm,
 )
 
+UNSHARED = "universal_encoder.layer"
+"""The stack of the video's universal layers where the text has its own."""
+
 
 def entries(config: MPlug2Config, modules: frozenset[str]) -> Iterator[Entry]:
     """Every parameter of the modules: official name, official shape, and our parameter."""
@@ -56,14 +59,16 @@ def entries(config: MPlug2Config, modules: frozenset[str]) -> Iterator[Entry]:
             yield from linear("visn_fc", "visual_projection", config.vision.width, text.hidden_size)
             yield from norm("visn_layer_norm", "visual_projection_norm", text.hidden_size)
         yield from norm("visn_emb_norm", "visual_norm", text.hidden_size)
-    if UNIVERSAL in modules:
+    if UNIVERSAL in modules and text.num_uni_layer:
         latents = (text.num_latents, text.hidden_size)
-        yield Entry(f"{encoder_layer}.{first_universal}.latents", latents, "universal.latents")
-        for name, index in (("first", first_universal), ("last", first_universal + 1)):
-            yield from bert_layer(f"{encoder_layer}.{index}", f"universal.{name}", text)
+        # Layers that are not shared have no official names.
+        stack, first = (encoder_layer, first_universal) if text.share_universal else (UNSHARED, 0)
+        yield Entry(f"{stack}.{first}.latents", latents, "universal.latents")
+        for i in range(text.num_uni_layer):
+            yield from bert_layer(f"{stack}.{first + i}", f"universal.layers.{i}", text)
     if TEXT in modules:
         yield from embeddings("text_encoder.embeddings", "text.embeddings", text)
-        for i in range(first_universal):
+        for i in range(first_universal if text.share_universal else text.text_encoder_layers):
             yield from bert_layer(f"{encoder_layer}.{i}", f"text.layers.{i}", text, cross=False)
     if FUSION in modules:
         yield from fusion(text)
