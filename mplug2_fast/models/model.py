@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mplug2_fast.errors import ConfigError
 from mplug2_fast.generation.beam_search import Hypotheses, beam_search, output
 from mplug2_fast.generation.cuda_graphs import CudaGraphRunner
 from mplug2_fast.models.config import CLS_TOKEN_ID, PAD_TOKEN_ID, SEP_TOKEN_ID
@@ -53,10 +54,12 @@ class Model(nn.Module, ABC):
         heads: name -> head, of the tasks that have one.
 
     Raises:
-        ConfigError: a task does not exist, or needs a module that the family does not have. ValueError: no task, or two
-            of the same name.
+        ConfigError: the configuration is another family's; a task does not exist, or needs a module that the family
+            does not have. ValueError: no task, or two of the same name.
     """
 
+    family: ClassVar[str]
+    """The `family` of its configurations."""
     start_token_id, end_token_id, pad_token_id = CLS_TOKEN_ID, SEP_TOKEN_ID, PAD_TOKEN_ID
 
     def __init__(
@@ -68,6 +71,8 @@ class Model(nn.Module, ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if config.family != self.family:
+            raise ConfigError(f"{type(self).__name__} cannot be built from a {type(config).__name__}: use its own")
         found = [get(task) for task in tasks]
         self.config = config
         self.tasks: dict[str, Task] = {task.name: task for task in found}

@@ -46,7 +46,9 @@ class Candidates(NamedTuple):
 
 
 def candidates(similarities: Tensor, k: int) -> Candidates:
-    """The k best of each row and of each column of similarities `(N, M)`."""
+    """The k best of each row and of each column of similarities `(N, M)`. Raises `ValueError` for a k below 1."""
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
     rows, columns = (
         torch.zeros_like(each, dtype=torch.bool).scatter_(1, each.topk(min(k, each.shape[1]), dim=1).indices, True)
         for each in (similarities, similarities.T)

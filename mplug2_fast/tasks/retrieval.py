@@ -223,6 +223,9 @@ class Retrieval(Task):
                 similarity alone.
             add_similarity: whether the score is the matching logit plus the similarity. None: for videos of several
                 frames, as the official code does.
+
+        Raises:
+            ValueError: a negative k.
         """
         visual = model.embed(video, image_embeds)
         text = model.encode_text(text_ids, text_mask)

@@ -34,7 +34,9 @@ def add(model: nn.Module, settings: Lora, names: Mapping[str, str]) -> None:
     try:
         targets = [layers[official] for official in sorted(matching(layers, settings.targets))]
     except ValueError as error:
-        raise ConfigError(f"lora: {error}") from None
+        raise ConfigError(
+            f"lora: {error}; adapters go to linear layers alone, and query, key and value are one parameter here"
+        ) from None
     config = LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets
     )

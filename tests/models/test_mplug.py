@@ -112,6 +112,8 @@ def test_candidates_of_both_sides():
     assert found.by_visual.tolist() == [[True, False, False], [True, False, False]]
     assert found.by_text.tolist() == [[True, False], [False, True], [False, True]]
     assert found.any.tolist() == [[True, False, False], [True, True, True]]
+    with pytest.raises(ValueError, match="k must be at least 1, got -1"):
+        candidates(similarities, -1)
 
 
 def test_boxes():
@@ -209,6 +211,8 @@ def test_a_task_of_another_family_is_refused():
 
     with pytest.raises(mf.ConfigError, match="shared needs universal, and mPLUG has only vision, text"):
         mf.MPlug(SMALL, [Shared()])
+    with pytest.raises(mf.ConfigError, match="MPlug cannot be built from a MPlug2Config: use its own"):
+        mf.MPlug(mf.MPlug2Config.preset("tiny"), ["captioning"])
 
 
 def test_retrieval_works_for_mplug2_too():

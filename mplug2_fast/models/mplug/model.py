@@ -43,6 +43,8 @@ class MPlug(Model):
     A video is its frames, each encoded alone; an image is a video of one frame.
     """
 
+    family = MPlugConfig.family
+
     def _add_modules(self, config: MPlugConfig, needed: frozenset[str]) -> None:
         text = config.text
         self.dropout = nn.Dropout(text.hidden_dropout_prob)

@@ -27,6 +27,8 @@ ImageAs = Literal["single", "clip", "frame"]
 class MPlug2(Model):
     """An mPLUG-2 model with exactly the modules that its tasks need: see `Model`."""
 
+    family = MPlug2Config.family
+
     def _add_modules(self, config: MPlug2Config, needed: frozenset[str]) -> None:
         text = config.text
         self.dropout = nn.Dropout(text.hidden_dropout_prob)
