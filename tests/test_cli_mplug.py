@@ -201,6 +201,15 @@ def test_without_any_readable_file(checkpoint: str, files: list[str]) -> None:
     assert found.stderr.splitlines()[-1].startswith(f"error: {files[1]}: {REASON}")
 
 
+def test_texts_that_cannot_be_read(model: mf.MPlug, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match="'!!' is empty without its punctuation"):
+        Retriever(model, tokenizer).check_text("!!")
+    short = mf.MPlug(model.config.replace(max_position_embeddings=16), TASKS, device="meta")
+    for predictor, text in ((Retriever, "red " * 30), (Grounder, "red")):
+        with pytest.raises(ConfigError, match="tokens, and the model reads at most 16"):
+            predictor(short, tokenizer).check_text(text)
+
+
 # --- evaluation and validation ----------------------------------------------------------------------------------------
 
 

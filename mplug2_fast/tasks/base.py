@@ -165,6 +165,12 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def require_positions(model: Any, what: str, ids: Tensor) -> None:
+    """Raise `ConfigError` for ids `(texts, tokens)` that are longer than the model reads."""
+    positions = model.config.text.max_position_embeddings
+    require(ids.shape[1] <= positions, f"{what} has {ids.shape[1]} tokens, and the model reads at most {positions}")
+
+
 def best_labels(probabilities: Tensor, labels: Sequence[str], count: int) -> list[Texts]:
     """The `count` most likely labels of each row of `probabilities` `(B, classes)`."""
     top = probabilities.float().topk(min(count, len(labels)), dim=1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.tasks.base import BoxAlternative, Respond, Task, Texts, not_finite, require
+from mplug2_fast.tasks.base import BoxAlternative, Respond, Task, Texts, not_finite, require, require_positions
 
 if TYPE_CHECKING:
     from mplug2_fast.datasets import Item
@@ -156,6 +156,7 @@ class Grounding(Task):
         require(is_text(text), "the phrase has characters that are not UTF-8")
         require(bool(text.strip()), "the phrase is empty")
         require(len(text) <= MAX_PHRASE_LENGTH, f"the phrase is longer than {MAX_PHRASE_LENGTH:,} characters")
+        require_positions(model, "a phrase, with its padding,", model.config.wording.phrases(tokenizer, [text])[0])
         size = model.config.text.vocab_size
         require(
             size >= FIRST_BIN + BINS,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mplug2_fast.nn.packing import Packing
 from mplug2_fast.outputs import GenerationOutput
-from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, not_finite, require
+from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, not_finite, require, require_positions
 from mplug2_fast.tasks.generative import (
     BEFORE_LAST,
     IGNORED,
@@ -120,7 +120,7 @@ class QuestionAnswering(Task):
         require(most is None or words <= most, f"the question has {words} words, at most {most} are read")
         require(len(text) <= MAX_QUESTION_LENGTH, f"the question is longer than {MAX_QUESTION_LENGTH:,} characters")
         ids, _ = wording.questions(tokenizer, [text])
-        _require_positions(model, "the question", ids)
+        require_positions(model, "the question", ids)
 
     def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:
         answers = [(text, weight) for item in items for text, weight in item.answers.items()]
@@ -251,10 +251,5 @@ def _candidates(model: Any, tokenizer: Tokenizer, candidates: Sequence[str]) -> 
     require(all(candidate.strip() for candidate in candidates), "a candidate is empty")
     require(all(is_text(candidate) for candidate in candidates), "a candidate has characters that are not UTF-8")
     ids, mask = model.config.wording.answers(tokenizer, candidates)
-    _require_positions(model, "a candidate", ids)
+    require_positions(model, "a candidate", ids)
     return ids, mask
-
-
-def _require_positions(model: Any, what: str, ids: Tensor) -> None:
-    positions = model.config.text.max_position_embeddings
-    require(ids.shape[1] <= positions, f"{what} has {ids.shape[1]} tokens, and the model reads at most {positions}")
