@@ -34,6 +34,23 @@ def test_computed_in_float32(name, sizes, monkeypatch, native_module):
     assert_close_enough(ours, eager, exact, op.spec.noise_floor[torch.bfloat16], "forward")
 
 
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_prime_number_of_rows(packs, monkeypatch):
+    monkeypatch.setattr(onednn, "pays", lambda weight, rows: True)
+    x, weight, bias = torch.randn(1, 577, 20), torch.randn(30, 20), torch.randn(30)
+    residual = torch.randn(1, 577, 30)
+    if packs:
+        onednn.pack(weight, 577)
+    exact = torch.nn.functional.linear(x, weight, bias)
+    for out, expected in (
+        (onednn.linear(x, weight, bias), exact),
+        (onednn.linear(x, weight, bias, "gelu"), torch.nn.functional.gelu(exact)),
+        (onednn.linear(x, weight, bias, residual=residual), residual + exact),
+    ):
+        assert out.is_contiguous()
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_weight_that_is_widened_is_not_packed(monkeypatch, native_module):
     monkeypatch.setattr(onednn, "multiplies", lambda dtype: dtype == torch.float32)
     narrow, wide = torch.randn(48, 32, dtype=torch.bfloat16), torch.randn(48, 32)
