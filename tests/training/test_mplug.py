@@ -90,9 +90,10 @@ def _stop_after(trainer, step):
 
 
 def test_the_copy_keeps_its_weights_when_activations_are_recomputed(tmp_path):
-    features = []
+    features, fast = [], {"optimizer": {"learning_rate": 0.05}, "schedule": {"warmup_steps": 0}}
     for recomputed in (False, True):
-        trainer = trainer_of(tmp_path / str(recomputed), tmp_path, activation_checkpointing=recomputed, steps=2)
+        out = tmp_path / str(recomputed)
+        trainer = trainer_of(out, tmp_path, activation_checkpointing=recomputed, steps=4, **fast)
         trainer.train()
         features.append(trainer._module.states["retrieval"].image_queue)
     torch.testing.assert_close(*features)
