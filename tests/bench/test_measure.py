@@ -159,8 +159,9 @@ def test_memory_decides_which_workers_run_together():
     assert large.groups(32 << 30) == [("captioning", both)]
     assert large.groups(12 << 30) == [("captioning", ("float32",)), ("captioning", ("bfloat16",))]
     all_tasks = dataclasses.replace(large, tasks=(*TASKS, *TRAIN))
-    assert [family for family, _ in all_tasks.groups(1 << 50)] == list(FAMILIES)
-    sizes = [all_tasks.resident_bytes(family, both) for family in FAMILIES]
+    served = [family for family in FAMILIES if family != "retrieval"]  # mPLUG's alone
+    assert [family for family, _ in all_tasks.groups(1 << 50)] == served
+    sizes = [all_tasks.resident_bytes(family, both) for family in served]
     assert sizes == sorted(sizes)
 
 
