@@ -73,8 +73,10 @@ NEEDS = {
     "av": (
         "tests/video",
         "tests/bulk",
+        "tests/images",
         "tests/test_cli.py",
         "tests/test_cli_bulk.py",
+        "tests/test_cli_mplug.py",
         "tests/test_docs.py",
         "tests/test_predict.py",
         "tests/test_ray.py",

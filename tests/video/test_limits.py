@@ -189,7 +189,7 @@ def test_ctrl_c_ends_a_command_that_decodes(tmp_path):
             break
         time.sleep(0.1)
     assert pids, f"no worker in {children}"
-    time.sleep(1)
+    time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)
     process.communicate(timeout=60)
     assert process.returncode == 130
