@@ -17,7 +17,7 @@ def imported(where: str, name: str, what: str) -> Any:
     Runs the module's code.
 
     Args:
-        where: the module or file. name: of the attribute. what: "task" or "data", for the message.
+        where: the module or file. name: the attribute. what: "task" or "data", for the error message.
 
     Raises:
         ConfigError: there is no such module, file or attribute.

@@ -26,7 +26,7 @@ COUNTS = (2, 3, 4)
 RELATIONS = ("left of", "right of", "above", "below")
 
 _HELD_OUT_SHARE = 8
-"""One of so many captions is held out."""
+"""One caption in eight is held out."""
 
 
 class Object(NamedTuple):

@@ -40,7 +40,7 @@ def recalls_of_ranks(ranks: Sequence[float]) -> dict[str, float]:
     """`recall@1`, `recall@5`, `recall@10` and their mean `recall_mean`, in percent, and `median_rank`.
 
     Args:
-        ranks: of the best right result of each query, from 1; infinite where there is none.
+        ranks: where the best right result of each query ranks, counted from 1. Infinite if it was not found.
     """
     found = {f"recall@{cutoff}": 100.0 * sum(rank <= cutoff for rank in ranks) / len(ranks) for cutoff in CUTOFFS}
     mean = sum(found.values()) / len(CUTOFFS)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from mplug2_fast.models.names import Entry, Shape
+from mplug2_fast.models.names import LAYER_NUMBER, Entry, Shape
 from mplug2_fast.nn.config import BertConfig, StacksConfig
 
 VISUAL = "visual_encoder.visual"
@@ -24,6 +24,9 @@ WRAPPED_ENCODERS = {
     for wrapped in ("bert", "fusion")
 }
 """In pre-training, each encoder is inside a module with a head."""
+STORED_LAYER = re.compile(rf"(text_encoder|fusion_encoder|text_decoder\.bert)\.encoder\.layer\.{LAYER_NUMBER}\.(.+)")
+"""A parameter of a BERT layer: its stack, its number, and its name inside the layer."""
+STORED_EMBEDDINGS = re.compile(r"(text_encoder|fusion_encoder|text_decoder\.bert)\.embeddings\.(.+)")
 CLIP_TEXT = re.compile(
     r"visual_encoder\.(positional_embedding|text_projection|logit_scale|token_embedding\.weight|ln_final\.(weight|bias)"
     r"|transformer\.resblocks\.[0-9]+\.(attn\.(in_proj_|out_proj\.)|ln_[12]\.|mlp\.c_(fc|proj)\.)(weight|bias))"

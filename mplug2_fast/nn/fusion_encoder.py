@@ -40,7 +40,7 @@ class FusionEncoder(nn.Module):
 
         Args:
             text: `(B, tokens, D)`, or `(B, texts, tokens, D)` for several texts of each visual input. These share the
-                keys and values of cross-attention, until a connected layer gives each text a visual input of its own.
+                keys and values of cross-attention. After a connected layer, each text has its own visual input.
             text_mask: `(B, tokens)` or `(B, texts, tokens)`, 1 for tokens and 0 for padding.
             visual: `(B, S, D)`; all of it is seen.
         """

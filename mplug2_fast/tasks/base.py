@@ -152,7 +152,7 @@ class Task(ABC):
         raise ConfigError(f"{self.name} does not rank files and texts for each other: it has no `gallery` method")
 
     def references(self, item: Item) -> Mapping[str, float]:
-        """The correct results of an item, with the weight of each, for the metrics."""
+        """The correct results of an item and their weights. Metrics compare predictions with them."""
         raise ConfigError(f"{self.name} cannot be evaluated on items: it has no `references` method")
 
     def check_text(self, model: Any, tokenizer: Tokenizer, text: str) -> None:  # noqa: B027 (nothing to check)

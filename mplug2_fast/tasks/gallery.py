@@ -25,7 +25,7 @@ class Gallery:
 
     Args:
         model: with the modules of retrieval. tokenizer: of the model.
-        files: how many visual inputs are expected, for the check of the memory.
+        files: how many visual inputs will be added, to check that they fit into memory.
         rerank: candidates of each row and column, chosen by their features, that the matching head scores; 0 scores by
             features alone.
         add_similarity: as for `Retrieval.predict`.

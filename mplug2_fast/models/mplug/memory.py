@@ -16,7 +16,7 @@ def clip_bytes(config: MPlugConfig, *, num_frames: int, itemsize: int, num_beams
     tokens = num_frames * (1 + vision.num_patches)
     pixels = 3 * num_frames * vision.image_size**2
     # A block holds its input, the normalised input, and four times as much within the MLP, with another for the result;
-    # before the first one, pixels are there twice. A connected layer of the fusion holds as much of its own width.
+    # before the first one, pixels are there twice. A connected fusion layer holds as many values of its own width.
     encoding = (3 + vision.mlp_ratio) * tokens * max(vision.width, text.hidden_size) + 2 * pixels
     layers, hidden = text.text_decode_layers, text.hidden_size
     memory = 2 * layers * hidden * (tokens + num_beams * max_length) + 2 * tokens * hidden

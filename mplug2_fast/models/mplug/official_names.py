@@ -11,7 +11,6 @@ from mplug2_fast.models.names import (
     CONTRAST,
     DECODER,
     FUSION,
-    LAYER_NUMBER,
     MATCHING,
     TEXT,
     VISION,
@@ -25,6 +24,8 @@ from mplug2_fast.models.shared_names import (
     EMBEDDING_KEYS,
     LAYER_KEYS,
     POSITIONS,
+    STORED_EMBEDDINGS,
+    STORED_LAYER,
     TIED,
     VISUAL,
     bert_layer,
@@ -66,8 +67,6 @@ _TWIN = re.compile(
 )
 _QUEUES = frozenset(("image_queue", "text_queue", "idx_queue", "queue_ptr"))
 _BOX_BUFFERS = frozenset(("prefix_ids", "target_ids", "bbox_prob_mask"))
-_LAYER = re.compile(rf"(text_encoder|fusion_encoder|text_decoder\.bert)\.encoder\.layer\.{LAYER_NUMBER}\.(.+)")
-_EMBEDDINGS = re.compile(r"(text_encoder|fusion_encoder|text_decoder\.bert)\.embeddings\.(.+)")
 _PRETRAINING_HEAD = re.compile(r"(text_encoder|fusion_encoder)\.(cls|pooler)\..+")
 
 
@@ -104,10 +103,10 @@ class MPlugNames(OfficialNames):
 
     def _is_stored_text(self, key: str) -> bool:
         """Whether an official file of this size stores `key` in one of its three BERT stacks."""
-        embedding = _EMBEDDINGS.fullmatch(key)
+        embedding = STORED_EMBEDDINGS.fullmatch(key)
         if embedding:
             return embedding[2] == "position_ids" or embedding[2] in EMBEDDING_KEYS
-        layer = _LAYER.fullmatch(key)
+        layer = STORED_LAYER.fullmatch(key)
         if not layer:
             return False
         stack, index, name = layer[1], int(layer[2]), layer[3]

@@ -16,7 +16,6 @@ from mplug2_fast.models.names import (
     CONTRAST,
     DECODER,
     FUSION,
-    LAYER_NUMBER,
     MATCHING,
     TEXT,
     VISION,
@@ -31,6 +30,8 @@ from mplug2_fast.models.shared_names import (
     EMBEDDING_KEYS,
     LAYER_KEYS,
     POSITIONS,
+    STORED_EMBEDDINGS,
+    STORED_LAYER,
     TIED,
     VISUAL,
     bert_layer,
@@ -118,8 +119,6 @@ def _vision(config: MPlug2Config) -> Iterator[Entry]:
 _MOMENTUM = re.compile(
     r"(visual_encoder|text_encoder|fusion_encoder|text_decoder|visn_emb_norm|visn_fc|visn_layer_norm)_m\."
 )
-_LAYER = re.compile(rf"(text_encoder|fusion_encoder|text_decoder\.bert)\.encoder\.layer\.{LAYER_NUMBER}\.(.+)")
-_EMBEDDINGS = re.compile(r"(text_encoder|fusion_encoder|text_decoder\.bert)\.embeddings\.(.+)")
 
 
 class MPlug2Names(OfficialNames):
@@ -154,10 +153,10 @@ class MPlug2Names(OfficialNames):
 
     def _is_stored_text(self, key: str) -> bool:
         """Whether an official file of this size stores `key` in one of its three BERT stacks."""
-        embedding = _EMBEDDINGS.fullmatch(key)
+        embedding = STORED_EMBEDDINGS.fullmatch(key)
         if embedding:
             return embedding[2] == "position_ids" or embedding[2] in EMBEDDING_KEYS
-        layer = _LAYER.fullmatch(key)
+        layer = STORED_LAYER.fullmatch(key)
         if not layer:
             return False
         stack, index, name = layer[1], int(layer[2]), layer[3]
