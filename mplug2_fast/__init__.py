@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from mplug2_fast.models.mplug.config import MPlugConfig
     from mplug2_fast.models.mplug2 import GenerationOutput, MPlug2, MPlug2ForCaptioning, MPlug2ForQuestionAnswering
     from mplug2_fast.models.mplug2.config import MPlug2Config
-    from mplug2_fast.predict import Answerer, Captioner, Grounder, Retriever
+    from mplug2_fast.predict import Answerer, Captioner, Classifier, Grounder, Matcher, Retriever
     from mplug2_fast.training import Trainer
     from mplug2_fast.video import load_video
 
@@ -73,7 +73,9 @@ _EXPORTS = {
     "restore": "mplug2_fast.acceleration",
     "Answerer": "mplug2_fast.predict",
     "Captioner": "mplug2_fast.predict",
+    "Classifier": "mplug2_fast.predict",
     "Grounder": "mplug2_fast.predict",
+    "Matcher": "mplug2_fast.predict",
     "Retriever": "mplug2_fast.predict",
 }
 _MODULES = (
@@ -100,6 +102,7 @@ __all__ = [
     "Answerer",
     "Captioner",
     "CheckpointError",
+    "Classifier",
     "ConfigError",
     "DataError",
     "GenerationOutput",
@@ -111,6 +114,7 @@ __all__ = [
     "MPlug2ForCaptioning",
     "MPlug2ForQuestionAnswering",
     "MPlugConfig",
+    "Matcher",
     "NotFiniteError",
     "Retriever",
     "Trainer",

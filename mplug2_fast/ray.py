@@ -1,4 +1,4 @@
-"""Steps for Ray Data: they caption the videos that a column names, or answer questions about them.
+"""Steps for Ray Data: they caption the videos that a column names, answer questions about them, or do any other task.
 
     import ray
     from mplug2_fast.ray import Captions
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ class _Step:
         self._work = work
         self._decoding = Decoding(num_workers, timeout)
         self._pool = decoder_for(work, self._decoding)
-        self._pool.__enter__()
+        self._decoder = self._pool.__enter__()
 
     def __del__(self) -> None:
         if hasattr(self, "_pool"):
@@ -54,7 +54,7 @@ class _Step:
 
     def _lines(self, videos: Sequence[Source]) -> list[Line]:
         """The line of each video."""
-        clips = self._pool.clips(video.path for video in videos)
+        clips = self._decoder.clips(video.path for video in videos)
         found: dict[int, list[Line]] = {}
         again: list[int] = []
         for step in steps(self._work, videos, batches_of_videos(clips, [range(len(videos))]), again):
@@ -125,6 +125,46 @@ class Answers(_Step):
             self._work.predictor.check_text(question)
         asked = zip(batch["path"], questions, strict=True)
         videos = [Source(str(path), (Question(str(question)),)) for path, question in asked]
+        return batch | _columns(self._lines(videos))
+
+
+class Results(_Step):
+    """Like `Captions`, for any task. A column `text` of the batch has what goes with each file; its place is taken by
+    the results.
+
+    Args:
+        predictor: a kind of `Predictor`, such as `Classifier`. arguments: of the predictor, such as task.
+        text: for all files. None: use the column, if the task reads texts.
+        options: of the task.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        *,
+        predictor: type[Predictor] = Predictor,
+        arguments: Mapping[str, Any] | None = None,
+        text: str | None = None,
+        num_frames: int | None = None,
+        num_workers: int = 1,
+        timeout: float | None = 60.0,
+        **options: Any,
+    ) -> None:
+        loaded = predictor(checkpoint, **(arguments or {}))
+        self._text = text
+        super().__init__(Predict(loaded, _frames(loaded, num_frames), options), num_workers, timeout)
+
+    def __call__(self, batch: Columns) -> Columns:
+        """Takes a batch with a column `path`, unless the task is on texts alone, and a column `text` where the task
+        reads texts and no text is set."""
+        task = self._work.predictor.task
+        paths = [str(path) for path in batch["path"]] if task.reads_files else [""] * len(batch["text"])
+        if not task.reads_text:
+            return batch | _columns(self._lines([Source(path) for path in paths]))
+        texts = [str(text) for text in batch["text"]] if self._text is None else [self._text] * len(paths)
+        for text in dict.fromkeys(texts):
+            self._work.predictor.check_text(text)
+        videos = [Source(path, (Question(text),)) for path, text in zip(paths, texts, strict=True)]
         return batch | _columns(self._lines(videos))
 
 

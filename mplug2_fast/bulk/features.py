@@ -1,8 +1,8 @@
-"""Features of videos, in shards that are written atomically, and an index that names only existing shards.
+"""Features of videos or texts, in shards that are written atomically, and an index that names only existing shards.
 
-A folder of features has an `index.jsonl` with one line per video, and shards. Each shard is a `.safetensors` or `.npy`
-file with one array `(rows, ...)` named "features". The `features` of a line are the rows of its clips, in order and
-without the last number: `[{"shard": "features-0000-000000.npy", "rows": [0, 3]}]`.
+A folder of features has an `index.jsonl` with one line per video or text, and shards. Each shard is a `.safetensors` or
+`.npy` file with one array `(rows, ...)` named "features". The `features` of a line are the rows of its clips, in order
+and without the last number: `[{"shard": "features-0000-000000.npy", "rows": [0, 3]}]`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mplug2_fast.predict import Predictor
 from mplug2_fast.predict.memory import clip_bytes
 from mplug2_fast.tasks.base import not_finite
 
-Kind = Literal["vision", "universal", "pooled"]
+Kind = Literal["vision", "universal", "pooled", "contrast"]
 Format = Literal["safetensors", "npy"]
 
 INDEX = "index.jsonl"
@@ -105,30 +105,48 @@ class Shards:
 
 
 class Features(Work[Row | NotFiniteError]):
-    """Features: one row per clip, in shards, and one line per video in the index.
+    """Features: one row per clip or text, in shards, and one line per video or text in the index.
 
     Args:
         kind: see `features_of`.
         format: file format of the shards. Features have the model's dtype.
         folder: the output folder.
+        of_texts: whether sources are texts alone, whose kind must be "contrast".
     """
 
     command = "features"
     guarded = True
 
-    def __init__(self, predictor: Predictor, frames: Frames, kind: Kind, format: Format, folder: Path) -> None:
+    def __init__(
+        self,
+        predictor: Predictor,
+        frames: Frames,
+        kind: Kind,
+        format: Format,
+        folder: Path,
+        *,
+        of_texts: bool = False,
+    ) -> None:
         super().__init__(predictor, frames)
+        self._of_texts = of_texts
         for name, value, known in (("kind", kind, get_args(Kind)), ("format", format, get_args(Format))):
             if value not in known:
                 raise ConfigError(f"there is no feature {name} {value!r}: choose {', '.join(known)}")
         if format == "npy" and self.weights.dtype == torch.bfloat16:
             raise ConfigError("npy files cannot store bfloat16: use safetensors, or the dtype float16 or float32")
+        if of_texts and kind != "contrast":
+            raise ConfigError(f"texts have no {kind} features: use the kind contrast")
         self._kind, self._format, self._folder = kind, format, folder
         self._shards: Shards | None = None
         self._lines: list[Line] = []
 
+    @property
+    def reads_files(self) -> bool:
+        return not self._of_texts
+
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "kind": self._kind, "format": self._format}
+        texts = {"of": "texts"} if self._of_texts else {}
+        return {**super().settings(), "kind": self._kind, "format": self._format, **texts}
 
     def bytes_of_clip(self) -> int:
         return clip_bytes(self.predictor.model.config, num_frames=self.frames.length, itemsize=self.weights.itemsize)
@@ -138,7 +156,10 @@ class Features(Work[Row | NotFiniteError]):
 
     def compute(self, frames: Tensor, videos: Sequence[Source]) -> tuple[list[Row | NotFiniteError], dict[str, float]]:
         started = time.perf_counter()
-        features = features_of(self.predictor.model, frames, self._kind)
+        if self._of_texts:
+            features = text_features(self.predictor, [video.questions[0].text for video in videos])
+        else:
+            features = features_of(self.predictor.model, frames, self._kind)
         seconds = {"encode": time.perf_counter() - started}
         return [self._add(row) for row in features], seconds
 
@@ -148,19 +169,21 @@ class Features(Work[Row | NotFiniteError]):
         return self._shards.add(row.clone())  # a copy: a view would keep the whole batch
 
     def keys(self, video: Source) -> list[Hashable]:
-        return [video.path]
+        return [self.key(line) for line in self.no_lines(video)]
 
     def key(self, line: Line) -> Hashable:
         _shards_in(line)
-        return text_in(line, "path")
+        return text_in(line, "text" if self._of_texts else "path")
 
     def lines(self, finished: Finished[Row | NotFiniteError]) -> list[Line]:
         if (error := first_error(finished.outcomes)) is not None:
             return [{**line, **self._ending(finished, error)} for line in self.no_lines(finished.video)]
-        return [{"path": finished.video.path, "features": _ranges(finished.outcomes), **self._ending(finished)}]
+        (line,) = self.no_lines(finished.video)
+        return [{**line, "features": _ranges(finished.outcomes), **self._ending(finished)}]
 
     def no_lines(self, video: Source) -> list[Line]:
-        return [{"path": video.path, "features": []}]
+        source = {"text": video.questions[0].text} if self._of_texts else {"path": video.path}
+        return [{**source, "features": []}]
 
     def write(self, lines: list[Line], journal: Journal) -> None:
         """Lines are written after the shards that they name."""
@@ -207,12 +230,25 @@ def features_of(model: torch.nn.Module, frames: Tensor, kind: Kind) -> Tensor:
     Returns:
         "vision": `(batch, tokens, width)`, the output of the vision encoder: the class token, averaged over the frames,
         and the patches of all frames. "universal": `(batch, tokens, hidden_size)`, the output of the universal layers,
-        which the decoder reads. "pooled": `(batch, hidden_size)`, the class token of "universal".
+        which the decoder reads. "pooled": `(batch, hidden_size)`, the class token of "universal". "contrast":
+        `(batch, embed_dim)`, of norm 1, for comparison with those of texts.
     """
     weights = next(model.parameters())
     frames = frames.to(weights.device, weights.dtype)
     features = model.visual(frames) if kind == "vision" else model.encode_video(frames)
+    if kind == "contrast":
+        return model.visual_features(features).cpu()
     return (features[:, 0] if kind == "pooled" else features).cpu()
+
+
+@torch.inference_mode()
+def text_features(predictor: Predictor, texts: Sequence[str]) -> Tensor:
+    """The features of texts `(texts, embed_dim)`, of norm 1, for comparison with those of videos; on the CPU."""
+    model, tokenizer = predictor.model, predictor.tokenizer
+    device = next(model.parameters()).device
+    video = model.config.vision.num_frames > 1
+    ids, mask = model.config.wording.descriptions(tokenizer, list(texts), video=video, training=False)
+    return model.text_features(model.encode_text(ids.to(device), mask.to(device))).cpu()
 
 
 def _rows_in(line: Line) -> list[tuple[int, int]]:
@@ -233,7 +269,7 @@ def _shards_in(line: Line) -> list[str]:
 
 
 def read_features(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yields (path, features) of each video in a folder that `mplug2-fast features` wrote.
+    """Yields (path or text, features) of each video or text in a folder that `mplug2-fast features` wrote.
 
     Features are `(clips, ...)`. Videos with an error are skipped. Only one shard is in memory at a time.
 
@@ -245,7 +281,7 @@ def read_features(folder: str | os.PathLike[str]) -> Iterator[tuple[str, Tensor]
     for number, line in enumerate(read_lines(folder / INDEX), start=1):
         try:
             _shards_in(line)
-            path, error = text_in(line, "path"), line["error"]
+            path, error = text_in(line, "text" if "text" in line else "path"), line["error"]
         except (KeyError, TypeError, ValueError) as problem:
             raise ConfigError(
                 f"{folder / INDEX}, line {number}: this is not a line of an index of features"

@@ -294,15 +294,26 @@ def _decoded(
             yield from ahead.of(batches_of_videos(clips, plan.groups))
 
 
+class NoFiles:
+    """In place of a decoder, for texts alone: clips without frames."""
+
+    def clips(self, sources: Iterable[str]) -> Iterator[Clip]:
+        """One empty clip per source, in order."""
+        for index, source in enumerate(sources):
+            yield Clip(index, source, torch.empty(0))
+
+
 def decoder_for(
     work: Work[Any], decoding: Decoding, prefetch: int = PREFETCH
-) -> AbstractContextManager[DecodePool | DaliLoader]:
+) -> AbstractContextManager[DecodePool | DaliLoader | NoFiles]:
     """The decoder for a work, as a context manager. If the model is on the CPU, each process decodes with one thread.
 
     Raises:
         ConfigError: DALI does not decode windows, and serves no other preparation than mPLUG-2's.
         BackendError: the backend is not available.
     """
+    if not work.reads_files:
+        return nullcontext(NoFiles())
     device = work.weights.device
     options = {"num_frames": work.frames.count, "image_size": work.image_size, "dtype": work.weights.dtype}
     if decoding.backend == "dali":

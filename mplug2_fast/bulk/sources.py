@@ -39,6 +39,7 @@ class Source:
     """A video and the questions about it, if any."""
 
     path: str
+    """Empty for a text alone, which is its only question."""
     questions: tuple[Question, ...] = ()
 
 
@@ -105,6 +106,15 @@ def ask_all(sources: Sources, question: str) -> Sources:
     """The same videos, each with this question."""
     asked = (Question(question),)
     return replace(sources, videos=[Source(video.path, asked) for video in sources.videos])
+
+
+def texts_alone(texts: Iterable[str]) -> Sources:
+    """Texts without files, for tasks on texts alone. Raises `ConfigError` without a text."""
+    given = list(texts)
+    unique = dict.fromkeys(given)
+    if not unique:
+        raise ConfigError("there are no texts")
+    return Sources([Source("", (Question(text),)) for text in unique], len(given) - len(unique))
 
 
 def read_questions(path: str | os.PathLike[str]) -> Sources:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mplug2_fast.bulk.journal import Journal, Line
 from mplug2_fast.bulk.sources import Source
-from mplug2_fast.errors import NotFiniteError
+from mplug2_fast.errors import ConfigError, NotFiniteError
 from mplug2_fast.predict.boxes import box_fields
 from mplug2_fast.predict.memory import clip_bytes
 from mplug2_fast.tasks import Alternative
@@ -86,6 +86,11 @@ class Work(ABC, Generic[_T]):
     def __init__(self, predictor: Predictor, frames: Frames) -> None:
         self.predictor = predictor
         self.frames = frames
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether sources are files. Otherwise they are texts alone, and `compute` gets no frames."""
+        return self.predictor.task.reads_files
 
     @property
     def weights(self) -> Tensor:
@@ -182,6 +187,8 @@ class Predict(Work["list[Texts]"]):
 
     def __init__(self, predictor: Predictor, frames: Frames, options: dict[str, Any]) -> None:
         super().__init__(predictor, frames)
+        if frames.windows is not None and predictor.preparation.views > 1:
+            raise ConfigError("windows of a video have no clips and crops: use either")
         self.command = predictor.command
         self._options = predictor.complete_options(**options)
         self._respond = predictor.responder(**self._options)
@@ -195,11 +202,14 @@ class Predict(Work["list[Texts]"]):
 
     def bytes_of_clip(self) -> int:
         options = {name: self._options.get(name) or 1 for name in ("num_beams", "max_length")}
-        return clip_bytes(
-            self.predictor.model.config, num_frames=self.frames.length, itemsize=self.weights.itemsize, **options
-        )
+        config, views = self.predictor.model.config, self.predictor.preparation.views
+        return views * clip_bytes(config, num_frames=self.frames.length, itemsize=self.weights.itemsize, **options)
 
     def compute(self, frames: Tensor, videos: Sequence[Source]) -> tuple[list[list[Texts]], dict[str, float]]:
+        if not self.reads_files:
+            texts = [video.questions[0].text for video in videos]
+            results, seconds = self.predictor.say(None, lambda nothing: self._respond(nothing, texts))
+            return [[result] for result in results], {"generate": seconds}
         image_embeds, encoding = self.predictor.encode(frames)
         asked = [(clip, text) for clip, video in enumerate(videos) for text in _texts(video)]
         found: list[list[Texts]] = [[] for _ in videos]
@@ -217,7 +227,7 @@ class Predict(Work["list[Texts]"]):
         return [self.key(head) for head in _heads(video)]
 
     def key(self, line: Line) -> Hashable:
-        path = text_in(line, "path")
+        path = text_in(line, "path") if self.reads_files else ""
         return (path, text_in(line, "question"), line.get("id")) if self.predictor.task.reads_text else path
 
     def lines(self, finished: Finished[list[Texts]]) -> list[Line]:
@@ -263,8 +273,9 @@ def _heads(video: Source) -> list[Line]:
     """The first fields of each line of a video."""
     if not video.questions:
         return [{"path": video.path}]
+    path = {"path": video.path} if video.path else {}
     return [
-        {"path": video.path, "question": question.text, **({} if question.id is None else {"id": question.id})}
+        {**path, "question": question.text, **({} if question.id is None else {"id": question.id})}
         for question in video.questions
     ]
 

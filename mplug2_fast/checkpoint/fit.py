@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from mplug2_fast.errors import CheckpointError
 from mplug2_fast.models.names import KeyKind, OfficialNames, Shape
 
+HEADS = frozenset(("itm_head", "vision_proj", "text_proj", "temp"))
+"""Official names of heads that files of other tasks lack."""
+
 _EXAMPLES = 3
 _GROUPS = 8
 
@@ -70,6 +73,10 @@ class Fit:
             heads = sorted({key.split(".")[1] for key in self.missing if key.startswith("heads.")})
             if heads and all(key.startswith("heads.") for key in self.missing):
                 return f"no weights for the head of {', '.join(heads)}: load the other tasks, then add it with add_task"
+            parts = sorted({key.partition(".")[0] for key in self.missing})
+            if set(parts) <= HEADS:
+                each = "it" if len(parts) == 1 else "them"
+                return f"no weights for {', '.join(parts)}: train {each}, or pass a file that has {each}"
             if self.servable:
                 return (
                     f'the parts that only {self.title} uses are missing: load it with task="{self.servable[0]}", '

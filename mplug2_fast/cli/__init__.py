@@ -16,6 +16,7 @@ import typer
 import mplug2_fast
 from mplug2_fast.cli.answer import answer, rank
 from mplug2_fast.cli.checkpoints import convert, inspect
+from mplug2_fast.cli.classify import classify, match
 from mplug2_fast.cli.console import OutputError, output_failed, prepare_streams
 from mplug2_fast.cli.data import data
 from mplug2_fast.cli.evaluate import compare, evaluate
@@ -28,7 +29,7 @@ from mplug2_fast.cli.train import train
 
 app = typer.Typer(
     name="mplug2-fast",
-    help="Caption videos and images, answer questions about them, find what a text names, and search in them.",
+    help="Caption videos and images, answer questions about them, find what a text names, search, and classify.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -40,6 +41,8 @@ for command in (
     rank,
     ground,
     retrieve,
+    match,
+    classify,
     predict,
     features,
     train,

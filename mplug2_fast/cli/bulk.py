@@ -96,8 +96,13 @@ def run_bulk(
     out: str,
     options: BulkOptions,
     unit: str,
+    source: str = "video",
 ) -> None:
-    """Process all videos, with progress on standard error. Exits with status 2 if any failed."""
+    """Process all sources, with progress on standard error. Exits with status 2 if any failed.
+
+    Args:
+        unit: what the results are called. source: what one source is called.
+    """
     from mplug2_fast import bulk
 
     if not out:
@@ -108,7 +113,7 @@ def run_bulk(
         first = ranks.rank == 0
         if first:
             note_skipped(sources)
-        with progress(ranks) as started:
+        with progress(ranks, source) as started:
             summary = bulk.run(
                 work,
                 sources.videos,
@@ -120,7 +125,7 @@ def run_bulk(
                 started=started,
             )
     if first:
-        note(_summarised(summary, out, unit))
+        note(_summarised(summary, out, unit, source))
         for reason in sources.unreadable:
             note(f"error: {reason}")
         if summary.failed or sources.unreadable:
@@ -151,25 +156,25 @@ def _usual_workers(device: str, cores: int) -> int:
 
 
 @contextmanager
-def progress(ranks: Ranks) -> Iterator[Callable[[Plan], Callable[[int, int], None]]]:
+def progress(ranks: Ranks, source: str = "video") -> Iterator[Callable[[Plan], Callable[[int, int], None]]]:
     """The callback for `bulk.run`: a progress bar on a terminal, otherwise a line every 30 seconds."""
     if ranks.rank:
         yield lambda plan: lambda videos, failed: None
     elif sys.stderr.isatty():
-        with _bar() as bar:
+        with _bar(source) as bar:
             yield lambda plan: _Bar(bar, plan)
     else:
-        yield _Notes
+        yield lambda plan: _Notes(plan, source)
 
 
-def _bar() -> Any:
+def _bar(source: str) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     return Progress(
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("videos, {task.fields[failed]} failed, {task.fields[rate]:.1f}/s,"),
+        TextColumn(f"{source}s, {{task.fields[failed]}} failed, {{task.fields[rate]:.1f}}/s,"),
         TimeRemainingColumn(),
         TextColumn("left"),
         console=Console(stderr=True),
@@ -193,13 +198,14 @@ class _Bar:
 class _Notes:
     """Lines on standard error, at the start and every `SECONDS_BETWEEN_NOTES`."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, source: str) -> None:
+        self._sources = f"{source}s"
         self._total = plan.left
         self._done = self._failed = 0
         self._rate = _Rate()
         self._last = time.monotonic()
         if plan.finished:
-            note(f"note: {_counted(plan.finished, 'video', 'videos')} already done, {plan.left:,} to do")
+            note(f"note: {_counted(plan.finished, source, self._sources)} already done, {plan.left:,} to do")
 
     def __call__(self, videos: int, failed: int) -> None:
         self._done += videos
@@ -208,7 +214,8 @@ class _Notes:
         if time.monotonic() - self._last >= SECONDS_BETWEEN_NOTES:
             self._last = time.monotonic()
             left = _duration((self._total - self._done) / rate) if rate else "?"
-            note(f"{self._done:,} of {self._total:,} videos, {self._failed:,} failed, {rate:.1f}/s, {left} left")
+            done = f"{self._done:,} of {self._total:,} {self._sources}"
+            note(f"{done}, {self._failed:,} failed, {rate:.1f}/s, {left} left")
 
 
 class _Rate:
@@ -223,15 +230,14 @@ class _Rate:
         return self._videos / max(time.monotonic() - self._started, 1e-9)
 
 
-def _summarised(summary: Summary, out: str, unit: str) -> str:
+def _summarised(summary: Summary, out: str, unit: str, source: str) -> str:
     good = summary.lines - summary.failed
     text = f"{shown(out)}: {good:,} {unit}, {summary.failed:,} failed"
     if not summary.videos:
         return f"{text}; nothing left to do"
     rate = summary.videos / summary.seconds
     share = summary.model_seconds / summary.seconds
-    videos = f"{summary.videos:,} video{'' if summary.videos == 1 else 's'}"
-    taken = f"{videos} in {_duration(summary.seconds)}, {rate:.1f} per second"
+    taken = f"{_counted(summary.videos, source, f'{source}s')} in {_duration(summary.seconds)}, {rate:.1f} per second"
     return f"{text}; {taken}, model busy {share:.0%} of the time"
 
 

@@ -11,6 +11,7 @@ import typer
 from mplug2_fast.cli.bulk import BulkOptions, run_bulk
 from mplug2_fast.cli.console import reporting
 from mplug2_fast.cli.options import (
+    VIDEOS_HELP,
     BatchMemoryOption,
     CheckpointOption,
     DecoderOption,
@@ -21,11 +22,10 @@ from mplug2_fast.cli.options import (
     RetryOption,
     StrideOption,
     TimeoutOption,
-    Videos,
     WindowsOption,
     WorkersOption,
 )
-from mplug2_fast.cli.predict import load
+from mplug2_fast.cli.predict import check_texts, lines_of, load
 from mplug2_fast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Kind(str, Enum):
     vision = "vision"
     universal = "universal"
     pooled = "pooled"
+    contrast = "contrast"
 
 
 class Format(str, Enum):
@@ -48,13 +49,17 @@ class Format(str, Enum):
 
 
 def features(
-    videos: Videos,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The output folder.")],
+    videos: Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help=VIDEOS_HELP)] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Instead of videos: a text file of texts, one per line. Only contrast."),
+    ] = None,
     kind: Annotated[
         Kind,
         typer.Option(
             help="vision: output of the vision encoder; universal: output of the universal layers, which the decoder "
-            "reads; pooled: its class token."
+            "reads; pooled: its class token; contrast: of norm 1, for comparison with those of texts."
         ),
     ] = Kind.universal,
     format: Annotated[Format, typer.Option(help="File format of the shards.")] = Format.safetensors,
@@ -70,18 +75,20 @@ def features(
     decoder: DecoderOption = None,
     retry_failed: RetryOption = False,
 ) -> None:
-    """Compute features of videos and images.
+    """Compute features of videos and images, or of texts.
 
-    Writes shards, and index.jsonl with one line per file: where its features are, or its error. Rerun the same command
-    to resume an interrupted run.
+    Writes shards, and index.jsonl with one line per file or text: where its features are, or its error. Rerun the same
+    command to resume an interrupted run.
     """
+    if bool(videos) == (texts is not None):
+        raise typer.BadParameter("give either files or --texts")
     with reporting():
         options = BulkOptions(
             frames, windows, stride, num_workers, timeout, batch_memory, decoder, retry_failed or None
         )
         from mplug2_fast import bulk
         from mplug2_fast.bulk.features import INDEX
-        from mplug2_fast.predict import Captioner
+        from mplug2_fast.predict import Captioner, Retriever
 
         def work(ranks: Ranks, sources: Sources) -> Work:
             try:
@@ -89,7 +96,14 @@ def features(
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or error
                 raise ConfigError(f"{out}: the features cannot be written there: {reason}") from error
-            captioner = load(Captioner, checkpoint, dtype, ranks.device(device), quietly=ranks.rank > 0)
-            return bulk.Features(captioner, options.frames_of(captioner), kind.value, format.value, out)
+            model = Retriever if kind is Kind.contrast else Captioner
+            predictor = load(model, checkpoint, dtype, ranks.device(device), quietly=ranks.rank > 0)
+            if texts is not None:
+                check_texts(predictor, sources, ranks)
+            frames = options.frames_of(predictor)
+            return bulk.Features(predictor, frames, kind.value, format.value, out, of_texts=texts is not None)
 
-        run_bulk(work, lambda: bulk.find_videos(videos), str(out / INDEX), options, "features")
+        def find() -> Sources:
+            return bulk.find_videos(videos or ()) if texts is None else bulk.texts_alone(lines_of(texts, "texts"))
+
+        run_bulk(work, find, str(out / INDEX), options, "features", "video" if texts is None else "text")

@@ -19,6 +19,10 @@ class Dtype(str, Enum):
 
 VIDEOS_HELP = "Videos or images. With --out also folders, and .txt lists with one path per line."
 Videos = Annotated[list[str], typer.Argument(metavar="PATH", help=VIDEOS_HELP)]
+TEXTS_HELP = (
+    "With --out: JSON lines with path, question (the text) and, optionally, id. For a task on texts alone: a .txt file "
+    "with one text per line."
+)
 OutOption = Annotated[str | None, typer.Option(metavar="PATH", help="Output file; rerun the same command to resume.")]
 CheckpointOption = Annotated[
     str | None,

@@ -14,6 +14,7 @@ import typer
 from mplug2_fast.cli.bulk import BulkOptions, run_bulk
 from mplug2_fast.cli.console import BAD_INPUT, emit, note, reporting, shown, waiting
 from mplug2_fast.cli.options import (
+    TEXTS_HELP,
     VIDEOS_HELP,
     BatchMemoryOption,
     BeamsOption,
@@ -40,6 +41,7 @@ from mplug2_fast.errors import ConfigError
 if TYPE_CHECKING:
     from mplug2_fast.bulk import Ranks, Sources, Work
     from mplug2_fast.predict import Predictor, Result
+    from mplug2_fast.tasks import Task
 
 _Predictor = TypeVar("_Predictor", bound="Predictor")
 
@@ -117,8 +119,8 @@ def predict(
     texts: Annotated[
         str | None,
         typer.Option(
-            metavar="JSONL",
-            help="With --out: JSON lines with path, question (the text) and, optionally, id.",
+            metavar="PATH",
+            help=TEXTS_HELP,
         ),
     ] = None,
     option: Annotated[
@@ -139,43 +141,118 @@ def predict(
     decoder: DecoderOption = None,
     retry_failed: RetryOption = False,
 ) -> None:
-    """Run any task on videos and images.
+    """Run any task on videos and images, or on texts.
 
     Prints one line per file, in order: its name, a tab, and the result. With --out the results go to a file, one JSON
     object per video or text. Rerun the same command to resume an interrupted run.
     """
-    if bool(files) == (texts is not None):
-        raise typer.BadParameter("give either files or --texts, which lists them")
     with reporting():
         bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder, retry_failed)
         from mplug2_fast import tasks
         from mplug2_fast.predict import Predictor
 
         chosen = None if task is None else tasks.load(task)
-        options = dict(map(task_option, option or ()))
-        if out is None:
-            dataclasses.replace(bulk_options, timeout=None).require_none()
-            if texts is not None:
-                raise ConfigError("--texts: only with --out, which names the output file")
-            predictor = load(Predictor, checkpoint, dtype, device, task=chosen)
-            results = predictor.predict(files, text, **options, **in_a_process(timeout))
-            print_results(predictor, results, files, as_json, **({} if text is None else {"question": text}))
-            return
+        options, inputs = dict(map(task_option, option or ())), Inputs(files, text, texts)
+        model = (checkpoint, dtype, device)
+        run_task(Predictor, model, inputs, options, out, as_json, bulk_options, "results", task=chosen)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a command runs on: files, files with one text, files with texts from a list, or texts alone.
+
+    `texts` is a file: JSON lines with path and question, or, if its name ends with .txt, one text per line.
+    """
+
+    files: list[str] | None
+    text: str | None
+    texts: str | None
+
+    def __post_init__(self) -> None:
+        if bool(self.files) + (self.texts is not None) > 1 or not (self.files or self.texts or self.text):
+            raise typer.BadParameter("give either files or --texts, which lists them")
+        if self.text is not None and self.texts is not None:
+            raise typer.BadParameter("give either --text or --texts")
+
+    @property
+    def alone(self) -> bool:
+        """Whether there are texts and no files."""
+        listed = self.texts is not None and self.texts.lower().endswith(".txt")
+        return listed or not (self.files or self.texts)
+
+    def only_texts(self) -> list[str]:
+        """The texts alone."""
+        return [self.text] if self.text is not None else lines_of(Path(self.texts or ""), "texts")
+
+    def sources(self) -> Sources:
+        """What a bulk run runs on."""
         from mplug2_fast import bulk
 
-        def find() -> Sources:
-            if texts is not None:
-                return bulk.read_questions(texts)
-            found = bulk.find_videos(files)
-            return found if text is None else bulk.ask_all(found, text)
+        if self.alone:
+            return bulk.texts_alone(self.only_texts())
+        if self.texts is not None:
+            return bulk.read_questions(self.texts)
+        found = bulk.find_videos(self.files or ())
+        return found if self.text is None else bulk.ask_all(found, self.text)
 
-        def work(ranks: Ranks, sources: Sources) -> Work:
-            predictor = load(Predictor, checkpoint, dtype, ranks.device(device), task=chosen, quietly=ranks.rank > 0)
-            if predictor.task.reads_text or text is not None or texts is not None:
-                check_texts(predictor, sources, ranks)
-            return bulk.Predict(predictor, bulk_options.frames_of(predictor), options)
+    def require_for(self, predictor: Predictor) -> None:
+        """Raises `ConfigError` unless there are files exactly if the task takes files."""
+        name = predictor.task.name
+        if predictor.task.reads_files and self.alone:
+            raise ConfigError(
+                f"{name} needs a video or an image with each text: name files, or JSON lines with path and question"
+            )
+        if not predictor.task.reads_files and not self.alone:
+            raise ConfigError(f"{name} takes texts alone: use --text, or --texts with a .txt file of one text per line")
 
-        run_bulk(work, find, out, bulk_options, "results")
+
+def run_task(
+    kind: type[_Predictor],
+    model: tuple[str | None, Dtype, str],
+    inputs: Inputs,
+    options: dict[str, Any],
+    out: str | None,
+    as_json: bool,
+    bulk_options: BulkOptions,
+    unit: str,
+    *,
+    scores: bool = False,
+    **more: Any,
+) -> None:
+    """Runs a task and prints its results, or writes them to `out`.
+
+    Args:
+        model: its checkpoint, dtype and device. options: of the task. unit: what the results are called.
+        scores: whether scores are printed. more: further arguments of the predictor.
+    """
+    checkpoint, dtype, device = model
+    if out is None:
+        dataclasses.replace(bulk_options, timeout=None).require_none()
+        if inputs.texts is not None and not inputs.alone:
+            raise ConfigError("--texts: only with --out, which names the output file")
+        predictor = load(kind, checkpoint, dtype, device, **more)
+        inputs.require_for(predictor)
+        if inputs.text is not None:
+            note_unknown_words(predictor, [inputs.text], "text")
+        if inputs.alone:
+            texts = inputs.only_texts()
+            print_results(predictor, predictor.predict_texts(texts, **options), texts, as_json, scores=scores)
+            return
+        files = inputs.files or []
+        results = predictor.predict(files, inputs.text, **options, **in_a_process(bulk_options.timeout))
+        given = {} if inputs.text is None else {"question": inputs.text}
+        print_results(predictor, results, files, as_json, scores=scores, **given)
+        return
+    from mplug2_fast import bulk
+
+    def work(ranks: Ranks, sources: Sources) -> Work:
+        predictor = load(kind, checkpoint, dtype, ranks.device(device), quietly=ranks.rank > 0, **more)
+        inputs.require_for(predictor)
+        if predictor.task.reads_text or inputs.text is not None or inputs.texts is not None:
+            check_texts(predictor, sources, ranks)
+        return bulk.Predict(predictor, bulk_options.frames_of(predictor), options)
+
+    run_bulk(work, inputs.sources, out, bulk_options, unit, "text" if inputs.alone else "video")
 
 
 def task_option(given: str) -> tuple[str, Any]:
@@ -250,12 +327,15 @@ def print_results(
     files: list[str],
     as_json: bool,
     done: Callable[[int, Result], None] | None = None,
+    *,
+    scores: bool = False,
     **more: str,
 ) -> None:
     """Prints each result as soon as it is available. Exits with status 2 at the end if any has an error.
 
     Args:
         done: called with the place of the file and its result, if that is no error.
+        scores: whether to print them too.
         more: further fields of the JSON objects.
     """
     failed = False
@@ -268,28 +348,31 @@ def print_results(
         elif done is not None:
             done(number - 1, result)
         if as_json:
-            emit(_json(result, more, boxes=predictor.task.finds_boxes))
+            emit(_json(result, more, predictor.task))
         elif result.box is not None:
             emit(f"{shown(result.path)}\t{' '.join(f'{side:.1f}' for side in result.box)}")
         elif result.error is None:
             for alternative in result.alternatives:
-                emit(f"{shown(result.path)}\t{shown(alternative.text)}")
+                score = f"\t{alternative.score:.4f}" if scores else ""
+                emit(f"{shown(result.path)}\t{shown(alternative.text)}{score}")
     if failed:
         raise typer.Exit(BAD_INPUT)
 
 
-def _json(result: Result, more: dict[str, str], *, boxes: bool) -> str:
-    """The fields of a `Result`, those of boxes only with `boxes`. Infinities and NaN become null."""
+def _json(result: Result, more: dict[str, str], task: Task) -> str:
+    """The fields of a `Result`, those of boxes only for tasks that find them. Infinities and NaN become null."""
     fields = dataclasses.asdict(result)
     fields["alternatives"] = [{"text": text, "score": _number(score)} for text, score in result.alternatives]
     fields["score"] = _number(result.score)
     fields["seconds"] = {stage: round(seconds, 6) for stage, seconds in result.seconds.items()}
     size, _ = fields.pop("size"), fields.pop("box")
-    if boxes:
+    if task.finds_boxes:
         from mplug2_fast.predict.boxes import box_fields
 
         fields |= {"size": size, **box_fields(result.box, result.size)}
-    return json.dumps({"path": fields.pop("path"), **more, **fields}, allow_nan=False)
+    return json.dumps(
+        {"path" if task.reads_files else "question": fields.pop("path"), **more, **fields}, allow_nan=False
+    )
 
 
 def _number(value: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""From files to results: captions, answers to questions, boxes, rankings, and what any other task gives.
+"""From files to results: captions, answers to questions, boxes, classes, rankings, and what any other task gives.
 
     captioner = Captioner("mplug2_caption.pth", dtype="bfloat16")
     for result in captioner.caption(["a.mp4", "b.mkv"]):
@@ -8,7 +8,7 @@ One bad file never stops the others: its `Result` carries an `error`. The next f
 model works on the current one, or in worker processes. For runs over very many files see `mplug2_fast.bulk`.
 """
 
-from mplug2_fast.predict.aliases import Answerer, Captioner, Grounder
+from mplug2_fast.predict.aliases import Answerer, Captioner, Classifier, Grounder, Matcher
 from mplug2_fast.predict.predictor import Predictor, Result
 from mplug2_fast.predict.retriever import Match, Ranking, Retriever
 from mplug2_fast.tasks import Alternative
@@ -17,8 +17,10 @@ __all__ = [
     "Alternative",
     "Answerer",
     "Captioner",
+    "Classifier",
     "Grounder",
     "Match",
+    "Matcher",
     "Predictor",
     "Ranking",
     "Result",

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mplug2_fast.predict.predictor import Paths, Predictor, Result
-from mplug2_fast.tasks import AnswerRanking, Captioning, Grounding, QuestionAnswering
+import torch
+
+from mplug2_fast.errors import CheckpointError
+from mplug2_fast.images.views import Views
+from mplug2_fast.predict.predictor import PathLike, Paths, Predictor, Result
+from mplug2_fast.tasks import AnswerRanking, Captioning, Classification, Grounding, QuestionAnswering, Retrieval, Task
 from mplug2_fast.tasks.base import require
+from mplug2_fast.text import Tokenizer
+
+if TYPE_CHECKING:
+    from mplug2_fast.video import Preparation
 
 
 class Captioner(Predictor):
@@ -105,3 +113,84 @@ class Grounder(Predictor):
             phrase: names one thing in each image, such as "the red circle".
         """
         return self.predict(paths, phrase, num_workers=num_workers, timeout=timeout)
+
+
+class Matcher(Predictor):
+    """How likely a text goes with image and video files, by the matching head. Arguments: as for `Predictor`."""
+
+    command = "match"
+    default_task = Retrieval.name
+
+    def match(self, paths: Paths, text: str, *, num_workers: int = 0, timeout: float | None = 60.0) -> Iterator[Result]:
+        """One `Result` per file, whose `score` is the probability that the text goes with it.
+
+        Args:
+            paths, num_workers, timeout: as for `Predictor.predict`.
+            text: such as "a red circle moves left".
+        """
+        return self.predict(paths, text, num_workers=num_workers, timeout=timeout)
+
+
+class Classifier(Predictor):
+    """Classes of image and video files, of texts, or of both together.
+
+    Args:
+        checkpoint, tokenizer, dtype, device: as for `Predictor`.
+        task: a `Classification`, or its name in the checkpoint; None is the first classification of the checkpoint.
+        clips, crops: views of a video, whose probabilities are averaged. The clips spread over the video at other
+            times, the crops over the long side of the frames.
+
+    Raises:
+        CheckpointError, ConfigError: as for `Predictor`, or the checkpoint has no classification.
+    """
+
+    command = "classify"
+
+    def __init__(
+        self,
+        checkpoint: PathLike | torch.nn.Module | None = None,
+        tokenizer: Tokenizer | None = None,
+        *,
+        task: Task | str | None = None,
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        clips: int = 1,
+        crops: int = 1,
+    ) -> None:
+        require(min(clips, crops) >= 1, f"clips and crops must be at least 1, got {clips} and {crops}")
+        super().__init__(checkpoint, tokenizer, task=task, dtype=dtype, device=device)
+        if task is None:
+            found = (each for each in self.model.tasks.values() if isinstance(each, Classification))
+            self.task = next(found, self.task)
+        if not isinstance(self.task, Classification):
+            name = "the included tiny model" if checkpoint is None else "the checkpoint"
+            known = ", ".join(self.model.tasks)
+            raise CheckpointError(
+                f"{name} has no classification, only {known}: use a checkpoint that was trained for one"
+            )
+        one = clips * crops == 1
+        require(one or self.task.reads_files, f"{self.task.name} takes texts alone, which have no clips or crops")
+        self._views = clips, crops
+
+    @property
+    def preparation(self) -> Preparation:
+        clips, crops = self._views
+        return super().preparation if clips * crops == 1 else Views(super().preparation, clips, crops)
+
+    def classify(
+        self,
+        paths: Paths,
+        text: str | None = None,
+        *,
+        num_return: int = 1,
+        num_workers: int = 0,
+        timeout: float | None = 60.0,
+    ) -> Iterator[Result]:
+        """One `Result` per file: see `Predictor.predict`. For texts alone, see `predict_texts`.
+
+        Args:
+            paths, num_workers, timeout: as for `Predictor.predict`.
+            text: what goes with each file, for classes of both together.
+            num_return: labels per file, the likeliest first.
+        """
+        return self.predict(paths, text, num_return=num_return, num_workers=num_workers, timeout=timeout)

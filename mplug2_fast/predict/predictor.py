@@ -6,7 +6,7 @@ import copy
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +47,7 @@ Paths = PathLike | Iterable[PathLike]
 
 @dataclass(frozen=True)
 class Result:
-    """What came out for one file: a text, or an error.
+    """What came out for one file: a text, or an error. For a task on texts alone, `path` is the text that came in.
 
     `box` is (left, top, right, bottom) in pixels of the upright file, for tasks that find boxes. The boxes of
     `alternatives` are (center x, center y, width, height) in [0, 1] of what the model sees.
@@ -84,8 +84,11 @@ class Decoded(NamedTuple):
     size: tuple[int, int] | None = None
 
 
-Words = Callable[[Tensor], list[Texts]]
+Words = Callable[[Any], list[Texts]]
 """From image_embeds `(B, S, D)` to the results of each of the B videos."""
+
+TEXT_BATCH = 32
+"""Texts that are computed at once, for tasks on texts alone."""
 
 
 class Predictor:
@@ -184,9 +187,37 @@ class Predictor:
             ConfigError: options that contradict one another or the model, or a text that the model cannot read.
             MPlug2Error: the device ran out of memory.
         """
+        require(self.task.reads_files, f"{self.task.name} takes texts alone: use predict_texts")
         self.check_text(text)
         respond = self.responder(**self.complete_options(**options))
         return self.run(paths, lambda embeds: respond(embeds, [text] * len(embeds)), num_workers, timeout)
+
+    def predict_texts(self, texts: Sequence[str], **options: Any) -> Iterator[Result]:
+        """One `Result` per text, in order, for a task on texts alone.
+
+        Raises:
+            ConfigError: as for `predict`, or the task needs files. MPlug2Error: the device ran out of memory.
+        """
+        require(not self.task.reads_files, f"{self.task.name} needs an image or a video: use predict")
+        for text in texts:
+            self.check_text(text)
+        respond = self.responder(**self.complete_options(**options))
+        return self._respond_to(respond, texts)
+
+    def _respond_to(self, respond: Respond, texts: Sequence[str]) -> Iterator[Result]:
+        for start in range(0, len(texts), TEXT_BATCH):
+            some = texts[start : start + TEXT_BATCH]
+            try:
+                found, seconds = self.say(None, lambda nothing, some=some: respond(nothing, some))
+            except (RuntimeError, MemoryError) as problem:
+                self.explain_memory(problem)
+                raise
+            for text, each in zip(some, found, strict=True):
+                taken = {"generate": seconds / len(some)}
+                if isinstance(each, NotFiniteError):
+                    yield Result(text, seconds=taken, error=str(each))
+                else:
+                    yield Result(text, *each[0], tuple(each), seconds=taken)
 
     def complete_options(self, **options: Any) -> dict[str, Any]:
         """All options of the task, with defaults filled in.
@@ -244,16 +275,20 @@ class Predictor:
 
     @torch.inference_mode()
     def encode(self, videos: Tensor) -> tuple[Tensor, float]:
-        """Videos `(B, 3, T, H, W)`, anywhere, to image_embeds `(B, S, D)` on the model's device, and the seconds."""
+        """Videos `(B, 3, T, H, W)`, anywhere, to image_embeds `(B, S, D)` on the model's device, and the seconds.
+
+        Several views `(B, views, 3, T, H, W)` give `(B, views, S, D)`.
+        """
         weights = next(self.model.parameters())
         started = time.perf_counter()
-        image_embeds = self.model.encode_video(videos.to(weights.device, weights.dtype))
+        image_embeds = self.model.encode_video(videos.flatten(0, -5).to(weights.device, weights.dtype))
+        image_embeds = image_embeds.unflatten(0, videos.shape[:-4])
         if weights.is_cuda:
             torch.cuda.synchronize(weights.device)
         return image_embeds, time.perf_counter() - started
 
     @torch.inference_mode()
-    def say(self, image_embeds: Tensor, words: Words) -> tuple[list[Texts], float]:
+    def say(self, image_embeds: Tensor | None, words: Words) -> tuple[list[Texts], float]:
         """The results of `words` for image_embeds `(B, S, D)`, and the seconds that it took."""
         started = time.perf_counter()
         found = words(image_embeds)

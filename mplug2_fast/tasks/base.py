@@ -49,8 +49,11 @@ class BoxAlternative(Alternative):
 Texts = list[Alternative] | NotFiniteError
 """The texts of a video, best first, or why the model has none."""
 
-Respond = Callable[[Tensor, Sequence[str | None]], list[Texts]]
-"""From image_embeds `(B, S, D)` and the text that goes with each of the B videos, or None, to the results of each."""
+Respond = Callable[[Any, Sequence[str | None]], list[Texts]]
+"""From image_embeds `(B, S, D)` and the text that goes with each of the B videos, or None, to the results of each.
+
+A task on texts alone gets None for image_embeds. Classification also takes several views of a file,
+`(B, views, S, D)`."""
 
 
 class Task(ABC):
@@ -85,6 +88,11 @@ class Task(ABC):
     finds_boxes: ClassVar[bool] = False
     soft_targets: ClassVar[bool] = False
     evaluation: ClassVar[Literal["items", "gallery"]] = "items"
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether it takes images or videos. Without them, `respond` gets None for their tokens."""
+        return "vision" in self.modules
 
     def settings(self) -> Mapping[str, Any]:
         """Plain values that make the task again, for checkpoints: `KINDS[task.kind](**settings)`. Empty for a task that
@@ -122,7 +130,7 @@ class Task(ABC):
     def require_fields(self, item: Item) -> None:
         """Raise `DataError` for an item without the video, image or field that the task needs."""
         missing = [name for name in self.fields if getattr(item, name) in (None, "", (), {})]
-        if "vision" in self.modules and not item.media:
+        if self.reads_files and not item.media:
             missing.insert(0, "video or image")
         if missing:
             raise DataError(f"the item {printable(item.id)} has no {' and no '.join(missing)}, which {self.name} needs")

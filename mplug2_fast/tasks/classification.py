@@ -101,23 +101,20 @@ class Classification(Task):
         count = len(self.labels)
         require(1 <= num_return <= count, f"num_return must be from 1 to the {count} labels, got {num_return}")
 
-        def respond(image_embeds: Tensor, texts: Sequence[str | None]) -> list[Texts]:
-            inputs: dict[str, Any] = {"image_embeds": image_embeds}
+        def respond(image_embeds: Tensor | None, texts: Sequence[str | None]) -> list[Texts]:
+            views, inputs = 1, {}
+            if image_embeds is not None:
+                views = image_embeds.shape[1] if image_embeds.dim() == 4 else 1
+                inputs["image_embeds"] = image_embeds.flatten(0, image_embeds.dim() - 3)
             if self.reads_text:
                 require(all(text is not None for text in texts), "this task needs a text for each file")
-                ids, mask = _encoded(model.config, tokenizer, [str(text) for text in texts])
-                inputs |= {"text_ids": ids.to(image_embeds.device), "text_mask": mask.to(image_embeds.device)}
-            return best_labels(model.predict(self, **inputs), self.labels, num_return)
+                ids, mask = _encoded(model.config, tokenizer, [str(text) for text in texts for _ in range(views)])
+                device = next(model.parameters()).device
+                inputs |= {"text_ids": ids.to(device), "text_mask": mask.to(device)}
+            probabilities = model.predict(self, **inputs).unflatten(0, (-1, views)).mean(dim=1)
+            return best_labels(probabilities, self.labels, num_return)
 
         return respond
-
-    def classify(self, model: Any, tokenizer: Tokenizer, texts: Sequence[str], num_return: int = 1) -> list[Texts]:
-        """The most likely labels of texts, for a task on texts alone. A pair is two texts with " [SEP] " between."""
-        require(self.on == "text", f"{self.name} needs an image or a video")
-        ids, mask = _encoded(model.config, tokenizer, texts)
-        device = next(model.parameters()).device
-        found = model.predict(self, text_ids=ids.to(device), text_mask=mask.to(device))
-        return best_labels(found, self.labels, num_return)
 
     def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:
         tensors = {"labels": torch.tensor([self._number(item) for item in items])}

@@ -83,7 +83,8 @@ def clips_of(path: str | os.PathLike[str], options: ClipOptions, guard: Guard | 
     if pixels is not None:
         square = _square(pixels, options)
         size = pixels.shape[1], pixels.shape[0]
-        yield DecodedClip([square] * count, [0] * count, window=0, last=True, backend="pillow", size=size)
+        indices = preparation.frames(1, count)
+        yield DecodedClip([square] * len(indices), indices, window=0, last=True, backend="pillow", size=size)
         return
 
     from mplug2_fast.video.decode import scan_packets, usual_threads
@@ -105,7 +106,7 @@ def clips_of(path: str | os.PathLike[str], options: ClipOptions, guard: Guard | 
         for window in _windows(frames, options.windows):
             yield DecodedClip(*window, backend=options.backend, size=_size(scan))
         return
-    indices: list[int] = []
+    indices = []
 
     def choose(total: int) -> list[int]:
         indices[:] = preparation.frames(total, count)

@@ -35,6 +35,11 @@ class Preparation(ABC):
     name: ClassVar[str]
     sampling: ClassVar[str]
 
+    @property
+    def views(self) -> int:
+        """Clips that a file gives. If several, `tensor` gives them a first axis."""
+        return 1
+
     @abstractmethod
     def frames(self, total: int, count: int) -> list[int]:
         """The indices of `count` frames of a video of `total` frames, in ascending order."""

@@ -100,7 +100,7 @@ def test_items_and_texts():
         assert ids[0].tolist() == [101, 2009, 15811, 102, 2009, 2003, 4954]
     assert task.references(items[0]) == {"true": 1.0}
     model = mf.MPlug(config, [task]).eval()
-    ((best,), _) = task.classify(model, tokenizer, ["it rains", "it pours"])
+    ((best,), _) = task.respond(model, tokenizer)(None, ["it rains", "it pours"])
     assert best.text in task.labels
     with pytest.raises(mf.DataError, match="the item 3 has the label 'perhaps', and pairs knows true, false"):
         task.batch([Item("3", text="a", label="perhaps")], tokenizer, config)
