@@ -56,7 +56,7 @@ sanitized: $(INSTALLED)
 	cp -r mplug2_fast $(SANITIZED)/package && rm -f $(SANITIZED)/package/mplug2_fast/_C*.so
 	$(BIN)/cmake -S . -B $(SANITIZED)/cmake -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DMPLUG2_SANITIZE=address,undefined \
 		-DMPLUG2_CUDA=off
-	$(BIN)/cmake --build $(SANITIZED)/cmake --parallel
+	$(BIN)/cmake --build $(SANITIZED)/cmake --parallel $$(nproc)
 	$(BIN)/cmake --install $(SANITIZED)/cmake --prefix $(SANITIZED)/package
 
 # The operators' tests.

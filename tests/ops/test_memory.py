@@ -132,7 +132,7 @@ def freed(t):
 def test_native_facts_agree_with_python(name, native_module, monkeypatch):
     values = (UNUSUAL[name](), None, 1, 1.5, True, "text", torch.float32)
     found = memory.facts(values)
-    monkeypatch.setattr(memory, "_native_tests", lambda: None)
+    monkeypatch.setattr(memory, "native_tests", lambda: None)
     assert found == memory.facts(values)
 
 

@@ -14,7 +14,7 @@ _HAVE_AUTOCAST = frozenset(("cpu", "cuda"))
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype of autocast on the tensor's device; None if autocast is off, or the device has none."""
-    device = device_type(tensor)
+    device = "cpu" if tensor.is_cpu else device_type(tensor)  # the first form saves a call
     if device not in _HAVE_AUTOCAST and not torch.amp.is_autocast_available(device):
         return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

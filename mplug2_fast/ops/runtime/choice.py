@@ -54,9 +54,9 @@ class Choice:
             if backend is not None and not self.reasons(backend, arguments):
                 return backend
             raise self._error(f"{self.name} cannot run on the backend {name!r}", arguments)
-        is_slower = False
-        for backend in self.backends.values():
-            if backend.devices and not devices.issubset(backend.devices):  # the cheapest question first
+        is_slower, on_cpu = False, devices is CPU
+        for backend in self.backends.values():  # the cheapest question first
+            if (able := backend.devices) and not ("cpu" in able if on_cpu else devices.issubset(able)):
                 continue
             if (needs_grad and not backend.trains) or backend.not_supported_reasons(arguments):
                 continue

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mplug2_fast._native import native, native_error
 from mplug2_fast.errors import ConfigError
-from mplug2_fast.ops.runtime.memory import are_alike
+from mplug2_fast.ops.runtime.memory import native_tests
 
 DTYPES = (torch.float32, torch.bfloat16)
 ISA_VARIABLE = "MPLUG2_FAST_ISA"
@@ -58,10 +58,10 @@ def reasons(x: Tensor, **others: Tensor | None) -> list[str]:
     """Why native kernels cannot serve these arguments: no native module, a dtype other than float32 and bfloat16,
     different dtypes, or a last axis that is not dense."""
     found, dtype = [], x.dtype
-    if dtype in DTYPES and native_error() is None and are_alike(x, *others.values()):
-        return found
     if error := native_error():
         found.append(str(error))
+    elif dtype in DTYPES and (tests := native_tests()) is not None and tests.are_alike(x, *others.values()):
+        return found
     if dtype not in DTYPES:
         found.append(f"native kernels support float32 and bfloat16, got {dtype}")
     for name, other in others.items():
@@ -77,6 +77,8 @@ def reasons(x: Tensor, **others: Tensor | None) -> list[str]:
 
 def parameter_reasons(x: Tensor, parameters: Iterable[Tensor | None]) -> list[str]:
     """A reason if x and the parameters have different dtypes."""
+    if (tests := native_tests()) is not None and tests.are_alike(x, *parameters):
+        return []
     dtypes = {p.dtype for p in parameters if p is not None}
     if not dtypes or dtypes == {x.dtype}:
         return []

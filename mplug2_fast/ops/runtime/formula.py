@@ -23,14 +23,9 @@ _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C.
 
 
 def nothing_follows() -> bool:
-    """Whether no transform, trace or mode is active, so that `is_needed` and `is_watched` depend on types alone."""
-    return (
-        _transforms() is None
-        and forward_ad._current_level < 0
-        and _tracing() is None
-        and not _dispatch_modes()
-        and not _function_modes()
-    )
+    """Whether no transform or mode is active, so that outside of a trace `is_needed` and `is_watched` depend on types
+    alone."""
+    return _transforms() is None and forward_ad._current_level < 0 and not _dispatch_modes() and not _function_modes()
 
 
 def is_needed(tensors: Sequence[Tensor]) -> bool:

@@ -40,7 +40,7 @@ def facts(values: tuple[Any, ...]) -> int:
     PLAIN: all tensors among them are exactly Tensor or Parameter, fit their storage and have no pending minus sign.
     REQUIRES_GRAD: a tensor requires gradients. ON_CPU: all tensors are on the CPU. Without PLAIN the sum is 0.
     """
-    module = _native_tests()
+    module = native_tests()
     if module is not None:
         return module.facts(values)
     tensors = [value for value in values if isinstance(value, Tensor)]
@@ -50,14 +50,8 @@ def facts(values: tuple[Any, ...]) -> int:
     return PLAIN + requires_grad * REQUIRES_GRAD + all(t.is_cpu for t in tensors) * ON_CPU
 
 
-def are_alike(*tensors: Tensor | None) -> bool:
-    """Whether all have one dtype and a dense last axis, as a fast test: False also if the native module is missing."""
-    module = _native_tests()
-    return module is not None and module.are_alike(*tensors)
-
-
 @functools.cache
-def _native_tests() -> Any:
+def native_tests() -> Any:
     """The native module, if it and PyTorch have what the tests need."""
     module, library = native(), ctypes.CDLL(torch._C.__file__)
     if not hasattr(module, "facts") or not all(hasattr(library, name) for name in _TORCH_FUNCTIONS):

@@ -77,7 +77,8 @@ class Op(Generic[Result]):
 
     def __call__(self, *values: Any) -> Result:
         arguments = self.arguments(*values)
-        if _tracing() is None:  # in a trace sizes are tensors, and comparing them warns
+        is_traced = _tracing() is not None
+        if not is_traced:  # in a trace sizes are tensors, and comparing them warns
             try:
                 self.check(arguments)
             except RuntimeError:
@@ -91,7 +92,7 @@ class Op(Generic[Result]):
             if trains and self.derivatives.saves(tensors, forced_while_compiling()):
                 return self.derivatives.train(arguments)
             return self.torch_op(*arguments)
-        if formula.nothing_follows() and (facts := memory.facts(arguments)):
+        if not is_traced and formula.nothing_follows() and (facts := memory.facts(arguments)):
             needs_grad = facts & memory.REQUIRES_GRAD and torch.is_grad_enabled()
             devices = CPU if facts & memory.ON_CPU else device_types(tensors_of(arguments))
         else:
