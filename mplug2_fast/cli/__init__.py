@@ -22,6 +22,7 @@ from mplug2_fast.cli.data import data
 from mplug2_fast.cli.evaluate import compare, evaluate
 from mplug2_fast.cli.features import features
 from mplug2_fast.cli.ground import ground
+from mplug2_fast.cli.options import grouped
 from mplug2_fast.cli.predict import caption, predict
 from mplug2_fast.cli.report import info
 from mplug2_fast.cli.retrieve import retrieve
@@ -35,18 +36,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+NOT_OF_IMAGES = ("frames", "windows", "stride")
+NOT_OF_SEARCH = ("windows", "stride", "batch_memory", "decoder", "retry_failed")
 for command in (
-    caption,
-    answer,
-    rank,
-    ground,
-    retrieve,
-    match,
-    classify,
-    predict,
-    features,
+    grouped(caption),
+    grouped(answer),
+    grouped(rank),
+    grouped(ground, without=NOT_OF_IMAGES),
+    grouped(retrieve, without=NOT_OF_SEARCH),
+    grouped(match),
+    grouped(classify),
+    grouped(predict),
+    grouped(features),
     train,
-    evaluate,
+    grouped(evaluate, without=("windows", "stride")),
     compare,
     convert,
     inspect,

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from mplug2_fast.cli.console import BAD_INPUT, note, shown
-from mplug2_fast.cli.options import Decoder
+from mplug2_fast.cli.options import (
+    BatchMemoryOption,
+    Decoder,
+    DecoderOption,
+    FramesOption,
+    RetryOption,
+    StrideOption,
+    TimeoutOption,
+    WindowsOption,
+    WorkersOption,
+)
 from mplug2_fast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,16 +38,16 @@ MAX_STRIDE = 1_000_000_000
 
 @dataclass(frozen=True)
 class BulkOptions:
-    """Options that only runs with `--out` have, with their defaults."""
+    """Options of runs with `--out`. Other runs have the timeout alone."""
 
-    frames: int | None = None
-    windows: int | None = None
-    stride: int | None = None
-    num_workers: int | None = None
-    timeout: float | None = None
-    batch_memory: float | None = None
-    decoder: Decoder | None = None
-    retry_failed: bool = False
+    frames: FramesOption = None
+    windows: WindowsOption = None
+    stride: StrideOption = None
+    num_workers: WorkersOption = None
+    timeout: TimeoutOption = None
+    batch_memory: BatchMemoryOption = None
+    decoder: DecoderOption = None
+    retry_failed: RetryOption = False
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` for a number out of range."""
@@ -49,10 +59,12 @@ class BulkOptions:
             if value is not None and not least <= value <= most:  # also for NaN
                 raise ConfigError(f"{name} must be from {least:g} to {most:,} {unit}, not {value:g}")
 
-    def require_none(self) -> None:
-        """Raises `ConfigError` if any of these options is given; called for runs without `--out`."""
+    def require_out(self) -> None:
+        """Raises `ConfigError` if an option is given that a run without `--out` does not have."""
         given = [
-            f"--{field.name.replace('_', '-')}" for field in fields(self) if getattr(self, field.name) != field.default
+            f"--{field.name.replace('_', '-')}"
+            for field in fields(self)
+            if getattr(self, field.name) != field.default and field.name != "timeout"
         ]
         if given:
             raise ConfigError(f"{', '.join(given)}: only with --out, which names the output file")

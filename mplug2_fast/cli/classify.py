@@ -7,33 +7,12 @@ from typing import Annotated
 import typer
 
 from mplug2_fast.cli.bulk import BulkOptions
-from mplug2_fast.cli.console import reporting
-from mplug2_fast.cli.options import (
-    TEXTS_HELP,
-    VIDEOS_HELP,
-    BatchMemoryOption,
-    CheckpointOption,
-    DecoderOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    FramesOption,
-    JsonOption,
-    OutOption,
-    RetryOption,
-    ReturnOption,
-    StrideOption,
-    TimeoutOption,
-    WindowsOption,
-    WorkersOption,
-)
+from mplug2_fast.cli.options import TEXTS_HELP, JsonOption, ModelOptions, OptionalVideos, OutOption, ReturnOption
 from mplug2_fast.cli.predict import Inputs, run_task
-
-FilesArgument = Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help=VIDEOS_HELP)]
 
 
 def classify(
-    files: FilesArgument = None,
+    files: OptionalVideos = None,
     text: Annotated[
         str | None, typer.Option(metavar="TEXT", help="The text for each file, or the text to classify.")
     ] = None,
@@ -49,19 +28,11 @@ def classify(
         int, typer.Option(metavar="N", min=1, help="Crops per clip along the long side, whose results are averaged.")
     ] = 1,
     out: OutOption = None,
-    checkpoint: CheckpointOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
     num_return: ReturnOption = 1,
     as_json: JsonOption = False,
-    frames: FramesOption = None,
-    windows: WindowsOption = None,
-    stride: StrideOption = None,
-    num_workers: WorkersOption = None,
-    timeout: TimeoutOption = None,
-    batch_memory: BatchMemoryOption = None,
-    decoder: DecoderOption = None,
-    retry_failed: RetryOption = False,
+    *,
+    model: ModelOptions,
+    bulk_options: BulkOptions,
 ) -> None:
     """Classify videos, images, texts, or both together.
 
@@ -73,17 +44,14 @@ def classify(
     Rerun the same command to resume an interrupted run.
     """
     inputs = Inputs(files, text, texts)
-    with reporting():
-        bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder, retry_failed)
-        from mplug2_fast.predict import Classifier
+    from mplug2_fast.predict import Classifier
 
-        model, options = (checkpoint, dtype, device), {"num_return": num_return}
-        more = {"task": task, "clips": clips, "crops": crops}
-        run_task(Classifier, model, inputs, options, out, as_json, bulk_options, "classes", scores=True, **more)
+    options, more = {"num_return": num_return}, {"task": task, "clips": clips, "crops": crops}
+    run_task(Classifier, model, inputs, options, out, as_json, bulk_options, "classes", scores=True, **more)
 
 
 def match(
-    files: FilesArgument = None,
+    files: OptionalVideos = None,
     text: Annotated[str | None, typer.Option(metavar="TEXT", help="What the files may show.")] = None,
     texts: Annotated[
         str | None,
@@ -92,18 +60,10 @@ def match(
         ),
     ] = None,
     out: OutOption = None,
-    checkpoint: CheckpointOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
     as_json: JsonOption = False,
-    frames: FramesOption = None,
-    windows: WindowsOption = None,
-    stride: StrideOption = None,
-    num_workers: WorkersOption = None,
-    timeout: TimeoutOption = None,
-    batch_memory: BatchMemoryOption = None,
-    decoder: DecoderOption = None,
-    retry_failed: RetryOption = False,
+    *,
+    model: ModelOptions,
+    bulk_options: BulkOptions,
 ) -> None:
     """Score how well a text goes with videos and images.
 
@@ -116,9 +76,6 @@ def match(
     if (text is None) == (texts is None):
         raise typer.BadParameter("give either --text or, with --out, --texts")
     inputs = Inputs(files, text, texts)
-    with reporting():
-        bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder, retry_failed)
-        from mplug2_fast.predict import Matcher
+    from mplug2_fast.predict import Matcher
 
-        model = (checkpoint, dtype, device)
-        run_task(Matcher, model, inputs, {}, out, as_json, bulk_options, "scores", scores=True)
+    run_task(Matcher, model, inputs, {}, out, as_json, bulk_options, "scores", scores=True)

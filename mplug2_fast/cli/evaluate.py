@@ -11,18 +11,7 @@ import typer
 
 from mplug2_fast.cli.bulk import BulkOptions, progress
 from mplug2_fast.cli.console import BAD_INPUT, emit, note, reporting, shown
-from mplug2_fast.cli.options import (
-    BatchMemoryOption,
-    CheckpointOption,
-    DecoderOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    FramesOption,
-    RetryOption,
-    TimeoutOption,
-    WorkersOption,
-)
+from mplug2_fast.cli.options import ModelOptions
 from mplug2_fast.cli.predict import lines_of, load, task_option
 from mplug2_fast.cli.tables import columns
 
@@ -38,7 +27,6 @@ def evaluate(
         typer.Option(metavar="TASK", help="A task, or file.py:Name for your own.  [default: as the checkpoint says]"),
     ] = None,
     split: Annotated[str | None, typer.Option(metavar="NAME", help="Evaluate only the items of this split.")] = None,
-    checkpoint: CheckpointOption = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="A metric; repeat it for several.  [default: those of the task]"),
@@ -53,15 +41,10 @@ def evaluate(
     candidates: Annotated[
         Path | None, typer.Option(metavar="PATH", help="A text file of answers to choose from, one per line.")
     ] = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json.")] = False,
-    frames: FramesOption = None,
-    num_workers: WorkersOption = None,
-    timeout: TimeoutOption = None,
-    batch_memory: BatchMemoryOption = None,
-    decoder: DecoderOption = None,
-    retry_failed: RetryOption = False,
+    *,
+    model: ModelOptions,
+    bulk_options: BulkOptions,
 ) -> None:
     """Evaluate a model on annotated videos and images.
 
@@ -69,46 +52,44 @@ def evaluate(
     everything that decides the numbers, and one JSON line per item. Failed items count as wrong, and the exit status
     is 2.
     """
-    with reporting():
-        bulk_options = BulkOptions(frames, None, None, num_workers, timeout, batch_memory, decoder, retry_failed)
-        from mplug2_fast import bulk, evaluation, tasks
-        from mplug2_fast.datasets import read_items
-        from mplug2_fast.predict import Predictor
-        from mplug2_fast.predict.predictor import tiny_model
+    from mplug2_fast import bulk, evaluation, tasks
+    from mplug2_fast.datasets import read_items
+    from mplug2_fast.predict import Predictor
+    from mplug2_fast.predict.predictor import tiny_model
 
-        items = read_items(data, split)
-        chosen = None if task is None else tasks.load(task)
-        options = dict(map(task_option, option or ()))
-        if candidates is not None:
-            options["candidates"] = lines_of(candidates)
-        with bulk.Ranks() as ranks:
-            first = ranks.rank == 0
-            if chosen is not None:  # before the model is loaded
-                evaluation.check(chosen, items, metric, tokenizer)
-            predictor = load(Predictor, checkpoint, dtype, ranks.device(device), task=chosen, quietly=not first)
-            videos = len(evaluation.sources_of(predictor.task, items, predictor.model.config))
-            with progress(ranks) as started:
-                report = evaluation.evaluate(
-                    predictor,
-                    items,
-                    out,
-                    metrics=metric,
-                    tokenizer=tokenizer,
-                    options=options,
-                    frames=bulk_options.frames_of(predictor),
-                    decoding=bulk_options.decoding(next(predictor.model.parameters()).device.type, videos, ranks),
-                    batch_memory=bulk_options.batch_bytes(),
-                    retry_failed=retry_failed,
-                    checkpoint=tiny_model(chosen) if checkpoint is None else checkpoint,
-                    data=data,
-                    split=split,
-                    ranks=ranks,
-                    started=started,
-                )
-        if first:
-            _print(report, out, as_json)
-            if report.failed:
-                raise typer.Exit(BAD_INPUT)
+    items = read_items(data, split)
+    chosen = None if task is None else tasks.load(task)
+    options = dict(map(task_option, option or ()))
+    if candidates is not None:
+        options["candidates"] = lines_of(candidates)
+    with bulk.Ranks() as ranks:
+        first = ranks.rank == 0
+        if chosen is not None:  # before the model is loaded
+            evaluation.check(chosen, items, metric, tokenizer)
+        predictor = load(Predictor, model, ranks, task=chosen)
+        videos = len(evaluation.sources_of(predictor.task, items, predictor.model.config))
+        with progress(ranks) as started:
+            report = evaluation.evaluate(
+                predictor,
+                items,
+                out,
+                metrics=metric,
+                tokenizer=tokenizer,
+                options=options,
+                frames=bulk_options.frames_of(predictor),
+                decoding=bulk_options.decoding(next(predictor.model.parameters()).device.type, videos, ranks),
+                batch_memory=bulk_options.batch_bytes(),
+                retry_failed=bulk_options.retry_failed,
+                checkpoint=model.checkpoint or tiny_model(chosen),
+                data=data,
+                split=split,
+                ranks=ranks,
+                started=started,
+            )
+    if first:
+        _print(report, out, as_json)
+        if report.failed:
+            raise typer.Exit(BAD_INPUT)
 
 
 def compare(

@@ -9,22 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mplug2_fast.cli.bulk import BulkOptions, run_bulk
-from mplug2_fast.cli.console import reporting
-from mplug2_fast.cli.options import (
-    VIDEOS_HELP,
-    BatchMemoryOption,
-    CheckpointOption,
-    DecoderOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    FramesOption,
-    RetryOption,
-    StrideOption,
-    TimeoutOption,
-    WindowsOption,
-    WorkersOption,
-)
+from mplug2_fast.cli.options import ModelOptions, OptionalVideos
 from mplug2_fast.cli.predict import check_texts, lines_of, load
 from mplug2_fast.errors import ConfigError
 
@@ -50,7 +35,7 @@ class Format(str, Enum):
 
 def features(
     out: Annotated[Path, typer.Option(metavar="DIR", help="The output folder.")],
-    videos: Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help=VIDEOS_HELP)] = None,
+    videos: OptionalVideos = None,
     texts: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="Instead of videos: a text file of texts, one per line. Only contrast."),
@@ -63,17 +48,9 @@ def features(
         ),
     ] = Kind.universal,
     format: Annotated[Format, typer.Option(help="File format of the shards.")] = Format.safetensors,
-    checkpoint: CheckpointOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
-    frames: FramesOption = None,
-    windows: WindowsOption = None,
-    stride: StrideOption = None,
-    num_workers: WorkersOption = None,
-    timeout: TimeoutOption = None,
-    batch_memory: BatchMemoryOption = None,
-    decoder: DecoderOption = None,
-    retry_failed: RetryOption = False,
+    *,
+    model: ModelOptions,
+    bulk_options: BulkOptions,
 ) -> None:
     """Compute features of videos and images, or of texts.
 
@@ -82,28 +59,23 @@ def features(
     """
     if bool(videos) == (texts is not None):
         raise typer.BadParameter("give either files or --texts")
-    with reporting():
-        options = BulkOptions(
-            frames, windows, stride, num_workers, timeout, batch_memory, decoder, retry_failed or None
-        )
-        from mplug2_fast import bulk
-        from mplug2_fast.bulk.features import INDEX
-        from mplug2_fast.predict import Captioner, Retriever
+    from mplug2_fast import bulk
+    from mplug2_fast.bulk.features import INDEX
+    from mplug2_fast.predict import Captioner, Retriever
 
-        def work(ranks: Ranks, sources: Sources) -> Work:
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-            except (OSError, ValueError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise ConfigError(f"{out}: the features cannot be written there: {reason}") from error
-            model = Retriever if kind is Kind.contrast else Captioner
-            predictor = load(model, checkpoint, dtype, ranks.device(device), quietly=ranks.rank > 0)
-            if texts is not None:
-                check_texts(predictor, sources, ranks)
-            frames = options.frames_of(predictor)
-            return bulk.Features(predictor, frames, kind.value, format.value, out, of_texts=texts is not None)
+    def work(ranks: Ranks, sources: Sources) -> Work:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"{out}: the features cannot be written there: {reason}") from error
+        predictor = load(Retriever if kind is Kind.contrast else Captioner, model, ranks)
+        if texts is not None:
+            check_texts(predictor, sources, ranks)
+        frames = bulk_options.frames_of(predictor)
+        return bulk.Features(predictor, frames, kind.value, format.value, out, of_texts=texts is not None)
 
-        def find() -> Sources:
-            return bulk.find_videos(videos or ()) if texts is None else bulk.texts_alone(lines_of(texts, "texts"))
+    def find() -> Sources:
+        return bulk.find_videos(videos or ()) if texts is None else bulk.texts_alone(lines_of(texts, "texts"))
 
-        run_bulk(work, find, str(out / INDEX), options, "features", "video" if texts is None else "text")
+    run_bulk(work, find, str(out / INDEX), bulk_options, "features", "video" if texts is None else "text")

@@ -1,11 +1,18 @@
-"""Options that several commands share."""
+"""Options that several commands share, one by one and in groups."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
+
+from mplug2_fast.cli.console import reporting
 
 
 class Dtype(str, Enum):
@@ -19,6 +26,7 @@ class Dtype(str, Enum):
 
 VIDEOS_HELP = "Videos or images. With --out also folders, and .txt lists with one path per line."
 Videos = Annotated[list[str], typer.Argument(metavar="PATH", help=VIDEOS_HELP)]
+OptionalVideos = Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help=VIDEOS_HELP)]
 TEXTS_HELP = (
     "With --out: JSON lines with path, question (the text) and, optionally, id. For a task on texts alone: a .txt file "
     "with one text per line."
@@ -75,3 +83,57 @@ BatchMemoryOption = Annotated[
     float | None,
     typer.Option(metavar="GIB", help="Memory for a batch.  [default: a share of the free memory]"),
 ]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it computes."""
+
+    checkpoint: CheckpointOption = None
+    dtype: DtypeOption = Dtype.auto
+    device: DeviceOption = "auto"
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Options of beam search."""
+
+    num_beams: BeamsOption = None
+    num_return: ReturnOption = 1
+    min_length: MinLengthOption = None
+    max_length: MaxLengthOption = None
+
+
+def grouped(command: Callable[..., None], without: Collection[str] = ()) -> Callable[..., None]:
+    """A command for typer, of a function some of whose parameters are groups: dataclasses with a field per option.
+
+    The command has the options of each group, but those in `without`. Errors are reported as by `reporting`.
+    """
+    parameters = inspect.signature(command, eval_str=True).parameters
+    groups = {name: each.annotation for name, each in parameters.items() if dataclasses.is_dataclass(each.annotation)}
+    options: list[inspect.Parameter] = []
+    for name, parameter in parameters.items():
+        options += _options(groups[name], without) if name in groups else [parameter]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        with reporting():
+            for name, group in groups.items():
+                values = {f.name: given.pop(f.name) for f in dataclasses.fields(group) if f.name in given}
+                given[name] = group(**values)
+            command(**given)
+
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options]
+    )
+    run.__annotations__ = {}  # typer reads the signature
+    return run
+
+
+def _options(group: Any, without: Collection[str]) -> list[inspect.Parameter]:
+    kinds = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=kinds[f.name])
+        for f in dataclasses.fields(group)
+        if f.name not in without
+    ]

@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from mplug2_fast.cli.bulk import BulkOptions, run_bulk
-from mplug2_fast.cli.console import BAD_INPUT, emit, note, reporting, shown, waiting
+from mplug2_fast.cli.console import BAD_INPUT, emit, note, shown, waiting
 from mplug2_fast.cli.options import (
     TEXTS_HELP,
-    VIDEOS_HELP,
-    BatchMemoryOption,
-    BeamsOption,
-    CheckpointOption,
-    DecoderOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    FramesOption,
     JsonOption,
-    MaxLengthOption,
-    MinLengthOption,
+    ModelOptions,
+    OptionalVideos,
     OutOption,
-    RetryOption,
-    ReturnOption,
-    StrideOption,
-    TimeoutOption,
+    SearchOptions,
     Videos,
-    WindowsOption,
-    WorkersOption,
 )
 from mplug2_fast.errors import ConfigError
 
@@ -57,22 +44,11 @@ MAX_CANDIDATE_BYTES = 2**16
 def caption(
     files: Videos,
     out: OutOption = None,
-    checkpoint: CheckpointOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
-    num_beams: BeamsOption = None,
-    num_return: ReturnOption = 1,
-    min_length: MinLengthOption = None,
-    max_length: MaxLengthOption = None,
     as_json: JsonOption = False,
-    frames: FramesOption = None,
-    windows: WindowsOption = None,
-    stride: StrideOption = None,
-    num_workers: WorkersOption = None,
-    timeout: TimeoutOption = None,
-    batch_memory: BatchMemoryOption = None,
-    decoder: DecoderOption = None,
-    retry_failed: RetryOption = False,
+    *,
+    model: ModelOptions,
+    search: SearchOptions,
+    bulk_options: BulkOptions,
 ) -> None:
     """Caption videos and images.
 
@@ -82,32 +58,13 @@ def caption(
     With --out the results go to a file, one JSON object per video, and PATH may also be a folder or a .txt list. Rerun
     the same command to resume an interrupted run.
     """
-    with reporting():
-        bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder, retry_failed)
-        from mplug2_fast.predict import Captioner
+    from mplug2_fast.predict import Captioner
 
-        searching = {
-            "num_beams": num_beams,
-            "num_return": num_return,
-            "min_length": min_length,
-            "max_length": max_length,
-        }
-        if out is None:
-            dataclasses.replace(bulk_options, timeout=None).require_none()
-            captioner = load(Captioner, checkpoint, dtype, device)
-            print_results(captioner, captioner.caption(files, **searching, **in_a_process(timeout)), files, as_json)
-            return
-        from mplug2_fast import bulk
-
-        def work(ranks: Ranks, sources: Sources) -> Work:
-            captioner = load(Captioner, checkpoint, dtype, ranks.device(device), quietly=ranks.rank > 0)
-            return bulk.Predict(captioner, bulk_options.frames_of(captioner), searching)
-
-        run_bulk(work, lambda: bulk.find_videos(files), out, bulk_options, "captions")
+    run_task(Captioner, model, Inputs(files), vars(search), out, as_json, bulk_options, "captions")
 
 
 def predict(
-    files: Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help=VIDEOS_HELP)] = None,
+    files: OptionalVideos = None,
     task: Annotated[
         str | None,
         typer.Option(
@@ -116,63 +73,48 @@ def predict(
         ),
     ] = None,
     text: Annotated[str | None, typer.Option(metavar="TEXT", help="The text for each file.")] = None,
-    texts: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            help=TEXTS_HELP,
-        ),
-    ] = None,
+    texts: Annotated[str | None, typer.Option(metavar="PATH", help=TEXTS_HELP)] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="An option of the task, such as num_beams=3; repeat it for several."),
     ] = None,
     out: OutOption = None,
-    checkpoint: CheckpointOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
     as_json: JsonOption = False,
-    frames: FramesOption = None,
-    windows: WindowsOption = None,
-    stride: StrideOption = None,
-    num_workers: WorkersOption = None,
-    timeout: TimeoutOption = None,
-    batch_memory: BatchMemoryOption = None,
-    decoder: DecoderOption = None,
-    retry_failed: RetryOption = False,
+    *,
+    model: ModelOptions,
+    bulk_options: BulkOptions,
 ) -> None:
     """Run any task on videos and images, or on texts.
 
     Prints one line per file, in order: its name, a tab, and the result. With --out the results go to a file, one JSON
     object per video or text. Rerun the same command to resume an interrupted run.
     """
-    with reporting():
-        bulk_options = BulkOptions(frames, windows, stride, num_workers, timeout, batch_memory, decoder, retry_failed)
-        from mplug2_fast import tasks
-        from mplug2_fast.predict import Predictor
+    from mplug2_fast import tasks
+    from mplug2_fast.predict import Predictor
 
-        chosen = None if task is None else tasks.load(task)
-        options, inputs = dict(map(task_option, option or ())), Inputs(files, text, texts)
-        model = (checkpoint, dtype, device)
-        run_task(Predictor, model, inputs, options, out, as_json, bulk_options, "results", task=chosen)
+    chosen = None if task is None else tasks.load(task)
+    options, inputs = dict(map(task_option, option or ())), Inputs(files, text, texts)
+    run_task(Predictor, model, inputs, options, out, as_json, bulk_options, "results", task=chosen)
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
     """What a command runs on: files, files with one text, files with texts from a list, or texts alone.
 
-    `texts` is a file: JSON lines with path and question, or, if its name ends with .txt, one text per line.
+    `texts` is a file: JSON lines with path and question, or, if its name ends with .txt, one text per line. `noun` is
+    what the command calls a text.
     """
 
     files: list[str] | None
-    text: str | None
-    texts: str | None
+    text: str | None = None
+    texts: str | None = None
+    noun: str = "text"
 
     def __post_init__(self) -> None:
         if bool(self.files) + (self.texts is not None) > 1 or not (self.files or self.texts or self.text):
-            raise typer.BadParameter("give either files or --texts, which lists them")
+            raise typer.BadParameter(f"give either files or --{self.noun}s, which lists them")
         if self.text is not None and self.texts is not None:
-            raise typer.BadParameter("give either --text or --texts")
+            raise typer.BadParameter(f"give either --{self.noun} or --{self.noun}s")
 
     @property
     def alone(self) -> bool:
@@ -208,49 +150,54 @@ class Inputs:
 
 def run_task(
     kind: type[_Predictor],
-    model: tuple[str | None, Dtype, str],
+    model: ModelOptions,
     inputs: Inputs,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
     out: str | None,
     as_json: bool,
     bulk_options: BulkOptions,
     unit: str,
     *,
     scores: bool = False,
+    done: Callable[[_Predictor, int, Result], None] | None = None,
     **more: Any,
 ) -> None:
     """Runs a task and prints its results, or writes them to `out`.
 
     Args:
-        model: its checkpoint, dtype and device. options: of the task. unit: what the results are called.
-        scores: whether scores are printed. more: further arguments of the predictor.
+        options: of the predictor's command. unit: what the results are called.
+        scores: whether scores are printed.
+        done: called with the predictor, the place of a file, and its result, if that is no error.
+        more: further arguments of the predictor.
     """
-    checkpoint, dtype, device = model
     if out is None:
-        dataclasses.replace(bulk_options, timeout=None).require_none()
+        bulk_options.require_out()
         if inputs.texts is not None and not inputs.alone:
-            raise ConfigError("--texts: only with --out, which names the output file")
-        predictor = load(kind, checkpoint, dtype, device, **more)
-        inputs.require_for(predictor)
-        if inputs.text is not None:
-            note_unknown_words(predictor, [inputs.text], "text")
+            raise ConfigError(f"--{inputs.noun}s: only with --out, which names the output file")
+        loaded = load(kind, model, **more)
+        inputs.require_for(loaded)
+        predictor, chosen = loaded.with_options(**options)
+        files = inputs.only_texts() if inputs.alone else inputs.files or []
+        given = {}
         if inputs.alone:
-            texts = inputs.only_texts()
-            print_results(predictor, predictor.predict_texts(texts, **options), texts, as_json, scores=scores)
-            return
-        files = inputs.files or []
-        results = predictor.predict(files, inputs.text, **options, **in_a_process(bulk_options.timeout))
-        given = {} if inputs.text is None else {"question": inputs.text}
-        print_results(predictor, results, files, as_json, scores=scores, **given)
+            results = predictor.predict_texts(files, **chosen)
+        else:
+            results = predictor.predict(files, inputs.text, **chosen, **in_a_process(bulk_options.timeout))
+            given = {} if inputs.text is None else {"question": inputs.text}
+        if inputs.text is not None:
+            note_unknown_words(predictor, [inputs.text], inputs.noun)
+        finished = None if done is None else functools.partial(done, loaded)
+        print_results(predictor, results, files, as_json, finished, scores=scores, **given)
         return
     from mplug2_fast import bulk
 
     def work(ranks: Ranks, sources: Sources) -> Work:
-        predictor = load(kind, checkpoint, dtype, ranks.device(device), quietly=ranks.rank > 0, **more)
-        inputs.require_for(predictor)
-        if predictor.task.reads_text or inputs.text is not None or inputs.texts is not None:
-            check_texts(predictor, sources, ranks)
-        return bulk.Predict(predictor, bulk_options.frames_of(predictor), options)
+        loaded = load(kind, model, ranks, **more)
+        inputs.require_for(loaded)
+        if loaded.task.reads_text or inputs.text is not None or inputs.texts is not None:
+            check_texts(loaded, sources, ranks)
+        predictor, chosen = loaded.with_options(**options)
+        return bulk.Predict(predictor, bulk_options.frames_of(predictor), chosen)
 
     run_bulk(work, inputs.sources, out, bulk_options, unit, "text" if inputs.alone else "video")
 
@@ -285,18 +232,17 @@ def in_a_process(timeout: float | None) -> dict[str, Any]:
     return {"num_workers": 1, "timeout": timeout or 60.0}
 
 
-def load(
-    kind: type[_Predictor], checkpoint: str | None, dtype: Dtype, device: str, *, quietly: bool = False, **more: Any
-) -> _Predictor:
-    """Loads a predictor from a checkpoint."""
-    if checkpoint is None and not quietly:
+def load(kind: type[_Predictor], model: ModelOptions, ranks: Ranks | None = None, **more: Any) -> _Predictor:
+    """Loads a predictor from a checkpoint, on the device of one of several programs if they share the work."""
+    if model.checkpoint is None and (ranks is None or ranks.rank == 0):
         from mplug2_fast.predict.predictor import TINY_MPLUG, tiny_model
 
         shapes = tiny_model(more.get("task") or kind.default_task) == TINY_MPLUG
         known = "pictures of shapes" if shapes else "moving shapes"
         note(f"note: this is the included tiny model, which knows only {known}; use --checkpoint for another")
     with waiting("loading the model"):
-        return kind(checkpoint, dtype=dtype.value, device=device, **more)
+        device = model.device if ranks is None else ranks.device(model.device)
+        return kind(model.checkpoint, dtype=model.dtype.value, device=device, **more)
 
 
 def note_unknown_words(predictor: Predictor, questions: Iterable[str], what: str = "question") -> None:

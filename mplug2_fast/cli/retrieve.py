@@ -11,16 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mplug2_fast.cli.bulk import BulkOptions, note_skipped
-from mplug2_fast.cli.console import BAD_INPUT, emit, note, reporting, shown, waiting
-from mplug2_fast.cli.options import (
-    CheckpointOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    FramesOption,
-    TimeoutOption,
-    WorkersOption,
-)
+from mplug2_fast.cli.console import BAD_INPUT, emit, note, shown, waiting
+from mplug2_fast.cli.options import ModelOptions
 from mplug2_fast.cli.predict import lines_of, load, note_unknown_words
 from mplug2_fast.errors import ConfigError
 
@@ -61,13 +53,10 @@ def retrieve(
     out: Annotated[
         str | None, typer.Option(metavar="PATH", help="Write JSON lines to this file at the end; it is replaced.")
     ] = None,
-    checkpoint: CheckpointOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per text or file.")] = False,
-    frames: FramesOption = None,
-    num_workers: WorkersOption = None,
-    timeout: TimeoutOption = None,
+    *,
+    model: ModelOptions,
+    bulk_options: BulkOptions,
 ) -> None:
     """Search with texts in videos and images, or find the texts that describe them.
 
@@ -78,30 +67,28 @@ def retrieve(
     """
     if not text and texts is None:
         raise typer.BadParameter("give what to search for with --text or --texts")
-    with reporting():
-        bulk_options = BulkOptions(num_workers=num_workers, timeout=timeout)
-        from mplug2_fast import bulk
-        from mplug2_fast.predict import Retriever
+    from mplug2_fast import bulk
+    from mplug2_fast.predict import Retriever
 
-        wanted = list(dict.fromkeys([*(text or ()), *lines_of(texts, "texts")]))
-        if not wanted:
-            raise ConfigError(f"{texts}: there are no texts in this file")
-        sources = bulk.find_videos(paths)
-        note_skipped(sources)
-        retriever = load(Retriever, checkpoint, dtype, device)
-        retriever.check_texts(wanted)
-        note_unknown_words(retriever, wanted, "texts")
-        device_type = next(retriever.model.parameters()).device.type
-        decoding = bulk_options.decoding(device_type, len(sources.videos), bulk.Ranks({}))
-        gallery = retriever.gallery(len(sources.videos), rerank=rerank)
-        files = [video.path for video in sources.videos]
-        options = {"num_frames": frames, "num_workers": decoding.num_workers, "timeout": decoding.timeout}
-        ranking = _ranked(retriever, gallery, files, wanted, options)
-        _print(ranking, by, top, as_json, out)
-        for reason in sources.unreadable:
-            note(f"error: {reason}")
-        if sources.unreadable or any(result.error is not None for result in ranking.results):
-            raise typer.Exit(BAD_INPUT)
+    wanted = list(dict.fromkeys([*(text or ()), *lines_of(texts, "texts")]))
+    if not wanted:
+        raise ConfigError(f"{texts}: there are no texts in this file")
+    sources = bulk.find_videos(paths)
+    note_skipped(sources)
+    retriever = load(Retriever, model)
+    retriever.check_texts(wanted)
+    note_unknown_words(retriever, wanted, "texts")
+    device_type = next(retriever.model.parameters()).device.type
+    decoding = bulk_options.decoding(device_type, len(sources.videos), bulk.Ranks({}))
+    gallery = retriever.gallery(len(sources.videos), rerank=rerank)
+    files = [video.path for video in sources.videos]
+    options = {"num_frames": bulk_options.frames, "num_workers": decoding.num_workers, "timeout": decoding.timeout}
+    ranking = _ranked(retriever, gallery, files, wanted, options)
+    _print(ranking, by, top, as_json, out)
+    for reason in sources.unreadable:
+        note(f"error: {reason}")
+    if sources.unreadable or any(result.error is not None for result in ranking.results):
+        raise typer.Exit(BAD_INPUT)
 
 
 def _ranked(

@@ -80,7 +80,7 @@ class Answerer(Predictor):
         predictor, options = self.with_options(candidates, num_beams, num_return, min_length, max_length)
         return predictor.predict(paths, question, num_workers=num_workers, timeout=timeout, **options)
 
-    def with_options(
+    def with_options(  # type: ignore[override]
         self,
         candidates: Sequence[str] | None = None,
         num_beams: int | None = None,

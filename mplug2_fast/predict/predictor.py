@@ -164,6 +164,10 @@ class Predictor:
             other.model.add_task(other.task)
         return other
 
+    def with_options(self, **options: Any) -> tuple[Predictor, dict[str, Any]]:
+        """The predictor that serves these options, and the options of its task."""
+        return self, options
+
     def predict(
         self,
         paths: Paths,
