@@ -261,7 +261,7 @@ def _origin(checkpoint: PathLike | None, data: PathLike | None, split: str | Non
     for name, path in (("data", data), ("checkpoint", checkpoint)):
         found[name] = None if path is None else os.fspath(path)
         file = None if path is None else _file(name, local(path) if name == "checkpoint" else Path(path), split)
-        found[f"{name}_sha256"] = None if file is None else _sha256(file)
+        found[f"{name}_sha256"] = None if file is None else sha256_of(file)
     return found
 
 
@@ -272,7 +272,8 @@ def _file(name: str, path: Path, split: str | None) -> Path | None:
     return path if path.is_file() else None
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The digest of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

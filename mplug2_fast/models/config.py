@@ -64,12 +64,18 @@ class Config:
     """How texts become token ids."""
     presets: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Name to the parts, in the order of the fields."""
+    official_vision: ClassVar[Mapping[str, str]]
+    """Field of `vision` -> its name in the official YAML."""
 
     def __post_init__(self) -> None:
         for part in dataclasses.fields(self):
             values = getattr(self, part.name)
             for f in dataclasses.fields(values):
                 _check_field(f"{type(values).__name__}.{f.name}", f, getattr(values, f.name))
+
+    def visual_tokens(self, num_frames: int) -> int:
+        """Tokens that the vision encoder makes of frames."""
+        return num_frames * (1 + self.vision.num_patches)
 
     def frames_of(self, tokens: int) -> int:
         """The number of frames that `tokens` visual tokens were made of."""
@@ -95,6 +101,37 @@ class Config:
         if name not in cls.presets:
             raise ConfigError(f"no preset {name!r}: choose one of {', '.join(cls.presets)}")
         return cls(*cls.presets[name])
+
+    @classmethod
+    def from_official(
+        cls,
+        *,
+        bert: Mapping[str, Any],
+        model: Mapping[str, Any] | None = None,
+        clip: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Read the official files: `config_bert*.json`, the task's YAML, and the CLIP sizes.
+
+        Args:
+            bert: the BERT JSON.
+            model: the YAML fields; absent ones have the official default.
+            clip: `width`, `layers` and `patch` of the image tower. None takes them from the YAML's `clip_name`.
+        """
+        model = model or {}
+        tower = _official_tower(model, clip)
+        vision = {"width": tower["width"], "layers": tower["layers"], "patch_size": tower["patch"]}
+        vision |= {name: model[official] for name, official in cls.official_vision.items() if official in model}
+        kinds = {part.name: part.default_factory for part in _parts(cls)}
+        fields = {f.name for f in dataclasses.fields(kinds["text"])}
+        text = {key: value for key, value in bert.items() if key in fields}
+        if "num_hidden_layers" in bert:
+            text["stored_layers"] = bert["num_hidden_layers"]
+        generation = {f.name: model[f.name] for f in dataclasses.fields(GenerationConfig) if f.name in model}
+        if "beam_size" in model:
+            generation["num_beams"] = model["beam_size"]
+        contrast = {"embed_dim": model["embed_dim"]} if "embed_dim" in model else {}
+        parts = {"vision": vision, "text": text, "generation": generation, "contrast": contrast}
+        return cls(**{name: kinds[name](**values) for name, values in parts.items()})
 
     @property
     def preparation(self) -> Preparation:
@@ -205,7 +242,7 @@ def check_towers(vision: Any, text: Any) -> None:
         raise ConfigError(f"fusion_layers {text.fusion_layers} is more than the stored layers {text.stored_layers}")
 
 
-def official_tower(model: Mapping[str, Any], clip: Mapping[str, Any] | None) -> Mapping[str, Any]:
+def _official_tower(model: Mapping[str, Any], clip: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """`width`, `layers` and `patch` of the image tower: as given, or else by the YAML's `clip_name`."""
     if clip is None:
         name = model.get("clip_name", "ViT-L-14")
@@ -219,17 +256,6 @@ def official_tower(model: Mapping[str, Any], clip: Mapping[str, Any] | None) -> 
     if missing:
         raise ConfigError(f"clip lacks {', '.join(missing)}")
     return clip
-
-
-def official_generation(model: Mapping[str, Any]) -> GenerationConfig:
-    """Defaults of `generate` from the YAML fields."""
-    return GenerationConfig(
-        num_beams=model.get("beam_size", 5),
-        min_length=model.get("min_length"),
-        max_length=model.get("max_length"),
-        prompt=model.get("prompt", ""),
-        prompt_length=model.get("prompt_length"),
-    )
 
 
 def _parts(config: Any) -> tuple[dataclasses.Field[Any], ...]:

@@ -42,7 +42,6 @@ class Family:
         recognise: how many of the entries that determine the sizes a state dict has.
         infer: (shapes, the checkpoint's own `config` entry) -> configuration.
         build: (configuration, tasks, device, dtype) -> model.
-        clip_bytes: the memory of a clip: see `mplug2_fast.predict.memory`.
         spellings: other beginnings of official names -> the ones that we use.
         marks: entry that only files of one task have -> the name of the task.
     """
@@ -52,7 +51,6 @@ class Family:
     recognise: Callable[[Mapping[str, Shape]], int]
     infer: Callable[[Mapping[str, Shape], Mapping[str, Any]], InferredConfig]
     build: Callable[..., nn.Module]
-    clip_bytes: Callable[..., int]
     spellings: Mapping[str, str] = field(default_factory=dict)
     marks: Mapping[str, str] = field(default_factory=dict)
 

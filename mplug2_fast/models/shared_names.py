@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
-from mplug2_fast.models.names import LAYER_NUMBER, Entry, Shape
+from mplug2_fast.models.names import (
+    CONTRAST,
+    DECODER,
+    FUSION,
+    LAYER_NUMBER,
+    MATCHING,
+    Entry,
+    KeyKind,
+    OfficialNames,
+    Shape,
+)
 from mplug2_fast.nn.config import BertConfig, StacksConfig
 
 VISUAL = "visual_encoder.visual"
@@ -96,6 +106,25 @@ def clip_tower(vision: Any, patches: Shape) -> Iterator[Entry]:
     yield from norm(f"{VISUAL}.ln_post", "visual.norm_post", width)
 
 
+def projection(vision: Any, text: StacksConfig) -> Iterator[Entry]:
+    """From the width of the image tower to the text's, where they differ."""
+    if vision.width != text.hidden_size:
+        yield from linear("visn_fc", "visual_projection", vision.width, text.hidden_size)
+        yield from norm("visn_layer_norm", "visual_projection_norm", text.hidden_size)
+
+
+def after_encoders(config: Any, modules: frozenset[str]) -> Iterator[Entry]:
+    """The modules that follow the encoders of images and texts."""
+    if FUSION in modules:
+        yield from fusion(config.text)
+    if DECODER in modules:
+        yield from decoder(config.text)
+    if CONTRAST in modules:
+        yield from contrast(config.text, config.contrast.embed_dim)
+    if MATCHING in modules:  # the head that tells pairs from other combinations
+        yield from linear("itm_head", "matching", config.text.hidden_size, 2)
+
+
 def decoder(text: StacksConfig) -> Iterator[Entry]:
     """The text decoder and its head."""
     yield from embeddings(f"{DECODER_BERT}.embeddings", "decoder.embeddings", text)
@@ -120,12 +149,51 @@ def contrast(text: StacksConfig, embed_dim: int) -> Iterator[Entry]:
     yield Entry("temp", (), "contrast.temperature")
 
 
-def matching(text: StacksConfig) -> Iterator[Entry]:
-    """The head that tells pairs from other combinations."""
-    yield from linear("itm_head", "matching", text.hidden_size, 2)
-
-
 LAYER_KEYS = frozenset(e.official.removeprefix("x.") for e in bert_layer("x", "y", BertConfig(), cross=False))
 """Names inside a BERT layer without cross-attention."""
 EMBEDDING_KEYS = frozenset(e.official.removeprefix("x.") for e in embeddings("x", "y", BertConfig()))
 """Names inside BERT's embeddings."""
+
+
+class FamilyNames(OfficialNames):
+    """The official names for one configuration of a family and a set of modules.
+
+    Attributes:
+        copied: the parts that a file may hold once more, as copies that follow slowly in training. They have the ending
+            `_m`.
+    """
+
+    resizable: ClassVar = frozenset({POSITIONS})
+    tied: ClassVar = TIED
+    copied: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self, entries: Callable[[Any, frozenset[str]], Iterator[Entry]], config: Any, modules: frozenset[str]
+    ) -> None:
+        super().__init__(entries(config, modules))
+        self._modules = modules
+        self._all = {entry.official for entry in entries(config, frozenset(config.modules))}
+
+    def classify(self, key: str) -> KeyKind:
+        known = super().classify(key)
+        if known is not KeyKind.UNEXPECTED:
+            return known
+        part, _, name = key.partition("_m.")
+        if part in self.copied:
+            original = self.classify(f"{part}.{name}")
+            return KeyKind.UNEXPECTED if original is KeyKind.UNEXPECTED else KeyKind.MOMENTUM
+        if key in self._all or key == f"{VISUAL}.proj" or CLIP_TEXT.fullmatch(key) or self._is_stored_text(key):
+            return KeyKind.UNUSED
+        return KeyKind.UNEXPECTED
+
+    def _is_stored_text(self, key: str) -> bool:
+        """Whether an official file of this size stores `key` in one of its three BERT stacks."""
+        embedding = STORED_EMBEDDINGS.fullmatch(key)
+        if embedding:
+            return embedding[2] == "position_ids" or embedding[2] in EMBEDDING_KEYS
+        layer = STORED_LAYER.fullmatch(key)
+        return layer is not None and self.is_stored(layer[1], int(layer[2]), layer[3])
+
+    def is_stored(self, stack: str, layer: int, name: str) -> bool:
+        """Whether an official file of this size stores `name` in a layer of a BERT stack."""
+        raise NotImplementedError

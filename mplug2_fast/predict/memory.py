@@ -8,7 +8,6 @@ import torch
 
 from mplug2_fast.errors import ConfigError
 from mplug2_fast.info import total_memory
-from mplug2_fast.models import FAMILIES
 
 
 def clip_bytes(config: Any, *, num_frames: int, itemsize: int, num_beams: int = 1, max_length: int = 1) -> int:
@@ -18,8 +17,17 @@ def clip_bytes(config: Any, *, num_frames: int, itemsize: int, num_beams: int = 
         config: the model's. num_frames: of a clip. itemsize: bytes of a number in the model's dtype.
         num_beams, max_length: of the search; 1 where no text is generated.
     """
-    sizes = {"num_frames": num_frames, "itemsize": itemsize, "num_beams": num_beams, "max_length": max_length}
-    return FAMILIES[config.family].clip_bytes(config, **sizes)
+    vision, text = config.vision, config.text
+    tokens = config.visual_tokens(num_frames)
+    pixels = 3 * num_frames * vision.image_size**2
+    # A block holds its input, the normalised input, and four times as much within the MLP, with another for the result;
+    # before the first one, pixels are there twice. A connected fusion layer holds as many values of its own width.
+    encoding = (3 + vision.mlp_ratio) * tokens * max(vision.width, text.hidden_size) + 2 * pixels
+    # Each layer of the decoder keeps keys and values of the tokens, and those of the words of each beam.
+    layers, hidden = text.text_decode_layers, text.hidden_size
+    memory = 2 * layers * hidden * (tokens + num_beams * max_length) + 2 * tokens * hidden
+    logits = 4 * num_beams * text.vocab_size * 4 // itemsize  # in float32, and what choosing the best makes of them
+    return itemsize * (encoding + memory + logits)
 
 
 def require_memory(what: str, needed: int, device: torch.device) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from mplug2_fast.errors import CheckpointError
+from mplug2_fast.evaluation.run import sha256_of
 from mplug2_fast.training.world import World
 
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -94,7 +94,7 @@ class Saves:
 
     def _finish(self, partial: Path, final: Path, state: Mapping[str, Any]) -> None:
         (partial / STATE).write_text(json.dumps(state, indent=1))
-        digests = {path.name: _digest(path) for path in sorted(partial.iterdir())}
+        digests = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
         (partial / MANIFEST).write_text(json.dumps(digests, indent=1))
         for path in (*partial.iterdir(), partial):
             _sync(path)
@@ -175,17 +175,9 @@ def require_names(tensors: Mapping[str, Tensor], stored: set[str], path: Path) -
 def _checked(path: Path) -> dict[str, Any]:
     digests = json.loads((path / MANIFEST).read_text())
     for name, digest in digests.items():
-        if _digest(path / name) != digest:
+        if sha256_of(path / name) != digest:
             raise ValueError(f"{name} has changed since it was written")
     return json.loads((path / STATE).read_text())
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _empty(folder: Path) -> None:

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from mplug2_fast.images.preparation import MPLUG, MPlugGrounding
-from mplug2_fast.models.config import (
-    Config,
-    ContrastConfig,
-    GenerationConfig,
-    check_towers,
-    official_generation,
-    official_tower,
-)
+from mplug2_fast.models.config import Config, ContrastConfig, GenerationConfig, check_towers
 from mplug2_fast.models.mplug.wording import MPlugWording
 from mplug2_fast.models.names import SHARED_MODULES
 from mplug2_fast.models.wording import Wording
@@ -66,6 +57,7 @@ class MPlugConfig(Config):
     modules: ClassVar[tuple[str, ...]] = SHARED_MODULES
     lengths: ClassVar = {"captioning": (8, 25)}
     wording: ClassVar[Wording] = MPlugWording()
+    official_vision: ClassVar = {"image_size": "image_res", "num_frames": "num_frm_test"}
 
     @property
     def preparation(self) -> Preparation:
@@ -78,39 +70,6 @@ class MPlugConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_towers(self.vision, self.text)
-
-    @classmethod
-    def from_official(
-        cls,
-        *,
-        bert: Mapping[str, Any],
-        model: Mapping[str, Any] | None = None,
-        clip: Mapping[str, Any] | None = None,
-    ) -> MPlugConfig:
-        """Read the official files: `config_bert*.json`, the task's YAML, and the CLIP sizes.
-
-        Args:
-            bert: the BERT JSON.
-            model: the YAML fields; absent ones have the official default.
-            clip: `width`, `layers` and `patch` of the image tower. None takes them from the YAML's `clip_name`.
-        """
-        model = dict(model or {})
-        clip = official_tower(model, clip)
-        names = {f.name for f in dataclasses.fields(TextConfig)}
-        text = {key: value for key, value in bert.items() if key in names}
-        text["stored_layers"] = bert.get("num_hidden_layers", TextConfig.stored_layers)
-        return cls(
-            ImageConfig(
-                width=clip["width"],
-                layers=clip["layers"],
-                patch_size=clip["patch"],
-                image_size=model.get("image_res", ImageConfig.image_size),
-                num_frames=model.get("num_frm_test", ImageConfig.num_frames),
-            ),
-            TextConfig(**text),
-            official_generation(model),
-            ContrastConfig(model.get("embed_dim", ContrastConfig.embed_dim)),
-        )
 
 
 _TINY = (

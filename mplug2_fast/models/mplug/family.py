@@ -10,7 +10,6 @@ import torch
 from mplug2_fast.models.family import Family
 from mplug2_fast.models.mplug.config import MPlugConfig
 from mplug2_fast.models.mplug.infer import infer, recognise
-from mplug2_fast.models.mplug.memory import clip_bytes
 from mplug2_fast.models.mplug.official_names import MPlugNames
 from mplug2_fast.models.shared_names import WRAPPED_ENCODERS
 from mplug2_fast.tasks import Task
@@ -28,12 +27,5 @@ def _build(
 
 
 MPLUG = Family(
-    MPlugConfig,
-    MPlugNames,
-    recognise,
-    infer,
-    _build,
-    clip_bytes,
-    WRAPPED_ENCODERS,
-    marks={"bbox_prob_mask": "grounding"},
+    MPlugConfig, MPlugNames, recognise, infer, _build, WRAPPED_ENCODERS, marks={"bbox_prob_mask": "grounding"}
 )

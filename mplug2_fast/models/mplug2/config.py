@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from mplug2_fast.errors import ConfigError
-from mplug2_fast.models.config import (
-    Config,
-    ContrastConfig,
-    GenerationConfig,
-    check_towers,
-    official_generation,
-    official_tower,
-)
+from mplug2_fast.models.config import Config, ContrastConfig, GenerationConfig, check_towers
 from mplug2_fast.models.names import SHARED_MODULES, TEXT, VISION
 from mplug2_fast.models.wording import Wording
 from mplug2_fast.nn.config import StacksConfig, VisionConfig
@@ -52,6 +43,12 @@ class MPlug2Config(Config):
     modules: ClassVar[tuple[str, ...]] = (*SHARED_MODULES, UNIVERSAL)
     implied: ClassVar = {VISION: frozenset({UNIVERSAL}), TEXT: frozenset({UNIVERSAL})}
     wording: ClassVar[Wording] = Wording()
+    official_vision: ClassVar = {
+        "image_size": "image_res",
+        "num_frames": "model_num_frames",
+        "temporal_downsampling": "temporal_downsampling",
+        "temporal_stride": "temporal_stride",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,43 +70,13 @@ class MPlug2Config(Config):
                 f"text_decode_layers {text.text_decode_layers} is less than num_uni_layer {text.num_uni_layer}"
             )
 
+    def visual_tokens(self, num_frames: int) -> int:
+        return 1 + super().visual_tokens(self.vision.output_frames(num_frames))
+
     @classmethod
-    def from_official(
-        cls,
-        *,
-        bert: Mapping[str, Any],
-        model: Mapping[str, Any] | None = None,
-        clip: Mapping[str, Any] | None = None,
-    ) -> MPlug2Config:
-        """Read the official files: `config_bert*.json`, the task's YAML, and the CLIP sizes.
-
-        Args:
-            bert: the BERT JSON.
-            model: the YAML fields; absent ones have the official default.
-            clip: `width`, `layers` and `patch` of the image tower. None takes them from the YAML's `clip_name`.
-        """
-        model = dict(model or {})
-        clip = official_tower(model, clip)
-        names = {f.name for f in dataclasses.fields(TextConfig)}
-        text = {key: value for key, value in bert.items() if key in names}
-        text["stored_layers"] = bert.get("num_hidden_layers", StacksConfig.stored_layers)
-        return cls(
-            VisionConfig(
-                width=clip["width"],
-                layers=clip["layers"],
-                patch_size=clip["patch"],
-                image_size=model.get("image_res", 224),
-                num_frames=model.get("model_num_frames", 16),
-                temporal_downsampling=bool(model.get("temporal_downsampling", False)),
-                temporal_stride=model.get("temporal_stride", 2),
-            ),
-            TextConfig(**text),
-            official_generation(model),
-            ContrastConfig(model.get("embed_dim", ContrastConfig.embed_dim)),
-        )
-
-    from_released = from_official
-    """The former name."""
+    def from_released(cls, **files: Any) -> MPlug2Config:
+        """The former name of `from_official`."""
+        return cls.from_official(**files)
 
 
 _LARGE = (VisionConfig(), TextConfig(), GenerationConfig(prompt="a video of"))

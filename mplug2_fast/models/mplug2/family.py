@@ -10,7 +10,6 @@ import torch
 from mplug2_fast.models.family import Family
 from mplug2_fast.models.mplug2.config import MPlug2Config
 from mplug2_fast.models.mplug2.infer import infer, recognise
-from mplug2_fast.models.mplug2.memory import clip_bytes
 from mplug2_fast.models.mplug2.official_names import MPlug2Names
 from mplug2_fast.models.shared_names import WRAPPED_ENCODERS
 from mplug2_fast.tasks import AnswerRanking, Captioning, QuestionAnswering, Task
@@ -32,4 +31,4 @@ def _build(
     return mplug2.MPlug2(config, tasks, device=device, dtype=dtype)
 
 
-MPLUG2 = Family(MPlug2Config, MPlug2Names, recognise, infer, _build, clip_bytes, WRAPPED_ENCODERS)
+MPLUG2 = Family(MPlug2Config, MPlug2Names, recognise, infer, _build, WRAPPED_ENCODERS)

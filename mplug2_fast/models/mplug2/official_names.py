@@ -12,37 +12,18 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from mplug2_fast.models.mplug2.config import UNIVERSAL, MPlug2Config
-from mplug2_fast.models.names import (
-    CONTRAST,
-    DECODER,
-    FUSION,
-    MATCHING,
-    TEXT,
-    VISION,
-    Entry,
-    KeyKind,
-    OfficialNames,
-    Shape,
-)
+from mplug2_fast.models.names import FUSION, TEXT, VISION, Entry, Shape
 from mplug2_fast.models.shared_names import (
-    CLIP_TEXT,
     DECODER_BERT,
-    EMBEDDING_KEYS,
     LAYER_KEYS,
-    POSITIONS,
-    STORED_EMBEDDINGS,
-    STORED_LAYER,
-    TIED,
     VISUAL,
+    FamilyNames,
+    after_encoders,
     bert_layer,
     clip_tower,
-    contrast,
-    decoder,
     embeddings,
-    fusion,
-    linear,
-    matching,
     norm,
+    projection,
 )
 
 UNSHARED = "universal_encoder.layer"
@@ -56,9 +37,7 @@ def entries(config: MPlug2Config, modules: frozenset[str]) -> Iterator[Entry]:
     encoder_layer = "text_encoder.encoder.layer"
     if VISION in modules:
         yield from _vision(config)
-        if config.vision.width != text.hidden_size:
-            yield from linear("visn_fc", "visual_projection", config.vision.width, text.hidden_size)
-            yield from norm("visn_layer_norm", "visual_projection_norm", text.hidden_size)
+        yield from projection(config.vision, text)
         yield from norm("visn_emb_norm", "visual_norm", text.hidden_size)
     if UNIVERSAL in modules and text.num_uni_layer:
         latents = (text.num_latents, text.hidden_size)
@@ -71,14 +50,7 @@ def entries(config: MPlug2Config, modules: frozenset[str]) -> Iterator[Entry]:
         yield from embeddings("text_encoder.embeddings", "text.embeddings", text)
         for i in range(first_universal if text.share_universal else text.text_encoder_layers):
             yield from bert_layer(f"{encoder_layer}.{i}", f"text.layers.{i}", text, cross=False)
-    if FUSION in modules:
-        yield from fusion(text)
-    if DECODER in modules:
-        yield from decoder(text)
-    if CONTRAST in modules:
-        yield from contrast(text, config.contrast.embed_dim)
-    if MATCHING in modules:
-        yield from matching(text)
+    yield from after_encoders(config, modules)
 
 
 @functools.cache
@@ -116,22 +88,17 @@ def _vision(config: MPlug2Config) -> Iterator[Entry]:
                 yield Entry(f"{VISUAL}.transformer.res{path}", shape, f"visual.{path}")
 
 
-_MOMENTUM = re.compile(
-    r"(visual_encoder|text_encoder|fusion_encoder|text_decoder|visn_emb_norm|visn_fc|visn_layer_norm)_m\."
-)
-
-
-class MPlug2Names(OfficialNames):
+class MPlug2Names(FamilyNames):
     """The official names for one configuration of mPLUG-2 and a set of modules."""
 
-    resizable: ClassVar = frozenset({POSITIONS})
-    tied: ClassVar = TIED
+    copied: ClassVar = (
+        *("visual_encoder", "text_encoder", "fusion_encoder", "text_decoder"),
+        *("visn_emb_norm", "visn_fc", "visn_layer_norm"),
+    )
 
     def __init__(self, config: MPlug2Config, modules: frozenset[str]) -> None:
-        super().__init__(entries(config, modules))
+        super().__init__(entries, config, modules)
         text = config.text
-        self._modules = modules
-        self._all = {entry.official for entry in entries(config, frozenset(MPlug2Config.modules))}
         # Stored layers of each stack, and from which of them on the layers have unused vision parts.
         self._stacks = {
             "text_encoder": (text.text_encoder_layers, text.text_encoder_layers - text.num_uni_layer),
@@ -139,36 +106,15 @@ class MPlug2Names(OfficialNames):
             "fusion_encoder": (text.stored_layers, text.stored_layers),
         }
 
-    def classify(self, key: str) -> KeyKind:
-        known = super().classify(key)
-        if known is not KeyKind.UNEXPECTED:
-            return known
-        momentum = _MOMENTUM.match(key)
-        if momentum:
-            original = self.classify(f"{momentum[1]}.{key[momentum.end() :]}")
-            return KeyKind.UNEXPECTED if original is KeyKind.UNEXPECTED else KeyKind.MOMENTUM
-        if key in self._all or key == f"{VISUAL}.proj" or CLIP_TEXT.fullmatch(key) or self._is_stored_text(key):
-            return KeyKind.UNUSED
-        return KeyKind.UNEXPECTED
-
-    def _is_stored_text(self, key: str) -> bool:
-        """Whether an official file of this size stores `key` in one of its three BERT stacks."""
-        embedding = STORED_EMBEDDINGS.fullmatch(key)
-        if embedding:
-            return embedding[2] == "position_ids" or embedding[2] in EMBEDDING_KEYS
-        layer = STORED_LAYER.fullmatch(key)
-        if not layer:
-            return False
-        stack, index, name = layer[1], int(layer[2]), layer[3]
+    def is_stored(self, stack: str, layer: int, name: str) -> bool:
         stored, first_universal = self._stacks[stack]
-        if stack == "fusion_encoder" and FUSION not in self._modules:
-            stored = index + 1  # its size does not matter to a model without fusion
-        if index >= stored:
+        # The size of the fusion encoder does not matter to a model without it.
+        if layer >= stored and (stack != "fusion_encoder" or FUSION in self._modules):
             return False
         if name.startswith("crossattention."):
-            known = stack != "text_encoder" or index >= first_universal
+            known = stack != "text_encoder" or layer >= first_universal
             return known and name.removeprefix("cross") in LAYER_KEYS
         if name == "latents":
-            return stack != "fusion_encoder" and index == first_universal
+            return stack != "fusion_encoder" and layer == first_universal
         plain = re.sub(r"^(intermediate|output)_vision\.", r"\1.", name)
-        return plain in LAYER_KEYS and (plain == name or (stack != "fusion_encoder" and index >= first_universal))
+        return plain in LAYER_KEYS and (plain == name or (stack != "fusion_encoder" and layer >= first_universal))
