@@ -300,24 +300,16 @@ def test_an_interrupt_ends_it_quietly(checkpoint: str, clips: list[str]) -> None
     assert (process.returncode, errors(told)) == (130, [])
 
 
-def test_a_full_disk_is_an_error(checkpoint: str, clips: list[str]) -> None:
-    with open("/dev/full", "wb") as full:
-        command = [*COMMAND, "caption", clips[0], "--checkpoint", checkpoint]
-        finished = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
-    assert finished.returncode == 2
-    assert errors(finished.stderr) == ["error: the results cannot be written: No space left on device"]
-
-
 @pytest.mark.parametrize(
     ("argument", "output", "reason"),
     [
         ("--version", ">&-", "standard output is closed"),
         ("--help", "> /dev/full", "No space left on device"),
-        ("info", "> /dev/full", "No space left on device"),
+        ("data list", "> /dev/full", "No space left on device"),
     ],
 )
 def test_a_standard_output_that_takes_nothing(argument: str, output: str, reason: str) -> None:
-    command = f"{shlex.join([*COMMAND, argument])} {output}"
+    command = f"{shlex.join(COMMAND)} {argument} {output}"
     finished = subprocess.run(command, shell=True, stderr=subprocess.PIPE, check=False)
     assert finished.returncode == 2
     assert errors(finished.stderr) == [f"error: the results cannot be written: {reason}"]
@@ -329,9 +321,6 @@ def test_streams_that_are_closed_do_not_become_other_files(clips: list[str], tmp
     bulk = shlex.join([*COMMAND, "caption", *clips, "--out", str(out), "--device", "cpu"])
     assert subprocess.run(f"{bulk} <&- >&- 2>&-", shell=True, check=False).returncode == 0
     assert [json.loads(line)["path"] for line in out.read_text().splitlines()] == clips
-    single = shlex.join([*COMMAND, "caption", clips[0], "--device", "cpu"])
-    finished = subprocess.run(f"{single} 2>&-", shell=True, stdout=subprocess.PIPE, check=True)
-    assert finished.stdout.startswith(os.fsencode(clips[0]) + b"\t")
     closed = shlex.join([*COMMAND, "caption", "-", "--out", str(tmp_path / "b.jsonl")])
     finished = subprocess.run(f"{closed} <&-", shell=True, stderr=subprocess.PIPE, check=False)
     assert (finished.returncode, errors(finished.stderr)) == (2, ["error: -: standard input is closed"])

@@ -270,10 +270,13 @@ SPEC = Spec(
     make_inputs=make_inputs,
     edge_cases=(
         *(
-            {"rows": rows, "channels": 12, "hidden": 40, "activation": activation, "normed": normed, "residual": add}
-            for rows in ((3, 7), (2, 35))
+            {"rows": (3, 7), "channels": 12, "hidden": 40, "activation": activation, "normed": normed, "residual": add}
             for activation in ("quick_gelu", "gelu", "none")
             for normed, add in ((True, True), (False, True), (False, False), (True, False))
+        ),
+        *(
+            {"rows": (2, 35), "channels": 12, "hidden": 40, "activation": activation, "normed": normed, "residual": add}
+            for activation, normed, add in (("quick_gelu", True, True), ("gelu", False, True), ("none", True, False))
         ),
         {"rows": (1,), "channels": 33, "hidden": 7},
         {"rows": (80,), "channels": 33, "hidden": 7, "strided": True},

@@ -239,26 +239,30 @@ def test_the_small_run_for_the_sanitizer(capsys, monkeypatch):
     assert len(sizes) == 1
 
 
-def test_no_test_starts_after_the_deadline(tmp_path):
-    (tmp_path / "test_it.py").write_text("def test_it(): pass\n")
-    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
-    report = tmp_path / "report.xml"
-    for deadline, what in (
+@pytest.fixture
+def inner(pytester):
+    """Runs pytest in this process, with the settings of these tests."""
+    pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
+    return pytester
+
+
+@pytest.mark.parametrize(
+    ("deadline", "what"),
+    [
         ("1", "1 tests, 0 failures, 1 errors, 0 skipped, 1 of the errors after the deadline"),
-        ("inf", ""),
-    ):
-        subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path), f"--junitxml={report}"],
-            cwd=tmp_path,
-            env={**gpu_check.os.environ, "MPLUG2_FAST_DEADLINE": deadline},
-            capture_output=True,
-            check=False,
-        )
-        assert gpu_check.summary_of(report) == (what or "1 tests, 0 failures, 0 errors, 0 skipped")
+        ("inf", "1 tests, 0 failures, 0 errors, 0 skipped"),
+    ],
+)
+def test_no_test_starts_after_the_deadline(deadline, what, inner, monkeypatch):
+    inner.makepyfile("def test_it(): pass")
+    monkeypatch.setenv("MPLUG2_FAST_DEADLINE", deadline)
+    inner.runpytest_inprocess("--junitxml=report.xml")
+    assert gpu_check.summary_of(inner.path / "report.xml") == what
 
 
-def test_a_skip_fails_if_a_gpu_is_required(tmp_path):
-    (tmp_path / "test_it.py").write_text(
+@pytest.mark.parametrize("required", ["", "required"])
+def test_a_skip_fails_if_a_gpu_is_required(required, inner, monkeypatch):
+    inner.makepyfile(
         "import pytest\n"
         "@pytest.mark.gpu\n"
         "def test_marked(): pytest.skip('why not')\n"
@@ -266,16 +270,9 @@ def test_a_skip_fails_if_a_gpu_is_required(tmp_path):
         "def test_triton(backend): pytest.skip('why not')\n"
         "def test_other(): pytest.skip('why not')\n"
     )
-    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
-    for required, words in (("", "3 skipped"), ("required", "1 skipped")):
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)],
-            cwd=tmp_path,
-            env={**gpu_check.os.environ, "MPLUG2_FAST_GPU": required},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert words in done.stdout
-        assert (done.returncode == 0) == (not required), done.stdout
-    assert "MPLUG2_FAST_GPU is required, and this was not run" in done.stdout
+    monkeypatch.setenv("MPLUG2_FAST_GPU", required)
+    done = inner.runpytest_inprocess()
+    assert done.parseoutcomes()["skipped"] == (1 if required else 3)
+    assert done.ret == bool(required)
+    if required:
+        done.stdout.fnmatch_lines(["*MPLUG2_FAST_GPU is required, and this was not run*"])

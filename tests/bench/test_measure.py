@@ -27,6 +27,7 @@ CEILINGS = {
 
 @pytest.fixture(scope="module")
 def measured():
+    """A run with new processes, whose memory is their own."""
     return measure.run(plan(dtypes=("bfloat16",)), Progress(), CEILINGS)
 
 
@@ -74,7 +75,7 @@ def test_no_task_has_the_compiler_in_its_memory(measured):
         assert max(found) < min(found) + 60e6
 
 
-def test_mplug_has_its_own_tasks():
+def test_mplug_has_its_own_tasks(forked):
     tasks = tuple(task for task in MPLUG_TASKS if task != "grounding")  # the tiny vocabulary has no places
     found = measure.run(plan(model="mplug", tasks=tasks, frames=1), Progress(), CEILINGS)
     assert not found.failed
@@ -89,7 +90,7 @@ def test_mplug_has_its_own_tasks():
         assert row.bytes
 
 
-def test_training_steps_and_their_loader():
+def test_training_steps_and_their_loader(forked):
     found = measure.run(plan(tasks=(*TRAIN[:2], LOADER), batch=1, baselines=("reference",)), Progress(), CEILINGS)
     assert not found.failed
     plain, checkpointed, loader = found.rows
@@ -123,7 +124,7 @@ def test_wrong_results_are_marked():
     assert not row.correct
 
 
-def test_results_of_a_reference_at_fewer_steps_are_not_compared():
+def test_results_of_a_reference_at_fewer_steps_are_not_compared(forked):
     found = measure.run(
         plan(tasks=("captioning", "features"), reference_steps=2, baselines=("reference",)), Progress(), CEILINGS
     )

@@ -30,8 +30,8 @@ def test_a_function_runs_in_another_process():
 
 def test_a_worker_that_fails_says_why(tmp_path):
     with (
-        Process("slow", Worker, spec(tmp_path, "slow")) as slow,
-        Process("fast", Worker, spec(tmp_path, "fast")) as fast,
+        Process("slow", Worker, spec(tmp_path, "slow"), preloaded=True) as slow,
+        Process("fast", Worker, spec(tmp_path, "fast"), preloaded=True) as fast,
     ):
         with pytest.raises(ProcessError, match="slow: KeyError: 'slow'"):
             slow.ready()

@@ -41,7 +41,7 @@ def measured(seconds):
     return found
 
 
-def test_a_quick_run(tmp_path):
+def test_a_quick_run(forked, tmp_path):
     written = scaling.run(sweep(**QUICK, repeats=1, steps=2), tmp_path / "new", Progress())
     stem = tmp_path / "new" / "scaling-tiny-float32"
     assert written == [stem.with_suffix(kind) for kind in (".json", ".csv", ".png")]

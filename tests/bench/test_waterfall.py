@@ -45,7 +45,7 @@ def native_restored():
 
 
 @pytest.fixture(scope="module")
-def first_and_last():
+def first_and_last(forked):
     """A run of three rows, each in its process."""
     steps = waterfall.steps_of(PLAN)
     chosen = {name: steps[name] for name in (next(iter(steps)), *list(steps)[-2:])}

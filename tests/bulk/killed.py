@@ -29,7 +29,7 @@ def main(command: str, paths_file: str, output: str, kills: int, seed: int, whol
     paths = Path(paths_file).read_text().split("\n")
     captioner = mf.Captioner(device="cpu")
     options = captioner.generation_options(2, 1, None, 6)
-    Shards.is_due = lambda shards: len(shards._rows) >= 7  # many small ones
+    Shards.is_due = lambda shards: len(shards._rows) >= 4  # many small ones
 
     def run(output: str) -> None:
         if command == "caption":

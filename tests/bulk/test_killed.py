@@ -35,7 +35,7 @@ def run(command: str, folder: Path, paths: list[str], output: Path, kills: int, 
     return [int(count) for count in done.stdout.split()]
 
 
-@pytest.mark.parametrize(("good", "bad", "kills"), [(54, 6, 5), pytest.param(180, 20, 10, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(("good", "bad", "kills"), [(30, 4, 4), pytest.param(180, 20, 10, marks=pytest.mark.soak)])
 def test_captions_of_a_run_that_is_killed(tmp_path: Path, good: int, bad: int, kills: int) -> None:
     (tmp_path / "files").mkdir()
     paths, broken = mixed_files(tmp_path / "files", good=good, broken=bad)
@@ -63,10 +63,10 @@ def test_captions_of_a_run_that_is_killed(tmp_path: Path, good: int, bad: int, k
 def test_features_of_a_run_that_is_killed(tmp_path: Path) -> None:
     for name in ("files", "killed", "whole"):
         (tmp_path / name).mkdir()
-    paths, broken = mixed_files(tmp_path / "files", good=54, broken=6)
+    paths, broken = mixed_files(tmp_path / "files", good=24, broken=3)
     seed = random.SystemRandom().randrange(2**32)
     killed, whole = (tmp_path / name / "index.jsonl" for name in ("killed", "whole"))
-    run("features", tmp_path, paths, killed, 5, seed, whole)
+    run("features", tmp_path, paths, killed, 3, seed, whole)
 
     lines = results(killed)
     assert sorted(line["path"] for line in lines) == sorted(paths), f"seed {seed}"

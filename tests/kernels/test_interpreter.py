@@ -15,7 +15,7 @@ from mplug2_fast.ops.runtime import triton
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(name for name, function in ops.OPERATORS.items() if "triton" in function.op.backends)
-PROCESSES = 4
+PROCESSES = 2
 
 
 @pytest.mark.timeout(900)

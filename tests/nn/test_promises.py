@@ -51,7 +51,7 @@ def assert_same(one, other):
         assert relative(grad, other[1][name].double()) < 1e-5, name
 
 
-@pytest.mark.parametrize("lead", [(), (2,), (2, 3), (2, 1, 2), (0,), (2, 0)], ids=str)
+@pytest.mark.parametrize("lead", [(), (2, 3), (2, 1, 2), (0,)], ids=str)
 @pytest.mark.parametrize("mode", ["inference", "training"])
 def test_computes_what_its_twin_does_for_any_leading_axes(case, lead, mode):
     ours, twin = case.pair()

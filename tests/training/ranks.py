@@ -15,9 +15,9 @@ TWO = [
     {"data": "tests.training.data:Noise", "task": "question_answering", "batch_size": 2},
 ]
 RUNS = {
-    "ddp": {"save_every": 3},
-    "fsdp": {"save_every": 3, "strategy": "fsdp", "ema": 0.5},
-    "mixed": {"save_every": 3, "sources": TWO, "seed": 3},
+    "ddp": {"steps": 4},
+    "fsdp": {"steps": 4, "strategy": "fsdp", "ema": 0.5},
+    "mixed": {"steps": 4, "sources": TWO, "seed": 3, "save_every": 9},
     "long": {"steps": 300, "save_every": 7, "sources": TWO, "workers": 1, "ema": 0.9},
 }
 
