@@ -1,9 +1,8 @@
-"""How kernels are launched: on the device of their tensors, with the configuration that is best for it.
+"""Launches kernels on the device of their tensors, with the best configuration for that device.
 
 A `Kernel` is a Triton function with the configurations worth trying. On a GPU the first launch with a new key tries
-them all (see `_tuning`), and a launch like one before goes straight to the compiled kernel; under Triton's interpreter
-a small configuration is used; within `record` nothing is launched at all, and what would have been is told, to be
-compiled ahead of time.
+them all (see `_tuning`); a repeated launch calls the compiled kernel directly. Triton's interpreter uses one small
+configuration. Within `record` nothing runs: the launches are recorded, to be compiled ahead of time.
 """
 
 from __future__ import annotations
@@ -28,16 +27,18 @@ Grid = Callable[[Mapping[str, Any]], tuple[int, ...]]
 
 _INTERPRETED: bool = triton.knobs.runtime.interpret
 _MOST_READY = 4096
-"""Launches that a kernel remembers."""
+"""Compiled launches that a kernel remembers."""
 
 _recorder: ContextVar[Recorder | None] = ContextVar("mplug2_fast_launches", default=None)
 _overlapped: ContextVar[bool] = ContextVar("mplug2_fast_overlapped", default=False)
 
 
 class Tiles(NamedTuple):
-    """A matrix that a kernel takes as a tensor descriptor, for the tensor memory accelerator to read and write in
-    blocks: what lies at a tensor's address, its shape, a stride of rows that are 16-byte aligned, and the constants of
-    the launch that tell a block's shape."""
+    """A matrix that a kernel takes as a tensor descriptor: the tensor memory accelerator reads and writes it in blocks.
+
+    It starts at the tensor's address. Its rows are 16-byte aligned. `block` names the constants of the launch that give
+    the shape of a block.
+    """
 
     tensor: Tensor
     shape: tuple[int, int]
@@ -50,7 +51,7 @@ class Tiles(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that was recorded: arguments and constants by name, and every configuration that might serve it."""
+    """A recorded launch: arguments and constants by name, and every configuration that might be chosen."""
 
     kernel: str
     function: Any
@@ -61,7 +62,7 @@ class Launch:
 
 @dataclass
 class Recorder:
-    """Launches in order. `capability`: the compute capability they are for, 80 for 8.0."""
+    """Recorded launches, in order. `capability`: the compute capability of the device, 80 for 8.0."""
 
     capability: int
     launches: list[Launch] = field(default_factory=list)
@@ -69,7 +70,7 @@ class Recorder:
 
 @contextlib.contextmanager
 def record(capability: int) -> Iterator[Recorder]:
-    """Within the context, of this thread or task alone, kernels are not launched but told. Tensors may be on `meta`."""
+    """Records launches of this thread or task instead of running them. Tensors may be on `meta`."""
     token = _recorder.set(recorder := Recorder(capability))
     try:
         yield recorder
@@ -79,9 +80,12 @@ def record(capability: int) -> Iterator[Recorder]:
 
 @contextlib.contextmanager
 def overlapped() -> Iterator[None]:
-    """Within the context, of this thread or task alone, kernels that are `early` start before the one before them has
-    ended, on compute capability 9.0 and later, and read meanwhile what no kernel of the context writes: weights, and
-    what was there before. The context begins with a kernel that is not early, and so sees all that ran before it."""
+    """Lets `early` kernels of this thread or task start before the previous kernel has ended.
+
+    It needs compute capability 9.0 or later. Until the previous kernel ends, an early kernel reads only what no kernel
+    in the context writes, such as weights. The first kernel in the context must not be early, so that it sees the
+    results of all earlier work.
+    """
     token = _overlapped.set(True)
     try:
         yield
@@ -94,7 +98,7 @@ def interpreted() -> bool:
 
 
 def capability(device: torch.device) -> int:
-    """Compute capability of a CUDA device, 90 for 9.0; that which is recorded for, or 0 under the interpreter."""
+    """Compute capability of a CUDA device, 90 for 9.0. While recording, the recorder's. 0 under the interpreter."""
     if recorder := _recorder.get():
         return recorder.capability
     return _capability(device) if device.type == "cuda" else 0
@@ -108,15 +112,20 @@ def _capability(device: torch.device) -> int:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run at a time, for kernels whose programs take several tiles each."""
+    """The number of multiprocessors: kernels whose programs process several tiles start one program on each."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return 4 if interpreted() else 132
 
 
 class _Ready(NamedTuple):
-    """A launch that was made, for those like it: all constants, those that the function takes last in its order, the
-    shapes of the blocks of its descriptors, and the compiled kernel."""
+    """A compiled launch, to be repeated with other tensors of the same kind.
+
+    Attributes:
+        constants: all constants by name. last: those that the function takes last, in its order.
+        blocks: block shapes of its descriptors.
+        compiled: the compiled kernel.
+    """
 
     constants: Mapping[str, Any]
     last: tuple[Any, ...]
@@ -135,11 +144,10 @@ class Kernel:
 
     Args:
         function: decorated with `triton.jit`; its constants come last.
-        configs: in order of preference, those for any GPU, or a function of the launch's constants and the compute
-            capability.
-        interpreted: for Triton's interpreter, where time goes by the number of programs.
-        early: whether the function has a constant EARLY: that it starts within `overlapped` before the kernel before it
-            has ended, and has to wait for that one's results itself.
+        configs: in order of preference, for any GPU; or a function of the constants and the compute capability.
+        interpreted: for Triton's interpreter, whose time depends on the number of programs.
+        early: whether the function has a constant EARLY. If that is set, it starts before the previous kernel has ended
+            (see `overlapped`) and must wait for its results itself.
     """
 
     def __init__(self, function: Any, configs: Configs, interpreted: Config, *, early: bool = False) -> None:
@@ -151,9 +159,9 @@ class Kernel:
         """Launches on the device of the arguments, of which the first is a tensor or a `Tiles`.
 
         Args:
-            grid: from all constants, those of the configuration included, to the numbers of programs.
-            key: what the best configuration depends on, beside the types of the arguments and the constants. Sizes
-                belong here, rounded, so that not every length is tuned anew.
+            grid: all constants, with those of the configuration, to the number of programs along each axis.
+            key: what else the best configuration depends on, besides the constants and the types of the arguments. Put
+                rounded sizes here, so that not every length is tuned separately.
         """
         first = arguments[0].tensor if type(arguments[0]) is Tiles else arguments[0]
         if self.early:
@@ -167,7 +175,7 @@ class Kernel:
             self._launch(grid, arguments, constants, self._configs(constants, first.device)[0])
         elif first.get_device() == torch.cuda.current_device():
             self._launch_there(grid, arguments, constants, key, first.device)
-        else:  # a launch goes to the current device, wherever its tensors are
+        else:  # Triton launches on the current device, not on that of the tensors
             with torch.cuda.device(first.device):
                 self._launch_there(grid, arguments, constants, key, first.device)
 
@@ -179,7 +187,7 @@ class Kernel:
         key: tuple[Any, ...],
         device: torch.device,
     ) -> None:
-        """On the current device: like a launch before, or else with the configuration that is found to be best."""
+        """Launches on the current device: repeats an equal launch, or finds the best configuration."""
         like = (_tuning.setting(), device, key, *constants.items(), *map(_specialised, arguments))
         if (ready := self._ready.get(like)) is not None:
             ready(grid, arguments)
@@ -192,7 +200,7 @@ class Kernel:
             launch = functools.partial(self._launch, grid, arguments, constants)
             config = _tuning.best(self, configs, device, (*types, *constants.items(), *key), launch)
         ready = self._launch(grid, arguments, constants, config)
-        if not torch.cuda.is_current_stream_capturing():  # when nothing is tuned
+        if not torch.cuda.is_current_stream_capturing():  # during capture nothing is tuned
             if len(self._ready) >= _MOST_READY:
                 self._ready.clear()
             self._ready[like] = ready
@@ -218,7 +226,7 @@ class Kernel:
 
 
 def _specialised(argument: Any) -> Any:
-    """All of an argument that a compiled kernel may be made for: of addresses, how they are aligned."""
+    """What Triton specialises a kernel on: an argument's type and value; for addresses, their alignment."""
     kind = type(argument)
     if kind is int:
         return argument
@@ -233,7 +241,7 @@ def _specialised(argument: Any) -> Any:
 
 
 def _descriptor(tiles: Tiles, block: list[int]) -> TensorDescriptor:
-    """Of tiles like others that were found to be right."""
+    """A descriptor without the checks, which an equal launch has passed."""
     made = TensorDescriptor.__new__(TensorDescriptor)
     made.base, made.shape, made.strides = tiles.tensor, list(tiles.shape), [tiles.row_stride, 1]
     made.block_shape = block
@@ -245,10 +253,10 @@ def cdiv(number: int, divisor: int) -> int:
 
 
 def power_of_2(size: int, at_least: int = 1) -> int:
-    """The least power of two that is not below `size`."""
+    """The smallest power of two that is at least `size`."""
     return max(at_least, 1 << (max(1, size) - 1).bit_length())
 
 
 def given(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """An address for an argument that is not read."""
+    """The tensor, or for None another one as a placeholder that the kernel does not read."""
     return other if tensor is None else tensor

@@ -1,4 +1,4 @@
-"""What kernels with products share: activations, slices of a tile, precision."""
+"""Shared by kernels with matrix products: activations, halves of a tile, precision."""
 
 from __future__ import annotations
 
@@ -37,21 +37,23 @@ def slope(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def halves(tile):
-    """The left and the right half of a tile's columns: what comes after a product is done with one after the other, so
-    that registers suffice for large tiles."""
+    """The left and the right half of a tile's columns. Epilogues process one after the other to save registers."""
     rows: tl.constexpr = tile.shape[0]
     half: tl.constexpr = tile.shape[1] // 2
     return tile.reshape(rows, 2, half).permute(0, 2, 1).split()
 
 
 def approximate(activation: str, dtype: torch.dtype) -> str:
-    """The form of an activation for results of that type. QuickGELU is also z/2·(1 + tanh(0.851·z)): one special
-    function in place of two, at most 2⁻¹¹ off, a quarter of what bfloat16 rounds."""
+    """The formula of an activation for results of that type.
+
+    QuickGELU equals z/2·(1 + tanh(0.851·z)), with one special function instead of two. Its error of up to 2⁻¹¹ is a
+    quarter of bfloat16's rounding error.
+    """
     return "quick_gelu_tanh" if activation == "quick_gelu" and dtype == torch.bfloat16 else activation
 
 
 def precision_of(dtype: torch.dtype) -> str | None:
-    """Of products of that type: float32 is float32 unless PyTorch is told to use TF32."""
+    """The precision of products of that type: float32 uses TF32 only if PyTorch is set to."""
     if dtype != torch.float32:
         return None
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

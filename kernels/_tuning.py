@@ -1,9 +1,9 @@
-"""Which configuration of a kernel is best on a device, and whether PyTorch is faster than the best of them: tried once,
-kept in a file of that device, read from then on.
+"""Finds the fastest configuration of a kernel on a device, and whether PyTorch is faster still.
 
-What is timed is the device and not the host: a program in a CUDA graph waits for nothing else. The files lie in
-`$MPLUG2_FAST_TUNING`, or in `mplug2_fast/tuning` below the user's cache folder: one a device, JSON, made to be read and
-edited. `MPLUG2_FAST_TUNING=off` tries nothing and takes each kernel's first configuration.
+Each case is timed once, and the result is kept in a file. Only the time on the device counts, because in a CUDA graph
+the host costs nothing. The files are in `$MPLUG2_FAST_TUNING`, or in `mplug2_fast/tuning` in the user's cache folder:
+one JSON file per device, meant to be read and edited. `MPLUG2_FAST_TUNING=off` times nothing and takes each kernel's
+first configuration.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OFF = "off"
 
 @dataclass(frozen=True)
 class Config:
-    """Constants of a kernel that change how fast it is and not what it computes."""
+    """Constants of a kernel that change its speed but not its results."""
 
     constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
@@ -45,7 +45,7 @@ def setting() -> str:
 
 
 def folder() -> Path | None:
-    """Where the files lie; None where nothing is tuned."""
+    """The folder of the files. None if tuning is off."""
     found = setting()
     if found == OFF:
         return None
@@ -60,9 +60,9 @@ def best(
     key: tuple[Any, ...],
     launch: Callable[[Config], None],
 ) -> Config:
-    """The configuration for this key: the file's, or the fastest of all, which is then written to it.
+    """The configuration for this key from the file; otherwise the fastest, which is added to the file.
 
-    Nothing is tried while a CUDA graph is captured: the first configuration serves then.
+    While a CUDA graph is captured, nothing is timed, and a key that is not in the file gets the first configuration.
     """
     table = _table(device)
     if table is None:
@@ -89,7 +89,7 @@ def best(
 
 
 class Race:
-    """An operator's kernels against PyTorch's way to the same results, for operators that PyTorch is fast at.
+    """Times an operator's kernels against PyTorch's own operators, where those are fast.
 
     Args:
         name: the operator's.
@@ -102,7 +102,7 @@ class Race:
     def run(
         self, device: torch.device, key: tuple[Any, ...], ours: Callable[[], Any], torchs: Callable[[], Any]
     ) -> None:
-        """Times both and writes down what they took, once a key; not while a CUDA graph is captured."""
+        """Times both and stores the times, once per key. Does nothing while a CUDA graph is captured."""
         table = _table(device)
         if table is None or table.get(self._entry(key)) is not None or torch.cuda.is_current_stream_capturing():
             return
@@ -110,7 +110,7 @@ class Race:
         table.put(self._entry(key), {f"{name}_milliseconds": round(time, 5) for name, time in times.items()})
 
     def lost(self, device: torch.device, key: tuple[Any, ...]) -> str | None:
-        """That PyTorch was faster, with the figures; None where it was not, or nothing was timed. Times nothing."""
+        """A message that PyTorch was faster, with both times. None if it was not, or if nothing was timed."""
         table = _table(device)
         known = None if table is None else table.get(self._entry(key), "triton_milliseconds", "torch_milliseconds")
         if known is None or known[0] <= known[1]:
@@ -123,14 +123,14 @@ class Race:
 
 
 class Table:
-    """Entries of one device's file, of all processes' that share it."""
+    """The entries of one device's file, which several processes may share."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._lock = path, threading.Lock()
         self._entries = self._read()
 
     def get(self, entry: str, *fields: str) -> tuple[Any, ...] | None:
-        """The entry's fields; None where there is no such entry."""
+        """The entry's fields. None if there is no such entry."""
         found = self._entries.get(entry)
         if found is None:
             return None
@@ -160,8 +160,10 @@ class Table:
 
 
 def device_milliseconds(way: Callable[[], Any], device: torch.device) -> float:
-    """Median time that the device takes, from memory that its L2 cache does not hold. The device sleeps until all is
-    queued, so that it never waits for the host."""
+    """Median time on the device, with a cold L2 cache.
+
+    The device sleeps until all work is queued, so that it never waits for the host.
+    """
     with torch.cuda.device(device):
         way()  # compiles
         torch.cuda.synchronize()
@@ -188,11 +190,11 @@ def device_milliseconds(way: Callable[[], Any], device: torch.device) -> float:
 
 
 _SECONDS = 0.03
-"""For timing one way."""
+"""Time spent on one of the candidates."""
 _QUEUING = 50e-6
-"""Seconds that the host takes around each call."""
+"""Host seconds per call, besides the call itself."""
 _CYCLES = 2e9
-"""Of the device a second."""
+"""Device cycles per second."""
 
 
 _open = functools.cache(Table)
@@ -205,13 +207,13 @@ def _device_table(setting: str, device: torch.device) -> Table | None:
 
 
 def _table(device: torch.device) -> Table | None:
-    """Of the device; None where nothing is tuned."""
+    """The device's table. None if tuning is off."""
     return _device_table(setting(), device)
 
 
 @functools.lru_cache(4096)
 def _entry(name: str, functions: Sequence[Any], key: tuple[Any, ...]) -> str:
-    """Names the kernels' texts too: another text may have another best configuration."""
+    """The key in the file. It has a hash of each kernel, because a changed kernel may need another configuration."""
     return " ".join([name, *map(_source, functions), *map(str, key)])
 
 
@@ -222,5 +224,5 @@ def _device_name(device: torch.device) -> str:
 
 @functools.cache
 def _source(function: Any) -> str:
-    """A hash of a kernel's text and of all that it calls."""
+    """A hash of a kernel's source and of all functions that it calls."""
     return function.cache_key[:12]

@@ -1,12 +1,12 @@
-"""Flash attention, forward and backward: the matrix of scores lives in registers, a tile at a time.
+"""Flash attention, forward and backward. The matrix of scores is computed in registers, one tile at a time.
 
-Whole blocks of keys (or of queries, in `attention_backward_key`) are taken without masks; what is left over, and the
-diagonal of causal attention, is taken in steps of TAIL with them, so that 257 tokens cost 257 + 31 and not 257 + 63 or
-more. At 64 channels a head, exponentials take a GPU as long as the products do: they are powers of 2, with the scale
-folded into one multiply-add each, and tiles are small enough for several programs a multiprocessor, of which one
-multiplies while another exponentiates.
+Whole blocks of keys (in `attention_backward_key`, of queries) need no mask. The remainder, and the diagonal of causal
+attention, are processed in masked steps of TAIL, so that 257 tokens cost at most 257 + 31 instead of 257 + 63. With 64
+channels per head, exponentials take a GPU as long as the products. They are therefore powers of 2, with the scale
+folded into a multiply-add, and tiles are small enough for several programs per multiprocessor: one computes products
+while another computes exponentials.
 
-The forward saves log2 Σ exp(score) of each query, infinity where it sees no key: exp2(score - that) is then its weight.
+The forward saves log2 Σ exp(score) of each query, infinity if it sees no key. exp2(score - that) is the weight.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from mplug2_fast.kernels._tuning import Config
 
 @triton.jit
 def wide(size):
-    """In 64 bits, also if the compiler made it a constant."""
+    """The size in 64 bits, even if the compiler made it a constant."""
     return tl.zeros((), tl.int64) + size
 
 
 @triton.jit
 def load_rows(base, first, stride, there, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
               ALL: tl.constexpr):  # fmt: skip
-    """Rows first to first + BLOCK of a head `(BLOCK, BLOCK_D)`; unless ALL are, zeros for those not `there`."""
+    """Rows first to first + BLOCK of a head `(BLOCK, BLOCK_D)`. Rows not `there` are zeros; ALL skips the test."""
     channel = tl.arange(0, BLOCK_D)[None, :]
     pointers = base + first * wide(stride) + tl.arange(0, BLOCK).to(tl.int64)[:, None] * stride + channel
     if ALL and HEAD_DIM == BLOCK_D:
@@ -91,13 +91,13 @@ def attend(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """softmax(q·keysᵀ)·values for BLOCK_M queries and keys begin to end, of which those up to `whole` are whole blocks
-    that no query sees in part.
+    """softmax(q·keysᵀ)·values for BLOCK_M queries and the keys from begin to end.
 
-    Returns the result in float32, and (BLOCK_M,) log2 Σ exp, -inf for a query that sees no key.
+    Up to `whole` there are whole blocks that every query sees. Returns the result in float32, and log2 Σ exp
+    `(BLOCK_M,)`, -inf for a query that sees no key.
     """
     if PRECISION is not None:
-        # In float32 queries are scaled instead of scores, so that the heaviest key weighs 1 and not 1 less a rounding.
+        # In float32 queries are scaled instead of scores, so that the largest weight is exactly 1, without rounding.
         q *= scale
         scale = 1.0
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -126,7 +126,7 @@ def attention_forward(
     HAS_LOGSUM: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_M queries of a head; programs of one head follow each other and share its keys in L2."""
+    """One program per BLOCK_M queries of a head. Programs of a head follow each other and share its keys in L2."""
     blocks = tl.cdiv(q_len, BLOCK_M)
     first = tl.program_id(0) % blocks * BLOCK_M
     slot = (tl.program_id(0) // blocks).to(tl.int64)
@@ -179,7 +179,7 @@ def attention_backward_query(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_M queries, and leaves Σ grad·out of each in `delta` for `attention_backward_key`."""
+    """One program per BLOCK_M queries. It stores Σ grad·out of each query in `delta` for `attention_backward_key`."""
     blocks = tl.cdiv(q_len, BLOCK_M)
     first = tl.program_id(0) % blocks * BLOCK_M
     slot = (tl.program_id(0) // blocks).to(tl.int64)
@@ -192,8 +192,8 @@ def attention_backward_query(
     if PRECISION is None:
         deltas = tl.sum(grad_rows.to(tl.float32) * results.to(tl.float32), axis=1)
     else:
-        # By the same product as grad·value, from which it is subtracted, so that both round alike: for a query that
-        # sees one key they are one number.
+        # Computed as grad·value is, from which it is subtracted, so that both round alike: for a query that sees one
+        # key the two are equal.
         product = tl.dot(grad_rows, tl.trans(results), input_precision=PRECISION)
         same = tl.arange(0, BLOCK_M)[:, None] == tl.arange(0, BLOCK_M)[None, :]
         deltas = tl.sum(tl.where(same, product, 0.0), axis=1)
@@ -230,8 +230,8 @@ def _key_gradients(
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, DIAGONAL: tl.constexpr,
     BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores lie transposed, (keys, queries), so that they are left operands as they are. A row past the end has an
-    infinite logsum, and so no weight."""
+    """Scores are transposed, `(keys, queries)`, because they are the left operand of both products. A row past the end
+    has an infinite logsum and therefore no weight."""
     row = start + tl.arange(0, BLOCK)
     there = row < q_len
     q = load_rows(queries, start, query_stride, there, BLOCK, HEAD_DIM, BLOCK_D, not BOUNDED)
@@ -254,7 +254,7 @@ def attention_backward_key(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_MASK: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_N keys. Padding is looked at once, in the end: what it is given stays in its own rows."""
+    """One program per BLOCK_N keys. Gradients of padding are set to zero at the end; no other row depends on them."""
     blocks = tl.cdiv(k_len, BLOCK_N)
     first = tl.program_id(0) % blocks * BLOCK_N
     slot = (tl.program_id(0) // blocks).to(tl.int64)
@@ -299,7 +299,7 @@ def attention_backward_key(
     store_rows(dvalue + place, first, dkey_row, there, dv, BLOCK_N, HEAD_DIM, BLOCK_D)
 
 
-# Of float32 without tensor cores, and of heads whose rows begin anywhere: what does not overflow the registers.
+# For float32 without tensor cores, and for heads with unaligned rows. Larger tiles would overflow the registers.
 _SMALL = Config({"BLOCK_M": 32, "BLOCK_N": 32, "TAIL": 16}, num_warps=8, num_stages=2)
 
 
@@ -335,11 +335,11 @@ def _key_configs(constants: Mapping[str, Any], capability: int) -> list[Config]:
 
 
 def _tiles(*sizes: tuple[int, int, int, int]) -> list[Config]:
-    """From queries and keys a tile, warps, and stages."""
+    """Configurations from (queries per tile, keys per tile, warps, stages)."""
     return [Config({"BLOCK_M": m, "BLOCK_N": n, "TAIL": 32}, warps, stages) for m, n, warps, stages in sizes]
 
 
-# Several blocks and several steps of the tail within a hundred keys.
+# Small enough for several blocks and several tail steps within a hundred keys.
 _INTERPRETED = Config({"BLOCK_M": 32, "BLOCK_N": 32, "TAIL": 16})
 _forward = Kernel(attention_forward, _forward_configs, _INTERPRETED)
 _backward_query = Kernel(attention_backward_query, _query_configs, _INTERPRETED)
@@ -358,7 +358,7 @@ def forward(
     """softmax(query·keyᵀ / √head_dim)·value into `out`, log2 Σ exp into `logsum`.
 
     Args:
-        query, key, value: `(batch, tokens, heads, head_dim)`, of one dtype; the channels of a head lie side by side.
+        query, key, value: `(batch, tokens, heads, head_dim)`, of one dtype; the channels of a head are contiguous.
         mask: `(batch, k_len)` uint8, zero for padding.
         out: `(batch, q_len, heads·head_dim)`, and logsum `(batch, heads, q_len)` float32, contiguous.
     """
@@ -389,7 +389,7 @@ def backward(
     dkey: Tensor | None,
     dvalue: Tensor | None,
 ) -> None:
-    """Gradients of `forward` from that of `out`, contiguous.
+    """Gradients of `forward` from `grad`, the contiguous gradient of `out`.
 
     Args:
         dquery: of query's shape, contiguous. dkey, dvalue: of key's shape, both of the same strides, or both None.
@@ -427,10 +427,10 @@ def constants(query: Tensor, mask: Tensor | None) -> dict[str, Any]:
 
 
 def sizes(query: Tensor, key: Tensor) -> tuple[int, ...]:
-    """What tuning goes by: how many heads there are, and how long the sequences, to the next power of 2."""
+    """The key for tuning: the number of heads and the lengths of both sequences, rounded up to powers of 2."""
     return tuple(power_of_2(size) for size in (query.shape[0] * query.shape[2], query.shape[1], key.shape[1]))
 
 
 def scale(query: Tensor) -> float:
-    """Of scores that powers of 2 are taken of."""
+    """The scale of scores that are exponents of 2."""
     return query.shape[-1] ** -0.5 * math.log2(math.e)

@@ -1,9 +1,9 @@
 """Attention of short sequences without masks: a program holds all keys and values of a head in shared memory.
 
-It takes the head's queries a tile after the other and a tile's scores all at once, so that keys and values are read
-once a head, and no softmax is mended. Sequences of a whole number of blocks and a token more, as images are, cost
-little more than the whole number: keys left over are a product of their own, and queries left over one in which keys
-are the rows, for tensor cores multiply 64 rows at a time, and as few columns as are wanted.
+It processes the head's queries tile by tile and computes all scores of a tile at once. Keys and values are read once
+per head, and the softmax needs no rescaling. Image sequences have a few tokens more than a whole number of blocks. The
+remaining keys are a separate product. For the remaining queries, keys are the rows of the product, because tensor cores
+multiply 64 rows at a time but any number of columns.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from mplug2_fast.kernels._tuning import Config
 from mplug2_fast.kernels.attention import load_rows, scale, sizes, store_rows, strides
 
 LEFT = 16
-"""Queries or keys beyond whole blocks that are taken apart from them."""
+"""Most queries or keys beyond whole blocks that are computed separately."""
 MAX_KEYS = 256 + LEFT
-"""Whose scores with 64 queries the registers hold."""
-# Triton 3.9 puts some of them into local memory.
+"""Registers hold the scores of 64 queries with this many keys."""
+# Triton 3.9 spills some of the scores to local memory.
 _HELD: bool = interpreted() or tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 
 
 @triton.jit
 def _highest(scores, others, scale, AXIS: tl.constexpr, BLOCKS: tl.constexpr, KEYS_LEFT: tl.constexpr):
-    """The highest of scaled scores, blocks of keys along AXIS and those left over."""
+    """The maximum of the scaled scores, of whole blocks and of the remaining keys, along AXIS."""
     peak = tl.max(scores[0], axis=AXIS)
     for block in tl.static_range(1, BLOCKS):
         peak = tl.maximum(peak, tl.max(scores[block], axis=AXIS))
@@ -42,7 +42,7 @@ def _queries_left(
     HEAD_DIM: tl.constexpr, BLOCKS: tl.constexpr, BOUNDED: tl.constexpr, KEYS_LEFT: tl.constexpr,
     QUERIES_LEFT: tl.constexpr, HAS_LOGSUM: tl.constexpr,
 ):  # fmt: skip
-    """The queries from `first` on; keys are the rows of scores."""
+    """The remaining queries, from `first` on. Keys are the rows of the scores."""
     row = first + tl.arange(0, QUERIES_LEFT)
     q = load_rows(query, first, query_row, row < q_len, QUERIES_LEFT, HEAD_DIM, HEAD_DIM, False)
     scores = ()
@@ -78,8 +78,8 @@ def attention_short(
     HEAD_DIM: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDED: tl.constexpr,
     KEYS_LEFT: tl.constexpr, QUERIES_LEFT: tl.constexpr, HAS_LOGSUM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Keys are BLOCKS blocks, of the last of which some may not be there if BOUNDED. KEYS_LEFT and QUERIES_LEFT are
-    those, rounded up, that are taken apart, or 0."""
+    """The keys are BLOCKS blocks; if BOUNDED, the last one may be incomplete. KEYS_LEFT and QUERIES_LEFT are how many
+    keys and queries are computed separately, rounded up, or 0."""
     slot = tl.program_id(0).to(tl.int64)
     batch, head = slot // heads, slot % heads
     query += batch * query_batch + head * query_head
@@ -88,7 +88,7 @@ def attention_short(
     out += (batch * q_len * heads + head) * HEAD_DIM
     column = tl.arange(0, BLOCK_N)
     there = (BLOCKS - 1) * BLOCK_N + column < k_len
-    # All are on their way before the first is waited for.
+    # All loads are issued before the first one is waited for.
     k, v = (), ()
     for block in tl.static_range(BLOCKS):
         if BOUNDED and block == BLOCKS - 1:
@@ -146,9 +146,11 @@ _short = Kernel(
 
 
 def serves(query: Tensor, key: Tensor) -> bool:
-    """Whether `forward` can serve, and whether there are heads and keys enough to occupy the device. Of compute
-    capability 9.0, whose tensor cores read shared memory and take products of any width: elsewhere, registers would
-    overflow."""
+    """Whether `forward` supports the call, and there are enough heads and keys to occupy the device.
+
+    It needs compute capability 9.0, whose tensor cores read operands from shared memory and multiply any number of
+    columns. Elsewhere the registers would overflow.
+    """
     batch, q_len, heads, head_dim = query.shape
     k_len = key.shape[1]
     return (
@@ -163,7 +165,7 @@ def serves(query: Tensor, key: Tensor) -> bool:
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsum: Tensor | None = None) -> None:
-    """As `attention.forward` without masks, for what `serves` says."""
+    """The same as `attention.forward` without masks, for calls that `serves` accepts."""
     batch, q_len, heads, head_dim = query.shape
     k_len = key.shape[1]
     block = 128 if k_len % 128 <= LEFT else 64
@@ -179,7 +181,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsum: Tens
         BLOCK_N=block,
         BOUNDED=k_len < blocks * block,
         KEYS_LEFT=LEFT if left else 0,
-        # Beyond tiles of 64 and of 128 queries.
+        # Beyond whole tiles of both 64 and 128 queries.
         QUERIES_LEFT=LEFT if 0 < q_len % 128 <= LEFT else 0,
         HAS_LOGSUM=logsum is not None,
     )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Attention of a few queries to a long memory: split along the memory, so that a few heads fill a GPU.
+"""Attention of a few queries to a long memory. The memory is split, so that a few heads occupy a whole GPU.
 
-A program reads its part of the keys and values of a head once, for all queries of the video. Where there are several
-parts, each leaves its result in float32, and a second kernel adds them up, weighted by their shares of Σ exp.
-Started early, a program asks for its keys and values while the queries are still computed.
+A program reads its part of a head's keys and values once, for all queries of the video. If there are several parts,
+each stores its result in float32, and a second kernel adds them up, weighted by their shares of Σ exp. A program that
+starts early prefetches its keys and values while the queries are still being computed.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from mplug2_fast.kernels._tuning import Config
 from mplug2_fast.kernels.attention import attend, constants, load_rows, scale, sizes, small, store_rows, strides
 
 _WAVES = 6
-"""Programs a multiprocessor: enough loads in flight to saturate memory."""
+"""Programs per multiprocessor: enough loads in flight to saturate the memory bandwidth."""
 _STEP, _SHORTEST = 64, 64
-"""Parts hold a multiple of so many keys, and at least so many: adding up more of them takes longer than reading."""
+"""The size of a part is a multiple of the first and at least the second: adding up shorter parts takes longer than
+reading them."""
 _MAX_PARTS = 64
-"""What the second kernel can hold in registers."""
+"""Parts that the second kernel can hold in registers."""
 _MAX_TILE = 64
-"""Queries a program."""
+"""Queries per program."""
 
 
 _FETCHED = tl.constexpr(256)
-"""Keys and values of a part that are asked for before the queries are there."""
+"""Keys and values of a part that are prefetched before the queries are ready."""
 
 
 @triton.jit
 def _fetch(states, row, begin, end, WIDTH: tl.constexpr):
-    """Brings the first rows from `begin` on into the L2 cache, a line of 128 bytes each time."""
+    """Prefetches the first rows from `begin` on into the L2 cache, in lines of 128 bytes."""
     LINES: tl.constexpr = (WIDTH * states.dtype.element_ty.primitive_bitwidth + 1023) // 1024
     place = tl.minimum(begin + tl.arange(0, _FETCHED), end - 1).to(tl.int64)[:, None] * row
     place += tl.arange(0, LINES)[None, :] * (WIDTH // LINES)
@@ -53,8 +54,11 @@ def beam_attention_part(
     WHOLE: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Queries of a head and a part of its keys. WHOLE, there is one part, and `out` and `logsum` are the operator's;
-    else they are `(batch·heads, q_len, parts, HEAD_DIM)` and `(batch·heads, q_len, parts)`."""
+    """Queries of a head and one part of its keys.
+
+    If WHOLE, there is one part, and `out` and `logsum` are the operator's. Otherwise they are
+    `(batch·heads, q_len, parts, HEAD_DIM)` and `(batch·heads, q_len, parts)`.
+    """
     tiles = tl.cdiv(q_len, BLOCK_M)
     part = tl.program_id(0) % parts
     first = tl.program_id(0) // parts % tiles * BLOCK_M
@@ -95,7 +99,7 @@ def beam_attention_merge(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, HAS_LOGSUM: tl.constexpr, EARLY: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """A program adds up the parts of one query of a head."""
+    """Adds up the parts of one query of a head per program."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -139,7 +143,7 @@ def forward(
     out: Tensor,
     logsum: Tensor | None = None,
 ) -> None:
-    """As `attention.forward`, without causality, for few queries: the parts of a head run at once."""
+    """The same as `attention.forward` without `causal`, for few queries. The parts of a head run in parallel."""
     batch, q_len, heads, head_dim = query.shape
     k_len = key.shape[1]
     if out.numel() == 0:
@@ -175,7 +179,6 @@ def forward(
 
 
 def part_length(k_len: int, programs: int, multiprocessors: int) -> int:
-    """Keys a part: as many parts as make `_WAVES` programs a multiprocessor of the programs that there are without
-    them, as far as parts are not too many or too short."""
+    """Keys per part: enough parts for `_WAVES` programs per multiprocessor, unless parts would be too many or short."""
     parts = max(1, min(_WAVES * multiprocessors // programs, k_len // _SHORTEST, _MAX_PARTS))
     return cdiv(max(1, cdiv(k_len, parts)), _STEP) * _STEP

@@ -1,11 +1,12 @@
-"""One step of beam search: log-softmax, penalties and the best continuations, in two launches that never ask the host.
+"""One step of beam search: log-softmax, penalties and the best continuations, in two launches without the host.
 
-The vocabulary of every beam is cut into splits. A program reads its split once, and leaves the largest logit, the sum
-of exponentials and its best words; another, one a video, puts the splits together. What is compared is one integer, the
-value above the index, so that a maximum finds both and among equal values the lowest index.
+The vocabulary of every beam is cut into splits. A program reads its split once and stores the largest logit, the sum of
+exponentials and its best tokens. A second kernel, with one program per video, combines the splits. Candidates are
+compared as integers with the value in the high bits and the index in the low bits: the maximum gives both, and of equal
+values the lowest index.
 
-A step reads the logits once, 0.3 MB for 5 beams of BERT's words: its time is that of two launches, and splits are so
-small that there are more programs than multiprocessors.
+A step reads the logits once, 0.3 MB for 5 beams with BERT's vocabulary, so its time is that of two launches. Splits are
+small enough for more programs than multiprocessors.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mplug2_fast.kernels._launch import Kernel, cdiv, power_of_2
 from mplug2_fast.kernels._tuning import Config
 
 MAX_CANDIDATES = 1 << 13
-"""Of a video, which its program holds in registers."""
+"""Candidates of a video that a program can hold in registers."""
 
 IMPOSSIBLE = tl.constexpr(-1e20)
 _NOTHING = tl.constexpr(-(2**63))
@@ -27,8 +28,7 @@ _NOTHING = tl.constexpr(-(2**63))
 
 @triton.jit
 def _packed(value, index):
-    """An int64 that is larger where the value is, and among equal values where the index is smaller. What is not a
-    number counts as -inf."""
+    """An int64 in the order of the values; of equal values, the smaller index is larger. NaN counts as -inf."""
     value = tl.where(value == value, value, float("-inf"))
     bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -55,7 +55,7 @@ def beam_step_split(
     """One split of one beam: highest and total `(batch·beams, SPLITS)`, candidates `(batch·beams, SPLITS, PICKS)`.
 
     Args:
-        blocked: the word that is impossible, -1 for none. It counts in the sum.
+        blocked: an impossible token, or -1. It still counts in the sum.
     """
     row, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     word = split * BLOCK + tl.arange(0, BLOCK)
@@ -82,7 +82,7 @@ def beam_step_merge(
     SPLITS: tl.constexpr, PICKS: tl.constexpr, BEAMS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
     BLOCK_PICKS: tl.constexpr,
 ):  # fmt: skip
-    """One video: the results `(batch, beams)` from what its splits left."""
+    """Combines the splits of one video into the results `(batch, beams)`."""
     video = tl.program_id(0)
     beam = tl.arange(0, BEAMS)[:, None]
     row = video.to(tl.int64) * beams + beam
@@ -91,7 +91,7 @@ def beam_step_merge(
     tops = tl.load(highest + row * SPLITS + split, there, float("-inf"))
     sums = tl.load(total + row * SPLITS + split, there, 0.0)
     top = tl.max(tops, axis=1, keep_dims=True)
-    # A split without a finite logit adds its sum as it is: nothing, or no number.
+    # A split without a finite logit adds its sum unchanged: zero or NaN.
     sums *= tl.where(tops == float("-inf"), 1.0, tl.exp(tops - top))
     log_total = tl.log(tl.sum(sums, axis=1, keep_dims=True))
 
@@ -103,7 +103,7 @@ def beam_step_merge(
     log_probability = tl.where(word == blocked, IMPOSSIBLE, _value(packed) - top - log_total)
     before = tl.load(cumulative + video.to(tl.int64) * cumulative_batch + beam * cumulative_beam, beam < beams, 0.0)
     score = tl.div_rn(before + log_probability, penalty + tl.zeros((BEAMS, BLOCK_PICKS), tl.float32))
-    # A beam whose logits are not finite comes first, so that the search ends with a score that is not finite.
+    # A beam whose logits are not finite ranks first, so that the search ends with a score that is not finite.
     score = tl.where(score == score, score, float("inf"))
     left = tl.where(there, _packed(score, beam * vocabulary + word), _NOTHING)
     for place in range(beams):
@@ -117,7 +117,7 @@ def beam_step_merge(
 
 
 def _configs(values: int) -> list[Config]:
-    """For programs that hold so many values, 8 to 32 a thread."""
+    """For programs that hold this many values, 8 to 32 per thread."""
     fitting = [warps for warps in (1, 2, 4, 8, 16) if 8 <= values // (32 * warps) <= 32] or [1 if values < 1024 else 16]
     return [Config(num_warps=warps) for warps in reversed(fitting)]
 
@@ -136,15 +136,16 @@ def beam_step(
     origin: Tensor,
     tokens: Tensor,
 ) -> None:
-    """The best `beams` continuations of logits `(batch, beams, vocabulary)` and cumulative `(batch, beams)` float32,
-    both of any strides, into the other four, contiguous `(batch, beams)`.
+    """Writes the best `beams` continuations to the last four arguments, contiguous `(batch, beams)`.
+
+    logits `(batch, beams, vocabulary)` and cumulative `(batch, beams)`, float32, may have any strides.
 
     Args:
-        penalty: what log-probabilities are divided by. blocked: the word that is impossible, -1 for none.
+        penalty: divides the log-probabilities. blocked: an impossible token, or -1.
     """
     batch, beams, vocabulary = logits.shape
     picks = min(beams, vocabulary)
-    # As many splits as a video's candidates allow.
+    # As many splits as the limit on a video's candidates allows.
     block = power_of_2(cdiv(vocabulary, MAX_CANDIDATES // (power_of_2(beams) * picks)), 1024)
     splits = cdiv(vocabulary, block)
     highest, total = logits.new_empty((2, batch * beams, splits), dtype=torch.float32).unbind()

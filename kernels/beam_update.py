@@ -1,6 +1,6 @@
-"""The bookkeeping of a step of beam search in one launch: a program takes a video.
+"""Updates the beams and the finished hypotheses after a step of beam search, with one program per video.
 
-All of it is a few kilobytes: the time is that of a launch, where PyTorch's operators take some fifteen.
+The data are a few kilobytes, so the time is that of one launch. PyTorch's operators need about fifteen launches.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def beam_update_video(
     beams, kept, length, step, end,
     LAST: tl.constexpr, CANDIDATES: tl.constexpr, BEAMS: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
-    """Candidates are the `kept` best sequences so far, and behind them the beams; of equal ones the first is taken."""
+    """Candidates are the `kept` best sequences so far, then the beams. Of equal scores the first one wins."""
     video = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, LENGTH)
     beam = tl.arange(0, BEAMS)
@@ -75,8 +75,10 @@ def beam_update(
     last: bool,
     end_token_id: int,
 ) -> None:
-    """Into `results` the new sequences, done, best_sequences and best_scores. All tensors are contiguous; of `done`
-    the old and the new are uint8."""
+    """Writes the new sequences, done, best_sequences and best_scores to `results`.
+
+    All tensors are contiguous. Both the old and the new `done` are uint8.
+    """
     batch, beams, length = sequences.shape
     kept = best_scores.shape[1]
     _update(

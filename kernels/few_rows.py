@@ -1,12 +1,12 @@
-"""residual + activation(weight·norm(x) + bias) for so few rows that the work is reading the weight.
+"""residual + activation(weight·norm(x) + bias) for few rows, where reading the weight takes most of the time.
 
-A program takes a few outputs and asks for all of their weights at once, before anything else: with two or three
-programs a multiprocessor, some 64 KiB are on their way. Only then does it look at the rows, of which every program
-normalises all, from the L2 cache, while its weights arrive. Started early, it asks for them while the kernel before it
-is still at work: of a chain of such products, which take two microseconds each, the weights never stop coming.
+A program computes a few outputs. It first loads all of their weights: with two or three programs per multiprocessor,
+about 64 KiB are in flight. While they arrive, it reads all rows from the L2 cache and normalises them. A program that
+starts early loads its weights while the previous kernel still runs, so that a chain of such products, of two
+microseconds each, reads weights without a break.
 
-Weights stand on the rows' side of the product, 16 or 32 of them beside 8 rows, and a warp multiplies its own part of
-the inputs: a product of matrices of three axes, whose first is summed in the end.
+Weights are the rows of the product: 16 or 32 of them with 8 rows of x as columns. Each warp multiplies its own part of
+the inputs. The product has three axes, of which the first is summed at the end.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from mplug2_fast.kernels._tuning import Config
 from mplug2_fast.kernels.layer_norm import Rows, _offsets
 
 MAX_ROWS = 32
-"""Beyond, reading the rows in every program takes longer than the weight."""
+"""With more, reading the rows in every program takes longer than reading the weight."""
 MAX_INPUTS = 4096
-"""What a program can hold of the weight of sixteen outputs."""
+"""Inputs of sixteen outputs whose weights a program can hold."""
 _ROWS = 8
-"""At a time: what one tensor-core instruction takes beside 16 weights."""
+"""Rows per step: one tensor-core instruction multiplies them with 16 weights."""
 _MANY_OUTPUTS = 8192
 _PART = 256
-"""Inputs of a warp at a time, at most, where there is no norm, which needs whole rows."""
+"""Most inputs per warp and step without a norm; a norm needs whole rows."""
 
 
 @triton.jit
@@ -39,14 +39,14 @@ def few_rows_forward(
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
     TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """With a norm, PARTS·PART are all of the inputs, and program i writes the rows i, i + programs, ... of `normed`."""
+    """With a norm, PARTS·PART covers all inputs, and program i writes the rows i, i + programs, ... of `normed`."""
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     CHUNKS: tl.constexpr = (INPUTS + PARTS * PART - 1) // (PARTS * PART)
     program = tl.program_id(0)
     column = program * BLOCK + tl.arange(0, BLOCK)
     step = tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
-    # Beyond the last column the first is read, and not stored.
+    # Past the last column, the first one is read and its result not stored.
     weight_rows = weight + tl.where(column < OUTPUTS, column, 0).to(tl.int64)[None, :, None] * weight_row
     weights = ()
     for chunk in tl.static_range(CHUNKS):
@@ -95,7 +95,7 @@ def few_rows_forward(
         tl.store(out + row.to(tl.int64)[None, :] * OUTPUTS + column[:, None], result, mask)
 
 
-# In one configuration: what programs started early save does not show in a kernel that is timed alone.
+# One configuration: timing a kernel alone does not show what an early start saves.
 _kernel = Kernel(
     few_rows_forward,
     lambda constants, _: [Config(num_warps=constants["PARTS"], num_stages=1)],
@@ -114,12 +114,12 @@ def forward(
     norm: tuple[Tensor, Tensor, float] | None = None,
     normed: Tensor | None = None,
 ) -> None:
-    """residual + activation(weight·x + bias) into `out`, x through the norm first where there is one.
+    """Writes residual + activation(weight·x + bias) to `out`, with x normalised first if there is a norm.
 
     Args:
         x: `(rows, inputs)`, up to MAX_ROWS and MAX_INPUTS. weight: `(outputs, inputs)`, dense along its last axis.
         bias: `(outputs,)`, dense. residual: `(rows, outputs)`. out: `(rows, outputs)`, contiguous.
-        norm: a layer norm's weight and bias `(inputs,)`, dense, and eps. normed: where norm(x) goes, contiguous.
+        norm: a layer norm's weight and bias `(inputs,)`, dense, and eps. normed: output for norm(x), contiguous.
     """
     tensor, sizes, strides = x
     rows, (outputs, inputs) = sizes[0] * sizes[1], weight.shape
@@ -127,7 +127,8 @@ def forward(
     gamma, beta, eps = (weight, weight, 0.0) if norm is None else norm
     parts = 4 if inputs <= 1024 else 8
     part = power_of_2(cdiv(inputs, parts), 16)
-    # Every program normalises all rows. Of the words there are so many that narrow blocks read faster all the same.
+    # Narrow blocks read faster, but every program normalises all rows again. With as many outputs as a vocabulary has,
+    # narrow blocks win in spite of that.
     block = 32 if 16 * multiprocessors(tensor.device) <= outputs <= _MANY_OUTPUTS else 16
     _kernel(
         lambda meta: (cdiv(outputs, block),),

@@ -1,7 +1,7 @@
-"""Layer norm over the last axis, of a tensor or of a sum, forward and backward.
+"""Layer norm over the last axis, of a tensor or of a sum of two, forward and backward.
 
-A program holds whole rows in registers: each is read once, its mean and variance are taken in float32 in two passes
-over the registers, and it is written once.
+A program holds whole rows in registers. Each row is read once and written once; its mean and variance are computed in
+float32 in two passes over the registers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mplug2_fast.kernels._launch import Kernel, cdiv, given, multiprocessors, po
 from mplug2_fast.kernels._tuning import Config
 
 Rows = tuple[Tensor, tuple[int, int], tuple[int, int]]
-"""A tensor, its rows as (outer, inner), and the strides of both; the channels lie side by side."""
+"""A tensor, the sizes of its rows as (outer, inner), and their strides. The channels are contiguous."""
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _offsets(row, inner, outer_stride, inner_stride):
 
 @triton.jit
 def _normed(x, mask, channels, eps):
-    """(x - mean)·rstd of rows in float32, 0 where masked, and rstd `(rows, 1)`."""
+    """(x - mean)·rstd of rows in float32, 0 where the mask is off, and rstd `(rows, 1)`."""
     centred = tl.where(mask, x - tl.sum(x, axis=1, keep_dims=True) / channels, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1, keep_dims=True) / channels + eps)
     return centred * rstd, rstd
@@ -64,8 +64,8 @@ def layer_norm_backward(
     HAS_TOTAL: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_WEIGHT: tl.constexpr, WANTS_X: tl.constexpr,
     WANTS_UPDATE: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Each program takes every `programs`-th block of rows and adds up its own part of dweight and dbias
-    `(programs, channels)`: the first of two stages, whose order depends on nothing but the number of programs."""
+    """Each program processes every `programs`-th block of rows and sums its share of dweight and dbias
+    `(programs, channels)`. A second stage adds up the shares. The order depends only on the number of programs."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     channel = tl.arange(0, BLOCK)[None, :]
     there = channel < channels
@@ -102,7 +102,7 @@ def layer_norm_backward(
 
 
 def _configs(constants, capability) -> list[Config]:
-    """So many rows a program that each of its threads holds about 16 to 32 values."""
+    """Rows per program such that a thread holds about 16 to 32 values."""
     block = constants["BLOCK"]
     warps = [w for w in (1, 2, 4, 8, 16) if 8 <= block // (32 * w) <= 64] or [16 if block > 1024 else 1]
     few = [Config({"ROWS": 1}, num_warps=w) for w in warps[:3]]
@@ -124,7 +124,7 @@ def forward(
     scale: float = 1.0,
     total: Tensor | None = None,
 ) -> None:
-    """Layer norm of x + scale·update into `out`; the sum into `total`. Both contiguous, of any floating dtype."""
+    """Writes the layer norm of x + scale·update to `out` and the sum to `total`, contiguous, of any floating dtype."""
     tensor, sizes, strides = x
     rows, channels = sizes[0] * sizes[1], tensor.shape[-1]
     other, _, other_strides = (tensor, sizes, (0, 0)) if update is None else update
@@ -152,8 +152,10 @@ def backward(
     dupdate: Tensor | None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `forward`, from contiguous gradients of out and of total: into dx and dupdate where they are given,
-    and returned for weight and bias, `(channels,)` in float32."""
+    """Gradients of `forward`, from contiguous gradients of out and total.
+
+    Writes to dx and dupdate, if given. Returns the gradients of weight and bias, `(channels,)` in float32.
+    """
     tensor, sizes, strides = x
     rows, channels = sizes[0] * sizes[1], tensor.shape[-1]
     other, _, other_strides = (tensor, sizes, (0, 0)) if update is None else update

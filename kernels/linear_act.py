@@ -1,11 +1,11 @@
 """residual + activation(x @ weight.T + bias) as one product, and the gradient of its activation.
 
-The product is persistent: a program takes several tiles of the result, in groups of rows that share what they read in
-the L2 cache. On compute capability 9.0 and later the tensor memory accelerator moves tiles wherever rows are 16 bytes
-apart or a multiple of that; elsewhere, pointers do. A tile is finished in slices of its columns, so that the registers
-hold one slice beside the sums. Tiles of 128×128 leave room for a second program on a multiprocessor, which multiplies
-while the first one is busy with its activation: two special functions an element take a quarter of the cycles of the
-product with 1024 inputs.
+The kernel is persistent: a program computes several tiles of the result, in groups of rows that share their reads in
+the L2 cache. On compute capability 9.0 and later the tensor memory accelerator moves tiles if the stride of the rows is
+a multiple of 16 bytes; otherwise tiles are read through pointers. The epilogue processes a tile in slices of columns,
+so that only one slice needs registers besides the sums. Tiles of 128×128 leave room for a second program per
+multiprocessor, which multiplies while the first one computes its activation: with 1024 inputs, two special functions
+per element take a quarter of the cycles of the product.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from mplug2_fast.kernels._tuning import Config, Race
 from mplug2_fast.kernels.layer_norm import Rows, _offsets
 
 SOME_ROWS = 1024
-"""Up to so many, tiles of 128 rows would be too few to occupy every multiprocessor."""
+"""Up to this many rows, tiles of 128 rows would be too few to occupy every multiprocessor."""
 
 GROUP = 8
-"""Rows of tiles that are worked through column by column."""
+"""Rows of tiles in a group, which is processed column by column."""
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _finish(
     OUTPUTS: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     SAVES_Z: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Stores a slice of the result, and of z."""
+    """Computes the epilogue of a slice. Stores the result, and z if wanted."""
     row = first_row + tl.arange(0, product.shape[0])
     column = first_column + tl.arange(0, product.shape[1])
     if HAS_BIAS:
@@ -65,7 +65,7 @@ def linear_act_forward(
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(OUTPUTS, BLOCK_N)
-    # Flattened, the loop over tiles fetches the next tile's inputs while it finishes this one.
+    # The flattened loop loads the next tile's inputs during this tile's epilogue.
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=DESCRIBED):
         group, inside = tile // (GROUP * tiles_n), tile % (GROUP * tiles_n)
         height = min(tiles_m - group * GROUP, GROUP)
@@ -75,7 +75,7 @@ def linear_act_forward(
             row, column = first_row + tl.arange(0, BLOCK_M), first_column + tl.arange(0, BLOCK_N)
             there = (row < rows)[:, None]
             x_rows = x + _offsets(row, x_inner, x_outer, x_row)[:, None]
-            # Beyond the last column the first is read, and not stored.
+            # Past the last column, the first one is read and its result not stored.
             weight_rows = weight + tl.where(column < OUTPUTS, column, 0).to(tl.int64)[:, None] * weight_row
         product = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for first in range(0, INPUTS, BLOCK_K):
@@ -111,9 +111,11 @@ def activation_backward(
     ACTIVATION: tl.constexpr, WANTS_ACTIVATED: tl.constexpr, WANTS_BIAS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dz = grad · activation'(z), which may overwrite grad, and activation(z). Each program takes some columns and
-    every `programs`-th block of rows, of which it adds up its own part of dbias `(programs, columns)`: the first of two
-    stages, whose order depends on nothing but the number of programs."""
+    """dz = grad · activation'(z), which may overwrite grad, and activation(z).
+
+    Each program processes some columns of every `programs`-th block of rows and sums its share of dbias
+    `(programs, columns)`. A second stage adds up the shares. The order depends only on the number of programs.
+    """
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
     program, programs = tl.program_id(1), tl.num_programs(1)
     sums = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -132,7 +134,7 @@ def activation_backward(
 
 
 def _config(block_m: int, block_n: int, block_k: int, warps: int, stages: int) -> Config:
-    """In four slices, or fewer of 32 columns."""
+    """A configuration with four slices per tile, or fewer, of at least 32 columns."""
     slice = min(block_n, max(32, block_n // 4))
     return Config({"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SLICE": slice}, warps, stages)
 
@@ -165,12 +167,12 @@ def _many(constants, capability) -> list[Config]:
 
 
 def _wide(constants) -> int:
-    """Elements of 16 bits in one."""
+    """The size of an element in units of 16 bits."""
     return 1 if constants["PRECISION"] is None else 2
 
 
 def _warps(capability) -> int:
-    """Of a program with few sums. On 10.0, where sums are kept outside of the registers, Triton spills with four."""
+    """Warps of a program with few sums. On 10.0, which keeps sums outside the registers, Triton spills with four."""
     return 4 if capability < 100 else 8
 
 
@@ -187,8 +189,11 @@ AGAINST_TORCH = Race("linear_act", linear_act_forward)
 
 
 def is_few(x: Rows, weight: Tensor) -> bool:
-    """Whether the work is reading the weight, for which there is a kernel of its own: one FLOP a row for each byte,
-    where a GPU has some 200. Without tensor cores, as in float32, it would not keep up with memory."""
+    """Whether reading the weight takes most of the time, so that `few_rows` is faster.
+
+    A weight byte takes one FLOP per row; a GPU can compute about 200 in that time. Not in float32, which has no tensor
+    cores and could not keep up with the memory.
+    """
     tensor, sizes, _ = x
     if tensor.dtype == torch.float32 and not interpreted():
         return False
@@ -196,7 +201,7 @@ def is_few(x: Rows, weight: Tensor) -> bool:
 
 
 def slower(dtype: torch.dtype, activation: str, residual: bool) -> str | None:
-    """Why cuBLAS is faster for such products, whatever their sizes; None where that has to be measured."""
+    """Why cuBLAS is faster for such products of any size. None if that has to be measured."""
     if interpreted():
         return None
     if activation == "none" and not residual:
@@ -218,7 +223,7 @@ def forward(
     out: Tensor,
     z: Tensor | None = None,
 ) -> None:
-    """residual + activation(x @ weight.T + bias) into `out`; x @ weight.T + bias into `z`.
+    """Writes residual + activation(x @ weight.T + bias) to `out` and x @ weight.T + bias to `z`.
 
     Args:
         x: `(rows, inputs)`. weight: `(outputs, inputs)`, dense along its last axis. bias: `(outputs,)`, dense.
@@ -245,7 +250,7 @@ def forward(
 
     def grid(meta):
         tiles = cdiv(rows, meta["BLOCK_M"]) * cdiv(outputs, meta["BLOCK_N"])
-        # As many as the sums leave room for: 128 KiB of registers.
+        # As many programs per multiprocessor as have room for their sums in 128 KiB of registers.
         resident = max(1, (1 << 15) // (meta["BLOCK_M"] * meta["BLOCK_N"]))
         return (min(tiles, resident * multiprocessors(tensor.device)),)
 
@@ -275,7 +280,7 @@ def apply(
     out: Tensor,
     z: Tensor | None = None,
 ) -> None:
-    """As `forward`, through cuBLAS and separate passes where `slower` says so."""
+    """The same as `forward`, by cuBLAS and separate passes if `slower` gives a reason."""
     if not slower(out.dtype, activation, residual is not None):
         forward(x, weight, bias, activation, residual, out, z)
         return
@@ -296,8 +301,11 @@ def apply(
 def backward(
     grad: Tensor, z: Tensor, activation: str, dz: Tensor, activated: Tensor | None, *, wants_bias: bool
 ) -> Tensor | None:
-    """The gradient through an activation other than "none", into `dz`, which may be `grad`; activation(z) into
-    `activated`. All `(rows, outputs)`, contiguous. Returns the bias's gradient `(outputs,)` in float32 if asked for."""
+    """Writes the gradient through an activation other than "none" to `dz`, and activation(z) to `activated`.
+
+    All are `(rows, outputs)`, contiguous; `dz` may be `grad`. With `wants_bias`, returns the gradient of the bias
+    `(outputs,)` in float32.
+    """
     rows, outputs = z.shape
     programs = max(1, min(rows, 1024 * multiprocessors(z.device) // power_of_2(outputs, 256)))
     dbias = grad.new_empty((programs if wants_bias else 1, outputs), dtype=torch.float32)
@@ -313,7 +321,7 @@ def backward(
 
 
 def _tiles(x: Rows) -> Tiles | None:
-    """The rows as one matrix, where a single stride tells where they lie."""
+    """The rows as one matrix. None if they do not have a single stride."""
     tensor, (outer, inner), (outer_stride, row_stride) = x
     channels = tensor.shape[-1]
     if outer * inner == 1:
@@ -326,7 +334,7 @@ def _tiles(x: Rows) -> Tiles | None:
 
 
 def _strided(x: Rows) -> Tensor:
-    """`(outer, inner, channels)`."""
+    """The rows as a tensor `(outer, inner, channels)`."""
     tensor, sizes, strides = x
     return tensor.as_strided((*sizes, tensor.shape[-1]), (*strides, 1))
 

@@ -1,14 +1,13 @@
-"""Local temporal modules, in two ways.
+"""The local temporal module in two implementations.
 
-`forward`, for few rows: norm, down-projection, convolution over time and activation in one launch, the up-projection
-with the residual in another. A tile of the first launch is all frames of a few positions, so the convolution finds the
-frames that it wants in the tile's own registers. Only the inner activations, half as wide as x, lie in memory between
-the launches. A tile's rows are read twice, for their statistics and as they are multiplied; the second time they come
-from the L2 cache.
+`forward`, for few rows, has two launches: norm, down-projection, convolution over time and activation; then the
+up-projection with the residual. A tile of the first launch has all frames of a few positions, so the convolution finds
+its frames in the tile's registers. Only the inner activations, half as wide as x, go through memory. A tile's rows are
+read twice, for the statistics and for the product; the second time they are in the L2 cache.
 
-`convolve`, for many: convolution and activation as a pass of their own between two products. Rows that are normed on
-their way to the tensor cores go through registers, and a product of many rows loses more by that than the passes over
-the norm's result and over the inner activations take.
+`convolve`, for many rows, computes convolution and activation in a separate pass between two products. If the first
+product applied the norm, its rows would pass through registers. With many rows, that costs more than the separate
+passes over the result of the norm and over the inner activations.
 """
 
 from __future__ import annotations
@@ -27,8 +26,10 @@ from mplug2_fast.kernels._tuning import Config
 def _statistics(
     x, channels, eps, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
-    """Mean and 1 / standard deviation `(ROWS, 1)` of the rows at the pointers x `(ROWS, 1)`, in one pass: each column
-    of the blocks keeps the mean and the squared deviations of its own values (Welford), and those are joined."""
+    """Mean and 1 / standard deviation `(ROWS, 1)` of the rows at the pointers x `(ROWS, 1)`, in one pass.
+
+    Each column of a block accumulates its mean and squared deviations (Welford); at the end, the columns are combined.
+    """
     column = tl.arange(0, BLOCK_K)[None, :]
     mean = tl.zeros((ROWS, BLOCK_K), tl.float32)
     spread = tl.zeros((ROWS, BLOCK_K), tl.float32)
@@ -54,7 +55,7 @@ def _convolve(
     tile, there, first_column, weight, bias, out, frames, inner,
     FRAMES: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """act(conv(tile)) to the rows at the pointers out `(rows, 1)` that are there. The frames of a position are
+    """Writes act(conv(tile)) to the pointers out `(rows, 1)` of rows that are `there`. The frames of a position are
     neighbouring rows of the tile."""
     ROWS: tl.constexpr = tile.shape[0]
     COLUMNS: tl.constexpr = tile.shape[1]
@@ -87,10 +88,10 @@ def local_temporal_down(
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """act(conv(down(norm(x)))) of x's patches into out, down(norm(x)) into h, whose frames have `tokens` tokens.
+    """Writes act(conv(down(norm(x)))) of x's patches to out, and down(norm(x)) to h, whose frames have `tokens` tokens.
 
-    Rows of a tile run through the frames of one position after the other. What lies outside of x is read from its last
-    frame or position and not written.
+    The rows of a tile are the frames of its first position, then those of the next one. Rows outside of x read its last
+    frame or position, and are not written.
     """
     POSITIONS: tl.constexpr = ROWS // FRAMES
     blocks = tl.cdiv(inner, BLOCK_N)
@@ -151,7 +152,7 @@ def _add(
     product, bias, x, out, row, first_column, rows, tokens, channels,
     CLASS_TOKEN: tl.constexpr, RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """x + product + bias, x alone for class tokens. x: pointers to rows."""
+    """Writes x + product + bias; for class tokens, x alone. x: pointers to rows."""
     column = first_column + tl.arange(0, product.shape[1])
     inside = column < channels
     if HAS_BIAS:
@@ -174,7 +175,7 @@ def local_temporal_up(
     CLASS_TOKEN: tl.constexpr, RESIDUAL: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     EVEN_K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x + a @ weight.T + bias, x alone for class tokens, whose rows of a may hold anything."""
+    """x + a @ weight.T + bias; for class tokens, x alone, whatever their rows of a contain."""
     blocks = tl.cdiv(channels, BLOCK_N)
     row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
     first_column = tl.program_id(0) % blocks * BLOCK_N
@@ -206,8 +207,11 @@ def local_temporal_convolve(
     KERNEL: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, FRAMES: tl.constexpr,
     PATCHES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """act(conv(h)) of patches. A program takes FRAMES frames of some positions and columns, and holds them, and what
-    the convolution sees before and after them, in registers: all are on their way before the first is needed."""
+    """act(conv(h)) of patches.
+
+    A program computes FRAMES frames of some positions and columns. It holds them in registers, with the frames before
+    and after that the convolution needs. All loads are issued before the first value is used.
+    """
     HALF: tl.constexpr = KERNEL // 2
     blocks = tl.cdiv(inner, BLOCK)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -252,11 +256,11 @@ def local_temporal_backward(
     FRAMES: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr, HAS_CONV_BIAS: tl.constexpr,
     CLASS_TOKEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """From h, the down-projection's result, and the gradient of a = act(z), z = conv(h): a, dh, and this tile's part of
-    the gradients of conv_weight, conv_bias and down_bias, `(KERNEL + 2, inner)`.
+    """Computes a, dh, and this tile's share of the gradients of conv_weight, conv_bias and down_bias.
 
-    Rows of class tokens are not read; those of a and dh are filled with zeros. Neighbouring frames are those of the
-    same tile, so what is read again lies in the first-level cache.
+    h is the result of the down-projection, and da the gradient of a = act(z), z = conv(h). The shares are
+    `(KERNEL + 2, inner)`. Rows of class tokens are not read, and are zeros in a and dh. Neighbouring frames are in the
+    same tile, so repeated reads hit the L1 cache.
     """
     HALF: tl.constexpr = KERNEL // 2
     tile = tl.program_id(0)
@@ -285,7 +289,7 @@ def local_temporal_backward(
             seen = _frame(h, video, now + (tap - HALF), frames, token, tokens, column, inner, patch)
             z += seen * tl.load(taps + tap, inside, 0.0).to(tl.float32)
         dz = _frame(da, video, now, frames, token, tokens, column, inner, patch) * slope(z, ACTIVATION)
-        # z of `now` takes h of `frame` with the tap that lies as far on the other side.
+        # z of `now` multiplies h of `frame` by the mirrored tap.
         gradient += dz * tl.load(taps + (KERNEL - 1 - step), inside, 0.0).to(tl.float32)
         if step == HALF:
             tl.store(a + at, tl.where(patch[:, None], activate(z, ACTIVATION), 0.0), there[:, None] & inside)
@@ -298,8 +302,8 @@ def local_temporal_backward(
 
 
 def _down_configs(constants, capability) -> list[Config]:
-    """64 rows of a Large video make 128 programs, one a multiprocessor. More rows read the weight from the L2 cache
-    less often. For many rows in 16 bits there is another way: see `ops.local_temporal`."""
+    """With tiles of 64 rows, a Large video has 128 programs, one per multiprocessor. Larger tiles read the weight less
+    often from the L2 cache. Many rows in 16 bits use `convolve`: see `ops.local_temporal`."""
     if constants["PRECISION"] == "ieee":
         tiles = [(64, 64, 32, 4, 2), (128, 32, 32, 8, 2)]
     elif constants["PRECISION"] == "tf32":
@@ -338,8 +342,8 @@ def _up_configs(constants, capability) -> list[Config]:
 
 
 def _convolve_configs(constants, capability) -> list[Config]:
-    """Eight frames at a time, for which two more are read. Sixteen were no faster and took Triton up to ten seconds to
-    compile. A thread has 8 columns, so that its frames fit."""
+    """Eight frames per program, which reads two more. Sixteen were no faster, and Triton took up to ten seconds to
+    compile them. A thread has 8 columns, so that its frames fit into registers."""
     return [
         Config({"FRAMES": frames, "PATCHES": patches, "BLOCK": block}, warps)
         for frames, patches, block, warps in (
@@ -376,7 +380,7 @@ def forward(
     out: Tensor,
     h: Tensor | None = None,
 ) -> None:
-    """The operator's result into `out`; the down-projection's into `h`.
+    """Writes the operator's result to `out` and that of the down-projection to `h`.
 
     Args:
         x: `(batch, frames, tokens, channels)`, any strides but those of channels, which are dense.
@@ -388,7 +392,7 @@ def forward(
     first, rows = int(class_token), batch * frames * tokens
     positions = batch * (tokens - first)
     precision = precision_of(x.dtype)
-    # With rows for class tokens, so that the second product runs through all rows of x.
+    # With rows for class tokens, so that the second product can process all rows of x.
     a = x.new_empty(batch, frames, tokens, inner)
     if h is not None:
         h[:, :, :first] = 0
@@ -425,7 +429,7 @@ def forward(
 
 
 def convolve(h: Tensor, weight: Tensor, bias: Tensor | None, activation: str, class_token: bool, out: Tensor) -> None:
-    """activation(conv(h)) of patches into `out`, whose rows of class tokens are left alone.
+    """Writes activation(conv(h)) of patches to `out`. Rows of class tokens are not written.
 
     Args:
         h, out: `(batch, frames, tokens, inner)`. weight: `(inner, kernel)`. bias: `(inner,)`. All contiguous.
@@ -457,13 +461,16 @@ def backward(
     a: Tensor,
     dh: Tensor,
 ) -> Tensor:
-    """From the down-projection's result and the gradient of what the up-projection takes, into `a` what that was and
-    into `dh` the gradient of h, zeros in the rows of class tokens.
+    """Gradients of the convolution and the activation.
 
     Args:
-        h, da, a, dh: `(batch, frames, tokens, inner)`, contiguous. Rows of class tokens of h may hold anything.
+        h: the result of the down-projection. Its rows of class tokens are not read.
+        da: the gradient of the up-projection's input.
+        a, dh: outputs: the up-projection's input, and the gradient of h. Rows of class tokens become zeros. All four
+            are `(batch, frames, tokens, inner)`, contiguous.
 
-    Returns the gradients of conv_weight, a row a tap, conv_bias and down_bias, `(kernel + 2, inner)` in float32.
+    Returns the gradients of conv_weight, one row per tap, of conv_bias and of down_bias, `(kernel + 2, inner)` in
+    float32.
     """
     batch, frames, tokens, inner = da.shape
     kernel, positions = conv_weight.shape[1], batch * tokens

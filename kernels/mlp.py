@@ -1,8 +1,8 @@
-"""x + proj(activation(fc(layer_norm(x)))) by the kernels of the layer norm and of the linear layer, and its gradients.
+"""x + proj(activation(fc(layer_norm(x)))) from the kernels of the layer norm and the linear layer, and its gradients.
 
-The norm stays a pass of its own. In the first product's prologue it would be computed once a column of tiles, 16 to 32
-times for 4096 hidden channels, and rows would go through registers on their way to the tensor cores, past the tensor
-memory accelerator. What that saves, 4 bytes a row and channel, is 4% of the time that the FLOP of both products take.
+The norm is a separate pass. In the prologue of the first product it would be repeated for every column of tiles, 16 to
+32 times for 4096 hidden channels, and rows would pass through registers instead of the tensor memory accelerator. That
+would save 4 bytes per row and channel, 4% of the time of both products.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ AGAINST_TORCH = Race("mlp", linear_act.linear_act_forward, layer_norm.layer_norm
 
 
 def slower(dtype: torch.dtype, activation: str, residual: bool) -> str | None:
-    """Why neither product gains by being fused, as `linear_act.slower` has it; None where one does."""
+    """Why neither product gains by fusion, as in `linear_act.slower`. None if one of them does."""
     first = linear_act.slower(dtype, activation, False)
     return first and linear_act.slower(dtype, "none", residual) and first
 
@@ -37,7 +37,7 @@ def forward(
     out: Tensor,
     z: Tensor | None = None,
 ) -> None:
-    """Into `out`; fc's result before the activation into `z`.
+    """Writes the result to `out`, and that of fc before the activation to `z`.
 
     Args:
         x: `(rows, channels)`. fc_weight: `(hidden, channels)`. proj_weight: `(channels, hidden)`. Both are dense along
@@ -75,7 +75,7 @@ def backward(
     """The gradients of the `wanted` arguments by name, those of vectors in float32.
 
     Args:
-        grad, x: `(rows, channels)`, contiguous. z: `(rows, hidden)`, as `forward` left it.
+        grad, x: `(rows, channels)`, contiguous. z: `(rows, hidden)`, from `forward`.
     """
     made = {}
     if "proj_bias" in wanted:

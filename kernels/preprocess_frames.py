@@ -1,8 +1,8 @@
-"""Decoded frames to normalised pixels, whole or in patches, in one pass.
+"""Converts decoded frames to normalised pixels, as whole frames or patches, in one pass.
 
-Three bytes are read and three values written a pixel, in the order in which the result lies in memory; rows of the
-source that no target row takes are never touched. The two divisions are IEEE's, so that all backends give the same
-bits; they are hidden behind the bytes.
+Each pixel reads three bytes and writes three values, in the order of the result in memory. Source rows that no target
+row needs are not read. Both divisions are IEEE divisions, so that all backends give the same bits; their time is hidden
+by the memory accesses.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Attention of one new token of every sequence to itself and to those before it, which may be other sequences' own.
+"""Attention of one new token per sequence to itself and to the tokens before it, which may belong to other sequences.
 
-A program takes one head of a sequence: it stores the new key and value, and reads those before them where the table of
-ancestors says that they lie, some twenty of each. Started early, it reads them while the new ones are still computed.
+A program processes one head of a sequence. It stores the new key and value, and reads the earlier ones, about twenty of
+each, from the rows in the table of ancestors. A program that starts early reads them while the new ones are still being
+computed.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def forward(
     step: int,
     out: Tensor,
 ) -> None:
-    """Stores key and value at position `step` of keys and values, and their row in ancestors, and leaves the attention
-    in `out`.
+    """Stores key and value at position `step` of keys and values, and their row in ancestors. Writes the attention to
+    `out`.
 
     Args:
         query, key, value: `(rows, heads, head_dim)`. keys, values: `(rows, heads, length, head_dim)`.
