@@ -58,7 +58,7 @@ def evaluate(
     Args:
         predictor: the model and its task.
         items: each with a video or an image, and with the task's `fields`.
-        out: a folder for the predictions and the report. A run that was stopped goes on there.
+        out: a folder for the predictions and the report. An interrupted run resumes there.
         metrics: names in `METRICS`; None for the task's that can run here.
         tokenizer: of captions; a name in `TOKENIZERS`.
         options: of the task, such as num_beams.

@@ -210,7 +210,7 @@ class Recipe(_Part):
     """
 
     out: str
-    """Folder for saves, logs and the trained model. A run that was stopped goes on there."""
+    """Folder for saves, logs and the trained model. An interrupted run resumes there."""
     model: Model
     sources: Annotated[list[Source], Field(min_length=1)]
     sources_per_step: Literal["one", "all"] = "one"
@@ -262,7 +262,7 @@ class Recipe(_Part):
 
 
 _FREE = frozenset(("out", "device", "workers", "save_every", "keep", "log_every", "tensorboard", "wandb", "validation"))
-"""Fields that may change when a run goes on. The batches of a step do not depend on them."""
+"""Fields that may change when a run resumes. The batches of a step do not depend on them."""
 _FREE |= {"strategy", "accumulate", "max_bad", "max_skipped"}
 
 

@@ -1,4 +1,4 @@
-"""Saves that a run goes on from: whole or not at all, sharded over the ranks, and checked when they are read."""
+"""Saves, from which a run resumes. They are complete or absent, sharded over the ranks, and checked when read."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ class Saves:
     """The saves of a run, in folders `step-N`. Each holds torch.distributed.checkpoint's files, and two of JSON.
 
     Args:
-        folder: of all saves.
-        keep: how many of the latest saves are kept.
-        world: the ranks; all must make each call.
-        note: is called with a line about a save that failed or is damaged.
+        folder: the folder of all saves.
+        keep: the number of saves to keep.
+        world: the ranks. Every rank must make every call.
+        note: called with a message if a save failed or is damaged.
     """
 
     def __init__(self, folder: Path, keep: int, world: World, note: Callable[[str], None]) -> None:
         self.folder, self._keep, self._world, self._note = folder, keep, world, note
 
     def steps(self) -> list[int]:
-        """Steps of which there is a save, in ascending order."""
+        """The steps that have a save, in ascending order."""
         if not self.folder.is_dir():
             return []
         found = (_NAME.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(match[1]) for match in found if match)
 
     def write(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> bool:
-        """Save. Returns False, and notes why, if the disk is full or cannot be written; older saves then stay.
+        """Write a save. If the disk is full or cannot be written, notes why, keeps older saves, and returns False.
 
         Args:
             step: number of steps done. tensors: by name. state: JSON values.
@@ -73,12 +73,12 @@ class Saves:
         return problem is None
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The latest undamaged save and its state. Notes the damaged ones that it passes."""
+        """The latest undamaged save and its state. Notes later ones that are damaged."""
         found = self._world.from_first(self._newest() if self._world.first else None)
         return None if found is None else (self.folder / found[0], found[1])
 
     def read(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """Fill the tensors from a save, whatever the number of ranks that wrote it."""
+        """Fill the tensors from a save, which any number of ranks may have written."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load(tensors, checkpoint_id=path)

@@ -1,4 +1,4 @@
-"""A training run, from a recipe to a model: this file reads from top to bottom as the run goes."""
+"""A training run, from a recipe to a model. Read this file from top to bottom: it follows the order of the run."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ STOPPED = 143
 """Exit status of a run that was asked to stop and has saved."""
 
 _SPIKE_MEMORY, _SPIKE_AFTER, _SPIKE_MIN = 0.98, 50, 0.1
-"""Of the mean and variance; steps before any is skipped; smallest standard deviation, for losses close to zero."""
+"""Decay of mean and variance, steps before spikes are skipped, and the smallest standard deviation, for tiny losses."""
 
 
 @dataclass
 class State:
-    """What a run knows beside tensors. All of it is in every save.
+    """What a run knows besides its tensors. Every save has all of it.
 
     Attributes:
-        step: steps done. skipped: steps without an update. skipped_in_row: the latest of them.
+        step: steps done. skipped: steps without an update. skipped_in_row: those since the last update.
         mean, variance: of recent losses.
         bad: path -> reason, of unreadable files.
         best: the best validation score, at `best_step`. worse: validations since then.
@@ -66,16 +66,16 @@ class State:
 
 
 class Trainer:
-    """Trains a model by a recipe. A run that was stopped, or killed, goes on where its last save is.
+    """Trains a model by a recipe. A run that was stopped or killed resumes from its last save.
 
     Args:
         recipe: a recipe, or the path of one.
-        model, tokenizer: instead of those that the recipe names.
-        datasets: instead of the data that the recipe's sources name, in their order.
-        note: is called with each line for people.
+        model, tokenizer: used instead of those in the recipe.
+        datasets: used instead of the data of the recipe's sources, in their order.
+        note: called with each message.
 
     Attributes:
-        model, tokenizer, optimizer, state: of the run. steps: how many it has.
+        model, tokenizer, optimizer, state: of the run. steps: its number of steps.
 
     Raises:
         ConfigError, DataError, CheckpointError: the recipe, the data or the checkpoint cannot be used. Nothing has been
@@ -112,7 +112,7 @@ class Trainer:
         self._plan = schedule([source.share for source in recipe.sources], self.steps, recipe.seed)
         self._validator = Validator.of(recipe, self.model.config)
 
-    # --- what is trained, and on what
+    # --- the model and the data
 
     def _check_sizes(self) -> None:
         recipe, size = self.recipe, self.world.size
@@ -248,7 +248,7 @@ class Trainer:
                 self.step(next(batches))
                 if self._stop:
                     self._save()
-                    self._log.note(f"stopped after step {self.state.step}; the same command goes on")
+                    self._log.note(f"stopped after step {self.state.step}; rerun the same command to resume")
                     raise SystemExit(STOPPED)
                 self._between_steps()
             return self._finish()
@@ -274,7 +274,7 @@ class Trainer:
         self.saves.read(path, tensors)
         optimizer.apply()
         self.state = State(**state)
-        self._log.note(f"going on after step {self.state.step} of {self.steps}")
+        self._log.note(f"resuming after step {self.state.step} of {self.steps}")
 
     def _batches(self, start: int) -> Iterator[dict[int, Step]]:
         """Source -> this rank's share, for each step from `start` on."""

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from mplug2_fast import bulk
 from mplug2_fast.bulk import runs
 from mplug2_fast.bulk.journal import Journal
+from mplug2_fast.cli import app
 from mplug2_fast.errors import ConfigError
 from mplug2_fast.video import Windows
 from tests.bulk.files import mixed_files
@@ -27,10 +29,15 @@ ROOT = Path(__file__).parents[2]
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 
+def captioning(paths: list[str], out: Path) -> list[str]:
+    """The arguments of the command."""
+    options = ["--num-beams", "2", "--max-length", "6", "--batch-memory", "0.001", "--num-workers", "1"]
+    return ["caption", *paths, "--out", str(out), "--device", "cpu", *options]
+
+
 def start(paths: list[str], out: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "mplug2_fast", "caption", *paths, "--out", str(out), "--device", "cpu"]
-    command += ["--num-beams", "2", "--max-length", "6", "--batch-memory", "0.001", "--num-workers", "1"]
+    command += ["-m", "mplug2_fast", *captioning(paths, out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
 
@@ -50,7 +57,9 @@ def ranks_of(torchrun: subprocess.Popen) -> dict[int, int]:
     return found
 
 
-def test_two_programs_one_of_them_killed_and_started_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("programs", [1, pytest.param(2, marks=pytest.mark.soak)])
+def test_two_programs_one_of_them_killed(programs: int, tmp_path: Path) -> None:
+    """One program, or two again, process what is left."""
     (tmp_path / "files").mkdir()
     paths, broken = mixed_files(tmp_path / "files", good=27, broken=3)
     out = tmp_path / "a.jsonl"
@@ -68,8 +77,10 @@ def test_two_programs_one_of_them_killed_and_started_again(tmp_path: Path) -> No
     before = {json.loads(line)["path"]: line for file in (out, part) for line in file.read_text().splitlines()[:-1]}
     assert 2 <= len(before) < 30
 
-    again = start(paths, out)
-    _, messages = again.communicate(timeout=200)
+    if programs == 1:
+        messages = CliRunner().invoke(app, captioning(paths, out)).stderr
+    else:
+        _, messages = start(paths, out).communicate(timeout=200)
     assert f"{out}: 27 captions, 3 failed; " in messages
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(lines) == 30

@@ -62,7 +62,7 @@ def test_a_report_is_read_as_it_was_written(report):
     assert Report.read(out) == Report.read(out / "report.json") == found
 
 
-def test_a_run_goes_on(report, predictor, questions):
+def test_a_run_resumes(report, predictor, questions):
     """Nothing is predicted again; other options are refused."""
     found, out = report
     before = (out / "predictions.jsonl").read_bytes()

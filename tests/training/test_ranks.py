@@ -1,4 +1,4 @@
-"""Two ranks compute what one computes, with whole and with sharded parameters, and go on from each other's saves."""
+"""Two ranks compute what one computes, with whole and with sharded parameters, and resume from each other's saves."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def test_sharded_parameters_equal_whole_ones(folder):
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_one_rank_goes_on_from_two(folder, name):
+def test_one_rank_resumes_from_two(folder, name):
     before = log(folder / name)
     save = folder / name / "saves" / "step-4"
-    save.rename(folder / name / "save-4")  # go on from step 2
+    save.rename(folder / name / "save-4")  # resume from step 2
     on_one_rank(folder / name, name)
     assert_close(log(folder / name), before, 1e-5)

@@ -1,4 +1,4 @@
-"""A run that is stopped at any moment goes on as if nothing had happened."""
+"""A run that is stopped at any moment resumes as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def stop_before(monkeypatch, step):
     monkeypatch.setattr(Trainer, "step", steps)
 
 
-def test_a_stopped_run_goes_on_exactly(recipe, train, monkeypatch, tmp_path):
+def test_a_stopped_run_resumes_exactly(recipe, train, monkeypatch, tmp_path):
     whole, _ = train(recipe(**EVERYTHING, out=str(tmp_path / "whole")))
     plan = recipe(**EVERYTHING)
     for step in (1, 3, 5):
@@ -59,11 +59,11 @@ def test_a_stopped_run_goes_on_exactly(recipe, train, monkeypatch, tmp_path):
             with pytest.raises(StoppedError):
                 train(plan)
     resumed, lines = train(plan)
-    assert "going on after step 4 of 6" in lines
+    assert "resuming after step 4 of 6" in lines
     assert_same(weights(resumed), weights(whole))
     assert log(resumed) == log(whole)
     finished, lines = train(plan)
-    assert "going on after step 6 of 6" in lines
+    assert "resuming after step 6 of 6" in lines
     assert_same(weights(finished), weights(whole))
 
 
@@ -105,7 +105,7 @@ def test_sigterm_saves_and_stops(recipe, train, monkeypatch):
             train(plan)
     assert stopped.value.code == 143
     _, lines = train(plan)
-    assert "going on after step 4 of 6" in lines
+    assert "resuming after step 4 of 6" in lines
 
 
 def test_another_recipe_is_refused(recipe, train):
