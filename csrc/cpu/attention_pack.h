@@ -199,17 +199,58 @@ void pack_keys(const Tokens<Element>& keys, std::int64_t begin, std::int64_t cou
 
 #else
 
+#ifdef __AVX2__
+// m[i][j] becomes m[j][i].
+MPLUG2_INLINE void transpose(F32 (&m)[8]) {
+    F32 t[8];
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {  // 4x4 blocks
+        const __m256 a = _mm256_unpacklo_ps((__m256)m[i], (__m256)m[i + 1]);
+        const __m256 b = _mm256_unpackhi_ps((__m256)m[i], (__m256)m[i + 1]);
+        const __m256 c = _mm256_unpacklo_ps((__m256)m[i + 2], (__m256)m[i + 3]);
+        const __m256 d = _mm256_unpackhi_ps((__m256)m[i + 2], (__m256)m[i + 3]);
+        t[i] = (F32)_mm256_shuffle_ps(a, c, 0x44);
+        t[i + 1] = (F32)_mm256_shuffle_ps(a, c, 0xEE);
+        t[i + 2] = (F32)_mm256_shuffle_ps(b, d, 0x44);
+        t[i + 3] = (F32)_mm256_shuffle_ps(b, d, 0xEE);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {  // of blocks
+        m[i] = (F32)_mm256_permute2f128_ps((__m256)t[i], (__m256)t[i + 4], 0x20);
+        m[i + 4] = (F32)_mm256_permute2f128_ps((__m256)t[i], (__m256)t[i + 4], 0x31);
+    }
+}
+#endif
+
 template <bool kPair, typename Element>
 void pack_keys(const Tokens<Element>& keys, std::int64_t begin, std::int64_t count, std::int64_t head_dim,
                std::int64_t ahead, Word* to) {
     static_assert(!kPair, "pairs need AVX-512");
     for (std::int64_t j = 0; j < count; j += kLanes, to += head_dim * kLanes) {
+        const Element* rows[kLanes];
         for (int i = 0; i < kLanes; ++i) {
-            const Element* from = j + i < count ? keys[begin + j + i] : nullptr;
-            prefetch(from, from ? ahead : 0);
-            for (std::int64_t c = 0; c < head_dim; ++c) {
-                const float value = from ? to_float(from[c]) : 0.0f;
-                std::memcpy(to + c * kLanes + i, &value, sizeof(value));
+            rows[i] = j + i < count ? keys[begin + j + i] : nullptr;
+        }
+        std::int64_t c = 0;
+#ifdef __AVX2__
+        for (; j + kLanes <= count && c + kLanes <= head_dim; c += kLanes) {
+            F32 block[kLanes];
+#pragma GCC unroll 8
+            for (int i = 0; i < kLanes; ++i) {
+                prefetch(rows[i] + c, ahead);
+                block[i] = load(rows[i] + c);
+            }
+            transpose(block);
+#pragma GCC unroll 8
+            for (int i = 0; i < kLanes; ++i) {
+                store_words(to + (c + i) * kLanes, (U32)block[i]);
+            }
+        }
+#endif
+        for (int i = 0; i < kLanes; ++i) {
+            for (std::int64_t k = c; k < head_dim; ++k) {
+                const float value = rows[i] ? to_float(rows[i][k]) : 0.0f;
+                std::memcpy(to + k * kLanes + i, &value, sizeof(value));
             }
         }
     }

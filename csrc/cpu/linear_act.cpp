@@ -4,12 +4,16 @@
 #include "cpu/buffer.h"
 #include "cpu/digest.h"
 #include "cpu/few_rows.h"
+#include "cpu/many_rows.h"
 #include "cpu/parallel.h"
 
 namespace mplug2_fast::MPLUG2_ISA {
 namespace {
 
 static_assert(kHashedRows == kColumns);
+
+// Minimum rows for which packing the weight pays.
+constexpr std::int64_t kManyRows = 2 * kMaxRows;
 
 // `products` (rows, kColumns) become the columns of out from `column` on.
 template <typename Element, Activation kActivation>
@@ -84,7 +88,12 @@ void run(const LinearActArguments& a) {
 }  // namespace
 
 void linear_act(const LinearActArguments& arguments) {
-    arguments.bf16 ? run<Bf16Step>(arguments) : run<FloatStep>(arguments);
+    const auto& a = arguments;
+    if (!a.bf16 && a.rows >= kManyRows && a.in_features > 0 && a.residual != a.out && !a.hashes) {
+        multiply_many_rows(a);
+    } else {
+        a.bf16 ? run<Bf16Step>(a) : run<FloatStep>(a);
+    }
 }
 
 }  // namespace mplug2_fast::MPLUG2_ISA

@@ -7,8 +7,9 @@
 
 namespace mplug2_fast {
 
-// out = residual + act(x . weight^T + bias), for the few rows of x in a decoding step, which spends most of its time on
-// reading `weight`. Sums, activation and the addition of the residual are in float32.
+// out = residual + act(x . weight^T + bias). Sums, activation and the addition of the residual are in float32. For the
+// few rows of x in a decoding step, most of the time is spent on reading `weight`, which is not packed. For many rows
+// in float32, blocks of it are packed.
 //
 // `x` is (rows, in) with a stride in elements for its rows, `weight` (out_features, in), `bias` (out_features) or null,
 // `residual` and `out` (rows, out_features), the former null or out itself; all but x contiguous. All are

@@ -19,12 +19,11 @@ from mplug2_fast.ops.layer_norm import (
 from mplug2_fast.ops.linear_act import (
     CUDA_ROWS,
     EAGER,
-    FEW_ROWS,
     QUICK_GELU_SCALE,
     Activation,
     check_linear,
-    few_rows,
-    has_few_rows_kernel,
+    is_native,
+    run_native,
     too_few_rows,
 )
 from mplug2_fast.ops.linear_act import Arguments as LinearArguments
@@ -110,19 +109,24 @@ def run_cpu(a: Arguments) -> Tensor:
         return run_torch(a).contiguous()
     rows = a.x.reshape(-1, a.x.shape[-1])
     by_row = a._replace(x=rows)
-    if len(rows) <= FEW_ROWS and has_few_rows_kernel(rows, a.fc_weight) and a.proj_weight.is_contiguous():
-        h = few_rows(LinearArguments(_norm(by_row), a.fc_weight, a.fc_bias, a.activation, None))
-        residual = rows if a.residual else None
-        return few_rows(LinearArguments(h, a.proj_weight, a.proj_bias, "none", residual)).view(a.x.shape)
     out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    if not onednn.multiplies(rows.dtype):
+    if is_native(rows, a.fc_weight, a.proj_weight):
+        block = _native_block
+    elif not onednn.multiplies(rows.dtype):
         return onednn.in_float32(run_cpu, by_row, out, by_row=("x",)).view(a.x.shape)
-    fc_weight, proj_weight = (onednn.for_rows(weight, len(rows)) for weight in (a.fc_weight, a.proj_weight))
-    step = max(1, _BLOCK_BYTES // (fc_weight.shape[0] * rows.element_size()))
-    block = _quick_gelu_block if a.activation == "quick_gelu" else _block
+    else:
+        fc_weight, proj_weight = (onednn.for_rows(weight, len(rows)) for weight in (a.fc_weight, a.proj_weight))
+        a = a._replace(fc_weight=fc_weight, proj_weight=proj_weight)
+        block = _quick_gelu_block if a.activation == "quick_gelu" else _block
+    step = max(1, _BLOCK_BYTES // (a.fc_weight.shape[0] * rows.element_size()))
     for x, target in zip(rows.split(step), out.split(step), strict=True):
-        block(a._replace(x=x, fc_weight=fc_weight, proj_weight=proj_weight), target)
+        block(a._replace(x=x), target)
     return out.view(a.x.shape)
+
+
+def _native_block(a: Arguments, out: Tensor) -> None:
+    h = run_native(LinearArguments(_norm(a), a.fc_weight, a.fc_bias, a.activation, None))
+    run_native(LinearArguments(h, a.proj_weight, a.proj_bias, "none", a.x if a.residual else None), out)
 
 
 def _block(a: Arguments, out: Tensor) -> None:
