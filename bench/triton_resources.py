@@ -4,7 +4,7 @@ sizes of the Large model and a few others.
     python -m bench.triton_resources          # writes bench/results/triton_resources.md
 
 Registers, shared memory, spills and tensor-core instructions come from the machine code. A row is kept until its digest
-says that its source has changed, and a test reports outdated rows.
+says that its code has changed, and a test reports outdated rows.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import io
 import itertools
 import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
+import tokenize
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,14 +130,29 @@ def entry(name: str, launch: Launch, dtype: torch.dtype, capability: int, config
 
 @functools.cache
 def _text(function: Any) -> str:
-    """The source of a kernel and of our functions and constants that it names."""
-    text, known = inspect.getsource(function.fn), function.fn.__globals__
+    """The code of a kernel and of our functions and constants that it names."""
+    text, known = code(inspect.getsource(function.fn)), function.fn.__globals__
     for value in (known[name] for name in sorted(function.fn.__code__.co_names) if name in known):
         if isinstance(value, triton.JITFunction):
             text += _text(value) if value.fn.__module__.startswith("mplug2_fast.") else ""
         elif isinstance(value, (triton.language.constexpr, int, float, str)):
             text += f"{value}\n"
     return text
+
+
+def code(source: str) -> str:
+    """Python source without comments, docstrings and layout."""
+    kept: list[str] = []
+    begins = True  # a statement
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.INDENT, tokenize.DEDENT):
+            kept.append("{" if token.type == tokenize.INDENT else "}")
+        elif token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE):
+            if token.type != tokenize.STRING or not begins:
+                kept.append(token.string)
+            begins = False
+        begins = begins or token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    return " ".join(kept)
 
 
 def written() -> dict[str, Resources]:
