@@ -76,6 +76,7 @@ NEEDS = {
         "tests/images",
         "tests/test_cli.py",
         "tests/test_cli_bulk.py",
+        "tests/test_cli_classify.py",
         "tests/test_cli_mplug.py",
         "tests/test_docs.py",
         "tests/test_predict.py",

@@ -20,8 +20,8 @@ WRITABLE = {
     "mov": "libx264 libx265 mpeg4 mjpeg prores_ks mpeg2video jpeg2000 qtrle gif png tiff cinepak magicyuv",
     "mkv": "libx264 libx265 libvpx libvpx-vp9 libsvtav1 mpeg4 mjpeg ffv1 prores_ks mpeg2video jpeg2000 rawvideo snow",
     "webm": "libvpx libvpx-vp9 libsvtav1",
-    "avi": "libx264 libvpx libvpx-vp9 libsvtav1 mpeg4 mjpeg ffv1 mpeg2video flv wmv2 huffyuv jpeg2000 rawvideo png "
-    "h263p utvideo cinepak zlib ffvhuff magicyuv snow",
+    "avi": "libx264 libvpx mpeg4 mjpeg ffv1 mpeg2video flv wmv2 huffyuv jpeg2000 rawvideo png h263p utvideo cinepak "
+    "zlib ffvhuff magicyuv",
     "gif": "gif",
     "apng": "apng",
     "ts": "libx264 libx265 mpeg4 mpeg2video",
