@@ -17,7 +17,7 @@ from mplug2_fast.checkpoint.source import vocabulary_path
 from mplug2_fast.cli import app
 from mplug2_fast.predict.predictor import TINY_MODEL
 from mplug2_fast.ray import Results
-from mplug2_fast.tasks import Classification
+from mplug2_fast.tasks import Classification, ZeroShot
 from tests.bulk.files import write_clip
 
 LABELS = ["left", "right", "still"]
@@ -27,9 +27,10 @@ TEXTS = ["the red square moves left", "the circle grows"]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
-    config = mf.MPlug2Config.preset("tiny").replace(initializer_range=0.2)
+    clip = {"token_width": 16, "token_layers": 1, "token_heads": 1, "joint_dim": 8}
+    config = mf.MPlug2Config.preset("tiny").replace(initializer_range=0.2, clip=clip)
     classes = [Classification(LABELS, on, f"by_{on}") for on in ("visual", "text", "fused")]
-    model = mf.MPlug2(config, [*classes, "retrieval"]).eval()
+    model = mf.MPlug2(config, [*classes, "retrieval", "clip"]).eval()
     folder = tmp_path_factory.mktemp("checkpoint") / "model"
     return str(save_pretrained(model, folder, vocab=vocabulary_path(TINY_MODEL)))
 
@@ -67,6 +68,18 @@ def test_classes_of_videos(checkpoint: str, folder: Path, files: list[str], tmp_
     assert "2 classes, 0 failed; nothing left to do" in run(*command).stderr
     lines = objects((tmp_path / "classes.jsonl").read_text())
     assert [(line["path"], line["text"]) for line in lines] == [(row[0], row[1]) for row in rows[::3]]
+
+
+@pytest.mark.parametrize("space", ["contrast", "clip"])
+def test_classes_by_their_names(checkpoint: str, files: list[str], space: str) -> None:
+    named = ["--label", "left", "--label", "right", "--template", "a red square moves {}", "--num-return", 2]
+    found = run("classify", *files, *named, "--features", space, "--checkpoint", checkpoint)
+    assert found.exit_code == 0, found.stderr
+    rows = [line.split("\t") for line in found.stdout.splitlines()]
+    assert sorted(row[1] for row in rows[:2]) == ["left", "right"]
+    task = ZeroShot(["left", "right"], space, ["a red square moves {}"])
+    (result,) = mf.Classifier(checkpoint, task=task).classify(files[1])
+    assert (rows[2][1], float(rows[2][2])) == (result.text, pytest.approx(result.score, abs=1e-4))
 
 
 def test_views_are_averaged(checkpoint: str, files: list[str], tmp_path: Path) -> None:
@@ -118,6 +131,27 @@ def test_steps_for_ray(checkpoint: str, files: list[str]) -> None:
     assert found["text"].tolist() == expected
 
 
+def test_texts_from_texts(tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n")
+    command = ["generate-text", "--texts", tmp_path / "texts.txt", "--max-length", 4]
+    printed = run(*command)
+    assert printed.exit_code == 0, printed.stderr
+    assert run(*command, "--out", tmp_path / "out.jsonl").exit_code == 0
+    lines = objects((tmp_path / "out.jsonl").read_text())
+    assert [f"{line['question']}\t{line['text']}" for line in lines] == printed.stdout.splitlines()
+
+
+def test_evaluation_of_texts_alone(checkpoint: str, tmp_path: Path) -> None:
+    items = [{"id": str(n), "text": text, "label": LABELS[n]} for n, text in enumerate([*TEXTS, TEXTS[0]])]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, items)) + "\n")
+    given = ["--data", tmp_path / "test.jsonl", "--task", "by_text", "--metric", "accuracy"]
+    found = run("evaluate", *given, "--checkpoint", checkpoint, "--out", tmp_path / "report")
+    assert found.exit_code == 0, found.stderr
+    results = mf.Classifier(checkpoint, task="by_text").predict_texts([item["text"] for item in items])
+    right = sum(result.text == item["label"] for result, item in zip(results, items, strict=True))
+    assert float(found.stdout.split()[1]) == pytest.approx(100 * right / 3, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -149,11 +183,12 @@ def test_match_is_the_probability_of_the_matching_head(checkpoint: str, files: l
     assert "no weights for itm_head, temp, text_proj, vision_proj: train them, or pass a file that" in other.stderr
 
 
+@pytest.mark.parametrize("space", ["contrast", "clip"])
 def test_features_of_files_and_texts_compare_as_retrieval_does(
-    checkpoint: str, folder: Path, files: list[str], tmp_path: Path
+    checkpoint: str, folder: Path, files: list[str], tmp_path: Path, space: str
 ) -> None:
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n")
-    usual = ["--checkpoint", checkpoint, "--kind", "contrast", "--format", "npy", "--out"]
+    usual = ["--checkpoint", checkpoint, "--kind", space, "--format", "npy", "--out"]
     for given, out in ((folder, "videos"), ("--texts", "texts")):
         more = [tmp_path / "texts.txt"] if out == "texts" else []
         found = run("features", given, *more, *usual, tmp_path / out)
@@ -163,7 +198,8 @@ def test_features_of_files_and_texts_compare_as_retrieval_does(
     videos, texts = (dict(bulk.read_features(tmp_path / out)) for out in ("videos", "texts"))
     assert (list(videos), list(texts)) == (files, TEXTS)
     scores = torch.cat(list(videos.values())) @ torch.cat(list(texts.values())).T
-    ranking = mf.Retriever(checkpoint).retrieve(files, TEXTS)
+    task = {"contrast": "retrieval"}.get(space, space)
+    ranking = mf.Retriever(checkpoint, task=task).retrieve(files, TEXTS)
     torch.testing.assert_close(scores, ranking.by_file, rtol=1e-4, atol=1e-5)
-    wrong = run("features", "--texts", tmp_path / "texts.txt", "--checkpoint", checkpoint, "--out", tmp_path / "w")
-    assert "error: " in wrong.stderr
+    found = run("retrieve", *files, "--text", TEXTS[0], "--features", space, "--checkpoint", checkpoint, "--json")
+    assert json.loads(found.stdout)["results"][0]["score"] == pytest.approx(scores[:, 0].max().item(), abs=1e-4)

@@ -28,8 +28,9 @@ from mplug2_fast.errors import ConfigError, MPlug2Error, NotFiniteError
 from mplug2_fast.predict import Predictor
 from mplug2_fast.predict.memory import clip_bytes
 from mplug2_fast.tasks.base import not_finite
+from mplug2_fast.tasks.features import SPACES
 
-Kind = Literal["vision", "universal", "pooled", "contrast"]
+Kind = Literal["vision", "universal", "pooled", "contrast", "clip"]
 Format = Literal["safetensors", "npy"]
 
 INDEX = "index.jsonl"
@@ -111,7 +112,7 @@ class Features(Work[Row | NotFiniteError]):
         kind: see `features_of`.
         format: file format of the shards. Features have the model's dtype.
         folder: the output folder.
-        of_texts: whether sources are texts alone, whose kind must be "contrast".
+        of_texts: whether sources are texts alone, whose kind must be "contrast" or "clip".
     """
 
     command = "features"
@@ -134,8 +135,8 @@ class Features(Work[Row | NotFiniteError]):
                 raise ConfigError(f"there is no feature {name} {value!r}: choose {', '.join(known)}")
         if format == "npy" and self.weights.dtype == torch.bfloat16:
             raise ConfigError("npy files cannot store bfloat16: use safetensors, or the dtype float16 or float32")
-        if of_texts and kind != "contrast":
-            raise ConfigError(f"texts have no {kind} features: use the kind contrast")
+        if of_texts and kind not in SPACES:
+            raise ConfigError(f"texts have no {kind} features: use the kind {' or '.join(SPACES)}")
         self._kind, self._format, self._folder = kind, format, folder
         self._shards: Shards | None = None
         self._lines: list[Line] = []
@@ -157,7 +158,7 @@ class Features(Work[Row | NotFiniteError]):
     def compute(self, frames: Tensor, videos: Sequence[Source]) -> tuple[list[Row | NotFiniteError], dict[str, float]]:
         started = time.perf_counter()
         if self._of_texts:
-            features = text_features(self.predictor, [video.questions[0].text for video in videos])
+            features = text_features(self.predictor, [video.questions[0].text for video in videos], self._kind)
         else:
             features = features_of(self.predictor.model, frames, self._kind)
         seconds = {"encode": time.perf_counter() - started}
@@ -231,24 +232,22 @@ def features_of(model: torch.nn.Module, frames: Tensor, kind: Kind) -> Tensor:
         "vision": `(batch, tokens, width)`, the output of the vision encoder: the class token, averaged over the frames,
         and the patches of all frames. "universal": `(batch, tokens, hidden_size)`, the output of the universal layers,
         which the decoder reads. "pooled": `(batch, hidden_size)`, the class token of "universal". "contrast":
-        `(batch, embed_dim)`, of norm 1, for comparison with those of texts.
+        `(batch, embed_dim)`, of norm 1, for comparison with those of texts. "clip": the same in CLIP's space.
     """
     weights = next(model.parameters())
     frames = frames.to(weights.device, weights.dtype)
+    if kind in SPACES:
+        space = SPACES[kind]
+        return space.visual(model, space.encode(model, frames)).cpu()
     features = model.visual(frames) if kind == "vision" else model.encode_video(frames)
-    if kind == "contrast":
-        return model.visual_features(features).cpu()
     return (features[:, 0] if kind == "pooled" else features).cpu()
 
 
 @torch.inference_mode()
-def text_features(predictor: Predictor, texts: Sequence[str]) -> Tensor:
-    """The features of texts `(texts, embed_dim)`, of norm 1, for comparison with those of videos; on the CPU."""
-    model, tokenizer = predictor.model, predictor.tokenizer
-    device = next(model.parameters()).device
-    video = model.config.vision.num_frames > 1
-    ids, mask = model.config.wording.descriptions(tokenizer, list(texts), video=video, training=False)
-    return model.text_features(model.encode_text(ids.to(device), mask.to(device))).cpu()
+def text_features(predictor: Predictor, texts: Sequence[str], kind: Kind) -> Tensor:
+    """The features of texts `(texts, dim)`, of norm 1, for comparison with those of videos; on the CPU."""
+    model, video = predictor.model, predictor.model.config.vision.num_frames > 1
+    return SPACES[kind].texts(model, predictor.tokenizer, texts, video=video).cpu()
 
 
 def _rows_in(line: Line) -> list[tuple[int, int]]:

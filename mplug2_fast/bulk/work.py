@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
@@ -198,7 +199,9 @@ class Predict(Work["list[Texts]"]):
             name: _digest("\n".join(value).encode()) if name == "candidates" else value
             for name, value in self._options.items()
         }
-        return {**super().settings(), "task": self.predictor.task.name, **options}
+        task = self.predictor.task
+        made_with = {"made_with": _digest(json.dumps(settings).encode())} if (settings := task.settings()) else {}
+        return {**super().settings(), "task": task.name, **made_with, **options}
 
     def bytes_of_clip(self) -> int:
         options = {name: self._options.get(name) or 1 for name in ("num_beams", "max_length")}

@@ -99,7 +99,11 @@ def load_official(model: OfficialModel, state_dict: Mapping[str, Any]) -> Fit:
 
 def servable_tasks(shapes: Mapping[str, Any], config: Any) -> tuple[str, ...]:
     """The tasks of this package whose entries are complete."""
-    return tuple(name for name in TASKS if official_names(config, name).needed.keys() <= shapes.keys())
+    return tuple(
+        name
+        for name, task in TASKS.items()
+        if config.has_modules_for(task) and official_names(config, name).needed.keys() <= shapes.keys()
+    )
 
 
 def official_state_dict(model: OfficialModel) -> dict[str, torch.Tensor]:

@@ -85,7 +85,8 @@ def resolve(source: Source, tasks: Tasks = None, config: Any = None) -> Resolved
         except CheckpointError as error:
             raise CheckpointError(f"{source.name}: {error}") from error
         config, assumed, undetermined = inferred.config, inferred.assumed, inferred.undetermined
-        servable = [task for task in TASKS.values() if config.modules_for([task]) <= inferred.modules]
+        possible = filter(config.has_modules_for, TASKS.values())
+        servable = [task for task in possible if config.modules_for([task]) <= inferred.modules]
     else:
         servable = [TASKS[name] for name in servable_tasks(shapes, config)]
     wanted = wanted or _stated(source) or (_usual(servable, shapes, config),)

@@ -21,6 +21,7 @@ from mplug2_fast.cli.console import OutputError, output_failed, prepare_streams
 from mplug2_fast.cli.data import data
 from mplug2_fast.cli.evaluate import compare, evaluate
 from mplug2_fast.cli.features import features
+from mplug2_fast.cli.generate import generate_text
 from mplug2_fast.cli.ground import ground
 from mplug2_fast.cli.options import grouped
 from mplug2_fast.cli.predict import caption, predict
@@ -37,6 +38,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 NOT_OF_IMAGES = ("frames", "windows", "stride")
+NOT_OF_TEXTS = ("frames", "windows", "stride", "num_workers", "timeout", "decoder", "retry_failed")
 NOT_OF_SEARCH = ("windows", "stride", "batch_memory", "decoder", "retry_failed")
 for command in (
     grouped(caption),
@@ -46,6 +48,7 @@ for command in (
     grouped(retrieve, without=NOT_OF_SEARCH),
     grouped(match),
     grouped(classify),
+    grouped(generate_text, without=NOT_OF_TEXTS),
     grouped(predict),
     grouped(features),
     train,

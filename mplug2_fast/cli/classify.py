@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from mplug2_fast.cli.bulk import BulkOptions
-from mplug2_fast.cli.options import TEXTS_HELP, JsonOption, ModelOptions, OptionalVideos, OutOption, ReturnOption
-from mplug2_fast.cli.predict import Inputs, run_task
+from mplug2_fast.cli.options import (
+    TEXTS_HELP,
+    JsonOption,
+    ModelOptions,
+    OptionalVideos,
+    OutOption,
+    ReturnOption,
+    Space,
+    SpaceOption,
+)
+from mplug2_fast.cli.predict import Inputs, lines_of, run_task
 
 
 def classify(
@@ -21,6 +31,18 @@ def classify(
         str | None,
         typer.Option(metavar="NAME", help="A classification, if the checkpoint has several.  [default: the first one]"),
     ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Without training: the name of a class; repeat it for several."),
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="A text file of names of classes, one per line.")
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help='A text around the names, such as "a video of {}"; repeat it for several.'),
+    ] = None,
+    space: SpaceOption = Space.contrast,
     clips: Annotated[
         int, typer.Option(metavar="N", min=1, help="Clips per video at different times, whose results are averaged.")
     ] = 1,
@@ -36,7 +58,8 @@ def classify(
 ) -> None:
     """Classify videos, images, texts, or both together.
 
-    The labels and what they belong to are in the checkpoint. Prints one line per file or text, in order: its name, a
+    The labels and what they belong to are in the checkpoint. With --label or --labels, a checkpoint that was trained
+    for retrieval chooses among these names. Prints one line per file or text, in order: its name, a
     tab, the label, a tab, and the probability. Files that cannot be read are reported on standard error. The others are
     still classified, and the exit status is 2.
 
@@ -45,8 +68,17 @@ def classify(
     """
     inputs = Inputs(files, text, texts)
     from mplug2_fast.predict import Classifier
+    from mplug2_fast.tasks import ZeroShot
+    from mplug2_fast.tasks.base import require
 
-    options, more = {"num_return": num_return}, {"task": task, "clips": clips, "crops": crops}
+    names = [*(label or ()), *lines_of(labels, "labels")]
+    chosen: Any = task
+    if names:
+        require(task is None, "--task: not with --label and --labels")
+        chosen = ZeroShot(names, space.value, template or ("{}",))
+    else:
+        require(template is None and space is Space.contrast, "--template and --features: only with --label")
+    options, more = {"num_return": num_return}, {"task": chosen, "clips": clips, "crops": crops}
     run_task(Classifier, model, inputs, options, out, as_json, bulk_options, "classes", scores=True, **more)
 
 

@@ -12,7 +12,7 @@ import typer
 from mplug2_fast.cli.bulk import BulkOptions, progress
 from mplug2_fast.cli.console import BAD_INPUT, emit, note, reporting, shown
 from mplug2_fast.cli.options import ModelOptions
-from mplug2_fast.cli.predict import lines_of, load, task_option
+from mplug2_fast.cli.predict import lines_of, load, task_of, task_option
 from mplug2_fast.cli.tables import columns
 
 if TYPE_CHECKING:
@@ -52,19 +52,20 @@ def evaluate(
     everything that decides the numbers, and one JSON line per item. Failed items count as wrong, and the exit status
     is 2.
     """
-    from mplug2_fast import bulk, evaluation, tasks
+    from mplug2_fast import bulk, evaluation
     from mplug2_fast.datasets import read_items
     from mplug2_fast.predict import Predictor
     from mplug2_fast.predict.predictor import tiny_model
+    from mplug2_fast.tasks import Task
 
     items = read_items(data, split)
-    chosen = None if task is None else tasks.load(task)
+    chosen = task_of(task)
     options = dict(map(task_option, option or ()))
     if candidates is not None:
         options["candidates"] = lines_of(candidates)
     with bulk.Ranks() as ranks:
         first = ranks.rank == 0
-        if chosen is not None:  # before the model is loaded
+        if isinstance(chosen, Task):  # before the model is loaded
             evaluation.check(chosen, items, metric, tokenizer)
         predictor = load(Predictor, model, ranks, task=chosen)
         videos = len(evaluation.sources_of(predictor.task, items, predictor.model.config))

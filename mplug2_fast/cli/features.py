@@ -24,6 +24,7 @@ class Kind(str, Enum):
     universal = "universal"
     pooled = "pooled"
     contrast = "contrast"
+    clip = "clip"
 
 
 class Format(str, Enum):
@@ -38,13 +39,14 @@ def features(
     videos: OptionalVideos = None,
     texts: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="Instead of videos: a text file of texts, one per line. Only contrast."),
+        typer.Option(metavar="PATH", help="Instead of files: a text file, one text per line. Only contrast and clip."),
     ] = None,
     kind: Annotated[
         Kind,
         typer.Option(
             help="vision: output of the vision encoder; universal: output of the universal layers, which the decoder "
-            "reads; pooled: its class token; contrast: of norm 1, for comparison with those of texts."
+            "reads; pooled: its class token; contrast: of norm 1, for comparison with those of texts; clip: the same "
+            "by CLIP's towers."
         ),
     ] = Kind.universal,
     format: Annotated[Format, typer.Option(help="File format of the shards.")] = Format.safetensors,
@@ -62,6 +64,7 @@ def features(
     from mplug2_fast import bulk
     from mplug2_fast.bulk.features import INDEX
     from mplug2_fast.predict import Captioner, Retriever
+    from mplug2_fast.tasks import Clip
 
     def work(ranks: Ranks, sources: Sources) -> Work:
         try:
@@ -69,7 +72,8 @@ def features(
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"{out}: the features cannot be written there: {reason}") from error
-        predictor = load(Retriever if kind is Kind.contrast else Captioner, model, ranks)
+        more = {"task": Clip.name} if kind is Kind.clip else {}
+        predictor = load(Retriever if kind in (Kind.contrast, Kind.clip) else Captioner, model, ranks, **more)
         if texts is not None:
             check_texts(predictor, sources, ranks)
         frames = bulk_options.frames_of(predictor)

@@ -47,6 +47,21 @@ MinLengthOption = Annotated[int | None, typer.Option(min=0, help="Minimum number
 MaxLengthOption = Annotated[int | None, typer.Option(min=1, help="Maximum number of tokens.  [default: the model's]")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object per file, one per line.")]
 
+
+class Space(str, Enum):
+    """Values of `--features`."""
+
+    contrast = "contrast"
+    clip = "clip"
+
+
+SpaceOption = Annotated[
+    Space,
+    typer.Option(
+        "--features", help="contrast: of the model's retrieval. clip: of CLIP's towers, which official files have."
+    ),
+]
+
 # Options of runs with --out.
 RetryOption = Annotated[
     bool, typer.Option("--retry-failed", help="Also retry the files that an earlier run recorded as failed.")

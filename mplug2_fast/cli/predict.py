@@ -89,10 +89,9 @@ def predict(
     Prints one line per file, in order: its name, a tab, and the result. With --out the results go to a file, one JSON
     object per video or text. Rerun the same command to resume an interrupted run.
     """
-    from mplug2_fast import tasks
     from mplug2_fast.predict import Predictor
 
-    chosen = None if task is None else tasks.load(task)
+    chosen = task_of(task)
     options, inputs = dict(map(task_option, option or ())), Inputs(files, text, texts)
     run_task(Predictor, model, inputs, options, out, as_json, bulk_options, "results", task=chosen)
 
@@ -200,6 +199,15 @@ def run_task(
         return bulk.Predict(predictor, bulk_options.frames_of(predictor), chosen)
 
     run_bulk(work, inputs.sources, out, bulk_options, unit, "text" if inputs.alone else "video")
+
+
+def task_of(name: str | None) -> Task | str | None:
+    """The task that the package or a file has under this name. Other names, which a checkpoint may have, stay names."""
+    from mplug2_fast import tasks
+
+    if name is None or not (":" in name or name in tasks.TASKS | tasks.PRETRAINING):
+        return name
+    return tasks.load(name)
 
 
 def task_option(given: str) -> tuple[str, Any]:

@@ -12,7 +12,7 @@ import typer
 
 from mplug2_fast.cli.bulk import BulkOptions, note_skipped
 from mplug2_fast.cli.console import BAD_INPUT, emit, note, shown, waiting
-from mplug2_fast.cli.options import ModelOptions
+from mplug2_fast.cli.options import ModelOptions, Space, SpaceOption
 from mplug2_fast.cli.predict import lines_of, load, note_unknown_words
 from mplug2_fast.errors import ConfigError
 
@@ -49,6 +49,7 @@ def retrieve(
             "features alone.",
         ),
     ] = 0,
+    space: SpaceOption = Space.contrast,
     top: Annotated[int, typer.Option(metavar="N", min=1, help="Results per text or file, best first.")] = 5,
     out: Annotated[
         str | None, typer.Option(metavar="PATH", help="Write JSON lines to this file at the end; it is replaced.")
@@ -75,7 +76,7 @@ def retrieve(
         raise ConfigError(f"{texts}: there are no texts in this file")
     sources = bulk.find_videos(paths)
     note_skipped(sources)
-    retriever = load(Retriever, model)
+    retriever = load(Retriever, model, **({"task": "clip"} if space is Space.clip else {}))
     retriever.check_texts(wanted)
     note_unknown_words(retriever, wanted, "texts")
     device_type = next(retriever.model.parameters()).device.type

@@ -160,5 +160,6 @@ def _results(items: Sequence[Item], pairs: Pairs, ranking: Ranking, ranks: PairR
 
 
 def path_of(item: Item) -> str:
-    """The file of an item."""
-    return os.fspath(Path(item.video or item.image or ""))
+    """The file of an item; empty for an item without one."""
+    file = item.video or item.image
+    return "" if file is None else os.fspath(Path(file))

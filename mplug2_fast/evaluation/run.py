@@ -186,6 +186,8 @@ def _metrics(task: Task, names: Iterable[str] | None) -> list[Metric]:
 
 def sources_of(task: Task, items: Iterable[Item], config: Any) -> list[bulk.Source]:
     """The files of the items, each once, with all texts that go with it."""
+    if not task.reads_files:
+        return [bulk.Source("", (bulk.Question(task.text_of(item, config) or "", item.id),)) for item in items]
     asked: dict[str, dict[bulk.Question, None]] = {}
     for item in items:
         texts = asked.setdefault(path_of(item), {})
@@ -205,7 +207,8 @@ def _check_text(predictor: Predictor, text: str | None, item: Item) -> None:
 def _key(task: Task, item: Item, config: Any) -> Any:
     """The key of an item's line among the predictions."""
     text = task.text_of(item, config)
-    return path_of(item) if text is None else (path_of(item), text, item.id)
+    path = path_of(item) if task.reads_files else ""
+    return path if text is None else (path, text, item.id)
 
 
 def _seen(item: Item, line: Line, preparation: Preparation) -> Item:

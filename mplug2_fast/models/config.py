@@ -81,6 +81,10 @@ class Config:
         """The number of frames that `tokens` visual tokens were made of."""
         return max(1, tokens // (1 + self.vision.num_patches))
 
+    def has_modules_for(self, task: Task) -> bool:
+        """Whether the family has the modules that a task needs."""
+        return task.modules <= set(self.modules)
+
     def modules_for(self, tasks: Iterable[Task]) -> frozenset[str]:
         """The modules that tasks need.
 
@@ -88,9 +92,8 @@ class Config:
         """
         needed: set[str] = set()
         for task in tasks:
-            unknown = task.modules - set(self.modules)
-            if unknown:
-                names = ", ".join(sorted(unknown))
+            if not self.has_modules_for(task):
+                names = ", ".join(sorted(task.modules - set(self.modules)))
                 raise ConfigError(f"{task.name} needs {names}, and {self.title} has only {', '.join(self.modules)}")
             needed |= task.modules
         return frozenset(needed).union(*(self.implied.get(name, ()) for name in needed))

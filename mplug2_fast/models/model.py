@@ -16,6 +16,7 @@ from mplug2_fast.models.config import CLS_TOKEN_ID, PAD_TOKEN_ID, SEP_TOKEN_ID
 from mplug2_fast.models.names import CONTRAST, MATCHING, VISION, OfficialNames, with_heads
 from mplug2_fast.modes import in_eval_mode
 from mplug2_fast.nn import MLP, LocalTemporal, SelfAttention
+from mplug2_fast.nn.clip_text import ClipText
 from mplug2_fast.nn.contrast import Contrast
 from mplug2_fast.nn.parts import plain
 from mplug2_fast.nn.text_decoder import Memory
@@ -142,7 +143,7 @@ class Model(nn.Module, ABC):
             if isinstance(module, nn.LayerNorm):
                 module.weight.fill_(1.0)
         for module in new.modules():
-            if isinstance(module, (LocalTemporal, Contrast)):
+            if isinstance(module, (LocalTemporal, Contrast, ClipText)):
                 module.reset_parameters()
 
     @property

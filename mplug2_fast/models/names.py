@@ -61,7 +61,7 @@ class OfficialNames:
         resizable: position embeddings that are resized where the resolution differs.
     """
 
-    tied: ClassVar[Mapping[str, str]] = {}
+    tied: Mapping[str, str] = {}
     resizable: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, entries: Iterable[Entry]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from mplug2_fast.models.names import (
@@ -41,7 +41,7 @@ CLIP_TEXT = re.compile(
     r"visual_encoder\.(positional_embedding|text_projection|logit_scale|token_embedding\.weight|ln_final\.(weight|bias)"
     r"|transformer\.resblocks\.[0-9]+\.(attn\.(in_proj_|out_proj\.)|ln_[12]\.|mlp\.c_(fc|proj)\.)(weight|bias))"
 )
-"""CLIP's text tower, which every official file has and no task uses."""
+"""CLIP's text tower, which every official file has."""
 
 
 def bert_layer(official: str, ours: str, text: BertConfig, *, cross: bool = True) -> Iterator[Entry]:
@@ -86,7 +86,16 @@ def clip_tower(vision: Any, patches: Shape) -> Iterator[Entry]:
     yield Entry(POSITIONS, (1 + vision.num_patches, width), "visual.positional_embedding")
     yield Entry(f"{VISUAL}.conv1.weight", patches, "visual.patch_weight")
     yield from norm(f"{VISUAL}.ln_pre", "visual.norm_pre", width)
-    shapes: dict[str, Shape] = {
+    shapes = block_shapes(width, hidden)
+    for i in range(vision.layers):
+        for name, shape in shapes.items():
+            yield Entry(f"{VISUAL}.transformer.resblocks.{i}.{name}", shape, f"visual.blocks.{i}.{name}")
+    yield from norm(f"{VISUAL}.ln_post", "visual.norm_post", width)
+
+
+def block_shapes(width: int, hidden: int) -> dict[str, Shape]:
+    """The parameters of CLIP's block."""
+    return {
         "attn.in_proj_weight": (3 * width, width),
         "attn.in_proj_bias": (3 * width,),
         "attn.out_proj.weight": (width, width),
@@ -100,10 +109,6 @@ def clip_tower(vision: Any, patches: Shape) -> Iterator[Entry]:
         "ln_2.weight": (width,),
         "ln_2.bias": (width,),
     }
-    for i in range(vision.layers):
-        for name, shape in shapes.items():
-            yield Entry(f"{VISUAL}.transformer.resblocks.{i}.{name}", shape, f"visual.blocks.{i}.{name}")
-    yield from norm(f"{VISUAL}.ln_post", "visual.norm_post", width)
 
 
 def projection(vision: Any, text: StacksConfig) -> Iterator[Entry]:
@@ -164,7 +169,7 @@ class FamilyNames(OfficialNames):
     """
 
     resizable: ClassVar = frozenset({POSITIONS})
-    tied: ClassVar = TIED
+    tied: Mapping[str, str] = TIED
     copied: ClassVar[tuple[str, ...]]
 
     def __init__(

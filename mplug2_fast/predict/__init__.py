@@ -8,7 +8,7 @@ One bad file never stops the others: its `Result` carries an `error`. The next f
 model works on the current one, or in worker processes. For runs over very many files see `mplug2_fast.bulk`.
 """
 
-from mplug2_fast.predict.aliases import Answerer, Captioner, Classifier, Grounder, Matcher
+from mplug2_fast.predict.aliases import Answerer, Captioner, Classifier, Grounder, Matcher, TextGenerator
 from mplug2_fast.predict.predictor import Predictor, Result
 from mplug2_fast.predict.retriever import Match, Ranking, Retriever
 from mplug2_fast.tasks import Alternative
@@ -25,4 +25,5 @@ __all__ = [
     "Ranking",
     "Result",
     "Retriever",
+    "TextGenerator",
 ]

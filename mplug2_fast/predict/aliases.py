@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mplug2_fast.errors import CheckpointError
+from mplug2_fast.errors import CheckpointError, NotFiniteError
 from mplug2_fast.images.views import Views
-from mplug2_fast.predict.predictor import PathLike, Paths, Predictor, Result
-from mplug2_fast.tasks import AnswerRanking, Captioning, Classification, Grounding, QuestionAnswering, Retrieval, Task
+from mplug2_fast.predict.predictor import Decoded, PathLike, Paths, Predictor, Result
+from mplug2_fast.tasks import (
+    AnswerRanking,
+    Captioning,
+    Classification,
+    Grounding,
+    QuestionAnswering,
+    Respond,
+    Retrieval,
+    Task,
+    TextGeneration,
+    ZeroShot,
+)
 from mplug2_fast.tasks.base import require
 from mplug2_fast.text import Tokenizer
 
@@ -136,7 +147,8 @@ class Classifier(Predictor):
 
     Args:
         checkpoint, tokenizer, dtype, device: as for `Predictor`.
-        task: a `Classification`, or its name in the checkpoint; None is the first classification of the checkpoint.
+        task: a `Classification`, its name in the checkpoint, or a `ZeroShot`; None is the first classification of the
+            checkpoint.
         clips, crops: views of a video, whose probabilities are averaged. The clips spread over the video at other
             times, the crops over the long side of the frames.
 
@@ -162,7 +174,7 @@ class Classifier(Predictor):
         if task is None:
             found = (each for each in self.model.tasks.values() if isinstance(each, Classification))
             self.task = next(found, self.task)
-        if not isinstance(self.task, Classification):
+        if not isinstance(self.task, (Classification, ZeroShot)):
             name = "the included tiny model" if checkpoint is None else "the checkpoint"
             known = ", ".join(self.model.tasks)
             raise CheckpointError(
@@ -194,3 +206,47 @@ class Classifier(Predictor):
             num_return: labels per file, the likeliest first.
         """
         return self.predict(paths, text, num_return=num_return, num_workers=num_workers, timeout=timeout)
+
+    def classify_pairs(
+        self,
+        pairs: Iterable[tuple[PathLike, PathLike]],
+        text: str,
+        *,
+        num_return: int = 1,
+        num_workers: int = 0,
+        timeout: float | None = 60.0,
+    ) -> Iterator[Result]:
+        """One `Result` per pair of images, for a classification on two images. Its `path` has both.
+
+        Args:
+            pairs: image files. text: what goes with each pair.
+            num_return, num_workers, timeout: as for `classify`.
+        """
+        two = isinstance(self.task, Classification) and self.task.on == "two_images"
+        require(two, f"{self.task.name} is not a classification on two images: use classify")
+        self.check_text(text)
+        respond = self.responder(num_return=num_return)
+        files = [path for pair in pairs for path in pair]
+        decoded = self.decoded(files, num_workers, timeout, num_frames=1, in_order=True)
+        return (self._of_pair(respond, text, first, second) for first, second in zip(decoded, decoded, strict=True))
+
+    def _of_pair(self, respond: Respond, text: str, first: Decoded, second: Decoded) -> Result:
+        both, seconds = f"{first.path} and {second.path}", {"decode": first.seconds + second.seconds}
+        for each in (first, second):
+            if each.error is not None:
+                return Result(both, seconds=seconds, error=f"{each.path}: {each.error}")
+        assert first.video is not None
+        assert second.video is not None
+        embeds, seconds["encode"] = self.encode(torch.stack([first.video, second.video], dim=1))
+        (found,), seconds["generate"] = self.say(embeds, lambda tokens: respond(tokens, [text]))
+        if isinstance(found, NotFiniteError):
+            return Result(both, seconds=seconds, error=str(found))
+        return Result(both, *found[0], tuple(found), seconds=seconds)
+
+
+class TextGenerator(Predictor):
+    """Texts from texts. Arguments: as for `Predictor`. Results come from `predict_texts`, with options of beam search:
+    num_beams, num_return, min_length and max_length."""
+
+    command = "generate-text"
+    default_task = TextGeneration.name

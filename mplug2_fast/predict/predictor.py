@@ -285,7 +285,7 @@ class Predictor:
         """
         weights = next(self.model.parameters())
         started = time.perf_counter()
-        image_embeds = self.model.encode_video(videos.flatten(0, -5).to(weights.device, weights.dtype))
+        image_embeds = self.task.encode(self.model, videos.flatten(0, -5).to(weights.device, weights.dtype))
         image_embeds = image_embeds.unflatten(0, videos.shape[:-4])
         if weights.is_cuda:
             torch.cuda.synchronize(weights.device)

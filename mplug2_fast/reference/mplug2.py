@@ -12,7 +12,14 @@ from mplug2_fast.models.mplug2.config import MPlug2Config
 from mplug2_fast.models.mplug2.official_names import MPlug2Names
 from mplug2_fast.modes import in_eval_mode
 from mplug2_fast.outputs import GenerationOutput
-from mplug2_fast.reference.decoder import TextDecoder, beam_search, rank_answers, shifted_labels, stacked
+from mplug2_fast.reference.decoder import (
+    PredictionHead,
+    TextDecoder,
+    beam_search,
+    rank_answers,
+    shifted_labels,
+    stacked,
+)
 from mplug2_fast.reference.encoders import TextEncoder, UnsharedLayers
 from mplug2_fast.reference.fusion import FusionEncoder
 from mplug2_fast.reference.vision import LocalTemporal, VisionTransformer
@@ -215,3 +222,48 @@ class MPlug2ForQuestionAnswering(_MPlug2):
         """The k likeliest of the given answers `(A, tokens)`: (indices, probabilities), each `(B, k)`, best first."""
         memory, mask = self.encode_question(video, question_ids, question_mask)
         return rank_answers(self.text_decoder, memory, mask, answer_ids, answer_mask, k)
+
+
+class MPlug2ForPreTraining(MPlug2ForQuestionAnswering):
+    """The question answering model with heads for masked words.
+
+    The heads share the words of the text encoder, which is inferred: the official pre-training code is not public.
+    """
+
+    def __init__(
+        self, config: MPlug2Config, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(config, device=device, dtype=dtype)
+        for encoder in (self.text_encoder, self.fusion_encoder):
+            encoder.cls = nn.Module()
+            encoder.cls.predictions = PredictionHead(config.text).to(device=device, dtype=dtype)
+
+    def masked_words(self, video: Tensor | None, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """Logits `(B, tokens, vocabulary)` of the words of texts, after fusion if there is a video."""
+        text, encoder = self.text_encoder(text_ids, text_mask), self.text_encoder
+        if video is not None:
+            visual = self.encode_video(video)
+            visual_mask = torch.ones(visual.shape[:2], dtype=text_mask.dtype, device=visual.device)
+            text, encoder = self.fusion_encoder(text, text_mask, visual, visual_mask)[1], self.fusion_encoder
+        return encoder.cls.predictions(text, self.text_encoder.embeddings.word_embeddings.weight)
+
+    def masked_loss(self, video: Tensor | None, text_ids: Tensor, text_mask: Tensor, labels: Tensor) -> Tensor:
+        """The mean cross-entropy where labels `(B, tokens)` are not -100."""
+        return F.cross_entropy(self.masked_words(video, text_ids, text_mask).flatten(0, 1), labels.flatten())
+
+    def prefix_loss(
+        self, video: Tensor | None, prefix_ids: Tensor, prefix_mask: Tensor, rest_ids: Tensor, rest_mask: Tensor
+    ) -> Tensor:
+        """The mean cross-entropy of the rests of texts, with or without videos."""
+        if video is None:
+            memory, memory_mask = self.text_encoder(prefix_ids, prefix_mask), prefix_mask
+        else:
+            memory, memory_mask = self.encode_question(video, prefix_ids, prefix_mask)
+        logits = self.text_decoder(rest_ids, rest_mask, memory, memory_mask)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), shifted_labels(rest_ids).flatten())
+
+    @torch.no_grad()
+    @in_eval_mode
+    def generate_from_text(self, text_ids: Tensor, text_mask: Tensor, **options: int) -> GenerationOutput:
+        """Texts for texts `(B, tokens)` by beam search. Options: num_beams, min_length, max_length and num_return."""
+        return self._beam_search(self.text_encoder(text_ids, text_mask), text_mask, **options)

@@ -11,15 +11,32 @@ from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, best_label
 from mplug2_fast.tasks.captioning import Captioning
 from mplug2_fast.tasks.classification import Classification
 from mplug2_fast.tasks.grounding import Grounding
+from mplug2_fast.tasks.masked_words import MaskedWords
 from mplug2_fast.tasks.question_answering import AnswerRanking, QuestionAnswering
 from mplug2_fast.tasks.retrieval import Retrieval
+from mplug2_fast.tasks.text_generation import PrefixModelling, TextGeneration, TextPrefixModelling
+from mplug2_fast.tasks.zero_shot import Clip, ZeroShot
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (Captioning(), QuestionAnswering(), AnswerRanking(), Grounding(), Retrieval())
+    task.name: task
+    for task in (
+        Captioning(),
+        QuestionAnswering(),
+        AnswerRanking(),
+        Grounding(),
+        Retrieval(),
+        Clip(),
+        TextGeneration(),
+    )
 }
 """Name to task."""
 
-KINDS: dict[str, type[Task]] = {Classification.kind: Classification}
+PRETRAINING: dict[str, Task] = {
+    task.name: task for task in (MaskedWords(), MaskedWords(fused=True), PrefixModelling(), TextPrefixModelling())
+}
+"""Tasks that models learn from. A checkpoint does not offer them by itself."""
+
+KINDS: dict[str, type[Task]] = {kind.kind: kind for kind in (Classification, ZeroShot)}
 """Tasks that are made with settings, such as labels."""
 
 Stated = str | Mapping[str, Any]
@@ -27,18 +44,25 @@ Stated = str | Mapping[str, Any]
 
 __all__ = [
     "KINDS",
+    "PRETRAINING",
     "TASKS",
     "Alternative",
     "AnswerRanking",
     "Captioning",
     "Classification",
+    "Clip",
     "Grounding",
+    "MaskedWords",
+    "PrefixModelling",
     "QuestionAnswering",
     "Respond",
     "Retrieval",
     "Stated",
     "Task",
+    "TextGeneration",
+    "TextPrefixModelling",
     "Texts",
+    "ZeroShot",
     "best_labels",
     "get",
     "load",
@@ -64,9 +88,10 @@ def get(task: Task | Stated) -> Task:
             return KINDS[kind](**settings)
         except TypeError:
             raise ConfigError(f"a {kind} cannot have the settings {printable(', '.join(map(str, settings)))}") from None
-    if task not in TASKS:
-        raise ConfigError(f"no task {printable(repr(task))}: choose one of {', '.join(TASKS)}, or pass a Task object")
-    return TASKS[task]
+    known = TASKS | PRETRAINING
+    if task not in known:
+        raise ConfigError(f"no task {printable(repr(task))}: choose one of {', '.join(known)}, or pass a Task object")
+    return known[task]
 
 
 def stated(task: Task) -> Stated:

@@ -123,6 +123,10 @@ class Task(ABC):
     def respond(self, model: Any, tokenizer: Tokenizer, **options: Any) -> Respond:
         """The function that turns encoded videos and texts into results. Raises `ConfigError` for bad options."""
 
+    def encode(self, model: Any, video: Tensor) -> Tensor:
+        """Video `(B, 3, T, H, W)` to the tokens `(B, S, D)` that `respond` takes."""
+        return model.encode_video(video)
+
     def preparation(self, config: Any) -> Preparation:
         """How files become the input of a model for this task."""
         return config.preparation

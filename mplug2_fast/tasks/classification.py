@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from mplug2_fast.datasets import Item
     from mplug2_fast.text import Tokenizer
 
-On = Literal["visual", "text", "fused"]
+On = Literal["visual", "text", "fused", "two_images"]
 
 _MODULES: dict[str, frozenset[str]] = {
     "visual": frozenset({"vision"}),
     "text": frozenset({"text"}),
     "fused": frozenset({"vision", "text", "fusion"}),
+    "two_images": frozenset({"vision", "text", "fusion"}),
 }
 MAX_LABELS = 100_000
 SEPARATOR = " [SEP] "
@@ -38,6 +39,7 @@ class Classification(Task):
         labels: the classes.
         on: what the head sees. "visual": the class token of an image or a video. "text": that of a text or of a pair of
             texts. "fused": that of a text after fusion with an image or a video, for visual entailment and the like.
+            "two_images": the same for two images, whose tokens are marked by a learned vector each.
         name: of the task, so that a model can have several.
 
     Raises:
@@ -68,6 +70,8 @@ class Classification(Task):
         return {"labels": list(self.labels), "on": self.on, "name": self.name}
 
     def head(self, config: Any) -> nn.Module:
+        if self.on == "two_images":
+            return TwoImages(config.text.hidden_size, len(self.labels), config.text.hidden_dropout_prob)
         dropout = nn.Dropout(config.text.hidden_dropout_prob)
         return nn.Sequential(dropout, nn.Linear(config.text.hidden_size, len(self.labels)))
 
@@ -79,9 +83,18 @@ class Classification(Task):
         elif self.on == "text":
             pooled = model.encode_text(ids, mask)[:, 0]
         else:
-            visual = model.embed(batch.get("video"), batch.get("image_embeds"))
+            inputs = batch.get("video"), batch.get("image_embeds")
+            visual = self._both(model, *inputs) if self.on == "two_images" else model.embed(*inputs)
             pooled = model.fuse(model.encode_text(ids, mask), mask, visual).text[:, 0]
         return model.heads[self.name](pooled)
+
+    def _both(self, model: Any, video: Tensor | None, image_embeds: Tensor | None) -> Tensor:
+        """The tokens of two images `(B, 2 * S, D)`, marked."""
+        if video is not None:
+            frames = video.unflatten(2, (2, -1)).transpose(1, 2)
+            image_embeds = model.embed(frames.flatten(0, 1), None).unflatten(0, (-1, 2))
+        assert image_embeds is not None
+        return (image_embeds + model.heads[self.name].types[:, None]).flatten(1, 2)
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
         """The mean cross-entropy.
@@ -89,7 +102,8 @@ class Classification(Task):
         Args:
             model: with the modules of this task.
             batch: `labels` `(B,)`, int64; `video` or `image_embeds` unless `on` is "text"; `text_ids` and `text_mask`
-                `(B, tokens)` unless it is "visual".
+                `(B, tokens)` unless it is "visual". For two images, the frames of `video` are those of the first image
+                and then of the second, and `image_embeds` is `(B, 2, S, D)`.
         """
         return F.cross_entropy(self.logits(model, batch).float(), batch["labels"])
 
@@ -103,7 +117,11 @@ class Classification(Task):
 
         def respond(image_embeds: Tensor | None, texts: Sequence[str | None]) -> list[Texts]:
             views, inputs = 1, {}
-            if image_embeds is not None:
+            if self.on == "two_images":
+                given = image_embeds is not None and image_embeds.dim() == 4
+                require(given, f"{self.name} needs two images with each text: use Classifier.classify_pairs")
+                inputs["image_embeds"] = image_embeds
+            elif image_embeds is not None:
                 views = image_embeds.shape[1] if image_embeds.dim() == 4 else 1
                 inputs["image_embeds"] = image_embeds.flatten(0, image_embeds.dim() - 3)
             if self.reads_text:
@@ -115,6 +133,12 @@ class Classification(Task):
             return best_labels(probabilities, self.labels, num_return)
 
         return respond
+
+    def require_fields(self, item: Item) -> None:
+        super().require_fields(item)
+        if self.on == "two_images" and len(item.images) != 2:
+            found = f"{len(item.images)} images"
+            raise DataError(f"the item {printable(item.id)} has {found}, and {self.name} needs 2 in the field images")
 
     def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:
         tensors = {"labels": torch.tensor([self._number(item) for item in items])}
@@ -150,6 +174,18 @@ class Classification(Task):
                 f"the item {printable(item.id)} has the label {printable(repr(label))}, and {self.name} knows {known}"
             )
         return self.labels.index(text)
+
+
+class TwoImages(nn.Module):
+    """A classifier, and the vectors that mark the tokens of the first and of the second image."""
+
+    def __init__(self, width: int, classes: int, dropout: float) -> None:
+        super().__init__()
+        self.types = nn.Parameter(torch.empty(2, width))
+        self.classes = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classes(x)
 
 
 def _encoded(config: Any, tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mplug2_fast.errors import ConfigError
 from mplug2_fast.info import available_memory
 from mplug2_fast.tasks.base import not_finite, require
+from mplug2_fast.tasks.features import SPACES, Space
 from mplug2_fast.tasks.matching import Scores, rerank
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Gallery:
         rerank: candidates of each row and column, chosen by their features, that the matching head scores; 0 scores by
             features alone.
         add_similarity: as for `Retrieval.predict`.
+        space: whose features are compared.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Gallery:
         *,
         rerank: int = 0,
         add_similarity: bool | None = None,
+        space: Space = SPACES["contrast"],
     ) -> None:
         require(
             isinstance(rerank, int) and not isinstance(rerank, bool) and rerank >= 0,
@@ -46,6 +49,7 @@ class Gallery:
         )
         self._model, self._tokenizer = model, tokenizer
         self._files, self._rerank, self._add_similarity = files, rerank, add_similarity
+        self._space = space
         self._features: list[Tensor] = []
         self._embeds: list[Tensor] = []
         self._video = False
@@ -62,7 +66,7 @@ class Gallery:
         if not self._features:
             self._video = self._model.config.frames_of(image_embeds.shape[1]) > 1
             self._require_memory(image_embeds[0].nbytes)
-        features = self._model.visual_features(image_embeds).float()
+        features = self._space.visual(self._model, image_embeds).float()
         finite = features.isfinite().all(dim=1)
         self._features.extend(features[finite].cpu())
         if self._rerank:
@@ -78,13 +82,14 @@ class Gallery:
         """
         require(len(texts) > 0, "there are no texts to compare with")
         require(len(self) > 0, "there are no images or videos to compare with")
+        if not self._rerank:
+            similarities = torch.stack(self._features) @ self._texts(texts).T
+            return self._finite(Scores(similarities, similarities.T, similarities))
         ids, mask = self._model.config.wording.descriptions(
             self._tokenizer, list(texts), video=self._video, training=False
         )
         features, embeds = zip(*self._encoded(ids, mask), strict=True)
         similarities = torch.stack(self._features) @ torch.cat(features).T
-        if not self._rerank:
-            return self._finite(Scores(similarities, similarities.T, similarities))
         device = next(self._model.parameters()).device
         return self._finite(
             rerank(
@@ -97,6 +102,12 @@ class Gallery:
                 add_similarity=self._video if self._add_similarity is None else self._add_similarity,
             )
         )
+
+    def _texts(self, texts: Sequence[str]) -> Tensor:
+        """Features of the texts, on the CPU."""
+        batches = (texts[start : start + TEXT_BATCH] for start in range(0, len(texts), TEXT_BATCH))
+        found = [self._space.texts(self._model, self._tokenizer, some, video=self._video) for some in batches]
+        return torch.cat([each.float().cpu() for each in found])
 
     def _encoded(self, ids: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Features and tokens of the texts, batch by batch, on the CPU."""

@@ -62,7 +62,7 @@ class QuestionAnswering(Task):
     def logits(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
         """The logits that predict the next tokens of all answers `(A, tokens - 1, vocabulary)`."""
         questions, answers = batch["question_ids"], batch["answer_ids"]
-        memory = _remember(model, batch.get("video"), questions, batch["question_mask"], batch.get("image_embeds"))
+        memory = self.remember(model, batch.get("video"), questions, batch["question_mask"], batch.get("image_embeds"))
         count, device = questions.shape[0], answers.device
         counts = torch.as_tensor(batch["answers_per_question"], device=device)
         owner = torch.arange(count, device=device).repeat_interleave(counts)
@@ -95,7 +95,7 @@ class QuestionAnswering(Task):
         """
 
         def remember(*inputs: Any) -> Any:
-            return _remember(model, *inputs)
+            return self.remember(model, *inputs)
 
         inputs = [video, question_ids, question_mask, image_embeds]
         return model.search(self.name, remember, inputs, **search_options(self, model, **options))
@@ -104,7 +104,7 @@ class QuestionAnswering(Task):
         filled = text_options(self, model, **options)
 
         def respond(image_embeds: Tensor, texts: Sequence[str | None]) -> list[Texts]:
-            ids, mask = _encoded(model, tokenizer, texts, image_embeds)
+            ids, mask = self._on_device(model, tokenizer, texts)
             found = model.predict(self, image_embeds=image_embeds, question_ids=ids, question_mask=mask, **filled)
             return texts_of(found, tokenizer.decode, model)
 
@@ -124,10 +124,9 @@ class QuestionAnswering(Task):
 
     def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:
         answers = [(text, weight) for item in items for text, weight in item.answers.items()]
-        wording, longest = config.wording, config.text.max_position_embeddings
-        questions = [wording.question_of(item) for item in items]
-        question_ids, question_mask = wording.training_questions(tokenizer, questions, longest)
-        answer_ids, answer_mask = wording.answers(tokenizer, [text for text, _ in answers])
+        longest = config.text.max_position_embeddings
+        question_ids, question_mask = self.training_texts(items, tokenizer, config)
+        answer_ids, answer_mask = config.wording.answers(tokenizer, [text for text, _ in answers])
         return {
             "question_ids": question_ids,
             "question_mask": question_mask,
@@ -136,6 +135,35 @@ class QuestionAnswering(Task):
             "answers_per_question": torch.tensor([len(item.answers) for item in items]),
             "answer_weights": torch.tensor([weight for _, weight in answers]),
         }
+
+    def remember(
+        self,
+        model: Any,
+        video: Tensor | None,
+        question_ids: Tensor,
+        question_mask: Tensor,
+        image_embeds: Tensor | None = None,
+    ) -> Any:
+        """The decoder's memory of [fusion visual; fusion text]."""
+        visual = model.embed(video, image_embeds)
+        fused = model.fuse(model.encode_text(question_ids, question_mask), question_mask, visual)
+        return model.decoder.remember(fused.memory, fused.memory_mask)
+
+    def encoded(self, model: Any, tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids and mask of texts as `respond` reads them."""
+        return model.config.wording.questions(tokenizer, texts)
+
+    def training_texts(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> tuple[Tensor, Tensor]:
+        """Ids and mask of the items' texts as training reads them."""
+        wording = config.wording
+        questions = [wording.question_of(item) for item in items]
+        return wording.training_questions(tokenizer, questions, config.text.max_position_embeddings)
+
+    def _on_device(self, model: Any, tokenizer: Tokenizer, texts: Sequence[str | None]) -> tuple[Tensor, Tensor]:
+        require(all(text is not None for text in texts), "this task needs a question for each video")
+        ids, mask = self.encoded(model, tokenizer, [str(text) for text in texts])
+        device = next(model.parameters()).device
+        return ids.to(device), mask.to(device)
 
     def text_of(self, item: Item, config: Any) -> str | None:
         return config.wording.question_of(item)
@@ -172,7 +200,7 @@ class AnswerRanking(QuestionAnswering):
         """
         if not 1 <= k <= answer_ids.shape[0]:
             raise ValueError(f"k must be from 1 to the number of answers {answer_ids.shape[0]}, got {k}")
-        memory = _remember(model, video, question_ids, question_mask, image_embeds)
+        memory = self.remember(model, video, question_ids, question_mask, image_embeds)
         start = question_ids.new_full((question_ids.shape[0], 1, 1), model.start_token_id)
         first = model.decoder(start, torch.ones_like(start), memory)[:, 0, 0]
         top_probs, top = first.float().softmax(dim=-1)[:, answer_ids[:, 1]].topk(k, dim=-1)
@@ -195,8 +223,8 @@ class AnswerRanking(QuestionAnswering):
         k = min(count, max(MAX_CANDIDATES, num_return))
 
         def respond(image_embeds: Tensor, texts: Sequence[str | None]) -> list[Texts]:
-            ids, mask = _encoded(model, tokenizer, texts, image_embeds)
-            answer_ids, answer_mask = (tensor.to(image_embeds.device) for tensor in answers)
+            ids, mask = self._on_device(model, tokenizer, texts)
+            answer_ids, answer_mask = (tensor.to(ids.device) for tensor in answers)
             inputs = {"question_ids": ids, "question_mask": mask, "answer_ids": answer_ids, "answer_mask": answer_mask}
             indices, probabilities = model.predict(self, image_embeds=image_embeds, **inputs, k=k)
             finite = probabilities.isfinite().all(dim=1).tolist()
@@ -226,21 +254,6 @@ def _negative_log_likelihoods(model: Any, memory: Any, answer_ids: Tensor, answe
         logits = model.decoder(answer_ids[None], answer_mask[None], memory)[0].flatten(0, 1)
     losses = F.cross_entropy(logits.float(), labels[places], reduction="none")
     return losses.new_zeros(len(answer_ids)).index_add_(0, places // answer_ids.shape[1], losses)
-
-
-def _remember(
-    model: Any, video: Tensor | None, question_ids: Tensor, question_mask: Tensor, image_embeds: Tensor | None = None
-) -> Any:
-    """The decoder's memory of [fusion visual; fusion text]."""
-    visual = model.embed(video, image_embeds)
-    fused = model.fuse(model.encode_text(question_ids, question_mask), question_mask, visual)
-    return model.decoder.remember(fused.memory, fused.memory_mask)
-
-
-def _encoded(model: Any, tokenizer: Tokenizer, texts: Sequence[str | None], like: Tensor) -> tuple[Tensor, Tensor]:
-    require(all(text is not None for text in texts), "this task needs a question for each video")
-    ids, mask = model.config.wording.questions(tokenizer, [str(text) for text in texts])
-    return ids.to(like.device), mask.to(like.device)
 
 
 def _candidates(model: Any, tokenizer: Tokenizer, candidates: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -99,6 +99,13 @@ class ItemDataset:
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         item = self.samples[index]
+        if len(item.media) < 2:
+            return self._sample(item, rng)
+        parts = [replace(item, video=None, image=path, images=()) for path in item.media]
+        frames = [found for part in parts if (found := self._sample(part, rng).frames) is not None]
+        return Sample(item, np.concatenate(frames, axis=0 if frames[0].dtype == np.uint8 else 1))
+
+    def _sample(self, item: Item, rng: np.random.Generator) -> Sample:
         if not item.media:
             return Sample(item, None)
         if self._preparation != MPLUG2:

@@ -77,7 +77,7 @@ class Validator:
             for index, sample in read.items():
                 items[index] = sample.item
             with torch.inference_mode():
-                embeds = _encoded(model, read, device)
+                embeds = _encoded(self.task, model, read, device)
                 found = respond(embeds, [self.task.text_of(items[index], model.config) for index in read])
             for index, texts in zip(read, found, strict=True):
                 predictions[index] = texts
@@ -93,7 +93,7 @@ class Validator:
         there: list[int] = []
         for read in self._read([first[path] for path in pairs.files]):
             with torch.inference_mode():
-                finite = gallery.add(_encoded(model, read, device))
+                finite = gallery.add(_encoded(self.task, model, read, device))
             numbers = [numbers_of[path_of(items[index])] for index in read]
             there += [number for number, good in zip(numbers, finite, strict=True) if good]
         if not there:
@@ -120,6 +120,8 @@ def main_metric(task: Task) -> str:
     return "" if first is None else first.main or first.name
 
 
-def _encoded(model: Any, read: Mapping[int, Sample], device: torch.device) -> Tensor:
-    """The image_embeds of samples."""
-    return model.encode_video(video_of(list(read.values()), model.config.vision.image_size).to(device))
+def _encoded(task: Task, model: Any, read: Mapping[int, Sample], device: torch.device) -> Tensor | None:
+    """What the task's `respond` takes for samples."""
+    if not task.reads_files:
+        return None
+    return task.encode(model, video_of(list(read.values()), model.config.vision.image_size).to(device))

@@ -58,7 +58,7 @@ def golden_config() -> MPlug2Config:
         },
         model={"image_res": 56, "model_num_frames": 4, "prompt": "a video of"},
         clip={"width": 128, "layers": 2, "patch": 14},
-    )
+    ).replace(clip={"token_width": 64, "token_layers": 1, "token_heads": 1, "bpe_size": 200, "joint_dim": 64})
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ VISUAL = "visual_encoder.visual"
 def test_large_is_the_preset(large_shapes):
     found = infer_config(large_shapes)
     assert found.config == mf.MPlug2Config.preset("large")
-    assert found.modules == {"vision", "universal", "text", "fusion", "decoder"}
+    assert found.modules == {"vision", "universal", "text", "fusion", "decoder", "clip"}
     assert found.assumed["text.fusion_layers"] == 6
     assert found.undetermined == {}
 
@@ -93,7 +93,7 @@ def test_a_lost_fusion_layer_changes_no_size(large_shapes):
 
 def test_no_fusion_encoder_means_captioning(golden_shapes):
     shapes = {key: shape for key, shape in golden_shapes.items() if not key.startswith("fusion_encoder.")}
-    assert infer_config(shapes).modules == mf.MPlug2Config().modules_for([TASKS["captioning"]])
+    assert infer_config(shapes).modules == mf.MPlug2Config().modules_for([TASKS["captioning"], TASKS["clip"]])
 
 
 @pytest.mark.parametrize(

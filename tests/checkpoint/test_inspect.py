@@ -20,7 +20,7 @@ def test_training_checkpoint(golden_file, golden_weights, golden_config):
     assert found.others == ("optimizer", "config", "epoch")
     assert (found.task, found.servable) == (
         "question_answering",
-        ("captioning", "question_answering", "answer_ranking", "grounding"),
+        ("captioning", "question_answering", "answer_ranking", "grounding", "clip", "text_generation"),
     )
     assert found.config == golden_config.replace(num_beams=3)
     assert found.counts() == {"needed": 269, "unused": 104, "tied": 2}

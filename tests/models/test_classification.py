@@ -2,16 +2,19 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 import mplug2_fast as mf
 from mplug2_fast.datasets import Item
+from mplug2_fast.predict.predictor import TINY_MODEL
 from mplug2_fast.tasks import Classification
 from mplug2_fast.text import Tokenizer
+from mplug2_fast.training.data import ItemDataset, video_of
 from tests.models.test_mplug import SMALL as MPLUG
 from tests.tiny import SMALL as MPLUG2
-from tests.tiny import randomise
+from tests.tiny import random_text, random_video, randomise
 
 LABELS = ("no", "yes", "maybe")
 FAMILIES = [(mf.MPlug2, MPLUG2, 3), (mf.MPlug, MPLUG, 2)]
@@ -130,10 +133,58 @@ def test_training_lowers_the_loss():
         ({"labels": ["a", "a"]}, "twice"),
         ({"labels": "ab"}, "list of texts"),
         ({"labels": ["a", ""]}, "not empty"),
-        ({"labels": ["a", "b"], "on": "sound"}, "on must be one of visual, text, fused"),
+        ({"labels": ["a", "b"], "on": "sound"}, "on must be one of visual, text, fused, two_images"),
         ({"labels": ["a", "b"], "name": "a b"}, "is no name for a task"),
     ],
 )
 def test_bad_settings(arguments, message):
     with pytest.raises(mf.ConfigError, match=message):
         Classification(**arguments)
+
+
+def test_two_images():
+    task = Classification(["false", "true"], "two_images", "same")
+    model = randomise(mf.MPlug2(MPLUG2, [task, "question_answering"]))
+    reference = randomise(mf.reference.MPlug2ForQuestionAnswering(MPLUG2))
+    pairs = random_video(MPLUG2, 2, frames=2)
+    ids, mask = random_text(MPLUG2, 2, 6)
+    with torch.no_grad():
+        head = model.heads["same"]
+        visual = [reference.encode_video(pairs[:, :, n : n + 1]) + head.types[n] for n in (0, 1)]
+        visual, text = torch.cat(visual, dim=1), reference.text_encoder(ids, mask)
+        fused = reference.fusion_encoder(text, mask, visual, torch.ones(visual.shape[:2]))[1][:, 0]
+        expected = head.classes[1](fused).softmax(dim=-1)
+    found = model.predict("same", pairs, text_ids=ids, text_mask=mask)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    alone = model.predict("same", pairs[1:], text_ids=ids[1:, :5], text_mask=mask[1:, :5])
+    torch.testing.assert_close(alone, expected[1:], rtol=1e-4, atol=1e-5)
+    swapped = model.predict("same", pairs.flip(2), text_ids=ids, text_mask=mask)
+    assert not torch.allclose(swapped, found, atol=1e-3)
+    batch = {"video": pairs, "text_ids": ids, "text_mask": mask, "labels": torch.tensor([0, 1])}
+    model.loss("same", batch).backward()
+    assert head.types.grad.abs().sum() > 0
+    with pytest.raises(mf.DataError, match="the item 1 has 1 images, and same needs 2 in the field images"):
+        task.require_fields(Item("1", images=("a.png",), text="both", label=True))
+
+
+def test_two_images_from_files(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / name)
+    task = Classification(["false", "true"], "two_images", "same")
+    config = mf.MPlug2Config.preset("tiny")
+    tokenizer = Tokenizer.from_vocab(mf.checkpoint.vocabulary_path(TINY_MODEL))
+    model = randomise(mf.MPlug2(config, [task]))
+    files = str(tmp_path / "a.png"), str(tmp_path / "b.png")
+    item = Item("1", images=files, text="both are red", label=True)
+    sample = ItemDataset([item], [task], config.vision).sample(0, rng)
+    batch = task.batch([item], tokenizer, config)
+    video = video_of([sample], config.vision.image_size)
+    expected = model.predict("same", video, text_ids=batch["text_ids"], text_mask=batch["text_mask"])
+    classifier = mf.Classifier(model, tokenizer)
+    good, bad = classifier.classify_pairs([files, (files[0], "none.png")], "both are red", num_return=2)
+    assert dict(good.alternatives)["true"] == pytest.approx(expected[0, 1].item(), abs=1e-5)
+    assert bad.error == "none.png: no such file"
+    with pytest.raises(mf.ConfigError, match="same needs two images with each text"):
+        list(classifier.classify(files[:1], "both are red"))

@@ -14,6 +14,12 @@ from mplug2_fast.nn.config import StacksConfig, VisionConfig
 UNIVERSAL = "universal"
 """The layers that text and video share, which both need."""
 
+CLIP = "clip"
+"""CLIP's text tower and its projections."""
+
+TEXT_MLM, FUSION_MLM = "text_mlm", "fusion_mlm"
+"""Heads that predict masked words, of a text alone and after fusion. The word embeddings are the text encoder's."""
+
 
 @dataclass(frozen=True)
 class TextConfig(StacksConfig):
@@ -27,6 +33,18 @@ class TextConfig(StacksConfig):
 
 
 @dataclass(frozen=True)
+class ClipConfig:
+    """Sizes of CLIP's text tower. The defaults are those of CLIP's ViT-L/14."""
+
+    token_width: int = 768
+    token_layers: int = 12
+    token_heads: int = 12
+    bpe_size: int = 49408
+    context_length: int = 77
+    joint_dim: int = 768
+
+
+@dataclass(frozen=True)
 class MPlug2Config(Config):
     """The sizes of an mPLUG-2 model, and its defaults for generation.
 
@@ -37,10 +55,12 @@ class MPlug2Config(Config):
     text: TextConfig = field(default_factory=TextConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    # Not in the repr, by which bulk runs that began before it was there know their model.
+    clip: ClipConfig = field(default_factory=ClipConfig, repr=False)
 
     family: ClassVar[str] = "mplug2"
     title: ClassVar[str] = "mPLUG-2"
-    modules: ClassVar[tuple[str, ...]] = (*SHARED_MODULES, UNIVERSAL)
+    modules: ClassVar[tuple[str, ...]] = (*SHARED_MODULES, UNIVERSAL, CLIP, TEXT_MLM, FUSION_MLM)
     implied: ClassVar = {VISION: frozenset({UNIVERSAL}), TEXT: frozenset({UNIVERSAL})}
     wording: ClassVar[Wording] = Wording()
     official_vision: ClassVar = {
@@ -60,6 +80,10 @@ class MPlug2Config(Config):
             )
         if vision.temporal_kernel_size % 2 == 0:
             raise ConfigError(f"temporal_kernel_size must be odd, got {vision.temporal_kernel_size}")
+        if self.clip.token_width % self.clip.token_heads:
+            raise ConfigError(
+                f"token_width {self.clip.token_width} is not a multiple of token_heads {self.clip.token_heads}"
+            )
         if text.text_encoder_layers < text.num_uni_layer:
             raise ConfigError(
                 f"text_encoder_layers {text.text_encoder_layers} includes the num_uni_layer "

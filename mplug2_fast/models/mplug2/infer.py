@@ -8,7 +8,7 @@ from typing import Any
 
 from mplug2_fast.errors import CheckpointError, ConfigError
 from mplug2_fast.models.family import InferredConfig
-from mplug2_fast.models.mplug2.config import UNIVERSAL, MPlug2Config
+from mplug2_fast.models.mplug2.config import CLIP, FUSION_MLM, TEXT_MLM, UNIVERSAL, MPlug2Config
 from mplug2_fast.models.mplug2.official_names import MPlug2Names, official_name, stack_of
 from mplug2_fast.models.names import CONTRAST, DECODER, FUSION, LAYER_NUMBER, MATCHING, TEXT, VISION, Shape
 from mplug2_fast.models.sizes import (
@@ -32,6 +32,12 @@ _LATENTS, _FUSION_LAYER = "universal.latents", "fusion.layers.0.intermediate.den
 _TEXT_LAYER = "text.layers.0.intermediate.dense.weight"
 _ANCHORS = {_PATCHES: 5, _POSITIONS: 2, _TEMPORAL: 5, _VISION_MLP: 2, _WORDS: 2, _TOKENS: 2, _TYPES: 2, _TEXT_MLP: 2}
 """Our parameters whose shapes determine the sizes -> their number of axes."""
+
+_CLIP_ANCHORS = (
+    "visual_encoder.token_embedding.weight",
+    "visual_encoder.positional_embedding",
+    "visual_encoder.text_projection",
+)
 
 
 def infer(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> InferredConfig:
@@ -66,8 +72,10 @@ def infer(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> InferredCon
     generation = told.generation(defaults.generation.num_beams, defaults.generation.prompt)
     generation["prompt_length"] = stated.get("prompt_length")  # None: counted from the prompt
     contrast = {"embed_dim": shapes["vision_proj.weight"][0]} if CONTRAST in modules else {}
+    clip = _clip_sizes(shapes) if CLIP in modules else {}
+    parts = {"vision": vision, "text": text, "generation": generation, "contrast": contrast, "clip": clip}
     try:
-        config = MPlug2Config().replace(vision=vision, text=text, generation=generation, contrast=contrast)
+        config = MPlug2Config().replace(**parts)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"the shapes of the checkpoint make no model: {error}") from error
     return InferredConfig(config, modules, told.assumed, undetermined)
@@ -79,6 +87,9 @@ def _modules(shapes: Mapping[str, Shape]) -> frozenset[str]:
     words = any(key.startswith(embeddings) for key in shapes)
     heads = {CONTRAST} if {"vision_proj.weight", "text_proj.weight"} <= shapes.keys() else set()
     heads |= {MATCHING} if "itm_head.weight" in shapes else set()
+    heads |= {TEXT_MLM} if "text_encoder.cls.predictions.bias" in shapes else set()
+    heads |= {FUSION_MLM} if "fusion_encoder.cls.predictions.bias" in shapes else set()
+    heads |= {CLIP} if all(len(shapes.get(key, ())) == 2 for key in _CLIP_ANCHORS) else set()
     return frozenset({VISION, UNIVERSAL, DECODER} | ({TEXT, FUSION} if fusion and words else set()) | heads)
 
 
@@ -93,6 +104,18 @@ def _require_anchors(shapes: Mapping[str, Shape]) -> None:
     anchors = {official_name(path): rank for path, rank in _ANCHORS.items()}
     latents = f"{stack_of(_LATENTS)}.*.{_LATENTS.partition('.')[2]}"
     require_anchors(anchors, shapes, MPlug2Config.title, () if _latents(shapes) else (latents,))
+
+
+def _clip_sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    tokens, positions, projection = (shapes[key] for key in _CLIP_ANCHORS)
+    return {
+        "bpe_size": tokens[0],
+        "token_width": tokens[1],
+        "token_layers": count(layers(shapes, "visual_encoder.transformer.resblocks")),
+        "token_heads": max(1, tokens[1] // HEAD_DIM),
+        "context_length": positions[0],
+        "joint_dim": projection[1],
+    }
 
 
 def _vision_sizes(shapes: Mapping[str, Shape]) -> dict[str, Any]:

@@ -7,16 +7,18 @@ from typing import Literal
 from torch import Tensor, nn
 
 from mplug2_fast.models.model import Fused, Model
-from mplug2_fast.models.mplug2.config import UNIVERSAL, MPlug2Config
+from mplug2_fast.models.mplug2.config import CLIP, FUSION_MLM, TEXT_MLM, UNIVERSAL, MPlug2Config
 from mplug2_fast.models.mplug2.encoders import TextEncoder, UniversalLayers
 from mplug2_fast.models.mplug2.official_names import MPlug2Names
 from mplug2_fast.models.names import DECODER, FUSION, TEXT, VISION, OfficialNames
 from mplug2_fast.nn import LayerNorm
+from mplug2_fast.nn.clip_text import ClipText
 from mplug2_fast.nn.fusion_encoder import FusionEncoder
 from mplug2_fast.nn.layer_norm import norm_of_sum
 from mplug2_fast.nn.parts import linear
 from mplug2_fast.nn.text_decoder import TextDecoder
 from mplug2_fast.nn.vision_transformer import VisionTransformer
+from mplug2_fast.nn.word_head import WordHead
 
 __all__ = ["Fused", "MPlug2"]
 
@@ -45,6 +47,12 @@ class MPlug2(Model):
             self.text = TextEncoder(text)
         if FUSION in needed:
             self.fusion = FusionEncoder(text)
+        if CLIP in needed:
+            self.clip = ClipText(config.clip, config.vision.width)
+        if TEXT_MLM in needed:
+            self.text_mlm = WordHead(text)
+        if FUSION_MLM in needed:
+            self.fusion_mlm = WordHead(text)
         if DECODER in needed:
             self.decoder = TextDecoder(text, text.text_decode_layers)
 

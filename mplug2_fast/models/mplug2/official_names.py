@@ -11,23 +11,33 @@ import re
 from collections.abc import Iterator
 from typing import ClassVar
 
-from mplug2_fast.models.mplug2.config import UNIVERSAL, MPlug2Config
-from mplug2_fast.models.names import FUSION, TEXT, VISION, Entry, Shape
+from mplug2_fast.models.mplug2.config import CLIP, FUSION_MLM, TEXT_MLM, UNIVERSAL, MPlug2Config
+from mplug2_fast.models.names import FUSION, TEXT, VISION, Entry, KeyKind, Shape
 from mplug2_fast.models.shared_names import (
     DECODER_BERT,
     LAYER_KEYS,
+    TIED,
     VISUAL,
     FamilyNames,
     after_encoders,
     bert_layer,
+    block_shapes,
     clip_tower,
     embeddings,
+    linear,
     norm,
     projection,
 )
 
 UNSHARED = "universal_encoder.layer"
 """The stack of the video's universal layers where the text has its own."""
+
+
+_WORD_HEADS = {
+    TEXT_MLM: ("text_encoder.cls.predictions", "text_mlm"),
+    FUSION_MLM: ("fusion_encoder.cls.predictions", "fusion_mlm"),
+}
+"""Module -> its official names, and ours."""
 
 
 def entries(config: MPlug2Config, modules: frozenset[str]) -> Iterator[Entry]:
@@ -51,6 +61,13 @@ def entries(config: MPlug2Config, modules: frozenset[str]) -> Iterator[Entry]:
         for i in range(first_universal if text.share_universal else text.text_encoder_layers):
             yield from bert_layer(f"{encoder_layer}.{i}", f"text.layers.{i}", text, cross=False)
     yield from after_encoders(config, modules)
+    if CLIP in modules:
+        yield from _clip(config)
+    for module, (root, ours) in _WORD_HEADS.items():
+        if module in modules:
+            yield Entry(f"{root}.bias", (text.vocab_size,), f"{ours}.bias")
+            yield from linear(f"{root}.transform.dense", f"{ours}.dense", text.hidden_size, text.hidden_size)
+            yield from norm(f"{root}.transform.LayerNorm", f"{ours}.norm", text.hidden_size)
 
 
 @functools.cache
@@ -63,6 +80,21 @@ def official_name(path: str) -> str:
 def stack_of(path: str) -> str:
     """The official name of the list of layers that our parameter is in, without the layer's number."""
     return re.sub(r"\.[0-9]+\..*", "", official_name(path))
+
+
+def _clip(config: MPlug2Config) -> Iterator[Entry]:
+    """CLIP's text tower, and its projection of images."""
+    sizes, tower = config.clip, "visual_encoder"
+    width = sizes.token_width
+    yield Entry(f"{tower}.token_embedding.weight", (sizes.bpe_size, width), "clip.token_embedding.weight")
+    yield Entry(f"{tower}.positional_embedding", (sizes.context_length, width), "clip.positional_embedding")
+    for i in range(sizes.token_layers):
+        for name, shape in block_shapes(width, 4 * width).items():
+            yield Entry(f"{tower}.transformer.resblocks.{i}.{name}", shape, f"clip.blocks.{i}.{name}")
+    yield from norm(f"{tower}.ln_final", "clip.norm_final", width)
+    yield Entry(f"{tower}.text_projection", (width, sizes.joint_dim), "clip.text_projection")
+    yield Entry(f"{VISUAL}.proj", (config.vision.width, sizes.joint_dim), "clip.visual_projection")
+    yield Entry(f"{tower}.logit_scale", (), "clip.logit_scale")
 
 
 def _vision(config: MPlug2Config) -> Iterator[Entry]:
@@ -99,12 +131,21 @@ class MPlug2Names(FamilyNames):
     def __init__(self, config: MPlug2Config, modules: frozenset[str]) -> None:
         super().__init__(entries, config, modules)
         text = config.text
+        heads = [root for module, (root, _) in _WORD_HEADS.items() if module in modules]
+        words = {f"{root}.decoder.weight": "text_encoder.embeddings.word_embeddings.weight" for root in heads}
+        self.tied = TIED | words | {f"{root}.decoder.bias": f"{root}.bias" for root in heads}
         # Stored layers of each stack, and from which of them on the layers have unused vision parts.
         self._stacks = {
             "text_encoder": (text.text_encoder_layers, text.text_encoder_layers - text.num_uni_layer),
             DECODER_BERT: (text.text_decode_layers, text.text_decode_layers - text.num_uni_layer),
             "fusion_encoder": (text.stored_layers, text.stored_layers),
         }
+
+    def classify(self, key: str) -> KeyKind:
+        known = super().classify(key)
+        if known is KeyKind.UNEXPECTED and any(key.startswith(f"{root}.decoder.") for root, _ in _WORD_HEADS.values()):
+            return KeyKind.UNUSED
+        return known
 
     def is_stored(self, stack: str, layer: int, name: str) -> bool:
         stored, first_universal = self._stacks[stack]

@@ -1,0 +1,123 @@
+"""CLIP's towers inside official files: the reference, gradients, files, and classes by their names."""
+
+import json
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+import mplug2_fast as mf
+from mplug2_fast.clip_tokenizer import MERGES, clip_tokenizer
+from mplug2_fast.reference.clip import ClipText
+from mplug2_fast.tasks import ZeroShot
+from mplug2_fast.text import Tokenizer
+from tests.tiny import SMALL, random_video, randomise
+
+SIZES = {"token_width": 64, "token_layers": 2, "token_heads": 1, "joint_dim": 32}
+CONFIG = SMALL.replace(clip=SIZES)
+TEXTS = ["a red square", "a photo of the blue circle, which moves to the left", "green"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return randomise(mf.MPlug2(CONFIG, ["clip", "retrieval"]))
+
+
+def test_it_computes_what_clip_does(model):
+    reference = ClipText(CONFIG.clip, CONFIG.vision.width).eval()
+    names = {name.removeprefix("visual_encoder."): value for name, value in model.official_parameters().items()}
+    reference.load_state_dict({name: names[name] for name in reference.state_dict()})
+    ids = clip_tokenizer().encode(TEXTS, 77)
+    video = random_video(CONFIG, batch=3)
+    with torch.no_grad():
+        expected = reference.encode_text(ids)
+        torch.testing.assert_close(model.clip.text(ids), expected, rtol=1e-4, atol=1e-5)
+        image = reference.encode_image(model.visual(video)[:, 0])
+        found = model.predict("clip", video, clip_ids=ids).by_visual
+        torch.testing.assert_close(found, image @ expected.T, rtol=1e-4, atol=1e-5)
+        alone = model.clip.text(clip_tokenizer().encode(TEXTS[:1], 77))
+        compiled = torch.compile(model.clip.text, fullgraph=True, backend="eager")(ids)
+    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(alone[0], expected[0], rtol=1e-4, atol=1e-5)  # without padding
+    frame = random_video(CONFIG, batch=1, frames=1)
+    with torch.no_grad():  # a single image passes CLIP's own layers alone
+        features = model.predict("clip", frame, clip_ids=ids).by_visual
+        token = model.visual(frame, temporal=False)[:, 0]
+        torch.testing.assert_close(features, reference.encode_image(token) @ expected.T, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients():
+    sizes = {**SIZES, "bpe_size": 9, "token_layers": 1, "context_length": 5, "joint_dim": 4}
+    model = randomise(mf.MPlug2(SMALL.replace(clip=sizes), ["clip"])).double()
+    ids = torch.tensor([[7, 1, 2, 8], [7, 3, 8, 0]])
+    tensors = [model.clip.text_projection, model.clip.norm_final.weight, model.clip.positional_embedding]
+
+    def text(*values):
+        names = ["text_projection", "norm_final.weight", "positional_embedding"]
+        return torch.func.functional_call(model.clip, dict(zip(names, values, strict=True)), (ids,), {})
+
+    model.clip.forward = model.clip.text
+    assert gradcheck(text, [each.detach().clone().requires_grad_() for each in tensors], atol=1e-5, fast_mode=True)
+    batch = {"video": random_video(SMALL).double(), "clip_ids": ids, "ids": torch.tensor([0, 1])}
+    model.loss("clip", batch).backward()
+    assert all(each.grad is not None and each.grad.isfinite().all() for each in model.clip.parameters())
+
+
+def test_files(model, tmp_path):
+    mf.checkpoint.save_pretrained(model, tmp_path / "saved")
+    found = mf.checkpoint.inspect(tmp_path / "saved", task="clip")
+    assert found.ok
+    loaded = mf.from_pretrained(tmp_path / "saved", task="clip")
+    assert loaded.module_names == {"vision", "universal", "clip"}
+    ids = clip_tokenizer().encode(TEXTS, 77)
+    torch.testing.assert_close(loaded.clip.text(ids), model.clip.text(ids), rtol=1e-4, atol=1e-5)
+    whole = mf.MPlug2(CONFIG, ["captioning", "clip"])
+    inferred = mf.checkpoint.infer_config(
+        {name: tuple(value.shape) for name, value in whole.official_parameters().items()}
+    )
+    assert inferred.config.clip == CONFIG.clip
+    assert "clip" in inferred.modules
+
+
+@pytest.mark.parametrize("space", ["clip", "contrast"])
+def test_classes_by_their_names(model, space):
+    task = ZeroShot(["square", "circle", "star"], space, ["{}", "a photo of a {}"])
+    words = ["[PAD]", *(f"[unused{i}]" for i in range(1, 100)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", *task.labels]
+    tokenizer = Tokenizer([*words, *(f"[unused{i}]" for i in range(100, 300 - len(words)))])
+    model.tasks[task.name] = task
+    video = random_video(CONFIG, batch=3)
+    with torch.no_grad():
+        features = task.label_features(model, tokenizer)
+        together = model.predict(task, video, label_features=features)
+        torch.testing.assert_close(model.predict(task, video[1:2], label_features=features)[0], together[1])
+        found = task.respond(model, tokenizer, 3)(task.encode(model, video), [None] * 3)
+    assert [dict(each)["star"] for each in found] == pytest.approx(together[:, 2].tolist(), abs=1e-5)
+    assert torch.allclose(features.norm(dim=1), torch.ones(3))
+    assert mf.tasks.get(mf.tasks.stated(task)).settings() == task.settings()
+    del model.tasks[task.name]
+
+
+def test_the_tokenizer_is_clips(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    import gzip
+
+    merges = gzip.decompress(MERGES.read_bytes()).decode().split("\n")[1:48895]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    (tmp_path / "vocab.json").write_text(json.dumps(clip_tokenizer()._tokenizer.get_vocab()))
+    theirs = transformers.CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    for text in [*TEXTS, "Isn't it? 12 times!", "naïve café ☕  über\n", "日本語 #3.5%", ""]:
+        assert clip_tokenizer().encode([text], 77)[0].tolist() == theirs(text)["input_ids"], text
+    assert clip_tokenizer().encode(["a " * 100], 77).shape == (1, 77)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"labels": ["a"]}, "at least 2 labels"),
+        ({"labels": ["a", "b"], "space": "sound"}, "space must be one of contrast, clip"),
+        ({"labels": ["a", "b"], "templates": ["a photo"]}, "a template has one {}"),
+    ],
+)
+def test_bad_settings(arguments, message):
+    with pytest.raises(mf.ConfigError, match=message):
+        ZeroShot(**arguments)
