@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
+from mplug2_fast.ops.blockwise_dropout import attend_in_blocks, is_worthwhile
 from mplug2_fast.ops.runtime import formula
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, bool], Tensor]
@@ -21,7 +22,12 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, causal: bool) -> Tensor:
-    """`F.scaled_dot_product_attention` with all derivatives; its own flash kernel for CPUs has only the first."""
+    """`F.scaled_dot_product_attention` with all derivatives; its own flash kernel for CPUs has only the first.
+
+    With dropout on a CPU, long sequences are computed in blocks.
+    """
+    if dropout_p and is_worthwhile(query, key) and _is_plain_on_cpu(query, key, value):
+        return attend_in_blocks(query, key, value, mask, dropout_p, causal)
     if query.numel() and _trains_on_cpu(query, key, value):  # the flash kernel divides by the number of heads
         additive = None if mask is None else _additive(mask, query.dtype)
         chosen = torch._fused_sdp_choice(query, key, value, additive, dropout_p, causal)
@@ -62,9 +68,13 @@ class _Flash(torch.autograd.Function):
 
 
 def _trains_on_cpu(*tensors: Tensor) -> bool:
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or not tensors[0].is_cpu:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors) and _is_plain_on_cpu(*tensors)
+
+
+def _is_plain_on_cpu(*tensors: Tensor) -> bool:
+    if torch.compiler.is_compiling() or not tensors[0].is_cpu:
         return False
-    return any(t.requires_grad for t in tensors) and not formula.is_needed(tensors) and not formula.is_watched(tensors)
+    return not formula.is_needed(tensors) and not formula.is_watched(tensors)
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

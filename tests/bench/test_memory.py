@@ -2,7 +2,8 @@ import mmap
 
 import torch
 
-from bench import memory
+from bench import memory, step_memory
+from mplug2_fast import MPlug2Config
 
 
 def test_peak_memory_is_of_the_run():
@@ -28,3 +29,8 @@ def test_memory_of_cuda_graphs_counts(monkeypatch):
     assert memory.peak("cuda") == 1030
     assert memory.held("cuda") == 530
     assert memory.peak("cuda:1") == 1009
+
+
+def test_a_large_step_fits_a_24_gb_card():
+    config = MPlug2Config.preset("large")
+    assert sum(step_memory.count(config, config.vision.num_frames).values()) < 12e9  # half of the card

@@ -1,7 +1,9 @@
 import pytest
 import torch
+from torch.testing import assert_close
 
 from mplug2_fast import ops
+from mplug2_fast.ops import blockwise_dropout
 from mplug2_fast.ops.attention import attention_with_dropout
 from tests.ops.suite import TRITON_DEVICE, DifferentiableOpSuite, device
 
@@ -133,6 +135,50 @@ def test_dropout():
     torch.manual_seed(0)
     dropped = attention_with_dropout(query, key, value, 0.5)
     assert not torch.equal(dropped, attention_with_dropout(query, key, value, 0.5))
+
+
+@pytest.mark.parametrize("block", [4, 60, 150])
+@pytest.mark.parametrize("case", ["plain", "causal", "padding"])
+def test_dropout_in_blocks(block, case, monkeypatch):
+    monkeypatch.setattr(blockwise_dropout, "BLOCK", block)
+    causal, mask = case == "causal", None
+    inputs = [torch.randn(2, 7, 3, 4, requires_grad=True) for _ in range(3)]
+    if case == "padding":
+        mask = torch.tensor([[1, 1, 0, 1, 0, 0, 0], [0] * 7])
+        inputs[1:] = [torch.randn(2, 7, 3, 4, requires_grad=True) for _ in range(2)]
+
+    def attend(query, key, value, p=0.3):
+        torch.manual_seed(0)
+        return attention_with_dropout(query, key, value, p, key_padding_mask=mask, causal=causal)
+
+    plain = ops.attention(*inputs, key_padding_mask=mask, causal=causal)
+    assert not attend(*inputs, p=1.0).any()
+    assert_close(attend(*inputs, p=1e-9), plain)
+    assert_close(
+        torch.autograd.grad(attend(*inputs, p=1e-9).sin().sum(), inputs), torch.autograd.grad(plain.sin().sum(), inputs)
+    )
+    with torch.no_grad():
+        kept = attend(*inputs)
+    assert torch.equal(kept, attend(*inputs))
+    change = torch.randn_like(kept)
+    found = torch.autograd.grad(attend(*inputs), inputs, change, create_graph=True)
+    assert_close(torch.autograd.grad(attend(*inputs), inputs, change), found)
+    second = torch.autograd.grad(sum(x.sin().sum() for x in found), inputs)
+    assert all(x.isfinite().all() and x.any() for x in second)
+    step = [torch.randn_like(x) for x in inputs]
+    ends = [attend(*(x.detach() + sign * 1e-2 * y for x, y in zip(inputs, step, strict=True))) for sign in (1, -1)]
+    slope = (ends[0] - ends[1]).mul(change).sum() / 2e-2
+    assert_close(slope, sum((x * y).sum() for x, y in zip(found, step, strict=True)), rtol=1e-2, atol=1e-2)
+
+
+def test_dropout_in_blocks_drops_the_stated_share(monkeypatch):
+    monkeypatch.setattr(blockwise_dropout, "BLOCK", 1000)
+    query, value = torch.zeros(1, 50, 2, 64), torch.eye(64)[None, :, None].expand(1, 64, 2, 64)
+    weights = attention_with_dropout(query, torch.zeros_like(value), value, 0.25).unflatten(2, (2, 64))
+    assert abs((weights == 0).float().mean() - 0.25) < 0.02
+    assert_close(weights[weights > 0], torch.full_like(weights[weights > 0], 1 / 64 / 0.75))
+    rows = weights[0].transpose(0, 1).flatten(0, 1) > 0
+    assert len(rows.unique(dim=0)) == len(rows)  # no two queries drop the same
 
 
 @pytest.mark.parametrize(
