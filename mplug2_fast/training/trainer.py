@@ -7,7 +7,6 @@ import itertools
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,54 +14,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mplug2_fast.checkpoint import from_pretrained, vocabulary_path
 from mplug2_fast.errors import ConfigError, DataError, MPlug2Error
 from mplug2_fast.models import FAMILIES
-from mplug2_fast.tasks import Task, load
+from mplug2_fast.tasks import load
 from mplug2_fast.text import Tokenizer
-from mplug2_fast.training import lora
+from mplug2_fast.training import lora, start
 from mplug2_fast.training.data import Batch, Dataset, Step, StepDataset, iterate, open_dataset, schedule
 from mplug2_fast.training.data import to_device as moved
-from mplug2_fast.training.initial import scale_preserving
 from mplug2_fast.training.log import Log
-from mplug2_fast.training.optimizer import make_optimizer, matching, official_of_parameters, set_learning_rates
+from mplug2_fast.training.optimizer import make_optimizer, official_of_parameters, set_learning_rates
 from mplug2_fast.training.recipe import Distillation, Queues, Recipe, load_recipe
 from mplug2_fast.training.result import write_result
 from mplug2_fast.training.saves import OptimizerState, Saves, named_tensors, names_in, require_names
 from mplug2_fast.training.scst import CiderReward
+from mplug2_fast.training.state import State
 from mplug2_fast.training.step import Part, TrainingStep
 from mplug2_fast.training.validation import Validator
 from mplug2_fast.training.world import World, checkpoint_activations
 
 STOPPED = 143
 """Exit status of a run that was asked to stop and has saved."""
-
-_SPIKE_MEMORY, _SPIKE_AFTER, _SPIKE_MIN = 0.98, 50, 0.1
-"""Decay of mean and variance, steps before spikes are skipped, and the smallest standard deviation, for tiny losses."""
-
-
-@dataclass
-class State:
-    """What a run knows besides its tensors. Every save has all of it.
-
-    Attributes:
-        step: steps done. skipped: steps without an update. skipped_in_row: those since the last update.
-        mean, variance: of recent losses.
-        bad: path -> reason, of unreadable files.
-        best: the best validation score, at `best_step`. worse: validations since then.
-        scores: (step, metric -> value) of each validation.
-    """
-
-    step: int = 0
-    skipped: int = 0
-    skipped_in_row: int = 0
-    mean: float = 0.0
-    variance: float = 0.0
-    bad: dict[str, str] = field(default_factory=dict)
-    best: float | None = None
-    best_step: int = 0
-    worse: int = 0
-    scores: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
 
 class Trainer:
@@ -100,8 +71,12 @@ class Trainer:
         self._asked_to_stop = self._stop = False
         self._log = Log(recipe, self.world, note)
         self._check_sizes()
-        self.tokenizer = tokenizer or self._tokenizer()
-        self.model = model if model is not None else self._new_model()
+        self.tokenizer = tokenizer or start.tokenizer_of(recipe.model)
+        if model is None:
+            torch.manual_seed(recipe.seed)
+            tasks, words = list(self._tasks.values()), self.tokenizer.vocab_size
+            model = start.new_model(recipe.model, tasks, words, self.world.device)
+        self.model = model
         if tokenizer is None and self.tokenizer.vocab_size != self.model.config.text.vocab_size:
             raise ConfigError(
                 f"the vocabulary has {self.tokenizer.vocab_size} tokens and the model has "
@@ -125,25 +100,6 @@ class Trainer:
         if recipe.distillation and size > 1 and recipe.strategy == "fsdp":
             raise ConfigError("distillation keeps a whole copy of the model: use the strategy ddp")
 
-    def _tokenizer(self) -> Tokenizer:
-        start = self.recipe.model
-        return Tokenizer.from_vocab(vocabulary_path(start.checkpoint) if start.checkpoint else start.vocabulary or None)
-
-    def _new_model(self) -> nn.Module:
-        start, tasks = self.recipe.model, list(self._tasks.values())
-        torch.manual_seed(self.recipe.seed)
-        if start.checkpoint:
-            config = None
-            if start.config:
-                config = _changed_config(start.checkpoint, tasks, start.config)
-            return from_pretrained(start.checkpoint, tasks=tasks, config=config, device=self.world.device, pack=False)
-        family = FAMILIES[start.family]
-        config = family.config.preset(start.preset).replace(vocab_size=self.tokenizer.vocab_size, **start.config)
-        model = family.build(config, tasks, self.world.device, torch.float32)
-        if start.init == "scaled":
-            scale_preserving(model)
-        return model
-
     def _open_data(self) -> list[Dataset]:
         sources = self.recipe.sources
         return [open_dataset(s, [self._tasks[name] for name in s.tasks], self.model.config) for s in sources]
@@ -162,7 +118,7 @@ class Trainer:
         """Adapters, frozen parameters, optimizer, wrappers. `train` does this; call it before `step`."""
         recipe, model = self.recipe, self.model.to(self.world.device).train()
         self.names = official_of_parameters(model)
-        self._freeze(model)
+        start.freeze(model, recipe.model)
         if recipe.lora is not None:
             lora.add(model, recipe.lora, self.names)
         if recipe.activation_checkpointing:
@@ -197,26 +153,6 @@ class Trainer:
         if not states:
             raise ConfigError(f"queues: {', '.join(self._tasks)} has no queues: leave them out")
         return states
-
-    def _freeze(self, model: nn.Module) -> None:
-        chosen = self.recipe.model
-        if not chosen.freeze and not chosen.train_only:
-            return
-        official: dict[str, list[str]] = {}
-        for entry in model.official_names.entries:
-            official.setdefault(entry.path, []).append(entry.official)
-        names = [name for group in official.values() for name in group]
-        try:
-            frozen = matching(names, chosen.freeze)
-            if chosen.train_only:
-                frozen |= set(names) - matching(names, chosen.train_only)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        for name, parameter in model.named_parameters():
-            count = sum(each in frozen for each in official[name])
-            if 0 < count < len(official[name]):
-                raise ConfigError(f"{', '.join(official[name])} are one parameter here: freeze all of them or none")
-            parameter.requires_grad_(not count)
 
     def _make_reward(self) -> CiderReward | None:
         sources = [i for i, source in enumerate(self.recipe.sources) if source.objective == "scst"]
@@ -330,7 +266,7 @@ class Trainer:
         losses = dict(zip(names, self.world.sums([losses[name] for name in names]), strict=True))
         norm = self._clip()
         loss = self._weighted(losses, shares)
-        reason = self._reason_to_skip(loss, norm)
+        reason = state.reason_to_skip(loss, norm, recipe.max_spike)
         if reason is None:
             self.optimizer.step()
             if self._average:
@@ -389,20 +325,6 @@ class Trainer:
         limit = self.recipe.optimizer.gradient_clip or math.inf
         norm = nn.utils.clip_grad_norm_(parameters, limit)
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-    def _reason_to_skip(self, loss: float, norm: float) -> str | None:
-        state, limit = self.state, self.recipe.max_spike
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            return f"the loss is {loss:g} and the norm of the gradients {norm:g}"
-        known = state.step - state.skipped > _SPIKE_AFTER
-        highest = state.mean + limit * max(math.sqrt(max(state.variance, 0.0)), _SPIKE_MIN)
-        if limit and known and loss > highest:
-            return f"the loss {loss:.4g} is above {highest:.4g}, {limit:g} standard deviations over the recent mean"
-        difference = loss - state.mean
-        keep = _SPIKE_MEMORY if state.step > state.skipped else 0.0
-        state.mean += (1 - keep) * difference
-        state.variance = keep * (state.variance + (1 - keep) * difference**2)
-        return None
 
     def _count(self, reason: str | None, shares: Mapping[int, Step]) -> None:
         state = self.state
@@ -539,12 +461,3 @@ class Trainer:
 
 def _seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _changed_config(checkpoint: str, tasks: Sequence[Task], changes: Mapping[str, Any]) -> Any:
-    """The configuration of a checkpoint with changes."""
-    from mplug2_fast.checkpoint.resolve import resolve
-    from mplug2_fast.checkpoint.source import open_checkpoint
-
-    source = open_checkpoint(checkpoint)
-    return resolve(source, tasks, None).config.replace(**changes)

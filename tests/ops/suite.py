@@ -105,9 +105,10 @@ class OpSuite:
     def test_any_strides_of_any_argument(self, anywhere: str | None):
         """Results do not depend on the layout of the arguments: every second element, reversed axes, stride zero.
 
-        Arguments change one by one, or, where that takes too long, every third of them at once.
+        Half of the sizes are tried, and one where Triton interprets. Arguments change one by one, or, where that takes
+        too long, every third of them at once.
         """
-        for sizes in self.op.spec.edge_cases if anywhere is None or CUDA else self.op.spec.edge_cases[:2]:
+        for sizes in self.op.spec.edge_cases[::2] if anywhere is None or CUDA else self.op.spec.edge_cases[3:4]:
             given = self.op.spec.inputs(sizes, device=device(anywhere))
             names = [name for name, value in given.items() if isinstance(value, Tensor) and value.numel()]
             count = len(names) if anywhere is None or CUDA else 3

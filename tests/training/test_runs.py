@@ -14,6 +14,7 @@ from mplug2_fast.errors import ConfigError, DataError, MPlug2Error
 from mplug2_fast.training import Trainer
 from mplug2_fast.training import saves as saves_module
 from mplug2_fast.training.saves import OptimizerState
+from mplug2_fast.training.state import State
 from tests.training.data import Noise
 
 EVERYTHING = {"ema": 0.9, "distillation": {"alpha": 0.3}, "accumulate": 2}
@@ -156,14 +157,13 @@ def test_steps_that_are_not_finite_are_skipped(recipe, train, monkeypatch):
         train(recipe(max_skipped=1, out=str(trainer.folder / "other")))
 
 
-def test_a_spike_is_skipped(recipe, train, monkeypatch):
-    from mplug2_fast.training import trainer as module
-
-    monkeypatch.setattr(module, "_SPIKE_AFTER", 3)
-    trainer, _ = train(recipe(steps=1))
-    trainer.state.step, trainer.state.mean, trainer.state.variance = 100, 2.0, 0.01
-    assert "standard deviations" in trainer._reason_to_skip(5.0, 1.0)
-    assert trainer._reason_to_skip(2.5, 1.0) is None
+def test_a_spike_is_skipped():
+    state = State(step=100, mean=2.0, variance=0.01)
+    assert "standard deviations" in state.reason_to_skip(5.0, 1.0, max_spike=10)
+    assert state.mean == 2.0
+    assert state.reason_to_skip(5.0, 1.0, max_spike=0) is None
+    assert state.reason_to_skip(2.5, 1.0, max_spike=10) is None
+    assert State(step=1, mean=2.0).reason_to_skip(50.0, 1.0, max_spike=10) is None
 
 
 def test_two_runs_in_one_folder(recipe, train, monkeypatch):
