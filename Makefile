@@ -105,7 +105,7 @@ test-pythons:
 	rm -rf build/pythons
 	set -e; for python in $(PYTHONS); do \
 		if ! $$python -c '' 2> /dev/null; then echo "$$python: not installed"; continue; fi; \
-		folder=build/pythons/$$(basename $$python); \
+		folder=build/pythons/$$($$python -c 'import platform; print(platform.python_version())'); \
 		$$python -m compileall -q -f bench examples kernels mplug2_fast tests setup.py; \
 		MPLUG2_FAST_NATIVE=required $$python -m pip wheel --quiet --no-deps --wheel-dir $$folder .; \
 		$$python -m zipfile -e $$folder/*.whl $$folder; \
