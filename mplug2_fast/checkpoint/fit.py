@@ -10,8 +10,13 @@ from dataclasses import dataclass, field
 from mplug2_fast.errors import CheckpointError
 from mplug2_fast.models.names import KeyKind, OfficialNames, Shape
 
-HEADS = frozenset(("itm_head", "vision_proj", "text_proj", "temp"))
-"""Official names of heads that files of other tasks lack."""
+_HEAD_PREFIXES = (
+    "heads.",
+    *(f"{head}." for head in ("itm_head", "vision_proj", "text_proj")),
+    "temp",
+    "text_encoder.cls.",
+    "fusion_encoder.cls.",
+)
 
 _EXAMPLES = 3
 _GROUPS = 8
@@ -45,6 +50,10 @@ class Fit:
     resized: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
     servable: tuple[str, ...] = ()
 
+    def missing_heads(self) -> frozenset[str]:
+        """The missing keys that belong to heads, which can be trained from new weights."""
+        return frozenset(key for key in self.missing if key.startswith(_HEAD_PREFIXES))
+
     @property
     def ok(self) -> bool:
         """Whether the state dict has everything that the model needs, and nothing unexpected."""
@@ -73,8 +82,8 @@ class Fit:
             heads = sorted({key.split(".")[1] for key in self.missing if key.startswith("heads.")})
             if heads and all(key.startswith("heads.") for key in self.missing):
                 return f"no weights for the head of {', '.join(heads)}: load the other tasks, then add it with add_task"
-            parts = sorted({key.partition(".")[0] for key in self.missing})
-            if set(parts) <= HEADS:
+            if self.missing.keys() == self.missing_heads():
+                parts = sorted({_head_of(key) for key in self.missing})
                 each = "it" if len(parts) == 1 else "them"
                 return f"no weights for {', '.join(parts)}: train {each}, or pass a file that has {each}"
             if self.servable:
@@ -129,6 +138,12 @@ def group_of(key: str) -> str:
     """The subtree under which a key is reported: up to its layer number, otherwise its module."""
     layer = re.match(r"(.+?)\.[0-9]+\.", key)
     return f"{layer[1]}.*" if layer else ".".join(key.split(".")[:-1][:2]) or key
+
+
+def _head_of(key: str) -> str:
+    """The name of the head that a key belongs to."""
+    parts = key.split(".")
+    return ".".join(parts[:2]) if parts[0] in ("heads", "text_encoder", "fusion_encoder") else parts[0]
 
 
 def _section(title: str, entries: Mapping[str, str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -45,6 +46,7 @@ def from_pretrained(
     *,
     tasks: Sequence[Task | str] | None = None,
     pack: bool = True,
+    new_heads: bool = False,
 ) -> Any:
     """Loads a fast model from a checkpoint, in eval mode. Reads only what its tasks need, tensor by tensor.
 
@@ -58,6 +60,7 @@ def from_pretrained(
         device: None: the CPU.
         config: overrides what the file says and what its shapes imply. For another image size, position embeddings
             are resized as in `load_official`.
+        new_heads: whether heads that the file lacks get new weights, to be trained. Otherwise they are an error.
         pack: whether to call the model's `pack()`, which makes it faster on a CPU but 50% larger.
 
     Returns an `MPlug2`. If the task is one of the official checkpoints', it is an `MPlug2ForCaptioning` or an
@@ -72,13 +75,20 @@ def from_pretrained(
     device = pick_device(device or "cpu")
     source = open_checkpoint(path)
     resolved = resolve(source, task or tasks, config)
+    fresh = resolved.fit.missing_heads() if new_heads else frozenset()
+    if fresh:
+        missing = {key: shape for key, shape in resolved.fit.missing.items() if key not in fresh}
+        resolved = replace(resolved, fit=replace(resolved.fit, missing=missing))
     resolved.require(source)
     release = PageReleaser(source.file)
     require_twins(source, resolved, release)
     built = resolved.family.build(resolved.config, resolved.tasks, "meta", dtype)
     built = built.to_empty(device=device)
+    if fresh:
+        built.reset_parameters()
+    views = {key: view for key, view in built.official_parameters().items() if key not in fresh}
     try:
-        copy_official(built.official_parameters(), source.tensors, release)
+        copy_official(views, source.tensors, release)
     except CheckpointError as error:
         raise CheckpointError(f"{source.name}: {error}") from error
     return built.pack().eval() if pack else built.eval()

@@ -9,7 +9,7 @@ from mplug2_fast.errors import ConfigError, printable
 from mplug2_fast.imports import imported
 from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, best_labels
 from mplug2_fast.tasks.captioning import Captioning
-from mplug2_fast.tasks.classification import Classification
+from mplug2_fast.tasks.classification import Classification, Regression
 from mplug2_fast.tasks.grounding import Grounding
 from mplug2_fast.tasks.masked_words import MaskedWords
 from mplug2_fast.tasks.question_answering import AnswerRanking, QuestionAnswering
@@ -36,7 +36,7 @@ PRETRAINING: dict[str, Task] = {
 }
 """Tasks that models learn from. A checkpoint does not offer them by itself."""
 
-KINDS: dict[str, type[Task]] = {kind.kind: kind for kind in (Classification, ZeroShot)}
+KINDS: dict[str, type[Task]] = {kind.kind: kind for kind in (Classification, Regression, ZeroShot)}
 """Tasks that are made with settings, such as labels."""
 
 Stated = str | Mapping[str, Any]
@@ -55,6 +55,7 @@ __all__ = [
     "MaskedWords",
     "PrefixModelling",
     "QuestionAnswering",
+    "Regression",
     "Respond",
     "Retrieval",
     "Stated",

@@ -5,7 +5,9 @@ The heads are inferred from common practice, not taken from the paper: a linear 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mplug2_fast.errors import DataError, printable
-from mplug2_fast.tasks.base import Respond, Task, Texts, best_labels, require
+from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, best_labels, not_finite, require
 
 if TYPE_CHECKING:
     from mplug2_fast.datasets import Item
@@ -32,51 +34,48 @@ SEPARATOR = " [SEP] "
 """Between the texts of a pair."""
 
 
-class Classification(Task):
-    """Which of several classes an input has: one label an item.
+class OnClassToken(Task):
+    """A linear layer on a class token. Subclasses say what it predicts.
 
     Args:
-        labels: the classes.
         on: what the head sees. "visual": the class token of an image or a video. "text": that of a text or of a pair of
             texts. "fused": that of a text after fusion with an image or a video, for visual entailment and the like.
             "two_images": the same for two images, whose tokens are marked by a learned vector each.
         name: of the task, so that a model can have several.
+        outputs: of the layer.
 
     Raises:
-        ConfigError: fewer than two labels, one twice, or no such `on`.
+        ConfigError: no such `on`, or a name that is none.
     """
 
-    kind = "classification"
-    options = ("num_return",)
-    metrics = ("accuracy", "f1")
     # Each task has its own.
     name: str  # type: ignore[misc]
     modules: frozenset[str]  # type: ignore[misc]
     reads_text: bool  # type: ignore[misc]
     fields: tuple[str, ...]  # type: ignore[misc]
 
-    def __init__(self, labels: Sequence[str], on: On = "visual", name: str = "classification") -> None:
-        require(not isinstance(labels, str), "labels must be a list of texts, not one text")
-        require(all(isinstance(label, str) and label for label in labels), "labels must be texts that are not empty")
-        require(2 <= len(labels) <= MAX_LABELS, f"a classification has from 2 to {MAX_LABELS:,} labels")
-        require(len(set(labels)) == len(labels), "a label is there twice")
+    def __init__(self, on: On, name: str, outputs: int) -> None:
         require(on in _MODULES, f"on must be one of {', '.join(_MODULES)}, got {printable(repr(on))}")
         require(isinstance(name, str) and name.isidentifier(), f"{printable(repr(name))} is no name for a task")
-        self.labels, self.on, self.name = tuple(labels), on, name
+        self.on, self.name, self._outputs = on, name, outputs
         self.modules, self.reads_text = _MODULES[on], on != "visual"
         self.fields = ("text", "label") if self.reads_text else ("label",)
 
-    def settings(self) -> dict[str, Any]:
-        return {"labels": list(self.labels), "on": self.on, "name": self.name}
-
     def head(self, config: Any) -> nn.Module:
+        sizes = config.text.hidden_size, self._outputs
         if self.on == "two_images":
-            return TwoImages(config.text.hidden_size, len(self.labels), config.text.hidden_dropout_prob)
-        dropout = nn.Dropout(config.text.hidden_dropout_prob)
-        return nn.Sequential(dropout, nn.Linear(config.text.hidden_size, len(self.labels)))
+            return TwoImages(*sizes, config.text.hidden_dropout_prob)
+        return nn.Sequential(nn.Dropout(config.text.hidden_dropout_prob), nn.Linear(*sizes))
 
     def logits(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
-        """The logits of the classes `(B, labels)`."""
+        """What the layer gives `(B, outputs)`.
+
+        Args:
+            model: with the modules of this task.
+            batch: `video` or `image_embeds` unless `on` is "text"; `text_ids` and `text_mask` `(B, tokens)` unless it
+                is "visual". For two images, the frames of `video` are those of the first image, then of the second, and
+                `image_embeds` is `(B, 2, S, D)`.
+        """
         ids, mask = batch.get("text_ids"), batch.get("text_mask")
         if self.on == "visual":
             pooled = model.pooled(model.embed(batch.get("video"), batch.get("image_embeds")))
@@ -96,24 +95,8 @@ class Classification(Task):
         assert image_embeds is not None
         return (image_embeds + model.heads[self.name].types[:, None]).flatten(1, 2)
 
-    def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
-        """The mean cross-entropy.
-
-        Args:
-            model: with the modules of this task.
-            batch: `labels` `(B,)`, int64; `video` or `image_embeds` unless `on` is "text"; `text_ids` and `text_mask`
-                `(B, tokens)` unless it is "visual". For two images, the frames of `video` are those of the first image
-                and then of the second, and `image_embeds` is `(B, 2, S, D)`.
-        """
-        return F.cross_entropy(self.logits(model, batch).float(), batch["labels"])
-
-    def predict(self, model: Any, video: Tensor | None = None, **inputs: Any) -> Tensor:
-        """The probabilities of the classes `(B, labels)`, float32. Inputs: see `loss`."""
-        return self.logits(model, {"video": video, **inputs}).float().softmax(dim=-1)
-
-    def respond(self, model: Any, tokenizer: Tokenizer, num_return: int = 1) -> Respond:
-        count = len(self.labels)
-        require(1 <= num_return <= count, f"num_return must be from 1 to the {count} labels, got {num_return}")
+    def _responding(self, model: Any, tokenizer: Tokenizer, texts_of: Callable[[Tensor], list[Texts]]) -> Respond:
+        """`respond`, where `texts_of` turns predictions, which are averaged over views, into results."""
 
         def respond(image_embeds: Tensor | None, texts: Sequence[str | None]) -> list[Texts]:
             views, inputs = 1, {}
@@ -129,8 +112,7 @@ class Classification(Task):
                 ids, mask = _encoded(model.config, tokenizer, [str(text) for text in texts for _ in range(views)])
                 device = next(model.parameters()).device
                 inputs |= {"text_ids": ids.to(device), "text_mask": mask.to(device)}
-            probabilities = model.predict(self, **inputs).unflatten(0, (-1, views)).mean(dim=1)
-            return best_labels(probabilities, self.labels, num_return)
+            return texts_of(model.predict(self, **inputs).unflatten(0, (-1, views)).mean(dim=1))
 
         return respond
 
@@ -141,12 +123,16 @@ class Classification(Task):
             raise DataError(f"the item {printable(item.id)} has {found}, and {self.name} needs 2 in the field images")
 
     def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:
-        tensors = {"labels": torch.tensor([self._number(item) for item in items])}
+        tensors = {"labels": torch.tensor([self.label_of(item) for item in items])}
         if self.reads_text:
             texts = [str(self.text_of(item, config)) for item in items]
             ids, mask = _encoded(config, tokenizer, texts)
             tensors |= {"text_ids": ids, "text_mask": mask}
         return tensors
+
+    @abstractmethod
+    def label_of(self, item: Item) -> int | float:
+        """The label as the loss takes it. Raises `DataError` for one that the task does not know."""
 
     def targets(self, batch: Mapping[str, Tensor], config: Any) -> int:
         return len(batch["labels"])
@@ -156,16 +142,56 @@ class Classification(Task):
             return None
         return item.text if item.text_pair is None else f"{item.text}{SEPARATOR}{item.text_pair}"
 
-    def references(self, item: Item) -> Mapping[str, float]:
-        return {self.labels[self._number(item)]: 1.0}
-
     def check_text(self, model: Any, tokenizer: Tokenizer, text: str) -> None:
         from mplug2_fast.text import is_text
 
         require(is_text(text), "the text has characters that are not UTF-8")
         require(bool(text.strip()), "the text is empty")
 
-    def _number(self, item: Item) -> int:
+
+class Classification(OnClassToken):
+    """Which of several classes an input has: one label an item.
+
+    Args:
+        labels: the classes.
+        on, name: see `OnClassToken`.
+
+    Raises:
+        ConfigError: fewer than two labels, one twice, or no such `on`.
+    """
+
+    kind = "classification"
+    options = ("num_return",)
+    metrics = ("accuracy", "f1")
+
+    def __init__(self, labels: Sequence[str], on: On = "visual", name: str = "classification") -> None:
+        require(not isinstance(labels, str), "labels must be a list of texts, not one text")
+        require(all(isinstance(label, str) and label for label in labels), "labels must be texts that are not empty")
+        require(2 <= len(labels) <= MAX_LABELS, f"a classification has from 2 to {MAX_LABELS:,} labels")
+        require(len(set(labels)) == len(labels), "a label is there twice")
+        super().__init__(on, name, len(labels))
+        self.labels = tuple(labels)
+
+    def settings(self) -> dict[str, Any]:
+        return {"labels": list(self.labels), "on": self.on, "name": self.name}
+
+    def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+        """The mean cross-entropy. Batch: see `logits`, and `labels` `(B,)`, int64."""
+        return F.cross_entropy(self.logits(model, batch).float(), batch["labels"])
+
+    def predict(self, model: Any, video: Tensor | None = None, **inputs: Any) -> Tensor:
+        """The probabilities of the classes `(B, labels)`, float32. Inputs: see `logits`."""
+        return self.logits(model, {"video": video, **inputs}).float().softmax(dim=-1)
+
+    def respond(self, model: Any, tokenizer: Tokenizer, num_return: int = 1) -> Respond:
+        count = len(self.labels)
+        require(1 <= num_return <= count, f"num_return must be from 1 to the {count} labels, got {num_return}")
+        return self._responding(model, tokenizer, lambda found: best_labels(found, self.labels, num_return))
+
+    def references(self, item: Item) -> Mapping[str, float]:
+        return {self.labels[self.label_of(item)]: 1.0}
+
+    def label_of(self, item: Item) -> int:
         label = item.label
         text = str(label).lower() if isinstance(label, bool) else str(label)
         if text not in self.labels:
@@ -176,13 +202,57 @@ class Classification(Task):
         return self.labels.index(text)
 
 
-class TwoImages(nn.Module):
-    """A classifier, and the vectors that mark the tokens of the first and of the second image."""
+class Regression(OnClassToken):
+    """A number for an input, such as how similar the texts of a pair are.
 
-    def __init__(self, width: int, classes: int, dropout: float) -> None:
+    Args:
+        on, name: see `OnClassToken`.
+    """
+
+    kind = "regression"
+    metrics = ("pearson", "spearman")
+
+    def __init__(self, on: On = "text", name: str = "regression") -> None:
+        super().__init__(on, name, 1)
+
+    def settings(self) -> dict[str, Any]:
+        return {"on": self.on, "name": self.name}
+
+    def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
+        """The mean squared error. Batch: see `logits`, and `labels` `(B,)`, numbers."""
+        return F.mse_loss(self.logits(model, batch)[:, 0].float(), batch["labels"].float())
+
+    def predict(self, model: Any, video: Tensor | None = None, **inputs: Any) -> Tensor:
+        """The numbers `(B,)`, float32. Inputs: see `logits`."""
+        return self.logits(model, {"video": video, **inputs})[:, 0].float()
+
+    def respond(self, model: Any, tokenizer: Tokenizer) -> Respond:
+        def texts_of(found: Tensor) -> list[Texts]:
+            return [
+                [Alternative(f"{number:.4f}", number)] if math.isfinite(number) else not_finite(model_dtype)
+                for number in found.tolist()
+            ]
+
+        model_dtype = next(model.parameters()).dtype
+        return self._responding(model, tokenizer, texts_of)
+
+    def references(self, item: Item) -> Mapping[str, float]:
+        return {str(item.label): 1.0}
+
+    def label_of(self, item: Item) -> float:
+        if isinstance(item.label, bool) or not isinstance(item.label, int | float):
+            label = printable(repr(item.label))
+            raise DataError(f"the item {printable(item.id)} has the label {label}, and {self.name} needs a number")
+        return float(item.label)
+
+
+class TwoImages(nn.Module):
+    """A linear layer, and the vectors that mark the tokens of the first and of the second image."""
+
+    def __init__(self, width: int, outputs: int, dropout: float) -> None:
         super().__init__()
         self.types = nn.Parameter(torch.empty(2, width))
-        self.classes = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, classes))
+        self.classes = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classes(x)

@@ -36,6 +36,8 @@ class Model(_Part):
 
     checkpoint: str = ""
     """A checkpoint to start from: a path, or `owner/name` on the Hugging Face Hub."""
+    new_heads: bool = False
+    """Whether heads of tasks that the checkpoint lacks start from new weights. Otherwise they are an error."""
     preset: str = ""
     """Instead of a checkpoint: the size of a model with new weights."""
     family: str = "mplug2"

@@ -31,7 +31,8 @@ def new_model(chosen: Model, tasks: Sequence[Task], vocab_size: int, device: tor
         config = None
         if chosen.config:
             config = resolve(open_checkpoint(chosen.checkpoint), tasks, None).config.replace(**chosen.config)
-        return from_pretrained(chosen.checkpoint, tasks=tasks, config=config, device=device, pack=False)
+        options = {"tasks": tasks, "config": config, "device": device, "new_heads": chosen.new_heads}
+        return from_pretrained(chosen.checkpoint, pack=False, **options)
     family = FAMILIES[chosen.family]
     config = family.config.preset(chosen.preset).replace(vocab_size=vocab_size, **chosen.config)
     model = family.build(config, tasks, device, torch.float32)

@@ -23,7 +23,7 @@ from mplug2_fast.training.data import Batch, Dataset, Step, StepDataset, iterate
 from mplug2_fast.training.data import to_device as moved
 from mplug2_fast.training.log import Log
 from mplug2_fast.training.optimizer import make_optimizer, official_of_parameters, set_learning_rates
-from mplug2_fast.training.recipe import Distillation, Queues, Recipe, load_recipe
+from mplug2_fast.training.recipe import Distillation, Queues, Recipe, Source, load_recipe
 from mplug2_fast.training.result import write_result
 from mplug2_fast.training.saves import OptimizerState, Saves, named_tensors, names_in, require_names
 from mplug2_fast.training.scst import CiderReward
@@ -148,7 +148,8 @@ class Trainer:
                 raise ConfigError(
                     f"queues.size {queues.size} is not a multiple of the batch_size {source.batch_size}: change one"
                 )
-        made = {name: task.training_state(model, queues.size, queues.momentum) for name, task in self._tasks.items()}
+        tasks = self._tasks.values()
+        made = {task.name: task.training_state(model, queues.size, queues.momentum) for task in tasks}
         states = {name: state for name, state in made.items() if state is not None}
         if not states:
             raise ConfigError(f"queues: {', '.join(self._tasks)} has no queues: leave them out")
@@ -247,7 +248,7 @@ class Trainer:
         rate = set_learning_rates(self.optimizer, recipe.schedule, state.step, self.steps)
         self._module.update()
         self.optimizer.zero_grad(set_to_none=True)
-        keys = [(i, task) for i in shares for task in recipe.sources[i].tasks]
+        keys = [(i, task) for i in shares for task in self._names(recipe.sources[i])]
         counts = [sum(part.targets[task] for part in shares[i].parts) for i, task in keys]
         *totals, stop = self.world.sums([*counts, float(self._asked_to_stop)])
         self._stop = stop > 0
@@ -278,17 +279,22 @@ class Trainer:
         self._log.step(state.step, loss, losses, norm=norm, rate=rate, samples=samples, skipped=reason)
         return losses
 
+    def _names(self, source: Source) -> list[str]:
+        """The names of a source's tasks, which are shorter than what the recipe says of tasks in files."""
+        return [self._tasks[task].name for task in source.tasks]
+
     def _part(self, i: int, batch: Batch, targets: Mapping[tuple[int, str], float]) -> Part:
         source = self.recipe.sources[i]
-        shares = {task: batch.targets[task] / max(targets[i, task], 1) for task in source.tasks}
-        weights = dict(zip(source.tasks, source.weights, strict=True))
+        names = self._names(source)
+        shares = {name: batch.targets[name] / max(targets[i, name], 1) for name in names}
+        weights = dict(zip(names, source.weights, strict=True))
         tensors = {task: moved(each, self.world.device) for task, each in batch.tensors.items()}
-        options = {task: source.options_of(task) for task in source.tasks}
+        options = {name: source.options_of(task) for name, task in zip(names, source.tasks, strict=True)}
         return Part(batch._replace(tensors=tensors), shares, weights, source.objective, options)
 
     def _weighted(self, losses: Mapping[str, float], shares: Mapping[int, Step]) -> float:
         sources = [self.recipe.sources[i] for i in shares]
-        weights = {name: w for source in sources for name, w in zip(source.tasks, source.weights, strict=True)}
+        weights = {name: w for source in sources for name, w in zip(self._names(source), source.weights, strict=True)}
         return sum(weights[name] * value for name, value in losses.items())
 
     def _alpha(self) -> float:

@@ -9,7 +9,7 @@ import torch
 import mplug2_fast as mf
 from mplug2_fast.datasets import Item
 from mplug2_fast.predict.predictor import TINY_MODEL
-from mplug2_fast.tasks import Classification
+from mplug2_fast.tasks import Classification, Regression
 from mplug2_fast.text import Tokenizer
 from mplug2_fast.training.data import ItemDataset, video_of
 from tests.models.test_mplug import SMALL as MPLUG
@@ -188,3 +188,23 @@ def test_two_images_from_files(tmp_path):
     assert bad.error == "none.png: no such file"
     with pytest.raises(mf.ConfigError, match="same needs two images with each text"):
         list(classifier.classify(files[:1], "both are red"))
+
+
+def test_numbers(tmp_path):
+    task = Regression("text", "similarity")
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.from_vocab()
+    model = mf.MPlug(MPLUG.replace(vocab_size=tokenizer.vocab_size), [task]).eval()
+    items = [Item("1", text="it rains", text_pair="it pours", label=4.5), Item("2", text="a", text_pair="b", label=1)]
+    batch = task.batch(items, tokenizer, model.config)
+    found = model.predict(task, text_ids=batch["text_ids"], text_mask=batch["text_mask"])
+    expected = ((found - torch.tensor([4.5, 1.0])) ** 2).mean()
+    assert model.loss(task, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+    texts = [task.text_of(item, model.config) for item in items]
+    answers = task.respond(model, tokenizer)(None, texts)
+    assert [float(each[0].text) for each in answers] == pytest.approx(found.tolist(), abs=1e-4)
+    mf.checkpoint.save_pretrained(model, tmp_path / "saved")
+    loaded = mf.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(loaded.predict("similarity", **{k: batch[k] for k in ("text_ids", "text_mask")}), found)
+    with pytest.raises(mf.DataError, match="the item 3 has the label 'high', and similarity needs a number"):
+        task.batch([Item("3", text="a", label="high")], tokenizer, model.config)
