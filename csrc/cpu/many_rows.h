@@ -6,6 +6,7 @@
 
 #include "cpu/activation.h"
 #include "cpu/attention_plan.h"
+#include "cpu/kept_memory.h"
 #include "cpu/linear_act.h"
 #include "cpu/parallel.h"
 #include "cpu/product.h"
@@ -72,9 +73,10 @@ void multiply_columns(const LinearActArguments& a, std::int64_t begin, std::int6
     const Cut columns(end - begin, kBlockColumns, kPanelColumns);
     const Cut depths(a.in_features, kBlockDepth, kLanes), rows(a.rows, kBlockRows, kProductRows);
     const std::int64_t x_stride = depths.size + kRowGap;
-    Scratch scratch(Scratch::bytes<Word>(columns.size * depths.size) + Scratch::bytes<float>(rows.size * x_stride));
-    Word* panels = scratch.take<Word>(columns.size * depths.size);
-    float* block = scratch.take<float>(rows.size * x_stride);
+    const std::int64_t panel_bytes = Scratch::bytes<Word>(columns.size * depths.size);
+    char* memory = static_cast<char*>(kept_memory(panel_bytes + Scratch::bytes<float>(rows.size * x_stride)));
+    Word* panels = reinterpret_cast<Word*>(memory);
+    float* block = reinterpret_cast<float*>(memory + panel_bytes);
     for (std::int64_t n = 0; n < columns.parts; ++n) {
         const std::int64_t column = begin + columns.begin(n), width = columns.length(n);
         for (std::int64_t d = 0; d < depths.parts; ++d) {
