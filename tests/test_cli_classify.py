@@ -142,6 +142,7 @@ def test_texts_from_texts(tmp_path: Path) -> None:
 
 
 def test_evaluation_of_texts_alone(checkpoint: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the report needs the extra evaluate")
     items = [{"id": str(n), "text": text, "label": LABELS[n]} for n, text in enumerate([*TEXTS, TEXTS[0]])]
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, items)) + "\n")
     given = ["--data", tmp_path / "test.jsonl", "--task", "by_text", "--metric", "accuracy"]

@@ -11,7 +11,6 @@ from mplug2_fast.datasets import Item
 from mplug2_fast.predict.predictor import TINY_MODEL
 from mplug2_fast.tasks import Classification, Regression
 from mplug2_fast.text import Tokenizer
-from mplug2_fast.training.data import ItemDataset, video_of
 from tests.models.test_mplug import SMALL as MPLUG
 from tests.tiny import SMALL as MPLUG2
 from tests.tiny import random_text, random_video, randomise
@@ -168,7 +167,10 @@ def test_two_images():
 
 
 def test_two_images_from_files(tmp_path):
-    Image = pytest.importorskip("PIL.Image")
+    Image, _ = pytest.importorskip("PIL.Image"), pytest.importorskip("av")
+    pytest.importorskip("pydantic")
+    from mplug2_fast.training import data
+
     rng = np.random.default_rng(0)
     for name in ("a.png", "b.png"):
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / name)
@@ -178,9 +180,9 @@ def test_two_images_from_files(tmp_path):
     model = randomise(mf.MPlug2(config, [task]))
     files = str(tmp_path / "a.png"), str(tmp_path / "b.png")
     item = Item("1", images=files, text="both are red", label=True)
-    sample = ItemDataset([item], [task], config.vision).sample(0, rng)
+    sample = data.ItemDataset([item], [task], config.vision).sample(0, rng)
     batch = task.batch([item], tokenizer, config)
-    video = video_of([sample], config.vision.image_size)
+    video = data.video_of([sample], config.vision.image_size)
     expected = model.predict("same", video, text_ids=batch["text_ids"], text_mask=batch["text_mask"])
     classifier = mf.Classifier(model, tokenizer)
     good, bad = classifier.classify_pairs([files, (files[0], "none.png")], "both are red", num_return=2)

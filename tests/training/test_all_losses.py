@@ -12,6 +12,7 @@ import mplug2_fast as mf
 from mplug2_fast.predict.predictor import TINY_MODEL
 
 Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("av")
 pytest.importorskip("pydantic")
 
 TASK = (
