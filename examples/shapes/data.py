@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from examples.shapes.language import ANSWERS, QUESTION_KINDS, phrase, question
+from examples.shapes.language import ANSWERS, QUESTION_KINDS, absent, phrase, question
 from examples.shapes.render import draw
 from examples.shapes.scenes import Scene, caption, sample_scene
 from mplug2_fast.datasets import Item
@@ -15,11 +15,15 @@ from mplug2_fast.training import Sample
 
 PICTURES = 10_000_000
 """Pictures of an epoch: more than any run takes."""
+COMPARISONS = {"count": 0.32, "exists": 0.32, "relation": 0.26, "color": 0.04, "shape": 0.04, "objects": 0.02}
+"""Kind of question -> its share in `Comparisons`."""
 
 
-def example(rng: np.random.Generator, *, held_out: bool, id: str = "", image: str | None = None) -> tuple[Scene, Item]:
+def example(
+    rng: np.random.Generator, *, held_out: bool, id: str = "", image: str | None = None, kind: str | None = None
+) -> tuple[Scene, Item]:
     """A random scene, and its item. Kind and answer of the question are drawn first, so all are equally frequent."""
-    kind = QUESTION_KINDS[rng.integers(len(QUESTION_KINDS))]
+    kind = kind or QUESTION_KINDS[rng.integers(len(QUESTION_KINDS))]
     answer = ANSWERS[kind][rng.integers(len(ANSWERS[kind]))]
     asked = None
     while asked is None:
@@ -57,5 +61,23 @@ class Shapes:
 
         Its id is the caption: for retrieval, pictures with the same caption are the same.
         """
-        scene, item = example(rng, held_out=False)
-        return Sample(replace(item, id=item.caption[0]), draw(scene, rng)[None])
+        return _sample(*example(rng, held_out=False), rng)
+
+
+class Comparisons(Shapes):
+    """Mostly the questions that are learned last: they compare what is asked with what is there.
+
+    `COMPARISONS` has the share of each kind. Two in five of the "no" to "is there ..." ask for a color or shape that is
+    nowhere in the picture, which is easier to see.
+    """
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        kind = str(rng.choice([*COMPARISONS], p=[*COMPARISONS.values()]))
+        scene, item = example(rng, held_out=False, kind=kind)
+        if kind == "exists" and "no" in item.answers and rng.random() < 0.4:
+            item = replace(item, question=absent(scene, rng) or item.question)
+        return _sample(scene, item, rng)
+
+
+def _sample(scene: Scene, item: Item, rng: np.random.Generator) -> Sample:
+    return Sample(replace(item, id=item.caption[0]), draw(scene, rng)[None])

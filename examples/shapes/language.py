@@ -49,6 +49,18 @@ def question(scene: Scene, kind: str, answer: str, rng: np.random.Generator) -> 
     return str(rng.choice(found)) if found else None
 
 
+def absent(scene: Scene, rng: np.random.Generator) -> str | None:
+    """Whether there is an object of a color or a shape that no object of the scene has. None if there is no such."""
+    kinds = [("color", color, str(rng.choice([each.shape for each in scene]))) for color in COLORS]
+    kinds += [("shape", str(rng.choice([each.color for each in scene])), shape) for shape in SHAPES]
+    found = [
+        f"is there a {color} {shape}"
+        for field, color, shape in kinds
+        if not any(getattr(each, field) == (color if field == "color" else shape) for each in scene)
+    ]
+    return str(rng.choice(found)) if found else None
+
+
 def matches(scene: Scene, text: str) -> list[Object]:
     """The objects that a phrase fits."""
     name, relation, other = text, None, ""

@@ -11,8 +11,8 @@ import pytest
 
 import mplug2_fast as mf
 from examples.shapes import evaluate
-from examples.shapes.data import example
-from examples.shapes.language import ANSWERS, RELATIONS, matches, vocabulary
+from examples.shapes.data import Comparisons, example
+from examples.shapes.language import ANSWERS, RELATIONS, absent, matches, vocabulary
 from examples.shapes.render import draw
 from examples.shapes.scenes import SIDE, caption, is_held_out
 from examples.shapes.write import held_out, write
@@ -84,6 +84,15 @@ def test_questions_and_their_answers(examples):
         if item.question.startswith("what color"):
             (found,) = matches(scene, " ".join(words[words.index("the") :]))
             assert answer == found.color
+
+
+def test_a_color_or_shape_that_is_nowhere(examples):
+    rng = np.random.default_rng(0)
+    for scene, _ in examples[False]:
+        color, shape = absent(scene, rng).split()[-2:]
+        assert all(each.color != color for each in scene) or all(each.shape != shape for each in scene)
+    kinds = [Comparisons(mf.MPlugConfig.preset("tiny")).sample(0, rng).item.extra["kind"] for _ in range(40)]
+    assert sum(kind in ("count", "exists", "relation") for kind in kinds) > 30
 
 
 def test_the_vocabulary_has_every_word(examples):
