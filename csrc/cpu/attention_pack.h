@@ -224,7 +224,7 @@ MPLUG2_INLINE void transpose(F32 (&m)[8]) {
 
 template <bool kPair, typename Element>
 void pack_keys(const Tokens<Element>& keys, std::int64_t begin, std::int64_t count, std::int64_t head_dim,
-               std::int64_t ahead, Word* to) {
+               [[maybe_unused]] std::int64_t ahead, Word* to) {
     static_assert(!kPair, "pairs need AVX-512");
     for (std::int64_t j = 0; j < count; j += kLanes, to += head_dim * kLanes) {
         const Element* rows[kLanes];
