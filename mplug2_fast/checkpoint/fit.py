@@ -75,6 +75,10 @@ class Fit:
         )
         return "\n".join([*lines, f"  remedy: {self._remedy()}"])
 
+    def _lacks_a_whole_part(self) -> bool:
+        """Whether a file without these entries may be one of another task. A single lost entry makes it incomplete."""
+        return not {_part_of(key) for key in self.missing} <= {_part_of(key) for key in self.needed}
+
     def _remedy(self) -> str:
         if not (self.needed or self.mismatched):
             return "this is another kind of checkpoint: use one of this family"
@@ -86,7 +90,7 @@ class Fit:
                 parts = sorted({_head_of(key) for key in self.missing})
                 each = "it" if len(parts) == 1 else "them"
                 return f"no weights for {', '.join(parts)}: train {each}, or pass a file that has {each}"
-            if self.servable:
+            if self.servable and self._lacks_a_whole_part():
                 return (
                     f'the parts that only {self.title} uses are missing: load it with task="{self.servable[0]}", '
                     f"or use a {self.title} checkpoint"
@@ -96,6 +100,10 @@ class Fit:
         if self.missing:
             return "the file is incomplete, or its keys were renamed: use the complete official checkpoint"
         return "remove the unexpected entries if they are known to be harmless, or use the checkpoint of this model"
+
+
+def _part_of(key: str) -> str:
+    return key.partition(".")[0]
 
 
 def check_fit(shapes: Mapping[str, Shape], names: OfficialNames, title: str, servable: tuple[str, ...] = ()) -> Fit:
