@@ -1,7 +1,7 @@
 """Peak memory of a captioning step with recomputed activations under bfloat16 autocast: counted, and measured on a CPU.
 
-python -m bench.step_memory --preset large                # a Large step computes for minutes
-python -m bench.step_memory --preset large --no-products  # with matrix products that only write zeros: seconds
+python -m bench.step_memory --preset large                # computes a Large step
+python -m bench.step_memory --preset large --no-products  # much faster: matrix products only write zeros
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from mplug2_fast import MPlug2Config
 from mplug2_fast.models.mplug2 import MPlug2ForCaptioning
 
 WIDE, NARROW = 4, 2
-"""Bytes of a weight and of a residual stream; of an operator's other tensors under autocast."""
+"""Bytes of a number in weights and residual streams, and in other tensors under autocast."""
 
 
 def count(config: MPlug2Config, frames: int) -> dict[str, int]:
     """Bytes of each part at the peak, for one video and without libraries.
 
-    The peak is at the end of the backward pass: every parameter has a gradient, and the first layer of the vision
-    encoder, which has more rows than any other, is computed again. Until then the kept inputs of the layers were freed
-    one by one, each of them smaller than the gradients of the layer behind it.
+    The peak is at the end of the backward pass. Every parameter has a gradient, and the first layer of the vision
+    encoder, which has more rows than any other, is computed again. By then the inputs that other
+    layers kept are freed. Each took less memory than the gradients that its layer got.
     """
     vision = config.vision
-    parameters = sum(p.numel() for p in MPlug2ForCaptioning(config, device="meta").parameters())
+    model = MPlug2ForCaptioning(config, device="meta")
+    parameters, block = (sum(p.numel() for p in part.parameters()) for part in (model, model.visual.blocks[0]))
     values = vision.output_frames(frames) * (1 + vision.num_patches) * vision.width
     streams = 5 * WIDE  # the input, the result of each of the four parts
     saved = 9 * NARROW  # the inputs of two temporal modules, the norm, queries, keys, values, heads, the MLP's input
     hidden = 3 * vision.mlp_ratio * NARROW  # in the MLP's backward pass: before and after the activation, gradient
-    block = sum(p.numel() for p in MPlug2ForCaptioning(config, device="meta").visual.blocks[0].parameters())
     return {
         "weights": WIDE * parameters,
         "gradients": WIDE * parameters,
@@ -46,11 +46,11 @@ def count(config: MPlug2Config, frames: int) -> dict[str, int]:
 
 
 def measured(preset: str, frames: int, tokens: int = 20, *, products: bool = True) -> int:
-    """The peak bytes of a step in a process of its own, above what its libraries take.
+    """The bytes that a step needs at its peak, without those of the libraries. It runs in a new process.
 
     Args:
-        products: False replaces matrix products and attention by writing zeros. All tensors stay, and a Large step
-            takes seconds.
+        products: False writes zeros instead of computing matrix products and attention. Tensors have the same sizes,
+            and the step is much faster.
     """
     return run("the step", _peak, preset, frames, tokens, products)
 

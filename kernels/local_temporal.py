@@ -3,7 +3,7 @@
 `forward`, for few rows, has two launches: norm, down-projection, convolution over time and activation; then the
 up-projection with the residual. A tile of the first launch has all frames of a few positions, so the convolution finds
 its frames in the tile's registers. Only the inner activations, half as wide as x, go through memory. A tile's rows are
-read twice, for the statistics and for the product; the second time they are in the L2 cache.
+read twice: for the statistics, and again for the product, when they are in the L2 cache.
 
 `convolve`, for many rows, computes convolution and activation in a separate pass between two products. If the first
 product applied the norm, its rows would pass through registers. With many rows, that costs more than the separate

@@ -65,17 +65,17 @@ class Shapes:
 
 
 class Comparisons(Shapes):
-    """Mostly the questions that are learned last: they compare what is asked with what is there.
+    """Mostly questions about counts, existence and relations, which are learned last.
 
-    `COMPARISONS` has the share of each kind. Two in five of the "no" to "is there ..." ask for a color or shape that is
-    nowhere in the picture, which is easier to see.
+    `COMPARISONS` has the share of each kind. When the answer to "is there ..." is "no", two questions in five name a
+    color or a shape that no object has. These are easier.
     """
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         kind = str(rng.choice([*COMPARISONS], p=[*COMPARISONS.values()]))
         scene, item = example(rng, held_out=False, kind=kind)
         if kind == "exists" and "no" in item.answers and rng.random() < 0.4:
-            item = replace(item, question=absent(scene, rng) or item.question)
+            item = replace(item, question=absent(scene, rng))
         return _sample(scene, item, rng)
 
 

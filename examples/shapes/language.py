@@ -49,16 +49,12 @@ def question(scene: Scene, kind: str, answer: str, rng: np.random.Generator) -> 
     return str(rng.choice(found)) if found else None
 
 
-def absent(scene: Scene, rng: np.random.Generator) -> str | None:
-    """Whether there is an object of a color or a shape that no object of the scene has. None if there is no such."""
-    kinds = [("color", color, str(rng.choice([each.shape for each in scene]))) for color in COLORS]
-    kinds += [("shape", str(rng.choice([each.color for each in scene])), shape) for shape in SHAPES]
-    found = [
-        f"is there a {color} {shape}"
-        for field, color, shape in kinds
-        if not any(getattr(each, field) == (color if field == "color" else shape) for each in scene)
-    ]
-    return str(rng.choice(found)) if found else None
+def absent(scene: Scene, rng: np.random.Generator) -> str:
+    """A question for an object whose color or shape is nowhere in the scene. Every scene lacks some color."""
+    colors, shapes = {each.color for each in scene}, {each.shape for each in scene}
+    pairs = [*itertools.product(COLORS.keys() - colors, shapes), *itertools.product(colors, {*SHAPES} - shapes)]
+    color, shape = rng.choice(sorted(pairs))
+    return f"is there a {color} {shape}"
 
 
 def matches(scene: Scene, text: str) -> list[Object]:

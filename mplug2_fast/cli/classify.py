@@ -58,10 +58,10 @@ def classify(
 ) -> None:
     """Classify videos, images, texts, or both together.
 
-    The labels and what they belong to are in the checkpoint. With --label or --labels, a checkpoint that was trained
-    for retrieval chooses among these names. Prints one line per file or text, in order: its name, a
-    tab, the label, a tab, and the probability. Files that cannot be read are reported on standard error. The others are
-    still classified, and the exit status is 2.
+    The checkpoint says which labels there are, and for what. With --label or --labels, a checkpoint that was trained
+    for retrieval chooses among these names. Prints one line per file or text, in order: its name, a tab, the label, a
+    tab, and the probability. Files that cannot be read are reported on standard error. The others are still
+    classified, and the exit status is 2.
 
     With --out the results go to a file, one JSON object per file or text, and PATH may also be a folder or a .txt list.
     Rerun the same command to resume an interrupted run.

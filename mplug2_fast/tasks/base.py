@@ -177,6 +177,20 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def require_text(text: str, what: str = "the text") -> None:
+    """Raise `ConfigError` for a text that is empty or not UTF-8."""
+    from mplug2_fast.text import is_text
+
+    require(is_text(text), f"{what} has characters that are not UTF-8")
+    require(bool(text.strip()), f"{what} is empty")
+
+
+def require_text_or_caption(item: Item, name: str) -> None:
+    """Raise `DataError` for an item without texts, which the task of this name needs."""
+    if not (item.text or item.caption):
+        raise DataError(f"the item {printable(item.id)} has no text and no caption, which {name} needs")
+
+
 def require_positions(model: Any, what: str, ids: Tensor) -> None:
     """Raise `ConfigError` for ids `(texts, tokens)` that are longer than the model reads."""
     positions = model.config.text.max_position_embeddings

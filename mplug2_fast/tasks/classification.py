@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mplug2_fast.errors import DataError, printable
-from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, best_labels, not_finite, require
+from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, best_labels, not_finite, require, require_text
 
 if TYPE_CHECKING:
     from mplug2_fast.datasets import Item
@@ -143,10 +143,7 @@ class OnClassToken(Task):
         return item.text if item.text_pair is None else f"{item.text}{SEPARATOR}{item.text_pair}"
 
     def check_text(self, model: Any, tokenizer: Tokenizer, text: str) -> None:
-        from mplug2_fast.text import is_text
-
-        require(is_text(text), "the text has characters that are not UTF-8")
-        require(bool(text.strip()), "the text is empty")
+        require_text(text)
 
 
 class Classification(OnClassToken):

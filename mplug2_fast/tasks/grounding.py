@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.tasks.base import BoxAlternative, Respond, Task, Texts, not_finite, require, require_positions
+from mplug2_fast.tasks.base import (
+    BoxAlternative,
+    Respond,
+    Task,
+    Texts,
+    not_finite,
+    require,
+    require_positions,
+    require_text,
+)
 
 if TYPE_CHECKING:
     from mplug2_fast.datasets import Item
@@ -151,10 +160,7 @@ class Grounding(Task):
         return {" ".join(f"{value:.4f}" for value in item.box or ()): 1.0}
 
     def check_text(self, model: Any, tokenizer: Tokenizer, text: str) -> None:
-        from mplug2_fast.text import is_text
-
-        require(is_text(text), "the phrase has characters that are not UTF-8")
-        require(bool(text.strip()), "the phrase is empty")
+        require_text(text, "the phrase")
         require(len(text) <= MAX_PHRASE_LENGTH, f"the phrase is longer than {MAX_PHRASE_LENGTH:,} characters")
         require_positions(model, "a phrase, with its padding,", model.config.wording.phrases(tokenizer, [text])[0])
         size = model.config.text.vocab_size

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.errors import DataError, printable
-from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, not_finite, require
+from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, not_finite, require, require_text_or_caption
 from mplug2_fast.tasks.generative import IGNORED
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ RATE = 0.15
 MASKED, RANDOM = 0.8, 0.1
 """Shares of these that become [MASK], or any token. The rest stays."""
 MASK = "[MASK]"
-_PAD, _CLS, _SEP = 0, 101, 102
 
 
 class MaskedWords(Task):
@@ -59,7 +57,8 @@ class MaskedWords(Task):
         ids, labels = batch["text_ids"], batch.get("labels")
         if labels is None:
             words = model.config.text.vocab_size
-            ids, labels = masked(ids, batch["text_mask"], batch["mask_token_id"], words, rate)
+            spared = (model.start_token_id, model.end_token_id, model.pad_token_id)
+            ids, labels = masked(ids, batch["text_mask"], batch["mask_token_id"], words, spared, rate)
         hidden = self._hidden(model, {**batch, "text_ids": ids})
         places = labels != IGNORED
         logits = self._logits(model, hidden[places]).float()
@@ -112,8 +111,7 @@ class MaskedWords(Task):
 
     def require_fields(self, item: Item) -> None:
         super().require_fields(item)
-        if not (item.text or item.caption):
-            raise DataError(f"the item {printable(item.id)} has no text and no caption, which {self.name} needs")
+        require_text_or_caption(item, self.name)
 
     def samples(self, item: Item) -> list[Item]:
         return [item] if item.text else [replace(item, caption=(caption,)) for caption in item.caption]
@@ -131,10 +129,17 @@ class MaskedWords(Task):
         return item.text
 
 
-def masked(ids: Tensor, mask: Tensor, mask_token_id: Tensor, words: int, rate: float = RATE) -> tuple[Tensor, Tensor]:
-    """Ids `(B, tokens)` with some masked, and labels, -100 where nothing is predicted. Never [CLS], [SEP], padding."""
-    special = (ids == _CLS) | (ids == _SEP) | (ids == _PAD) | (mask == 0)
-    chosen = (torch.rand(ids.shape, device=ids.device) < rate) & ~special
+def masked(
+    ids: Tensor, mask: Tensor, mask_token_id: Tensor, words: int, spared: Sequence[int], rate: float = RATE
+) -> tuple[Tensor, Tensor]:
+    """Ids `(B, tokens)` with some masked, and labels, -100 where nothing is predicted.
+
+    Args:
+        mask: 0 for padding, which is never masked. mask_token_id: `(B,)`. words: entries of the vocabulary.
+        spared: ids that are never masked. rate: share of the other tokens that are predicted.
+    """
+    is_spared = torch.isin(ids, torch.tensor(spared, device=ids.device)) | (mask == 0)
+    chosen = (torch.rand(ids.shape, device=ids.device) < rate) & ~is_spared
     way = torch.rand(ids.shape, device=ids.device)
     other = torch.randint(words, ids.shape, device=ids.device)
     changed = torch.where(way < MASKED, mask_token_id[:, None], torch.where(way < MASKED + RANDOM, other, ids))

@@ -16,7 +16,16 @@ from torch.nn import functional as F
 
 from mplug2_fast.errors import printable
 from mplug2_fast.nn.momentum import MomentumCopy
-from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, not_finite, require, require_positions
+from mplug2_fast.tasks.base import (
+    Alternative,
+    Respond,
+    Task,
+    Texts,
+    not_finite,
+    require,
+    require_positions,
+    require_text,
+)
 from mplug2_fast.tasks.gallery import Gallery
 from mplug2_fast.tasks.matching import Scores, matched, rerank
 
@@ -270,10 +279,9 @@ class Retrieval(Task):
         return dict.fromkeys(item.caption, 1.0)
 
     def check_text(self, model: Any, tokenizer: Tokenizer, text: str) -> None:
-        from mplug2_fast.text import clean_caption, is_text
+        from mplug2_fast.text import clean_caption
 
-        require(is_text(text), "the text has characters that are not UTF-8")
-        require(bool(text.strip()), "the text is empty")
+        require_text(text)
         require(bool(clean_caption(text)), f"the text {printable(repr(text), 80)} is empty without its punctuation")
         require(len(text) <= MAX_TEXT_LENGTH, f"the text is longer than {MAX_TEXT_LENGTH:,} characters")
         ids, _ = model.config.wording.descriptions(tokenizer, [text], video=True, training=False)

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mplug2_fast.errors import DataError, printable
-from mplug2_fast.tasks.base import require, require_positions
+from mplug2_fast.tasks.base import require_positions, require_text, require_text_or_caption
 from mplug2_fast.tasks.generative import IGNORED, shifted_labels, token_losses
 from mplug2_fast.tasks.question_answering import QuestionAnswering
 
@@ -51,10 +50,7 @@ class TextGeneration(QuestionAnswering):
         return item.text
 
     def check_text(self, model: Any, tokenizer: Tokenizer, text: str) -> None:
-        from mplug2_fast.text import is_text
-
-        require(is_text(text), "the text has characters that are not UTF-8")
-        require(bool(text.strip()), "the text is empty")
+        require_text(text)
         require_positions(model, "the text", self.encoded(model, tokenizer, [text])[0])
 
 
@@ -110,8 +106,7 @@ class TextPrefixModelling(PrefixModelling):
     check_text = TextGeneration.check_text
 
     def require_fields(self, item: Item) -> None:
-        if not (item.text or item.caption):
-            raise DataError(f"the item {printable(item.id)} has no text and no caption, which {self.name} needs")
+        require_text_or_caption(item, self.name)
 
     def samples(self, item: Item) -> list[Item]:
         return [item] if item.text else super().samples(item)

@@ -14,17 +14,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mplug2_fast.errors import printable
-from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, best_labels, not_finite, require
+from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, best_labels, not_finite, require, require_text
 from mplug2_fast.tasks.features import SPACES, clip_ids
 from mplug2_fast.tasks.gallery import TEXT_BATCH, Gallery
 from mplug2_fast.tasks.matching import Scores
+from mplug2_fast.tasks.retrieval import MAX_TEXT_LENGTH
 
 if TYPE_CHECKING:
     from mplug2_fast.datasets import Item
     from mplug2_fast.text import Tokenizer
-
-MAX_TEXT_LENGTH = 10_000
-"""Characters."""
 
 
 class Clip(Task):
@@ -48,19 +46,16 @@ class Clip(Task):
             batch: `video` `(B, 3, T, H, W)`; `clip_ids` `(B, tokens)`; `ids` `(B,)`, int64, equal for pairs that are
                 right for one another.
         """
-        logits = self._logits(model, batch["video"], batch["clip_ids"]).float()
+        cosines = self.predict(model, batch["video"], clip_ids=batch["clip_ids"]).similarities
+        logits = (SPACES["clip"].scale(model) * cosines).float()
         same = (batch["ids"][:, None] == batch["ids"]).float()
         targets = same / same.sum(dim=1, keepdim=True)
         return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
-    def _logits(self, model: Any, video: Tensor, ids: Tensor) -> Tensor:
-        space = SPACES["clip"]
-        return space.scale(model) * space.visual(model, space.encode(model, video)) @ model.clip.text(ids).T
-
     def predict(self, model: Any, video: Tensor, *, clip_ids: Tensor) -> Scores:
         """Cosines of all videos `(N, 3, T, H, W)` with all texts `(M, tokens)`."""
         space = SPACES["clip"]
-        found = space.visual(model, space.encode(model, video)) @ model.clip.text(clip_ids).T
+        found = space.visual(model, self.encode(model, video)) @ model.clip.text(clip_ids).T
         return Scores(found, found.T, found)
 
     def respond(self, model: Any, tokenizer: Tokenizer) -> Respond:
@@ -97,10 +92,7 @@ class Clip(Task):
         return dict.fromkeys(item.caption, 1.0)
 
     def check_text(self, model: Any, tokenizer: Tokenizer, text: str) -> None:
-        from mplug2_fast.text import is_text
-
-        require(is_text(text), "the text has characters that are not UTF-8")
-        require(bool(text.strip()), "the text is empty")
+        require_text(text)
         require(len(text) <= MAX_TEXT_LENGTH, f"the text is longer than {MAX_TEXT_LENGTH:,} characters")
 
 

@@ -110,7 +110,7 @@ def test_draws():
     torch.manual_seed(0)
     ids, mask = random_text(SMALL, 64, 30, padded=True)
     ids[:, -1] = 102
-    inputs, labels = masked(ids, mask, torch.full((64,), 103), 200)
+    inputs, labels = masked(ids, mask, torch.full((64,), 103), 200, (101, 102, 0))
     chosen = labels != -100
     words = mask.bool() & (ids != 101) & (ids != 102)
     assert not (chosen & ~words).any()
