@@ -177,6 +177,29 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+MAX_LABELS = 100_000
+
+
+def require_labels(labels: Sequence[str]) -> tuple[str, ...]:
+    """The labels of a task. Raises `ConfigError` unless they are two or more different texts."""
+    require(not isinstance(labels, str), "labels must be a list of texts, not one text")
+    require(all(isinstance(label, str) and label for label in labels), "labels must be texts that are not empty")
+    require(2 <= len(labels) <= MAX_LABELS, f"there must be from 2 to {MAX_LABELS:,} labels, got {len(labels)}")
+    require(len(set(labels)) == len(labels), "a label is given twice")
+    return tuple(labels)
+
+
+def require_num_return(num_return: int, choices: int, what: str) -> None:
+    """Raise `ConfigError` for more results than there are choices, or for none."""
+    require(1 <= num_return <= choices, f"num_return must be from 1 to the {choices} {what}, got {num_return}")
+
+
+def require_options(task: Task, options: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raise `ConfigError` for options that a task does not have."""
+    unknown = ", ".join(sorted(options.keys() - set(known)))
+    require(not unknown, f"{task.name} has no option {unknown}; it has: {', '.join(known) or 'none'}")
+
+
 def require_text(text: str, what: str = "the text") -> None:
     """Raise `ConfigError` for a text that is empty or not UTF-8."""
     from mplug2_fast.text import is_text

@@ -15,7 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mplug2_fast.errors import DataError, printable
-from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, best_labels, not_finite, require, require_text
+from mplug2_fast.tasks.base import (
+    Alternative,
+    Respond,
+    Task,
+    Texts,
+    best_labels,
+    not_finite,
+    require,
+    require_labels,
+    require_num_return,
+    require_text,
+)
 
 if TYPE_CHECKING:
     from mplug2_fast.datasets import Item
@@ -29,7 +40,6 @@ _MODULES: dict[str, frozenset[str]] = {
     "fused": frozenset({"vision", "text", "fusion"}),
     "two_images": frozenset({"vision", "text", "fusion"}),
 }
-MAX_LABELS = 100_000
 SEPARATOR = " [SEP] "
 """Between the texts of a pair."""
 
@@ -162,12 +172,8 @@ class Classification(OnClassToken):
     metrics = ("accuracy", "f1")
 
     def __init__(self, labels: Sequence[str], on: On = "visual", name: str = "classification") -> None:
-        require(not isinstance(labels, str), "labels must be a list of texts, not one text")
-        require(all(isinstance(label, str) and label for label in labels), "labels must be texts that are not empty")
-        require(2 <= len(labels) <= MAX_LABELS, f"a classification has from 2 to {MAX_LABELS:,} labels")
-        require(len(set(labels)) == len(labels), "a label is there twice")
-        super().__init__(on, name, len(labels))
-        self.labels = tuple(labels)
+        self.labels = require_labels(labels)
+        super().__init__(on, name, len(self.labels))
 
     def settings(self) -> dict[str, Any]:
         return {"labels": list(self.labels), "on": self.on, "name": self.name}
@@ -181,8 +187,7 @@ class Classification(OnClassToken):
         return self.logits(model, {"video": video, **inputs}).float().softmax(dim=-1)
 
     def respond(self, model: Any, tokenizer: Tokenizer, num_return: int = 1) -> Respond:
-        count = len(self.labels)
-        require(1 <= num_return <= count, f"num_return must be from 1 to the {count} labels, got {num_return}")
+        require_num_return(num_return, len(self.labels), "labels")
         return self._responding(model, tokenizer, lambda found: best_labels(found, self.labels, num_return))
 
     def references(self, item: Item) -> Mapping[str, float]:

@@ -11,7 +11,16 @@ from torch.nn import functional as F
 
 from mplug2_fast.nn.packing import Packing
 from mplug2_fast.outputs import GenerationOutput
-from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, not_finite, require, require_positions
+from mplug2_fast.tasks.base import (
+    Alternative,
+    Respond,
+    Task,
+    Texts,
+    not_finite,
+    require,
+    require_num_return,
+    require_positions,
+)
 from mplug2_fast.tasks.generative import (
     BEFORE_LAST,
     IGNORED,
@@ -219,7 +228,7 @@ class AnswerRanking(QuestionAnswering):
     def respond(self, model: Any, tokenizer: Tokenizer, candidates: Sequence[str] = (), num_return: int = 1) -> Respond:
         answers = _candidates(model, tokenizer, candidates)
         count = len(candidates)
-        require(1 <= num_return <= count, f"num_return must be from 1 to the {count} candidates, got {num_return}")
+        require_num_return(num_return, count, "candidates")
         k = min(count, max(MAX_CANDIDATES, num_return))
 
         def respond(image_embeds: Tensor, texts: Sequence[str | None]) -> list[Texts]:

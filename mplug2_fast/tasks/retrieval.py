@@ -23,6 +23,7 @@ from mplug2_fast.tasks.base import (
     Texts,
     not_finite,
     require,
+    require_options,
     require_positions,
     require_text,
 )
@@ -268,8 +269,7 @@ class Retrieval(Task):
         return respond
 
     def gallery(self, model: Any, tokenizer: Tokenizer, files: int = 0, **options: Any) -> Gallery:
-        unknown = ", ".join(sorted(options.keys() - {"rerank"}))
-        require(not unknown, f"retrieval has no option {unknown}; it has: rerank")
+        require_options(self, options, ("rerank",))
         return Gallery(model, tokenizer, files, **options)
 
     def text_of(self, item: Item, config: Any) -> str | None:

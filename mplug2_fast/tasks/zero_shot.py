@@ -14,7 +14,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mplug2_fast.errors import printable
-from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, best_labels, not_finite, require, require_text
+from mplug2_fast.tasks.base import (
+    Alternative,
+    Respond,
+    Task,
+    Texts,
+    best_labels,
+    not_finite,
+    require,
+    require_labels,
+    require_num_return,
+    require_options,
+    require_text,
+)
 from mplug2_fast.tasks.features import SPACES, clip_ids
 from mplug2_fast.tasks.gallery import TEXT_BATCH, Gallery
 from mplug2_fast.tasks.matching import Scores
@@ -75,7 +87,8 @@ class Clip(Task):
         return respond
 
     def gallery(self, model: Any, tokenizer: Tokenizer, files: int = 0, **options: Any) -> Gallery:
-        require(not options.get("rerank"), "clip has no matching head: it ranks by features alone")
+        require(not options.pop("rerank", 0), "clip has no matching head: it ranks by features alone")
+        require_options(self, options, ())
         return Gallery(model, tokenizer, files, space=SPACES["clip"])
 
     def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:
@@ -118,15 +131,13 @@ class ZeroShot(Task):
     def __init__(
         self, labels: Sequence[str], space: Literal["contrast", "clip"] = "contrast", templates: Sequence[str] = ("{}",)
     ) -> None:
-        require(not isinstance(labels, str), "labels must be a list of texts, not one text")
-        require(len(labels) >= 2, f"a classification has at least 2 labels, got {len(labels)}")
-        require(len(set(labels)) == len(labels), "a label is there twice")
+        labels = require_labels(labels)
         require(space in SPACES, f"space must be one of {', '.join(SPACES)}, got {printable(repr(space))}")
         wrong = next((each for each in templates if each.count("{}") != 1), None)
         require(
             bool(templates) and wrong is None, f"a template has one {{}} for the name, got {printable(repr(wrong))}"
         )
-        self.labels, self.space, self.templates = tuple(labels), space, tuple(templates)
+        self.labels, self.space, self.templates = labels, space, tuple(templates)
         self._space = SPACES[space]
         self.modules = self._space.modules
 
@@ -164,8 +175,7 @@ class ZeroShot(Task):
         return F.normalize(torch.cat(found).unflatten(0, (-1, len(self.templates))).mean(dim=1), dim=-1)
 
     def respond(self, model: Any, tokenizer: Tokenizer, num_return: int = 1) -> Respond:
-        count = len(self.labels)
-        require(1 <= num_return <= count, f"num_return must be from 1 to the {count} labels, got {num_return}")
+        require_num_return(num_return, len(self.labels), "labels")
         features = self.label_features(model, tokenizer)
 
         def respond(tokens: Tensor, texts: Sequence[str | None]) -> list[Texts]:

@@ -113,7 +113,7 @@ def test_the_tokenizer_is_clips(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"labels": ["a"]}, "at least 2 labels"),
+        ({"labels": ["a"]}, "from 2 to"),
         ({"labels": ["a", "b"], "space": "sound"}, "space must be one of contrast, clip"),
         ({"labels": ["a", "b"], "templates": ["a photo"]}, "a template has one {}"),
     ],
@@ -121,3 +121,10 @@ def test_the_tokenizer_is_clips(tmp_path):
 def test_bad_settings(arguments, message):
     with pytest.raises(mf.ConfigError, match=message):
         ZeroShot(**arguments)
+
+
+def test_galleries_refuse_options_of_other_tasks():
+    with pytest.raises(mf.ConfigError, match="clip has no option candidates; it has: none"):
+        mf.tasks.get("clip").gallery(None, None, rerank=0, candidates=9)
+    with pytest.raises(mf.ConfigError, match="clip has no matching head"):
+        mf.tasks.get("clip").gallery(None, None, rerank=9)
