@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mplug2_fast.errors import printable
+from mplug2_fast.nn.contrast import Keys, contrast_loss
 from mplug2_fast.nn.momentum import MomentumCopy
 from mplug2_fast.tasks.base import (
     Alternative,
@@ -98,6 +99,12 @@ class MomentumContrast(nn.Module):
         visual = twin.visual_features(twin.embed(batch["video"], None))
         return visual, twin.text_features(twin.encode_text(batch["text_ids"], batch["text_mask"]))
 
+    def keys(self, visual: Tensor, text: Tensor, ids: Tensor) -> tuple[list[Keys], list[Keys]]:
+        """What texts, and what visual inputs, are compared with: the copy's features of the batch, and the queue."""
+        pairs = (visual, self.image_queue), (text, self.text_queue)
+        images, texts = ([Keys(each.T, ids), Keys(queue, self.idx_queue[0])] for each, queue in pairs)
+        return images, texts
+
     @torch.no_grad()
     def enqueue(self, visual: Tensor, text: Tensor, ids: Tensor) -> None:
         """Put the features and ids of all ranks in place of the oldest ones.
@@ -159,26 +166,22 @@ class Retrieval(Task):
         text = model.encode_text(batch["text_ids"], mask)
         f, g = model.visual_features(visual), model.text_features(text)
         temperature = model.contrast.temperature
-        keys, soft = (f, g, ids), None
-        if state is not None:
+        if state is None:
+            logits = f @ g.T / temperature, g @ f.T / temperature
+            same = (ids[:, None] == ids).float()
+            targets = same / same.sum(dim=1, keepdim=True)
+            ways = [F.cross_entropy(each.float(), targets) for each in logits]
+        else:
             f_m, g_m = state.features(batch)
-            f_all = torch.cat([f_m.T, state.image_queue], dim=1)
-            g_all = torch.cat([g_m.T, state.text_queue], dim=1)
-            keys = (f_all.T, g_all.T, torch.cat([ids, state.idx_queue[0]]))
-            if alpha:
-                with torch.no_grad():
-                    soft = (f_m @ g_all / temperature).softmax(dim=1), (g_m @ f_all / temperature).softmax(dim=1)
-        logits = f @ keys[1].T / temperature, g @ keys[0].T / temperature
-        same = (ids[:, None] == keys[2]).float()
-        hard = same / same.sum(dim=1, keepdim=True)
-        contrast = torch.stack(
-            [
-                F.cross_entropy(each.float(), hard if soft is None else alpha * soft[way] + (1 - alpha) * hard)
-                for way, each in enumerate(logits)
+            with torch.no_grad():
+                logits = f @ g_m.T / temperature, g @ f_m.T / temperature
+            images, texts = state.keys(f_m, g_m, ids)
+            ways = [
+                contrast_loss(f, ids, texts, temperature, teacher=f_m, alpha=alpha),
+                contrast_loss(g, ids, images, temperature, teacher=g_m, alpha=alpha),
             ]
-        ).mean()
-        if state is not None:
             state.enqueue(f_m, g_m, ids)
+        contrast = torch.stack(ways).mean()
         text_weights, image_weights = (_weights(each.detach(), ids) for each in logits)
         if negatives is None:
             negatives = _drawn(image_weights), _drawn(text_weights)
