@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from mplug2_fast.text import Tokenizer
+
+TEXT_BATCH = 128
+"""Texts that are encoded at once."""
 
 
 class Space(ABC):
@@ -29,10 +33,23 @@ class Space(ABC):
     def visual(self, model: Any, tokens: Tensor) -> Tensor:
         """Tokens `(B, S, D)` to features `(B, dim)` of norm 1."""
 
-    @abstractmethod
     def texts(self, model: Any, tokenizer: Tokenizer, texts: Sequence[str], *, video: bool) -> Tensor:
         """Texts to features `(texts, dim)` of norm 1. `video`: whether they are compared with videos of several
         frames."""
+        ids, lengths = self._tokens(model, tokenizer, texts, video)
+        order, device = list(by_length(lengths)), next(model.parameters()).device
+        found = [
+            self._features(model, ids[rows, :longest].to(device), lengths[rows].to(device)) for rows, longest in order
+        ]
+        return torch.cat(found)[torch.cat([rows for rows, _ in order]).argsort().to(device)]
+
+    @abstractmethod
+    def _tokens(self, model: Any, tokenizer: Tokenizer, texts: Sequence[str], video: bool) -> tuple[Tensor, Tensor]:
+        """Ids `(texts, tokens)` and lengths `(texts,)`, on the CPU."""
+
+    @abstractmethod
+    def _features(self, model: Any, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Ids and lengths to features `(texts, dim)`."""
 
     @abstractmethod
     def scale(self, model: Any) -> Tensor:
@@ -47,10 +64,12 @@ class Contrast(Space):
     def visual(self, model: Any, tokens: Tensor) -> Tensor:
         return model.visual_features(tokens)
 
-    def texts(self, model: Any, tokenizer: Tokenizer, texts: Sequence[str], *, video: bool) -> Tensor:
+    def _tokens(self, model: Any, tokenizer: Tokenizer, texts: Sequence[str], video: bool) -> tuple[Tensor, Tensor]:
         ids, mask = model.config.wording.descriptions(tokenizer, list(texts), video=video, training=False)
-        device = next(model.parameters()).device
-        return model.text_features(model.encode_text(ids.to(device), mask.to(device)))
+        return ids, mask.sum(dim=1)
+
+    def _features(self, model: Any, ids: Tensor, lengths: Tensor) -> Tensor:
+        return model.text_features(model.encode_text(ids, mask_of(lengths, ids)))
 
     def scale(self, model: Any) -> Tensor:
         return 1 / model.contrast.temperature
@@ -68,8 +87,12 @@ class Clip(Space):
     def visual(self, model: Any, tokens: Tensor) -> Tensor:
         return model.clip.visual(tokens[:, 0])
 
-    def texts(self, model: Any, tokenizer: Tokenizer, texts: Sequence[str], *, video: bool) -> Tensor:
-        return model.clip.text(clip_ids(model, texts).to(next(model.parameters()).device))
+    def _tokens(self, model: Any, tokenizer: Tokenizer, texts: Sequence[str], video: bool) -> tuple[Tensor, Tensor]:
+        ids = clip_ids(model, texts)
+        return ids, 1 + ids.argmax(dim=1)  # the end token has the largest id
+
+    def _features(self, model: Any, ids: Tensor, lengths: Tensor) -> Tensor:
+        return model.clip.text(ids)
 
     def scale(self, model: Any) -> Tensor:
         return model.clip.logit_scale.exp()
@@ -77,6 +100,17 @@ class Clip(Space):
 
 SPACES: dict[str, Space] = {"contrast": Contrast(), "clip": Clip()}
 """Name to space."""
+
+
+def by_length(lengths: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Numbers of texts in batches, the shortest texts first, and the length of the longest text of each batch."""
+    for rows in lengths.argsort(stable=True).split(TEXT_BATCH):
+        yield rows, int(lengths[rows[-1]])
+
+
+def mask_of(lengths: Tensor, ids: Tensor) -> Tensor:
+    """The mask `(texts, tokens)` of ids: 1 for tokens and 0 for padding."""
+    return (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
 
 
 def clip_ids(model_or_config: Any, texts: Sequence[str]) -> Tensor:

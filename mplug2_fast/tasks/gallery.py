@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,14 +11,11 @@ from torch import Tensor
 from mplug2_fast.errors import ConfigError
 from mplug2_fast.info import available_memory
 from mplug2_fast.tasks.base import not_finite, require
-from mplug2_fast.tasks.features import SPACES, Space
+from mplug2_fast.tasks.features import SPACES, Space, by_length, mask_of
 from mplug2_fast.tasks.matching import Scores, rerank
 
 if TYPE_CHECKING:
     from mplug2_fast.text import Tokenizer
-
-TEXT_BATCH = 256
-"""Texts that are encoded at once."""
 
 
 class Gallery:
@@ -83,19 +80,17 @@ class Gallery:
         require(len(texts) > 0, "there are no texts to compare with")
         require(len(self) > 0, "there are no images or videos to compare with")
         if not self._rerank:
-            similarities = torch.stack(self._features) @ self._texts(texts).T
+            features = self._space.texts(self._model, self._tokenizer, texts, video=self._video)
+            similarities = torch.stack(self._features) @ features.float().cpu().T
             return self._finite(Scores(similarities, similarities.T, similarities))
-        ids, mask = self._model.config.wording.descriptions(
-            self._tokenizer, list(texts), video=self._video, training=False
-        )
-        features, embeds = zip(*self._encoded(ids, mask), strict=True)
-        similarities = torch.stack(self._features) @ torch.cat(features).T
+        features, states, mask = self._encoded(texts)
+        similarities = torch.stack(self._features) @ features.T
         device = next(self._model.parameters()).device
         return self._finite(
             rerank(
                 self._model,
                 lambda row: self._embeds[row][None].to(device),
-                torch.cat(embeds),
+                states,
                 mask,
                 similarities,
                 self._rerank,
@@ -103,18 +98,19 @@ class Gallery:
             )
         )
 
-    def _texts(self, texts: Sequence[str]) -> Tensor:
-        """Features of the texts, on the CPU."""
-        batches = (texts[start : start + TEXT_BATCH] for start in range(0, len(texts), TEXT_BATCH))
-        found = [self._space.texts(self._model, self._tokenizer, some, video=self._video) for some in batches]
-        return torch.cat([each.float().cpu() for each in found])
-
-    def _encoded(self, ids: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features and tokens of the texts, batch by batch, on the CPU."""
-        device = next(self._model.parameters()).device
-        for rows, seen in zip(ids.split(TEXT_BATCH), mask.split(TEXT_BATCH), strict=True):
-            text = self._model.encode_text(rows.to(device), seen.to(device))
-            yield self._model.text_features(text).float().cpu(), text.cpu()
+    def _encoded(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Features `(texts, dim)`, hidden states `(texts, tokens, D)` and mask of the texts, on the CPU."""
+        model, weight = self._model, next(self._model.parameters())
+        config = model.config
+        ids, mask = config.wording.descriptions(self._tokenizer, list(texts), video=self._video, training=False)
+        states = torch.zeros(*ids.shape, config.text.hidden_size, dtype=weight.dtype)
+        features = torch.zeros(len(ids), config.contrast.embed_dim)
+        lengths = mask.sum(dim=1)
+        for rows, longest in by_length(lengths):
+            some = ids[rows, :longest].to(weight.device)
+            text = model.encode_text(some, mask_of(lengths[rows].to(weight.device), some))
+            features[rows], states[rows, :longest] = model.text_features(text).float().cpu(), text.cpu()
+        return features, states, mask
 
     def _finite(self, scores: Scores) -> Scores:
         if not all(each.isfinite().all() for each in scores):

@@ -28,7 +28,7 @@ from mplug2_fast.tasks.base import (
     require_text,
 )
 from mplug2_fast.tasks.features import SPACES, clip_ids
-from mplug2_fast.tasks.gallery import TEXT_BATCH, Gallery
+from mplug2_fast.tasks.gallery import Gallery
 from mplug2_fast.tasks.matching import Scores
 from mplug2_fast.tasks.retrieval import MAX_TEXT_LENGTH
 
@@ -168,11 +168,8 @@ class ZeroShot(Task):
         """The features `(labels, dim)` of the classes, of norm 1."""
         texts = [template.replace("{}", label) for label in self.labels for template in self.templates]
         video = model.config.vision.num_frames > 1
-        found = [
-            self._space.texts(model, tokenizer, texts[start : start + TEXT_BATCH], video=video)
-            for start in range(0, len(texts), TEXT_BATCH)
-        ]
-        return F.normalize(torch.cat(found).unflatten(0, (-1, len(self.templates))).mean(dim=1), dim=-1)
+        found = self._space.texts(model, tokenizer, texts, video=video)
+        return F.normalize(found.unflatten(0, (-1, len(self.templates))).mean(dim=1), dim=-1)
 
     def respond(self, model: Any, tokenizer: Tokenizer, num_return: int = 1) -> Respond:
         require_num_return(num_return, len(self.labels), "labels")

@@ -9,7 +9,8 @@ from torch.autograd import gradcheck
 import mplug2_fast as mf
 from mplug2_fast.clip_tokenizer import MERGES, clip_tokenizer
 from mplug2_fast.reference.clip import ClipText
-from mplug2_fast.tasks import ZeroShot
+from mplug2_fast.tasks import ZeroShot, features
+from mplug2_fast.tasks.features import SPACES
 from mplug2_fast.text import Tokenizer
 from tests.tiny import SMALL, random_video, randomise
 
@@ -79,20 +80,54 @@ def test_files(model, tmp_path):
     assert "clip" in inferred.modules
 
 
-@pytest.mark.parametrize("space", ["clip", "contrast"])
-def test_classes_by_their_names(model, space):
-    task = ZeroShot(["square", "circle", "star"], space, ["{}", "a photo of a {}"])
-    words = ["[PAD]", *(f"[unused{i}]" for i in range(1, 100)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", *task.labels]
-    tokenizer = Tokenizer([*words, *(f"[unused{i}]" for i in range(100, 300 - len(words)))])
+LABELS = ["square", "circle", "star"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    words = ["[PAD]", *(f"[unused{i}]" for i in range(1, 100)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LABELS]
+    return Tokenizer([*words, *(f"[unused{i}]" for i in range(100, 300 - len(words)))])
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_texts_are_encoded_by_their_lengths(model, tokenizer, space, monkeypatch):
+    monkeypatch.setattr(features, "TEXT_BATCH", 2)
+    texts = ["star", "square circle star square", "circle", "square star", "star star star"]
+    seen, encode = [], type(SPACES[space])._features
+    monkeypatch.setattr(
+        type(SPACES[space]), "_features", lambda *given: seen.append(tuple(given[2].shape)) or encode(*given)
+    )
+    with torch.no_grad():
+        together = SPACES[space].texts(model, tokenizer, texts, video=True)
+        alone = [SPACES[space].texts(model, tokenizer, [text], video=True) for text in texts]
+    torch.testing.assert_close(together, torch.cat(alone))
+    end = space == "clip"
+    assert seen[:3] == [(2, 2 + end), (2, 4 + end), (1, 5 + end)]
+
+
+def test_a_gallery_scores_as_the_task_does(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(features, "TEXT_BATCH", 2)
+    texts, video = ["star", "square circle star square", "circle", "square star"], random_video(CONFIG, batch=3)
+    ids, mask = CONFIG.wording.descriptions(tokenizer, texts, video=True, training=False)
+    expected = model.predict("retrieval", video, text_ids=ids, text_mask=mask, k=2)
+    gallery = model.tasks["retrieval"].gallery(model, tokenizer, 3, rerank=2)
+    with torch.no_grad():
+        gallery.add(model.encode_video(video))
+    torch.testing.assert_close(gallery.scores(texts), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_classes_by_their_names(model, tokenizer, space):
+    task = ZeroShot(LABELS, space, ["{}", "a photo of a {}"])
     model.tasks[task.name] = task
     video = random_video(CONFIG, batch=3)
     with torch.no_grad():
-        features = task.label_features(model, tokenizer)
-        together = model.predict(task, video, label_features=features)
-        torch.testing.assert_close(model.predict(task, video[1:2], label_features=features)[0], together[1])
+        classes = task.label_features(model, tokenizer)
+        together = model.predict(task, video, label_features=classes)
+        torch.testing.assert_close(model.predict(task, video[1:2], label_features=classes)[0], together[1])
         found = task.respond(model, tokenizer, 3)(task.encode(model, video), [None] * 3)
     assert [dict(each)["star"] for each in found] == pytest.approx(together[:, 2].tolist(), abs=1e-5)
-    assert torch.allclose(features.norm(dim=1), torch.ones(3))
+    assert torch.allclose(classes.norm(dim=1), torch.ones(3))
     assert mf.tasks.get(mf.tasks.stated(task)).settings() == task.settings()
     del model.tasks[task.name]
 
