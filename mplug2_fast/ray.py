@@ -169,7 +169,7 @@ class Results(_Step):
 
 
 def _frames(predictor: Predictor, num_frames: int | None) -> Frames:
-    return Frames(num_frames or predictor.model.config.vision.num_frames)
+    return Frames(num_frames or predictor.task.num_frames(predictor.model.config))
 
 
 def _searching(options: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,16 @@
 from mplug2_fast.bulk.features import Features, read_features
 from mplug2_fast.bulk.ranks import Ranks
 from mplug2_fast.bulk.runs import Decoding, Plan, Summary, run
-from mplug2_fast.bulk.sources import Question, Source, Sources, ask_all, find_videos, read_questions, texts_alone
+from mplug2_fast.bulk.sources import (
+    Question,
+    Source,
+    Sources,
+    ask_all,
+    find_videos,
+    path_of,
+    read_questions,
+    texts_alone,
+)
 from mplug2_fast.bulk.work import Frames, Predict, Work
 
 __all__ = [
@@ -23,6 +32,7 @@ __all__ = [
     "Work",
     "ask_all",
     "find_videos",
+    "path_of",
     "read_features",
     "read_questions",
     "run",

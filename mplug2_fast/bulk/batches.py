@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,6 +39,31 @@ class Batch:
 def in_groups(count: int, size: int) -> list[range]:
     """The numbers below `count` in groups of `size`."""
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def joined(clips: Iterable[Clip], owners: Sequence[int]) -> Iterator[Clip]:
+    """One clip for each source, from the clips of its files. The frames of several files become `(files, ...)`.
+
+    If a file has an error, so has the source.
+
+    Args:
+        clips: one per file, in any order, or several of a source with one file.
+        owners: the source of each file, by its number.
+    """
+    counts = Counter(owners)
+    gathered: dict[int, list[Clip]] = {}
+    for clip in clips:
+        owner = owners[clip.index]
+        if counts[owner] == 1:
+            yield replace(clip, index=owner)
+            continue
+        members = gathered.setdefault(owner, [])
+        members.append(clip)
+        if len(members) == counts[owner]:
+            members = sorted(gathered.pop(owner), key=lambda clip: clip.index)
+            told = next((clip for clip in members if clip.error is not None), members[0])
+            frames = None if told.error is not None else torch.stack([clip.frames for clip in members])
+            yield replace(told, index=owner, frames=frames, seconds=sum(clip.seconds for clip in members))
 
 
 def batches_of_videos(clips: Iterable[Clip], groups: Sequence[Sequence[int]]) -> Iterator[Batch]:

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from mplug2_fast.bulk.batches import Ahead, Batch, batches_of_videos, batches_of_windows, in_groups
+from mplug2_fast.bulk.batches import Ahead, Batch, batches_of_videos, batches_of_windows, in_groups, joined
 from mplug2_fast.bulk.journal import Journal, Line, read_lines
 from mplug2_fast.bulk.memory import batch_size
 from mplug2_fast.bulk.ranks import Ranks
@@ -115,6 +115,7 @@ def run(
     """
     ranks = ranks or Ranks({})
     output = os.fspath(output)
+    work.require_files(videos)
     decoding = decoding or Decoding()
     settings = {**work.settings(), "decoder": decoding.backend}
     require_memory(f"{work.frames.length:,} frames", work.bytes_of_clip(), work.weights.device)
@@ -284,10 +285,8 @@ def _decoded(
         return
     decoding = replace(decoding, num_workers=min(decoding.num_workers, len(numbers)))
     with Ahead() as ahead, decoder_for(work, decoding, prefetch) as decoder:
-        clips: Iterator[Clip] = (
-            replace(clip, index=numbers[clip.index])
-            for clip in decoder.clips(videos[number].path for number in numbers)
-        )
+        owners, files = zip(*((number, file) for number in numbers for file in videos[number].files), strict=True)
+        clips = joined(decoder.clips(iter(files)), owners)
         if work.frames.windows is not None:
             yield from ahead.of(batches_of_windows(clips, plan.batch_size))
         else:

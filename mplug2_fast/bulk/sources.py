@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,28 @@ class Source:
     path: str
     """Empty for a text alone, which is its only question."""
     questions: tuple[Question, ...] = ()
+
+    @classmethod
+    def of(cls, files: Sequence[str], questions: Iterable[Question] = ()) -> Source:
+        """The source of one file, or of two images that go together."""
+        asked = tuple(questions)
+        return cls(files[0], asked) if len(files) == 1 else Pair(path_of(files), asked, tuple(files))
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that are decoded."""
+        return (self.path,)
+
+
+@dataclass(frozen=True)
+class Pair(Source):
+    """Two images that go together, and the questions about both. Its path names both."""
+
+    images: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return self.images
 
 
 @dataclass(frozen=True)
@@ -105,7 +127,7 @@ def find_videos(inputs: Iterable[str | os.PathLike[str]]) -> Sources:
 def ask_all(sources: Sources, question: str) -> Sources:
     """The same videos, each with this question."""
     asked = (Question(question),)
-    return replace(sources, videos=[Source(video.path, asked) for video in sources.videos])
+    return replace(sources, videos=[replace(video, questions=asked) for video in sources.videos])
 
 
 def texts_alone(texts: Iterable[str]) -> Sources:
@@ -120,50 +142,72 @@ def texts_alone(texts: Iterable[str]) -> Sources:
 def read_questions(path: str | os.PathLike[str]) -> Sources:
     """Reads questions from a JSONL file, or from standard input (`-`).
 
-    Each line is an object with `path`, `question` and, optionally, `id`. Other fields are ignored. Videos are in the
-    order of their first mention, each with all questions about it.
+    Each line is an object with `path`, `question` and, optionally, `id`. In place of `path`, `images` may name two
+    images that go together. Other fields are ignored. Videos are in the order of their first mention, each with all
+    questions about it.
 
     Raises:
         ConfigError: the file cannot be read, a line is not such an object, or there are no questions.
     """
     name = os.fspath(path)
-    videos: dict[str, dict[Question, None]] = {}
+    videos: dict[tuple[str, ...], dict[Question, None]] = {}
     repeated = 0
     lines = lines_of(name, "a file of questions", max_bytes=MAX_QUESTION_BYTES)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        video, question = _asked(line.decode("utf-8", "surrogateescape"), f"{name}, line {number}")
-        questions = videos.setdefault(video, {})
+        files, question = _asked(line.decode("utf-8", "surrogateescape"), f"{name}, line {number}")
+        questions = videos.setdefault(files, {})
         repeated += question in questions
         questions[question] = None
     if not videos:
         raise ConfigError(f'{name}: no questions: a line must be like {{"path": "a.mp4", "question": "What is it?"}}')
-    return Sources([Source(video, tuple(questions)) for video, questions in videos.items()], repeated)
+    return Sources([Source.of(files, questions) for files, questions in videos.items()], repeated)
 
 
-def _asked(line: str, where: str) -> tuple[str, Question]:
+def path_of(files: Sequence[str]) -> str:
+    """The path of a source: its file, or the names of two files."""
+    return " and ".join(files)
+
+
+def _asked(line: str, where: str) -> tuple[tuple[str, ...], Question]:
+    """The files of a line, and its question."""
     try:
         fields: Any = parsed(line)
     except ValueError as error:
         raise ConfigError(f"{where}: this is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{where}: this is not a JSON object")
-    for name in ("path", "question"):
-        if not isinstance(fields.get(name), str) or not fields[name].strip():
+    given = fields.get("images")
+    pair = "path" not in fields and given is not None
+    files = given if pair else [fields.get("path")]
+    if pair and not (isinstance(given, list) and len(given) == 2 and all(map(_is_said, given))):
+        raise ConfigError(f"{where}: 'images' must be a list of two paths")
+    for name, there in (("path", all(map(_is_said, files))), ("question", _is_said(fields.get("question")))):
+        if not there:
             raise ConfigError(f"{where}: the object needs a text {name!r}")
-    try:
-        os.fsencode(fields["path"])
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"{where}: no file can have this 'path': {error.reason}") from error
-    if "\0" in fields["path"]:
-        raise ConfigError(f"{where}: no file can have this 'path': it has a NUL character")
+    for file in files:
+        _require_path(file, where, "images" if pair else "path")
     if not is_text(fields["question"]):
         raise ConfigError(f"{where}: the 'question' has characters that are not UTF-8")
     identity = fields.get("id")
     if isinstance(identity, bool) or not isinstance(identity, (str, int, type(None))):
         raise ConfigError(f"{where}: the 'id' must be a text or an integer")
-    return _spelled(fields["path"]), Question(fields["question"], identity)
+    return tuple(map(_spelled, files)), Question(fields["question"], identity)
+
+
+def _is_said(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _require_path(path: str, where: str, name: str) -> None:
+    """Raises `ConfigError` for a path that no file can have."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where}: no file can have this {name!r}: {error.reason}") from error
+    if "\0" in path:
+        raise ConfigError(f"{where}: no file can have this {name!r}: it has a NUL character")
 
 
 def _lists_read(named: Iterable[str]) -> Iterator[str]:

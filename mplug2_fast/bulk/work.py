@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mplug2_fast.bulk.journal import Journal, Line
 from mplug2_fast.bulk.sources import Source
-from mplug2_fast.errors import ConfigError, NotFiniteError
+from mplug2_fast.errors import ConfigError, NotFiniteError, printable
 from mplug2_fast.predict.boxes import box_fields
 from mplug2_fast.predict.memory import clip_bytes
 from mplug2_fast.tasks import Alternative
@@ -92,6 +92,18 @@ class Work(ABC, Generic[_T]):
     def reads_files(self) -> bool:
         """Whether sources are files. Otherwise they are texts alone, and `compute` gets no frames."""
         return self.predictor.task.reads_files
+
+    @property
+    def num_files(self) -> int:
+        """Files of each source."""
+        return 1
+
+    def require_files(self, videos: Iterable[Source]) -> None:
+        """Raises `ConfigError` for a source with more or fewer files than `num_files`."""
+        wrong = next((video for video in videos if len(video.files) != self.num_files), None)
+        if wrong is not None:
+            name, needed = self.predictor.task.name, "two images" if self.num_files == 2 else "one file"
+            raise ConfigError(f"{printable(wrong.path)}: {name} takes {needed} at a time, got {len(wrong.files)}")
 
     @property
     def weights(self) -> Tensor:
@@ -190,9 +202,15 @@ class Predict(Work["list[Texts]"]):
         super().__init__(predictor, frames)
         if frames.windows is not None and predictor.preparation.views > 1:
             raise ConfigError("windows of a video have no clips and crops: use either")
+        if frames.windows is not None and predictor.task.num_files > 1:
+            raise ConfigError(f"{predictor.task.name} takes images, which have no windows")
         self.command = predictor.command
         self._options = predictor.complete_options(**options)
         self._respond = predictor.responder(**self._options)
+
+    @property
+    def num_files(self) -> int:
+        return self.predictor.task.num_files
 
     def settings(self) -> dict[str, Any]:
         options = {
@@ -205,7 +223,7 @@ class Predict(Work["list[Texts]"]):
 
     def bytes_of_clip(self) -> int:
         options = {name: self._options.get(name) or 1 for name in ("num_beams", "max_length")}
-        config, views = self.predictor.model.config, self.predictor.preparation.views
+        config, views = self.predictor.model.config, self.predictor.preparation.views * self.num_files
         return views * clip_bytes(config, num_frames=self.frames.length, itemsize=self.weights.itemsize, **options)
 
     def compute(self, frames: Tensor, videos: Sequence[Source]) -> tuple[list[list[Texts]], dict[str, float]]:

@@ -77,7 +77,7 @@ class BulkOptions:
         if self.windows is None:
             if self.stride is not None:
                 raise ConfigError("--stride: only with --windows")
-            return Frames(self.frames or predictor.model.config.vision.num_frames)
+            return Frames(self.frames or predictor.task.num_frames(predictor.model.config))
         if self.frames is not None:
             raise ConfigError("--frames and --windows: use one of them")
         return Frames(self.windows, Windows(self.windows, self.stride or self.windows))

@@ -160,6 +160,11 @@ def _results(items: Sequence[Item], pairs: Pairs, ranking: Ranking, ranks: PairR
 
 
 def path_of(item: Item) -> str:
-    """The file of an item; empty for an item without one."""
+    """The file of an item, or both of its files; empty for an item without any."""
+    return bulk.path_of(files_of(item))
+
+
+def files_of(item: Item) -> tuple[str, ...]:
+    """The video or image of an item, or its images; none for a text alone."""
     file = item.video or item.image
-    return "" if file is None else os.fspath(Path(file))
+    return tuple(os.fspath(Path(each)) for each in (item.images if file is None else (file,)))

@@ -21,7 +21,7 @@ from mplug2_fast.checkpoint.hub import local
 from mplug2_fast.checkpoint.source import WEIGHTS_NAME
 from mplug2_fast.datasets import Item
 from mplug2_fast.errors import ConfigError, DataError, printable
-from mplug2_fast.evaluation.gallery import Evaluated, evaluate_gallery, path_of
+from mplug2_fast.evaluation.gallery import Evaluated, evaluate_gallery, files_of, path_of
 from mplug2_fast.evaluation.metrics.base import Metric, load
 from mplug2_fast.evaluation.metrics.tokenizer import TOKENIZERS, tokenize
 from mplug2_fast.evaluation.page import render
@@ -77,7 +77,7 @@ def evaluate(
     check(task, items, metrics, tokenizer)
     if out is not None:
         load("matplotlib.figure")
-    frames = frames or bulk.Frames(predictor.model.config.vision.num_frames)
+    frames = frames or bulk.Frames(task.num_frames(predictor.model.config))
     decoding = decoding or bulk.Decoding()
     options = dict(options or {})
     if task.evaluation == "gallery":
@@ -188,13 +188,13 @@ def sources_of(task: Task, items: Iterable[Item], config: Any) -> list[bulk.Sour
     """The files of the items, each once, with all texts that go with it."""
     if not task.reads_files:
         return [bulk.Source("", (bulk.Question(task.text_of(item, config) or "", item.id),)) for item in items]
-    asked: dict[str, dict[bulk.Question, None]] = {}
+    asked: dict[tuple[str, ...], dict[bulk.Question, None]] = {}
     for item in items:
-        texts = asked.setdefault(path_of(item), {})
+        texts = asked.setdefault(files_of(item), {})
         text = task.text_of(item, config)
         if text is not None:
             texts[bulk.Question(text, item.id)] = None
-    return [bulk.Source(path, tuple(texts)) for path, texts in asked.items()]
+    return [bulk.Source.of(files, texts) for files, texts in asked.items()]
 
 
 def _check_text(predictor: Predictor, text: str | None, item: Item) -> None:

@@ -70,6 +70,7 @@ class Task(ABC):
         options: names of the options that `respond` takes.
         fields: of an item, which training and evaluation need beside its video or image.
         metrics: names in `mplug2_fast.evaluation.METRICS`, the most telling one first.
+        num_files: images or videos of an item, where it takes files.
         finds_boxes: whether each result has a `box`.
         soft_targets: whether the task has `logits(model, batch)`, and its loss takes those of a teacher as `soft`, with
             their weight `alpha`.
@@ -85,6 +86,7 @@ class Task(ABC):
     options: ClassVar[tuple[str, ...]] = ()
     fields: ClassVar[tuple[str, ...]] = ()
     metrics: ClassVar[tuple[str, ...]] = ()
+    num_files: int = 1
     finds_boxes: ClassVar[bool] = False
     soft_targets: ClassVar[bool] = False
     evaluation: ClassVar[Literal["items", "gallery"]] = "items"
@@ -126,6 +128,10 @@ class Task(ABC):
     def encode(self, model: Any, video: Tensor) -> Tensor:
         """Video `(B, 3, T, H, W)` to the tokens `(B, S, D)` that `respond` takes."""
         return model.encode_video(video)
+
+    def num_frames(self, config: Any) -> int:
+        """Frames of a clip, where the user names none."""
+        return config.vision.num_frames
 
     def preparation(self, config: Any) -> Preparation:
         """How files become the input of a model for this task."""

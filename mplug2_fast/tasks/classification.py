@@ -69,6 +69,7 @@ class OnClassToken(Task):
         require(isinstance(name, str) and name.isidentifier(), f"{printable(repr(name))} is no name for a task")
         self.on, self.name, self._outputs = on, name, outputs
         self.modules, self.reads_text = _MODULES[on], on != "visual"
+        self.num_files = 2 if on == "two_images" else 1
         self.fields = ("text", "label") if self.reads_text else ("label",)
 
     def head(self, config: Any) -> nn.Module:
@@ -76,6 +77,9 @@ class OnClassToken(Task):
         if self.on == "two_images":
             return TwoImages(*sizes, config.text.hidden_dropout_prob)
         return nn.Sequential(nn.Dropout(config.text.hidden_dropout_prob), nn.Linear(*sizes))
+
+    def num_frames(self, config: Any) -> int:
+        return 1 if self.on == "two_images" else super().num_frames(config)
 
     def logits(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
         """What the layer gives `(B, outputs)`.

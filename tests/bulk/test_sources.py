@@ -222,11 +222,15 @@ def test_questions_are_gathered_by_video(tmp_path: Path) -> None:
         Source("b.mp4", (Question("who?"),)),
     ]
     assert found.repeated == 1
+    pair = {"images": ["./a.png", "b.png"], "question": "are both red?"}
+    (two,) = read_questions(write_jsonl(tmp_path / "q.jsonl", pair, pair)).videos
+    assert (two.path, two.files) == ("a.png and b.png", ("a.png", "b.png"))
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ({"images": ["a"], "question": "what?"}, "line 2: 'images' must be a list of two paths"),
         ("{", "line 2: this is not JSON"),
         ("[]", "line 2: this is not a JSON object"),
         ({"question": "what?"}, "line 2: the object needs a text 'path'"),

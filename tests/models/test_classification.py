@@ -1,13 +1,16 @@
 """Classification on images, videos, texts, and both; labels are kept with the weights."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import mplug2_fast as mf
+from mplug2_fast import bulk
 from mplug2_fast.datasets import Item
+from mplug2_fast.evaluation import evaluate
 from mplug2_fast.predict.predictor import TINY_MODEL
 from mplug2_fast.tasks import Classification, Regression
 from mplug2_fast.text import Tokenizer
@@ -190,6 +193,17 @@ def test_two_images_from_files(tmp_path):
     assert bad.error == "none.png: no such file"
     with pytest.raises(mf.ConfigError, match="same needs two images with each text"):
         list(classifier.classify(files[:1], "both are red"))
+
+    items = [item, replace(item, id="2", images=files[::-1]), replace(item, id="3", images=(files[0], "none.png"))]
+    report = evaluate(classifier, items, tmp_path / "report", metrics=["accuracy"], options={"num_return": 2})
+    assert [each.error for each in report.items] == [None, None, "none.png: no such file"]
+    assert {report.items[0].prediction, *report.items[0].alternatives} == {"false", "true"}
+    lines = [json.loads(line) for line in (tmp_path / "report" / "predictions.jsonl").read_text().splitlines()]
+    scores = {each["text"]: each["score"] for each in lines[0]["alternatives"]}
+    assert (lines[0]["path"], scores["true"]) == (" and ".join(files), pytest.approx(expected[0, 1].item(), abs=1e-5))
+    assert scores["true"] != pytest.approx(lines[1]["score"], abs=1e-6)
+    with pytest.raises(mf.ConfigError, match=r"a\.png: same takes two images at a time, got 1"):
+        bulk.run(bulk.Predict(classifier, bulk.Frames(1), {}), [bulk.Source(files[0])], tmp_path / "lines.jsonl")
 
 
 def test_numbers(tmp_path):
