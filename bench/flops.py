@@ -21,7 +21,7 @@ MPLUG_TASKS = (
     *("captioning", "answering", "ranking", "grounding", "vision"),
     *("retrieval features", "re-ranking", "re-ranking long texts"),
 )
-MODEL_TASKS = {"mplug2": TASKS, "mplug": MPLUG_TASKS}
+MODEL_TASKS = {"mplug2": (*TASKS, "retrieval features", "re-ranking"), "mplug": MPLUG_TASKS}
 """Family of models -> its tasks."""
 BOX_TOKENS = 4
 STEPS = (
@@ -178,10 +178,11 @@ def box(config: Any, memory: int) -> int:
 
 
 def retrieval_features(config: Any, frames: int, texts: Iterable[int]) -> int:
-    """The features of one visual input and of texts, given by their tokens, whose states are results too."""
+    """The features of one visual input and of texts, given by their tokens. All states are results too."""
     dim, width = config.text.hidden_size, config.contrast.embed_dim
     of_texts = sum(text_encoder(config, tokens) + _linear(1, dim, width) for tokens in texts)
-    return vision(config, frames) + _linear(frames, dim, width) + of_texts
+    class_tokens = frames if config.family == "mplug" else 1
+    return vision(config, frames) + universal(config, frames) + _linear(class_tokens, dim, width) + of_texts
 
 
 def _bert_layer(config: MPlug2Config, tokens: int) -> int:
@@ -345,7 +346,7 @@ def needed_bytes(
       values: the memory's once for all beams of a video, and each beam's own; all are written once
     - training: weights and both moments of the optimizer, read and written, in float32
     """
-    tasks = [get("question_answering"), *([get("retrieval")] if config.family == "mplug" else ())]
+    tasks = [get("question_answering"), get("retrieval")]
     model, vision_config, text = FAMILIES[config.family].build(config, tasks, "meta"), config.vision, config.text
     tokens = visual_tokens(config, frames)
     video = batch * 3 * frames * vision_config.image_size**2 * element
@@ -356,9 +357,8 @@ def needed_bytes(
     universal_weights = element * _parameters(*own)
     weights = vision_weights + universal_weights
     if task in STEPS:
-        trained = [model]
-        if not task.startswith("answering"):
-            trained = [part for name, part in model.named_children() if name not in ("text", "fusion")]
+        untrained = ("contrast", "matching", *(() if task.startswith("answering") else ("text", "fusion")))
+        trained = [part for name, part in model.named_children() if name not in untrained]
         return 6 * 4 * _parameters(*trained) + video // element * 4 + batch * (steps + 1) * 8
     asked = element * _parameters(model.text.layers, model.fusion)
     if task in ("answering", "ranking", "grounding"):
@@ -367,7 +367,7 @@ def needed_bytes(
         return video + weights + asked + decode + found + (batch * question + sum(candidates)) * 8
     text_states = sum(long_texts if task.endswith("long texts") else texts) * text.hidden_size * element
     if task == "retrieval features":
-        return video + weights + element * _parameters(model.text.layers, model.contrast) + text_states
+        return video + weights + element * _parameters(model.text.layers, model.contrast) + states + text_states
     if task.startswith("re-ranking"):
         return element * _parameters(model.fusion, model.matching) + states + text_states
     decode = decoding_bytes(model, element, tokens, beams, steps, batch) + found

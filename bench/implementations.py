@@ -27,15 +27,17 @@ MODEL_TASKS = {
     "answering": ("question_answering", "answer_ranking", "grounding"),
     "retrieval": ("retrieval",),
 }
-"""Family of the benchmark's tasks -> tasks of an mPLUG model; otherwise captioning."""
+"""Family of the benchmark's tasks -> tasks of the model; otherwise captioning."""
 
 
 def build(library: Any, config: Any, family: str, **options: Any) -> nn.Module:
     """The model of `library`, mplug2_fast or its reference, for a family of tasks."""
     if config.family == "mplug":
         return library.MPlug(config, MODEL_TASKS.get(family, ("captioning",)), **options)
-    answers = family.startswith("answering")
-    return (library.MPlug2ForQuestionAnswering if answers else library.MPlug2ForCaptioning)(config, **options)
+    if family == "retrieval" and library is mf:
+        return mf.MPlug2(config, MODEL_TASKS[family], **options)
+    kinds = {"answering": "MPlug2ForQuestionAnswering", "retrieval": "MPlug2ForRetrieval"}
+    return getattr(library, kinds.get(family.removesuffix(" step"), "MPlug2ForCaptioning"))(config, **options)
 
 
 class NoInitialisation(TorchFunctionMode):
@@ -194,6 +196,18 @@ class Reference(Implementation):
         out = self.model._beam_search(embeds, None, self.beams, self.steps, self.steps, 1)
         return out.scores[:, 0]
 
+    def text_states(self, texts: Tensor, mask: Tensor) -> Tensor:
+        return self.model.text_encoder(texts, mask)
+
+    def retrieval_features(self, video: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
+        visual, text = self.model.encode_video(video), self.model.text_encoder(texts, mask)
+        return torch.cat([self.model.image_feature(visual), self.model.text_feature(text)])
+
+    def re_ranking(self, embeds: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+        """Each pair is fused alone, with its own keys and values."""
+        pairs = (self.model.match(visual.expand(len(states), -1, -1), states, mask)[:, 1] for visual in embeds)
+        return torch.stack(list(pairs))
+
     def make_optimizer(self) -> torch.optim.AdamW:
         settings = Optimizer()
         groups = [
@@ -227,18 +241,6 @@ class MPlugReference(Reference):
 
     def grounding(self, video: Tensor, phrase: Tensor, mask: Tensor) -> Tensor:
         return self.model.ground(self.model.encode_video(video), phrase, mask)[2][:, 0]
-
-    def text_states(self, texts: Tensor, mask: Tensor) -> Tensor:
-        return self.model.text_encoder(texts, mask)
-
-    def retrieval_features(self, video: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
-        visual, text = self.model.encode_video(video), self.model.text_encoder(texts, mask)
-        return torch.cat([self.model.image_feature(visual), self.model.text_feature(text)])
-
-    def re_ranking(self, embeds: Tensor, states: Tensor, mask: Tensor) -> Tensor:
-        """Each pair is fused alone, with its own keys and values."""
-        pairs = (self.model.match(visual.expand(len(states), -1, -1), states, mask)[:, 1] for visual in embeds)
-        return torch.stack(list(pairs))
 
 
 def in_order(indices: Tensor, probabilities: Tensor) -> Tensor:

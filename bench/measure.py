@@ -33,8 +33,8 @@ WARM_UPS = {"cuda": 3}
 BEFORE = {
     "universal": ("vision",),
     "decode": ("vision", "universal"),
-    "re-ranking": ("vision", "text states"),
-    "re-ranking long texts": ("vision", "long text states"),
+    "re-ranking": ("features", "text states"),
+    "re-ranking long texts": ("features", "long text states"),
 }
 """The tasks that the reference computes first to give a task its input."""
 NOISE, SCORE_NOISE = 1e-5, 4e-2

@@ -261,9 +261,9 @@ class Peer:
         return torch.cat([visual, text], dim=1), both_mask
 
     def retrieval_features(self, video: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Features of images and of texts, each `(batch, embed_dim)`."""
+        """Features of visual inputs and of texts, each `(batch, embed_dim)`."""
         contrast = self.model.contrast
-        visual, text = self.encode_visual(video)[:, 0], self.encode_text(tokens, mask)[:, 0]
+        visual, text = self.encode_video(video)[:, 0], self.encode_text(tokens, mask)[:, 0]
         projected = linear(contrast.vision_proj, visual), linear(contrast.text_proj, text)
         return F.normalize(projected[0], dim=-1), F.normalize(projected[1], dim=-1)
 

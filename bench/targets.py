@@ -272,6 +272,17 @@ def _training() -> list[Target]:
     ]
 
 
+def _retrieval() -> list[Target]:
+    def of(work: str, name: str, quantity: Quantity, bound: float) -> Target:
+        return Target(work, "model", name, "large", "float32", "cpu", quantity, bound)
+
+    return [
+        of("re-ranking 128 texts of a video", "re-ranking", times("reference"), 8),
+        of("re-ranking 128 texts of a video", "re-ranking", GEMM_SHARE, 75),
+        of("features of a video and of 128 texts", "retrieval features", times("compiled"), 1.2),
+    ]
+
+
 def _mplug() -> list[Target]:
     def of(work: str, name: str, quantity: Quantity, bound: float) -> Target:
         return Target(work, "model", name, "mPLUG large", "float32", "cpu", quantity, bound)
@@ -284,4 +295,4 @@ def _mplug() -> list[Target]:
     ]
 
 
-TARGETS = (*_captioning(), *_operators(), *_steps(), *_calls(), *_training(), *_mplug())
+TARGETS = (*_captioning(), *_operators(), *_steps(), *_calls(), *_training(), *_retrieval(), *_mplug())

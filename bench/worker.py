@@ -34,14 +34,20 @@ INPUTS = {
     "text states": ("texts", "texts_mask"),
     "long text states": ("long_texts", "long_texts_mask"),
     "retrieval features": ("video", "texts", "texts_mask"),
-    "re-ranking": ("visual", "states", "texts_mask"),
-    "re-ranking long texts": ("visual", "long_states", "long_texts_mask"),
+    "re-ranking": ("embeds", "states", "texts_mask"),
+    "re-ranking long texts": ("embeds", "long_states", "long_texts_mask"),
     "captioning step": ("video", "caption", "caption_mask"),
     "answering step": ("video", "question", "question_mask", "answer", "answer_mask"),
 }
 """The files that each task reads from the exchange folder."""
 CHECKPOINTED = " checkpointed"
-OUTPUTS = {"vision": "visual", "universal": "embeds", "text states": "states", "long text states": "long_states"}
+OUTPUTS = {
+    "vision": "visual",
+    "universal": "embeds",
+    "features": "embeds",
+    "text states": "states",
+    "long text states": "long_states",
+}
 """The file that the reference's result becomes; other tasks read it."""
 ZERO = 1e-6
 """Gradients below this share of the largest norm are rounding. Biases of keys are: shifting all scores of a query

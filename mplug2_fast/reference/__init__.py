@@ -5,6 +5,11 @@ prefixes and tiled memories. Sources: arXiv 2302.00402 and 2205.12005, and the o
 """
 
 from mplug2_fast.reference.mplug import MPlug
-from mplug2_fast.reference.mplug2 import MPlug2ForCaptioning, MPlug2ForPreTraining, MPlug2ForQuestionAnswering
+from mplug2_fast.reference.mplug2 import (
+    MPlug2ForCaptioning,
+    MPlug2ForPreTraining,
+    MPlug2ForQuestionAnswering,
+    MPlug2ForRetrieval,
+)
 
-__all__ = ["MPlug", "MPlug2ForCaptioning", "MPlug2ForPreTraining", "MPlug2ForQuestionAnswering"]
+__all__ = ["MPlug", "MPlug2ForCaptioning", "MPlug2ForPreTraining", "MPlug2ForQuestionAnswering", "MPlug2ForRetrieval"]

@@ -1,4 +1,4 @@
-"""mPLUG-2 for captioning and for question answering: the official computation."""
+"""mPLUG-2 for captioning, question answering, retrieval and pre-training: the official computation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from mplug2_fast.models.mplug2.config import MPlug2Config
 from mplug2_fast.models.mplug2.official_names import MPlug2Names
+from mplug2_fast.models.names import DECODER, FUSION, TEXT
 from mplug2_fast.modes import in_eval_mode
 from mplug2_fast.outputs import GenerationOutput
 from mplug2_fast.reference.decoder import (
@@ -22,8 +23,10 @@ from mplug2_fast.reference.decoder import (
 )
 from mplug2_fast.reference.encoders import TextEncoder, UnsharedLayers
 from mplug2_fast.reference.fusion import FusionEncoder
+from mplug2_fast.reference.retrieval import Retrieval
 from mplug2_fast.reference.vision import LocalTemporal, VisionTransformer
 from mplug2_fast.tasks import AnswerRanking, Captioning, QuestionAnswering, Task
+from mplug2_fast.tasks import Retrieval as RetrievalTask
 
 
 class _MPlug2(nn.Module):
@@ -35,7 +38,7 @@ class _MPlug2(nn.Module):
         super().__init__()
         self.config = config
         self.tasks = {kind.name: kind() for kind in self.task_types}
-        answers = QuestionAnswering.name in self.tasks
+        self._needed = config.modules_for([next(iter(self.tasks.values()))])
         text = config.text
         with torch.device(device or torch.get_default_device()):
             self.visual_encoder = nn.Module()
@@ -45,12 +48,16 @@ class _MPlug2(nn.Module):
                 self.visn_layer_norm = nn.LayerNorm(text.hidden_size, eps=1e-12)
             self.visn_emb_norm = nn.LayerNorm(text.hidden_size, eps=1e-12)
             self.dropout = nn.Dropout(text.hidden_dropout_prob)
-            self.text_encoder = TextEncoder(text, text=answers)
+            self.text_encoder = TextEncoder(text, text=TEXT in self._needed)
             if text.num_uni_layer and not text.share_universal:
                 self.universal_encoder = UnsharedLayers(text)
-            if answers:
+            if FUSION in self._needed:
                 self.fusion_encoder = FusionEncoder(text)
-            self.text_decoder = TextDecoder(text)
+            if DECODER in self._needed:
+                self.text_decoder = TextDecoder(text)
+            if isinstance(self, Retrieval):
+                self.add_contrast(text.hidden_size, config.contrast.embed_dim)
+                self.itm_head = nn.Linear(text.hidden_size, 2)
         for module in self.modules():
             for parameter in module.parameters(recurse=False):
                 if parameter.ndim > 1:
@@ -70,7 +77,7 @@ class _MPlug2(nn.Module):
     @property
     def official_names(self) -> MPlug2Names:
         """The official name of every parameter."""
-        return MPlug2Names(self.config, self.config.modules_for([next(iter(self.tasks.values()))]))
+        return MPlug2Names(self.config, self._needed)
 
     def official_parameters(self) -> dict[str, Tensor]:
         """Official name -> this model's parameter, detached. The modules have the official names themselves."""
@@ -94,6 +101,11 @@ class _MPlug2(nn.Module):
             layers = self.text_encoder if self.config.text.share_universal else self.universal_encoder
             x = x + layers.v_module(x)
         return self.dropout(self.visn_emb_norm(x))
+
+    def fuse(self, text: Tensor, text_mask: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """(visual, text) of the fusion encoder."""
+        visual_mask = torch.ones(visual.shape[:2], dtype=text_mask.dtype, device=visual.device)
+        return self.fusion_encoder(text, text_mask, visual, visual_mask)
 
     def _beam_search(
         self,
@@ -159,10 +171,9 @@ class MPlug2ForQuestionAnswering(_MPlug2):
 
     def encode_question(self, video: Tensor, question_ids: Tensor, question_mask: Tensor) -> tuple[Tensor, Tensor]:
         """The decoder's memory `(B, S + tokens, D)`, [fusion visual; fusion text], and its padding mask."""
-        visual = self.encode_video(video)
-        visual_mask = torch.ones(visual.shape[:2], dtype=question_mask.dtype, device=visual.device)
         text = self.text_encoder(question_ids, question_mask)
-        visual, text = self.fusion_encoder(text, question_mask, visual, visual_mask)
+        visual, text = self.fuse(text, question_mask, self.encode_video(video))
+        visual_mask = torch.ones(visual.shape[:2], dtype=question_mask.dtype, device=visual.device)
         return torch.cat([visual, text], dim=1), torch.cat([visual_mask, question_mask], dim=1)
 
     def forward(
@@ -224,6 +235,10 @@ class MPlug2ForQuestionAnswering(_MPlug2):
         return rank_answers(self.text_decoder, memory, mask, answer_ids, answer_mask, k)
 
 
+class MPlug2ForRetrieval(Retrieval, _MPlug2):
+    task_types = (RetrievalTask,)
+
+
 class MPlug2ForPreTraining(MPlug2ForQuestionAnswering):
     """The question answering model with heads for masked words.
 
@@ -242,9 +257,7 @@ class MPlug2ForPreTraining(MPlug2ForQuestionAnswering):
         """Logits `(B, tokens, vocabulary)` of the words of texts, after fusion if there is a video."""
         text, encoder = self.text_encoder(text_ids, text_mask), self.text_encoder
         if video is not None:
-            visual = self.encode_video(video)
-            visual_mask = torch.ones(visual.shape[:2], dtype=text_mask.dtype, device=visual.device)
-            text, encoder = self.fusion_encoder(text, text_mask, visual, visual_mask)[1], self.fusion_encoder
+            text, encoder = self.fuse(text, text_mask, self.encode_video(video))[1], self.fusion_encoder
         return encoder.cls.predictions(text, self.text_encoder.embeddings.word_embeddings.weight)
 
     def masked_loss(self, video: Tensor | None, text_ids: Tensor, text_mask: Tensor, labels: Tensor) -> Tensor:

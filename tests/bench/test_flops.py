@@ -66,6 +66,10 @@ def test_question_answering_against_the_reference():
     parts = flops.needed("features", config, **RUN) + flops.decoding(config, 257 + 7, 5, 15)
     asked = flops.text_encoder(config, 7) + flops.fusion(config, 16, 7)
     assert flops.needed("answering", config, **RUN, question=7) == parts + asked
+    model = reference.MPlug2ForRetrieval(config, device="meta").eval()
+    features = counted(lambda: (model.image_feature(visual), model.text_feature(text)))
+    expected = flops.needed("features", config, **RUN) + flops.text_encoder(config, 7) + features
+    assert flops.needed("retrieval features", config, **RUN, texts=[7]) == expected
 
 
 MPLUG = MPlugConfig.preset("large")

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from bench import measure
-from bench.flops import MPLUG_TASKS, TASKS
+from bench.flops import MODEL_TASKS, MPLUG_TASKS, TASKS
 from bench.measure import Measured
 from bench.plan import FAMILIES, LOADER, TRAIN, Plan
 from bench.process import ProcessError
@@ -90,6 +90,18 @@ def test_mplug_has_its_own_tasks(forked):
         assert row.bytes
 
 
+def test_retrieval_of_mplug2(forked):
+    found = measure.run(plan(tasks=MODEL_TASKS["mplug2"][-2:]), Progress(), CEILINGS)
+    assert not found.failed
+    assert [row.key.name for row in found.rows] == ["retrieval features", "re-ranking"]
+    for row in found.rows:
+        assert list(row.baselines) == ["reference", "eager"]
+        assert row.correct
+        assert row.relative_error < 1e-4
+        assert row.flop
+        assert row.bytes
+
+
 def test_training_steps_and_their_loader(forked):
     found = measure.run(plan(tasks=(*TRAIN[:2], LOADER), batch=1, baselines=("reference",)), Progress(), CEILINGS)
     assert not found.failed
@@ -160,7 +172,7 @@ def test_memory_decides_which_workers_run_together():
     assert large.groups(32 << 30) == [("captioning", both)]
     assert large.groups(12 << 30) == [("captioning", ("float32",)), ("captioning", ("bfloat16",))]
     all_tasks = dataclasses.replace(large, tasks=(*TASKS, *TRAIN))
-    served = [family for family in FAMILIES if family != "retrieval"]  # mPLUG's alone
+    served = [family for family in FAMILIES if family != "retrieval"]
     assert [family for family, _ in all_tasks.groups(1 << 50)] == served
     sizes = [all_tasks.resident_bytes(family, both) for family in served]
     assert sizes == sorted(sizes)

@@ -164,6 +164,21 @@ def test_compilations_of_training(unique_graphs):
     assert unique_graphs() == 5
 
 
+@torch.no_grad()
+def test_retrieval():
+    config = MPlug2Config.preset("tiny").replace(vocab_size=300)
+    model, fast = reference.MPlug2ForRetrieval(config).eval(), mf.MPlug2(config, ["retrieval"]).eval()
+    for each in (model, fast):
+        fill(each.official_parameters())
+    peer, texts = Peer(fast), random_text(config, 5, 6)
+    video = torch.randn(2, 3, 4, 32, 32, generator=torch.Generator().manual_seed(3))
+    visual, states = model.encode_video(video), model.text_encoder(*texts)
+    features = peer.retrieval_features(video, *texts)
+    assert_close(features, (model.image_feature(visual), model.text_feature(states)), rtol=1e-4, atol=1e-4)
+    alone = [model.match(each.expand(5, -1, -1), states, texts[1])[:, 1] for each in visual]
+    assert_close(peer.match(visual, states, texts[1]), torch.stack(alone), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("changes", [{}, {"stride_layer": 6}, {"width": 64}], ids=["connected", "plain", "projected"])
 @torch.no_grad()
 def test_mplug(changes):

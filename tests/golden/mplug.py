@@ -193,8 +193,7 @@ def retrieval(case: GoldenCase, implementation: str) -> Quantities:
             return found.total
         twin = _reference_twin(case, adapter, rate, parts)
         texts = batch["text_ids"], batch["text_mask"], batch["ids"]
-        image = batch["video"][:, :, 0]
-        parts.update(model.retrieval_losses(image, *texts, twin, queues, alpha, drawn))
+        parts.update(model.retrieval_losses(batch["video"], *texts, twin, queues, alpha, drawn))
         return parts["loss_ita"] + parts["loss_itm"]
 
     gradients = adapter.step(loss)
