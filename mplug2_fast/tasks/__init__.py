@@ -1,4 +1,4 @@
-"""Tasks: each is an object with a head, a loss and predictions. `TASKS` has those that come with the package."""
+"""Tasks. Each is an object with a head, a loss and predictions. `TASKS` has the ones in this package."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ TASKS: dict[str, Task] = {
 PRETRAINING: dict[str, Task] = {
     task.name: task for task in (MaskedWords(), MaskedWords(fused=True), PrefixModelling(), TextPrefixModelling())
 }
-"""Tasks that models learn from. A checkpoint does not offer them by itself."""
+"""Tasks for pre-training. A checkpoint offers them only if it names them."""
 
 KINDS: dict[str, type[Task]] = {kind.kind: kind for kind in (Classification, Regression, ZeroShot)}
-"""Tasks that are made with settings, such as labels."""
+"""Classes of tasks with settings, such as labels."""
 
 Stated = str | Mapping[str, Any]
 """A task in a checkpoint: its name, or its kind with its settings."""
@@ -73,7 +73,7 @@ __all__ = [
 
 
 def get(task: Task | Stated) -> Task:
-    """The task of that name, that a checkpoint states, or the task itself.
+    """The task with this name, or the one that a checkpoint describes. A `Task` is returned unchanged.
 
     Raises:
         ConfigError: no task has the name, or the settings are wrong.
@@ -96,13 +96,13 @@ def get(task: Task | Stated) -> Task:
 
 
 def stated(task: Task) -> Stated:
-    """What a checkpoint says of a task, from which `get` makes it again."""
+    """How a checkpoint describes a task; the inverse of `get`."""
     settings = task.settings()
     return {"kind": task.kind, **settings} if settings else task.name
 
 
 def title_of(tasks: Iterable[Task]) -> str:
-    """Tasks in words, for messages. A task that needs nothing beyond the tasks before it is left out."""
+    """The names of tasks, for messages. Leaves out tasks that need no module beyond those of the tasks before them."""
     words: list[str] = []
     modules: set[str] = set()
     for task in tasks:
@@ -118,7 +118,7 @@ def load(name: str) -> Task:
     Runs the module's code: take such names from a user, or from a file that the user trusts.
 
     Raises:
-        ConfigError: there is no such task, module or file, or what it names is no task.
+        ConfigError: there is no such task, module or file, or the object is not a task.
     """
     where, colon, attribute = name.rpartition(":")
     if not colon:

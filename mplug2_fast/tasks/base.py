@@ -1,4 +1,4 @@
-"""What a task is."""
+"""The base class of tasks, and what tasks share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Alternative(NamedTuple):
-    """One text for a file, and its score."""
+    """One result for a file: a text and its score."""
 
     text: str
     score: float
@@ -32,7 +32,7 @@ class Alternative(NamedTuple):
 
 
 class BoxAlternative(Alternative):
-    """A box, its text and its score: a pair of the two, like other alternatives."""
+    """A box with its text and score. It unpacks into text and score, like other alternatives."""
 
     _box: Box | None
 
@@ -47,10 +47,10 @@ class BoxAlternative(Alternative):
 
 
 Texts = list[Alternative] | NotFiniteError
-"""The texts of a video, best first, or why the model has none."""
+"""The results for one video, best first, or the error that explains why there are none."""
 
 Respond = Callable[[Any, Sequence[str | None]], list[Texts]]
-"""From image_embeds `(B, S, D)` and the text that goes with each of the B videos, or None, to the results of each.
+"""Takes image_embeds `(B, S, D)` and a text or None for each of the B videos. Returns the results of each video.
 
 A task on texts alone gets None for image_embeds. Classification also takes several views of a file,
 `(B, views, S, D)`."""
@@ -62,20 +62,20 @@ class Task(ABC):
     A task holds no parameters and no state. One instance serves any number of models.
 
     Attributes:
-        kind: of a task that has settings, its name in `mplug2_fast.tasks.KINDS`.
-        name: how checkpoints and the command line name it.
-        modules: the modules of the model that it computes with.
-        reads_text: whether it takes a text with each video, such as a question.
-        lengths: defaults of min_length and max_length, in tokens after [CLS], where it generates text.
+        kind: the name of its class in `mplug2_fast.tasks.KINDS`, for tasks with settings.
+        name: its name in checkpoints and on the command line.
+        modules: the modules of the model that it uses.
+        reads_text: whether each video comes with a text, such as a question.
+        lengths: defaults of min_length and max_length for generated text, in tokens after [CLS].
         options: names of the options that `respond` takes.
-        fields: of an item, which training and evaluation need beside its video or image.
-        metrics: names in `mplug2_fast.evaluation.METRICS`, the most telling one first.
-        num_files: images or videos of an item, where it takes files.
+        fields: the fields of an item that training and evaluation need, besides its video or image.
+        metrics: names in `mplug2_fast.evaluation.METRICS`, the main one first.
+        num_files: images or videos per item, if it takes files.
         finds_boxes: whether each result has a `box`.
-        soft_targets: whether the task has `logits(model, batch)`, and its loss takes those of a teacher as `soft`, with
-            their weight `alpha`.
-        evaluation: how the task is evaluated: "items" responds to each item by itself, "gallery" ranks all files and
-            all captions of the data set for each other.
+        soft_targets: whether the task has `logits(model, batch)`, and its loss takes the logits of a teacher as `soft`
+            and their weight as `alpha`.
+        evaluation: "items" evaluates each item alone; "gallery" ranks all files and all captions of the data set
+            against each other.
     """
 
     kind: ClassVar[str] = ""
@@ -97,8 +97,8 @@ class Task(ABC):
         return "vision" in self.modules
 
     def settings(self) -> Mapping[str, Any]:
-        """Plain values that make the task again, for checkpoints: `KINDS[task.kind](**settings)`. Empty for a task that
-        its name tells."""
+        """The arguments that rebuild the task, as plain values for checkpoints: `KINDS[task.kind](**settings)`. Empty
+        if the name is enough."""
         return {}
 
     def head(self, config: Any) -> nn.Module | None:
@@ -109,7 +109,7 @@ class Task(ABC):
         """What the loss needs besides model and batch, such as queues. `update(model)` is called before each step.
 
         Args:
-            model: what is trained. queue_size: features to keep, 0 for none. momentum: of copies of the model.
+            model: the trained model. queue_size: features to keep; 0 for none. momentum: of copies of the model.
         """
         return None
 
@@ -123,7 +123,7 @@ class Task(ABC):
 
     @abstractmethod
     def respond(self, model: Any, tokenizer: Tokenizer, **options: Any) -> Respond:
-        """The function that turns encoded videos and texts into results. Raises `ConfigError` for bad options."""
+        """A function that turns encoded videos and texts into results. Raises `ConfigError` for bad options."""
 
     def encode(self, model: Any, video: Tensor) -> Tensor:
         """Video `(B, 3, T, H, W)` to the tokens `(B, S, D)` that `respond` takes."""
@@ -146,7 +146,7 @@ class Task(ABC):
             raise DataError(f"the item {printable(item.id)} has no {' and no '.join(missing)}, which {self.name} needs")
 
     def samples(self, item: Item) -> list[Item]:
-        """What an item gives in an epoch of training: more than one sample if it has several targets."""
+        """The training samples of an item: one for each of its targets."""
         return [item]
 
     def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:
@@ -154,18 +154,18 @@ class Task(ABC):
         raise ConfigError(f"{self.name} cannot be trained from items: it has no `batch` method")
 
     def targets(self, batch: Mapping[str, Tensor], config: Any) -> int:
-        """How many targets the loss of a batch is the mean of. Losses of parts of a batch are weighted by it."""
+        """The number of targets that the loss averages over. It weights the losses of parts of a batch."""
         return len(next(iter(batch.values())))
 
     def text_of(self, item: Item, config: Any) -> str | None:
-        """The text that goes with an item's file in `respond`."""
+        """The text of an item for `respond`."""
         return item.question if self.reads_text else None
 
     def gallery(self, model: Any, tokenizer: Tokenizer, files: int = 0, **options: Any) -> Gallery:
-        """What ranks files and texts for each other. Raises `ConfigError` for bad options.
+        """An empty gallery, which ranks files and texts against each other. Raises `ConfigError` for bad options.
 
         Args:
-            files: how many there will be.
+            files: how many will be added.
         """
         raise ConfigError(f"{self.name} does not rank files and texts for each other: it has no `gallery` method")
 
@@ -175,6 +175,11 @@ class Task(ABC):
 
     def check_text(self, model: Any, tokenizer: Tokenizer, text: str) -> None:  # noqa: B027 (nothing to check)
         """Raise `ConfigError` for a text that the model cannot read."""
+
+
+def wide(x: Tensor) -> Tensor:
+    """The tensor in float32, for losses. A float64 tensor is returned unchanged."""
+    return x if x.dtype is torch.float64 else x.float()
 
 
 def require(condition: bool, message: str) -> None:
@@ -221,7 +226,7 @@ def require_text_or_caption(item: Item, name: str) -> None:
 
 
 def require_positions(model: Any, what: str, ids: Tensor) -> None:
-    """Raise `ConfigError` for ids `(texts, tokens)` that are longer than the model reads."""
+    """Raise `ConfigError` for ids `(texts, tokens)` with more tokens than the model reads."""
     positions = model.config.text.max_position_embeddings
     require(ids.shape[1] <= positions, f"{what} has {ids.shape[1]} tokens, and the model reads at most {positions}")
 

@@ -26,6 +26,7 @@ from mplug2_fast.tasks.base import (
     require_labels,
     require_num_return,
     require_text,
+    wide,
 )
 
 if TYPE_CHECKING:
@@ -45,20 +46,20 @@ SEPARATOR = " [SEP] "
 
 
 class OnClassToken(Task):
-    """A linear layer on a class token. Subclasses say what it predicts.
+    """A linear layer on a class token. Subclasses define what it predicts.
 
     Args:
         on: what the head sees. "visual": the class token of an image or a video. "text": that of a text or of a pair of
             texts. "fused": that of a text after fusion with an image or a video, for visual entailment and the like.
             "two_images": the same for two images, whose tokens are marked by a learned vector each.
-        name: of the task, so that a model can have several.
-        outputs: of the layer.
+        name: of the task. A model can have several, with different names.
+        outputs: size of the layer's output.
 
     Raises:
-        ConfigError: no such `on`, or a name that is none.
+        ConfigError: no such `on`, or an invalid name.
     """
 
-    # Each task has its own.
+    # Set by each instance.
     name: str  # type: ignore[misc]
     modules: frozenset[str]  # type: ignore[misc]
     reads_text: bool  # type: ignore[misc]
@@ -66,7 +67,9 @@ class OnClassToken(Task):
 
     def __init__(self, on: On, name: str, outputs: int) -> None:
         require(on in _MODULES, f"on must be one of {', '.join(_MODULES)}, got {printable(repr(on))}")
-        require(isinstance(name, str) and name.isidentifier(), f"{printable(repr(name))} is no name for a task")
+        require(
+            isinstance(name, str) and name.isidentifier(), f"{printable(repr(name))} is not a valid name for a task"
+        )
         self.on, self.name, self._outputs = on, name, outputs
         self.modules, self.reads_text = _MODULES[on], on != "visual"
         self.num_files = 2 if on == "two_images" else 1
@@ -82,7 +85,7 @@ class OnClassToken(Task):
         return 1 if self.on == "two_images" else super().num_frames(config)
 
     def logits(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
-        """What the layer gives `(B, outputs)`.
+        """The output of the layer `(B, outputs)`.
 
         Args:
             model: with the modules of this task.
@@ -102,7 +105,7 @@ class OnClassToken(Task):
         return model.heads[self.name](pooled)
 
     def _both(self, model: Any, video: Tensor | None, image_embeds: Tensor | None) -> Tensor:
-        """The tokens of two images `(B, 2 * S, D)`, marked."""
+        """The tokens of two images `(B, 2 * S, D)`, with their type vectors."""
         if video is not None:
             frames = video.unflatten(2, (2, -1)).transpose(1, 2)
             image_embeds = model.embed(frames.flatten(0, 1), None).unflatten(0, (-1, 2))
@@ -110,7 +113,7 @@ class OnClassToken(Task):
         return (image_embeds + model.heads[self.name].types[:, None]).flatten(1, 2)
 
     def _responding(self, model: Any, tokenizer: Tokenizer, texts_of: Callable[[Tensor], list[Texts]]) -> Respond:
-        """`respond`, where `texts_of` turns predictions, which are averaged over views, into results."""
+        """A `Respond` that averages predictions over views. `texts_of` turns them into results."""
 
         def respond(image_embeds: Tensor | None, texts: Sequence[str | None]) -> list[Texts]:
             views, inputs = 1, {}
@@ -146,7 +149,7 @@ class OnClassToken(Task):
 
     @abstractmethod
     def label_of(self, item: Item) -> int | float:
-        """The label as the loss takes it. Raises `DataError` for one that the task does not know."""
+        """The label as a target of the loss. Raises `DataError` for a label that the task does not know."""
 
     def targets(self, batch: Mapping[str, Tensor], config: Any) -> int:
         return len(batch["labels"])
@@ -161,7 +164,7 @@ class OnClassToken(Task):
 
 
 class Classification(OnClassToken):
-    """Which of several classes an input has: one label an item.
+    """The class of an input: one label per item.
 
     Args:
         labels: the classes.
@@ -184,11 +187,11 @@ class Classification(OnClassToken):
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
         """The mean cross-entropy. Batch: see `logits`, and `labels` `(B,)`, int64."""
-        return F.cross_entropy(self.logits(model, batch).float(), batch["labels"])
+        return F.cross_entropy(wide(self.logits(model, batch)), batch["labels"])
 
     def predict(self, model: Any, video: Tensor | None = None, **inputs: Any) -> Tensor:
-        """The probabilities of the classes `(B, labels)`, float32. Inputs: see `logits`."""
-        return self.logits(model, {"video": video, **inputs}).float().softmax(dim=-1)
+        """The probabilities of the classes `(B, labels)`, in float32 or float64. Inputs: see `logits`."""
+        return wide(self.logits(model, {"video": video, **inputs})).softmax(dim=-1)
 
     def respond(self, model: Any, tokenizer: Tokenizer, num_return: int = 1) -> Respond:
         require_num_return(num_return, len(self.labels), "labels")
@@ -226,11 +229,12 @@ class Regression(OnClassToken):
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
         """The mean squared error. Batch: see `logits`, and `labels` `(B,)`, numbers."""
-        return F.mse_loss(self.logits(model, batch)[:, 0].float(), batch["labels"].float())
+        found = wide(self.logits(model, batch)[:, 0])
+        return F.mse_loss(found, batch["labels"].to(found.dtype))
 
     def predict(self, model: Any, video: Tensor | None = None, **inputs: Any) -> Tensor:
-        """The numbers `(B,)`, float32. Inputs: see `logits`."""
-        return self.logits(model, {"video": video, **inputs})[:, 0].float()
+        """The numbers `(B,)`, in float32 or float64. Inputs: see `logits`."""
+        return wide(self.logits(model, {"video": video, **inputs})[:, 0])
 
     def respond(self, model: Any, tokenizer: Tokenizer) -> Respond:
         def texts_of(found: Tensor) -> list[Texts]:
@@ -265,7 +269,7 @@ class TwoImages(nn.Module):
 
 
 def _encoded(config: Any, tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Ids and mask of texts, cut where the positions end. The texts of a pair are cleaned one by one."""
+    """Ids and mask of texts, truncated to the positions of the model. The texts of a pair are cleaned separately."""
     clean = config.wording.clean_question
     cleaned = [SEPARATOR.join(map(clean, text.split(SEPARATOR))) for text in texts]
     return tokenizer.encode(cleaned, config.text.max_position_embeddings, end=False)

@@ -17,10 +17,10 @@ TEXT_BATCH = 128
 
 
 class Space(ABC):
-    """One space.
+    """A space of features.
 
     Attributes:
-        modules: that the model needs.
+        modules: the modules that the model needs.
     """
 
     modules: ClassVar[frozenset[str]]
@@ -53,7 +53,7 @@ class Space(ABC):
 
     @abstractmethod
     def scale(self, model: Any) -> Tensor:
-        """What similarities are multiplied by before a softmax."""
+        """The factor of similarities before a softmax."""
 
 
 class Contrast(Space):

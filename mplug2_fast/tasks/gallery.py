@@ -1,4 +1,4 @@
-"""A gallery: all files and all texts of a search, ranked for each other."""
+"""A gallery: all files and all texts of a search, ranked against each other."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Gallery:
 
     Args:
         model: with the modules of retrieval. tokenizer: of the model.
-        files: how many visual inputs will be added, to check that they fit into memory.
+        files: how many visual inputs will be added. Checked against the memory.
         rerank: candidates of each row and column, chosen by their features, that the matching head scores; 0 scores by
             features alone.
         add_similarity: as for `Retrieval.predict`.
-        space: whose features are compared.
+        space: of the compared features.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Gallery:
 
     @torch.inference_mode()
     def add(self, image_embeds: Tensor) -> list[bool]:
-        """Adds visual inputs `(B, S, D)` of `encode_video`. Returns which of them are finite; the others are left out.
+        """Adds visual inputs `(B, S, D)` of `encode_video` and returns which of them are finite. Leaves out the others.
 
         Raises `ConfigError` if the tokens of all files, which re-ranking keeps on the CPU, do not fit into its memory.
         """

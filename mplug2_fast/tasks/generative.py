@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mplug2_fast.outputs import GenerationOutput
-from mplug2_fast.tasks.base import Alternative, Task, Texts, not_finite, require
+from mplug2_fast.tasks.base import Alternative, Task, Texts, not_finite, require, wide
 
 BEFORE_LAST = slice(None, -1)
 """The positions of a sequence that predict another token of it."""
@@ -35,11 +35,11 @@ def token_losses(logits: Tensor, labels: Tensor, soft: Tensor | None = None, alp
         soft: logits of a teacher, as `logits`. Its probabilities over the vocabulary have the weight `alpha` in the
             targets; the labels have the rest.
     """
-    scores = logits.float().flatten(0, 1)
+    scores = wide(logits).flatten(0, 1)
     losses = F.cross_entropy(scores, labels.flatten(), reduction="none", ignore_index=IGNORED).view(labels.shape)
     if soft is None or alpha == 0:
         return losses
-    softened = F.cross_entropy(scores, soft.float().flatten(0, 1).softmax(dim=-1), reduction="none").view(labels.shape)
+    softened = F.cross_entropy(scores, wide(soft).flatten(0, 1).softmax(dim=-1), reduction="none").view(labels.shape)
     return (1 - alpha) * losses + alpha * softened.masked_fill(labels == IGNORED, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""Visual grounding: the box of what a phrase names, as four tokens of the decoder (mPLUG, section 4.4)."""
+"""Visual grounding: the box that a phrase names, as four tokens of the decoder (mPLUG, section 4.4)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from mplug2_fast.tasks.base import (
     require,
     require_positions,
     require_text,
+    wide,
 )
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from mplug2_fast.video import Preparation
 
 START, FIRST_BIN, BINS = 344, 345, 337
-"""Ids of [unused339], which starts a box, and of [unused340], the first of the places from 0 to 1."""
+"""Ids of [unused339], which starts a box, and of [unused340], the first bin; number of bins from 0 to 1."""
 
 MAX_ERROR = 5.0
 MAX_PHRASE_LENGTH = 10_000
@@ -50,7 +51,7 @@ class Boxes(NamedTuple):
 
 
 class Grounding(Task):
-    """The box of what a phrase names in an image."""
+    """The box of the object that a phrase names in an image."""
 
     name = "grounding"
     modules = frozenset({"vision", "text", "fusion", "decoder"})
@@ -77,12 +78,12 @@ class Grounding(Task):
         """
         if weighting not in ("official", "per_sample", "none"):
             raise ValueError(f"weighting must be official, per_sample or none, got {weighting!r}")
-        targets = batch["target_boxes"].float()
+        targets = wide(batch["target_boxes"])
         bins = (targets.clamp(0, 1) * (BINS - 1)).floor().long()
         inputs = torch.cat([bins.new_full((len(bins), 1), START), bins[:, :-1] + FIRST_BIN], dim=1)
         memory = _remember(model, batch)
         logits = model.decoder(inputs[:, None], torch.ones_like(inputs)[:, None], memory)[:, 0]
-        logits = _places(logits).float()
+        logits = wide(_places(logits))
         losses = F.cross_entropy(logits.flatten(0, 1), bins.flatten(), reduction="none").view(bins.shape)
         if weighting == "none":
             return losses.mean()
@@ -123,7 +124,7 @@ class Grounding(Task):
         return Boxes((ids - FIRST_BIN) / (BINS - 1), ids, found, scores)
 
     def respond(self, model: Any, tokenizer: Tokenizer) -> Respond:
-        """Boxes, of which the part outside of the image is cut off."""
+        """Boxes, clipped to the image."""
 
         def respond(image_embeds: Tensor, texts: Sequence[str | None]) -> list[Texts]:
             require(all(text is not None for text in texts), "this task needs a phrase for each image")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, not_finite, require, require_text_or_caption
+from mplug2_fast.tasks.base import Alternative, Respond, Task, Texts, not_finite, require, require_text_or_caption, wide
 from mplug2_fast.tasks.generative import IGNORED
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 RATE = 0.15
 """Share of the tokens that are predicted."""
 MASKED, RANDOM = 0.8, 0.1
-"""Shares of these that become [MASK], or any token. The rest stays."""
+"""Shares of these tokens that become [MASK], or a random token. The rest stays."""
 MASK = "[MASK]"
 
 
@@ -31,7 +31,7 @@ class MaskedWords(Task):
     """The words behind [MASK] in a text.
 
     Args:
-        fused: whether an image or a video goes with the text. The head then sees the text after fusion.
+        fused: whether the text comes with an image or a video. The head then sees the text after fusion.
     """
 
     reads_text = True
@@ -45,13 +45,13 @@ class MaskedWords(Task):
         self.modules = frozenset({"vision", "text", "fusion", "fusion_mlm"} if fused else {"text", "text_mlm"})
 
     def loss(self, model: Any, batch: Mapping[str, Any], *, rate: float = RATE) -> Tensor:
-        """The mean cross-entropy of the masked tokens, which are drawn anew in each call.
+        """The mean cross-entropy of the masked tokens. Each call draws them again.
 
         Args:
             model: with the modules of this task.
             batch: `text_ids`, `text_mask` `(B, tokens)`; `mask_token_id` `(B,)`, the id of [MASK]; with `fused` also
-                `video` `(B, 3, T, H, W)` or `image_embeds` `(B, S, D)`. `labels` `(B, tokens)` instead of a draw: the
-                texts are masked already, and labels are -100 elsewhere.
+                `video` `(B, 3, T, H, W)` or `image_embeds` `(B, S, D)`. With `labels` `(B, tokens)`, -100 where
+                nothing is predicted, the texts are taken as masked already.
             rate: share of the tokens that are predicted.
         """
         ids, labels = batch["text_ids"], batch.get("labels")
@@ -61,7 +61,7 @@ class MaskedWords(Task):
             ids, labels = masked(ids, batch["text_mask"], batch["mask_token_id"], words, spared, rate)
         hidden = self._hidden(model, {**batch, "text_ids": ids})
         places = labels != IGNORED
-        logits = self._logits(model, hidden[places]).float()
+        logits = wide(self._logits(model, hidden[places]))
         return F.cross_entropy(logits, labels[places], reduction="sum") / places.sum().clamp(min=1)
 
     def predict(self, model: Any, video: Tensor | None = None, **inputs: Any) -> Tensor:
@@ -80,7 +80,7 @@ class MaskedWords(Task):
         return head(hidden, model.text.embeddings.word.weight)
 
     def respond(self, model: Any, tokenizer: Tokenizer, num_return: int = 1) -> Respond:
-        """The texts with the likeliest words, which differ in their first one."""
+        """The text with the likeliest words filled in. Alternatives differ in the first word."""
         require(num_return >= 1, f"num_return must be at least 1, got {num_return}")
 
         def respond(image_embeds: Tensor | None, texts: Sequence[str | None]) -> list[Texts]:

@@ -13,11 +13,11 @@ LEFT_OUT = -100.0
 """Score of a pair that was not compared."""
 
 MATCHING_TOKENS = 8192
-"""Tokens, padding included, of the texts of one visual input whose fusion is computed at once."""
+"""Maximum number of text tokens, padding included, that one fusion computes at once."""
 
 
 class Scores(NamedTuple):
-    """How well visual inputs and texts go together.
+    """How well visual inputs and texts match.
 
     Attributes:
         by_visual: `(N, M)`; row i ranks the texts for visual input i. by_text: `(M, N)`.
@@ -30,7 +30,7 @@ class Scores(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """Which pairs are scored by matching.
+    """The pairs that matching scores.
 
     Attributes:
         by_visual: `(N, M)`, the best texts of each visual input. by_text: `(M, N)`.
@@ -41,7 +41,7 @@ class Candidates(NamedTuple):
 
     @property
     def any(self) -> Tensor:
-        """`(N, M)`, the pairs that either side wants."""
+        """`(N, M)`, the candidates of either side."""
         return self.by_visual | self.by_text.T
 
 
@@ -60,8 +60,8 @@ def match_pairs(model: Any, visual_of: Any, text: Tensor, text_mask: Tensor, wan
     """The matching logits of the wanted pairs, 0 elsewhere: `(N, M)`.
 
     Args:
-        visual_of: from the number of a visual input to its image_embeds `(1, S, D)`. Each is asked for once, and its
-            keys and values are computed once for all its texts, up to `MATCHING_TOKENS`.
+        visual_of: returns the image_embeds `(1, S, D)` of a visual input, by its number. It is called once for each.
+            Keys and values are computed once for all texts of an input, up to `MATCHING_TOKENS`.
         text: `(M, tokens, D)`. text_mask: `(M, tokens)`. wanted: `(N, M)`. All three may be on another device than the
             model, such as the CPU.
     """

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mplug2_fast.text import Tokenizer
 
 MAX_CANDIDATES = 128
-"""Candidates that the official code keeps after the first token, to score them in full."""
+"""Candidates that the official code keeps after the first token and scores in full."""
 
 MAX_QUESTION_LENGTH = 10_000
 """Characters."""
@@ -74,11 +74,11 @@ class QuestionAnswering(Task):
         memory = self.remember(model, batch.get("video"), questions, batch["question_mask"], batch.get("image_embeds"))
         count, device = questions.shape[0], answers.device
         counts = torch.as_tensor(batch["answers_per_question"], device=device)
-        owner = torch.arange(count, device=device).repeat_interleave(counts)
-        if owner.shape[0] != answers.shape[0]:
-            raise ValueError(f"answers_per_question sums to {owner.shape[0]}, there are {answers.shape[0]} answers")
-        if answers.shape[0] != count:
-            memory = memory.select(owner)
+        if not torch.compiler.is_compiling() and (total := int(counts.sum())) != len(answers):
+            raise ValueError(f"answers_per_question sums to {total}, there are {len(answers)} answers")
+        if len(answers) != count:
+            owners = torch.arange(count, device=device).repeat_interleave(counts, output_size=len(answers))
+            memory = memory.select(owners)
         return model.decoder(answers[:, None], batch["answer_mask"][:, None], memory, positions=BEFORE_LAST)[:, 0]
 
     def targets(self, batch: Mapping[str, Tensor], config: Any) -> int:
@@ -182,7 +182,7 @@ class QuestionAnswering(Task):
 
 
 class AnswerRanking(QuestionAnswering):
-    """The best of given answers to a question about a video."""
+    """The best of the given answers to a question about a video."""
 
     name = "answer_ranking"
     options = ("candidates", "num_return")
@@ -251,7 +251,7 @@ class AnswerRanking(QuestionAnswering):
 def _negative_log_likelihoods(model: Any, memory: Any, answer_ids: Tensor, answer_mask: Tensor) -> Tensor:
     """-log p of each of the answers `(A, tokens)` to one question, without [CLS]: `(A,)`.
 
-    Padding is not computed, nor the last token of each answer, which predicts nothing.
+    Skips padding, and the last token of each answer, which predicts nothing.
     """
     labels = F.pad(shifted_labels(answer_ids, model.pad_token_id), (0, 1), value=IGNORED).flatten()
     places = torch.arange(len(labels), device=labels.device)

@@ -27,6 +27,7 @@ from mplug2_fast.tasks.base import (
     require_options,
     require_positions,
     require_text,
+    wide,
 )
 from mplug2_fast.tasks.gallery import Gallery
 from mplug2_fast.tasks.matching import Scores, matched, rerank
@@ -42,12 +43,12 @@ _NOT_COPIED = ("fusion", "decoder", "matching")
 
 
 class Losses(NamedTuple):
-    """The losses of a step, and what the matching was computed with.
+    """The losses of a step, and the weights of its negatives.
 
     Attributes:
         contrast, matching: one number each.
-        image_weights: `(B, B)`, how likely each image is drawn as the wrong one of each text (row).
-        text_weights: `(B, B)`, how likely each text is drawn as the wrong one of each image (row).
+        image_weights: `(B, B)`, how likely each image is drawn as the negative of each text (row).
+        text_weights: `(B, B)`, how likely each text is drawn as the negative of each image (row).
     """
 
     contrast: Tensor
@@ -64,8 +65,8 @@ class MomentumContrast(nn.Module):
     """The training state of contrast with queues: a momentum copy, and the features of the latest batches.
 
     Args:
-        model: what is trained.
-        queue_size: features that are kept; a multiple of the batch of all ranks.
+        model: the trained model.
+        queue_size: number of features to keep; a multiple of the batch of all ranks.
         momentum: of the copy.
 
     Attributes:
@@ -89,7 +90,7 @@ class MomentumContrast(nn.Module):
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64, device=like.device))
 
     def update(self, model: nn.Module) -> None:
-        """Move the copy towards the model. Once before each step."""
+        """Move the copy towards the model. Called once before each step."""
         self.copy.update(model)
 
     @torch.no_grad()
@@ -125,7 +126,7 @@ class MomentumContrast(nn.Module):
 
 
 class Retrieval(Task):
-    """Which text goes with which image or video."""
+    """Which text matches which image or video."""
 
     name = "retrieval"
     modules = frozenset({"vision", "text", "fusion", "contrast", "matching"})
@@ -155,11 +156,11 @@ class Retrieval(Task):
         Args:
             model: with the modules of this task.
             batch: `video` `(B, 3, T, H, W)`, or `image_embeds` `(B, S, D)` without a state; `text_ids`, `text_mask`
-                `(B, tokens)`; `ids` `(B,)`, int64, equal for pairs that are right for one another.
-            state: with queues, which then get the batch; None compares within the batch.
+                `(B, tokens)`; `ids` `(B,)`, int64, equal for pairs that match each other.
+            state: queues, to which the batch is added. None compares within the batch.
             alpha: weight of the momentum copy's own similarities among the targets.
-            negatives: (index of the wrong image of each text, of the wrong text of each image); None draws them by
-                their similarity. Without another id in the batch, a row has no negatives.
+            negatives: (index of the negative image of each text, of the negative text of each image). None draws them
+                by similarity. A row has no negatives if the batch has no other id.
         """
         ids, mask = batch["ids"], batch["text_mask"]
         visual = model.embed(batch.get("video"), batch.get("image_embeds"))
@@ -168,9 +169,9 @@ class Retrieval(Task):
         temperature = model.contrast.temperature
         if state is None:
             logits = f @ g.T / temperature, g @ f.T / temperature
-            same = (ids[:, None] == ids).float()
+            same = wide((ids[:, None] == ids).to(f.dtype))
             targets = same / same.sum(dim=1, keepdim=True)
-            ways = [F.cross_entropy(each.float(), targets) for each in logits]
+            ways = [F.cross_entropy(wide(each), targets) for each in logits]
         else:
             f_m, g_m = state.features(batch)
             with torch.no_grad():
@@ -191,16 +192,16 @@ class Retrieval(Task):
     def _matching(
         self, model: Any, visual: Tensor, text: Tensor, mask: Tensor, negatives: tuple[Tensor, Tensor], ids: Tensor
     ) -> Tensor:
-        """The cross-entropy of pairs (label 1), texts with wrong images, and images with wrong texts (label 0)."""
+        """The cross-entropy of pairs (label 1) and of texts and images with their negatives (label 0)."""
         image, other = negatives
-        # An image's own text and its wrong one share its keys and values.
+        # The two texts of an image share its keys and values.
         both = torch.stack([text, text[other.clamp(min=0)]], dim=1)
         both_mask = torch.stack([mask, mask[other.clamp(min=0)]], dim=1)
         right, wrong = matched(model, visual, both, both_mask).unbind(dim=1)
         crossed = matched(model, visual[image.clamp(min=0)], text[:, None], mask[:, None])[:, 0]
         labels = torch.cat([torch.ones_like(ids), -other.clamp(max=0), -image.clamp(max=0)])
         labels[len(ids) :] *= -100  # a row without negatives is ignored
-        return F.cross_entropy(torch.cat([right, wrong, crossed]).float(), labels)
+        return F.cross_entropy(wide(torch.cat([right, wrong, crossed])), labels)
 
     def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:
         texts = [item.caption[0] for item in items]
@@ -253,7 +254,7 @@ class Retrieval(Task):
         )
 
     def respond(self, model: Any, tokenizer: Tokenizer) -> Respond:
-        """How likely each text goes with its file."""
+        """How likely each text matches its file."""
 
         def respond(image_embeds: Tensor, texts: Sequence[str | None]) -> list[Texts]:
             require(all(text is not None for text in texts), "this task needs a text for each file")
@@ -303,13 +304,13 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def _weights(logits: Tensor, ids: Tensor) -> Tensor:
-    """How likely each column of the batch is drawn for each row: by similarity, never one of the same id."""
+    """How likely each column of the batch is drawn for each row: by similarity, never a column with the same id."""
     weights = logits[:, : len(ids)].float().softmax(dim=1)
     return weights.masked_fill(ids[:, None] == ids, 0.0)
 
 
 def _drawn(weights: Tensor) -> Tensor:
-    """A column for each row; -1 where no column has a weight."""
+    """Draws a column for each row; -1 where no column has a weight."""
     possible = weights.sum(dim=1) > 0
     drawn = torch.where(possible[:, None], weights, 1.0).multinomial(1)[:, 0]
     return torch.where(possible, drawn, -1)

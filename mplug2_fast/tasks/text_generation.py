@@ -1,4 +1,4 @@
-"""Texts from texts: generation alone, and prefix language modelling with or without an image or a video.
+"""Texts from texts: generation, and prefix language modelling with or without an image or a video.
 
 Source: mPLUG (arXiv 2205.12005), section 3.3, for prefixes. That a caption is cut at a random place is inferred.
 """
@@ -55,7 +55,7 @@ class TextGeneration(QuestionAnswering):
 
 
 class PrefixModelling(QuestionAnswering):
-    """The rest of a text from its beginning, beside an image or a video. Each call of the loss cuts texts anew."""
+    """The rest of a text from its beginning and an image or a video. Each call of the loss cuts the texts again."""
 
     name = "prefix_lm"
     fields = ("caption",)

@@ -1,4 +1,4 @@
-"""Tasks that compare features and learn no labels: CLIP's features, and classes that are given by their names.
+"""Tasks that compare features and learn no labels: CLIP's similarity, and classes given by their names.
 
 Source: CLIP (arXiv 2103.00020), section 3.1.
 """
@@ -26,6 +26,7 @@ from mplug2_fast.tasks.base import (
     require_num_return,
     require_options,
     require_text,
+    wide,
 )
 from mplug2_fast.tasks.features import SPACES, clip_ids
 from mplug2_fast.tasks.gallery import Gallery
@@ -55,12 +56,12 @@ class Clip(Task):
 
         Args:
             model: with the modules of this task.
-            batch: `video` `(B, 3, T, H, W)`; `clip_ids` `(B, tokens)`; `ids` `(B,)`, int64, equal for pairs that are
-                right for one another.
+            batch: `video` `(B, 3, T, H, W)`; `clip_ids` `(B, tokens)`; `ids` `(B,)`, int64, equal for pairs that
+                match each other.
         """
         cosines = self.predict(model, batch["video"], clip_ids=batch["clip_ids"]).similarities
-        logits = (SPACES["clip"].scale(model) * cosines).float()
-        same = (batch["ids"][:, None] == batch["ids"]).float()
+        logits = wide(SPACES["clip"].scale(model) * cosines)
+        same = (batch["ids"][:, None] == batch["ids"]).to(logits.dtype)
         targets = same / same.sum(dim=1, keepdim=True)
         return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
@@ -110,12 +111,12 @@ class Clip(Task):
 
 
 class ZeroShot(Task):
-    """Which of several classes an image or a video shows, by the similarity of its features with those of their names.
+    """The class of an image or a video, by the similarity of its features with those of the names of classes.
 
     Args:
         labels: the names of the classes.
         space: "contrast" for the features of retrieval, "clip" for those of CLIP.
-        templates: texts around a name, each with one {}. The features of a class are the mean over the templates.
+        templates: texts with one {} for the name. The features of a class are the mean over the templates.
 
     Raises:
         ConfigError: fewer than two labels, one twice, no such space, or a template without {}.
@@ -151,7 +152,7 @@ class ZeroShot(Task):
         raise TypeError("zero-shot classification is not trained: train retrieval or clip")
 
     def predict(self, model: Any, video: Tensor, *, label_features: Tensor) -> Tensor:
-        """The probabilities `(B, labels)` of the classes, float32.
+        """The probabilities `(B, labels)` of the classes, in float32 or float64.
 
         Args:
             model: with the modules of this task.
@@ -161,7 +162,7 @@ class ZeroShot(Task):
 
     def _probabilities(self, model: Any, tokens: Tensor, label_features: Tensor) -> Tensor:
         similarities = self._space.visual(model, tokens) @ label_features.T
-        return (self._space.scale(model) * similarities).float().softmax(dim=-1)
+        return wide(self._space.scale(model) * similarities).softmax(dim=-1)
 
     @torch.no_grad()
     def label_features(self, model: Any, tokenizer: Tokenizer) -> Tensor:

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from torch.autograd import gradcheck
 
 import mplug2_fast as mf
 from mplug2_fast.clip_tokenizer import MERGES, clip_tokenizer
@@ -36,32 +35,11 @@ def test_it_computes_what_clip_does(model):
         image = reference.encode_image(model.visual(video)[:, 0])
         found = model.predict("clip", video, clip_ids=ids).by_visual
         torch.testing.assert_close(found, image @ expected.T, rtol=1e-4, atol=1e-5)
-        alone = model.clip.text(clip_tokenizer().encode(TEXTS[:1], 77))
-        compiled = torch.compile(model.clip.text, fullgraph=True, backend="eager")(ids)
-    torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(alone[0], expected[0], rtol=1e-4, atol=1e-5)  # without padding
     frame = random_video(CONFIG, batch=1, frames=1)
     with torch.no_grad():  # a single image passes CLIP's own layers alone
         features = model.predict("clip", frame, clip_ids=ids).by_visual
         token = model.visual(frame, temporal=False)[:, 0]
         torch.testing.assert_close(features, reference.encode_image(token) @ expected.T, rtol=1e-4, atol=1e-5)
-
-
-def test_gradients():
-    sizes = {**SIZES, "bpe_size": 9, "token_layers": 1, "context_length": 5, "joint_dim": 4}
-    model = randomise(mf.MPlug2(SMALL.replace(clip=sizes), ["clip"])).double()
-    ids = torch.tensor([[7, 1, 2, 8], [7, 3, 8, 0]])
-    tensors = [model.clip.text_projection, model.clip.norm_final.weight, model.clip.positional_embedding]
-
-    def text(*values):
-        names = ["text_projection", "norm_final.weight", "positional_embedding"]
-        return torch.func.functional_call(model.clip, dict(zip(names, values, strict=True)), (ids,), {})
-
-    model.clip.forward = model.clip.text
-    assert gradcheck(text, [each.detach().clone().requires_grad_() for each in tensors], atol=1e-5, fast_mode=True)
-    batch = {"video": random_video(SMALL).double(), "clip_ids": ids, "ids": torch.tensor([0, 1])}
-    model.loss("clip", batch).backward()
-    assert all(each.grad is not None and each.grad.isfinite().all() for each in model.clip.parameters())
 
 
 def test_files(model, tmp_path):
