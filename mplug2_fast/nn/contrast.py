@@ -71,7 +71,7 @@ def contrast_loss(
 
     The targets of a query are equal for all keys of its id, mixed with the probabilities that a teacher gives. No
     tensor of all queries and keys exists: scores are computed in blocks of keys, and again for the gradient. Keys and
-    teacher get no gradient. Keys may change before the backward pass.
+    teacher get no gradient. Keys may change before the backward pass. Second derivatives raise an error.
 
     Args:
         queries: `(B, dim)`. ids: `(B,)`; each has a key.
@@ -120,6 +120,8 @@ class _ContrastLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("contrast with queues has no second derivative: leave out create_graph=True")
         of_queries, of_temperature = ctx.saved_tensors
         return gradient * of_queries, gradient * of_temperature, *[None] * (len(ctx.needs_input_grad) - 2)
 

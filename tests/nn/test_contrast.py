@@ -30,3 +30,5 @@ def test_it_is_the_cross_entropy_of_all_scores(alpha, monkeypatch):
     expected, found = all_scores(*inputs), in_blocks(*inputs)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(in_blocks(*inputs), inputs[:1], create_graph=True)
