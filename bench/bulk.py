@@ -1,4 +1,4 @@
-"""Bulk runs: how well decoding hides behind the model, and whether memory stays flat over many files.
+"""Bulk runs: how well decoding overlaps with the model, and whether memory stays flat over many files.
 
     python bench/bulk.py                  # decoding alone, the model alone, both: bulk.json
     python bench/bulk.py --soak 2000      # memory over 2,000 files: bulk-soak.json

@@ -26,7 +26,7 @@ def page(found: Sequence[Machine], at: Path) -> str:
         "[bench/targets.py](../bench/targets.py) for the targets.",
         _contents(found),
         "## Targets",
-        "Ratios compare things that took turns in one run. Shares are of ceilings measured in the same run. "
+        "Ratios compare implementations that took turns in one run. Shares are of ceilings measured in the same run. "
         "*Reference* is the official algorithm, eager, in float32. *Compiled* is PyTorch's own operators under "
         "`torch.compile`, in the same dtype, with cached keys and values.",
     ]

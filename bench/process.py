@@ -110,7 +110,7 @@ def run(label: str, function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _serve(connection: Connection, log: str, make: Callable[..., Any] | None, arguments: tuple[Any, ...]) -> None:
-    """Answers `(function, arguments)` with ("ok", result) or ("error", (line, traceback)) until nobody asks."""
+    """Answers `(function, arguments)` with ("ok", result) or ("error", (line, traceback)) until the pipe closes."""
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(output, stream)

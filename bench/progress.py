@@ -1,4 +1,4 @@
-"""Says what is being measured."""
+"""Reports what is being measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 
 
 class Progress:
-    """Hears what is being measured, and says nothing."""
+    """Reports nothing."""
 
     def begin(self, what: str) -> None:
         pass

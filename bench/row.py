@@ -1,4 +1,4 @@
-"""A row of results, of any level, what may be asked for, and the file of results."""
+"""Rows of results, the request for them, and the file of results."""
 
 from __future__ import annotations
 

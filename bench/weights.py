@@ -1,6 +1,6 @@
 """Seeded weights under official names: the same values for every implementation, none of them zero.
 
-A fresh model would not do: its local temporal modules compute nothing, and all its scores are alike.
+A new model cannot be used: its local temporal modules compute nothing, and all its scores are alike.
 """
 
 from __future__ import annotations

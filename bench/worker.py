@@ -99,7 +99,7 @@ class Worker:
         }
 
     def _make_room(self) -> None:
-        """All workers share a GPU's memory, so that one that kept much of it gives it back."""
+        """Releases a GPU's memory if this worker keeps much of it, because all workers share it."""
         if self.device.startswith("cuda"):
             _, total = torch.cuda.mem_get_info(self.device)
             if torch.cuda.memory_reserved(self.device) > self._MAX_KEPT * total:

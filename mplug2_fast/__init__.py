@@ -1,6 +1,6 @@
-"""mPLUG-2, fast: caption video files and answer questions about them.
+"""A fast implementation of mPLUG-2 and mPLUG.
 
-Importing the package needs torch and numpy; everything else is imported where it is used.
+Importing the package loads torch and numpy. Everything else is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from mplug2_fast.training import Trainer
     from mplug2_fast.video import load_video
 
-# The public names, each with the module that it is imported from when it is first asked for.
+# Public name -> the module that it is imported from when it is first used.
 _EXPORTS = {
     "MPlug2Config": "mplug2_fast.models.mplug2.config",
     "MPlug2Error": "mplug2_fast.errors",

@@ -1,4 +1,4 @@
-"""The native module mplug2_fast._C: loaded when first asked for, and optional."""
+"""The optional native module mplug2_fast._C. It is loaded at its first use."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _REMEDY = (
 
 @dataclass(frozen=True)
 class NativeError:
-    """Why mplug2_fast._C is not there."""
+    """Why mplug2_fast._C is missing."""
 
     reason: str
     """One sentence."""
     remedy: str
     """What to do about it."""
     traceback: str
-    """Of the failed import; empty when there is no file to import."""
+    """Of the failed import; empty if there is no file to import."""
 
     def __str__(self) -> str:
         parts = [f"The native module mplug2_fast._C is not available: {self.reason}", self.remedy, self.traceback]
@@ -36,22 +36,22 @@ class NativeError:
 
 
 def native() -> ModuleType | None:
-    """The native module, or None where it is missing: `native_error()` then says why."""
+    """The native module, or None if it is missing. `native_error()` says why."""
     return _load()[0]
 
 
 def native_error() -> NativeError | None:
-    """Why the native module is missing, or None where it is there."""
+    """Why the native module is missing; None if it is not."""
     return _load()[1]
 
 
 @functools.cache
 def warn_without_native() -> None:
-    """Says once a process that PyTorch does the work of the missing native module."""
+    """Warns once per process that PyTorch replaces the missing native module."""
     if error := native_error():
         warnings.warn(
             f"mplug2_fast runs on its PyTorch fallbacks, because its native module is missing: {error.reason} "
-            "`mplug2-fast info` tells the remedy.",
+            "See `mplug2-fast info` for the remedy.",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -76,7 +76,7 @@ def _load() -> tuple[ModuleType | None, NativeError | None]:
 
 
 def left_out() -> dict[str, str]:
-    """The instruction sets that the native module has no kernels for, with the reason of each."""
+    """Instruction sets without kernels in the native module -> the reason."""
     module = native()
     if module is None:
         return {}
@@ -86,7 +86,7 @@ def left_out() -> dict[str, str]:
 
 
 def _reason_of_the_build(folder: Path) -> str:
-    """What the installation left behind about a module that it did not build."""
+    """Why the installation did not build the module, from its report."""
     report = _build_report(folder)
     if report is None:
         return "it was never built here, as in a checkout that was not installed."

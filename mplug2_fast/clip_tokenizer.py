@@ -20,7 +20,7 @@ _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class ClipTokenizer:
-    """CLIP's tokenizer, without the repair of wrongly decoded characters that the official one begins with."""
+    """CLIP's tokenizer, without the official one's first step, the repair of wrongly decoded characters."""
 
     def __init__(self) -> None:
         with gzip.open(MERGES, "rt", encoding="utf-8") as file:
@@ -42,7 +42,7 @@ class ClipTokenizer:
         )
 
     def encode(self, texts: Sequence[str], length: int) -> Tensor:
-        """Ids `(texts, longest)`, int64, of at most `length`: the start, the text, the end, and zeros."""
+        """Ids `(texts, longest)`, int64, at most `length` per text: start token, text, end token, zeros."""
         rows = [encoding.ids[: length - 2] for encoding in self._tokenizer.encode_batch(list(texts))]
         ids = torch.zeros(len(rows), 2 + max(map(len, rows), default=0), dtype=torch.int64)
         for number, row in enumerate(rows):

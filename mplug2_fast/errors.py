@@ -1,4 +1,4 @@
-"""The errors that a caller may want to catch: one base, one class for each kind of bad input."""
+"""The errors of this package: a base class, and a class for each kind of bad input."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ class MPlug2Error(Exception):
 
 
 class ConfigError(MPlug2Error, ValueError):
-    """A configuration that contradicts itself or that the model cannot have."""
+    """A configuration that contradicts itself or that the model does not support."""
 
 
 class CheckpointError(MPlug2Error):
-    """A checkpoint that cannot be read, or that is not the one the model needs."""
+    """A checkpoint that cannot be read, or that does not fit the model."""
 
 
 class VideoError(MPlug2Error):
@@ -26,15 +26,15 @@ class DataError(MPlug2Error, ValueError):
 
 
 class BackendError(MPlug2Error, RuntimeError):
-    """An operator's backend that was asked for, or that was made for the device, cannot serve a call."""
+    """A forced backend, or one that was written for the device, cannot serve an operator's call."""
 
 
 class NotFiniteError(MPlug2Error, ArithmeticError):
-    """The model's results for a video are NaN or infinite, so that nothing can be read from them."""
+    """The model's results for a video are NaN or infinite."""
 
 
 def printable(text: str, longest: int = 300) -> str:
-    """Foreign text for a message: on one line, with control characters as escapes, and cut if it is long."""
+    """Text from outside for a message: on one line, with control characters escaped, cut if it is long."""
     escaped = re.sub(r"[^ -~]", lambda found: found[0] if found[0].isprintable() else _escape(found[0]), text)
     return escaped if len(escaped) <= longest else f"{escaped[:longest]}..."
 

@@ -1,6 +1,6 @@
-"""What is installed here, what is not, and why: the report that belongs in every bug report.
+"""The report of `mplug2-fast info`: what is installed, what is missing, and why. Attach it to bug reports.
 
-`collect` never raises: a part that cannot be found out is replaced by `"not known: <reason>"`.
+`collect` never raises: a part that cannot be determined becomes `"not known: <reason>"`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import mplug2_fast
 from mplug2_fast._native import left_out, native, native_error
 
-# The instruction sets that the CPU code chooses by, and what /proc/cpuinfo calls them.
+# Instruction sets that matter to CPU code, with their names in /proc/cpuinfo.
 SIMD_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "asimd", "bf16", "sve")
 
 REQUIRED_PACKAGES = ("torch", "numpy", "av", "safetensors", "tokenizers", "typer", "rich")
@@ -31,8 +31,7 @@ def collect() -> dict[str, Any]:
     """The report as nested dicts, lists and plain values, ready for JSON.
 
     Keys: `mplug2_fast`, `python`, `system`, `cpu`, `memory`, `torch`, `cuda`, `packages`, `decoders`, `native`,
-    `cuda_kernels`, `triton_kernels`.
-    Sizes are in bytes.
+    `cuda_kernels`, `triton_kernels`. Sizes are in bytes.
     """
     parts: dict[str, Callable[[], Any]] = {
         "mplug2_fast": _package,
@@ -52,7 +51,7 @@ def collect() -> dict[str, Any]:
 
 
 def _guarded(part: Callable[[], Any]) -> Any:
-    """Whatever a broken installation throws at us belongs in the report, not in the reader's face."""
+    """The part. If a broken installation raises, the error."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -80,7 +79,7 @@ def _cpu() -> dict[str, Any]:
 
 
 def _cpuinfo(*names: str) -> str:
-    """The first value in /proc/cpuinfo under one of the names, which differ between architectures."""
+    """The first value of these names in /proc/cpuinfo. Names differ between architectures."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         key, _, value = line.partition(":")
         if key.strip() in names:
@@ -104,19 +103,19 @@ def _memory() -> dict[str, int]:
     pages = {"total": "SC_PHYS_PAGES", "available": "SC_AVPHYS_PAGES"}
     memory = {name: os.sysconf(key) * os.sysconf("SC_PAGE_SIZE") for name, key in pages.items()}
     meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # what can be had counts the page cache too, which sysconf leaves out
+    if meminfo.exists():  # includes the page cache, which sysconf leaves out
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         memory["available"] = int(lines["MemAvailable"].split()[0]) * 1024
     return memory
 
 
 def available_memory() -> int:
-    """Bytes that can be had without swapping."""
+    """Bytes that are available without swapping."""
     return _memory()["available"]
 
 
 def total_memory() -> int:
-    """Bytes of memory that this process may have at most."""
+    """The machine's memory in bytes."""
     return _memory()["total"]
 
 
@@ -133,7 +132,7 @@ def _torch() -> dict[str, Any]:
 
 
 def _cuda() -> dict[str, Any]:
-    """`devices`, and if there is none `reason`."""
+    """`devices`. If there are none, also `reason`."""
     import torch
 
     if torch.version.cuda is None:
@@ -162,14 +161,14 @@ def _packages() -> dict[str, str]:
 
 
 def _decoders() -> dict[str, str]:
-    """The libraries that decode videos: their versions, or why one is not available."""
+    """The libraries that decode videos, with their versions, or why they are not available."""
     from mplug2_fast.video.backends import versions
 
     return versions()
 
 
 def _version(name: str) -> str:
-    """The version, and whether the package imports: a compiled one that was built for another torch does not."""
+    """The version, or why the package cannot be used. A package that was built for another torch does not import."""
     if importlib.util.find_spec(name) is None:
         return "not installed" + ("" if name in OPTIONAL_PACKAGES else f": pip install {name}")
     version = _guarded(lambda: importlib.metadata.version(name.replace("_", "-")))
@@ -177,7 +176,7 @@ def _version(name: str) -> str:
         from mplug2_fast.ops.runtime import apex
 
         if not apex.is_nvidias():
-            return f"{version}, which is PyPI's and another project than NVIDIA's: not used"
+            return f"{version}, from PyPI, which is not NVIDIA's apex: not used"
     error = _import_error(name)
     return version if error is None else f"{version}, but it cannot be imported: {error}"
 
@@ -191,8 +190,8 @@ def _import_error(name: str) -> str | None:
 
 
 def _native() -> dict[str, Any]:
-    """The C++ extension: `available`, the instruction set that its kernels use, the compiler, whether it has OpenMP and
-    which instruction sets were left out; or if it is not available `reason`, `remedy` and perhaps `traceback`."""
+    """The native module. `available`; then the instruction set in use, the compiler, whether it has OpenMP, and the
+    instruction sets that were left out. If it is not available, `reason`, `remedy` and perhaps `traceback`."""
     error = native_error()
     if error is None:
         from mplug2_fast.ops.runtime import cpu as kernels
@@ -210,7 +209,7 @@ def _native() -> dict[str, Any]:
 
 
 def _cuda_kernels() -> dict[str, Any]:
-    """The native module's kernels for GPUs, whether they can run: `available`, and if not `reason`."""
+    """The native module's CUDA kernels. `available` says whether they can run. If not, also `reason`."""
     import torch
 
     from mplug2_fast.ops.runtime import cuda
@@ -224,14 +223,14 @@ def _cuda_kernels() -> dict[str, Any]:
 
 
 def _triton_kernels() -> dict[str, Any]:
-    """The Triton kernels by name, whether they can run: `available`, and if not `reason`."""
+    """The names of the Triton kernels. `available` says whether they can run. If not, also `reason`."""
     try:
         kernels = importlib.import_module("mplug2_fast.kernels")
     except ModuleNotFoundError:
         reason = "they are not installed, as in a checkout without an installation: pip install -e ."
         return {"available": False, "kernels": [], "reason": reason}
     names = sorted(module.name for module in pkgutil.iter_modules(kernels.__path__) if not module.name.startswith("_"))
-    reason = _why_no_triton() if names else f"mplug2_fast {mplug2_fast.__version__} has none: it runs on PyTorch's"
+    reason = _why_no_triton() if names else f"mplug2_fast {mplug2_fast.__version__} has no Triton kernels"
     return {"available": reason is None, "kernels": names} | ({} if reason is None else {"reason": reason})
 
 

@@ -1,4 +1,4 @@
-"""What generation returns."""
+"""The result of generation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class GenerationOutput:
     """Hypotheses of a beam search, best first.
 
     Attributes:
-        sequences: ids `(batch, num_return, length)`, int64, from [CLS] on, padded with -1.
-        scores: `(batch, num_return)`, float32, the length-penalised log-probabilities; -inf where a video has fewer
-            hypotheses than were asked for.
+        sequences: ids `(batch, num_return, length)`, int64, starting with [CLS], padded with -1.
+        scores: `(batch, num_return)`, float32, the length-penalised log-probabilities; -inf if a video has fewer
+            hypotheses than `num_return`.
     """
 
     sequences: Tensor

@@ -1,4 +1,4 @@
-"""Words to token ids and back: the uncased BERT WordPiece, and the clean-up of the official datasets."""
+"""Texts to token ids and back: BERT's uncased WordPiece, and the clean-up of the official datasets."""
 
 from __future__ import annotations
 
@@ -22,29 +22,27 @@ _SPECIAL_IDS = {"[PAD]": PAD_TOKEN_ID, "[CLS]": CLS_TOKEN_ID, "[SEP]": SEP_TOKEN
 _OTHER_SPECIALS = ("[UNK]", "[MASK]")
 _JOINED = [(f" {mark}", mark) for mark in ".?!,"]
 _JOINED += [(" ' ", "'"), *((f" {ending}", ending) for ending in ("n't", "'m", "'s", "'ve", "'re"))]
-"""Parts of decoded texts and what they become, in this order."""
+"""Replacements in decoded texts, in this order."""
 _REMOVED = str.maketrans("-/", "  ", ",.'!?\"()*#:;~")
 
 
 class Tokenizer:
-    """BERT's uncased WordPiece with mPLUG-2's conventions: [CLS] in front, and no [SEP] unless it is asked for."""
+    """BERT's uncased WordPiece with mPLUG-2's conventions: [CLS] in front, [SEP] only with `end`."""
 
     def __init__(self, vocabulary: Sequence[str]) -> None:
-        """Build from the tokens in the order of their ids.
+        """Builds the tokenizer from the tokens in the order of their ids.
 
         Raises:
-            ConfigError: a token is there twice, or a special token is missing or elsewhere than the model expects it.
+            ConfigError: a token occurs twice, or a special token is missing or has another id than the model expects.
         """
         ids = {token: i for i, token in enumerate(vocabulary)}
         if len(ids) != len(vocabulary):
             twice = next(token for i, token in enumerate(vocabulary) if ids[token] != i)
-            raise ConfigError(f"the vocabulary has the token {twice!r} twice: each line must be a token of its own")
+            raise ConfigError(f"the vocabulary has the token {twice!r} twice: each token must occur once")
         for token, wanted in _SPECIAL_IDS.items():
             if ids.get(token) != wanted:
                 where = f"has id {ids[token]}" if token in ids else "is missing"
-                raise ConfigError(
-                    f"the vocabulary is not BERT's: {token} {where}, and the model needs it at id {wanted}"
-                )
+                raise ConfigError(f"the vocabulary is not BERT's: {token} {where}, and the model needs the id {wanted}")
         for token in _OTHER_SPECIALS:
             if token not in ids:
                 raise ConfigError(f"the vocabulary is not BERT's: {token} is missing")
@@ -61,11 +59,11 @@ class Tokenizer:
 
     @classmethod
     def from_vocab(cls, path: str | Path | None = None, *, vocab_size: int | None = None) -> Tokenizer:
-        """Read a vocabulary file, one token a line; None reads the bert-base-uncased one that ships.
+        """Reads a vocabulary file with one token per line; None reads that of bert-base-uncased, which is included.
 
         Args:
             path: the file.
-            vocab_size: what the model expects, `config.text.vocab_size`; None does not compare.
+            vocab_size: what the model expects, `config.text.vocab_size`. None: not checked.
 
         Raises:
             ConfigError: the file cannot be read, is not a BERT vocabulary, or has another number of tokens.
@@ -94,10 +92,9 @@ class Tokenizer:
     def encode(self, texts: Sequence[str], max_length: int | None = None, *, end: bool) -> tuple[Tensor, Tensor]:
         """Token ids and mask, both (len(texts), longest) int64, on the CPU.
 
-        Each row is [CLS], the text's tokens and, with `end`, [SEP]; shorter rows are padded with 0, where the mask
-        is 0 too. A row longer than `max_length`, [CLS] included, loses its last tokens, the [SEP] among them: the
-        official code appends the [SEP] to the text and truncates afterwards. Special tokens that are written out
-        in a text, such as "[SEP]", become the one token that they name.
+        Each row is [CLS], the text's tokens and, with `end`, [SEP]. Shorter rows are padded with 0, where the mask is 0
+        too. A row is cut to `max_length` tokens, [CLS] included. A cut row has no [SEP], because the official code
+        appends [SEP] before it truncates. The name of a special token in a text, such as "[SEP]", becomes that token.
         """
         if max_length is not None and max_length < 1:
             raise ConfigError(f"max_length must leave room for [CLS], got {max_length}")
@@ -110,17 +107,17 @@ class Tokenizer:
         return ids, mask
 
     def encode_questions(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and masks of questions as the official test code makes them: cleaned up, not truncated, no [SEP]."""
+        """Ids and masks of questions as in the official test code: cleaned, not truncated, without [SEP]."""
         return self.encode([clean_question(question) for question in questions], end=False)
 
     def encode_answers(self, answers: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and masks of answers as the official code makes them: as they are, ending with [SEP]."""
+        """Ids and masks of answers as in the official code: unchanged, with [SEP]."""
         return self.encode(answers, end=True)
 
     def encode_captions(
         self, captions: Sequence[str], prompt: str = "", max_length: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Ids and masks of captions to train on: cleaned up, `prompt` directly in front, ending with [SEP]."""
+        """Ids and masks of captions for training: cleaned, with `prompt` in front and [SEP] at the end."""
         return self.encode([prompt + clean_caption(caption) for caption in captions], max_length, end=True)
 
     def encode_phrases(self, phrases: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
@@ -134,7 +131,7 @@ class Tokenizer:
         return ids, mask
 
     def unknown_words(self, text: str) -> list[str]:
-        """The words of `text` that become [UNK], in the order in which they first occur."""
+        """The words of `text` that become [UNK], in the order of their first occurrence."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         unknown = (
             start_end for token, start_end in zip(encoding.tokens, encoding.offsets, strict=True) if token == "[UNK]"
@@ -144,8 +141,8 @@ class Tokenizer:
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """The text of one sequence of ids.
 
-        Padding (-1 or 0), [CLS] and [SEP] are dropped wherever they stand; as in the official code, a [SEP] does not
-        end the text. Spaces before punctuation and in contractions are removed, as BERT's tokenizer does.
+        Padding (-1 or 0), [CLS] and [SEP] are dropped everywhere. As in the official code, [SEP] does not end the text.
+        Spaces before punctuation and in contractions are removed, as BERT's tokenizer does.
         """
         ids = ids.tolist() if isinstance(ids, Tensor) else ids
         kept = [i for i in ids if i >= 0 and i not in _SPECIAL_IDS.values()]
@@ -155,13 +152,13 @@ class Tokenizer:
         return text.strip()
 
     def decode_caption(self, ids: Iterable[int] | Tensor, prompt: str = "") -> str:
-        """`decode`, and of its text only what follows the last occurrence of `prompt`."""
+        """The part of `decode`'s text after the last occurrence of `prompt`."""
         text = self.decode(ids)
         return text.rpartition(prompt)[2].strip() if prompt else text
 
 
 def is_text(text: str) -> bool:
-    """Whether a text can be written as UTF-8: bytes that were not UTF-8, and half characters of JSON, cannot."""
+    """Whether a text can be written as UTF-8. Bytes that were not UTF-8 and lone surrogates from JSON cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -170,15 +167,15 @@ def is_text(text: str) -> bool:
 
 
 def clean_question(text: str, max_words: int = 50) -> str:
-    """A question as the official datasets clean it: lower-case, without punctuation, at most `max_words` words.
+    """A question as the official datasets clean it: lower case, without punctuation, at most `max_words` words.
 
-    Words are what single spaces separate, so a doubled space counts as an empty word, as in the official code.
+    Single spaces separate words, so two spaces in a row count as an empty word, as in the official code.
     """
     return _first_words(text.lower().translate(_REMOVED).rstrip(" "), max_words)
 
 
 def clean_caption(text: str, max_words: int = 80) -> str:
-    """A caption as the official datasets clean it: as a question, and runs of white space become one space."""
+    """A caption as the official datasets clean it: like a question, and each run of white space becomes one space."""
     text = text.lower().translate(_REMOVED).replace("<person>", "person")
     return _first_words(re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" "), max_words)
 

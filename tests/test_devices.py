@@ -41,7 +41,7 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match="no CUDA device 2: torch sees 2 of them"):
+    with pytest.raises(ConfigError, match="no CUDA device 2: torch sees 2 devices"):
         pick_device("cuda:2")
 
 

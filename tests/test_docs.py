@@ -110,7 +110,7 @@ def test_the_api_reference_names_what_exists_and_all_that_is_public():
         parent = importlib.import_module(module)
         assert hasattr(parent, name) or importlib.import_module(entry), entry
     documented = {entry.rpartition(".")[2] for entry in entries}
-    for module in ("acceleration", "bulk", "checkpoint", "evaluation", "nn", "ops", "predict", "video"):
+    for module in ("acceleration", "bulk", "checkpoint", "evaluation", "nn", "ops", "predict", "training", "video"):
         public = importlib.import_module(f"mplug2_fast.{module}").__all__
         assert {name for name in public if not name.isupper() or name == "MLP"} <= documented, module
 

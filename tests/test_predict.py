@@ -336,7 +336,7 @@ def test_a_checkpoint_and_a_model_are_two_ways_to_begin(
     for arguments, options, message in (
         ((captioner.model,), {}, "give that too"),
         ((captioner.model, tokenizer), {"dtype": "bfloat16"}, "a model has its dtype and device"),
-        ((folder, tokenizer), {}, "a checkpoint brings its own vocabulary"),
+        ((folder, tokenizer), {}, "a checkpoint has its own vocabulary"),
     ):
         with pytest.raises(ConfigError, match=message):
             mf.Captioner(*arguments, **options)

@@ -1,4 +1,4 @@
-"""A layer of the fusion encoder: a question looks at the visual tokens."""
+"""A layer of the fusion encoder: a question attends to the visual tokens."""
 
 from __future__ import annotations
 

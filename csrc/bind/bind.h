@@ -11,7 +11,7 @@
 namespace mplug2_fast {
 
 // Adds one operator's functions to the module. The Python operators that call them check shapes, types and devices. The
-// checks here only prevent reads and writes out of bounds. Addresses are those of tensors.
+// checks here only prevent reads and writes out of bounds. Addresses are of tensors' data.
 void bind_attention(pybind11::module_& module);
 void bind_beam_step(pybind11::module_& module);
 void bind_checksum(pybind11::module_& module);

@@ -1,4 +1,4 @@
-// Tests whether kernels may read tensors as they are. Every call of an operator runs them, so they use plain CPython
+// Tests whether kernels may read tensors as they are. Every call of an operator runs them, so they use only CPython
 // and PyTorch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h). Python passes in the addresses of that
 // interface's functions, so the module links no torch.
 

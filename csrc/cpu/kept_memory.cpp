@@ -12,7 +12,7 @@ namespace {
 #ifdef MADV_HUGEPAGE
 constexpr std::int64_t kHugePage = 1 << 21;
 
-// Fresh pages: those of the heap may have been used as small ones.
+// Maps fresh pages, because the heap's may be small ones already.
 class Kept {
   public:
     ~Kept() { clear(); }

@@ -8,8 +8,8 @@ namespace mplug2_fast::MPLUG2_ISA {
 namespace {
 
 constexpr int kUnroll = 4;
-constexpr std::int64_t kBlockBytes =
-    16384;  // of one frame: the frames under the kernel fit into the second-level cache
+// Of one frame. The frames that a kernel reads then fit into the second-level cache.
+constexpr std::int64_t kBlockBytes = 16384;
 
 // One token of one frame. `x` and `weight` start at the first tap that is inside the clip.
 template <typename Element, Activation kActivation>

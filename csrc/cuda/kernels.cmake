@@ -1,6 +1,6 @@
-# Kernels for GPUs of compute capability 9.0: built where there is a CUDA compiler. Says in MPLUG2_NO_CUDA_BECAUSE why
-# they are not.
-set(MPLUG2_CUDA auto CACHE STRING "Kernels for GPUs: auto (where they can be built), required or off")
+# Kernels for GPUs of compute capability 9.0, built if there is a CUDA compiler. If they are not built,
+# MPLUG2_NO_CUDA_BECAUSE says why.
+set(MPLUG2_CUDA auto CACHE STRING "Kernels for GPUs: auto (if they can be built), required or off")
 
 set(MPLUG2_NO_CUDA_BECAUSE "")
 if(MPLUG2_CUDA STREQUAL off)
@@ -35,7 +35,7 @@ if(NOT MPLUG2_NO_CUDA_BECAUSE)
   target_compile_features(kernels_cuda PRIVATE cuda_std_17)
   target_compile_options(kernels_cuda PRIVATE -Xcompiler=-fvisibility=hidden,-Wall,-Wextra)
   target_sources(_C PRIVATE csrc/bind/linear_act_cuda.cpp)
-  set_target_properties(_C PROPERTIES CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")  # it was made before it was set
+  set_target_properties(_C PROPERTIES CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")  # it was defined before the architectures were set
   target_compile_definitions(_C PRIVATE MPLUG2_CUDA)
   target_link_libraries(_C PRIVATE kernels_cuda CUDA::cudart_static)
   if(NOT MPLUG2_CUDA STREQUAL required)

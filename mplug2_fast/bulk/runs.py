@@ -294,7 +294,7 @@ def _decoded(
 
 
 class NoFiles:
-    """In place of a decoder, for texts alone: clips without frames."""
+    """Replaces the decoder for texts alone: yields clips without frames."""
 
     def clips(self, sources: Iterable[str]) -> Iterator[Clip]:
         """One empty clip per source, in order."""

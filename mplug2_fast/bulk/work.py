@@ -319,7 +319,7 @@ def model_settings(predictor: Predictor, frames: Frames) -> dict[str, Any]:
         "model": fingerprint(predictor.model),
         "dtype": str(next(predictor.model.parameters()).dtype).removeprefix("torch."),
         **frames.settings(),
-        # Runs of mPLUG-2 began before there were others, and still resume.
+        # Runs from before other preparations existed have no such setting, and still resume.
         **({} if predictor.preparation == MPLUG2 else {"preparation": predictor.preparation.name}),
     }
 

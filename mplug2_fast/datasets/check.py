@@ -1,4 +1,4 @@
-"""What is wrong with a data set, found before it is trained on."""
+"""Finds mistakes in a data set before training."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from mplug2_fast.errors import DataError, printable
 from mplug2_fast.text import Tokenizer, clean_caption, clean_question
 
 MAX_WORDS = {"question": 50, "caption": 80}
-"""Words of a text that the official code reads. It cuts off the rest."""
+"""Number of words that the official code reads of a text. It cuts off the rest."""
 
 WARNINGS = frozenset({"long text", "repeated item", "repeated file", "id in two splits"})
-"""Kinds of findings that do no harm by themselves. All others are errors."""
+"""Kinds of findings that are warnings. All others are errors."""
 
 _BOX_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong.
+    """A mistake.
 
     Attributes:
         kind: such as "missing file". Those in `WARNINGS` are warnings.
         place: file and line.
-        message: what is wrong.
+        message: a description.
     """
 
     kind: str
@@ -40,16 +40,16 @@ class Finding:
 
     @property
     def is_error(self) -> bool:
-        """Whether training or scores would suffer."""
+        """Whether it would harm training or scores."""
         return self.kind not in WARNINGS
 
 
 @dataclass(frozen=True)
 class Split:
-    """What a split holds.
+    """The contents of a split.
 
     Attributes:
-        items, files, captions, questions: how many.
+        items, files, captions, questions: their numbers.
         unseen_answers: number of questions whose best answer is the best answer of no question in training.
         labels: label -> number of items, the most frequent first. Numbers with a fraction are no labels.
     """
@@ -64,14 +64,14 @@ class Split:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The splits of a data set, and what is wrong with them."""
+    """The splits of a data set, and the findings."""
 
     splits: dict[str, Split]
     findings: list[Finding] = field(default_factory=list)
 
     @property
     def errors(self) -> list[Finding]:
-        """The findings that training or scores would suffer from."""
+        """The findings that would harm training or scores."""
         return [finding for finding in self.findings if finding.is_error]
 
     @property
@@ -128,7 +128,7 @@ def check(
     max_tokens: int = 512,
     progress: Progress | None = None,
 ) -> CheckResult:
-    """Look for what would spoil training or evaluation.
+    """Looks for mistakes that would harm training or evaluation.
 
     Args:
         data: a JSON Lines file, or a folder with one for each split.
@@ -160,7 +160,7 @@ def check(
 
 
 def _entries(data: Path, split: str | None, findings: list[Finding]) -> Iterator[_Entry]:
-    """All items. Lines that hold none become findings."""
+    """All items. Other lines become findings."""
     files = [file_of(data, split)] if split is not None or not data.is_dir() else sorted(data.glob("*.jsonl"))
     if not files:
         raise DataError(f"{data}: no .jsonl files in this folder: convert a data set first, or name a file")
@@ -183,7 +183,7 @@ def _repeated_ids(entries: Iterable[_Entry]) -> Iterator[Finding]:
 
 
 def _items(entries: Iterable[_Entry], max_tokens: int) -> Iterator[Finding]:
-    """What is wrong with single items."""
+    """Finds mistakes of single items."""
     texts = _TextCheck(max_tokens)
     for entry in entries:
         item = entry.item
@@ -220,7 +220,7 @@ class _TextCheck:
         if not self._cleaned.get(name, str)(text).strip():
             yield Finding("empty text", entry.place, f"the {name} {printable(repr(text), 80)} has no words")
         elif words > MAX_WORDS.get(name, words):
-            message = f"the {name} has {words} words, and all after the first {MAX_WORDS[name]} are cut off"
+            message = f"the {name} has {words} words; only the first {MAX_WORDS[name]} are read"
             yield Finding("long text", entry.place, message)
         elif len(text) + 2 > self._max_tokens:  # a token has at least one character, and two more mark the ends
             tokens = self._tokenizer.encode([text], end=True)[0].shape[1]

@@ -1,4 +1,4 @@
-"""Items of a data set, and the JSON Lines files that hold them."""
+"""Items of a data set, and their JSON Lines files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Item:
-    """One item: an input, and what is known of it. Fields that do not apply are empty.
+    """One item: an input and its annotations. Fields that do not apply are empty.
 
     Attributes:
         id: unique within a split.
@@ -32,9 +32,9 @@ class Item:
         answers: answer -> weight. The weights of several annotators sum to 1.
         box: (center x, center y, width, height), each in [0, 1] of the image.
         label: class name, truth value or number.
-        task: name of the task, where one file serves several.
+        task: name of the task, if one file serves several.
         split: "train", "val", "test", or a name of the data set's own.
-        extra: further fields of the line, kept as they are.
+        extra: further fields of the line, unchanged.
     """
 
     id: str
@@ -78,10 +78,10 @@ class Item:
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any], default_id: str = "") -> Item:
-        """An item from the fields of a line. A field that is null counts as missing.
+        """Makes an item from the fields of a line. A field that is null counts as missing.
 
         Raises:
-            DataError: a field has a value that makes no sense, or a name that is close to a field's.
+            DataError: a field has an impossible value, or a name that is probably a misspelt field.
         """
         line = {name: value for name, value in line.items() if value is not None}
         known = {name: value for name, value in line.items() if name in _CHECKS}
@@ -109,7 +109,8 @@ def read_items(path: PathLike, split: str | None = None) -> list[Item]:
         split: keep only the items of this split. In a file, items without the field belong to every split.
 
     Raises:
-        DataError: there is no such file, a line is not an item, or two items have the same id. Names file and line.
+        DataError: there is no such file, a line is not an item, or two items have the same id. The message has file
+            and line.
     """
     file = file_of(Path(path), split)
     items: list[Item] = []
@@ -132,7 +133,7 @@ def read_items(path: PathLike, split: str | None = None) -> list[Item]:
 
 
 def scan_items(file: Path) -> Iterator[tuple[int, Item | DataError]]:
-    """(line number, the item, or what is wrong with the line) of each line of a JSON Lines file.
+    """(line number, the item or the error) of each line of a JSON Lines file.
 
     Media paths are joined with the folder of the file.
 
@@ -148,7 +149,7 @@ def scan_items(file: Path) -> Iterator[tuple[int, Item | DataError]]:
 
 
 def write_items(path: PathLike, items: Iterable[Item]) -> int:
-    """Write a JSON Lines file, whole or not at all. Returns the number of items.
+    """Writes a JSON Lines file atomically. Returns the number of items.
 
     Raises:
         DataError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""Which media files can be read, and which are the same file under two names."""
+"""Finds media files that cannot be read, and files with the same contents."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _opened(paths: Sequence[str], num_workers: int, timeout: float) -> Iterator[
 def same_contents(paths: Sequence[str]) -> list[list[str]]:
     """Groups of files with the same contents. Files that cannot be read are in no group.
 
-    Only files of the same size are read, and more than their ends only if those are the same too.
+    Only files of the same size are read, and the whole files only if both ends are the same.
     """
     groups: list[list[str]] = [list(paths)]
     for key in (_file_size, _ends, _contents):

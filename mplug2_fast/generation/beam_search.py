@@ -28,8 +28,8 @@ def beam_search(
     max_length: int,
     num_return: int,
 ) -> Iterator[tuple[Tensor, Hypotheses]]:
-    """The official search: a beam that produced the end token is stored as a hypothesis and goes on; when the best beam
-    produced it, or at the last step, all beams of that video are stored and the video is done.
+    """The official search: a beam that produced the end token is stored as a hypothesis and continues. When the best
+    beam produced it, or at the last step, all beams of that video are stored and the video is done.
 
     Args:
         memory: of `(batch, ...)` videos.
@@ -38,7 +38,7 @@ def beam_search(
         min_length, max_length: tokens after `start`, the end token included.
 
     Yields after each of up to max_length steps whether all videos are done, one bool on the device, and the hypotheses
-    so far, which further steps change no more once all are done.
+    so far. Once all are done, further steps do not change them.
     """
     batch, device = memory.states.shape[0], memory.states.device
     before = len(start) - 1

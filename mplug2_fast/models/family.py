@@ -1,4 +1,4 @@
-"""What the package knows of a family of models: everything outside of the family's folder goes through this."""
+"""A model family, as the rest of the package uses it."""
 
 from __future__ import annotations
 

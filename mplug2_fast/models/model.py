@@ -1,4 +1,4 @@
-"""What the models of all families share: modules by need, tasks, losses, predictions, generation."""
+"""The base of the models of all families: their modules, tasks, losses, predictions and generation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Fused(NamedTuple):
-    """What the fusion encoder makes of a text and a video.
+    """The fusion encoder's result for a text and a video.
 
     Attributes:
         visual: `(B, S, D)`. text: `(B, tokens, D)`.
@@ -97,7 +97,7 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def _add_modules(self, config: Any, needed: frozenset[str]) -> None:
-        """Add the modules of these names, on the meta device."""
+        """Adds the modules of these names, on the meta device."""
 
     @abstractmethod
     def _names(self) -> OfficialNames:
@@ -162,7 +162,7 @@ class Model(nn.Module, ABC):
 
     @torch.no_grad()
     def add_task(self, task: Task | str) -> Self:
-        """Add a task with a new head. The other weights stay.
+        """Adds a task with a new head. The other weights stay.
 
         Raises:
             ValueError: the model lacks a module that the task needs, or has a task of that name.
@@ -175,7 +175,7 @@ class Model(nn.Module, ABC):
                 f"{', '.join(sorted(self.module_names))}: name {task.name} among the tasks when you build it"
             )
         if task.name in self.tasks:
-            raise ValueError(f"the model has a task {task.name} already")
+            raise ValueError(f"the model already has a task {task.name}")
         self.tasks[task.name] = task
         weight = next(self.parameters())
         with torch.device("meta"):
@@ -239,7 +239,7 @@ class Model(nn.Module, ABC):
             yield from (layer.weight for layer in layers if plain(layer))
 
     def pack(self) -> Self:
-        """Keep copies of the vision encoder's weights in the layout of the CPU's matrix products, for inference.
+        """Keeps copies of the vision encoder's weights in the layout of the CPU's matrix products, for inference.
 
         These weights, half of the captioning model's, then take twice their memory. `state_dict()` does not change.
         Weights may change afterwards in any way: each product compares a checksum and packs a changed weight again.
@@ -252,7 +252,7 @@ class Model(nn.Module, ABC):
         return self
 
     def unpack(self) -> Self:
-        """Drop the copies that `pack` keeps."""
+        """Drops the copies that `pack` keeps."""
         if VISION in self.module_names:
             for weight in self.wide_weights():
                 unpack_weight(weight)
@@ -330,7 +330,7 @@ class Model(nn.Module, ABC):
         """Beam search over the memory that `remember` makes of the inputs, as one program for CUDA graphs.
 
         Args:
-            name: tells apart programs with inputs of the same shapes.
+            name: distinguishes programs whose inputs have the same shapes.
             remember: from the inputs to the decoder's memory.
             prefix: ids that every text starts with; None for [CLS] alone. Lengths do not count it.
             options: num_beams, num_return, min_length and max_length.

@@ -126,7 +126,7 @@ def after_encoders(config: Any, modules: frozenset[str]) -> Iterator[Entry]:
         yield from decoder(config.text)
     if CONTRAST in modules:
         yield from contrast(config.text, config.contrast.embed_dim)
-    if MATCHING in modules:  # the head that tells pairs from other combinations
+    if MATCHING in modules:  # the head that says whether a text matches
         yield from linear("itm_head", "matching", config.text.hidden_size, 2)
 
 
@@ -164,8 +164,7 @@ class FamilyNames(OfficialNames):
     """The official names for one configuration of a family and a set of modules.
 
     Attributes:
-        copied: the parts that a file may hold once more, as copies that follow slowly in training. They have the ending
-            `_m`.
+        copied: the parts of which a file may also hold momentum copies. Names of copies end with `_m`.
     """
 
     resizable: ClassVar = frozenset({POSITIONS})

@@ -28,17 +28,17 @@ class Wording:
     max_question_words: ClassVar[int | None] = 50
 
     def question_of(self, item: Item) -> str:
-        """An item's question as the model reads it."""
+        """An item's question in the form that the model reads."""
         return item.question or ""
 
     def clean_question(self, text: str) -> str:
-        """A question without what the model does not read."""
+        """A question without the words that the model does not read."""
         from mplug2_fast.text import clean_question
 
         return clean_question(text)
 
     def questions(self, tokenizer: Tokenizer, texts: Sequence[str]) -> Ids:
-        """Questions: cleaned up, not truncated, no [SEP]."""
+        """Questions: cleaned, not truncated, without [SEP]."""
         return tokenizer.encode([self.clean_question(text) for text in texts], end=False)
 
     def training_questions(self, tokenizer: Tokenizer, texts: Sequence[str], longest: int) -> Ids:
@@ -47,19 +47,19 @@ class Wording:
         return ids[:, :longest], mask[:, :longest]
 
     def answers(self, tokenizer: Tokenizer, texts: Sequence[str]) -> Ids:
-        """Answers: as they are, ending with [SEP]."""
+        """Answers: unchanged, with [SEP]."""
         return tokenizer.encode_answers(texts)
 
     def captions(self, tokenizer: Tokenizer, texts: Sequence[str], prompt: str, longest: int) -> Ids:
-        """Captions to train on, of at most `longest` tokens."""
+        """Captions for training, of at most `longest` tokens."""
         return tokenizer.encode_captions(texts, prompt, longest)
 
     def prefix(self, tokenizer: Tokenizer, prompt: str) -> tuple[int, ...]:
-        """The ids that a caption starts from. mPLUG-2 starts from [CLS] and learns to say the prompt."""
+        """The ids that a caption starts from. mPLUG-2 starts from [CLS] and learns the prompt."""
         return tuple(tokenizer.encode([""], end=False)[0][0].tolist())
 
     def caption(self, tokenizer: Tokenizer, ids: Iterable[int], prompt: str) -> str:
-        """The caption that ids stand for."""
+        """The caption of these ids."""
         return tokenizer.decode_caption(ids, prompt)
 
     def descriptions(self, tokenizer: Tokenizer, texts: Sequence[str], *, video: bool, training: bool) -> Ids:

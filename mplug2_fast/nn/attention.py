@@ -84,7 +84,7 @@ def attend(
 
 
 def _as_batch(x: Tensor, axes: int) -> Tensor:
-    """x with all axes before its last `axes` axes made one."""
+    """x with all axes before its last `axes` axes flattened into one."""
     leading = x.dim() - axes
     if leading == 1:
         return x

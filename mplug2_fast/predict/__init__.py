@@ -1,11 +1,11 @@
-"""From files to results: captions, answers to questions, boxes, classes, rankings, and what any other task gives.
+"""From files to results: captions, answers, boxes, classes, rankings, and the results of any other task.
 
     captioner = Captioner("mplug2_caption.pth", dtype="bfloat16")
     for result in captioner.caption(["a.mp4", "b.mkv"]):
         print(result.path, result.text or result.error)
 
-One bad file never stops the others: its `Result` carries an `error`. The next file is decoded in a thread while the
-model works on the current one, or in worker processes. For runs over very many files see `mplug2_fast.bulk`.
+A bad file does not stop the others: its `Result` has an `error`. A thread or worker processes decode the next file
+while the model computes. For runs over many files see `mplug2_fast.bulk`.
 """
 
 from mplug2_fast.predict.aliases import Answerer, Captioner, Classifier, Grounder, Matcher, TextGenerator

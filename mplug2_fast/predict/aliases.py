@@ -50,9 +50,9 @@ class Captioner(Predictor):
 
         Args:
             paths, num_workers, timeout: as for `Predictor.predict`.
-            num_beams: beams of the search; None is the model's default, as for the lengths.
+            num_beams: beams of the search. None, here and for the lengths, is the model's default.
             num_return: captions per file, at most `num_beams`.
-            min_length, max_length: of the caption, in tokens, the end token included and [CLS] not.
+            min_length, max_length: of the caption in tokens, with the end token and without [CLS].
         """
         options = {"num_beams": num_beams, "num_return": num_return, "min_length": min_length, "max_length": max_length}
         return self.predict(paths, num_workers=num_workers, timeout=timeout, **options)
@@ -81,10 +81,9 @@ class Answerer(Predictor):
 
         Args:
             paths, num_workers, timeout: as for `Predictor.predict`.
-            question: asked about each file; it is cleaned up as the official datasets of the model's family do. mPLUG-2
-                reads at most 50 words.
+            question: for each file. It is cleaned like those of the official datasets. mPLUG-2 reads at most 50 words.
             candidates: the answers to choose from; None generates an answer by beam search.
-            num_beams, min_length, max_length: of the beam search, as in `Captioner.caption`; not with candidates.
+            num_beams, min_length, max_length: of the beam search, as in `Captioner.caption`. Not with candidates.
             num_return: answers per file, at most `num_beams`, or at most the number of candidates.
         """
         self.check_text(question)
@@ -99,7 +98,7 @@ class Answerer(Predictor):
         min_length: int | None = None,
         max_length: int | None = None,
     ) -> tuple[Predictor, dict[str, Any]]:
-        """The predictor, which generates or ranks, and its options. Raises `ConfigError` for options of the other."""
+        """The predictor that generates or ranks, and its options. Raises `ConfigError` for options of the other one."""
         searching = {"num_beams": num_beams, "min_length": min_length, "max_length": max_length}
         if candidates is None:
             return self, {"num_return": num_return, **searching}
@@ -109,7 +108,7 @@ class Answerer(Predictor):
 
 
 class Grounder(Predictor):
-    """Boxes of what a phrase names in image files. Arguments: as for `Predictor`."""
+    """Boxes of the object that a phrase names in image files. Arguments: as for `Predictor`."""
 
     command = "ground"
     default_task = Grounding.name
@@ -121,19 +120,19 @@ class Grounder(Predictor):
 
         Args:
             paths, num_workers, timeout: as for `Predictor.predict`.
-            phrase: names one thing in each image, such as "the red circle".
+            phrase: names one object in each image, such as "the red circle".
         """
         return self.predict(paths, phrase, num_workers=num_workers, timeout=timeout)
 
 
 class Matcher(Predictor):
-    """How likely a text goes with image and video files, by the matching head. Arguments: as for `Predictor`."""
+    """The probability that a text matches a file, from the matching head. Arguments: as for `Predictor`."""
 
     command = "match"
     default_task = Retrieval.name
 
     def match(self, paths: Paths, text: str, *, num_workers: int = 0, timeout: float | None = 60.0) -> Iterator[Result]:
-        """One `Result` per file, whose `score` is the probability that the text goes with it.
+        """One `Result` per file, whose `score` is the probability that the text matches it.
 
         Args:
             paths, num_workers, timeout: as for `Predictor.predict`.
@@ -202,7 +201,7 @@ class Classifier(Predictor):
 
         Args:
             paths, num_workers, timeout: as for `Predictor.predict`.
-            text: what goes with each file, for classes of both together.
+            text: the text for each file, for classes of both together.
             num_return: labels per file, the likeliest first.
         """
         return self.predict(paths, text, num_return=num_return, num_workers=num_workers, timeout=timeout)
@@ -219,7 +218,7 @@ class Classifier(Predictor):
         """One `Result` per pair of images, for a classification on two images. Its `path` has both.
 
         Args:
-            pairs: image files. text: what goes with each pair.
+            pairs: image files. text: the text for each pair.
             num_return, num_workers, timeout: as for `classify`.
         """
         two = isinstance(self.task, Classification) and self.task.on == "two_images"

@@ -1,4 +1,4 @@
-"""Boxes of results in the forms that users read."""
+"""Boxes of results, as users read them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mplug2_fast.video.preparation import Box
 def box_fields(box: Box | None, size: tuple[int, int] | None) -> dict[str, list[float] | None]:
     """The fields of a box (left, top, right, bottom) in pixels, for JSON.
 
-    `box` are the pixels, `box_relative` is (center x, center y, width, height) in [0, 1] of the picture, as in data
+    `box` is in pixels, `box_relative` is (center x, center y, width, height) in [0, 1] of the picture, as in data
     sets. Both are None without a box.
 
     Args:

@@ -1,4 +1,4 @@
-"""The memory that a clip takes in the model."""
+"""The memory that the model needs for a clip."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mplug2_fast.info import total_memory
 
 
 def clip_bytes(config: Any, *, num_frames: int, itemsize: int, num_beams: int = 1, max_length: int = 1) -> int:
-    """An estimate of the peak memory that the model takes for a clip, without its weights.
+    """Estimates the model's peak memory for a clip, without its weights.
 
     Args:
         config: the model's. num_frames: of a clip. itemsize: bytes of a number in the model's dtype.
@@ -26,12 +26,12 @@ def clip_bytes(config: Any, *, num_frames: int, itemsize: int, num_beams: int = 
     # Each layer of the decoder keeps keys and values of the tokens, and those of the words of each beam.
     layers, hidden = text.text_decode_layers, text.hidden_size
     memory = 2 * layers * hidden * (tokens + num_beams * max_length) + 2 * tokens * hidden
-    logits = 4 * num_beams * text.vocab_size * 4 // itemsize  # in float32, and what choosing the best makes of them
+    logits = 4 * num_beams * text.vocab_size * 4 // itemsize  # in float32, and the tensors of choosing the best
     return itemsize * (encoding + memory + logits)
 
 
 def require_memory(what: str, needed: int, device: torch.device) -> None:
-    """Raises `ConfigError` for what cannot fit into the memory of a device, however much of it is free."""
+    """Raises `ConfigError` if a clip needs more than the whole memory of the device."""
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else total_memory()
     if needed > total:
         clip, most = (f"{number / 2**30:,.1f} GiB" for number in (needed, total))
@@ -39,5 +39,5 @@ def require_memory(what: str, needed: int, device: torch.device) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that there is no memory left; on a CPU, PyTorch raises a plain `RuntimeError`."""
+    """Whether an error means that memory ran out. On a CPU, PyTorch raises a plain `RuntimeError`."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""From files to results, for any task: decode one file ahead, encode, predict, report what failed."""
+"""From files to results, for any task. The next file is decoded while the model computes."""
 
 from __future__ import annotations
 
@@ -47,16 +47,18 @@ Paths = PathLike | Iterable[PathLike]
 
 @dataclass(frozen=True)
 class Result:
-    """What came out for one file: a text, or an error. For a task on texts alone, `path` is the text that came in.
+    """The result for one file: a text, or an error.
 
-    `box` is (left, top, right, bottom) in pixels of the upright file, for tasks that find boxes. The boxes of
-    `alternatives` are (center x, center y, width, height) in [0, 1] of what the model sees.
-    `score` is the length-normalised log probability of a generated text, or the probability of a given candidate
-    among the candidates. `alternatives` are the `num_return` best, best first, the text itself included. `frames` are
-    the indices of the frames that the model saw, `decoder` is what decoded them, and `size` is their width and height
-    in the file, upright.
-    `seconds` has the wall time of each stage: `decode` (file to pixels), `encode` (pixels to visual tokens) and
-    `generate` (tokens to words).
+    Attributes:
+        path: the file. For a task on texts alone, the input text.
+        score: the length-normalised log-probability of a generated text, or the probability of a candidate or label.
+        alternatives: the `num_return` best, best first, including `text`. Their boxes are (center x, center y, width,
+            height) in [0, 1] of what the model sees.
+        frames: the indices of the frames that the model saw. decoder: the library that decoded them.
+        seconds: the wall time of each stage: `decode` (file to pixels), `encode` (pixels to visual tokens) and
+            `generate` (tokens to text).
+        size: width and height of the upright file.
+        box: (left, top, right, bottom) in pixels of the upright file, for tasks that find boxes.
     """
 
     path: str
@@ -72,8 +74,8 @@ class Result:
 
 
 class Decoded(NamedTuple):
-    """A file's video `(1, 3, T, H, W)`, or the error, and the seconds that decoding took; the indices of its frames,
-    what decoded them, and their size in the file."""
+    """A decoded file: its video `(1, 3, T, H, W)` or the error, the seconds that decoding took, the indices of the
+    frames, the decoder, and the size of the frames in the file."""
 
     path: str
     video: Tensor | None
@@ -88,18 +90,18 @@ Words = Callable[[Any], list[Texts]]
 """From image_embeds `(B, S, D)` to the results of each of the B videos."""
 
 TEXT_BATCH = 32
-"""Texts that are computed at once, for tasks on texts alone."""
+"""Texts per batch, for tasks on texts alone."""
 
 
 class Predictor:
-    """A model, its tokenizer and one of its tasks: files in, results out.
+    """Applies a model, its tokenizer and one of its tasks to files.
 
     Attributes:
         model, tokenizer: as given or loaded. task: the task.
     """
 
     command: ClassVar[str] = "predict"
-    """What the settings of a bulk run call it."""
+    """Its name in the settings of a bulk run."""
     default_task: ClassVar[str | None] = None
 
     def __init__(
@@ -111,28 +113,28 @@ class Predictor:
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        """Load a checkpoint of any form that `mplug2_fast.from_pretrained` reads, or use a model as it is.
+        """Loads a checkpoint in any format that `mplug2_fast.from_pretrained` reads, or takes a model.
 
         Args:
-            checkpoint: the checkpoint, or a model; None is the tiny model for the task that comes with the package. A
-                `vocab.txt` in a directory is the vocabulary, otherwise it is that of bert-base-uncased.
-            tokenizer: with a model, and only then: the one that it was trained with.
-            task: a name in `mplug2_fast.tasks.TASKS`, or a task; None is the first task that the checkpoint states.
+            checkpoint: the checkpoint, or a model; None is the tiny model of the package for the task. A `vocab.txt` in
+                a directory is the vocabulary, otherwise it is that of bert-base-uncased.
+            tokenizer: the one that the model was trained with. Only with a model.
+            task: a name in `mplug2_fast.tasks.TASKS`, or a task; None is the first task that the checkpoint names.
             dtype: a dtype or its name; None or "auto": see `pick_dtype`. Not with a model.
             device: a device or its name; None or "auto": see `pick_device`. Not with a model.
 
         Raises:
             CheckpointError: the checkpoint cannot be read, or does not serve the task.
-            ConfigError: no such device or dtype, a vocabulary that does not fit the model, or arguments that do not go
-                together.
+            ConfigError: an unknown device or dtype, a vocabulary that does not fit the model, or arguments that exclude
+                each other.
         """
         task = task or self.default_task
         if isinstance(checkpoint, torch.nn.Module):
-            require(tokenizer is not None, "a model comes with the tokenizer that it was trained with: give that too")
-            require(dtype is None and device is None, "a model has its dtype and device: convert it before")
+            require(tokenizer is not None, "a model needs a tokenizer: pass the one that it was trained with")
+            require(dtype is None and device is None, "a model has its dtype and device: convert it first")
             self.model, self.tokenizer = checkpoint, tokenizer
         else:
-            require(tokenizer is None, "a checkpoint brings its own vocabulary: give a tokenizer only with a model")
+            require(tokenizer is None, "a checkpoint has its own vocabulary: pass a tokenizer only with a model")
             self.model, self.tokenizer = _load(checkpoint, task, dtype, device)
         if task is None:
             self.task = next(iter(self.model.tasks.values()))
@@ -148,7 +150,7 @@ class Predictor:
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
     ) -> Self:
-        """The same as the constructor with the path of a checkpoint."""
+        """Like the constructor, for the path of a checkpoint."""
         return cls(path, dtype=dtype, device=device)
 
     @property
@@ -157,7 +159,7 @@ class Predictor:
         return self.task.preparation(self.model.config)
 
     def for_task(self, task: Task | str) -> Self:
-        """The same model and tokenizer for another task, which the model gets if it does not have it."""
+        """The same model and tokenizer for another task. Adds the task to the model if it lacks it."""
         other = copy.copy(self)
         other.task = get(task)
         if other.task.name not in other.model.tasks:
@@ -165,7 +167,7 @@ class Predictor:
         return other
 
     def with_options(self, **options: Any) -> tuple[Predictor, dict[str, Any]]:
-        """The predictor that serves these options, and the options of its task."""
+        """The predictor for these options, and the options of its task."""
         return self, options
 
     def predict(
@@ -177,18 +179,18 @@ class Predictor:
         timeout: float | None = 60.0,
         **options: Any,
     ) -> Iterator[Result]:
-        """One `Result` per file, as soon as it is ready; in the order of the files, unless several processes decode.
+        """Yields one `Result` per file as soon as it is ready, in order unless several processes decode.
 
         Args:
             paths: one file or several; an image is a video of one frame.
-            text: what goes with each file, such as a question; only for tasks that read text.
-            num_workers: processes that decode, in which a file that crashes its decoder costs only itself; 0 decodes in
-                a thread.
-            timeout: seconds that decoding a file may take; None for no limit.
+            text: the text for each file, such as a question. Only for tasks that read text.
+            num_workers: decoding processes. A file that crashes its decoder then affects no other file. 0 decodes in a
+                thread.
+            timeout: decode timeout per file in seconds; None for no limit.
             options: of the task, such as num_beams, num_return, min_length and max_length of beam search.
 
         Raises:
-            ConfigError: options that contradict one another or the model, or a text that the model cannot read.
+            ConfigError: options that contradict each other or the model, or a text that the model cannot read.
             MPlug2Error: the device ran out of memory.
         """
         require(self.task.reads_files, f"{self.task.name} takes texts alone: use predict_texts")
@@ -197,7 +199,7 @@ class Predictor:
         return self.run(paths, lambda embeds: respond(embeds, [text] * len(embeds)), num_workers, timeout)
 
     def predict_texts(self, texts: Sequence[str], **options: Any) -> Iterator[Result]:
-        """One `Result` per text, in order, for a task on texts alone.
+        """Yields one `Result` per text, in order, for a task on texts alone.
 
         Raises:
             ConfigError: as for `predict`, or the task needs files. MPlug2Error: the device ran out of memory.
@@ -235,22 +237,22 @@ class Predictor:
         return self.generation_options(**options) if "num_beams" in self.task.options else options
 
     def responder(self, **options: Any) -> Respond:
-        """What turns image_embeds and texts into results. Raises `ConfigError` for bad options."""
+        """The function from image_embeds and texts to results. Raises `ConfigError` for bad options."""
         return self.task.respond(self.model, self.tokenizer, **options)
 
     def check_text(self, text: str | None) -> None:
-        """Raise `ConfigError` for a text that the task does not take, or that the model cannot read."""
+        """Raises `ConfigError` if the task does not read text, or the model cannot read this one."""
         require(self.task.reads_text or text is None, f"{self.task.name} reads no text")
         if self.task.reads_text:
             require(text is not None, f"{self.task.name} needs a text")
             self.task.check_text(self.model, self.tokenizer, str(text))
 
     def unknown_words(self, text: str) -> list[str]:
-        """The words of a text that the model's vocabulary lacks. The model cannot tell them apart."""
+        """The words of a text that are not in the model's vocabulary. They look alike to the model."""
         return self.tokenizer.unknown_words(clean_question(text))
 
     def run(self, paths: Paths, words: Words, num_workers: int = 0, timeout: float | None = 60.0) -> Iterator[Result]:
-        """One `Result` per path; see `predict`."""
+        """Yields one `Result` per path: see `predict`."""
         decoded = self.decoded(paths, num_workers, timeout)
         for path, video, decoding, error, frames, decoder, size in decoded:
             if video is None:
@@ -271,7 +273,7 @@ class Predictor:
                 yield Result(path, *found[0], tuple(found), frames, decoder, seconds, size=size, box=box)
 
     def explain_memory(self, problem: Exception) -> None:
-        """Raises `MPlug2Error` if an error says that the device ran out of memory."""
+        """Raises `MPlug2Error` if the problem is that the device ran out of memory."""
         if is_out_of_memory(problem):
             device = next(self.model.parameters()).device
             remedy = "use a smaller dtype, fewer beams, or the CPU"
@@ -279,7 +281,7 @@ class Predictor:
 
     @torch.inference_mode()
     def encode(self, videos: Tensor) -> tuple[Tensor, float]:
-        """Videos `(B, 3, T, H, W)`, anywhere, to image_embeds `(B, S, D)` on the model's device, and the seconds.
+        """Image_embeds `(B, S, D)` of videos `(B, 3, T, H, W)`, and the seconds that it took.
 
         Several views `(B, views, 3, T, H, W)` give `(B, views, S, D)`.
         """
@@ -307,7 +309,7 @@ class Predictor:
         num_frames: int | None = None,
         in_order: bool = False,
     ) -> Iterator[Decoded]:
-        """The decoded files, in order if `in_order` is set or one process or thread decodes.
+        """Yields the decoded files, in order if `in_order` is set or one process or thread decodes.
 
         Args:
             num_frames: of a video; None is the model's number.
@@ -318,7 +320,7 @@ class Predictor:
         return self._decoded_by_workers(files, num_workers, timeout, num_frames, in_order or num_workers == 1)
 
     def _decoded(self, paths: Iterable[PathLike], timeout: float | None, num_frames: int) -> Iterator[Decoded]:
-        """The files in order; while one is consumed, the next is decoded in a thread."""
+        """Yields the files in order. A thread decodes the next file meanwhile."""
         pending: deque[Future[Decoded]] = deque()
         guard = Guard(Limits(seconds=timeout))
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as pool:
@@ -345,7 +347,7 @@ class Predictor:
     def _decoded_by_workers(
         self, paths: Iterable[PathLike], num_workers: int, timeout: float | None, num_frames: int, in_order: bool
     ) -> Iterator[Decoded]:
-        """The files as worker processes have them ready."""
+        """Yields the files as soon as a worker process has decoded them."""
         if isinstance(paths, Sized):
             num_workers = min(num_workers, max(len(paths), 1))
         dtype = next(self.model.parameters()).dtype
@@ -364,7 +366,7 @@ class Predictor:
         min_length: int | None = None,
         max_length: int | None = None,
     ) -> dict[str, int]:
-        """All options of beam search, with defaults filled in. Raises `ConfigError`, also for too little memory."""
+        """All options of beam search, with defaults. Raises `ConfigError` for bad ones and for too little memory."""
         options = {"num_beams": num_beams, "num_return": num_return, "min_length": min_length, "max_length": max_length}
         filled = text_options(self.task, self.model, **options)
         weights, config = next(self.model.parameters()), self.model.config
@@ -376,7 +378,7 @@ class Predictor:
 
 
 def tiny_model(task: Task | str | None) -> Path:
-    """The model that comes with the package for a task."""
+    """The package's tiny model for a task."""
     name = task.name if isinstance(task, Task) else task
     return TINY_MPLUG if name in TINY_MPLUG_TASKS else TINY_MODEL
 
@@ -390,7 +392,7 @@ def _load(
     if path is None:
         path = tiny_model(task)
         if not path.exists():
-            raise CheckpointError(f"{path}: the tiny model is missing: reinstall, or name a checkpoint")
+            raise CheckpointError(f"{path}: the tiny model is missing: reinstall mplug2-fast, or name a checkpoint")
     path = Path(path)
     model = from_pretrained(path, task=task, dtype=dtype, device=device)
     return model, Tokenizer.from_vocab(vocabulary_path(path), vocab_size=model.config.text.vocab_size)
@@ -411,7 +413,7 @@ def _each(paths: Paths) -> Iterable[PathLike]:
 
 
 def _reason(problem: Exception, path: str) -> str:
-    """What an error says, on one line and without the path."""
+    """The message of an error, on one line and without the path."""
     return _one_line(str(problem) or type(problem).__name__).removeprefix(f"{_one_line(path)}: ")
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mplug2_fast.tasks.gallery import Gallery
 
 BATCH_SIZE = 8
-"""Files that are encoded at once."""
+"""Files per batch."""
 
 
 class Match(NamedTuple):
@@ -60,7 +60,7 @@ class Ranking:
 
 
 class Retriever(Predictor):
-    """Search with texts in image and video files, and with files among texts. Arguments: as for `Predictor`."""
+    """Searches image and video files with texts, and texts with files. Arguments: as for `Predictor`."""
 
     command = "retrieve"
     default_task = Retrieval.name
@@ -80,9 +80,9 @@ class Retriever(Predictor):
         Args:
             paths, num_workers, timeout: as for `Predictor.predict`.
             texts: what the files are compared with.
-            rerank: the candidates of each text and of each file, the most similar by their features, that the matching
-                head then scores together with the text. It is exact but slower, and keeps the visual tokens of all
-                files in memory. 0 ranks by features alone.
+            rerank: the number of candidates of each text and of each file, the most similar by their features. The
+                matching head scores these pairs. This is slower, and keeps the visual tokens of all files in memory.
+                0 ranks by features alone.
             num_frames: of a video; None is the model's number.
 
         Raises:

@@ -61,7 +61,7 @@ FOUND = {
     ("repeated item", "train.jsonl:6", "has the same input and texts as line 1"),
     ("repeated file", "train.jsonl:3", "c.mp4 has the same contents as b.mp4, at train.jsonl:2"),
     ("empty text", "train.jsonl:2", "the caption ' ...' has no words"),
-    ("long text", "train.jsonl:3", "the question has 51 words, and all after the first 50 are cut off"),
+    ("long text", "train.jsonl:3", "the question has 51 words; only the first 50 are read"),
     ("no target", "train.jsonl:7", "has no caption, answer, label or box to learn"),
     ("no input", "train.jsonl:10", "has no video, image, images or text"),
     ("box", "train.jsonl:5", "the box [0.1, 0.5, 0.5, 0.5] is partly outside of the image"),

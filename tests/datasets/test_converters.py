@@ -170,7 +170,7 @@ FORMS = [
             "train": [asked(1, "video1.mp4")],
             "val": [asked(2, "video1201.mp4")],
             "test": [asked(3, "video1301.mp4")],
-            "skipped": {"annotations that were there before": 1},
+            "skipped": {"repeated annotations": 1},
         },
     ),
     (
@@ -179,7 +179,7 @@ FORMS = [
         {
             "train": [asked(1, "video1.mp4"), asked(2, "video1201.mp4")],
             "test": [asked(3, "video1301.mp4")],
-            "skipped": {"annotations that were there before": 1},
+            "skipped": {"repeated annotations": 1},
         },
     ),
     (
@@ -221,7 +221,7 @@ FORMS = [
             "train": [asked(1, "-4ws_5_15.avi")],
             "val": [asked(2, "abc_0_9.avi")],
             "test": [asked(3, "xyz_10_20.avi")],
-            "skipped": {"annotations that were there before": 1},
+            "skipped": {"repeated annotations": 1},
         },
     ),
     (
@@ -697,7 +697,7 @@ MALFORMED = [
     (
         "msrvtt-captions",
         {INFO: video_info("train", 1), "test_videodatainfo.json": video_info("train", 1)},
-        "{}/test_videodatainfo.json: videos[0]: video_id 'video1' was there before: give each video once",
+        "{}/test_videodatainfo.json: videos[0]: the video_id 'video1' is repeated: give each video once",
     ),
     ("msrvtt-captions", {INFO: [1]}, "{}/train_val_videodatainfo.json: must be an object with named fields, got [1]"),
     ("msrvtt-captions", MSRVTT_LISTS, "msrvtt-captions needs train_val_videodatainfo.json, test_videodatainfo.json"),

@@ -1,4 +1,4 @@
-"""From the official annotation files of data sets to one JSON Lines file for each split."""
+"""Converts official annotation files to one JSON Lines file per split."""
 
 from __future__ import annotations
 

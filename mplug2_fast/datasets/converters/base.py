@@ -1,4 +1,4 @@
-"""What a converter is: from the annotation files of a data set to items."""
+"""The base of converters, which make items from the annotation files of a data set."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mplug2_fast.datasets.items import Item, PathLike, write_items
 from mplug2_fast.errors import DataError, printable
 
 MAX_SKIPPED_SHARE = 0.01
-"""Share of rows with a wrong number of columns that a table may have: official tables have a few."""
+"""Maximum share of rows with a wrong number of columns. Official tables have a few."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class AnnotationFile:
     """A file that a converter reads.
 
     Attributes:
-        role: what it holds, such as "train", and how the command line names it: `train=FILE`.
+        role: its contents, such as "train". The command line uses it as the name: `train=FILE`.
         names: its official file names. `*` stands for anything.
-        required: whether there is nothing to convert without it.
+        required: whether the conversion needs it.
     """
 
     role: str
@@ -39,17 +39,17 @@ class AnnotationFile:
 
 @dataclass(frozen=True)
 class Converter:
-    """From the annotation files of one data set to items.
+    """Makes items from the annotation files of one data set.
 
     Attributes:
-        name: how the command line names it.
+        name: on the command line.
         title: the data set.
-        files: the files that it reads, in the order in which their items are written.
+        files: the files that it reads, in the order of the items that are written.
         fields: the fields of its items.
         splits: the splits that it writes.
         items: (split, item) of all items.
-        source: where the form of the files is known from.
-        choices: name -> meaning of the ways to split the data set, the usual one first; empty if there is only one.
+        source: the source of the files, and what was inferred about their form.
+        choices: name -> meaning of the ways to split the data set, the default first; empty if there is only one.
     """
 
     name: str
@@ -64,14 +64,14 @@ class Converter:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written.
+    """The result of a conversion.
 
     Attributes:
         files: the path of each split.
         counts: the number of items of each split.
         skipped: reason -> number of annotations that were left out.
         media: number of media files that the items name.
-        missing: names of those that are not in the folder of the media.
+        missing: names of those that are not in the media folder.
     """
 
     files: dict[str, Path]
@@ -85,7 +85,7 @@ class Media:
     """Finds the media files of items.
 
     Args:
-        folder: where they are, or None if that is not known.
+        folder: the media folder, or None if it is unknown.
         out: the folder of the JSON Lines files. Paths in them are relative to it.
     """
 
@@ -106,13 +106,13 @@ class Media:
                 self._files.setdefault(key, path.as_posix())
 
     def has(self, name: str) -> bool:
-        """Whether the folder has a file of this name, with any ending."""
+        """Whether the folder has a file of this name, with any extension."""
         return self._find(name) is not None
 
     def path(self, name: str) -> str:
         """The path of a file, relative to the folder of the JSON Lines files.
 
-        A file counts as found if its path, its name, or its name without the ending is right.
+        A file is found by its path, its name, or its name without the extension.
         """
         self.named.add(name)
         found = self._find(name)
@@ -126,7 +126,7 @@ class Media:
 
 
 class Annotations:
-    """The files that a converter was given, its media and its options."""
+    """The files of a converter's data set, its media and its options."""
 
     def __init__(self, converter: Converter, paths: Mapping[str, Sequence[Path]], media: Media, choice: str) -> None:
         self.converter = converter
@@ -142,7 +142,7 @@ class Annotations:
         """The file of a role.
 
         Raises:
-            DataError: it was not given, or more than one was.
+            DataError: there is none, or more than one.
         """
         paths = self.paths(role)
         if len(paths) != 1:
@@ -160,7 +160,7 @@ class Annotations:
         return ((role, path) for role, paths in self._paths.items() for path in paths)
 
     def skip(self, reason: str) -> None:
-        """Count an annotation that is left out."""
+        """Counts an annotation that is left out."""
         self.skipped[reason] += 1
 
 
@@ -171,7 +171,7 @@ def per_file(
 
     Args:
         read: the records of a file.
-        item: the item of a record, the last argument being a unique name for it; None leaves it out.
+        item: makes the item of a record. Its last argument is a unique name for it. None leaves it out.
     """
 
     def items(annotations: Annotations) -> Iterator[tuple[str, Item]]:
@@ -199,7 +199,7 @@ def grouped(pairs: Iterable[tuple[str, str, tuple[str, ...]]]) -> dict[tuple[str
 def normalised_box(record: Record, corner: Any, size: tuple[float, float]) -> tuple[float, float, float, float]:
     """(center x, center y, width, height) in [0, 1], from (left, top, width, height) in pixels of an image.
 
-    What is beyond the edges of the image is cut off.
+    Parts outside of the image are cut off.
     """
     try:
         left, top, width, height = (float(number) for number in corner)
@@ -223,14 +223,14 @@ def convert(
     choice: str | None = None,
     overwrite: bool = False,
 ) -> Conversion:
-    """Write `SPLIT.jsonl` for each split of a data set.
+    """Writes `SPLIT.jsonl` for each split of a data set.
 
     Args:
         converter: one of `CONVERTERS`.
         files: annotation files under their official names, folders of them, or `ROLE=FILE` for a file of another name.
         out: the folder to write to.
         media: the folder of the videos or images. None takes `out`.
-        choice: one of `converter.choices`, the usual one by default.
+        choice: one of `converter.choices`. None takes the first.
         overwrite: whether files of an earlier conversion are replaced.
 
     Raises:
@@ -253,7 +253,7 @@ def convert(
         if known.setdefault(item.id, item) != item:
             raise DataError(f"{_names(paths)}: {split} has two different items with the id {item.id!r}")
         if known[item.id] is not item:
-            annotations.skip("annotations that were there before")
+            annotations.skip("repeated annotations")
     if not items:
         raise DataError(f"{_names(paths)}: no items of {converter.title}")
     targets = {split: out / f"{split}.jsonl" for split in items}
@@ -264,10 +264,10 @@ def convert(
 
 
 def skip_some(annotations: Annotations, read: Callable[..., Iterable[Record]]) -> Iterator[Record]:
-    """The rows of a table of which a few have a wrong number of columns. They are left out and counted.
+    """The rows of a table. The few rows with a wrong number of columns are left out and counted.
 
     Raises:
-        DataError: more than `MAX_SKIPPED_SHARE` of the rows have.
+        DataError: more than `MAX_SKIPPED_SHARE` of the rows are wrong.
     """
     wrong: list[DataError] = []
     count = 0

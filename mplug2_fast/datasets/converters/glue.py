@@ -18,7 +18,7 @@ ENTAILMENT = {name: name for name in ("entailment", "not_entailment")}
 
 @dataclass(frozen=True)
 class _Task:
-    """Columns of a task, and the classes that its labels stand for. Without classes a label is a number."""
+    """The columns of a task, and the classes of its labels. Without classes a label is a number."""
 
     name: str
     title: str

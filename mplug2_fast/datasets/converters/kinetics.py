@@ -8,7 +8,7 @@ from mplug2_fast.datasets.items import Item
 
 
 def _item(record: Record, annotations: Annotations, name: str) -> Item:
-    """The clip that was cut out is used, unless there is only the whole video."""
+    """Takes the clip, unless there is only the whole video."""
     video, start, end = record.text("youtube_id"), record.number("time_start"), record.number("time_end")
     if end <= start:
         raise record.error(f"time_end must be after time_start, got {start:g} and {end:g}")

@@ -1,6 +1,6 @@
-"""The annotation files that the official code of mPLUG and mPLUG-2 reads.
+"""The annotation files of the official code of mPLUG and mPLUG-2.
 
-They have no official names, so the name of a file must contain its split, or its role is given: `train=FILE`.
+They have no official names, so the name of a file must contain its split, or its role must be given: `train=FILE`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""MSRVTT: captions, and MSRVTT-QA. All three ways to split it that papers use.
+"""MSRVTT captions and MSRVTT-QA, with the three splits that papers use.
 
-Scores on different splits cannot be compared, and papers do not always name theirs.
+Scores on different splits cannot be compared, and papers do not always name their split.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _captions(annotations: Annotations) -> Iterator[tuple[str, Item]]:
         for video in info.records("videos"):
             name = video.text("video_id")
             if name in splits:
-                raise video.error(f"video_id {name!r} was there before: give each video once")
+                raise video.error(f"the video_id {name!r} is repeated: give each video once")
             splits[name] = video.choice("split", SPLITS)
         for sentence in info.records("sentences"):
             name = sentence.text("video_id")
@@ -70,13 +70,13 @@ def _questions(annotations: Annotations) -> Iterator[tuple[str, Item]]:
 
 
 def question_item(record: Record, video: str) -> Item:
-    """An item of a file such as train_qa.json."""
+    """The item of an entry of a file such as train_qa.json."""
     answers = {record.text("answer"): 1.0}
     return Item(id=record.name("id"), video=video, question=record.text("question"), answers=answers)
 
 
 class _Splitter:
-    """(name of a video, its official split) -> its split, or None for a video that is in none."""
+    """(name of a video, its official split) -> its split; None if it is in no split."""
 
     def __init__(self, annotations: Annotations) -> None:
         self._annotations = annotations

@@ -30,7 +30,7 @@ def _captions(annotations: Annotations) -> Iterator[tuple[str, Item]]:
 
 
 def _sentences(annotations: Annotations) -> Iterator[tuple[str, str]]:
-    """(clip, caption) in the order of the file, whose ending tells its form."""
+    """(clip, caption) in the order of the file. The extension decides how the file is read."""
     path = annotations.path("captions")
     if path.suffix == ".txt":
         for where, line in lines(path):

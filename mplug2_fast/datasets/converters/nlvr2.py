@@ -1,4 +1,4 @@
-"""NLVR2: is a sentence true of two images."""
+"""NLVR2: whether a sentence is true of two images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read annotation files: JSON, JSON Lines, tables, lists and pickles. Every error names the file and the place."""
+"""Reads annotation files: JSON, JSON Lines, tables, lists and pickles. Every error has the file and the place."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mplug2_fast.errors import DataError, printable
 
 MAX_PICKLE_BYTES = 2**30
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C
-"""The number that files of old versions of torch.save start with."""
+"""The first number in files of old versions of torch.save."""
 
 
 class Record:
@@ -43,21 +43,21 @@ class Record:
         return DataError(f"{self.file}: {self.place}: {message}" if self.place else f"{self.file}: {message}")
 
     def text(self, *names: str) -> str:
-        """The text of the first of these fields that is there, without white space around it."""
+        """The text of the first of these fields that exists, without surrounding white space."""
         name, value = self._value(names)
         if not isinstance(value, str):
             raise self.error(f"{name} must be a text, got {_shown(value)}")
         return value.strip()
 
     def name(self, *names: str) -> str:
-        """The text or whole number of the first of these fields that is there, as a text."""
+        """The text or whole number of the first of these fields that exists, as a text."""
         name, value = self._value(names)
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
             raise self.error(f"{name} must be a text or a whole number, got {_shown(value)}")
         return str(value)
 
     def number(self, *names: str) -> float:
-        """The number of the first of these fields that is there. It may be written as a text, as tables do."""
+        """The number of the first of these fields that exists. It may be a text, as in tables."""
         name, value = self._value(names)
         try:
             number = math.nan if isinstance(value, bool) else float(value)
@@ -68,7 +68,7 @@ class Record:
         return number
 
     def texts(self, *names: str) -> tuple[str, ...]:
-        """The texts of the first of these fields that is there: a list, or one text."""
+        """The texts of the first of these fields that exists: a list, or one text."""
         name, value = self._value(names)
         texts = value if isinstance(value, list | tuple) else [value]
         if not texts or not all(isinstance(text, str) for text in texts):
@@ -76,7 +76,7 @@ class Record:
         return tuple(text.strip() for text in texts)
 
     def lists(self, name: str) -> list[tuple[str, ...]]:
-        """The lists of texts of a field that is a list of them."""
+        """The lists of texts in a field that is a list of lists."""
         _, value = self._value((name,))
         if not isinstance(value, list) or not value:
             raise self.error(f"{printable(str(name), 80)} must be a list of lists of texts, got {_shown(value)}")
@@ -88,7 +88,7 @@ class Record:
         return _records(value, self.file, f"{self.place}.{name}" if self.place else name)
 
     def choice(self, name: str, choices: dict[str, Any]) -> Any:
-        """What `choices` has for the value of a field."""
+        """The entry of `choices` for the value of a field."""
         value = self.name(name)
         if value not in choices:
             raise self.error(f"{name} must be one of {', '.join(choices)}, got {_shown(value)}")
@@ -115,12 +115,12 @@ def read_json(path: Path) -> Any:
 
 
 def json_object(path: Path) -> Record:
-    """The object that a JSON file holds."""
+    """The object in a JSON file."""
     return Record(read_json(path), str(path))
 
 
 def json_records(path: Path) -> Iterator[Record]:
-    """The objects of the list that a JSON file holds."""
+    """The objects in the list of a JSON file."""
     return _records(read_json(path), str(path))
 
 
@@ -138,7 +138,7 @@ def json_lines(path: Path) -> Iterator[Record]:
 
 
 def json_either(path: Path) -> Iterator[Record]:
-    """The objects of a JSON list or of a JSON Lines file, whichever it is."""
+    """The objects in a JSON list or a JSON Lines file."""
     with _opened(path) as file:
         start = file.read(1000).lstrip()
     return json_records(path) if start.startswith("[") else json_lines(path)
@@ -152,7 +152,7 @@ def table(
     quotes: bool = False,
     on_wrong_width: Callable[[DataError], None] | None = None,
 ) -> Iterator[Record]:
-    """The rows of a table with a line of column names, or with the columns `header` where it has none.
+    """The rows of a table with a line of column names, or without it and with the columns `header`.
 
     Args:
         quotes: whether cells may be quoted.
@@ -189,7 +189,7 @@ def lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_pickle(path: Path) -> Any:
-    """The lists, dicts, texts and numbers of a pickle, or of a file of torch.save. Nothing else is read."""
+    """Reads a pickle or a file of torch.save that has only lists, dicts, texts and numbers."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -200,7 +200,7 @@ def read_pickle(path: Path) -> Any:
                     return _PlainUnpickler(file, path).load()
         with path.open("rb") as file:
             value = _PlainUnpickler(file, path).load()
-            if value == _TORCH_MAGIC:  # then the version and the platform stand before the value
+            if value == _TORCH_MAGIC:  # then the version and the platform come before the value
                 for _ in range(3):
                     value = _PlainUnpickler(file, path).load()
             return value
@@ -226,7 +226,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def pickled_records(path: Path) -> Iterator[Record]:
-    """The dicts of the list that a pickle holds."""
+    """The dicts in the list of a pickle."""
     return _records(read_pickle(path), str(path))
 
 

@@ -1,4 +1,4 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg: an item for each referring expression."""
+"""RefCOCO, RefCOCO+ and RefCOCOg, with one item per referring expression."""
 
 from __future__ import annotations
 

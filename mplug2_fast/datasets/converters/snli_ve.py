@@ -1,4 +1,4 @@
-"""SNLI-VE: does an image entail a sentence."""
+"""SNLI-VE: whether an image entails a sentence."""
 
 from __future__ import annotations
 

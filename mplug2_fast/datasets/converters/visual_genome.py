@@ -1,4 +1,4 @@
-"""Visual Genome's questions, which VQAv2 is trained with. Their one answer has the weight 0.5."""
+"""Visual Genome's questions, for training with VQAv2. Each has one answer of weight 0.5."""
 
 from __future__ import annotations
 

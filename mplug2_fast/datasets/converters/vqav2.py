@@ -10,7 +10,7 @@ from mplug2_fast.datasets.converters.reading import json_object
 from mplug2_fast.datasets.items import Item
 
 IMAGES = {"train": "train2014", "val": "val2014", "test-dev": "test2015", "test": "test2015"}
-"""Split -> the part of COCO that its images are from."""
+"""Split -> the part of COCO with its images."""
 
 
 def shares(answers: Iterable[str]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""mPLUG (arXiv 2205.12005), fast: the function of `mplug2_fast.reference`, another algorithm."""
+"""A fast mPLUG (arXiv 2205.12005). It computes the function of `mplug2_fast.reference` by another algorithm."""
 
 from __future__ import annotations
 

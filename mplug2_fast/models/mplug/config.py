@@ -19,7 +19,7 @@ ATTENTION_DROPOUT = 0.1
 
 @dataclass(frozen=True)
 class ImageConfig(TowerConfig):
-    """Sizes of the vision encoder: CLIP's image tower. `num_frames` is what is taken of a video; images have one."""
+    """Sizes of the vision encoder: CLIP's image tower. A video has `num_frames`, an image one."""
 
     image_size: int = 336
     num_frames: int = 1

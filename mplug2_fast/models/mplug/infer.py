@@ -46,31 +46,31 @@ def infer(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> InferredCon
             "it has neither a text encoder nor a text decoder\n"
             "  remedy: use a whole checkpoint of mPLUG, with its official key names"
         )
-    told = Stated(stated)
+    own = Stated(stated)
     undetermined: dict[str, str] = {}
 
     vision, text = _vision_sizes(shapes), _text_sizes(shapes, modules)
-    vision["num_frames"] = told.get("vision", "num_frames", MPlugConfig().vision.num_frames, "num_frm_test")
-    text["num_attention_heads"] = told.get("text", "num_attention_heads", max(1, text["hidden_size"] // HEAD_DIM))
+    vision["num_frames"] = own.get("vision", "num_frames", MPlugConfig().vision.num_frames, "num_frm_test")
+    text["num_attention_heads"] = own.get("text", "num_attention_heads", max(1, text["hidden_size"] // HEAD_DIM))
     if FUSION in modules:
         stored = layers(shapes, _FUSION)
         whole = any(key.startswith("fusion_encoder.embeddings.") for key in shapes) or min(stored) == 0
         if not whole:  # what never runs is gone already
             text["fusion_layers"] = len(stored)
         else:
-            text["fusion_layers"] = min(told.get("text", "fusion_layers", _FUSION_LAYERS), text["stored_layers"])
+            text["fusion_layers"] = min(own.get("text", "fusion_layers", _FUSION_LAYERS), text["stored_layers"])
         stride = first_connected(shapes, _FUSION, text["stored_layers"] - text["fusion_layers"])
-        if stride is None and vision["width"] not in _STRIDES and "stride_layer" not in told:
+        if stride is None and vision["width"] not in _STRIDES and "stride_layer" not in own:
             undetermined["text.stride_layer"] = FUSION
         else:
-            text["stride_layer"] = stride or told.get("text", "stride_layer", _STRIDES.get(vision["width"], 6))
-    generation = told.generation(5, "")
+            text["stride_layer"] = stride or own.get("text", "stride_layer", _STRIDES.get(vision["width"], 6))
+    generation = own.generation(5, "")
     contrast = {"embed_dim": shapes["vision_proj.weight"][0]} if CONTRAST in modules else {}
     try:
         config = MPlugConfig().replace(vision=vision, text=text, generation=generation, contrast=contrast)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"the shapes of the checkpoint make no model: {error}") from error
-    return InferredConfig(config, modules, told.assumed, undetermined)
+    return InferredConfig(config, modules, own.assumed, undetermined)
 
 
 def _modules(shapes: Mapping[str, Shape]) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""mPLUG: one set of modules, of which a model has those that its tasks need."""
+"""mPLUG. A model has the modules that its tasks need."""
 
 from __future__ import annotations
 

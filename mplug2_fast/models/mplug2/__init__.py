@@ -1,4 +1,4 @@
-"""mPLUG-2 (arXiv 2302.00402), fast: the function of `mplug2_fast.reference`, another algorithm."""
+"""A fast mPLUG-2 (arXiv 2302.00402). It computes the function of `mplug2_fast.reference` by another algorithm."""
 
 from __future__ import annotations
 

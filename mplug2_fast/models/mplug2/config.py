@@ -55,7 +55,7 @@ class MPlug2Config(Config):
     text: TextConfig = field(default_factory=TextConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
-    # Not in the repr, by which bulk runs that began before it was there know their model.
+    # Not in the repr, because bulk runs identify their model by it, and older runs do not have this field.
     clip: ClipConfig = field(default_factory=ClipConfig, repr=False)
 
     family: ClassVar[str] = "mplug2"

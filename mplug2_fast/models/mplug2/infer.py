@@ -45,15 +45,15 @@ def infer(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> InferredCon
     _require_anchors(shapes)
     modules = _modules(shapes)
     vision, text = _vision_sizes(shapes), _text_sizes(shapes)
-    told = Stated(stated)
+    own = Stated(stated)
     undetermined: dict[str, str] = {}
 
     defaults = MPlug2Config.preset("large")
-    vision["num_frames"] = told.get("vision", "num_frames", defaults.vision.num_frames, "model_num_frames")
+    vision["num_frames"] = own.get("vision", "num_frames", defaults.vision.num_frames, "model_num_frames")
     if vision["temporal_downsampling"]:
-        vision["temporal_stride"] = told.get("vision", "temporal_stride", defaults.vision.temporal_stride)
+        vision["temporal_stride"] = own.get("vision", "temporal_stride", defaults.vision.temporal_stride)
     heads = max(1, text["hidden_size"] // HEAD_DIM)
-    text["num_attention_heads"] = told.get("text", "num_attention_heads", heads)
+    text["num_attention_heads"] = own.get("text", "num_attention_heads", heads)
     if FUSION in modules:
         stored = text["stored_layers"]
         fusion, stride = _FUSION_DEFAULTS.get(stored, (None, 1000))
@@ -63,13 +63,13 @@ def infer(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> InferredCon
         whole = any(key.startswith(embeddings) for key in shapes)
         if first > 0 and not whole:  # what never runs is gone already
             text["fusion_layers"] = stored - first
-        elif fusion is None and "fusion_layers" not in told:
+        elif fusion is None and "fusion_layers" not in own:
             undetermined = {"text.fusion_layers": FUSION}
         else:
-            text["fusion_layers"] = told.get("text", "fusion_layers", fusion)
+            text["fusion_layers"] = own.get("text", "fusion_layers", fusion)
         connected = first_connected(shapes, stack_of(_FUSION_LAYER), stored - text["fusion_layers"])
-        text["stride_layer"] = connected or told.get("text", "stride_layer", stride)
-    generation = told.generation(defaults.generation.num_beams, defaults.generation.prompt)
+        text["stride_layer"] = connected or own.get("text", "stride_layer", stride)
+    generation = own.generation(defaults.generation.num_beams, defaults.generation.prompt)
     generation["prompt_length"] = stated.get("prompt_length")  # None: counted from the prompt
     contrast = {"embed_dim": shapes["vision_proj.weight"][0]} if CONTRAST in modules else {}
     clip = _clip_sizes(shapes) if CLIP in modules else {}
@@ -78,7 +78,7 @@ def infer(shapes: Mapping[str, Shape], stated: Mapping[str, Any]) -> InferredCon
         config = MPlug2Config().replace(**parts)
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"the shapes of the checkpoint make no model: {error}") from error
-    return InferredConfig(config, modules, told.assumed, undetermined)
+    return InferredConfig(config, modules, own.assumed, undetermined)
 
 
 def _modules(shapes: Mapping[str, Shape]) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""mPLUG-2: one set of modules, of which a model has those that its tasks need."""
+"""mPLUG-2. A model has the modules that its tasks need."""
 
 from __future__ import annotations
 
