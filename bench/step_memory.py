@@ -20,6 +20,7 @@ from mplug2_fast.models.mplug2 import MPlug2ForCaptioning
 
 WIDE, NARROW = 4, 2
 """Bytes of a number in weights and residual streams, and in other tensors under autocast."""
+CAPTION_TOKENS = 20
 
 
 def count(config: MPlug2Config, frames: int) -> dict[str, int]:
@@ -45,24 +46,24 @@ def count(config: MPlug2Config, frames: int) -> dict[str, int]:
     }
 
 
-def measured(preset: str, frames: int, tokens: int = 20, *, products: bool = True) -> int:
+def measured(preset: str, frames: int, *, products: bool = True) -> int:
     """The bytes that a step needs at its peak, without those of the libraries. It runs in a new process.
 
     Args:
         products: False writes zeros instead of computing matrix products and attention. Tensors have the same sizes,
             and the step is much faster.
     """
-    return run("the step", _peak, preset, frames, tokens, products)
+    return run("the step", _peak, preset, frames, products)
 
 
-def _peak(preset: str, frames: int, tokens: int, products: bool) -> int:
+def _peak(preset: str, frames: int, products: bool) -> int:
     libc = ctypes.CDLL(None)
     for setting in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: freed memory goes back at once
         libc.mallopt(setting, 1 << 16)
     library = None if products else _without_products()
     config = MPlug2Config.preset(preset)
     video = torch.randn(1, 3, frames, config.vision.image_size, config.vision.image_size)
-    caption = inputs.text(config.text.vocab_size, [tokens], 0)
+    caption = inputs.text(config.text.vocab_size, [CAPTION_TOKENS], 0)
     memory.give_back()
     before = memory.held("cpu")
     fast = Fast(config, torch.bfloat16, "cpu", 1, 1, "captioning step")

@@ -48,8 +48,8 @@ def _side(value: float, bound: float) -> int:
     return (value > bound) - (value < bound)
 
 
-def times(baseline: str, of: str | None = None) -> Quantity:
-    return Quantity("×", of or baseline, lambda row, _: row.ratio(baseline), 2)
+def times(baseline: str) -> Quantity:
+    return Quantity("×", baseline, lambda row, _: row.ratio(baseline), 2)
 
 
 def _times_sdpa(row: Row, _: Ceilings) -> float | None:

@@ -1,4 +1,4 @@
-"""Settings that every test runs under, and what tests in many places need."""
+"""Settings of all tests, and fixtures that many tests use."""
 
 import os
 import time
@@ -10,7 +10,7 @@ import torch
 from mplug2_fast._native import native, native_error
 
 DEADLINE = float(os.environ.get("MPLUG2_FAST_DEADLINE", "inf"))
-"""Seconds of the Unix time after which no test begins, so that there is a report of those before."""
+"""Unix time after which no test starts, so that the report of earlier tests is written."""
 GPU_REQUIRED = os.environ.get("MPLUG2_FAST_GPU") == "required"
 
 
@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The longest first where workers share them: at the end none has one left while the others have nothing."""
+    """The longest tests first, so that all workers finish at about the same time."""
     if hasattr(config, "workerinput"):  # a process that a worker starts inherits its variables, but not this
         items.sort(key=lambda item: "test_interpreter" not in item.nodeid)
 
@@ -64,6 +64,6 @@ def native_module():
 
 @pytest.fixture
 def serving(request):
-    """Asks for the native module where the test's parameter `backend` is the one that it serves."""
+    """Requires the native module if the test's parameter `backend` needs it."""
     if request.node.callspec.params["backend"] == "cpu":
         request.getfixturevalue("native_module")

@@ -1,4 +1,4 @@
-"""The command line from outside: what goes to which stream, in which order, and the exit statuses."""
+"""The command line: what goes to which stream, in which order, and the exit statuses."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def run(*arguments: str) -> Result:
 
 
 def errors(text: str | bytes) -> list[str]:
-    """The lines on standard error; on machines without the native module one more says so, which is left out."""
+    """The lines on standard error, without the warning of a missing native module."""
     lines = os.fsdecode(text).splitlines()
     return [line for line in lines if not line.startswith("warning: mplug2_fast runs on its PyTorch fallbacks")]
 
@@ -316,7 +316,7 @@ def test_a_standard_output_that_takes_nothing(argument: str, output: str, reason
 
 
 def test_streams_that_are_closed_do_not_become_other_files(clips: list[str], tmp_path: Path) -> None:
-    """With standard error closed, the next file that is opened would get its number, and what is printed there."""
+    """If standard error is closed, the next opened file would get its number, and the messages."""
     out = tmp_path / "a.jsonl"
     bulk = shlex.join([*COMMAND, "caption", *clips, "--out", str(out), "--device", "cpu"])
     assert subprocess.run(f"{bulk} <&- >&- 2>&-", shell=True, check=False).returncode == 0
@@ -360,7 +360,7 @@ def test_progress_is_shown_on_a_terminal_only_and_never_in_the_results(checkpoin
 
 
 def read_all(terminal: int) -> str:
-    """What was written to the other end, until it is closed, which a terminal reports as an error."""
+    """What was written to the other end until it was closed, which a terminal reports as an error."""
     chunks = []
     with open(terminal, "rb", buffering=0) as stream, contextlib.suppress(OSError):
         while chunk := stream.read(4096):

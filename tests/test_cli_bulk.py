@@ -40,7 +40,7 @@ def run(*arguments: str | Path) -> Result:
 
 
 def told(result: Result) -> list[str]:
-    """The lines on standard error, without those that are always there."""
+    """The lines on standard error, without those of every run."""
     usual = ("note: this is the included", "warning: mplug2_fast runs on its PyTorch fallbacks", "note: skipped 1 non-")
     return [line for line in result.stderr.splitlines() if not line.startswith(usual)]
 

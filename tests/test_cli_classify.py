@@ -83,7 +83,7 @@ def test_classes_by_their_names(checkpoint: str, files: list[str], space: str) -
 
 
 def test_views_are_averaged(checkpoint: str, files: list[str], tmp_path: Path) -> None:
-    """The mean over clips and crops is that of the probabilities of each view by itself."""
+    """Clips and crops give the mean of the probabilities of the single views."""
     classifier = mf.Classifier(checkpoint, task="by_visual", clips=2, crops=3)
     found = {result.path: result for result in classifier.classify(files, num_return=3)}
     decoded = next(classifier.decoded(files[:1], 0, 60.0)).video

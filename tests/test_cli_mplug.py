@@ -1,4 +1,4 @@
-"""Commands on images with an mPLUG model: boxes, rankings, their evaluation, and what broken files do to them."""
+"""Commands on images with an mPLUG model: boxes, rankings, their evaluation, and broken files."""
 
 from __future__ import annotations
 
@@ -293,7 +293,7 @@ def test_evaluation_of_grounding(
 
 
 def validated(task: str, items: list, model: mf.MPlug, tokenizer: Tokenizer, **options: int) -> dict[str, float]:
-    """The scores of a validation in training, of which the main one is there."""
+    """The scores of a validation in training include the main one."""
     validator = Validator(items, model.tasks[task], model.config, "", options, "items")
     scores = validator.scores(model, tokenizer, torch.device("cpu"))
     assert validator.metric in scores

@@ -1,4 +1,4 @@
-"""Configurations: presets, released files, and what cannot be."""
+"""Configurations: presets, official files, and impossible values."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The environment report: what it holds, and that nothing in a broken installation makes it fail."""
+"""The report of `info`: its contents, and that a broken installation does not make it fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the package needs to be imported, and that it lives without its native module."""
+"""What importing the package needs, and that it works without its native module."""
 
 import subprocess
 import sys
@@ -92,7 +92,7 @@ print(_native.native_error())
 
 @pytest.fixture
 def package_folder(tmp_path, monkeypatch):
-    """_native as if the package were installed in an empty folder."""
+    """`_native` of a package that is installed in an empty folder."""
     monkeypatch.setattr(_native, "__file__", str(tmp_path / "_native.py"))
 
     def missing(name):

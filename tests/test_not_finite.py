@@ -1,4 +1,4 @@
-"""Videos of which the model makes NaN or infinities: each is an error, and the others of the batch are done."""
+"""Videos whose results are NaN or infinite: each is an error, and the rest of the batch succeeds."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_which_scores_are_good(captioner, scores, good):
 @pytest.mark.parametrize("backend", ["torch"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_one_beam_that_is_not_finite_shows_in_the_score(backend, bad):
-    """Of one beam, at one step in the middle of a search."""
+    """Logits of one beam at one step in the middle of a search."""
     logits = torch.randn(1, 3, 50, generator=torch.Generator().manual_seed(0))
     logits[0, 1, 7] = bad
     with mf.ops.use_backend(backend):

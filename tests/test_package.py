@@ -1,4 +1,4 @@
-"""What a wheel and a source distribution hold, and what a build does where the compiler fails.
+"""The contents of wheels and source distributions, and builds whose compiler fails.
 
 Tests with the marker `package` build wheels and call compilers: `make test-package` runs them.
 """
@@ -62,7 +62,7 @@ esac
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
-    """A copy of what the package is built from, as it is in a fresh checkout."""
+    """A copy of the package's sources, as in a fresh checkout."""
     target = tmp_path / "sources"
     target.mkdir()
     for name in SOURCES:
@@ -73,7 +73,7 @@ def sources(tmp_path: Path) -> Path:
 
 
 def build(sources: Path, what: str, **variables: str) -> tuple[Path, str]:
-    """(the built archive, the output), by setuptools with what is installed here."""
+    """(the built archive, the output) of setuptools with the installed packages."""
     out = sources.parent / "built"
     code = f"from setuptools import build_meta; print(build_meta.build_{what}({str(out)!r}))"
     output = run(["-c", code], sources, **variables)
@@ -103,7 +103,7 @@ def executable(path: Path, text: str) -> None:
 
 
 def modules(sources: Path) -> set[str]:
-    """What a wheel without the native module has to hold of the package."""
+    """The files that a wheel without the native module must have."""
     names = {f"mplug2_fast/{path.relative_to(sources / 'mplug2_fast')}" for path in files(sources / "mplug2_fast")}
     return names | {
         f"mplug2_fast/kernels/{path.relative_to(sources / 'kernels')}" for path in files(sources / "kernels")

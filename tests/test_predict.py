@@ -1,4 +1,4 @@
-"""Files to words: what the pipelines make of the model's output, in which order, and what a bad file does to them."""
+"""From files to results: their contents and order, and the effect of a bad file."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def answerer(model: mf.MPlug2ForQuestionAnswering, tokenizer: Tokenizer) -> Answ
 
 
 def pixels(path: str) -> torch.Tensor:
-    """The video of a made-up file, another one for every name."""
+    """The video of an imaginary file, different for every name."""
     noise = torch.Generator().manual_seed(sum(path.encode()))
     return torch.randn(3, 4, 32, 32, generator=noise)
 
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """No files: names become noise, and names with `bad` in them cannot be read. Lists what was asked for."""
+    """Replaces decoding: names become noise, and names with `bad` cannot be read. Records the calls."""
     asked: list[str] = []
 
     def load(path: str, preparation: Preparation, num_frames: int, image_size: int, guard: Guard) -> PreparedClip:
@@ -358,7 +358,7 @@ def test_without_a_path_it_is_the_model_that_ships(monkeypatch: pytest.MonkeyPat
 
 
 class FixedModel(torch.nn.Module):
-    """Says always the same."""
+    """A task that always gives the same text."""
 
     def __init__(self, config: mf.MPlug2Config, texts: list[list[str]]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The steps for Ray Data: alone, and on a Ray that runs here."""
+"""The steps for Ray Data, alone and on a local Ray."""
 
 from __future__ import annotations
 

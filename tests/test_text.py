@@ -1,4 +1,4 @@
-"""The tokenizer against ids worked out by hand from the vocabulary, and the clean-up against its own description."""
+"""The tokenizer against ids that were derived by hand, and the clean-up against its description."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ def test_clean_up_keeps_the_first_words() -> None:
 
 
 def described(text: str) -> str:
-    """Character by character, what both clean-ups say of letters and punctuation."""
+    """Both clean-ups, character by character."""
     out = []
     for character in text.lower():
         if character in "-/":

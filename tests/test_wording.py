@@ -1,4 +1,4 @@
-"""What the families make of texts. Expected ids are those of the official datasets, in bert-base-uncased."""
+"""Each family's token ids of texts. Expected ids are those of the official datasets, with bert-base-uncased."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Small models with weights that hide nothing, for tests that compare implementations."""
+"""Small models without zero weights, for tests that compare implementations."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from bench.process import Process
 
 @pytest.fixture(autouse=True, scope="package")
 def one_thread():
-    """Tiny models have no work for more, and threads that wait for one another are slow on a busy machine."""
+    """One thread: tiny models do not need more, and threads that wait for each other are slow on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -242,7 +242,7 @@ class NoisyMachine:
         return row({name: statistics.median(each) for name, each in ratios.items()}, key)
 
     def passes(self, old):
-        """Whether the gate is passed."""
+        """Whether the gate passes."""
         return passed(compare.gate(old, results(self.measure(KEY)), 0.1, self.measure))
 
 

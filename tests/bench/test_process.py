@@ -1,4 +1,4 @@
-"""Processes: what they return, and how they end."""
+"""Processes: their results, and how they end."""
 
 import math
 import os

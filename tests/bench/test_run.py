@@ -19,7 +19,7 @@ SMALL = ["--quick", "--baselines", "reference,eager", "--repeats", "1", "--steps
 WORKS = {"ops": "layer_norm", "modules": "fusion layer", "model": "captioning", "video": "decoding"}
 NAMES = list(WORKS.values())
 MEASURING = [(runner, "measure_ceilings"), (runner, "run"), (measure, "run"), (scaling, "run"), (waterfall, "run")]
-"""Everything that times something."""
+"""All functions that time something."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Many small files for runs over many: videos that differ, and broken ones."""
+"""Many small files for bulk runs: different videos, and broken files."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ be given."""
 
 
 def write_clip(path: Path, codec: str, seed: int, frames: int = 6) -> Path:
-    """A video of blocks of colour that no other seed gives."""
+    """A video of coloured blocks, different for each seed."""
     noise = np.random.default_rng(seed)
     blocks = noise.integers(0, 256, (frames, 4, 6, 3), dtype=np.uint8)
     return write_video(path, codec, list(blocks.repeat(8, axis=1).repeat(8, axis=2)))
 
 
 def mixed_files(folder: Path, good: int, broken: int) -> tuple[list[str], set[str]]:
-    """(paths in a fixed order, the broken ones among them), of several formats and as many kinds of damage."""
+    """(paths in a fixed order, the broken ones among them), in several formats and with all kinds of damage."""
     paths = []
     for number, (extension, codec) in zip(range(good), itertools.cycle(FORMATS), strict=False):
         frames = 1 if codec == "png" else 6

@@ -1,4 +1,4 @@
-"""A program that starts a bulk run again and again and kills it, and at last lets it finish.
+"""Starts a bulk run repeatedly and kills it each time, then lets it finish.
 
     python tests/bulk/killed.py caption|features PATHS_FILE OUTPUT KILLS SEED WHOLE
 

@@ -1,4 +1,4 @@
-"""Which clips share a batch, and the thread that draws them ahead."""
+"""Which clips share a batch, and the thread that prepares batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The journal: whole lines only, one program at a time, and never somebody else's file."""
+"""The journal has whole lines only, one writer at a time, and never overwrites another file."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_the_second_of_two_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
 
     def other() -> str:
-        """The error of another process."""
+        """The error that another process gets."""
         ours, theirs = os.pipe()
         process = os.fork()
         if process == 0:

@@ -1,4 +1,4 @@
-"""Runs that are killed with SIGKILL, over and over: every input has one line at the end, and the right one."""
+"""Runs that are killed repeatedly with SIGKILL: in the end every input has one line, the right one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def results(path: Path) -> list[dict]:
 
 
 def run(command: str, folder: Path, paths: list[str], output: Path, kills: int, seed: int, whole: Path) -> list[int]:
-    """How many lines there were each time that it was killed."""
+    """The number of lines at each kill."""
     (folder / "paths").write_text("\n".join(paths))
     program = [sys.executable, str(PROGRAM), command, str(folder / "paths"), str(output), str(kills), str(seed)]
     program.append(str(whole))

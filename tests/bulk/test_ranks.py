@@ -59,7 +59,7 @@ def ranks_of(torchrun: subprocess.Popen) -> dict[int, int]:
 
 @pytest.mark.parametrize("programs", [1, pytest.param(2, marks=pytest.mark.soak)])
 def test_two_programs_one_of_them_killed(programs: int, tmp_path: Path) -> None:
-    """One program, or two again, process what is left."""
+    """One or two programs process the rest."""
     (tmp_path / "files").mkdir()
     paths, broken = mixed_files(tmp_path / "files", good=27, broken=3)
     out = tmp_path / "a.jsonl"
@@ -165,7 +165,7 @@ def test_who_a_program_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_programs_that_do_not_see_the_same_are_refused(captioner, clips: list[str], tmp_path: Path) -> None:
     class Second(bulk.Ranks):
-        """Hears from the first program what it is given."""
+        """A rank that gets its values from the first program."""
 
         def first_makes(self, make: object) -> runs._Shared:
             return self.shared

@@ -1,4 +1,4 @@
-"""Bulk runs in this process: what is computed, what a bad file costs, and what a second run does."""
+"""Bulk runs in this process: their results, bad files, and second runs."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_dali_decodes_no_windows(captioner: mf.Captioner, clips: list[str], tmp_
 
 
 class Disturbed(DecodePool):
-    """A signal reaches the worker when its first clip has come: it is at a later file, or waits."""
+    """A signal reaches the worker after its first clip, while it decodes a later file or waits."""
 
     signal = signal.SIGKILL
 
@@ -436,7 +436,7 @@ def test_features_of_windows_are_rows_of_one_video(
 def test_a_shard_that_a_killed_run_was_writing_is_removed_and_nothing_else(
     captioner: mf.Captioner, clips: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    """What others have put into the folder stays, whatever its name."""
+    """Files that others put into the folder stay, whatever their names."""
 
     def work() -> bulk.Features:
         return bulk.Features(captioner, FRAMES, "pooled", "npy", tmp_path)
@@ -557,7 +557,7 @@ def test_every_kind_of_damage_is_a_line(captioner: mf.Captioner, tmp_path: Path)
 
 
 def test_options_that_are_not_given_have_the_defaults(captioner: mf.Captioner) -> None:
-    """In the settings, which a resumed run compares, and in the memory that a batch takes."""
+    """Missing options count as their defaults, in the settings that a resumed run compares and in the memory of a clip."""
     filled = captioner.generation_options()
     given, none = (bulk.Predict(captioner, FRAMES, options) for options in (filled, {}))
     assert none.settings() == given.settings()

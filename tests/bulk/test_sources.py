@@ -1,4 +1,4 @@
-"""What folders, lists and questions name: each video once, in an order that does not change."""
+"""The videos of folders, lists and questions: each once, in a fixed order."""
 
 from __future__ import annotations
 

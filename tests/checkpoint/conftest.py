@@ -18,7 +18,7 @@ DATA = Path(__file__).parent / "data"
 
 
 def read_shapes(name: str) -> Shapes:
-    """A key list, its `{first..last}` ranges of layers expanded."""
+    """A key list with its `{first..last}` ranges of layers expanded."""
     shapes: Shapes = {}
     for line in (DATA / name).read_text().splitlines():
         key, shape = line.split(" ", 1)

@@ -1,4 +1,4 @@
-"""Files that were made to take memory or time, to run code, or to speak to the terminal: one error, at once."""
+"""Files made to exhaust memory or time, run code, or control the terminal: each gives one error at once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 @contextmanager
 def little_memory() -> Iterator[None]:
-    """A gigabyte more than there is now."""
+    """A gigabyte more than is used now."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, limits[1]))
@@ -46,7 +46,7 @@ def little_memory() -> Iterator[None]:
 
 
 def refusal(path: Path, **options: str) -> str:
-    """The message of the error, which keeps control characters to itself."""
+    """The message of the error, which must have no control characters."""
     with little_memory(), pytest.raises(mf.CheckpointError) as caught:
         mf.from_pretrained(path, **options)
     message = str(caught.value)

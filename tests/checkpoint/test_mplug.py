@@ -1,4 +1,4 @@
-"""Files of mPLUG in every form that official and related programs write."""
+"""Files of mPLUG in every format that official and related programs write."""
 
 from __future__ import annotations
 

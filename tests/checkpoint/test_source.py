@@ -95,7 +95,7 @@ BROKEN = [
 
 
 def refusal(path: Path) -> str:
-    """The one message with which every way in refuses `path`."""
+    """The message with which all functions refuse `path`."""
     messages = set()
     for enter in (mf.from_pretrained, inspect, lambda path: convert(path, path.parent / "converted")):
         with pytest.raises(mf.CheckpointError) as caught:

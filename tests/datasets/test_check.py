@@ -1,4 +1,4 @@
-"""What `check` finds before training, and the command line around data sets."""
+"""The findings of `check`, and the command line for data sets."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,6 @@ def bad(tmp_path, monkeypatch):
     return tmp_path
 
 
-LIBAV = "Invalid data found when processing input"
 FOUND = {
     ("bad line", "train.jsonl:9", "unknown field 'vidoe': did you mean 'video'?"),
     ("repeated id", "train.jsonl:2", "the id '1a' is also on line 1"),

@@ -1,4 +1,4 @@
-"""Converters, on small files of the official form: the lines that they write, and one clear line per malformed file."""
+"""Converters on small files of the official form: the written lines, and one clear line per malformed file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Items, and the JSON Lines files that hold them."""
+"""Items and their JSON Lines files."""
 
 import json
 

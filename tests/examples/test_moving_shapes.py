@@ -1,4 +1,4 @@
-"""The recipe runs; the tiny model that ships captions clips that it never saw."""
+"""The recipe runs, and the included tiny model captions clips that it never saw."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_the_tiny_model_answers_questions_about_bundled_clips(tiny, bundled):
 
 
 def test_bundled_clips_played_backwards_move_the_other_way(tiny, bundled):
-    """The model sees the order of the frames: nothing else tells the direction."""
+    """The model sees the order of the frames. Only this shows the direction."""
     described, videos = bundled
     scenes = [held_out_scenes(1, clip["scene"]).backwards() for clip in described.values()]
     assert evaluate.generate_captions(*tiny, videos.flip(2)) == [caption(scene, 0) for scene in scenes]

@@ -299,7 +299,7 @@ def _scores(
 
 
 def _resized(case: GoldenCase) -> Tensor:
-    """The position embedding as loading brings it to another size of image."""
+    """The position embedding, resized by loading for another image size."""
     description = case.description
     config = mf.MPlugConfig.from_official(
         bert=description["bert"],

@@ -1,4 +1,4 @@
-"""mPLUG: what happens to the picture of a case before it reaches the model."""
+"""mPLUG: the preparation of a case's picture."""
 
 from __future__ import annotations
 

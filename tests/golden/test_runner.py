@@ -45,7 +45,7 @@ def change(folder, name, change_values):
 
 
 def test_command(tmp_path):
-    """From a relative path, with the configuration of a smaller search."""
+    """Runs from a relative path, with the configuration of a smaller search."""
     folder = tmp_path / "smaller"
     folder.mkdir()
     for file in (FOLDER / "caption_b").iterdir():

@@ -1,4 +1,4 @@
-"""The tiny model that ships, on a GPU as on the CPU."""
+"""The included tiny model gives the same results on a GPU as on the CPU."""
 
 import copy
 from pathlib import Path

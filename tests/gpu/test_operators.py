@@ -17,11 +17,11 @@ NAMES = list(ops.OPERATORS)
 DIFFERENTIABLE = [name for name, function in ops.OPERATORS.items() if function.op.spec.differentiable]
 DEVICES = [f"cuda:{index}" for index in range(max(1, min(2, torch.cuda.device_count())))]
 CYCLES = 50_000_000
-"""For which the device sleeps: tens of milliseconds, in which the host queues everything that follows."""
+"""Cycles for which the device sleeps: tens of milliseconds, while the host queues further work."""
 
 
 def sizes_of(name: str) -> Sizes:
-    """Some that are neither empty nor simple."""
+    """Some sizes that are neither empty nor simple."""
     spec = ops.OPERATORS[name].op.spec
     return next(
         sizes
@@ -114,7 +114,7 @@ def test_the_same_bits_every_time(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_another_stream(name):
-    """The inputs are there when their stream comes to the call, and no earlier."""
+    """The inputs exist only when their stream reaches the call."""
     given = inputs(name, torch.float16)
     op = ops.OPERATORS[name].op
     expected, late, stream = op(*given.values()), empties(given), torch.cuda.Stream()

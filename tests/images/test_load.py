@@ -1,4 +1,4 @@
-"""Image files of many kinds, and those that cannot be read."""
+"""Image files of many kinds, readable and not."""
 
 from __future__ import annotations
 

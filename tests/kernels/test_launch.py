@@ -1,4 +1,4 @@
-"""Which launches go straight to a compiled kernel, with a GPU, a Triton function and a compiled kernel made up."""
+"""Which launches call a compiled kernel directly, with a simulated GPU, Triton function and compiled kernel."""
 
 import contextlib
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ CONFIG = Config({"BLOCK": 32})
 
 
 class OnGpu(torch.Tensor):
-    """In the CPU's memory, and said to be on a GPU."""
+    """A tensor in the CPU's memory that claims to be on a GPU."""
 
     is_cuda = True
     number = 0
@@ -41,7 +41,7 @@ def on_gpu(dtype: torch.dtype = torch.float32, *, offset: int = 0, kind: type[On
 
 
 class Launched:
-    """What is launched with `[grid](...)`, in order: grids, arguments and constants."""
+    """Records launches with `[grid](...)` in order: grids, arguments and constants."""
 
     def __init__(self, result: object = None) -> None:
         self.result = result
@@ -56,7 +56,7 @@ class Launched:
 
 
 class Function(Launched):
-    """With the names that a Triton function has, constants last."""
+    """Has the names of a Triton function, constants last."""
 
     fn = SimpleNamespace(__name__="kernel")
     arg_names = ("x", "out", "rows", "scale", "FLAG", "BLOCK")
@@ -74,7 +74,7 @@ def function(compiled):
 
 @pytest.fixture
 def capturing(monkeypatch):
-    """Its `now` says whether a graph is being captured."""
+    """`now` says whether a graph is being captured."""
     made = SimpleNamespace(now=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: made.now)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

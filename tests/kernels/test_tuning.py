@@ -1,4 +1,4 @@
-"""What is timed, kept, read, edited and left out of tuning, with a GPU and a clock that are made up."""
+"""What tuning times, stores, reads and leaves out, with a simulated GPU and clock."""
 
 import json
 from dataclasses import replace
@@ -17,7 +17,7 @@ from mplug2_fast.kernels._tuning import Config, Race
 
 
 class Text:
-    """Of a kernel, as its hash tells it."""
+    """A kernel's version, as its hash sees it."""
 
     def __init__(self, cache_key: str) -> None:
         self.cache_key = cache_key
@@ -30,7 +30,7 @@ KEY = ("bfloat16", ("CAUSAL", True), 4096)
 
 
 class Clock:
-    """Tells for each configuration, or for each way of a race, the milliseconds it was given."""
+    """Returns the given milliseconds for each configuration, or for each way of a race."""
 
     def __init__(self) -> None:
         self.milliseconds: dict[object, float] = {16: 3.0, 32: 1.0, 64: 2.0}
@@ -65,7 +65,7 @@ def clock(monkeypatch, tmp_path):
 
 
 def forget() -> None:
-    """As a process that has just begun."""
+    """Forgets everything, like a new process."""
     for cached in (_tuning._open, _tuning._device_table, _tuning._device_name, _tuning._source, _tuning._entry):
         cached.cache_clear()
 
@@ -224,7 +224,7 @@ class TestRace:
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_record_tells_every_configuration(capability):
-    """Of each kernel that would be launched, and launches none."""
+    """The configurations of each kernel that would be launched. None is launched."""
     rows, inputs, outputs = 4112, 64, 128
     x, weight = (torch.empty(size, inputs, dtype=torch.bfloat16, device="meta") for size in (rows, outputs))
     out = torch.empty(rows, outputs, dtype=torch.bfloat16, device="meta")

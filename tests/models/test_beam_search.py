@@ -1,4 +1,4 @@
-"""The search on the device against the released one, over scripted next-word scores where videos end early."""
+"""The search on the device against the official one, with scripted scores where videos end early."""
 
 from types import SimpleNamespace
 

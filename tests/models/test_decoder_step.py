@@ -1,4 +1,4 @@
-"""The cached step against teacher forcing, with beams that change places."""
+"""The cached step against teacher forcing, with beams that are reordered."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The fast model against the reference where no golden case reaches, and what it promises beyond parity."""
+"""The fast model against the reference in cases that no golden case covers, and its further guarantees."""
 
 import pytest
 import torch

@@ -218,7 +218,7 @@ def test_quantised_layers():
 
 
 def test_offloaded_parameters():
-    """They are on the meta device but during the calls of the modules that have them."""
+    """The weights are on the meta device except during calls of their modules."""
     accelerate = pytest.importorskip("accelerate")
     expected = outcomes(make("question_answering"))
     offloaded = accelerate.cpu_offload(make("question_answering"), execution_device="cpu")
@@ -240,7 +240,7 @@ def test_checkpoint_wrappers():
 
 @pytest.fixture
 def mesh():
-    """Of this process alone."""
+    """A mesh of this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -272,7 +272,7 @@ def test_sharded_parts(mesh):
 
 
 def test_norms_of_different_eps():
-    """A step of one operator a layer has one eps."""
+    """A step with one operator per layer has a single eps."""
     model = make()
     reference = randomise(mf.reference.MPlug2ForCaptioning(CONFIG))
     model.decoder.layers[0].crossattention.output.LayerNorm.eps = 0.5
@@ -281,7 +281,7 @@ def test_norms_of_different_eps():
 
 
 def test_dropout_that_stays_on_in_evaluation_counts():
-    """As for estimates of uncertainty."""
+    """Dropout stays active, as for estimates of uncertainty."""
     model = randomise(mf.MPlug2ForCaptioning(CONFIG.replace(hidden_dropout_prob=0.5)))
     assert torch.equal(loss(model), loss(model))
     for part in model.modules():

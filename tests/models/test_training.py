@@ -1,4 +1,4 @@
-"""Training through the fast model is training of the reference."""
+"""Training the fast model equals training the reference."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every module, with a twin in plain PyTorch that has the same parameters and the same call."""
+"""Every module with its twin in plain PyTorch, which has the same parameters and the same call."""
 
 from __future__ import annotations
 

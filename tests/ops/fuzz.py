@@ -1,4 +1,4 @@
-"""Random calls of operators: shapes that go together and shapes that do not, any strides, types, claims and memory.
+"""Random calls of operators: fitting and other shapes, any strides, types, claims and memory.
 
 Each call returns what the reference returns, or raises a Python exception. `make fuzz` runs thousands with a native
 module that checks every address: `python -m tests.ops.fuzz --calls 2000`.
@@ -25,7 +25,7 @@ from mplug2_fast.ops.runtime.op import Op
 from tests.ops.suite import ISAS, as_tuple
 
 SECONDS = 120
-"""Of one call, after which the process ends."""
+"""Seconds for one call, after which the process ends."""
 HUGE = 1 << 40
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float64: 2e-4}
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16, torch.float16, torch.float64)
@@ -57,7 +57,7 @@ def _freed(rng: Random, t: Tensor) -> Tensor:
 
 
 def _shifted(rng: Random, t: Tensor) -> Tensor:
-    """At an address that is no multiple of a vector."""
+    """A copy at an address that is not a multiple of a vector's size."""
     memory = torch.zeros(t.numel() + 3, dtype=t.dtype)
     memory[3:] = t.flatten()
     return memory[3:].view(t.shape)
@@ -180,7 +180,7 @@ def _call_gradients(op: Op, given: tuple[Any, ...]) -> None:
 
 
 def call(op: Op, seed: int) -> str:
-    """One call; how it ended. Raises AssertionError where it returned what the reference does not."""
+    """Makes one call and returns how it ended. Raises AssertionError if the result differs from the reference's."""
     rng = Random(f"{op.name} {seed}")
     torch.manual_seed(seed)
     given, done = arguments(op, rng)

@@ -1,4 +1,4 @@
-"""What every operator has to pass, read from its specification.
+"""The tests that every operator must pass, from its specification.
 
 A test module derives a class from `OpSuite`, or from `DifferentiableOpSuite`, and names its operator:
 
@@ -57,7 +57,7 @@ def label(value: Any) -> str:
 
 
 def spread(value: Tensor) -> Tensor:
-    """The same values, and others between them."""
+    """The same values, with others between them."""
     return torch.stack([value, torch.full_like(value, 3)], dim=-1)[..., 0]
 
 
@@ -233,7 +233,7 @@ def with_sizes(op: Op, ways: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Hooked up in conftest.py: parameters from the operator's specification."""
+    """Called by conftest.py: parametrises tests by the operator's specification."""
     operator = getattr(metafunc.cls, "operator", None)
     if operator is None:
         return

@@ -1,4 +1,4 @@
-"""NVIDIA's apex as a backend of the layer norms, played by packages that do its arithmetic on the CPU."""
+"""NVIDIA's apex as a backend of the layer norms, replaced by packages with its arithmetic on the CPU."""
 
 import dataclasses
 import importlib
@@ -28,7 +28,7 @@ def fused_layer_norm(input, normalized_shape, eps=1e-6):
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """A function that installs files, apart from what is installed."""
+    """A function that installs files in a separate folder."""
 
     def forget():
         for name in [name for name in sys.modules if name.partition(".")[0] in ("apex", "fused_layer_norm_cuda")]:

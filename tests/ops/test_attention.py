@@ -67,7 +67,7 @@ def test_gradients_that_are_asked_for(backend):
 
 @pytest.mark.parametrize(("backend", "name"), [*((b, "attention_train") for b in TRITON), ("torch", "attention")])
 def test_training_under_compile(backend, name):
-    """What the backward reads comes out of the graph's one operator: the forward is not computed twice."""
+    """The graph's only operator returns what the backward reads, so the forward is not computed twice."""
     query, key, value = (random(backend, 2, 17, 2, 16).requires_grad_() for _ in range(3))
     mask = torch.ones(2, 17, dtype=torch.bool, device=query.device)
     mask[1, 9:] = False

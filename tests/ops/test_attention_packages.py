@@ -1,4 +1,4 @@
-"""Attention by flash_attn and xformers, which stand-ins play that hold their callers to what the packages ask for."""
+"""Attention by flash_attn and xformers, replaced by stand-ins that check the packages' requirements."""
 
 import dataclasses
 import sys
@@ -56,7 +56,7 @@ def _looked_for_anew():
 
 @pytest.fixture(params=NAMES)
 def package(request, monkeypatch):
-    """The name of a package that is there, whose backend serves the CPU."""
+    """The name of an installed package whose backend serves the CPU."""
     made = {"flash_attn": ModuleType("flash_attn"), "xformers": ModuleType("xformers")}
     made["xformers.ops"] = made["xformers"].ops = ModuleType("xformers.ops")
     made["flash_attn"].flash_attn_func = flash_attn_func

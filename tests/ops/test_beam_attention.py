@@ -11,7 +11,7 @@ class TestSpecification(DifferentiableOpSuite):
 
 @pytest.mark.parametrize("backend", ["triton", "torch"] if TRITON_DEVICE else ["torch"])
 def test_memories_of_several_lengths(backend):
-    """One that ends in the first part of several, one without a key, one whose first part is padding."""
+    """A mask that ends in the first of several parts, one without a key, one whose first part is padding."""
     query = torch.randn(3, 5, 2, 16, device=device(backend)).requires_grad_()
     key, value = (torch.randn(3, 2, 600, 16, device=query.device).requires_grad_() for _ in range(2))
     mask = torch.ones(3, 600, dtype=torch.uint8, device=query.device)

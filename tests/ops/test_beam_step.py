@@ -14,7 +14,7 @@ class TestSpecification(OpSuite):
 
 
 def step(backend, logits, cumulative, step=0, min_length=0):
-    """On the backend, with word 2 as the end token; results on the CPU."""
+    """Runs the backend with token 2 as the end token. Results are on the CPU."""
     with ops.use_backend(backend):
         found = ops.beam_step(
             *(tensor.to(device(backend)) for tensor in (logits, cumulative)),
@@ -36,7 +36,7 @@ def test_the_first_step_extends_the_first_beam_only(backend, serving):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_a_number_leads_nowhere(backend, bad, serving):
-    """Indices stay within beams and words, whatever the logits are."""
+    """Indices stay within beams and vocabulary, whatever the logits are."""
     _, _, origin, tokens = step(backend, torch.full((2, 3, 40), bad), torch.zeros(2, 3))
     assert 0 <= origin.min() <= origin.max() < 3
     assert 0 <= tokens.min() <= tokens.max() < 40

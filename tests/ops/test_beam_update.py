@@ -12,7 +12,7 @@ class TestSpecification(OpSuite):
 
 
 def update(backend, tokens, scores, best_score=-torch.inf, done=False, last=False):
-    """Of one video with three beams, after a first word; `kept` is 2, the second empty."""
+    """The state of one video with three beams after a first token; `kept` is 2, the second empty."""
     given = {
         "scores": torch.tensor([scores]),
         "origin": torch.tensor([[0, 0, 1]]),

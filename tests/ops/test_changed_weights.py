@@ -1,4 +1,4 @@
-"""Packed weights that change: results are those of the weight as it is, whoever has written to it, and how."""
+"""Packed weights that change: results always follow from the current weight, however it was written."""
 
 import copy
 import ctypes
@@ -146,7 +146,7 @@ def test_another_shape_layout_or_type(layer):
 
 
 def test_swapped_out_and_in_again(layer):
-    """As a moving average takes the weights' place for an evaluation."""
+    """A moving average replaces the weights for an evaluation."""
     training, average = layer.weight.detach().clone(), torch.randn(48, 32)
     for values in (average, training, average, training):
         layer.weight.data.copy_(values)

@@ -13,11 +13,11 @@ from mplug2_fast.ops.runtime import cpu
 
 pytestmark = pytest.mark.usefixtures("native_module")
 BLOCK, CHUNK = 256, 128 * 1024
-"""Bytes that are hashed side by side, and bytes that one thread hashes."""
+"""Bytes of a block, and of a chunk that one thread hashes."""
 
 
 def hashed(data, begin=0, end=None):
-    """Of bytes from any address on."""
+    """The checksum of bytes at any address."""
     part = data[begin:end]
     return cpu.module().checksum(cpu.isa(), 1, [(part.data_ptr(), part.numel())])
 
@@ -130,7 +130,7 @@ def test_whole_changes(shape, dtype):
 
 
 def test_changes_of_two_words_in_one_hash():
-    """Sign bits and their traces in the next step of the same hash, which simpler hashes let cancel."""
+    """Sign bits and their effects on the next step of the same hash, which cancel in simpler hashes."""
     data = torch.zeros(4 * BLOCK // 4, dtype=torch.int32)
     for filled in (data, data + 0x3F800000, random_bytes(4 * BLOCK).view(torch.int32)):
         seen = set()

@@ -30,13 +30,13 @@ def mlp_reasons(channels=16, hidden=24, dtype=BF16, norm_weight=None):
 
 @pytest.fixture
 def _built(monkeypatch):
-    """As where the kernels are built."""
+    """Pretends that the kernels are built."""
     monkeypatch.setattr(cuda, "error", lambda: None)
 
 
 @pytest.fixture
 def launched(monkeypatch, native_module):
-    """What would have been launched."""
+    """Records what would be launched."""
     calls = []
     module = SimpleNamespace(linear_act_cuda=lambda *arguments: calls.append(arguments))
     monkeypatch.setattr(cuda, "module", lambda: module)
@@ -98,7 +98,7 @@ def test_few_rows_are_left_to_others(name):
 
 
 def test_why_they_are_not_there(native_module):
-    """The module tells it, if it was built without them."""
+    """A module that was built without the kernels says why."""
     assert cuda.error() == (native_module.no_cuda_because or None)
     assert hasattr(native_module, "linear_act_cuda") == (cuda.error() is None)
 
@@ -109,7 +109,7 @@ def test_without_the_native_module(monkeypatch):
 
 
 class TestRows:
-    """Views are handed over as they lie if the tensor memory accelerator can be told of them."""
+    """Views are passed without a copy if the tensor memory accelerator can address them."""
 
     def test_views(self):
         wide = torch.zeros(3, 5, 32, dtype=BF16)

@@ -11,7 +11,7 @@ class TestSpecification(OpSuite):
 
 
 def public(given):
-    """The arguments of the function from those of the operator."""
+    """Makes the function's arguments from the operator's."""
     pairs = {part: (given[f"{part}_weight"], given[f"{part}_bias"]) for part in PARTS}
     others = {name: value for name, value in given.items() if not name.endswith(("_weight", "_bias"))}
     return {**pairs, **others}

@@ -140,7 +140,7 @@ def test_a_forced_kernel_refuses_transforms(native_module):
 
 
 def test_operators_without_gradients_give_those_of_the_formula(native_module):
-    """Or raise: what is lost in silence is the worst."""
+    """The derivative is right, or the call raises: a silently lost one is the worst case."""
     given = ops.step_attention.op.spec.inputs({"rows": 3, "length": 4, "step": 2})
     given["query"].requires_grad_()
     states = {name: given[name].clone() for name in ("keys", "values", "ancestors")}

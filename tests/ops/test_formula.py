@@ -16,7 +16,7 @@ X, WEIGHT, BIAS = torch.randn(6, 16), torch.randn(8, 16), torch.randn(8)
 
 
 class Named(Tensor):
-    """Knows nothing of this package; every operator gives one of its kind."""
+    """A subclass that knows nothing of this package. Every operator returns one."""
 
 
 @pytest.mark.parametrize("name", ops.OPERATORS)
@@ -73,7 +73,7 @@ def test_a_default_device_changes_nothing(native_module, monkeypatch):
 
 
 def test_traces_hold_pytorchs_operators(native_module):
-    """Of which any number of rows can be asked, and which a file can hold."""
+    """A traced function takes any number of rows, and can be saved."""
 
     def block(x: Tensor, memory: Tensor) -> Tensor:
         h = ops.linear_act(ops.layer_norm(x), WEIGHT, BIAS, "gelu").unflatten(-1, (2, 4))[None]

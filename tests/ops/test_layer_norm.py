@@ -10,7 +10,7 @@ class TestSpecification(DifferentiableOpSuite):
 
 
 def test_parameters_of_another_type():
-    """As under autocast: bfloat16 activations, float32 parameters."""
+    """Dtypes as under autocast: bfloat16 activations, float32 parameters."""
     x, weight, bias = torch.randn(3, 16).bfloat16(), torch.randn(16), torch.randn(16)
     out = ops.layer_norm(x, weight, bias)
     assert out.dtype == torch.bfloat16

@@ -47,11 +47,11 @@ def test_bad_arguments(shapes, options, message):
 
 @pytest.mark.skipif(TRITON_DEVICE is None, reason="no GPU, and Triton does not interpret")
 class TestTriton:
-    """Where the product's tiles come from, and how many of them a program takes."""
+    """The kernel's ways to read tiles, and several tiles per program."""
 
     @pytest.fixture(autouse=True)
     def kernels(self, monkeypatch):
-        """For any number of rows, though few have a kernel of their own."""
+        """The kernel for many rows, which few rows use too."""
         monkeypatch.setattr(triton.kernels("few_rows"), "MAX_ROWS", 0)
         return triton.kernels("linear_act")
 
@@ -119,14 +119,14 @@ class TestTriton:
 
     @pytest.mark.parametrize("inputs", [40, 41])
     def test_triton_takes_several_tiles_a_program(self, kernels, monkeypatch, inputs):
-        """More than one group of rows, the last one shorter."""
+        """Several groups of rows, the last one shorter."""
         monkeypatch.setattr(kernels, "multiprocessors", lambda _: 1)
         x, weight, bias = (torch.randn(s, device=TRITON_DEVICE).half() for s in ((600, inputs), (72, inputs), (72,)))
         self.check(x, weight / 8, bias, "quick_gelu")
 
     @pytest.mark.parametrize("described", [True, False])
     def test_triton_offsets_beyond_32_bits(self, kernels, monkeypatch, described):
-        """Rows 2³¹ elements apart, in memory of which next to nothing is touched."""
+        """Rows that are 2³¹ elements apart, in memory that is hardly touched."""
         far = 1 << 31
 
         def spread(rows):
@@ -172,7 +172,7 @@ class TestTriton:
 
 
 class TestWhatIsFaster:
-    """Why cuBLAS is preferred, apart from what is timed."""
+    """Why cuBLAS is preferred without timing."""
 
     @pytest.fixture(autouse=True)
     def _triton(self):

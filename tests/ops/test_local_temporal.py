@@ -20,7 +20,7 @@ class TestSpecification(DifferentiableOpSuite):
 
 @pytest.fixture(params=BACKENDS)
 def run(request):
-    """The operator on one backend, with other arguments where they are given."""
+    """The operator on one backend, with some arguments replaced."""
     if request.param == "cpu":
         request.getfixturevalue("native_module")
     sizes = {"batch": 2, "frames": 4, "patches": 9, "channels": 16, "inner": 8}
@@ -110,7 +110,7 @@ def test_which_rows_go_in_passes():
     ids=label,
 )
 def test_triton_in_passes(sizes, dtype, backend, request, monkeypatch):
-    """The kernels of many rows, with few."""
+    """The kernels for many rows, with few rows."""
     monkeypatch.setattr(MODULE, "in_passes", lambda x: x.numel() > 0)
     TestSpecification().test_forward(sizes, dtype, backend, request, monkeypatch)
     TestSpecification().test_gradients(sizes, dtype, backend, request)
@@ -120,7 +120,7 @@ def test_triton_in_passes(sizes, dtype, backend, request, monkeypatch):
 @pytest.mark.parametrize("dtype", TRITON_DTYPES[1:], ids=label)
 @pytest.mark.parametrize("switches", [{}, {"class_token": False, "residual": False}], ids=label)
 def test_triton_with_many_rows(dtype, switches, monkeypatch):
-    """So many that they go in passes; what the class tokens hold is theirs alone."""
+    """So many rows that they take separate passes. Class tokens do not affect patches."""
     monkeypatch.setattr(MODULE, "MANY_ROWS", MANY_ROWS if CUDA else 500)  # which takes the interpreter long enough
     sizes = {"batch": 3, "frames": 7, "patches": 400 if CUDA else 30, "channels": 16, "inner": 8, **switches}
     given = ops.local_temporal.op.spec.inputs(sizes, dtype, TRITON_DEVICE)
@@ -163,7 +163,7 @@ class TestTriton:
         assert "up to 128 frames, got 129" in str(explanation)
 
     def test_statistics_of_rows_far_from_zero(self):
-        """A norm that subtracted squares would have nothing left of them."""
+        """A norm that subtracts squares would lose all digits."""
         sizes = {"batch": 1, "frames": 2, "patches": 5, "channels": 200, "inner": 8}
         given = ops.local_temporal.op.spec.inputs(sizes, device=TRITON_DEVICE)
         given["x"] = given["x"] + 1000

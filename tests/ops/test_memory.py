@@ -1,4 +1,4 @@
-"""Whatever the call: it is served or raises, and nothing beyond a tensor's memory is read or written."""
+"""Every call is served or raises, and nothing beyond a tensor's memory is read or written."""
 
 import pytest
 import torch
@@ -172,7 +172,7 @@ def test_backward_checks_what_it_is_given():
 
 
 def test_want_of_memory_in_a_thread(native_module):
-    """Keys that are one number in memory, and that the kernel would write out."""
+    """Keys that are a single number in memory, and that the kernel would copy."""
     key = torch.ones(2, 64).expand(1, 2**31 - 64, 2, 64)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)

@@ -14,7 +14,7 @@ class TestSpecification(DifferentiableOpSuite):
 
     @pytest.fixture(autouse=True)
     def _several_blocks(self, monkeypatch):
-        """The last one shorter than the others."""
+        """Several blocks, the last one shorter."""
         monkeypatch.setattr(sys.modules["mplug2_fast.ops.mlp"], "_BLOCK_BYTES", 4 * 40 * 4)
 
 
@@ -50,7 +50,7 @@ class TestTriton:
     @pytest.mark.parametrize("normed", [True, False])
     @pytest.mark.parametrize("activation", ["none", "gelu"])
     def test_triton_gradients_of_some_arguments_alone(self, activation, normed):
-        """As where the others are frozen."""
+        """The other parameters are frozen."""
         for wanted in (*([name] for name in SPEC.differentiable), ["x", "norm_bias"], ["fc_bias", "proj_weight"]):
             arguments = given(activation=activation, normed=normed)
             wanted = [name for name in wanted if arguments[name] is not None]

@@ -15,7 +15,7 @@ BLOCKS = {
     "mlp": {"rows": (3, 401), "channels": 20, "hidden": 48},
     "local_temporal": {"batch": 3, "frames": 4, "patches": 9, "channels": 32, "inner": 16},
 }
-"""More than are computed at a time."""
+"""Sizes of several blocks."""
 CASES = [(name, sizes) for name, more in BLOCKS.items() for sizes in (*ops.OPERATORS[name].op.spec.edge_cases, more)]
 
 

@@ -1,4 +1,4 @@
-"""preprocess_frames: both backends against each other, bit for bit, and against arithmetic written out here."""
+"""preprocess_frames: all backends agree bit for bit, also with the arithmetic written out here."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def each_backend(request):
 
 
 def is_refused(backend, dtype):
-    """Whether the backend is not for this type, which it then has to say."""
+    """Whether the backend does not support this type and says so."""
     if backend != "triton" or dtype in TRITON_DTYPES:
         return False
     with pytest.raises(BackendError, match="Triton"):

@@ -1,4 +1,4 @@
-"""A small user of the public interface. Type checkers read it and nobody runs it: see test_client.py."""
+"""A small user of the public interface for type checkers. It is never run: see test_client.py."""
 
 from pathlib import Path
 

@@ -29,7 +29,7 @@ follow_imports = skip
 
 @pytest.mark.parametrize("untyped", ["torch", pytest.param("none", marks=pytest.mark.soak)])
 def test_client_and_its_mistakes(untyped, tmp_path):
-    """Without the types of torch, which take mypy half a minute to read, and with them."""
+    """Without torch's types, which take mypy half a minute, and with them."""
     wrong, settings = tmp_path / "mistakes.py", tmp_path / "mypy.ini"
     wrong.write_text(MISTAKES)
     settings.write_text(SETTINGS.format(untyped=untyped))

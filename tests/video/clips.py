@@ -1,4 +1,4 @@
-"""Makes videos for the tests: what PyAV can write, of frames that tell themselves apart."""
+"""Makes videos for tests, with frames that can be told apart."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PIXEL_FORMATS = {
 
 
 def moving_frames(count: int, width: int = 96, height: int = 80) -> list[np.ndarray]:
-    """Blocks of colour that wander, and a patch whose grey tells the number of the frame."""
+    """Moving coloured blocks, and a patch whose grey level is the number of the frame."""
     rng = np.random.default_rng(0)
     blocks = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
     picture = blocks.repeat(8, axis=0).repeat(8, axis=1)
@@ -89,11 +89,11 @@ def write_video(
     return path
 
 
-def write_sound(path: Path, codec: str, seconds: float = 0.5) -> Path:
-    """Encodes silence."""
+def write_sound(path: Path, codec: str) -> Path:
+    """Encodes half a second of silence."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=44100, layout="mono")
-        samples = np.zeros((1, int(44100 * seconds)), np.float32)
+        samples = np.zeros((1, 22050), np.float32)
         frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
         frame.sample_rate = 44100
         for resampled in av.AudioResampler(format=stream.format, layout="mono", rate=44100).resample(frame):
@@ -103,13 +103,13 @@ def write_sound(path: Path, codec: str, seconds: float = 0.5) -> Path:
 
 
 def decode_all(path: Path) -> list[np.ndarray]:
-    """Every frame of a video, with nothing clever."""
+    """Decodes every frame of a video, in the simplest way."""
     with av.open(str(path)) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
 def turn(path: Path) -> None:
-    """Has an mp4 file ask for a rotation, as phones do, in the matrix of its track."""
+    """Adds a rotation to the track's matrix of an mp4 file, as phones do."""
     data = bytearray(path.read_bytes())
     matrix = data.index(b"tkhd") + 44
     data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)

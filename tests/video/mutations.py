@@ -50,7 +50,7 @@ _CLAIMS = (
 
 
 def seeds(folder: Path) -> list[tuple[str, bytes]]:
-    """Small whole files: the ending of the name, and the contents."""
+    """Small undamaged files: extension -> contents."""
     folder.mkdir()
     found = []
     for number, (extension, codec, options) in enumerate(_SEEDS):
@@ -98,7 +98,7 @@ def mutated_files(folder: Path, count: int, seed: int) -> Iterator[Path]:
 
 
 class _MemoryWatch(threading.Thread):
-    """The most memory that any worker has taken, by what the system says now and then."""
+    """The maximum memory of any worker, sampled from the system."""
 
     def __init__(self, pool: DecodePool) -> None:
         super().__init__(daemon=True)
@@ -123,7 +123,7 @@ class _MemoryWatch(threading.Thread):
 
 
 def check(folder: Path, count: int, seed: int = 0, num_workers: int = 2) -> dict[str, object]:
-    """Decodes `count` mutated files; the numbers of the run. Raises `AssertionError` where a bound does not hold."""
+    """Decodes `count` mutated files and returns the run's numbers. Raises `AssertionError` if a bound is exceeded."""
     paths = list(mutated_files(folder, count, seed))
     seen: Counter[int] = Counter()
     errors: Counter[str] = Counter()

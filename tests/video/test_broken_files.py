@@ -1,4 +1,4 @@
-"""Files that cannot be turned into frames: each is one error of one line that names the file and the reason."""
+"""Files that cannot be decoded: each gives one error line with the file and the reason."""
 
 import os
 import random
@@ -43,7 +43,7 @@ def cut_still(extension, codec):
 
 
 def noise(path, part, seed=0):
-    """Overwrites a twentieth of a file, from that part of it on."""
+    """Overwrites a twentieth of a file, starting at that fraction."""
     data = bytearray(path.read_bytes())
     start, length = int(len(data) * part), len(data) // 20
     data[start : start + length] = random.Random(seed).randbytes(length)
@@ -75,7 +75,7 @@ def file_as_folder(folder):
 
 
 def song_with_a_cover(folder):
-    """An mp3 file with a picture in its tag, which is a stream of video to libav."""
+    """An mp3 file with a picture in its tag, which libav takes for a video stream."""
     cover = write_video(folder / "cover.png", "png", moving_frames(1)).read_bytes()
     sound = write_sound(folder / "song.mp3", "libmp3lame").read_bytes()
     picture = b"\0image/png\0\3\0" + cover

@@ -1,4 +1,4 @@
-"""DALI's pipeline, on the CPU where there is no GPU: the frames of PyAV, and nothing invented."""
+"""DALI's pipeline, on the CPU without a GPU, gives the frames of PyAV and no others."""
 
 import numpy as np
 import pytest
@@ -65,7 +65,7 @@ def test_the_frames_of_pyav(tmp_path, photographs, extension, codec, options):
 @needs_dali
 @pytest.mark.parametrize("size", [16, 17, 80, 96, 101, 224])
 def test_frames_are_squashed_and_normalised_as_the_operator_does(tmp_path, size):
-    """Grey has no colours to stretch: what is left is the choice of pixels, and rounding."""
+    """Grey has no colours to enlarge, so only the choice of pixels and rounding can differ."""
     rng = np.random.default_rng(0)
     grey = [rng.integers(0, 256, (80, 96, 1), dtype=np.uint8).repeat(3, axis=2) for _ in range(3)]
     path = write_video(tmp_path / "grey.mkv", "mjpeg", grey, options={"qmin": "1", "qmax": "1"})
@@ -127,7 +127,7 @@ def test_a_file_that_dali_cannot_decode_costs_the_others_nothing(tmp_path):
 
 @needs_dali
 def test_frames_that_are_not_there_are_not_invented(tmp_path, monkeypatch):
-    """DALI is asked for frames beyond the end: neither black pictures nor fewer may come of it."""
+    """Requests for frames beyond the end must give neither black pictures nor fewer frames."""
     path = write_video(tmp_path / "clip.webm", "libvpx", moving_frames(10))
     answers = iter([[3, 15], frame_indices(10, 2)])
     monkeypatch.setattr(dali, "frame_indices", lambda total, num_frames: next(answers))

@@ -1,4 +1,4 @@
-"""Clips for training: random frames of each interval, and every file where it should be among ranks and workers."""
+"""Clips for training: random frames of each interval, and the share of each rank and worker."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""Which frames are taken, and that they are the frames of decoding everything, in every container and codec."""
+"""The chosen frames are those of decoding everything, in every container and codec."""
 
 import importlib.util
 from pathlib import Path
@@ -39,7 +39,7 @@ LOSSLESS = {("mov", "qtrle"), ("mov", "png"), ("apng", "apng"), ("avi", "huffyuv
 
 
 def released_rule(total, num_frames):
-    """The middle of each interval, in whole numbers where the released code goes through floats."""
+    """The middle of each interval in whole numbers, where the official code uses floats."""
     taken = min(total, num_frames)
     bounds = [total * index // taken for index in range(taken + 1)]
     middles = [(bounds[index] + bounds[index + 1] - 1) // 2 for index in range(taken)]

@@ -1,4 +1,4 @@
-"""Files that claim more than they hold: each is one error, soon, before memory is taken for what it claims."""
+"""Files that claim more than they contain: each gives one error, before memory is allocated for the claim."""
 
 import errno
 import os

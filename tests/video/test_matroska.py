@@ -1,4 +1,4 @@
-"""The structure of Matroska files: what is whole is found, and what does not fit is reported with its position."""
+"""The structure of Matroska files: intact blocks are found, and damage is reported with its position."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""The pool of decoding processes: the frames of decoding here, and nothing lost when a worker is."""
+"""The pool of decoding processes: the frames of decoding here, and nothing is lost with a worker."""
 
 import os
 import selectors

@@ -1,4 +1,4 @@
-"""One interface to all decoders: the same frames by the same index, and no more memory than they take."""
+"""One interface to all decoders: the same frames for each index, within bounded memory."""
 
 import random
 import subprocess

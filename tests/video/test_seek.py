@@ -1,4 +1,4 @@
-"""Seeking: it happens where it pays, gives the frames of decoding everything, and steps aside where it could not."""
+"""Seeking: used where it pays, with the frames of decoding everything, and not used where it could be wrong."""
 
 import struct
 

@@ -1,4 +1,4 @@
-"""Files that are whole but unusual: the same frames, upright and in the same size, as ffmpeg gives."""
+"""Unusual but intact files: the same frames as ffmpeg's, upright and in the same size."""
 
 import random
 import struct
@@ -18,7 +18,7 @@ DATA = Path(__file__).parent / "data"
 
 
 def frames_of(source):
-    """All frames, by three ways that must agree on their number."""
+    """All frames, decoded in three ways that must agree on their number."""
     reader = VideoReader(source)
     frames = np.concatenate([batch.numpy() for batch in reader.batches()])
     assert len(frames) == reader.num_frames
@@ -148,7 +148,7 @@ def test_joined_transport_streams_are_whole(tmp_path, codec):
 
 
 def avi_forms(data):
-    """What programs that write AVI without care, or into a pipe, make of a file."""
+    """An AVI file as careless programs, or recordings into a pipe, write it."""
     movi = data.index(b"movi") - 8
     size = struct.unpack_from("<I", data, movi + 4)[0]
     index = movi + 8 + size
