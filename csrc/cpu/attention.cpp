@@ -36,7 +36,7 @@ void add_block(const Plan<kPair>& p, const Workspace<kPair>& w, std::int64_t row
             }
         }
         for (int i = 0; i < tile_rows; ++i) {
-            const float most = largest(load(w.maxima + i * kLanes));
+            const float most = largest_of_lanes(load(w.maxima + i * kLanes));
             weigh_block<kPair>(p, w, tile + i, w.scores + i * kScoreStride, divide_up(visible, kLanes), most,
                                w.corrections[i]);
         }

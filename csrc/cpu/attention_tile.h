@@ -128,6 +128,36 @@ MPLUG2_INLINE float power_of_two(float value) {
     return power_of_two<false>(broadcast(value))[0];
 }
 
+#ifdef __AVX512F__
+typedef float F32x8 __attribute__((vector_size(32)));
+typedef float F32x4 __attribute__((vector_size(16)));
+
+template <typename Combine>
+MPLUG2_INLINE float reduce(F32 value, const Combine& combine) {
+    const F32x8 a = combine(__builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7),
+                            __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15));
+    const F32x4 b = combine(__builtin_shufflevector(a, a, 0, 1, 2, 3), __builtin_shufflevector(a, a, 4, 5, 6, 7));
+    const F32x4 c = combine(b, __builtin_shufflevector(b, b, 2, 3, 0, 1));
+    return combine(c, __builtin_shufflevector(c, c, 1, 0, 3, 2))[0];
+}
+
+MPLUG2_INLINE float sum_of_lanes(F32 value) {
+    return reduce(value, [](auto a, auto b) { return a + b; });
+}
+
+MPLUG2_INLINE float largest_of_lanes(F32 value) {
+    return reduce(value, [](auto a, auto b) { return a > b ? a : b; });
+}
+#else
+MPLUG2_INLINE float sum_of_lanes(F32 value) {
+    return sum(value);
+}
+
+MPLUG2_INLINE float largest_of_lanes(F32 value) {
+    return largest(value);
+}
+#endif
+
 // The reference of a row's weights, 2^((score - reference) * factor). Without a visible key the largest score is
 // -infinity, and the weights must be zero.
 MPLUG2_INLINE float reference(float largest, float factor) {
@@ -165,12 +195,12 @@ MPLUG2_INLINE float weigh(float* scores, std::int64_t vectors, float factor, flo
         if constexpr (kPair) {
             const auto pairs = _mm512_cvtne2ps_pbh((__m512)F32{}, (__m512)a);
             std::memcpy(scores + i * (kLanes / 2), &pairs, sizeof(pairs));
-            return sum(sums + more);
+            return sum_of_lanes(sums + more);
         }
 #endif
         store(scores + i * kLanes, a);
     }
-    return sum(sums + more);
+    return sum_of_lanes(sums + more);
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 namespace mplug2_fast::MPLUG2_ISA {
 namespace {
 
-// A row is split into parts of this many tokens, so that many threads have work, and a part is still in the cache for
+// A row is split into parts of this many words, so that many threads have work, and a part is still in the cache for
 // its second pass, which sums the exponentials. Parts and results do not depend on the number of threads.
 constexpr std::int64_t kPart = 8192;
 
@@ -145,9 +145,9 @@ struct Workspace {
 // Combines the parts of all beams of one batch element.
 void merge(const BeamStepArguments& a, const Workspace& space, std::int64_t batch, Candidate* best_list) {
     Best best(best_list, a.beams);
-    const auto offer = [&](std::int64_t beam, std::int64_t token, float log_probability) {
+    const auto offer = [&](std::int64_t beam, std::int64_t word, float log_probability) {
         const float score = (a.cumulative[batch * a.beams + beam] + log_probability) / a.penalty;
-        best.offer(score, beam * a.vocabulary + token);
+        best.offer(score, beam * a.words + word);
     };
     const Buffer<Candidate> beam_list(space.capacity);
     for (std::int64_t beam = 0; beam < a.beams; ++beam) {
@@ -182,22 +182,20 @@ void merge(const BeamStepArguments& a, const Workspace& space, std::int64_t batc
         const std::int64_t at = batch * a.beams + i;
         a.scores[at] = best_list[i].value;
         a.new_cumulative[at] = best_list[i].value * a.penalty;
-        a.origin[at] = best_list[i].index / a.vocabulary;
-        a.token[at] = best_list[i].index % a.vocabulary;
+        a.origin[at] = best_list[i].index / a.words;
+        a.token[at] = best_list[i].index % a.words;
     }
 }
 
 template <typename Element>
 void run(const BeamStepArguments& a) {
     const auto* logits = static_cast<const Element*>(a.logits);
-    const Workspace space(a.batch * a.beams, (a.vocabulary + kPart - 1) / kPart,
-                          a.beams < a.vocabulary ? a.beams : a.vocabulary);
+    const Workspace space(a.batch * a.beams, (a.words + kPart - 1) / kPart, a.beams < a.words ? a.beams : a.words);
     const std::int64_t tasks = a.batch * a.beams * space.parts;
     parallel_ranges(tasks, a.threads, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t task = begin; task < end; ++task) {
             const std::int64_t row = task / space.parts, part = task % space.parts;
-            const std::int64_t first = a.vocabulary * part / space.parts,
-                               last = a.vocabulary * (part + 1) / space.parts;
+            const std::int64_t first = a.words * part / space.parts, last = a.words * (part + 1) / space.parts;
             const Element* from = logits + row / a.beams * a.batch_stride + row % a.beams * a.beam_stride + first;
             space.part[task] = scan(from, last - first, first, a.blocked,
                                     Best(space.candidates + task * space.capacity, space.capacity));

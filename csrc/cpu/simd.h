@@ -173,42 +173,23 @@ MPLUG2_INLINE float to_float(Bf16 value) {
     return result;
 }
 
-typedef float F32x4 __attribute__((vector_size(16)));
-
-// Combines the lanes of a vector: its halves, then the halves of the result, and so on.
-template <typename Combine>
-MPLUG2_INLINE float reduce(F32 value, const Combine& combine) {
-#ifdef __AVX512F__
-    typedef float F32x8 __attribute__((vector_size(32)));
-    const F32x8 a = combine(__builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7),
-                            __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15));
-    const F32x4 b = combine(__builtin_shufflevector(a, a, 0, 1, 2, 3), __builtin_shufflevector(a, a, 4, 5, 6, 7));
-    const F32x4 c = combine(b, __builtin_shufflevector(b, b, 2, 3, 0, 1));
-    return combine(c, __builtin_shufflevector(c, c, 1, 0, 3, 2))[0];
-#else
-    float lanes[kLanes];
+MPLUG2_INLINE float sum(F32 value) {
+    float lanes[kLanes], total = 0;
     store(lanes, value);
     for (int width = kLanes / 2; width > 0; width /= 2) {
         for (int i = 0; i < width; ++i) {
-            lanes[i] = combine(lanes[i], lanes[i + width]);
+            lanes[i] += lanes[i + width];
         }
     }
-    return lanes[0];
-#endif
-}
-
-MPLUG2_INLINE float sum(F32 value) {
-    return reduce(value, [](auto a, auto b) { return a + b; });
-}
-
-MPLUG2_INLINE float largest(F32 value) {
-    return reduce(value, [](auto a, auto b) { return a > b ? a : b; });
+    total = lanes[0];
+    return total;
 }
 
 // The sums of four vectors.
 MPLUG2_INLINE void sum4(const F32 (&v)[4], float* to) {
 #ifdef MPLUG2_X86
     // Within each 128 bits: pairs of lanes are added up while two vectors are interleaved, twice.
+    typedef float F32x4 __attribute__((vector_size(16)));
 #if defined(__AVX512F__)
     const auto low = [](F32 a, F32 b) { return (F32)_mm512_unpacklo_ps((__m512)a, (__m512)b); };
     const auto high = [](F32 a, F32 b) { return (F32)_mm512_unpackhi_ps((__m512)a, (__m512)b); };
@@ -233,6 +214,17 @@ MPLUG2_INLINE void sum4(const F32 (&v)[4], float* to) {
         to[i] = sum(v[i]);
     }
 #endif
+}
+
+MPLUG2_INLINE float largest(F32 value) {
+    float lanes[kLanes];
+    store(lanes, value);
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+        for (int i = 0; i < width; ++i) {
+            lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+        }
+    }
+    return lanes[0];
 }
 
 MPLUG2_INLINE F32 exp2_of_integer(F32 integer) {

@@ -557,7 +557,7 @@ def test_every_kind_of_damage_is_a_line(captioner: mf.Captioner, tmp_path: Path)
 
 
 def test_options_that_are_not_given_have_the_defaults(captioner: mf.Captioner) -> None:
-    """Missing options count as their defaults, in the settings that a resumed run compares and in the memory of a clip."""
+    """In the settings, which a resumed run compares, and in the memory of a clip."""
     filled = captioner.generation_options()
     given, none = (bulk.Predict(captioner, FRAMES, options) for options in (filled, {}))
     assert none.settings() == given.settings()
