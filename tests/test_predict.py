@@ -334,7 +334,7 @@ def test_a_checkpoint_and_a_model_are_two_ways_to_begin(
     assert next(read.model.parameters()).dtype == torch.bfloat16
     assert mf.Captioner(str(folder)).model.task == "captioning"
     for arguments, options, message in (
-        ((captioner.model,), {}, "give that too"),
+        ((captioner.model,), {}, "a model needs a tokenizer"),
         ((captioner.model, tokenizer), {"dtype": "bfloat16"}, "a model has its dtype and device"),
         ((folder, tokenizer), {}, "a checkpoint has its own vocabulary"),
     ):
