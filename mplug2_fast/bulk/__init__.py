@@ -12,7 +12,6 @@ from mplug2_fast.bulk.sources import (
     Sources,
     ask_all,
     find_videos,
-    path_of,
     read_questions,
     texts_alone,
 )
@@ -32,7 +31,6 @@ __all__ = [
     "Work",
     "ask_all",
     "find_videos",
-    "path_of",
     "read_features",
     "read_questions",
     "run",

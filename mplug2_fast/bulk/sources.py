@@ -46,7 +46,7 @@ class Source:
     def of(cls, files: Sequence[str], questions: Iterable[Question] = ()) -> Source:
         """The source of one file, or of two images that go together."""
         asked = tuple(questions)
-        return cls(files[0], asked) if len(files) == 1 else Pair(path_of(files), asked, tuple(files))
+        return cls(files[0], asked) if len(files) == 1 else Pair(path_of_files(files), asked, tuple(files))
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -165,7 +165,7 @@ def read_questions(path: str | os.PathLike[str]) -> Sources:
     return Sources([Source.of(files, questions) for files, questions in videos.items()], repeated)
 
 
-def path_of(files: Sequence[str]) -> str:
+def path_of_files(files: Sequence[str]) -> str:
     """The path of a source: its file, or the names of two files."""
     return " and ".join(files)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mplug2_fast import bulk
+from mplug2_fast.bulk.sources import path_of_files
 from mplug2_fast.bulk.work import model_settings
 from mplug2_fast.datasets import Item
 from mplug2_fast.errors import ConfigError, DataError, printable
@@ -161,7 +162,7 @@ def _results(items: Sequence[Item], pairs: Pairs, ranking: Ranking, ranks: PairR
 
 def path_of(item: Item) -> str:
     """The file of an item, or both of its files; empty for an item without any."""
-    return bulk.path_of(files_of(item))
+    return path_of_files(files_of(item))
 
 
 def files_of(item: Item) -> tuple[str, ...]:
