@@ -1,4 +1,4 @@
-"""Why two evaluations give different numbers."""
+"""Explains why two evaluations give different numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Comparison:
         references_differ: shared items whose references differ.
         score: the name of the score that items are compared by, or None.
         shared_means: its means over the shared items.
-        changed: how many shared items have another score.
+        changed: the number of shared items with another score.
         changes: those that changed most.
     """
 
@@ -50,7 +50,7 @@ class Comparison:
 
 
 def compare(one: Report, other: Report) -> Comparison:
-    """Compare two reports of the same task, or of two."""
+    """Compares two reports of the same task, or of two."""
     items = {item.id: item for item in one.items}
     pairs = [(items[item.id], item) for item in other.items if item.id in items]
     score = one.main_score if one.main_score == other.main_score else None

@@ -12,7 +12,7 @@ from mplug2_fast.evaluation.pictures import found_at_rank, frames_of, histogram
 from mplug2_fast.evaluation.report import ItemResult, Report
 
 EXAMPLES = 8
-"""Of the worst and of the best items."""
+"""Number of the worst and of the best items."""
 MAX_FAILED = 20
 MAX_ANSWERS = 12
 """Rows and columns of the confusion matrix."""
@@ -61,7 +61,7 @@ def shown(value: Any) -> str:
 
 
 def examples(items: Sequence[ItemResult], score: str | None) -> tuple[list[ItemResult], list[ItemResult]]:
-    """The worst and the best items by a score, each with the most telling first. No item is among both."""
+    """The worst and the best items by a score, the most extreme first. No item is among both."""
     if score is None:
         return [], []
     rated = [item for item in items if item.error is None and item.scores.get(score) is not None]

@@ -18,11 +18,11 @@ FRAMES = 4
 WIDTH = 160
 """Of a frame, in pixels."""
 SECONDS = 20.0
-"""That the frames of an example may take to decode."""
+"""Decode timeout for the frames of an example."""
 
 
 def histogram(values: Sequence[float], name: str) -> str:
-    """How many items have which score."""
+    """A histogram of the items' scores."""
     figure, axes = _figure()
     axes.hist(values, bins=20, range=(min(0.0, *values), max(100.0, *values)), color="#3b6ea5")
     axes.set_xlabel(name)
@@ -44,7 +44,7 @@ def found_at_rank(ranks: Sequence[float], direction: str = "") -> str:
 
 
 def frames_of(path: str, indices: Sequence[int]) -> list[str]:
-    """Some of the frames of a video that the model saw; none if it cannot be decoded any more."""
+    """Some of the frames that the model saw; none if the video can no longer be decoded."""
     chosen = [indices[place * len(indices) // FRAMES] for place in range(FRAMES)] if indices else []
     try:
         reader = VideoReader(path, threads=1, limits=Limits(seconds=SECONDS))

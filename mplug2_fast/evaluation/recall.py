@@ -1,4 +1,4 @@
-"""Recall: how many queries find one of their right results among the first K."""
+"""Recall: the share of queries with a right result among the first K."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of an evaluation, and the files that hold it.
+"""The report of an evaluation, and its files.
 
 `report.json` has the metrics and the settings that decide them, `items.jsonl` one line per item with its prediction,
 references and scores.
@@ -25,7 +25,7 @@ PAGE_NAME = "report.html"
 
 @dataclass(frozen=True)
 class ItemResult:
-    """What became of one item.
+    """The result of one item.
 
     Attributes:
         id, path, question: of the item.
@@ -34,7 +34,7 @@ class ItemResult:
         references: right texts and their weights.
         scores: by name.
         frames: indices of the frames that the model saw.
-        error: why there is no prediction.
+        error: why it has no prediction.
     """
 
     id: str
@@ -55,7 +55,7 @@ class Report:
     Attributes:
         task: its name.
         metrics: name -> value; percentages, except `median_rank`.
-        settings: what decides the metrics.
+        settings: everything that decides the metrics.
         libraries: metric -> library and version.
         left_out: metric -> why it was not computed.
         items: one by one.
@@ -70,7 +70,7 @@ class Report:
 
     @property
     def failed(self) -> int:
-        """How many items have no prediction."""
+        """The number of items without a prediction."""
         return sum(item.error is not None for item in self.items)
 
     @property
@@ -79,7 +79,7 @@ class Report:
         return next((name for item in self.items for name in item.scores), None)
 
     def write(self, folder: str | os.PathLike[str]) -> None:
-        """Write `report.json` and `items.jsonl`. Raises `MPlug2Error`."""
+        """Writes `report.json` and `items.jsonl`. Raises `MPlug2Error`."""
         fields = {name: value for name, value in vars(self).items() if name != "items"}
         lines = "".join(f"{json.dumps(_plain(asdict(item)))}\n" for item in self.items)
         write_whole(Path(folder) / ITEMS_NAME, lines.encode())
@@ -112,7 +112,7 @@ class Report:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers that JSON does not know become null."""
+    """Numbers that JSON lacks become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

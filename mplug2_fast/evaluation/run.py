@@ -53,18 +53,18 @@ def evaluate(
     ranks: bulk.Ranks | None = None,
     started: Started | None = None,
 ) -> Report:
-    """Predict all items and score the predictions. Several questions about one video are answered together.
+    """Predicts all items and scores the predictions. Several questions about one video are answered together.
 
     Args:
         predictor: the model and its task.
         items: each with a video or an image, and with the task's `fields`.
         out: a folder for the predictions and the report. An interrupted run resumes there.
-        metrics: names in `METRICS`; None for the task's that can run here.
+        metrics: names in `METRICS`. None: all of the task's that can run here.
         tokenizer: of captions; a name in `TOKENIZERS`.
         options: of the task, such as num_beams.
         frames: of a clip; None for the model's number.
         decoding, batch_memory, retry_failed, ranks, started: see `bulk.run`.
-        checkpoint, data, split: where model and items come from; the report names them, with hashes of the files.
+        checkpoint, data, split: the sources of model and items, for the report, which also has hashes of the files.
 
     Raises:
         ConfigError: bad options, a metric that cannot run here, or `out` has other predictions.
@@ -138,7 +138,7 @@ def _require_alone(
     batch_memory: int | None,
     retry_failed: bool,
 ) -> None:
-    """Raise `ConfigError` for options of bulk runs that a gallery does not have."""
+    """Raises `ConfigError` for options of bulk runs that a gallery does not have."""
     given = {
         "several programs": ranks.size > 1,
         "windows": frames.windows is not None,
@@ -155,7 +155,7 @@ def _require_alone(
 
 
 def check(task: Task, items: Sequence[Item], metrics: Iterable[str] | None = None, tokenizer: str = "python") -> None:
-    """Find what would fail after hours of predictions.
+    """Finds what would fail after hours of predictions.
 
     Raises:
         ConfigError: a metric or a tokenizer cannot run here.
@@ -185,7 +185,7 @@ def _metrics(task: Task, names: Iterable[str] | None) -> list[Metric]:
 
 
 def sources_of(task: Task, items: Iterable[Item], config: Any) -> list[bulk.Source]:
-    """The files of the items, each once, with all texts that go with it."""
+    """The files of the items, each once, with all of its texts."""
     if not task.reads_files:
         return [bulk.Source("", (bulk.Question(task.text_of(item, config) or "", item.id),)) for item in items]
     asked: dict[tuple[str, ...], dict[bulk.Question, None]] = {}
@@ -212,7 +212,7 @@ def _key(task: Task, item: Item, config: Any) -> Any:
 
 
 def _seen(item: Item, line: Line, preparation: Preparation) -> Item:
-    """The item with its box where the model sees it, if that differs."""
+    """The item with its box in the model's coordinates, if these differ."""
     if item.box is None or line.get("size") is None:
         return item
     return replace(item, box=preparation.box_in_square(item.box, *line["size"]))
@@ -259,7 +259,7 @@ def _scored(
 
 
 def _origin(checkpoint: PathLike | None, data: PathLike | None, split: str | None) -> dict[str, Any]:
-    """Where model and items come from."""
+    """The sources of model and items."""
     found: dict[str, Any] = {"split": split}
     for name, path in (("data", data), ("checkpoint", checkpoint)):
         found[name] = None if path is None else os.fspath(path)
@@ -269,7 +269,7 @@ def _origin(checkpoint: PathLike | None, data: PathLike | None, split: str | Non
 
 
 def _file(name: str, path: Path, split: str | None) -> Path | None:
-    """The file that a folder stands for."""
+    """The weights, or the split, in a folder; a file itself."""
     if path.is_dir():
         path = path / (WEIGHTS_NAME if name == "checkpoint" else f"{split}.jsonl")
     return path if path.is_file() else None

@@ -1,4 +1,4 @@
-"""From predictions and items to the values of metrics."""
+"""Computes metrics of predictions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mplug2_fast.evaluation.metrics.tokenizer import has_java, tokenize
 from mplug2_fast.tasks import Alternative, Task, Texts, get
 
 Prediction = str | Texts | Sequence[str] | float | Box | None
-"""What a model says of an item: a text, several with the best first, a number or a box; None or an error if nothing."""
+"""A text, several texts with the best first, a number or a box; None or an error if there is no result."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Scored:
 
     Attributes:
         values: by name.
-        items: the values of each item, by name, where items have them.
+        items: the values of each item, by name, for metrics that have them.
         libraries: metric -> library and version.
         left_out: metric -> why it was not computed.
     """
@@ -46,15 +46,15 @@ def score(
     """The metrics of predictions that are in memory, by name. All are percentages, except `median_rank`.
 
     Args:
-        task: it says what is right for an item, and which metrics fit.
+        task: has the references of an item, and the metrics.
         predictions: one for each item; None counts as wrong.
-        items: with what the task calls right.
+        items: with the references of the task.
         metrics: names in `METRICS`; None for the task's, without those that call Java.
         tokenizer: of captions; a name in `TOKENIZERS`.
 
     Raises:
         ConfigError: no such metric or tokenizer, or a library is missing.
-        DataError: an item lacks what the task calls right.
+        DataError: an item lacks references.
     """
     return score_all(task, predictions, items, metrics=metrics, tokenizer=tokenizer, java=False).values
 
@@ -68,7 +68,7 @@ def score_all(
     tokenizer: str = "python",
     java: bool = True,
 ) -> Scored:
-    """As `score`, with the values of each item. `metrics` None: the task's, with `java` also those in Java."""
+    """Like `score`, with the values of each item. Without `metrics`: the task's, with `java` also those in Java."""
     task = get(task)
     if len(predictions) != len(items):
         raise ConfigError(f"there are {len(predictions)} predictions for {len(items)} items")
@@ -122,7 +122,7 @@ def choose(task: Task, metrics: Iterable[str] | None = None, java: bool = True) 
 
 @dataclass(frozen=True)
 class _Given:
-    """What metrics of one kind take, and the numbers of the items."""
+    """The arguments of metrics of one kind, and the numbers of the items."""
 
     predictions: list[Any]
     references: list[Any]
@@ -135,7 +135,7 @@ def _given(
     found = [_PREDICTION[metric.kind](prediction) for prediction in predictions]
     right = [_reference(task, metric.kind, item) for item in items]
     places = list(range(len(items)))
-    if metric.kind == "number":  # there is no wrong number to put in place of one that is missing
+    if metric.kind == "number":  # no number can stand for a missing one
         places = [place for place in places if found[place] is not None]
         if not places:
             raise DataError("the model has no result for any item")

@@ -113,7 +113,7 @@ class Config:
         model: Mapping[str, Any] | None = None,
         clip: Mapping[str, Any] | None = None,
     ) -> Self:
-        """Read the official files: `config_bert*.json`, the task's YAML, and the CLIP sizes.
+        """Reads the official files: `config_bert*.json`, the task's YAML, and the CLIP sizes.
 
         Args:
             bert: the BERT JSON.
@@ -266,7 +266,7 @@ def _parts(config: Any) -> tuple[dataclasses.Field[Any], ...]:
 
 
 def _check_field(name: str, field: dataclasses.Field[Any], value: Any) -> None:
-    """Raise `ConfigError` unless the value has the field's type and a size that a model can have."""
+    """Raises `ConfigError` unless the value has the field's type and a size that a model can have."""
     largest = _MAX.get(field.name, _DEFAULT_MAX)
     whole = isinstance(value, int) and not isinstance(value, bool)
     if field.type == "int":

@@ -71,7 +71,7 @@ class OfficialNames:
             self.add(entry)
 
     def add(self, entry: Entry) -> None:
-        """Make a parameter one that the model computes with."""
+        """Makes a parameter one that the model computes with."""
         self.entries.append(entry)
         self.needed[entry.official] = entry.shape
 

@@ -56,7 +56,7 @@ class Stated:
 def require_anchors(
     anchors: Mapping[str, int], shapes: Mapping[str, Shape], title: str, absent: Iterable[str] = ()
 ) -> None:
-    """Raise `CheckpointError` unless all entries are there that determine the sizes, with their number of axes.
+    """Raises `CheckpointError` unless all entries are there that determine the sizes, with their number of axes.
 
     Args:
         anchors: name -> number of axes. title: of the family. absent: further names that are known to be missing.

@@ -113,7 +113,7 @@ def title_of(tasks: Iterable[Task]) -> str:
 
 
 def load(name: str) -> Task:
-    """The task that a command line names: a name in `TASKS`, `module:Name` or `file.py:Name`.
+    """The task of a command line's name: a name in `TASKS`, `module:Name` or `file.py:Name`.
 
     Runs the module's code: take such names from a user, or from a file that the user trusts.
 

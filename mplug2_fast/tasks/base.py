@@ -106,7 +106,7 @@ class Task(ABC):
         return None
 
     def training_state(self, model: Any, queue_size: int, momentum: float) -> nn.Module | None:
-        """What the loss needs besides model and batch, such as queues. `update(model)` is called before each step.
+        """The state of the loss besides model and batch, such as queues. `update(model)` is called before each step.
 
         Args:
             model: the trained model. queue_size: features to keep; 0 for none. momentum: of copies of the model.
@@ -130,7 +130,7 @@ class Task(ABC):
         return model.encode_video(video)
 
     def num_frames(self, config: Any) -> int:
-        """Frames of a clip, where the user names none."""
+        """Frames of a clip, if the user does not set their number."""
         return config.vision.num_frames
 
     def preparation(self, config: Any) -> Preparation:
@@ -138,7 +138,7 @@ class Task(ABC):
         return config.preparation
 
     def require_fields(self, item: Item) -> None:
-        """Raise `DataError` for an item without the video, image or field that the task needs."""
+        """Raises `DataError` for an item without the video, image or field that the task needs."""
         missing = [name for name in self.fields if getattr(item, name) in (None, "", (), {})]
         if self.reads_files and not item.media:
             missing.insert(0, "video or image")
@@ -150,7 +150,7 @@ class Task(ABC):
         return [item]
 
     def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:
-        """The texts and targets of samples, on the CPU: what `loss` takes beside `video`."""
+        """The texts and targets of samples, on the CPU: the inputs of `loss` besides `video`."""
         raise ConfigError(f"{self.name} cannot be trained from items: it has no `batch` method")
 
     def targets(self, batch: Mapping[str, Tensor], config: Any) -> int:
@@ -174,7 +174,7 @@ class Task(ABC):
         raise ConfigError(f"{self.name} cannot be evaluated on items: it has no `references` method")
 
     def check_text(self, model: Any, tokenizer: Tokenizer, text: str) -> None:  # noqa: B027 (nothing to check)
-        """Raise `ConfigError` for a text that the model cannot read."""
+        """Raises `ConfigError` for a text that the model cannot read."""
 
 
 def wide(x: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def require(condition: bool, message: str) -> None:
-    """Raise `ConfigError` with the message, unless the condition holds."""
+    """Raises `ConfigError` with the message, unless the condition holds."""
     if not condition:
         raise ConfigError(message)
 
@@ -201,18 +201,18 @@ def require_labels(labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def require_num_return(num_return: int, choices: int, what: str) -> None:
-    """Raise `ConfigError` for more results than there are choices, or for none."""
+    """Raises `ConfigError` for more results than there are choices, or for none."""
     require(1 <= num_return <= choices, f"num_return must be from 1 to the {choices} {what}, got {num_return}")
 
 
 def require_options(task: Task, options: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raise `ConfigError` for options that a task does not have."""
+    """Raises `ConfigError` for options that a task does not have."""
     unknown = ", ".join(sorted(options.keys() - set(known)))
     require(not unknown, f"{task.name} has no option {unknown}; it has: {', '.join(known) or 'none'}")
 
 
 def require_text(text: str, what: str = "the text") -> None:
-    """Raise `ConfigError` for a text that is empty or not UTF-8."""
+    """Raises `ConfigError` for a text that is empty or not UTF-8."""
     from mplug2_fast.text import is_text
 
     require(is_text(text), f"{what} has characters that are not UTF-8")
@@ -220,13 +220,13 @@ def require_text(text: str, what: str = "the text") -> None:
 
 
 def require_text_or_caption(item: Item, name: str) -> None:
-    """Raise `DataError` for an item without texts, which the task of this name needs."""
+    """Raises `DataError` for an item without texts, which the task of this name needs."""
     if not (item.text or item.caption):
         raise DataError(f"the item {printable(item.id)} has no text and no caption, which {name} needs")
 
 
 def require_positions(model: Any, what: str, ids: Tensor) -> None:
-    """Raise `ConfigError` for ids `(texts, tokens)` with more tokens than the model reads."""
+    """Raises `ConfigError` for ids `(texts, tokens)` with more tokens than the model reads."""
     positions = model.config.text.max_position_embeddings
     require(ids.shape[1] <= positions, f"{what} has {ids.shape[1]} tokens, and the model reads at most {positions}")
 

@@ -42,7 +42,7 @@ _MODULES: dict[str, frozenset[str]] = {
     "two_images": frozenset({"vision", "text", "fusion"}),
 }
 SEPARATOR = " [SEP] "
-"""Between the texts of a pair."""
+"""Separates the texts of a pair."""
 
 
 class OnClassToken(Task):
@@ -212,7 +212,7 @@ class Classification(OnClassToken):
 
 
 class Regression(OnClassToken):
-    """A number for an input, such as how similar the texts of a pair are.
+    """A number for an input, such as the similarity of a pair of texts.
 
     Args:
         on, name: see `OnClassToken`.

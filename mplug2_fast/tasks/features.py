@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mplug2_fast.text import Tokenizer
 
 TEXT_BATCH = 128
-"""Texts that are encoded at once."""
+"""Texts per batch."""
 
 
 class Space(ABC):

@@ -1,4 +1,4 @@
-"""What tasks share that generate text: targets, options of beam search, and texts from token ids."""
+"""Shared by tasks that generate text: targets, options of beam search, and texts from token ids."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BEFORE_LAST = slice(None, -1)
 """The positions of a sequence that predict another token of it."""
 
 IGNORED = -100
-"""Target of a position that has no part in the loss."""
+"""Target of a position that the loss ignores."""
 
 
 def shifted_labels(input_ids: Tensor, pad_token_id: int, prompt_tokens: int = 0) -> Tensor:

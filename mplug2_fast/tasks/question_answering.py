@@ -205,7 +205,7 @@ class AnswerRanking(QuestionAnswering):
             model: with the modules of this task.
             video: `(B, 3, T, H, W)`, or image_embeds `(B, S, D)` from `encode_video`.
             question_ids, question_mask: `(B, tokens)`. answer_ids, answer_mask: `(A, tokens)`, from [CLS] on.
-            k: how many answers are scored in full, chosen by the probability of their first token. At most A.
+            k: the number of answers that are scored in full, at most A, chosen by their first token's probability.
         """
         if not 1 <= k <= answer_ids.shape[0]:
             raise ValueError(f"k must be from 1 to the number of answers {answer_ids.shape[0]}, got {k}")

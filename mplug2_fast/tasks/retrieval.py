@@ -90,7 +90,7 @@ class MomentumContrast(nn.Module):
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64, device=like.device))
 
     def update(self, model: nn.Module) -> None:
-        """Move the copy towards the model. Called once before each step."""
+        """Moves the copy towards the model. Called once before each step."""
         self.copy.update(model)
 
     @torch.no_grad()
@@ -101,14 +101,14 @@ class MomentumContrast(nn.Module):
         return visual, twin.text_features(twin.encode_text(batch["text_ids"], batch["text_mask"]))
 
     def keys(self, visual: Tensor, text: Tensor, ids: Tensor) -> tuple[list[Keys], list[Keys]]:
-        """What texts, and what visual inputs, are compared with: the copy's features of the batch, and the queue."""
+        """The features to compare texts, and visual inputs, with: the copy's of the batch, and the queue."""
         pairs = (visual, self.image_queue), (text, self.text_queue)
         images, texts = ([Keys(each.T, ids), Keys(queue, self.idx_queue[0])] for each, queue in pairs)
         return images, texts
 
     @torch.no_grad()
     def enqueue(self, visual: Tensor, text: Tensor, ids: Tensor) -> None:
-        """Put the features and ids of all ranks in place of the oldest ones.
+        """Puts the features and ids of all ranks in place of the oldest ones.
 
         Raises:
             ValueError: the size of the queues is not a multiple of the batch.

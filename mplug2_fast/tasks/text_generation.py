@@ -96,7 +96,7 @@ class PrefixModelling(QuestionAnswering):
 
 
 class TextPrefixModelling(PrefixModelling):
-    """The rest of a text from its beginning, for texts alone."""
+    """Continues a text, given its beginning alone."""
 
     name = "text_prefix_lm"
     modules = TextGeneration.modules

@@ -1,7 +1,7 @@
 """Random changes of frames in training. One change applies to all frames of a clip.
 
-Which of them a model can have depends on its preparation: `AUGMENTATIONS` are mPLUG-2's, `PICTURE_AUGMENTATIONS` are
-mPLUG's, for images.
+The preparation of a model decides which it can have: `AUGMENTATIONS` are for mPLUG-2, `PICTURE_AUGMENTATIONS` for
+images with mPLUG.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Samples and batches. What a step sees depends on the seed and the number of the step, and on nothing else: not on
-workers, not on ranks, not on when the run was started. So a position in the data is a number, and needs no saving."""
+"""Samples and batches. The samples of a step depend only on the seed and the number of the step, not on workers, ranks
+or restarts. So the position in the data needs no saving."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mplug2_fast.video.reader import VideoReader
 
 MAX_REPLACEMENTS = 20
-"""Other samples that are tried in place of an unreadable one."""
+"""Maximum samples to try in place of an unreadable one."""
 
 
 class Sample(NamedTuple):
@@ -59,15 +59,15 @@ class ItemDataset:
     """The items of a JSON Lines file.
 
     Args:
-        items: of which each has the fields of all tasks.
-        tasks: the first says which samples an item gives in training.
+        items: each with the fields of all tasks.
+        tasks: the first decides which samples an item gives in training.
         vision: num_frames and image_size.
         augment: name in `AUGMENTATIONS` or `PICTURE_AUGMENTATIONS`, or None for the frames and pixels of evaluation.
         split_targets: whether an item with several targets gives several samples.
         preparation: how files become the model's input.
 
     Raises:
-        ConfigError: there is no such augmentation for models with this preparation.
+        ConfigError: models with this preparation do not have the augmentation.
         DataError: an item lacks a field that a task or the augmentation needs.
     """
 
@@ -187,7 +187,7 @@ def open_dataset(source: Source, tasks: Sequence[Task], config: Any) -> Dataset:
     """The data of a source: a JSON Lines file, a folder of splits, or a class in Python.
 
     Raises:
-        DataError: the file is no such data, or lacks what a task needs. ConfigError: the class cannot be imported.
+        DataError: the file is not such data, or lacks fields of a task. ConfigError: the class cannot be imported.
     """
     where, colon, name = source.data.rpartition(":")
     if colon and name.isidentifier():
@@ -203,7 +203,7 @@ class Batch(NamedTuple):
     """A part of a step's batch of one source.
 
     Attributes:
-        tensors: task -> what its loss takes.
+        tensors: task -> the inputs of its loss.
         targets: task -> the number of targets that its loss is the mean of.
         items: of the samples.
     """
@@ -225,10 +225,10 @@ class StepDataset(torch.utils.data.Dataset[Step]):
 
     Args:
         dataset: the samples.
-        tasks: what the batch is for.
+        tasks: of the batch.
         tokenizer, config: of the model.
         batch_size: of all ranks together. parts: of a rank's share.
-        seed: with the step, decides the samples and what is random in them.
+        seed: decides, with the step, the samples and their random changes.
         rank, world_size: of this process.
     """
 

@@ -1,4 +1,4 @@
-"""What people see of a run: lines, a progress bar, a log file, TensorBoard, a plot."""
+"""The output of a run: lines, a progress bar, a log file, TensorBoard, a plot."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RECIPE, LOG, PLOT = "recipe.json", "log.jsonl", "loss.png"
 
 
 class Log:
-    """The log of a run. On other ranks than the first it is silent.
+    """The log of a run. Only the first rank writes it.
 
     Args:
         recipe: of the run. world: its ranks. note: is called with each line; None prints them on standard error.
@@ -49,7 +49,7 @@ class Log:
             print(line, file=sys.stderr, flush=True)
 
     def claim(self) -> None:
-        """Keep other runs out of the folder for as long as this process lives.
+        """Keeps other runs out of the folder for as long as this process lives.
 
         Raises:
             ConfigError: another run is there.
@@ -79,7 +79,7 @@ class Log:
         partial.replace(self._folder / RECIPE)
 
     def begin(self, step: int, steps: int, bad: Mapping[str, str]) -> None:
-        """Start at a step. Lines of later steps, which will be done again, are dropped."""
+        """Starts at a step. Lines of later steps, which will be done again, are dropped."""
         self._steps, self._started, self._from = steps, time.monotonic(), step
         self._samples = 0
         if not self._first:
@@ -172,7 +172,7 @@ class Log:
         self.note(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
 
     def end(self, state: Any) -> None:
-        """Draw the losses and say how the run went."""
+        """Draws the losses and says how the run went."""
         if not self._first:
             return
         self._plot(state)
@@ -181,7 +181,7 @@ class Log:
         self.note(f"{self._folder / 'model'}: trained for {state.step} steps{problems}")
 
     def close(self) -> None:
-        """Close everything, however the run ended."""
+        """Closes everything, however the run ended."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -12,7 +12,7 @@ from torch import nn
 from mplug2_fast.training.recipe import Optimizer, Schedule
 
 VISION = "visual_encoder."
-"""Official names that begin so have the vision encoder's learning rate."""
+"""Official names with this prefix have the vision encoder's learning rate."""
 
 
 def make_optimizer(model: nn.Module, names: dict[str, str], settings: Optimizer) -> torch.optim.AdamW:
@@ -52,7 +52,7 @@ _STAIR = 100
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int, steps: int) -> float:
-    """Set the rates of step `step`, from 0, of `steps`. Returns the largest."""
+    """Sets the rates of step `step`, from 0, of `steps`. Returns the largest."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(group["base"], schedule, step, steps)
     return max(group["lr"] for group in optimizer.param_groups)
@@ -74,7 +74,7 @@ def learning_rate(base: float, schedule: Schedule, step: int, steps: int) -> flo
 
 
 def _by_epochs(base: float, schedule: Schedule, step: int, steps: int) -> float:
-    """The schedule of mPLUG, as the training loops of the official code have it."""
+    """The schedule of mPLUG's official training loops."""
     epoch = step // schedule.steps_per_epoch
     if epoch == 0:
         stairs = schedule.warmup_steps // _STAIR

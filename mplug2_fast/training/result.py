@@ -1,4 +1,4 @@
-"""What training writes: the model in the directory form, with a card that says how it was made."""
+"""Writes the trained model as a directory, with a model card about the training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mplug2_fast.checkpoint import save_pretrained
 
 
 def write_result(trainer: Any, model: Any, folder: Path, scores: Mapping[str, float]) -> None:
-    """Write the model of a run. A folder that is there is replaced once the new one is complete."""
+    """Writes the model of a run. Replaces an existing folder once the new one is complete."""
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as parent:
         fresh = Path(parent) / folder.name
         vocabulary = Path(parent) / "vocab.txt"

@@ -1,4 +1,4 @@
-"""Saves, from which a run resumes. They are complete or absent, sharded over the ranks, and checked when read."""
+"""Saves, from which a run resumes. They are written atomically, sharded over the ranks, and checked when read."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Saves:
         return sorted(int(match[1]) for match in found if match)
 
     def write(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> bool:
-        """Write a save. If the disk is full or cannot be written, notes why, keeps older saves, and returns False.
+        """Writes a save. If the disk is full or cannot be written, notes why, keeps older saves, and returns False.
 
         Args:
             step: number of steps done. tensors: by name. state: JSON values.
@@ -78,7 +78,7 @@ class Saves:
         return None if found is None else (self.folder / found[0], found[1])
 
     def read(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """Fill the tensors from a save, which any number of ranks may have written."""
+        """Fills the tensors from a save, which any number of ranks may have written."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             dcp.load(tensors, checkpoint_id=path)
@@ -105,7 +105,7 @@ class Saves:
             shutil.rmtree(self.folder / f"step-{step}", ignore_errors=True)
 
     def _on_first(self, action: Callable[[], None]) -> str | None:
-        """Run on the first rank. Returns why it failed there, on all ranks."""
+        """Runs on the first rank. Returns why it failed there, on all ranks."""
         problem = None
         if self._world.first:
             try:
@@ -154,7 +154,7 @@ class OptimizerState:
         self._names = names
 
     def apply(self) -> None:
-        """Give the tensors to the optimizer."""
+        """Gives the tensors to the optimizer."""
         for parameter, step in zip(self._parameters, self.tensors["optimizer.steps"].tolist(), strict=True):
             if step:
                 averages = {key: self.tensors[f"optimizer.{self._names[parameter]}.{key}"] for key in _AVERAGES}
@@ -163,7 +163,7 @@ class OptimizerState:
 
 
 def require_names(tensors: Mapping[str, Tensor], stored: set[str], path: Path) -> None:
-    """Raise `CheckpointError` unless a save has exactly these tensors."""
+    """Raises `CheckpointError` unless a save has exactly these tensors."""
     differing = sorted(tensors.keys() ^ stored)
     if differing:
         raise CheckpointError(

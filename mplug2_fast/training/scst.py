@@ -1,4 +1,4 @@
-"""Self-critical sequence training (arXiv 1612.00563), as mPLUG does it: the samples are beams."""
+"""Self-critical sequence training (arXiv 1612.00563), as in mPLUG: the samples are beams."""
 
 from __future__ import annotations
 

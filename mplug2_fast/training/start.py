@@ -1,4 +1,4 @@
-"""What a run begins with: its tokenizer, its model, and which parameters of the model are trained."""
+"""The start of a run: its tokenizer, its model, and the parameters that are trained."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def new_model(chosen: Model, tasks: Sequence[Task], vocab_size: int, device: tor
 
 
 def freeze(model: nn.Module, chosen: Model) -> None:
-    """Freeze the parameters that match `freeze`, and those that `train_only`, if given, does not match.
+    """Freezes the parameters that match `freeze`, and those that `train_only`, if given, does not match.
 
     Raises `ConfigError` for a pattern without a match, and for one that matches a part of a parameter.
     """

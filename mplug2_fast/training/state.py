@@ -1,4 +1,4 @@
-"""What a run knows besides its tensors, and which steps it skips."""
+"""The state of a run besides its tensors, and which steps it skips."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SPIKE_MEMORY, _SPIKE_AFTER, _SPIKE_MIN = 0.98, 50, 0.1
 
 @dataclass
 class State:
-    """What a run knows besides its tensors. Every save has all of it.
+    """The state of a run besides its tensors. Every save contains it.
 
     Attributes:
         step: steps done. skipped: steps without an update. skipped_in_row: those since the last update.

@@ -1,4 +1,4 @@
-"""The losses of one part of a step, as one module: what is wrapped to run on several ranks."""
+"""The losses of one part of a step, as one module, which is wrapped to run on several ranks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TrainingStep(nn.Module):
     """A model, a momentum copy of it as its teacher if there is distillation, and the training states of its tasks.
 
     Args:
-        model: what is trained.
+        model: the trained model.
         momentum: of the teacher; None for no teacher.
         states: task -> its training state.
     """
@@ -56,7 +56,7 @@ class TrainingStep(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the teacher and the states towards the model: copy = momentum · copy + (1 - momentum) · model."""
+        """Moves the teacher and the states towards the model: copy = momentum · copy + (1 - momentum) · model."""
         for state in self.states.values():
             state.update(self.model)
         if self._teacher is not None:

@@ -59,7 +59,7 @@ class Validator:
         return cls(items, load(settings.task), config, settings.metric, settings.options, settings.data)
 
     def report(self, model: Any, tokenizer: Tokenizer, folder: Path) -> dict[str, float]:
-        """Evaluate all items, write the report into a folder, and return metric -> value."""
+        """Evaluates all items, writes the report into a folder, and returns metric -> value."""
         shutil.rmtree(folder, ignore_errors=True)  # of the same run, with older weights
         predictor = Predictor(model, tokenizer, task=self.task)
         report = evaluate(predictor, self._data.items, folder, options=self._options, data=self._origin)
@@ -121,7 +121,7 @@ def main_metric(task: Task) -> str:
 
 
 def _encoded(task: Task, model: Any, read: Mapping[int, Sample], device: torch.device) -> Tensor | None:
-    """What the task's `respond` takes for samples."""
+    """The inputs of the task's `respond` for samples."""
     if not task.reads_files:
         return None
     return task.encode(model, video_of(list(read.values()), model.config.vision.image_size).to(device))

@@ -22,8 +22,8 @@ def exact_match(predictions: Sequence[str], references: Sequence[References]) ->
 def accuracy(predictions: Sequence[Sequence[str]], references: Sequence[References]) -> Scores:
     """Whether the first text, and whether one of the first five, is right, apart from case and spaces.
 
-    Right is the reference of the greatest weight; several if they have the same. `accuracy@5` is left out where no item
-    has more than one text to choose from.
+    The right answer is the reference of the greatest weight, or each of them if several have it. `accuracy@5` is left
+    out if no item has more than one text to choose from.
     """
     found: dict[str, list[float]] = {}
     counts = (1, 5) if any(len(ranking) > 1 for ranking in predictions) else (1,)
@@ -42,7 +42,7 @@ def vqa_accuracy(predictions: Sequence[str], references: Sequence[References]) -
     """The official accuracy of VQA: min(1, n / 3), averaged over the sets of nine of the ten annotators.
 
     n counts the annotators whose answer equals the text. A reference's weight is the share of annotators that gave it.
-    Answers are normalised as the official code does it, which is not at all if all annotators agree.
+    Answers are normalised as in the official code, which does not normalise if all annotators agree.
     """
     return _share(
         "vqa_accuracy", [_vqa_score(text, right) for text, right in zip(predictions, references, strict=True)]
@@ -55,7 +55,7 @@ def plain(text: str) -> str:
 
 
 def normalise_vqa(text: str) -> str:
-    """An answer as the official evaluation of VQA compares it."""
+    """An answer, normalised like the official evaluation of VQA."""
     stripped = plain = _stripped(text)
     number_with_comma = re.search(r"\d,\d", stripped) is not None
     for mark in _PUNCTUATION:

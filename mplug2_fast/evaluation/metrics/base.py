@@ -12,14 +12,14 @@ from typing import Any, Literal
 from mplug2_fast.errors import ConfigError
 
 Kind = Literal["text", "ranking", "number", "box"]
-"""What a metric compares. For each item:
+"""The kind of values that a metric compares. For each item:
 
 | kind | prediction | reference |
 | --- | --- | --- |
-| text | a text; "" where the model has no result | right texts, each with its weight |
+| text | a text; "" if the model has no result | right texts, each with its weight |
 | ranking | texts or ids, best first | right texts or ids, each with its weight |
 | number | a number | a number |
-| box | (center x, center y, width, height), or None where the model has no result | a box |
+| box | (center x, center y, width, height), or None if the model has no result | a box |
 """
 
 References = Mapping[str, float]
@@ -30,7 +30,7 @@ EXTRA = "evaluate"
 
 @dataclass(frozen=True)
 class Scores:
-    """The values of one metric, by name, and the values of each item where items have them."""
+    """The values of one metric by name, and those of each item if the metric has them."""
 
     values: dict[str, float]
     items: dict[str, list[float]] = field(default_factory=dict)
@@ -45,9 +45,9 @@ class Metric:
         kind: of its predictions and references.
         compute: from the predictions and references of all items to the scores.
         library: the distribution that computes it; None for this package.
-        tokenized: the texts are tokenized before.
+        tokenized: the texts are tokenized first.
         java: it calls Java.
-        opt_in: why it only runs when it is named.
+        opt_in: why it runs only if it is named.
         main: the value that decides between two models; empty if it is called as the metric.
     """
 
@@ -61,7 +61,7 @@ class Metric:
     main: str = ""
 
     def require(self) -> None:
-        """Raise `ConfigError` if the library is not installed."""
+        """Raises `ConfigError` if the library is not installed."""
         if self.library is not None and importlib.util.find_spec(self.library) is None:
             raise ConfigError(f"the metric {self.name} needs {self.library}: pip install 'mplug2-fast[{EXTRA}]'")
 

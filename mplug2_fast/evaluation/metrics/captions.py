@@ -27,7 +27,7 @@ def rouge_l(predictions: Sequence[str], references: Sequence[References]) -> Sco
 
 
 def cider(predictions: Sequence[str], references: Sequence[References]) -> Scores:
-    """CIDEr-D, which COCO calls CIDEr. Words are weighted by how rare they are in the references of this very set."""
+    """CIDEr-D, which COCO calls CIDEr. Words are weighted by how rare they are in the references of these items."""
     return _scored("cider", load("pycocoevalcap.cider.cider").Cider(), predictions, references)
 
 
@@ -52,7 +52,7 @@ def _scored(name: str, scorer: Any, predictions: Sequence[str], references: Sequ
 def _numbered(
     references: Sequence[References], predictions: Sequence[str]
 ) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """Both as the scorers take them. A reference counts as often as its weight says, at least once."""
+    """Predictions and references in the scorers' form. A reference is repeated by its weight, at least once."""
     right = {
         number: [text for text, weight in weights.items() for _ in range(max(1, round(weight)))]
         for number, weights in enumerate(references)

@@ -48,7 +48,8 @@ def _correlation(name: str, function: str, predictions: Sequence[float], referen
 
 
 def _ids(predictions: Sequence[str], references: Sequence[References]) -> tuple[Tensor, Tensor, list[str]]:
-    """Both as numbers of classes, and the classes of the references in order. Other predictions are one class more."""
+    """Predictions and references as numbers of classes, and the references' classes in order. Other predictions are one
+    further class."""
     right = [max(weights, key=lambda text: weights[text]) for weights in references]
     classes = sorted(set(right))
     number = {label: place for place, label in enumerate(classes)}

@@ -1,7 +1,7 @@
 """Words of captions, as COCO's evaluation counts them.
 
-COCO's evaluation tokenizes with the Stanford PTB tokenizer, in Java, and drops punctuation. `python` here follows its
-rules for English; `java` is that program, from pycocoevalcap.
+COCO's evaluation uses the Stanford PTB tokenizer, in Java, and drops punctuation. `python` follows its rules for
+English. `java` is the original program, from pycocoevalcap.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _by_java(lines: Sequence[str]) -> list[list[str]]:
 
 
 def _written(token: str) -> str:
-    """A token as the Java program writes it."""
+    """A token in the spelling of the Java program."""
     if token.startswith(".."):
         return "..."
     return _ENTITIES.get(token, token.lower().translate(_BRACKETS))
@@ -96,7 +96,7 @@ _DROPPED = {
     "...",
     ";",
 }
-"""What COCO's evaluation drops. The tokenizer writes brackets in lower case, so they stay."""
+"""Tokens that COCO's evaluation drops. The tokenizer writes brackets in lower case, so they stay."""
 
 _CHARACTERS = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "–": " -- ", "—": " -- ", "…": " ... "})
 _BRACKETS = str.maketrans({"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"})
