@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mplug2_fast.acceleration import gain, trial
+from mplug2_fast.acceleration.cache import Session
 from mplug2_fast.acceleration.products import keep_packed, product
 from mplug2_fast.acceleration.structure import has, is_plain, require, require_linear, require_one_axis
-from mplug2_fast.acceleration.swap import Kind, ProductKind, State, Unserved
+from mplug2_fast.acceleration.swap import Kind, ProductKind, Quick, State, Unserved
 from mplug2_fast.nn import mlp
 from mplug2_fast.nn.attention import FusedProjections
 from mplug2_fast.ops import attention_with_dropout, layer_norm
@@ -58,8 +59,12 @@ class LayerNormKind(Kind):
             )
         return FoundNorm(plain, casts)
 
+    @staticmethod
+    def quick(original: type[nn.Module]) -> Quick | None:
+        return _quick_norm if original.forward is nn.LayerNorm.forward else None
+
     @classmethod
-    def min_elements(cls, size: gain.Size | None) -> int:
+    def min_elements(cls, size: gain.Size | None, session: Session | None) -> gain.Minimum:
         return gain.min_elements_of_norm()
 
     @classmethod
@@ -79,6 +84,10 @@ class LayerNormKind(Kind):
         if not found.casts or (weight is not None and weight.dtype is not torch.float32):
             raise Unserved(f"it was called with {dtype}, and its parameters have another type")
         return layer_norm(input.float(), weight, module.bias, eps=module.eps).to(dtype)
+
+
+def _quick_norm(module: Any, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(input, module.normalized_shape, weight, bias, module.eps)
 
 
 def _torch_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -119,10 +128,18 @@ class LinearKind(ProductKind):
         return module.weight
 
     @staticmethod
+    def quick(original: type[nn.Module]) -> Quick:
+        return _quick_linear
+
+    @staticmethod
     def forward(module: Any, state: State, input: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return F.linear(input, module.weight, module.bias)
         return product(input, module.weight, module.bias)
+
+
+def _quick_linear(module: Any, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(input, weight, bias)
 
 
 @dataclass(frozen=True)

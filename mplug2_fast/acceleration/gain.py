@@ -34,9 +34,16 @@ def of_norm(x: Tensor) -> bool:
     return x.numel() >= _CUDA_NORM
 
 
-def min_elements_of_norm() -> int:
-    """Inputs with fewer elements are too small for `of_norm` in any type."""
-    return _HALF_NORM
+class Minimum(NamedTuple):
+    """Inputs with fewer elements are too small: in any type on any device, and in float32 on a CPU."""
+
+    anywhere: int = 0
+    float32: int = 0
+
+
+def min_elements_of_norm() -> Minimum:
+    """For `of_norm`."""
+    return Minimum(_HALF_NORM, _FLOAT32_NORM)
 
 
 class Size(NamedTuple):
@@ -60,9 +67,11 @@ def of_product(x: Tensor, size: Size, *, fused: bool = False) -> bool:
     return size.elements >= _LARGE_WEIGHT or work >= _FLOAT32_PRODUCT
 
 
-def min_elements_of_product(size: Size) -> int:
-    """Inputs with fewer elements are too small for `of_product` in any type."""
-    return 0 if size.elements >= _LARGE_WEIGHT else _WIDENED_PRODUCT // size.outputs
+def min_elements_of_product(size: Size) -> Minimum:
+    """For `of_product`."""
+    if size.elements >= _LARGE_WEIGHT:
+        return Minimum()
+    return Minimum(_WIDENED_PRODUCT // size.outputs, -(-_FLOAT32_PRODUCT // size.outputs))
 
 
 def of_block(x: Tensor, size: Size) -> bool:

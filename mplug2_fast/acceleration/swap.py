@@ -28,11 +28,13 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _PLAIN = (Tensor, nn.Parameter)
 _PLAIN_OR_NONE = frozenset((*_PLAIN, type(None)))
 
-_is_compiling = torch.compiler.is_compiling
+_is_compiling, _is_dynamo = torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling
 _is_traced = torch._C._get_tracing_state
 _modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 _forward_ad = torch.autograd.forward_ad
 
+Quick = Callable[[Any, Tensor, Any, Any], Tensor]
+"""Computes what the forward of a module with one argument does, given module, argument, weight and bias."""
 
 HOOKED = "{} has a hook or its own forward"
 """Why a fast forward may not replace the call of this part."""
@@ -73,7 +75,7 @@ class State:
     Attributes:
         found: the result of recognition; its type depends on the kind.
         size: of the weight that decides which inputs are large enough.
-        min_elements: smaller inputs are too small in any type.
+        min_elements: smaller inputs are too small.
         session: the caches of the decoder that the module belongs to, if any.
         parts: the module and all modules inside it that the fast forward replaces.
         dropouts: the parts that may draw random numbers.
@@ -85,9 +87,9 @@ class State:
     """
 
     found: Any
-    size: gain.Size | None = None
-    min_elements: int = 0
-    session: Session | None = None
+    size: gain.Size | None
+    min_elements: gain.Minimum
+    session: Session | None
     parts: tuple[Part, ...] = ()
     dropouts: tuple[nn.Module, ...] = ()
     batch_norms: tuple[nn.Module, ...] = ()
@@ -139,10 +141,15 @@ class Kind:
         """The weight whose size decides which inputs are large enough, if there is one."""
         return None
 
+    @staticmethod
+    def quick(original: type[nn.Module]) -> Quick | None:
+        """A quicker way to run the original forward of a class, if one is known."""
+        return None
+
     @classmethod
-    def min_elements(cls, size: gain.Size | None) -> int:
-        """Minimum elements of the first argument, in any type. This cheap check comes before `pays`."""
-        return 0
+    def min_elements(cls, size: gain.Size | None, session: Session | None) -> gain.Minimum:
+        """Minimum elements of the first argument. This cheap check comes before `pays`."""
+        return gain.Minimum()
 
     @classmethod
     def pays(cls, state: Any, x: Tensor) -> bool:
@@ -162,7 +169,7 @@ class ProductKind(Kind):
     """Whether the products have an activation or a residual."""
 
     @classmethod
-    def min_elements(cls, size: gain.Size) -> int:
+    def min_elements(cls, size: gain.Size, session: Session | None) -> gain.Minimum:
         return gain.min_elements_of_product(size)
 
     @classmethod
@@ -174,8 +181,8 @@ class DecoderPartKind(ProductKind):
     """A kind that may be part of a decoder, where small calls win by reusing what earlier calls computed."""
 
     @classmethod
-    def min_elements(cls, size: gain.Size) -> int:
-        return 0
+    def min_elements(cls, size: gain.Size, session: Session | None) -> gain.Minimum:
+        return gain.Minimum(0, 0 if session is not None else super().min_elements(size, session).float32)
 
     @classmethod
     def pays(cls, state: State, x: Tensor) -> bool:
@@ -213,10 +220,14 @@ def _subclass(kind: type[Kind], original: type[nn.Module]) -> type[nn.Module]:
     attributes = {
         "_mplug2_fast_kind": kind,
         "_mplug2_fast_original": original,
-        "forward": _forward_of(kind, original),
         **{name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")},
     }
-    return type(original.__name__, (Swapped, original), attributes)
+    new: Any = type(original.__name__, (Swapped, original), attributes)
+    new.forward = _forward_of(kind, original)
+    quick = kind.quick(original)
+    if quick is not None:
+        new.forward = _quick_forward_of(quick, original, new, new.forward)
+    return new
 
 
 def _forward_of(kind: type[Kind], original: type[nn.Module]) -> Callable[..., Any]:
@@ -228,12 +239,17 @@ def _forward_of(kind: type[Kind], original: type[nn.Module]) -> Callable[..., An
 
     @functools.wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_compiling() or _is_traced() is not None:
+        if _is_dynamo() or _is_traced() is not None:
             return plain(self, *args, **kwargs)
         state = self.__dict__[STATE]
         x = args[0] if args else kwargs.get(first)
+        if type(x) in _PLAIN and _is_small(x, state.min_elements):
+            state.calls.no_gain += 1
+            return plain(self, *args, **kwargs)
+        if _is_compiling():
+            return plain(self, *args, **kwargs)
         if type(x) in _PLAIN:
-            if x.numel() < state.min_elements or not pays(state, x):
+            if not pays(state, x):
                 state.calls.no_gain += 1
                 return plain(self, *args, **kwargs)
         elif not kind.runs_original:
@@ -254,6 +270,34 @@ def _forward_of(kind: type[Kind], original: type[nn.Module]) -> Callable[..., An
         return plain(self, *args, **kwargs)
 
     return forward
+
+
+def _quick_forward_of(
+    quick: Quick, original: type[nn.Module], swapped: type[nn.Module], usual: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The forward of a swapped module with one argument, a weight and a bias. `quick` computes small calls: it saves
+    PyTorch's search for parameters, which takes longer than finding out that a call is small."""
+    plain = original.forward
+
+    @functools.wraps(plain)
+    def forward(self: Any, x: Any = None, **named: Any) -> Any:
+        if _is_dynamo() or _is_traced() is not None:
+            return plain(self, **named) if named else plain(self, x)
+        if named or type(x) not in _PLAIN or type(self) is not swapped:
+            return usual(self, **named) if named else usual(self, x)
+        own = self.__dict__
+        state, parameters = own[STATE], own["_parameters"]
+        if "weight" in parameters and "bias" in parameters and _is_small(x, state.min_elements):
+            state.calls.no_gain += 1
+            return quick(self, x, parameters["weight"], parameters["bias"])
+        return usual(self, x)
+
+    return forward
+
+
+def _is_small(x: Tensor, minimum: gain.Minimum) -> bool:
+    elements = x.numel()
+    return elements < minimum[0] or (elements < minimum[1] and x.dtype is torch.float32 and x.is_cpu)
 
 
 def _warn(module: Any, state: State, reason: str) -> None:
@@ -304,7 +348,7 @@ def swap(module: nn.Module, kind: type[Kind], found: Any, session: Session | Non
         raise Unsuitable(f"its class cannot be changed: {error}") from error
     weight = kind.weight(module)
     size = None if weight is None else gain.Size.of(weight)
-    vars(module)[STATE] = State(found, size, kind.min_elements(size), session)
+    vars(module)[STATE] = State(found, size, kind.min_elements(size, session), session)
     _replace_in_wrapper(module, original.forward, new.forward)
 
 

@@ -24,6 +24,6 @@ def every_size_pays(request, monkeypatch):
         for name in ("of_norm", "of_product", "of_block", "of_local_temporal"):
             monkeypatch.setattr(gain, name, lambda *_, **__: True)
         for name in ("min_elements_of_norm", "min_elements_of_product"):
-            monkeypatch.setattr(gain, name, lambda *_: 0)
+            monkeypatch.setattr(gain, name, lambda *_: gain.Minimum())
         for kind in (Kind, *KINDS):
             monkeypatch.setattr(kind, "is_faster_in_training", True)

@@ -8,7 +8,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import mplug2_fast as mf
 from tests.acceleration import official_vision
@@ -78,6 +78,34 @@ def test_small_calls_run_the_original_code():
         "0  Linear     → FastLinear (served 0, no gain 1)",
         "1  LayerNorm  → FastLayerNorm (served 0, no gain 1)",
     ]
+
+
+def pruned(module):
+    prune.l1_unstructured(module, "weight", 0.5)
+
+
+def attribute(module):
+    ones = torch.ones_like(module.weight).detach()
+    del module.weight
+    object.__setattr__(module, "weight", ones)
+
+
+def derived(module):
+    module.__class__ = type("Derived", (type(module),), {"bias": property(lambda self: torch.ones(8))})
+
+
+@pytest.mark.real_sizes
+@pytest.mark.parametrize("change", [pruned, attribute, derived], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 8), lambda: nn.LayerNorm(8)], ids=["linear", "norm"])
+def test_small_calls_use_what_replaced_a_parameter(make, change):
+    plain, x = make(), torch.randn(3, 8)
+    fast = copy.deepcopy(plain)
+    report = mf.accelerate(fast)
+    for module in (plain, fast):
+        change(module)
+    assert torch.equal(fast(x), plain(x))
+    assert torch.equal(fast(input=x), plain(input=x))
+    assert report.calls[""].no_gain == 2
 
 
 @pytest.mark.real_sizes
