@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -15,8 +15,6 @@ from mplug2_fast.training import Sample
 
 PICTURES = 10_000_000
 """Pictures of an epoch: more than any run takes."""
-COMPARISONS = {"count": 0.32, "exists": 0.32, "relation": 0.26, "color": 0.04, "shape": 0.04, "objects": 0.02}
-"""Kind of question -> its share in `Comparisons`."""
 
 
 def example(
@@ -67,16 +65,38 @@ class Shapes:
 class Comparisons(Shapes):
     """Mostly questions about counts, existence and relations, which are learned last.
 
-    `COMPARISONS` has the share of each kind. When the answer to "is there ..." is "no", two questions in five name a
-    color or a shape that no object has. These are easier.
+    When the answer to "is there ..." is "no", two questions in five name a color or a shape that no object has. These
+    are easier.
     """
 
+    shares: ClassVar = {"count": 0.32, "exists": 0.32, "relation": 0.26, "color": 0.04, "shape": 0.04, "objects": 0.02}
+    """Kind of question -> its share."""
+
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        kind = str(rng.choice([*COMPARISONS], p=[*COMPARISONS.values()]))
-        scene, item = example(rng, held_out=False, kind=kind)
+        kind = str(rng.choice([*self.shares], p=[*self.shares.values()]))
+        scene, item = self._example(kind, rng)
         if kind == "exists" and "no" in item.answers and rng.random() < 0.4:
             item = replace(item, question=absent(scene, rng))
         return _sample(scene, item, rng)
+
+    def _example(self, kind: str, rng: np.random.Generator) -> tuple[Scene, Item]:
+        return example(rng, held_out=False, kind=kind)
+
+
+class Relations(Comparisons):
+    """Mostly questions about relations, and of these mostly "above" and "below", which are learned last of all.
+
+    Two in five are about pictures of two objects. These are easier.
+    """
+
+    shares: ClassVar = {"relation": 0.7, "count": 0.08, "exists": 0.08, "color": 0.07, "shape": 0.05, "objects": 0.02}
+
+    def _example(self, kind: str, rng: np.random.Generator) -> tuple[Scene, Item]:
+        easy, upright = kind == "relation" and rng.random() < 0.4, kind == "relation" and rng.random() < 0.75
+        while True:
+            scene, item = super()._example(kind, rng)
+            if not ((easy and len(scene) > 2) or (upright and " of " in str(item.question))):
+                return scene, item
 
 
 def _sample(scene: Scene, item: Item, rng: np.random.Generator) -> Sample:
