@@ -1,0 +1,1 @@
+"""Small trainings that show what each task of the package learns, with committed results."""
