@@ -120,7 +120,7 @@ class Trainer:
         self.names = official_of_parameters(model)
         start.freeze(model, recipe.model)
         if recipe.lora is not None:
-            lora.add(model, recipe.lora, self.names)
+            lora.add(model, recipe.lora)
         if recipe.activation_checkpointing:
             checkpoint_activations(model)
         momentum = None if recipe.distillation is None else recipe.distillation.momentum
