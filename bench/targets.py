@@ -7,6 +7,7 @@ bfloat16 products, 4.3 TB/s in copies.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -272,21 +273,20 @@ def _training() -> list[Target]:
     ]
 
 
-def _retrieval() -> list[Target]:
-    def of(work: str, name: str, quantity: Quantity, bound: float) -> Target:
-        return Target(work, "model", name, "large", "float32", "cpu", quantity, bound)
+def _on_large(work: str, name: str, quantity: Quantity, bound: float, sizes: str = "large") -> Target:
+    return Target(work, "model", name, sizes, "float32", "cpu", quantity, bound)
 
+
+def _retrieval() -> list[Target]:
     return [
-        of("re-ranking 128 texts of a video", "re-ranking", times("reference"), 8),
-        of("re-ranking 128 texts of a video", "re-ranking", GEMM_SHARE, 75),
-        of("features of a video and of 128 texts", "retrieval features", times("compiled"), 1.2),
+        _on_large("re-ranking 128 texts of a video", "re-ranking", times("reference"), 8),
+        _on_large("re-ranking 128 texts of a video", "re-ranking", GEMM_SHARE, 75),
+        _on_large("features of a video and of 128 texts", "retrieval features", times("compiled"), 1.2),
     ]
 
 
 def _mplug() -> list[Target]:
-    def of(work: str, name: str, quantity: Quantity, bound: float) -> Target:
-        return Target(work, "model", name, "mPLUG large", "float32", "cpu", quantity, bound)
-
+    of = functools.partial(_on_large, sizes="mPLUG large")
     return [
         of("mPLUG, re-ranking 128 texts of an image", "re-ranking", times("reference"), 8),
         of("mPLUG, re-ranking 128 texts of an image", "re-ranking", GEMM_SHARE, 75),

@@ -51,7 +51,7 @@ def collect() -> dict[str, Any]:
 
 
 def _guarded(part: Callable[[], Any]) -> Any:
-    """The part. If a broken installation raises, the error."""
+    """The result of `part`, or the error of a broken installation."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -132,7 +132,7 @@ def _torch() -> dict[str, Any]:
 
 
 def _cuda() -> dict[str, Any]:
-    """`devices`. If there are none, also `reason`."""
+    """The CUDA devices, under `devices`. Without any, `reason` says why."""
     import torch
 
     if torch.version.cuda is None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from examples.moving_shapes.generator import (
     QUESTION_KINDS,
+    Scenes,
     answer,
     caption,
     questions,
@@ -38,10 +39,13 @@ class MovingShapes:
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         """Frames `(4, image_size, image_size, 3)` of one clip, its caption, a question and the answer."""
         rng = training_rng(int(rng.integers(2**32)), int(rng.integers(2**32)))
-        scenes = sample_scenes(rng, 1)
+        return self.of(sample_scenes(rng, 1), rng, str(index))
+
+    def of(self, scenes: Scenes, rng: np.random.Generator, id: str = "") -> Sample:
+        """The sample of one scene."""
         kind = QUESTION_KINDS[rng.integers(len(QUESTION_KINDS))]
         item = Item(
-            id=str(index),
+            id=id,
             caption=(caption(scenes, 0),),
             question=str(rng.choice(questions(scenes, 0, kind))),
             answers={answer(scenes, 0, kind): 1.0},

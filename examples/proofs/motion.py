@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from examples.moving_shapes.data import MovingShapes
 from examples.moving_shapes.generator import (
     ACTIONS,
     COLORS,
@@ -13,16 +14,12 @@ from examples.moving_shapes.generator import (
     Scenes,
     caption,
     held_out_scenes,
-    sample_scenes,
     training_frames,
-    training_rng,
 )
 from mplug2_fast.datasets import Item
 from mplug2_fast.tasks import Classification
 from mplug2_fast.training import Sample
 
-CLIPS = 10_000_000
-"""Clips of an epoch: more than any run takes."""
 FIRST_HELD_OUT = 20_000
 HELD_OUT = 1_000
 
@@ -30,22 +27,11 @@ RECOGNITION = Classification(ACTIONS, name="actions")
 ENTAILMENT = Classification(("entailment", "neutral", "contradiction"), on="fused", name="entailment")
 
 
-class Actions:
+class Actions(MovingShapes):
     """Clips with their actions."""
 
-    def __init__(self, config: Any) -> None:
-        self._size = config.vision.image_size
-
-    def __len__(self) -> int:
-        return CLIPS
-
-    def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        rng = training_rng(int(rng.integers(2**32)), int(rng.integers(2**32)))
-        return self.of(sample_scenes(rng, 1), rng)
-
-    def of(self, scenes: Scenes, rng: np.random.Generator) -> Sample:
-        """The sample of one scene."""
-        item = Item(id="", label=ACTIONS[scenes.action[0]])
+    def of(self, scenes: Scenes, rng: np.random.Generator, id: str = "") -> Sample:
+        item = Item(id=id, label=ACTIONS[scenes.action[0]])
         return Sample(item, training_frames(scenes, rng, self._size)[0])
 
 
@@ -56,7 +42,7 @@ class Entailment(Actions):
     from it. A sentence with another color or shape contradicts the frame.
     """
 
-    def of(self, scenes: Scenes, rng: np.random.Generator) -> Sample:
+    def of(self, scenes: Scenes, rng: np.random.Generator, id: str = "") -> Sample:
         label = ENTAILMENT.labels[rng.integers(3)]
         color, shape = int(scenes.color[0]), int(scenes.shape[0])
         if label == "contradiction":
@@ -69,7 +55,7 @@ class Entailment(Actions):
         sentence = caption(said, 0)
         moves = label == "neutral" or (label == "contradiction" and rng.random() < 0.5)
         text = sentence if moves else sentence.removesuffix(f" {ACTIONS[scenes.action[0]]}")
-        return Sample(Item(id="", text=text, label=label), training_frames(scenes, rng, self._size)[0, :1])
+        return Sample(Item(id=id, text=text, label=label), training_frames(scenes, rng, self._size)[0, :1])
 
 
 def held_out_actions(config: Any) -> list[Sample]:

@@ -6,15 +6,7 @@
 from mplug2_fast.bulk.features import Features, read_features
 from mplug2_fast.bulk.ranks import Ranks
 from mplug2_fast.bulk.runs import Decoding, Plan, Summary, run
-from mplug2_fast.bulk.sources import (
-    Question,
-    Source,
-    Sources,
-    ask_all,
-    find_videos,
-    read_questions,
-    texts_alone,
-)
+from mplug2_fast.bulk.sources import Question, Source, Sources, ask_all, find_videos, read_questions, texts_alone
 from mplug2_fast.bulk.work import Frames, Predict, Work
 
 __all__ = [

@@ -181,9 +181,9 @@ def _asked(line: str, where: str) -> tuple[tuple[str, ...], Question]:
     given = fields.get("images")
     pair = "path" not in fields and given is not None
     files = given if pair else [fields.get("path")]
-    if pair and not (isinstance(given, list) and len(given) == 2 and all(map(_is_said, given))):
+    if pair and not (isinstance(given, list) and len(given) == 2 and all(map(_is_filled, given))):
         raise ConfigError(f"{where}: 'images' must be a list of two paths")
-    for name, there in (("path", all(map(_is_said, files))), ("question", _is_said(fields.get("question")))):
+    for name, there in (("path", all(map(_is_filled, files))), ("question", _is_filled(fields.get("question")))):
         if not there:
             raise ConfigError(f"{where}: the object needs a text {name!r}")
     for file in files:
@@ -196,7 +196,7 @@ def _asked(line: str, where: str) -> tuple[tuple[str, ...], Question]:
     return tuple(map(_spelled, files)), Question(fields["question"], identity)
 
 
-def _is_said(value: Any) -> bool:
+def _is_filled(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 

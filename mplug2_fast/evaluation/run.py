@@ -64,7 +64,7 @@ def evaluate(
         options: of the task, such as num_beams.
         frames: of a clip; None for the model's number.
         decoding, batch_memory, retry_failed, ranks, started: see `bulk.run`.
-        checkpoint, data, split: the sources of model and items, for the report, which also has hashes of the files.
+        checkpoint, data, split: where model and items come from. The report names them, with hashes of the files.
 
     Raises:
         ConfigError: bad options, a metric that cannot run here, or `out` has other predictions.
@@ -269,7 +269,7 @@ def _origin(checkpoint: PathLike | None, data: PathLike | None, split: str | Non
 
 
 def _file(name: str, path: Path, split: str | None) -> Path | None:
-    """The weights, or the split, in a folder; a file itself."""
+    """The path itself if it is a file. For a folder, the file with the weights or the split."""
     if path.is_dir():
         path = path / (WEIGHTS_NAME if name == "checkpoint" else f"{split}.jsonl")
     return path if path.is_file() else None

@@ -47,6 +47,13 @@ class Contrast(nn.Module):
         return F.normalize(linear(self.text_proj, tokens), dim=-1)
 
 
+def contrast_within(logits: Tensor, ids: Tensor) -> Tensor:
+    """The mean cross-entropy of the rows and columns of logits `(B, B)`. Pairs with equal ids are equally right."""
+    same = (ids[:, None] == ids).to(logits.dtype)
+    targets = same / same.sum(dim=1, keepdim=True)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
 class Keys(NamedTuple):
     """Features that queries are compared with.
 
@@ -127,8 +134,8 @@ class _ContrastLoss(torch.autograd.Function):
 
 
 def _blocks(ids: Tensor, keys: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views `(dim, block)` of the keys, copied if their dtype is another, and which of them each query matches
-    `(B, block)`."""
+    """Views `(dim, block)` of the keys, and which of them each query matches `(B, block)`. Keys of another dtype are
+    copied."""
     for features, of_keys in zip(keys[::2], keys[1::2], strict=True):
         for some, numbers in zip(features.split(KEY_BLOCK, dim=1), of_keys.split(KEY_BLOCK), strict=True):
             yield some.to(dtype), ids[:, None] == numbers

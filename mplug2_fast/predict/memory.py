@@ -20,8 +20,8 @@ def clip_bytes(config: Any, *, num_frames: int, itemsize: int, num_beams: int = 
     vision, text = config.vision, config.text
     tokens = config.visual_tokens(num_frames)
     pixels = 3 * num_frames * vision.image_size**2
-    # A block holds its input, its normalised input, its result, and the MLP's hidden values. A connected fusion layer
-    # holds as many, of its own width. Before the first block there are two copies of the pixels.
+    # A block keeps its input, the normalised input, its result, and the hidden values of the MLP. A connected fusion
+    # layer keeps the same tensors at the text's width. The first block starts with two copies of the pixels in memory.
     encoding = (3 + vision.mlp_ratio) * tokens * max(vision.width, text.hidden_size) + 2 * pixels
     # Each layer of the decoder keeps keys and values of the tokens, and those of the words of each beam.
     layers, hidden = text.text_decode_layers, text.hidden_size

@@ -150,7 +150,7 @@ class Predictor:
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
     ) -> Self:
-        """Like the constructor, for the path of a checkpoint."""
+        """Makes a predictor from the path of a checkpoint."""
         return cls(path, dtype=dtype, device=device)
 
     @property

@@ -1,4 +1,4 @@
-"""Contrast and matching, for the models of both families."""
+"""Retrieval by contrast and matching, shared by the reference models of both families."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Retrieval:
     """Features, losses and scores of a model that has `encode_video`, `text_encoder`, `fuse` and `itm_head`."""
 
     def add_contrast(self, width: int, embed_dim: int) -> None:
-        """Add the projections and the temperature."""
+        """Adds the projections and the temperature."""
         self.vision_proj = nn.Linear(width, embed_dim)
         self.text_proj = nn.Linear(width, embed_dim)
         self.temp = nn.Parameter(torch.tensor(0.07))

@@ -47,7 +47,7 @@ class BoxAlternative(Alternative):
 
 
 Texts = list[Alternative] | NotFiniteError
-"""The results for one video, best first, or the error that explains why there are none."""
+"""The results for one video, best first. If the model's output is not finite, the error instead."""
 
 Respond = Callable[[Any, Sequence[str | None]], list[Texts]]
 """Takes image_embeds `(B, S, D)` and a text or None for each of the B videos. Returns the results of each video.

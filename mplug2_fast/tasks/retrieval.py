@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mplug2_fast.errors import printable
-from mplug2_fast.nn.contrast import Keys, contrast_loss
+from mplug2_fast.nn.contrast import Keys, contrast_loss, contrast_within
 from mplug2_fast.nn.momentum import MomentumCopy
 from mplug2_fast.tasks.base import (
     Alternative,
@@ -168,21 +168,18 @@ class Retrieval(Task):
         f, g = model.visual_features(visual), model.text_features(text)
         temperature = model.contrast.temperature
         if state is None:
-            logits = f @ g.T / temperature, g @ f.T / temperature
-            same = wide((ids[:, None] == ids).to(f.dtype))
-            targets = same / same.sum(dim=1, keepdim=True)
-            ways = [F.cross_entropy(wide(each), targets) for each in logits]
+            similarities = f @ g.T / temperature
+            logits = similarities, similarities.T
+            contrast = contrast_within(wide(similarities), ids)
         else:
             f_m, g_m = state.features(batch)
             with torch.no_grad():
                 logits = f @ g_m.T / temperature, g @ f_m.T / temperature
             images, texts = state.keys(f_m, g_m, ids)
-            ways = [
-                contrast_loss(f, ids, texts, temperature, teacher=f_m, alpha=alpha),
-                contrast_loss(g, ids, images, temperature, teacher=g_m, alpha=alpha),
-            ]
+            of_images = contrast_loss(f, ids, texts, temperature, teacher=f_m, alpha=alpha)
+            of_texts = contrast_loss(g, ids, images, temperature, teacher=g_m, alpha=alpha)
+            contrast = (of_images + of_texts) / 2
             state.enqueue(f_m, g_m, ids)
-        contrast = torch.stack(ways).mean()
         text_weights, image_weights = (_weights(each.detach(), ids) for each in logits)
         if negatives is None:
             negatives = _drawn(image_weights), _drawn(text_weights)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mplug2_fast.errors import printable
+from mplug2_fast.nn.contrast import contrast_within
 from mplug2_fast.tasks.base import (
     Alternative,
     Respond,
@@ -60,10 +61,7 @@ class Clip(Task):
                 match each other.
         """
         cosines = self.predict(model, batch["video"], clip_ids=batch["clip_ids"]).similarities
-        logits = wide(SPACES["clip"].scale(model) * cosines)
-        same = (batch["ids"][:, None] == batch["ids"]).to(logits.dtype)
-        targets = same / same.sum(dim=1, keepdim=True)
-        return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+        return contrast_within(wide(SPACES["clip"].scale(model) * cosines), batch["ids"])
 
     def predict(self, model: Any, video: Tensor, *, clip_ids: Tensor) -> Scores:
         """Cosines of all videos `(N, 3, T, H, W)` with all texts `(M, tokens)`."""

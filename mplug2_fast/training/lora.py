@@ -24,7 +24,7 @@ _FUSED = "in_proj_weight"
 
 
 def add(model: Any, settings: Lora) -> None:
-    """Add adapters to the weights whose official names match a target. Only the adapters are trained then.
+    """Adds adapters to the weights whose official names match a target. Only the adapters are trained then.
 
     Args:
         model: changed in place. settings: rank, scale and targets.

@@ -91,9 +91,12 @@ def test_a_color_or_shape_that_is_nowhere(examples):
     for scene, _ in examples[False]:
         color, shape = absent(scene, rng).split()[-2:]
         assert all(each.color != color for each in scene) or all(each.shape != shape for each in scene)
-    for source in (Comparisons, Relations):
-        kinds = [source(mf.MPlugConfig.preset("tiny")).sample(0, rng).item.extra["kind"] for _ in range(40)]
-        assert sum(kind in ("count", "exists", "relation") for kind in kinds) > 25
+    for source, upright in ((Comparisons, 0.5), (Relations, 0.875)):
+        data = source(mf.MPlugConfig.preset("tiny"))
+        items = [data.sample(0, rng).item for _ in range(300)]
+        assert sum(item.extra["kind"] in ("count", "exists", "relation") for item in items) > 200
+        asked = [str(item.question) for item in items if item.extra["kind"] == "relation"]
+        assert np.mean([" of " not in each for each in asked]) == pytest.approx(upright, abs=0.15)
 
 
 def test_the_vocabulary_has_every_word(examples):

@@ -194,7 +194,8 @@ def test_gradients_are_those_of_the_reference(double, twin, name):
         close(visual.grad, copy.grad)
     for key, parameter in head.items():
         close(double.heads[name].get_parameter(key).grad, parameter.grad)
-    compare_gradients(double, twin)
+    if name != "visual":  # it has no parameters after the visual tokens but those of its head
+        compare_gradients(double, twin)
 
 
 def gradients_of(model):
@@ -205,6 +206,7 @@ def gradients_of(model):
 def compare_gradients(double, twin):
     ours = gradients_of(double)
     theirs = {key: each for key, each in twin.official_gradients().items() if each is not None and key in ours}
+    assert len(theirs) > 20
     close({key: ours[key] for key in theirs}, theirs)
 
 

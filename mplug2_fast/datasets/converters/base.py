@@ -142,7 +142,7 @@ class Annotations:
         """The file of a role.
 
         Raises:
-            DataError: there is none, or more than one.
+            DataError: no file was given for the role, or more than one.
         """
         paths = self.paths(role)
         if len(paths) != 1:
