@@ -18,6 +18,9 @@ def train(
         typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as steps=500 seed=1."),
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Check the recipe, the data and the model, and stop.")] = False,
+    ray: Annotated[
+        int | None, typer.Option("--ray", metavar="N", min=1, help="Train on a Ray cluster, with N workers.")
+    ] = None,
 ) -> None:
     """Train a model on your own data. Run the same command again to resume a run that was stopped."""
     with reporting():
@@ -25,7 +28,14 @@ def train(
             from mplug2_fast.training import Trainer, load_recipe
         except ImportError as error:
             raise ConfigError(str(error)) from error
-        trainer = Trainer(load_recipe(recipe, changes or []), note=None)
+        loaded = load_recipe(recipe, changes or [])
+        if ray and not check:
+            from mplug2_fast.ray import train as train_on_ray
+
+            emit(str(train_on_ray(loaded, ray)))
+            return
+        loaded.check_ranks(ray or 1)
+        trainer = Trainer(loaded, note=None)
         if check:
             sizes = ", ".join(f"{len(data):,}" for data in trainer.datasets)
             emit(f"{recipe}: right; {trainer.steps:,} steps, samples of each source: {sizes}")

@@ -256,6 +256,17 @@ class Recipe(_Part):
         """Names of all tasks, in the order of the sources."""
         return list(dict.fromkeys(task for source in self.sources for task in source.tasks))
 
+    def check_ranks(self, size: int) -> None:
+        """Raise `ConfigError` unless this many ranks can share the run."""
+        for source in self.sources:
+            if source.batch_size % (size * self.accumulate):
+                raise ConfigError(
+                    f"batch_size {source.batch_size} of {source.data} must be a multiple of the number of ranks times "
+                    f"accumulate, {size} · {self.accumulate}"
+                )
+        if self.distillation and size > 1 and self.strategy == "fsdp":
+            raise ConfigError("distillation keeps a whole copy of the model: use the strategy ddp")
+
     def differences(self, other: Recipe) -> list[str]:
         """Names of the fields that decide the weights and differ, dotted."""
         mine, theirs = _flat(self.model_dump()), _flat(other.model_dump())

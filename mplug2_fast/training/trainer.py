@@ -70,7 +70,7 @@ class Trainer:
         self._tasks = {name: load(name) for name in recipe.tasks}
         self._asked_to_stop = self._stop = False
         self._log = Log(recipe, self.world, note)
-        self._check_sizes()
+        recipe.check_ranks(self.world.size)
         self.tokenizer = tokenizer or start.tokenizer_of(recipe.model)
         if model is None:
             torch.manual_seed(recipe.seed)
@@ -88,17 +88,6 @@ class Trainer:
         self._validator = Validator.of(recipe, self.model.config)
 
     # --- the model and the data
-
-    def _check_sizes(self) -> None:
-        recipe, size = self.recipe, self.world.size
-        for source in recipe.sources:
-            if source.batch_size % (size * recipe.accumulate):
-                raise ConfigError(
-                    f"batch_size {source.batch_size} of {source.data} must be a multiple of the number of ranks times "
-                    f"accumulate, {size} · {recipe.accumulate}"
-                )
-        if recipe.distillation and size > 1 and recipe.strategy == "fsdp":
-            raise ConfigError("distillation keeps a whole copy of the model: use the strategy ddp")
 
     def _open_data(self) -> list[Dataset]:
         sources = self.recipe.sources

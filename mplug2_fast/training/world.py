@@ -1,4 +1,4 @@
-"""The ranks of a run, as torchrun starts them, and how a model is spread over them."""
+"""The ranks of a run, and how a model is spread over them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ from mplug2_fast.nn.bert_layer import BertLayer
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_TIMEOUT = timedelta(hours=12)
-"""Ranks wait this long for one that validates or writes. torchrun ends the others of a rank that died."""
+TIMEOUT = timedelta(hours=12)
+"""Ranks wait this long for one that validates or writes. If a rank dies, the launcher ends the others."""
+
+
+def backend_of(device_type: str) -> str:
+    """The backend of torch.distributed for ranks on this type of device."""
+    return "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
 
 
 class World:
-    """The ranks of a run; a single one without torchrun. To be used in a `with` statement.
+    """The ranks that torchrun or Ray Train started, or a single one. Use it in a `with` statement.
 
     Attributes:
         rank, size: this rank's number, and how many there are. device: of this rank.
@@ -45,8 +50,7 @@ class World:
 
     def __enter__(self) -> Self:
         if self.size > 1 and not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=_TIMEOUT)
+            dist.init_process_group(backend_of(self.device.type), timeout=TIMEOUT)
             self._started = True
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)

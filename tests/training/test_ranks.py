@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from mplug2_fast.errors import ConfigError
+from mplug2_fast.ray import train as train_on_ray
 from mplug2_fast.training import Trainer, make_recipe
 from tests.training.conftest import values_of
 from tests.training.ranks import RUNS, launcher
@@ -54,3 +58,53 @@ def test_one_rank_resumes_from_two(folder, name):
     save.rename(folder / name / "save-4")  # resume from step 2
     on_one_rank(folder / name, name)
     assert_close(log(folder / name), before, 1e-5)
+
+
+MORTAL = """
+import os
+from pathlib import Path
+from tests.training.data import Noise
+
+HERE = Path(__file__).parent
+
+class Mortal(Noise):
+    def sample(self, index, rng):
+        if os.environ["RANK"] == "1" and (HERE / "run/saves/step-2").exists() and not (HERE / "died").exists():
+            (HERE / "died").touch()
+            os._exit(1)
+        return super().sample(index, rng)
+"""
+
+
+def test_ray_is_checked_before_training(recipe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"pip install 'mplug2-fast\[ray,train\]'"):
+        train_on_ray(recipe(), 2)
+    with pytest.raises(ConfigError, match=r"batch_size 4 .* 3 · 1"):
+        train_on_ray(recipe(), 3)
+
+
+@pytest.mark.soak  # Ray starts five processes
+@pytest.mark.timeout(900)
+def test_workers_of_ray_equal_ranks_although_one_dies(folder, tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray")
+    (tmp_path / "mortal.py").write_text(MORTAL)
+    values = values_of(tmp_path / "run", **RUNS["ddp"])
+    values["sources"] = [{**values["sources"][0], "data": f"{tmp_path}/mortal.py:Mortal"}]
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        object_store_memory=80 * 2**20,
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}},
+    )
+    try:
+        assert train_on_ray(make_recipe(values), 2) == tmp_path / "run/model"
+    finally:
+        ray.shutdown()
+    assert (tmp_path / "died").exists()
+    assert log(tmp_path / "run") == log(folder / "ddp")
