@@ -15,7 +15,7 @@ from torch import Tensor
 from mplug2_fast.ops.runtime import formula
 
 BLOCK = 1 << 20
-"""Most weights of a block. They stay in the cache."""
+"""Maximum number of weights in a block. More would not stay in the cache."""
 
 
 def is_worthwhile(query: Tensor, key: Tensor) -> bool:
@@ -128,7 +128,7 @@ def _weights(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool, at: 
 
 
 def _hidden(mask: Tensor | None, causal: bool, query: Tensor, key: Tensor, at: At) -> Tensor | None:
-    """The keys that queries do not see."""
+    """Mask of the keys that the queries of a block do not see; None if they see all."""
     if mask is not None:
         return ~mask.expand(*query.shape[:3], key.shape[2])[at]
     if not causal:
@@ -148,11 +148,11 @@ def _kept(at: At, query: Tensor, key: Tensor, p: float, generator: torch.Generat
 
 
 def _dropped(p: float) -> int:
-    """How many of the 2¹⁶ values of 16 bits drop a weight."""
+    """Number of the 2¹⁶ values of 16 bits that drop a weight."""
     return round(p * (1 << 16))
 
 
 def _gain(p: float) -> float:
-    """What the kept weights are multiplied by, so that their sum stays the same on average."""
+    """Factor of the kept weights. It preserves their sum on average."""
     kept = (1 << 16) - _dropped(p)
     return (1 << 16) / kept if kept else 0.0

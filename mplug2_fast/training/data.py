@@ -46,7 +46,7 @@ class Sample(NamedTuple):
 
 
 class Dataset(Protocol):
-    """Samples by number. A recipe may name a class of this form: it is made with the configuration of the model."""
+    """Samples by number. A recipe may name such a class. It is called with the configuration of the model."""
 
     def __len__(self) -> int: ...
 
@@ -316,5 +316,5 @@ def schedule(shares: Sequence[float], steps: int, seed: int) -> np.ndarray:
 
 
 def to_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The same on the device."""
+    """The tensors on the device."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}

@@ -9,7 +9,7 @@ import torch
 
 @torch.no_grad()
 def scale_preserving(model: Any) -> None:
-    """Initialises matrices that preserve the scale of their inputs, for small models without pre-training.
+    """Initialise matrices that preserve the scale of their inputs, for small models without pre-training.
 
     Biases are zero. Word embeddings have the standard deviation 0.02. That of positions is large enough to show beside
     patches, which have scale 1. Local temporal modules start as the identity.

@@ -23,7 +23,7 @@ class Log:
     """The log of a run. Only the first rank writes it.
 
     Args:
-        recipe: of the run. world: its ranks. note: is called with each line; None prints them on standard error.
+        recipe: of the run. world: its ranks. note: called with each message. None prints messages on standard error.
     """
 
     def __init__(self, recipe: Recipe, world: World, note: Callable[[str], None] | None) -> None:
@@ -38,7 +38,7 @@ class Log:
         self._writers: list[Callable[[int, Mapping[str, float]], None]] = []
 
     def note(self, line: str) -> None:
-        """A line for people."""
+        """Show a message to the user."""
         if not self._first:
             return
         if self._print is not None:
@@ -49,7 +49,7 @@ class Log:
             print(line, file=sys.stderr, flush=True)
 
     def claim(self) -> None:
-        """Keeps other runs out of the folder for as long as this process lives.
+        """Keep other runs out of the folder while this process lives.
 
         Raises:
             ConfigError: another run is there.
@@ -63,7 +63,7 @@ class Log:
             raise ConfigError(f"{self._folder}: another run is training there: stop it, or use another out") from None
 
     def recorded_recipe(self) -> Recipe | None:
-        """The recipe that began this run."""
+        """The recipe that started this run; None for a new run."""
         path = self._folder / RECIPE
         if not path.exists():
             return None
@@ -79,7 +79,7 @@ class Log:
         partial.replace(self._folder / RECIPE)
 
     def begin(self, step: int, steps: int, bad: Mapping[str, str]) -> None:
-        """Starts at a step. Lines of later steps, which will be done again, are dropped."""
+        """Start after a step. Drops the lines of later steps, which will be repeated."""
         self._steps, self._started, self._from = steps, time.monotonic(), step
         self._samples = 0
         if not self._first:
@@ -121,7 +121,7 @@ class Log:
             self._writers.append(lambda step, values: run.log(dict(values), step=step))
 
     def waiting(self, iterator: Iterator[_T]) -> _T:
-        """The iterator's next value; the time counts as waiting for data."""
+        """Return the iterator's next value. The time counts as waiting for data."""
         started = time.monotonic()
         value = next(iterator)
         self._waited += time.monotonic() - started
@@ -138,7 +138,7 @@ class Log:
         samples: int,
         skipped: str | None,
     ) -> None:
-        """A step that was done."""
+        """Record a step."""
         self._samples += samples
         if self._file is None:
             return
@@ -164,7 +164,7 @@ class Log:
             self.note(f"step {step}/{self._steps}: {text}")
 
     def scores(self, step: int, scores: Mapping[str, float]) -> None:
-        """The scores of a validation."""
+        """Record the scores of a validation."""
         if not self._first:
             return
         for write in self._writers:
@@ -172,7 +172,7 @@ class Log:
         self.note(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
 
     def end(self, state: Any) -> None:
-        """Draws the losses and says how the run went."""
+        """Plot the losses and report how the run went."""
         if not self._first:
             return
         self._plot(state)
@@ -181,7 +181,7 @@ class Log:
         self.note(f"{self._folder / 'model'}: trained for {state.step} steps{problems}")
 
     def close(self) -> None:
-        """Closes everything, however the run ended."""
+        """Close all files. Call this however the run ended."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mplug2_fast.errors import ConfigError
 from mplug2_fast.training.recipe import Optimizer, Schedule
 
 VISION = "visual_encoder."
@@ -37,7 +38,7 @@ def make_optimizer(model: nn.Module, names: dict[str, str], settings: Optimizer)
         for (rate, decay), parameters in groups.items()
     ]
     if not described:
-        raise ValueError("no parameter is trained: check train_only and freeze")
+        raise ConfigError("no parameter is trained: check train_only and freeze")
     return torch.optim.AdamW(described, betas=settings.betas, eps=settings.eps, fused=True)
 
 
@@ -52,7 +53,7 @@ _STAIR = 100
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int, steps: int) -> float:
-    """Sets the rates of step `step`, from 0, of `steps`. Returns the largest."""
+    """Set the rates of step `step`, from 0, of `steps`. Returns the largest."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(group["base"], schedule, step, steps)
     return max(group["lr"] for group in optimizer.param_groups)

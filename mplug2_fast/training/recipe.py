@@ -66,7 +66,7 @@ class Lora(_Part):
     alpha: Rate = 16.0
     dropout: Share = 0.0
     targets: list[str] = ["*.c_fc.weight", "*.c_proj.weight", "*.dense.weight"]
-    """Patterns of official names of linear layers' weights."""
+    """Patterns of official names: weights of linear layers, and of queries, keys and values."""
 
 
 class Source(_Part):
@@ -144,9 +144,9 @@ class Schedule(_Part):
 
     warmup_steps: Count = 200
     warmup_learning_rate: Rate = 0.0
-    """Where the warm-up starts."""
+    """Rate at which the warm-up starts."""
     min_learning_rate: Rate = 1e-6
-    """Where the cosine ends. A rate that is lower from the start stays constant."""
+    """Rate at which the cosine ends. A base rate below it stays constant."""
     kind: Literal["cosine", "constant", "epochs"] = "cosine"
     """`epochs` is mPLUG's: in the first epoch the rate goes in stairs of 100 steps from the warm-up's start to the base
     rate, up or down. Then it is constant within each epoch, on a cosine over the epochs."""

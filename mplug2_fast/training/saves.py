@@ -168,7 +168,7 @@ def require_names(tensors: Mapping[str, Tensor], stored: set[str], path: Path) -
     if differing:
         raise CheckpointError(
             f"{path}: {len(differing)} tensors of the save and of the recipe's model differ, first {differing[0]}: "
-            "use the recipe that began this run, or another out"
+            "use the recipe that started this run, or another out"
         )
 
 
