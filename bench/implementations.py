@@ -18,6 +18,7 @@ from bench.weights import fill
 from mplug2_fast.acceleration import accelerate
 from mplug2_fast.ops import explain, layer_norm
 from mplug2_fast.ops.runtime import cuda
+from mplug2_fast.tasks.features import SPACES
 from mplug2_fast.tasks.matching import match_pairs
 from mplug2_fast.training.optimizer import make_optimizer, official_of_parameters
 from mplug2_fast.training.recipe import Optimizer
@@ -294,8 +295,8 @@ class Fast(Implementation):
         return self.model.predict("grounding", video, text_ids=phrase, text_mask=mask).logits[:, 0]
 
     def retrieval_features(self, video: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
-        visual, text = self.model.encode_video(video), self.model.encode_text(texts, mask)
-        return torch.cat([self.model.visual_features(visual), self.model.text_features(text)])
+        visual = self.model.visual_features(self.model.encode_video(video))
+        return torch.cat([visual, SPACES["contrast"].features(self.model, texts, mask)])
 
     def re_ranking(self, embeds: Tensor, states: Tensor, mask: Tensor) -> Tensor:
         everything = torch.ones(len(embeds), len(states), dtype=torch.bool, device=embeds.device)
@@ -337,7 +338,8 @@ class Eager(Implementation):
         return self.peer.ground(*self.peer.encode_question(video, phrase, mask))[:, 0]
 
     def retrieval_features(self, video: Tensor, texts: Tensor, mask: Tensor) -> Tensor:
-        return torch.cat(self.peer.retrieval_features(video, texts, mask))
+        longest = int(mask.sum(dim=1).max())  # the official code pads further
+        return torch.cat(self.peer.retrieval_features(video, texts[:, :longest], mask[:, :longest]))
 
     def re_ranking(self, embeds: Tensor, states: Tensor, mask: Tensor) -> Tensor:
         return self.peer.match(embeds, states, mask)

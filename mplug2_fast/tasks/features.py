@@ -12,8 +12,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from mplug2_fast.text import Tokenizer
 
-TEXT_BATCH = 128
-"""Texts per batch."""
+TEXT_BATCH = {"cpu": 32}
+"""Texts per batch. Small batches have less padding, large ones fill a GPU."""
 
 
 class Space(ABC):
@@ -36,20 +36,31 @@ class Space(ABC):
     def texts(self, model: Any, tokenizer: Tokenizer, texts: Sequence[str], *, video: bool) -> Tensor:
         """Texts to features `(texts, dim)` of norm 1. `video`: whether they are compared with videos of several
         frames."""
-        ids, lengths = self._tokens(model, tokenizer, texts, video)
-        order, device = list(by_length(lengths)), next(model.parameters()).device
+        return self.features(model, *self._tokens(model, tokenizer, texts, video))
+
+    def features(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        """Ids and mask `(texts, tokens)` to features `(texts, dim)` of norm 1.
+
+        Texts of similar length are encoded together, without their padding. Under `torch.compile` all are encoded at
+        once, because lengths would break the graph.
+        """
+        device = next(model.parameters()).device
+        if torch.compiler.is_compiling():
+            return self._features(model, ids.to(device), mask.to(device))
+        order = list(by_length(mask, device))
         found = [
-            self._features(model, ids[rows, :longest].to(device), lengths[rows].to(device)) for rows, longest in order
+            self._features(model, ids[rows, :longest].to(device), mask[rows, :longest].to(device))
+            for rows, longest in order
         ]
         return torch.cat(found)[torch.cat([rows for rows, _ in order]).argsort().to(device)]
 
     @abstractmethod
     def _tokens(self, model: Any, tokenizer: Tokenizer, texts: Sequence[str], video: bool) -> tuple[Tensor, Tensor]:
-        """Ids `(texts, tokens)` and lengths `(texts,)`, on the CPU."""
+        """Ids and mask `(texts, tokens)`, on the CPU."""
 
     @abstractmethod
-    def _features(self, model: Any, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Ids and lengths to features `(texts, dim)`."""
+    def _features(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        """Ids and mask to features `(texts, dim)`."""
 
     @abstractmethod
     def scale(self, model: Any) -> Tensor:
@@ -65,11 +76,10 @@ class Contrast(Space):
         return model.visual_features(tokens)
 
     def _tokens(self, model: Any, tokenizer: Tokenizer, texts: Sequence[str], video: bool) -> tuple[Tensor, Tensor]:
-        ids, mask = model.config.wording.descriptions(tokenizer, list(texts), video=video, training=False)
-        return ids, mask.sum(dim=1)
+        return model.config.wording.descriptions(tokenizer, list(texts), video=video, training=False)
 
-    def _features(self, model: Any, ids: Tensor, lengths: Tensor) -> Tensor:
-        return model.text_features(model.encode_text(ids, mask_of(lengths, ids)))
+    def _features(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        return model.text_features(model.encode_text(ids, mask))
 
     def scale(self, model: Any) -> Tensor:
         return 1 / model.contrast.temperature
@@ -89,9 +99,10 @@ class Clip(Space):
 
     def _tokens(self, model: Any, tokenizer: Tokenizer, texts: Sequence[str], video: bool) -> tuple[Tensor, Tensor]:
         ids = clip_ids(model, texts)
-        return ids, 1 + ids.argmax(dim=1)  # the end token has the largest id
+        last = ids.argmax(dim=1, keepdim=True)  # the end token has the largest id
+        return ids, torch.arange(ids.shape[1]) <= last
 
-    def _features(self, model: Any, ids: Tensor, lengths: Tensor) -> Tensor:
+    def _features(self, model: Any, ids: Tensor, mask: Tensor) -> Tensor:
         return model.clip.text(ids)
 
     def scale(self, model: Any) -> Tensor:
@@ -102,15 +113,13 @@ SPACES: dict[str, Space] = {"contrast": Contrast(), "clip": Clip()}
 """Name to space."""
 
 
-def by_length(lengths: Tensor) -> Iterator[tuple[Tensor, int]]:
-    """Numbers of texts in batches, the shortest texts first, and the length of the longest text of each batch."""
-    for rows in lengths.argsort(stable=True).split(TEXT_BATCH):
-        yield rows, int(lengths[rows[-1]])
-
-
-def mask_of(lengths: Tensor, ids: Tensor) -> Tensor:
-    """The mask `(texts, tokens)` of ids: 1 for tokens and 0 for padding."""
-    return (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+def by_length(mask: Tensor, device: torch.device) -> Iterator[tuple[Tensor, int]]:
+    """Numbers of the texts of a mask `(texts, tokens)` in batches for a device, the shortest texts first, and the
+    length of the longest text of each batch."""
+    tokens = torch.arange(1, 1 + mask.shape[1], device=mask.device)
+    lengths = (mask.bool() * tokens).amax(dim=1).cpu()
+    for rows in lengths.argsort(stable=True).split(TEXT_BATCH.get(device.type, 128)):
+        yield rows, max([1, *lengths[rows[-1:]].tolist()])
 
 
 def clip_ids(model_or_config: Any, texts: Sequence[str]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from mplug2_fast.errors import ConfigError
 from mplug2_fast.info import available_memory
 from mplug2_fast.tasks.base import not_finite, require
-from mplug2_fast.tasks.features import SPACES, Space, by_length, mask_of
+from mplug2_fast.tasks.features import SPACES, Space, by_length
 from mplug2_fast.tasks.matching import Scores, rerank
 
 if TYPE_CHECKING:
@@ -105,10 +105,9 @@ class Gallery:
         ids, mask = config.wording.descriptions(self._tokenizer, list(texts), video=self._video, training=False)
         states = torch.zeros(*ids.shape, config.text.hidden_size, dtype=weight.dtype)
         features = torch.zeros(len(ids), config.contrast.embed_dim)
-        lengths = mask.sum(dim=1)
-        for rows, longest in by_length(lengths):
-            some = ids[rows, :longest].to(weight.device)
-            text = model.encode_text(some, mask_of(lengths[rows].to(weight.device), some))
+        for rows, longest in by_length(mask, weight.device):
+            some, valid = ids[rows, :longest].to(weight.device), mask[rows, :longest].to(weight.device)
+            text = model.encode_text(some, valid)
             features[rows], states[rows, :longest] = model.text_features(text).float().cpu(), text.cpu()
         return features, states, mask
 

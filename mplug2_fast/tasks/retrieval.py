@@ -29,6 +29,7 @@ from mplug2_fast.tasks.base import (
     require_text,
     wide,
 )
+from mplug2_fast.tasks.features import SPACES
 from mplug2_fast.tasks.gallery import Gallery
 from mplug2_fast.tasks.matching import Scores, matched, rerank
 
@@ -240,10 +241,11 @@ class Retrieval(Task):
             ValueError: a negative k.
         """
         visual = model.embed(video, image_embeds)
+        if not k:
+            similarities = model.visual_features(visual) @ SPACES["contrast"].features(model, text_ids, text_mask).T
+            return Scores(similarities, similarities.T, similarities)
         text = model.encode_text(text_ids, text_mask)
         similarities = model.visual_features(visual) @ model.text_features(text).T
-        if not k:
-            return Scores(similarities, similarities.T, similarities)
         if add_similarity is None:
             add_similarity = model.config.frames_of(visual.shape[1]) > 1
         return rerank(

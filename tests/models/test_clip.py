@@ -69,7 +69,7 @@ def tokenizer():
 
 @pytest.mark.parametrize("space", SPACES)
 def test_texts_are_encoded_by_their_lengths(model, tokenizer, space, monkeypatch):
-    monkeypatch.setattr(features, "TEXT_BATCH", 2)
+    monkeypatch.setitem(features.TEXT_BATCH, "cpu", 2)
     texts = ["star", "square circle star square", "circle", "square star", "star star star"]
     seen, encode = [], type(SPACES[space])._features
     monkeypatch.setattr(
@@ -84,7 +84,7 @@ def test_texts_are_encoded_by_their_lengths(model, tokenizer, space, monkeypatch
 
 
 def test_a_gallery_scores_as_the_task_does(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(features, "TEXT_BATCH", 2)
+    monkeypatch.setitem(features.TEXT_BATCH, "cpu", 2)
     texts, video = ["star", "square circle star square", "circle", "square star"], random_video(CONFIG, batch=3)
     ids, mask = CONFIG.wording.descriptions(tokenizer, texts, video=True, training=False)
     expected = model.predict("retrieval", video, text_ids=ids, text_mask=mask, k=2)
