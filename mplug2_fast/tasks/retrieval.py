@@ -151,6 +151,7 @@ class Retrieval(Task):
         state: MomentumContrast | None = None,
         alpha: float = 0.0,
         negatives: tuple[Tensor, Tensor] | None = None,
+        sharpness: float = 1.0,
     ) -> Losses:
         """The losses of a batch of pairs.
 
@@ -162,6 +163,8 @@ class Retrieval(Task):
             alpha: weight of the momentum copy's own similarities among the targets.
             negatives: (index of the negative image of each text, of the negative text of each image). None draws them
                 by similarity. A row has no negatives if the batch has no other id.
+            sharpness: how much similar pairs are preferred as negatives. 1: as in the official code. 0: all pairs are
+                equally likely.
         """
         ids, mask = batch["ids"], batch["text_mask"]
         visual = model.embed(batch.get("video"), batch.get("image_embeds"))
@@ -181,7 +184,7 @@ class Retrieval(Task):
             of_texts = contrast_loss(g, ids, images, temperature, teacher=g_m, alpha=alpha)
             contrast = (of_images + of_texts) / 2
             state.enqueue(f_m, g_m, ids)
-        text_weights, image_weights = (_weights(each.detach(), ids) for each in logits)
+        text_weights, image_weights = (_weights(sharpness * each.detach(), ids) for each in logits)
         if negatives is None:
             negatives = _drawn(image_weights), _drawn(text_weights)
         matching = self._matching(model, visual, text, mask, negatives, ids)

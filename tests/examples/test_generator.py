@@ -10,14 +10,18 @@ import pytest
 from examples.moving_shapes.generator import (
     ACTIONS,
     COLORS,
+    FRAME_AT,
     OPPOSITE,
     QUESTION_KINDS,
     SHAPES,
     all_sentences,
     answer,
+    boxes,
     caption,
     clip_frames,
     held_out_scenes,
+    log,
+    phrases,
     questions,
     render,
     sample_scenes,
@@ -154,6 +158,26 @@ def test_answers():
     assert questions(scenes, 0, "action")[0] == "what does the shape do"
 
 
+def test_phrases_and_logs():
+    scenes = held_out_scenes(1, 22)
+    assert phrases(scenes, 0, "end")[::3] == ["the shape at the end", "the red square at the end"]
+    captions = [caption(held_out_scenes(1, number), 0) for number in (22, 29, 39)]
+    assert log(captions, "second") == (
+        "a red square moves left then an orange diamond moves left then a purple star stays still what came second"
+    )
+
+
+def test_a_box_encloses_its_shape():
+    scenes = held_out_scenes(60)
+    for time, seen in (("start", 0), ("end", -1)):
+        masks = shape_masks(scenes)[:, seen]
+        for mask, box in zip(masks, boxes(scenes, FRAME_AT[time]), strict=True):
+            rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+            low, high = (box[:2] - box[2:] / 2) * 32, (box[:2] + box[2:] / 2) * 32
+            assert np.abs(low - (columns[0], rows[0])).max() < 2.5  # tips are thinner than a pixel
+            assert np.abs(high - (columns[-1] + 1, rows[-1] + 1)).max() < 2.5
+
+
 def test_the_vocabulary_covers_everything_that_is_said():
     text = pytest.importorskip("mplug2_fast.text")
     tokenizer = text.Tokenizer(vocabulary())
@@ -168,11 +192,10 @@ def test_the_vocabulary_covers_everything_that_is_said():
 def test_the_vocabulary_keeps_the_special_ids_and_spells_other_words():
     text = pytest.importorskip("mplug2_fast.text")
     words = vocabulary()
-    assert len(words) == len(set(words)) == 256
+    assert len(words) == len(set(words)) == 682
+    assert {word[:7] for word in words[344:]} == {"[unused"}  # places of boxes
     assert [words[i] for i in (0, 1, 99, 100, 101, 102, 103)] == [
         "[PAD]", "[unused0]", "[unused98]", "[UNK]", "[CLS]", "[SEP]", "[MASK]",
     ]  # fmt: skip
     ids, _ = text.Tokenizer(words).encode(["zebra x9"], end=False)
     assert 100 not in ids
-    with pytest.raises(ValueError, match="too small"):
-        vocabulary(150)

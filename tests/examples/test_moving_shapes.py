@@ -11,10 +11,11 @@ import torch
 
 import mplug2_fast as mf
 from examples.moving_shapes import evaluate
-from examples.moving_shapes.data import MovingShapes
+from examples.moving_shapes.data import Logs, MovingShapes
 from examples.moving_shapes.generator import (
     ACTIONS,
     OPPOSITE,
+    PLACES,
     QUESTION_KINDS,
     answer,
     caption,
@@ -22,12 +23,15 @@ from examples.moving_shapes.generator import (
     held_out_scenes,
     vocabulary,
 )
+from examples.moving_shapes.grow import grow
+from examples.moving_shapes.report import table
 from mplug2_fast.text import Tokenizer
 from mplug2_fast.training import Sample, load_recipe
 from mplug2_fast.training.data import video_of
 
 CLIPS = Path(evaluate.__file__).parent / "clips"
 RECIPE = Path(evaluate.__file__).with_name("recipe.toml")
+TASKS = RECIPE.with_name("tasks.toml")
 
 
 def as_video(frames):
@@ -42,8 +46,7 @@ def trainer(folder, *changes):
 
 @pytest.fixture(scope="module")
 def tiny():
-    model = mf.from_pretrained(evaluate.PACKAGED, task="question_answering")
-    return model, Tokenizer.from_vocab(evaluate.PACKAGED / "vocab.txt", vocab_size=model.config.text.vocab_size)
+    return evaluate.load(evaluate.PACKAGED)
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +55,22 @@ def bundled(tiny):
     return described, evaluate.load_clips([CLIPS / name for name in described], tiny[0].config)
 
 
+@pytest.fixture(scope="module")
+def embeds(tiny, bundled):
+    return tiny[0].encode_video(bundled[1]).detach()
+
+
 def test_samples_depend_on_their_random_numbers(tiny):
-    model, tokenizer = tiny
+    model, tokenizer = tiny[0], Tokenizer(vocabulary())
     data = MovingShapes(model.config)
     one, same, other = (data.sample(0, np.random.default_rng(seed)) for seed in (1, 1, 2))
     assert (one.item, one.frames.shape) == (same.item, (4, 32, 32, 3))
     assert (one.frames == same.frames).all()
     assert (one.frames != other.frames).any()
-    for text in (*one.item.caption, one.item.question, *one.item.answers):
+    told = Logs(model.config).sample(0, np.random.default_rng(1)).item
+    events, _, place = told.text.partition(" what came ")
+    assert told.answers == {events.split(" then ")[PLACES.index(place)]: 1.0}
+    for text in (*one.item.caption, one.item.question, *one.item.answers, one.item.text, told.text, *told.answers):
         assert not tokenizer.unknown_words(text)
 
 
@@ -78,6 +89,21 @@ def test_training_changes_the_weights(tmp_path):
     run.train()
     after = run.model.official_parameters()
     assert sum(not torch.equal(before[name], value) for name, value in after.items()) > 0.9 * len(after)
+
+
+def test_all_tasks_learn_together(tmp_path):
+    """The model keeps what it knows when its vocabulary grows, and the losses of new tasks fall."""
+    grow(evaluate.PACKAGED, tmp_path / "start")
+    short = [f"model.checkpoint='{tmp_path / 'start'}'", "sources_per_step=all", "workers=0", "steps=12"]
+    short += [f"sources.{number}.batch_size={size}" for number, size in enumerate((4, 8, 4))]
+    short += [f"out={tmp_path / 'run'}", "tensorboard=false", "schedule.warmup_steps=2", "schedule.kind=constant"]
+    mf.Trainer(load_recipe(TASKS, short), note=lambda line: None).train()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    parts = lines[:4], lines[-4:]
+    first, last = ({name: sum(line[name] for line in part) / 4 for name in lines[0]} for part in parts)
+    assert max(first["loss/captioning"], first["loss/question_answering"]) < 0.5
+    new = ("loss", "loss/grounding", "loss/text_generation")
+    assert [name for name in new if last[name] >= first[name]] == []
 
 
 def test_the_ablation_does_not_see_the_order_of_frames(tmp_path):
@@ -107,9 +133,10 @@ def test_scores():
     assert len(ACTIONS) == 7
 
 
-def test_the_checkpoint_that_ships_is_small_and_has_the_recipe_s_vocabulary(tiny):
+def test_the_checkpoint_that_ships_is_small_and_its_words_keep_their_ids(tiny):
     assert sum(file.stat().st_size for file in evaluate.PACKAGED.iterdir()) <= 6_000_000
-    assert (evaluate.PACKAGED / "vocab.txt").read_text().split("\n")[:-1] == vocabulary()
+    words = (evaluate.PACKAGED / "vocab.txt").read_text().split()
+    assert {vocabulary()[number] == word for number, word in enumerate(words) if word[:7] != "[unused"} == {True}
     preset = mf.MPlug2Config.preset("tiny")
     assert (tiny[0].config.vision, tiny[0].config.text) == (preset.vision, preset.text)
 
@@ -123,31 +150,36 @@ def test_bundled_clips_are_the_held_out_scenes_that_they_are_said_to_be(bundled)
         assert (video - drawn).abs().mean() < 0.1
 
 
-def test_the_tiny_model_captions_bundled_clips(tiny, bundled):
-    described, videos = bundled
+def test_the_tiny_model_captions_bundled_clips(tiny, bundled, embeds):
+    described, _ = bundled
     assert len(described) >= 4
-    assert evaluate.generate_captions(*tiny, videos) == [clip["caption"] for clip in described.values()]
+    assert evaluate.generate_captions(*tiny, embeds) == [clip["caption"] for clip in described.values()]
 
 
-def test_the_tiny_model_answers_questions_about_bundled_clips(tiny, bundled):
-    described, videos = bundled
+def test_the_tiny_model_answers_questions_about_bundled_clips(tiny, bundled, embeds):
+    described, _ = bundled
     asked = [(i, *pair) for i, clip in enumerate(described.values()) for pair in clip["questions"].items()]
     which, ways, right = zip(*asked, strict=True)
-    assert evaluate.generate_answers(*tiny, videos[list(which)], list(ways)) == list(right)
+    assert evaluate.generate_answers(*tiny, embeds[list(which)], list(ways)) == list(right)
 
 
 def test_bundled_clips_played_backwards_move_the_other_way(tiny, bundled):
     """The model sees the order of the frames. Only this shows the direction."""
     described, videos = bundled
     scenes = [held_out_scenes(1, clip["scene"]).backwards() for clip in described.values()]
-    assert evaluate.generate_captions(*tiny, videos.flip(2)) == [caption(scene, 0) for scene in scenes]
+    embeds = tiny[0].encode_video(videos.flip(2)).detach()
+    assert evaluate.generate_captions(*tiny, embeds) == [caption(scene, 0) for scene in scenes]
 
 
-def test_held_out_scores(tiny, tmp_path):
+def test_held_out_scores(tiny):
     scenes = held_out_scenes(60, evaluate.FIRST_HELD_OUT)
-    videos = evaluate.load_clips(evaluate.make_clips(scenes, tmp_path), tiny[0].config)
-    captions = evaluate.generate_captions(*tiny, videos)
+    captions = evaluate.generate_captions(*tiny, evaluate.encoded(tiny[0], scenes))
     assert sum(captions[i] == caption(scenes, i) for i in range(60)) >= 54
+
+
+def test_the_page_shows_the_results_of_all_tasks():
+    page = Path(__file__).parents[2] / "docs/tasks.md"
+    assert table() in page.read_text(encoding="utf-8")
 
 
 def test_the_stored_results_meet_the_bars():

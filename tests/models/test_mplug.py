@@ -155,6 +155,8 @@ def test_contrast_within_the_batch():
     found = fast.tasks["retrieval"].losses(fast, batch)
     assert found.image_weights[1, 2] == found.text_weights[2, 1] == 0
     assert (found.image_weights.diagonal() == 0).all()
+    even = fast.tasks["retrieval"].losses(fast, batch, sharpness=0.0)
+    assert even.image_weights.eq((batch["ids"][:, None] != batch["ids"]) / 4).all()
     same = fast.tasks["retrieval"].losses(fast, {**batch, "ids": torch.ones(4, dtype=torch.int64)})
     assert torch.isfinite(same.total)
     assert same.image_weights.eq(0).all()

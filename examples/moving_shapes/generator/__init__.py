@@ -2,14 +2,19 @@
 
 from examples.moving_shapes.generator.clips import clip_frames, write_clip
 from examples.moving_shapes.generator.language import (
+    PLACES,
     QUESTION_KINDS,
+    TIMES,
+    all_captions,
     all_sentences,
     answer,
     caption,
+    log,
+    phrases,
     questions,
     vocabulary,
 )
-from examples.moving_shapes.generator.render import render, training_frames
+from examples.moving_shapes.generator.render import FRAME_AT, boxes, render, training_frames
 from examples.moving_shapes.generator.scenes import (
     ACTIONS,
     COLORS,
@@ -24,15 +29,22 @@ from examples.moving_shapes.generator.scenes import (
 __all__ = [
     "ACTIONS",
     "COLORS",
+    "FRAME_AT",
     "OPPOSITE",
+    "PLACES",
     "QUESTION_KINDS",
     "SHAPES",
+    "TIMES",
     "Scenes",
+    "all_captions",
     "all_sentences",
     "answer",
+    "boxes",
     "caption",
     "clip_frames",
     "held_out_scenes",
+    "log",
+    "phrases",
     "questions",
     "render",
     "sample_scenes",

@@ -1,9 +1,10 @@
-"""Captions, questions and answers for scenes, and their vocabulary."""
+"""Captions, questions, answers and phrases for scenes, logs of several captions, and the vocabulary of all texts."""
 
 from __future__ import annotations
 
+import itertools
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from examples.moving_shapes.generator.scenes import ACTIONS, COLORS, SHAPES, Scenes
 
@@ -15,6 +16,15 @@ _QUESTIONS = {
 }
 QUESTION_KINDS = tuple(_QUESTIONS)
 NOWHERE = "nowhere"
+
+_PHRASES = ("the shape", "the {shape}", "the {color} shape", "the {color} {shape}")
+TIMES = ("start", "end")
+"""When a phrase looks for the shape."""
+PLACES = ("first", "second", "third")
+"""Which caption of a log is asked for."""
+
+FIRST_PLACE, VOCABULARY = 344, 682
+"""The entries from 344 on are places of boxes, so words come before. Number of all entries."""
 
 _COLOR_NAMES = tuple(COLORS)
 _SPECIAL = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]"}
@@ -41,32 +51,52 @@ def answer(scenes: Scenes, i: int, kind: str) -> str:
     return action if kind == "action" else _direction(action)
 
 
+def phrases(scenes: Scenes, i: int, time: str) -> list[str]:
+    """All ways to name the shape of scene i at a time of `TIMES`, such as "the red circle at the start"."""
+    return _phrases(_COLOR_NAMES[scenes.color[i]], SHAPES[scenes.shape[i]], time)
+
+
+def log(captions: Sequence[str], place: str) -> str:
+    """Three captions in a row, and a question for the one at a place of `PLACES`."""
+    return f"{' then '.join(captions)} what came {place}"
+
+
+def all_captions() -> list[str]:
+    """The captions of all colors, shapes and actions."""
+    return [_caption(color, shape, action) for color in COLORS for shape in SHAPES for action in ACTIONS]
+
+
 def all_sentences() -> Iterator[str]:
-    """All possible captions, questions and answers."""
-    for color in COLORS:
-        for shape in SHAPES:
-            for action in ACTIONS:
-                yield _caption(color, shape, action)
+    """All possible captions, questions, answers and phrases, and a log for each place."""
+    yield from _words_of_clips()
+    yield from _words_of_phrases_and_logs()
+
+
+def vocabulary() -> list[str]:
+    """A WordPiece vocabulary: BERT's special tokens at BERT's ids, words, single characters, and places of boxes."""
+    words = sorted({word for sentence in _words_of_clips() for word in sentence.split()})
+    characters = string.ascii_lowercase + string.digits
+    pieces = [*words, *(c for c in characters if c not in words), *(f"##{c}" for c in characters)]
+    # These come last, because checkpoints exist whose vocabulary does not have them.
+    pieces += sorted({word for sentence in _words_of_phrases_and_logs() for word in sentence.split()} - {*words})
+    unused = (f"[unused{i}]" for i in range(VOCABULARY))
+    entries = [_SPECIAL.get(i) or next(unused) for i in range(104)] + pieces
+    assert len(entries) <= FIRST_PLACE
+    return entries + [next(unused) for _ in range(VOCABULARY - len(entries))]
+
+
+def _words_of_clips() -> Iterator[str]:
+    yield from all_captions()
     for kind in QUESTION_KINDS:
         for shape in SHAPES:
             yield from _questions(kind, shape)
     yield from (*COLORS, *SHAPES, *ACTIONS, *map(_direction, ACTIONS))
 
 
-def vocabulary(size: int = 256) -> list[str]:
-    """A WordPiece vocabulary: BERT's special tokens at BERT's ids, the words, and single characters.
-
-    Raises:
-        ValueError: the entries do not fit into `size`.
-    """
-    words = sorted({word for sentence in all_sentences() for word in sentence.split()})
-    characters = string.ascii_lowercase + string.digits
-    pieces = [*words, *(c for c in characters if c not in words), *(f"##{c}" for c in characters)]
-    unused = (f"[unused{i}]" for i in range(size))
-    entries = [_SPECIAL.get(i) or next(unused) for i in range(104)] + pieces
-    if len(entries) > size:
-        raise ValueError(f"a vocabulary of {size} entries is too small: {len(entries)} are needed")
-    return entries + [next(unused) for _ in range(size - len(entries))]
+def _words_of_phrases_and_logs() -> Iterator[str]:
+    for color, shape, time in itertools.product(COLORS, SHAPES, TIMES):
+        yield from _phrases(color, shape, time)
+    yield from (log(all_captions()[:3], place) for place in PLACES)
 
 
 def _caption(color: str, shape: str, action: str) -> str:
@@ -76,6 +106,10 @@ def _caption(color: str, shape: str, action: str) -> str:
 def _questions(kind: str, shape: str) -> list[str]:
     ways = [way.format(it=it) for way in _QUESTIONS[kind] for it in ("the shape", "it", f"the {shape}")]
     return list(dict.fromkeys(ways))
+
+
+def _phrases(color: str, shape: str, time: str) -> list[str]:
+    return [f"{way.format(color=color, shape=shape)} at the {time}" for way in _PHRASES]
 
 
 def _direction(action: str) -> str:

@@ -15,6 +15,8 @@ CLIP_FRAMES = 16
 CLIP_SIZE = 128
 SEEN_FRAMES = (1, 5, 9, 13)
 """The frames of a 16-frame clip that a model with 4 frames sees: the middle of each quarter."""
+FRAME_AT = {"start": SEEN_FRAMES[0], "end": SEEN_FRAMES[-1]}
+"""The frame that a phrase's time means."""
 
 _MIDDLE = sum(SEEN_FRAMES) / len(SEEN_FRAMES)
 _ANGLES = 1440
@@ -39,7 +41,7 @@ def render(
         `(n, T, P, P, 3)` float32 from 0 to 1.
     """
     at = ((np.asarray(pixels) + 0.5) / size).astype(np.float32)
-    u = ((np.asarray(frames) - _MIDDLE) / (CLIP_FRAMES / 2)).astype(np.float32)
+    u = _time(frames)
     background = _backgrounds(scenes, at)[:, None]
     cover = _cover(scenes, at, u, np.broadcast_to(np.float32(softness) / np.float32(size), len(scenes)))[..., None]
     return background + cover * (scenes.rgb[:, None, None, None] - background)
@@ -62,6 +64,15 @@ def training_frames(scenes: Scenes, rng: np.random.Generator, image_size: int = 
     image += rng.uniform(-0.04, 0.04, per_clip).astype(np.float32)
     image += rng.standard_normal(image.shape, np.float32) * rng.uniform(0, 0.03, per_clip).astype(np.float32)
     return to_uint8(image)
+
+
+def boxes(scenes: Scenes, frame: int) -> np.ndarray:
+    """`(n, 4)`: (center x, center y, width, height) of each scene's shape in a frame of the 16-frame clip."""
+    center, radius = _motion(scenes, _time(frame)[None])
+    low, high = np.stack([(outline.min(0), outline.max(0)) for outline in map(_corners, SHAPES)], 1)
+    low, high = (center[:, 0] + radius * side[scenes.shape] for side in (low, high))
+    low, high = np.clip(low, 0, 1), np.clip(high, 0, 1)
+    return np.concatenate([(low + high) / 2, high - low], 1)
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
@@ -87,10 +98,20 @@ def _backgrounds(scenes: Scenes, at: np.ndarray) -> np.ndarray:
     return first + share * (second - first)
 
 
+def _time(frames: np.ndarray | tuple[int, ...] | int) -> np.ndarray:
+    """The time u of frames of the 16-frame clip."""
+    return ((np.asarray(frames) - _MIDDLE) / (CLIP_FRAMES / 2)).astype(np.float32)
+
+
+def _motion(scenes: Scenes, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Centers `(n, T, 2)` and radii `(n, T)` of the shapes at times `(T,)`."""
+    center = scenes.center[:, None] + scenes.velocity[:, None] * u[None, :, None]
+    return center, scenes.radius[:, None] * np.exp(scenes.growth[:, None] * u[None])
+
+
 def _cover(scenes: Scenes, at: np.ndarray, u: np.ndarray, edge: np.ndarray) -> np.ndarray:
     """`(n, T, P, P)`: the share of each pixel that the shape covers, from 0 to 1."""
-    center = scenes.center[:, None] + scenes.velocity[:, None] * u[None, :, None]
-    radius = scenes.radius[:, None] * np.exp(scenes.growth[:, None] * u[None])
+    center, radius = _motion(scenes, u)
     dx = at[None, None, None, :] - center[..., 0, None, None]
     dy = at[None, None, :, None] - center[..., 1, None, None]
     turn = np.arctan2(dy, dx) * np.float32(_ANGLES / (2 * np.pi))

@@ -8,6 +8,7 @@ motion, so they show the same frames in opposite orders.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,6 +75,12 @@ class Scenes:
             index = slice(index, index + 1)
         return Scenes(**{f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self)})
 
+    @classmethod
+    def joined(cls, parts: Sequence[Scenes]) -> Scenes:
+        """The scenes of all parts, one after another."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
     def backwards(self) -> Scenes:
         """The same scenes with reversed motion."""
         return dataclasses.replace(self, action=OPPOSITE[self.action], velocity=-self.velocity, growth=-self.growth)
@@ -131,5 +138,4 @@ def training_rng(seed: int, step: int) -> np.random.Generator:
 
 def held_out_scenes(n: int, first: int = 0) -> Scenes:
     """Held-out scenes `first` to `first + n - 1`, from seeds that no training run uses."""
-    scenes = [sample_scenes(np.random.default_rng([_HELD_OUT, first + i]), 1) for i in range(n)]
-    return Scenes(**{f.name: np.concatenate([getattr(s, f.name) for s in scenes]) for f in dataclasses.fields(Scenes)})
+    return Scenes.joined([sample_scenes(np.random.default_rng([_HELD_OUT, first + i]), 1) for i in range(n)])
