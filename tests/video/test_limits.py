@@ -1,6 +1,7 @@
 """Files that claim more than they contain: each gives one error, before memory is allocated for the claim."""
 
 import errno
+import functools
 import os
 import signal
 import struct
@@ -180,7 +181,14 @@ def test_ctrl_c_ends_a_command_that_decodes(tmp_path):
     path = tmp_path / "slow.gif"
     path.write_bytes(gif(4000, 5000))
     command = [sys.executable, "-m", "mplug2_fast", "caption", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        # Tests that a shell runs in the background ignore Ctrl-C, and so would the command.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     children = f"/proc/{process.pid}/task/{process.pid}/children"
     pids = []
     for _ in range(1200):
