@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from mplug2_fast.errors import ConfigError
 from mplug2_fast.ray import Answers, Captions
 from tests.bulk.files import write_clip
 from tests.bulk.test_run import deaths
+from tests.local_ray import local_ray
 
 __all__ = ["deaths"]  # a fixture
 
@@ -86,24 +85,10 @@ def test_options_that_are_not_known() -> None:
 
 
 def test_on_a_local_ray(paths: list[str]) -> None:
-    ray = pytest.importorskip("ray")
     pytest.importorskip("pyarrow")
-    variables = {"PYTHONPATH": str(Path(__file__).parents[1]), "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
-    os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-        object_store_memory=80 * 2**20,
-        runtime_env={"env_vars": variables},
-    )
-    try:
+    with local_ray(RAY_DATA_DISABLE_PROGRESS_BARS="1") as ray:
         videos = ray.data.from_items([{"path": path} for path in paths])
         found = videos.map_batches(
             Captions, fn_constructor_kwargs={"device": "cpu", **OPTIONS}, batch_size=2, concurrency=1
         )
         check_captions(found.take_all(), paths)
-    finally:
-        ray.shutdown()

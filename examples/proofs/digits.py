@@ -101,7 +101,7 @@ def svm() -> dict[str, float]:
     pixels, digits = images()
     rows = pixels.reshape(len(pixels), -1) / 255.0
     machine = SVC(C=10.0, gamma="scale").fit(rows[HELD_OUT:], digits[HELD_OUT:])
-    return {"rbf_svm": float((machine.predict(rows[:HELD_OUT]) == digits[:HELD_OUT]).mean())}
+    return {"RBF_SVM": float((machine.predict(rows[:HELD_OUT]) == digits[:HELD_OUT]).mean())}
 
 
 def _sample(frames: list[np.ndarray], label: str) -> Sample:

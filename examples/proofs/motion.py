@@ -1,4 +1,4 @@
-"""Moving shapes: actions of clips, sentences about one or two frames, and logs of captions."""
+"""Moving shapes: actions of clips, and sentences about one or two frames."""
 
 from __future__ import annotations
 
@@ -23,10 +23,7 @@ from mplug2_fast.training import Sample
 
 FIRST_HELD_OUT = 20_000
 HELD_OUT = 1_000
-LOGGED = 3
-"""Captions of a log."""
 
-RECOGNITION = Classification(ACTIONS, name="actions")
 ENTAILMENT = Classification(("entailment", "neutral", "contradiction"), on="fused", name="entailment")
 PAIRS = Classification(("false", "true"), on="two_images", name="pairs")
 
@@ -80,19 +77,6 @@ class Pairs(Actions):
         return Sample(Item(id=id, text=text, label=str(true).lower()), np.stack(frames))
 
 
-class Logs(MovingShapes):
-    """Three captions with their numbers, and the number of the one to repeat. There are no pictures."""
-
-    def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        return self.of(sample_scenes(rng, LOGGED), rng, str(index))
-
-    def of(self, scenes: Scenes, rng: np.random.Generator, id: str = "") -> Sample:
-        captions = [caption(scenes, i) for i in range(LOGGED)]
-        asked = int(rng.integers(LOGGED))
-        log = " ".join(f"{number} {text}" for number, text in enumerate(captions, 1))
-        return Sample(Item(id=id, text=f"{log} {asked + 1}", answers={captions[asked]: 1.0}), None)
-
-
 def held_out_actions(config: Any) -> list[Sample]:
     return _held_out(Actions(config))
 
@@ -103,12 +87,6 @@ def held_out_entailment(config: Any) -> list[Sample]:
 
 def held_out_pairs(config: Any) -> list[Sample]:
     return _held_out(Pairs(config))
-
-
-def held_out_logs(config: Any) -> list[Sample]:
-    data, scenes = Logs(config), held_out_scenes(HELD_OUT * LOGGED, FIRST_HELD_OUT)
-    starts = range(0, len(scenes), LOGGED)
-    return [data.of(scenes[i : i + LOGGED], np.random.default_rng([2, i])) for i in starts]
 
 
 def _held_out(data: Actions) -> list[Sample]:

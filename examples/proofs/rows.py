@@ -53,7 +53,6 @@ ROWS = {
         "Visual entailment: a frame of moving shapes and a sentence", "≥ 95%", motion.held_out_entailment
     ),
     "pairs": Row("Two images: frames of moving shapes and a sentence about both", "≥ 95%", motion.held_out_pairs),
-    "logs": Row("Text generation: one caption of three, by its number", "≥ 95%", motion.held_out_logs),
     "definitions": Row(
         "Text classification: definitions of WordNet's nouns, 26 categories",
         "≥ 83%",

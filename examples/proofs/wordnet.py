@@ -67,7 +67,7 @@ def svm() -> dict[str, float]:
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     machine = LinearSVC().fit(words.fit_transform(item.text for item in train), [item.label for item in train])
     found = machine.predict(words.transform(item.text for item in test))
-    return {"tf_idf_and_linear_svm": float(np.mean([a == item.label for a, item in zip(found, test, strict=True)]))}
+    return {"TF-IDF_and_linear_SVM": float(np.mean([a == item.label for a, item in zip(found, test, strict=True)]))}
 
 
 def main(path: Annotated[Path, typer.Argument(help="WordNet's file data.noun.")]) -> None:

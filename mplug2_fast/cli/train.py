@@ -29,12 +29,13 @@ def train(
         except ImportError as error:
             raise ConfigError(str(error)) from error
         loaded = load_recipe(recipe, changes or [])
-        if ray and not check:
+        if ray and check:
+            loaded.check_ranks(ray)
+        elif ray:
             from mplug2_fast.ray import train as train_on_ray
 
             emit(str(train_on_ray(loaded, ray)))
             return
-        loaded.check_ranks(ray or 1)
         trainer = Trainer(loaded, note=None)
         if check:
             sizes = ", ".join(f"{len(data):,}" for data in trainer.datasets)

@@ -24,7 +24,7 @@ _FUSED = "in_proj_weight"
 
 
 def add(model: Any, settings: Lora) -> None:
-    """Adds adapters to the weights whose official names match a target. Only the adapters are trained then.
+    """Add adapters to the weights whose official names match a target. Only the adapters are trained then.
 
     Args:
         model: changed in place. settings: rank, scale and targets.
@@ -87,7 +87,7 @@ def _can_have_adapter(model: nn.Module, path: str) -> bool:
 
 
 class _Adapters(nn.Module):
-    """Adds adapters to parts of a weight `(rows, columns)`. They begin as peft's: A is random and B is zero."""
+    """Add adapters to parts of a weight `(rows, columns)`. They begin as peft's: A is random and B is zero."""
 
     def __init__(self, weight: Tensor, parts: Mapping[int, int], settings: Lora) -> None:
         """parts: position of a part -> its rows. All parts of a weight have equally many."""

@@ -33,8 +33,9 @@ class State:
     scores: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
     def reason_to_skip(self, loss: float, norm: float, max_spike: float) -> str | None:
-        """Why a step with this loss and this norm of the gradients makes no update. None if it makes
-        one; its loss then counts as recent.
+        """Why a step with this loss and this norm of the gradients makes no update.
+
+        None if it makes one. Its loss then counts as recent.
 
         Args:
             max_spike: highest loss, in standard deviations over the recent mean. 0: no limit.

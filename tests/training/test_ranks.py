@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from mplug2_fast.errors import ConfigError
 from mplug2_fast.ray import train as train_on_ray
 from mplug2_fast.training import Trainer, make_recipe
+from tests.local_ray import local_ray
 from tests.training.conftest import values_of
 from tests.training.ranks import RUNS, launcher
 
@@ -86,25 +86,13 @@ def test_ray_is_checked_before_training(recipe, monkeypatch):
 
 @pytest.mark.soak  # Ray starts five processes
 @pytest.mark.timeout(900)
-def test_workers_of_ray_equal_ranks_although_one_dies(folder, tmp_path, monkeypatch):
-    ray = pytest.importorskip("ray")
+def test_workers_of_ray_equal_ranks_although_one_dies(folder, tmp_path):
     (tmp_path / "mortal.py").write_text(MORTAL)
     values = values_of(tmp_path / "run", **RUNS["ddp"])
     values["sources"] = [{**values["sources"][0], "data": f"{tmp_path}/mortal.py:Mortal"}]
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-        object_store_memory=80 * 2**20,
-        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}},
-    )
-    try:
+    with local_ray():
+        with pytest.raises(ConfigError, match="4 workers need one CPU each, and the cluster has 2"):
+            train_on_ray(make_recipe(values), 4)
         assert train_on_ray(make_recipe(values), 2) == tmp_path / "run/model"
-    finally:
-        ray.shutdown()
     assert (tmp_path / "died").exists()
     assert log(tmp_path / "run") == log(folder / "ddp")
