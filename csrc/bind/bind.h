@@ -19,6 +19,7 @@ void bind_decoder_layer(pybind11::module_& module);
 void bind_layer_norm(pybind11::module_& module);
 void bind_linear_act(pybind11::module_& module);
 void bind_linear_act_cuda(pybind11::module_& module);
+void bind_linear_int8(pybind11::module_& module);
 void bind_local_temporal(pybind11::module_& module);
 void bind_preprocess_frames(pybind11::module_& module);
 void bind_step_attention(pybind11::module_& module);

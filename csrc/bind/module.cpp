@@ -36,6 +36,7 @@ PYBIND11_MODULE(_C, module) {
 #ifdef MPLUG2_CUDA
     bind_linear_act_cuda(module);
 #endif
+    bind_linear_int8(module);
     bind_local_temporal(module);
     bind_preprocess_frames(module);
     bind_step_attention(module);

@@ -13,7 +13,8 @@ bool processor_has(Isa isa) {
             return true;
 #ifndef MPLUG2_WITHOUT_AVX512_BF16
         case Isa::avx512_bf16:
-            return __builtin_cpu_supports("avx512bf16") && processor_has(Isa::avx512);
+            return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+                   processor_has(Isa::avx512);
 #endif
 #ifdef MPLUG2_X86
         case Isa::avx512:

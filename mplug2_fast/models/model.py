@@ -230,7 +230,8 @@ class Model(nn.Module, ABC):
         for module in self.visual.modules():
             layers: tuple[nn.Module, ...] = ()
             if isinstance(module, SelfAttention):
-                yield module.in_proj_weight
+                if module.in_proj_weight is not None:  # an 8-bit weight is not packed
+                    yield module.in_proj_weight
                 layers = (module.out_proj,)
             elif isinstance(module, MLP):
                 layers = (module.c_fc, module.c_proj)

@@ -102,6 +102,18 @@ def calm_padding(x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
     return x.masked_fill(~(key_padding_mask[..., None].bool() | (x.abs() < limit)), 0)
 
 
+def in_product(module: nn.Module, x: Tensor, rows: slice | None = None, *, many: bool = False) -> Tensor:
+    """The product of x `(..., embed_dim)` with `in_proj_weight` or some rows of it, or with the layer `in_proj` of
+    8-bit weights in its place. `many`: x is a memory of many tokens, which 8 bits suffice for."""
+    quantised = module._modules.get("in_proj")
+    if quantised is not None:
+        return quantised(x, rows=rows, bits=8 if many else None)
+    weight, bias = module.in_proj_weight, module.in_proj_bias
+    if rows is not None:
+        weight, bias = weight[rows], None if bias is None else bias[rows]
+    return linear_act(x, weight, bias)
+
+
 class FusedProjections(AttentionHeads):
     """Heads with one weight for queries, keys and values, as in `torch.nn.MultiheadAttention`.
 
@@ -122,12 +134,12 @@ class FusedProjections(AttentionHeads):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x `(..., embed_dim)` to queries, keys and values, each a `(..., num_heads, head_dim)` view."""
-        qkv = linear_act(x, self.in_proj_weight, self.in_proj_bias)
+        qkv = in_product(self, x)
         return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
 
     def project_query(self, x: Tensor) -> Tensor:
         """x `(..., embed_dim)` to `(..., num_heads, head_dim)`."""
-        return linear_act(x, *FusedProjections.query_parameters(self)).unflatten(-1, (self.num_heads, -1))
+        return in_product(self, x, slice(None, self.embed_dim)).unflatten(-1, (self.num_heads, -1))
 
     def query_parameters(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the query projection."""
@@ -136,8 +148,7 @@ class FusedProjections(AttentionHeads):
 
     def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """memory `(..., embed_dim)` to keys and values, each a `(..., num_heads, head_dim)` view."""
-        dim, bias = self.embed_dim, self.in_proj_bias
-        kv = linear_act(memory, self.in_proj_weight[dim:], None if bias is None else bias[dim:])
+        kv = in_product(self, memory, slice(self.embed_dim, None), many=True)
         return kv.unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mplug2_fast.nn.int8 import Int8Linear, is_int8
 from mplug2_fast.nn.layer_norm import LayerNorm
 from mplug2_fast.nn.parts import plain
 from mplug2_fast.ops.linear_act import EAGER, Activation
-from mplug2_fast.ops.local_temporal import local_temporal
+from mplug2_fast.ops.local_temporal import local_temporal, temporal_conv_act
 from mplug2_fast.ops.residual import would_round
 from mplug2_fast.ops.runtime.autocast import autocast_dtype
 
@@ -205,14 +206,28 @@ class LocalTemporal(nn.Module):
         options = {"activation": self.activation, "class_token": self.class_token, "residual": self.residual}
         if plain(*layers) and (norm is None or plain(norm)):
             return compute(x, norm, *layers, **options)
+        if is_int8(self.down_proj, self.up_proj) and plain(self.conv) and self.bn is None:
+            return self._in_int8(x)
         patches = x[:, :, 1:] if self.class_token else x
         out = self._call_layers(patches)
         out = patches + out if self.residual else out
         return torch.cat([x[:, :, :1].to(out.dtype), out], dim=2) if self.class_token else out
 
+    def _in_int8(self, x: Tensor) -> Tensor:
+        """`_forward` with two products of 8-bit weights. The class tokens go through them too."""
+        inner = self.down_proj(x if self.ln is None else self.ln(x))
+        inner = temporal_conv_act(inner, self.conv.weight.flatten(1), self.conv.bias, self.activation)
+        out = self.up_proj(inner, residual=x if self.residual else None)
+        if self.class_token:
+            out[:, :, 0] = x[:, :, 0]
+        return out
+
     def _call_layers(self, patches: Tensor) -> Tensor:
         """The update of patches `(batch, frames, patches, dim)`, by calls of every layer."""
-        down, conv, up = self._axes
+        layers = (self.down_proj, self.conv, self.up_proj)
+        down, conv, up = (
+            0 if isinstance(layer, Int8Linear) else axes for layer, axes in zip(layers, self._axes, strict=True)
+        )
         if self.ln is not None:
             patches = self.ln(patches)
         elif self.bn is not None:

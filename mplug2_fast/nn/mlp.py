@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from mplug2_fast.nn.int8 import is_int8
 from mplug2_fast.nn.layer_norm import NORMS
 from mplug2_fast.nn.parts import linear, plain
 from mplug2_fast.nn.unchanged import unchanged
 from mplug2_fast.ops.linear_act import Activation
 from mplug2_fast.ops.mlp import mlp
 from mplug2_fast.ops.residual import would_round
+
+_BLOCK_BYTES = 24 << 20
+"""Most bytes between the layers. From 32 MiB on, glibc maps fresh pages for each tensor."""
 
 
 class MLP(nn.Module):
@@ -45,10 +50,27 @@ def feed_forward(
     residual: bool = False,
 ) -> Tensor:
     """proj(activation(fc(norm(x)))) of x `(..., dim)`, plus x if `residual`. Calls modules that are not plain."""
+    if is_int8(fc, proj) and not would_round(x):
+        return _in_int8(x, fc, proj, activation, norm, residual)
     if not plain(fc, proj) or not (norm is None or unchanged(NORMS, norm)):
         out = linear(proj, linear(fc, x if norm is None else norm(x), activation))
         return x + out if residual else out
     return compute(x, fc, proj, activation, norm=norm, residual=residual)
+
+
+def _in_int8(
+    x: Tensor, fc: nn.Module, proj: nn.Module, activation: Activation, norm: nn.Module | None, residual: bool
+) -> Tensor:
+    """`feed_forward` with 8-bit weights, in blocks of rows."""
+    rows = x.reshape(-1, x.shape[-1])
+    blocks = -(-len(rows) * fc.weight.shape[0] * x.element_size() // _BLOCK_BYTES)
+    if len(rows) == 0 or blocks == 1:
+        return proj(fc(x if norm is None else norm(x), activation), residual=x if residual else None)
+    out = [
+        proj(fc(block if norm is None else norm(block), activation), residual=block if residual else None)
+        for block in rows.tensor_split(blocks)
+    ]
+    return torch.cat(out).view(x.shape)
 
 
 def compute(

@@ -7,6 +7,7 @@ import functools
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from mplug2_fast.nn.int8 import is_int8
 from mplug2_fast.nn.layer_norm import NORMS
 from mplug2_fast.nn.unchanged import Kinds, unchanged
 from mplug2_fast.ops.linear_act import EAGER, Activation, linear_act
@@ -32,13 +33,15 @@ plain = functools.partial(unchanged, PLAIN)
 def linear(layer: nn.Module, x: Tensor, activation: Activation = "none") -> Tensor:
     """activation(layer(x)) for x `(..., in_features)`."""
     if not plain(layer):
-        return EAGER[activation](layer(x))
+        return layer(x, activation) if is_int8(layer) else EAGER[activation](layer(x))
     return linear_act(x, layer.weight, layer.bias, activation)
 
 
 def add_linear(layer: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
     """layer(x) for x `(..., in_features)`, plus the residual `(..., out_features)` if there is one."""
     if not plain(layer):
+        if is_int8(layer):
+            return layer(x, residual=residual)
         return layer(x) if residual is None else residual + layer(x)
     return linear_residual(x, layer.weight, layer.bias, residual)
 

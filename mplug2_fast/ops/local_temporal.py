@@ -144,6 +144,13 @@ def run_torch(a: Arguments) -> Tensor:
     return _keep_class_token(a, (a.x + out if a.residual else out).contiguous())
 
 
+def temporal_conv_act(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+    """The activation of `temporal_conv`, in x's dtype."""
+    if x.device.type == "cpu" and not cpu.reasons(x) and x.numel():
+        return _native_conv(x, weight, bias, activation)
+    return EAGER[activation](temporal_conv(x, weight, bias)).to(x.dtype)
+
+
 def _keep_class_token(a: Arguments, out: Tensor) -> Tensor:
     if a.class_token:
         out[:, :, 0] = a.x[:, :, 0]

@@ -1,0 +1,51 @@
+"""Makes the weights of a model 8-bit numbers, for inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from mplug2_fast.nn.attention import FusedProjections
+from mplug2_fast.nn.int8 import Int8Linear
+
+
+def quantise(module: nn.Module, bits: int = 8, keep: Callable[[str], bool] = lambda _: False) -> list[str]:
+    """Replaces the linear layers inside a module, and the projections of its attentions, by ones with 8-bit weights.
+
+    Args:
+        keep: whether the layer of this name, relative to the module, stays as it is.
+
+    Returns the names of the replaced layers.
+    """
+    found = []
+    for name, _layer, replace in list(_layers(module)):
+        if not keep(name):
+            replace(bits)
+            found.append(name)
+    return found
+
+
+def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[[int], None]]]:
+    for prefix, parent in module.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        if isinstance(parent, FusedProjections) and parent.in_proj_weight is not None:
+            yield f"{dot}in_proj", parent, lambda bits, parent=parent: _replace_projections(parent, bits)
+        for name, child in parent.named_children():
+            if type(child) in _PRODUCTS and child.weight[0, 0].numel() == 1:
+                yield f"{dot}{name}", child, lambda bits, *at, parent=parent, name=name: _replace(parent, name, bits)
+
+
+_PRODUCTS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _replace(parent: nn.Module, name: str, bits: int) -> None:
+    layer: Any = getattr(parent, name)
+    setattr(parent, name, Int8Linear.of(layer.weight, layer.bias, bits).train(layer.training))
+
+
+def _replace_projections(parent: FusedProjections, bits: int) -> None:
+    made = Int8Linear.of(parent.in_proj_weight, parent.in_proj_bias, bits).train(parent.training)
+    parent.in_proj_weight = parent.in_proj_bias = None
+    parent.in_proj = made
