@@ -1,7 +1,7 @@
 #pragma once
 
 // Products of whole numbers, several of them in each 32-bit word: four bytes if the processor multiplies bytes, which
-// are then without sign in one operand (its numbers plus 128), or two 16-bit numbers.
+// are then without sign in one operand, or two 16-bit numbers.
 
 #include "cpu/attention_plan.h"
 #include "cpu/simd.h"
@@ -18,7 +18,6 @@ constexpr std::int32_t kOffset = 128;
 #define MPLUG2_BYTES 0
 using Number = std::int16_t;
 using WideNumber = std::int16_t;
-constexpr std::int32_t kOffset = 0;
 #endif
 constexpr std::int64_t kNumbers = sizeof(Word) / sizeof(Number);  // in a word
 
@@ -42,27 +41,18 @@ MPLUG2_INLINE I32 dot(I32 sum, U32 x, U32 weight) {
 #endif
 }
 
-// The largest absolute value of a row; NaN if one is NaN.
-template <typename Element>
-MPLUG2_INLINE float largest_size(const Element* x, std::int64_t count) {
-    U32 most[4] = {};
-    std::int64_t i = 0;
-    const auto take = [&](U32& most, F32 value) {
-        const U32 size = (U32)value & 0x7FFFFFFFu;  // of floats, in the order of integers; NaN is the largest
-        most = size > most ? size : most;
-    };
-    for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-        for (int u = 0; u < 4; ++u) {
-            take(most[u], load(x + i + u * kLanes));
-        }
-    }
-    for (; i < count; i += kLanes) {
-        const std::int64_t left = count - i;
-        take(most[0], left < kLanes ? load_first(x + i, static_cast<int>(left)) : load(x + i));
-    }
-    std::uint32_t lanes[4 * kLanes], largest = 0;
-    std::memcpy(lanes, most, sizeof(lanes));
-    for (int lane = 0; lane < 4 * kLanes; ++lane) {
+// The largest number and the largest negated number of a row, or zero; NaN or infinite if one of the row is.
+struct Range {
+    float high, low;
+
+    float size() const { return high > low ? high : low; }
+    bool finite() const { return high <= 3.4028234e38f && low <= 3.4028234e38f; }
+};
+
+MPLUG2_INLINE float largest_float(I32 bits) {
+    std::int32_t lanes[kLanes], largest = 0;
+    std::memcpy(lanes, &bits, sizeof(lanes));
+    for (int lane = 0; lane < kLanes; ++lane) {
         largest = lanes[lane] > largest ? lanes[lane] : largest;
     }
     float value;
@@ -70,20 +60,46 @@ MPLUG2_INLINE float largest_size(const Element* x, std::int64_t count) {
     return value;
 }
 
-// Calls `write(i, numbers)` for every kLanes numbers of a row from i on; numbers behind the row's end are zero. Returns
-// the row's scale.
+template <typename Element>
+MPLUG2_INLINE Range range(const Element* x, std::int64_t count) {
+    I32 high[2] = {}, low[2] = {};
+    std::int64_t i = 0;
+    // Floats from zero to infinity and NaN are in the order of their bits as integers.
+    const auto take = [&](int u, F32 value) {
+        const I32 bits = (I32)value, negated = (I32)((U32)value ^ 0x80000000u);
+        high[u] = bits > high[u] ? bits : high[u];
+        low[u] = negated > low[u] ? negated : low[u];
+    };
+    for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+        take(0, load(x + i));
+        take(1, load(x + i + kLanes));
+    }
+    for (; i < count; i += kLanes) {
+        const std::int64_t left = count - i;
+        take(0, left < kLanes ? load_first(x + i, static_cast<int>(left)) : load(x + i));
+    }
+    return {largest_float(high[0] > high[1] ? high[0] : high[1]), largest_float(low[0] > low[1] ? low[0] : low[1])};
+}
+
+constexpr float kLeastScale = 1.17549435e-38f;  // its inverse is finite
+
+// Calls `write(i, numbers)` for every kLanes numbers of a row from i on: the whole numbers nearest to x / scale, from
+// `least` to `most`; behind the row's end they are zero. Without a usable scale all are zero.
 template <typename Element, typename Write>
-MPLUG2_INLINE float quantise(const Element* x, std::int64_t count, float most, const Write& write) {
-    const float size = largest_size(x, count);
-    const bool finite = size <= 3.4028234e38f;
-    const F32 factor = broadcast(finite && size > 0 ? most / size : 0.0f);
+MPLUG2_INLINE void quantise(const Element* x, std::int64_t count, float scale, float least, float most,
+                            const Write& write) {
+    const F32 factor = broadcast(scale >= kLeastScale ? 1.0f / scale : 0.0f);
     for (std::int64_t i = 0; i < count; i += kLanes) {
         const std::int64_t left = count - i;
         const F32 value = left < kLanes ? load_first(x + i, static_cast<int>(left)) : load(x + i);
-        const F32 scaled = minimum(broadcast(most), maximum(broadcast(-most), value * factor));
+        const F32 scaled = minimum(broadcast(most), maximum(broadcast(least), value * factor));
         write(i, __builtin_convertvector(nearest(scaled), I32));
     }
-    return finite ? size / most : __builtin_nanf("");
+}
+
+// The scale that results are multiplied with.
+MPLUG2_INLINE float result_scale(const Range& range, float scale) {
+    return range.finite() ? (scale >= kLeastScale ? scale : 0.0f) : __builtin_nanf("");
 }
 
 // Writes kLanes numbers plus an offset, without those bits that do not fit.

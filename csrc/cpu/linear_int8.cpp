@@ -14,51 +14,83 @@ constexpr std::int64_t kPanelColumns = kProductVectors * kLanes;
 constexpr std::int64_t kGroupBytes = 512 << 10;
 constexpr std::int64_t kGap = 64;  // in bytes, keeps the rows of x out of the same sets of the cache
 
-// Finished sums of one row and kLanes columns at most.
+// What becomes of finished sums.
 template <typename Element>
 struct Epilogue {
     const float* scale;
     const Element* bias;
     const Element* residual;
     Element* out;
+    std::int64_t out_features;
     Activation activation;
-
-    // `at` is the place in out, `column` that in the weight.
-    MPLUG2_INLINE void write(const Epilogue& e, F32 sum, float row_scale, std::int64_t at, std::int64_t column,
-                             std::int64_t count) {
-        constexpr int kBits = sizeof(Element) == 2 ? 8 : 24;
-        const bool whole = count >= kLanes;
-        const auto take = [&](const auto* from) {
-            return whole ? load(from) : load_first(from, static_cast<int>(count));
-        };
-        F32 value = sum * (take(e.scale + column) * row_scale);
-        value = e.bias ? value + take(e.bias + column) : value;
-        value = e.activation == Activation::gelu         ? gelu(value)
-                : e.activation == Activation::quick_gelu ? quick_gelu<kBits>(value)
-                                                         : value;
-        value = e.residual ? value + take(e.residual + at) : value;
-        whole ? store(e.out + at, value) : store_first(e.out + at, value, static_cast<int>(count));
-    }
 };
 
 template <typename Element>
 Epilogue<Element> epilogue(const LinearInt8Arguments& a) {
-    return {a.scale, static_cast<const Element*>(a.bias), static_cast<const Element*>(a.residual),
-            static_cast<Element*>(a.out), a.activation};
+    return {a.scale,
+            static_cast<const Element*>(a.bias),
+            static_cast<const Element*>(a.residual),
+            static_cast<Element*>(a.out),
+            a.out_features,
+            a.activation};
 }
+
+// kLanes columns at most, with their part of the epilogue.
+template <typename Element>
+class Columns {
+  public:
+    inline __attribute__((always_inline)) Columns(const Epilogue<Element>& e, std::int64_t column, std::int64_t count)
+        : e_(e), column_(column), count_(count), scale_(take(e.scale + column)) {
+        bias_ = e.bias ? take(e.bias + column) : F32{};
+    }
+
+    // Writes the columns of a row.
+    inline __attribute__((always_inline)) void write(F32 sum, float row_scale, std::int64_t row) const {
+        constexpr int kBits = sizeof(Element) == 2 ? 8 : 24;
+        const std::int64_t at = row * e_.out_features + column_;
+        F32 value = sum * (scale_ * row_scale) + bias_;
+        if (e_.activation == Activation::quick_gelu) {
+            value = quick_gelu<kBits>(value);
+        } else if (e_.activation == Activation::gelu) {
+            value = gelu(value);
+        }
+        value = e_.residual ? value + take(e_.residual + at) : value;
+        count_ >= kLanes ? store(e_.out + at, value) : store_first(e_.out + at, value, static_cast<int>(count_));
+    }
+
+  private:
+    template <typename From>
+    inline __attribute__((always_inline)) F32 take(const From* from) const {
+        return count_ >= kLanes ? load(from) : load_first(from, static_cast<int>(count_));
+    }
+
+    const Epilogue<Element>& e_;
+    const std::int64_t column_, count_;
+    const F32 scale_;
+    F32 bias_;
+};
+
+// A row of x as whole numbers, of which the least is stored as 0 where they are bytes. Sums of products start as if
+// kMiddle had been added to all numbers; `offset` times these starts is missing.
+constexpr std::int32_t kMiddle = 128;
+
+struct RowOf {
+    float scale;
+    float offset;
+};
 
 // The products of kRows rows of x with a panel of kVectors * kLanes packed columns.
 template <typename Element, int kRows, int kVectors>
-__attribute__((noinline)) void multiply_panel(const char* x, std::int64_t x_bytes, const float* row_scales,
-                                              const Word* panel, const std::int32_t* start, std::int64_t words,
-                                              const Epilogue<Element>& e, std::int64_t at, std::int64_t out_stride,
-                                              std::int64_t column, std::int64_t columns) {
+__attribute__((noinline)) void multiply_panel(const char* x, std::int64_t x_bytes, const RowOf* of_rows,
+                                              const Word* panel, const std::int32_t* starts, std::int64_t words,
+                                              const Epilogue<Element>& e, std::int64_t row, std::int64_t column,
+                                              std::int64_t columns) {
     I32 acc[kRows][kVectors];
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
         for (int n = 0; n < kVectors; ++n) {
-            acc[r][n] = load_i32(start + n * kLanes);
+            acc[r][n] = MPLUG2_BYTES ? load_i32(starts + n * kLanes) : I32{};
         }
     }
     const Word* weight = panel;
@@ -79,14 +111,20 @@ __attribute__((noinline)) void multiply_panel(const char* x, std::int64_t x_byte
             }
         }
     }
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-        for (int n = 0; n < kVectors; ++n) {
-            if (n * kLanes < columns) {
-                Epilogue<Element>::write(e, __builtin_convertvector(acc[r][n], F32), row_scales[r],
-                                         at + r * out_stride + n * kLanes, column + n * kLanes, columns - n * kLanes);
+    for (int n = 0; n < kVectors; ++n) {
+        if (n * kLanes >= columns) {
+            break;
+        }
+        const Columns<Element> out(e, column + n * kLanes, columns - n * kLanes);
+        [[maybe_unused]] const F32 start = __builtin_convertvector(load_i32(starts + n * kLanes), F32);
+#pragma GCC unroll 6
+        for (int r = 0; r < kRows; ++r) {
+            F32 sum = __builtin_convertvector(acc[r][n], F32);
+            if constexpr (MPLUG2_BYTES) {
+                sum += start * of_rows[r].offset;
             }
+            out.write(sum, of_rows[r].scale, row + r);
         }
     }
 }
@@ -102,8 +140,9 @@ MPLUG2_INLINE void multiply_rows(int rows, const Rest&... rest) {
 }
 
 // Up to kLanes rows of the weight become a vector a word; missing rows and numbers are zero. `rows` has room for them.
+// Also writes what sums of products start with: -kMiddle times the sum of each row.
 void pack_columns(const std::int8_t* weight, std::int64_t in_features, std::int64_t count, std::int64_t words,
-                  WideNumber* rows, Word* to, std::int32_t* start) {
+                  WideNumber* rows, Word* to, [[maybe_unused]] std::int32_t* start) {
     const std::int64_t stride = words * kNumbers;
     for (std::int64_t j = 0; j < count; ++j) {
         WideNumber* row = rows + j * stride;
@@ -116,14 +155,14 @@ void pack_columns(const std::int8_t* weight, std::int64_t in_features, std::int6
     }
     const Tokens<float> tokens{reinterpret_cast<const float*>(rows), words, nullptr};
     pack_keys<false>(tokens, 0, count, words, 0, to);
-    I32 sums = {};
 #if MPLUG2_BYTES
-    for (std::int64_t w = 0; w < words; ++w) {  // x has numbers plus kOffset
+    I32 sums = {};
+    for (std::int64_t w = 0; w < words; ++w) {
         sums = dot(sums, U32{} + 0x01010101u, load_words(to + w * kLanes));
     }
-    sums = -kOffset * sums;
-#endif
+    sums = -kMiddle * sums;
     std::memcpy(start, &sums, sizeof(sums));
+#endif
 }
 
 // Rows of x as integers, shared by the threads, which then divide the columns among them.
@@ -140,15 +179,21 @@ void run_wide(const LinearInt8Arguments& a) {
     const std::int64_t start_bytes = Scratch::bytes<std::int32_t>(group * kPanelColumns);
     const std::int64_t rows_bytes = Scratch::bytes<Word>(words * kLanes);
     const std::int64_t own_bytes = packed_bytes + start_bytes + rows_bytes;
-    const std::int64_t scale_bytes = Scratch::bytes<float>(a.rows), all_x = a.rows * x_bytes;
+    const std::int64_t scale_bytes = Scratch::bytes<RowOf>(a.rows), all_x = a.rows * x_bytes;
     char* shared = static_cast<char*>(kept_memory(own_bytes + scale_bytes + all_x));
-    auto* row_scales = reinterpret_cast<float*>(shared + own_bytes);
+    auto* of_rows = reinterpret_cast<RowOf*>(shared + own_bytes);
     char* numbers = shared + own_bytes + scale_bytes;
     parallel_ranges(a.rows, a.threads, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t r = begin; r < end; ++r) {
             auto* to = reinterpret_cast<Number*>(numbers + r * x_bytes);
-            row_scales[r] = quantise(x + r * a.x_stride, a.in_features, 127.0f,
-                                     [&](std::int64_t i, I32 number) { store_numbers(to + i, number + kOffset); });
+            const Element* row = x + r * a.x_stride;
+            const Range of_row = range(row, a.in_features);
+            const float scale = of_row.finite() ? of_row.high / 255.0f + of_row.low / 255.0f : 0.0f;
+            const float zero = scale >= kLeastScale ? nearest_number(of_row.low * (1.0f / scale)) : 0.0f;
+            const std::int32_t added = MPLUG2_BYTES ? static_cast<std::int32_t>(zero) : 0;
+            quantise(row, a.in_features, scale, -zero, 255.0f - zero,
+                     [&](std::int64_t i, I32 number) { store_numbers(to + i, number + added); });
+            of_rows[r] = {result_scale(of_row, scale), (zero - kMiddle) / kMiddle};
         }
     });
     const Epilogue<Element> e = epilogue<Element>(a);
@@ -170,9 +215,8 @@ void run_wide(const LinearInt8Arguments& a) {
                 const int height = static_cast<int>(at_most(kProductRows, a.rows - r));
                 for (std::int64_t p = 0; p < count; ++p) {
                     const std::int64_t column = (first + p) * kPanelColumns;
-                    multiply_rows<Element>(height, numbers + r * x_bytes, x_bytes, row_scales + r,
-                                           packed + p * panel_words, starts + p * kPanelColumns, words, e,
-                                           r * a.out_features + column, a.out_features, column,
+                    multiply_rows<Element>(height, numbers + r * x_bytes, x_bytes, of_rows + r,
+                                           packed + p * panel_words, starts + p * kPanelColumns, words, e, r, column,
                                            at_most(kPanelColumns, a.out_features - column));
                 }
             }
@@ -321,15 +365,18 @@ void run_few(const LinearInt8Arguments& a) {
         for (std::int64_t r = 0; r < rows; ++r) {
             Number* to = numbers + r * kParts * stride;
             std::memset(to, 0, kParts * stride * sizeof(Number));
-            scales[r] =
-                quantise(x + (first + r) * a.x_stride, a.in_features, 32767.0f, [&](std::int64_t i, I32 number) {
-                    if constexpr (kParts == 2) {
-                        store_numbers(to + i, (number + 32768) >> 8);
-                        store_numbers(to + stride + i, (number + 32768) & 255);
-                    } else {
-                        store_numbers(to + i, number);
-                    }
-                });
+            const Element* row = x + (first + r) * a.x_stride;
+            const Range of_row = range(row, a.in_features);
+            const float scale = of_row.finite() ? of_row.size() / 32767.0f : 0.0f;
+            scales[r] = result_scale(of_row, scale);
+            quantise(row, a.in_features, scale, -32767.0f, 32767.0f, [&](std::int64_t i, I32 number) {
+                if constexpr (kParts == 2) {
+                    store_numbers(to + i, (number + 32768) >> 8);
+                    store_numbers(to + stride + i, (number + 32768) & 255);
+                } else {
+                    store_numbers(to + i, number);
+                }
+            });
         }
         parallel_ranges(blocks, a.threads, [&](std::int64_t begin, std::int64_t end) {
             const Buffer<float> products(rows * kFewColumns);
@@ -343,10 +390,10 @@ void run_few(const LinearInt8Arguments& a) {
                     }
                     multiply_few(numbers, rows, stride, weight, a.in_features, products + c);
                 }
-                for (std::int64_t r = 0; r < rows; ++r) {
-                    for (std::int64_t c = 0; c < columns; c += kLanes) {
-                        Epilogue<Element>::write(e, load(products + r * kFewColumns + c), scales[r],
-                                                 (first + r) * a.out_features + column + c, column + c, columns - c);
+                for (std::int64_t c = 0; c < columns; c += kLanes) {
+                    const Columns<Element> out(e, column + c, columns - c);
+                    for (std::int64_t r = 0; r < rows; ++r) {
+                        out.write(load(products + r * kFewColumns + c), scales[r], first + r);
                     }
                 }
             }

@@ -13,8 +13,8 @@ from mplug2_fast.ops.runtime.backend import Backend
 from mplug2_fast.ops.runtime.op import Op
 from mplug2_fast.ops.runtime.spec import Spec, normal
 
-MOST = {8: 127, 16: 32767}
-"""The largest whole number of a row of x, by bits."""
+BITS = (8, 16)
+"""To how many bits rows of x can be rounded."""
 MOST_INPUTS = 1 << 16
 """With more in_features, the sum of products could exceed 32 bits."""
 
@@ -56,7 +56,7 @@ def make_inputs(
 
 def check(a: Arguments) -> None:
     check_activation(a.activation)
-    if a.bits not in MOST:
+    if a.bits not in BITS:
         raise ValueError(f"bits must be 8 or 16, got {a.bits}")
     if a.x.dim() == 0 or a.weight.dim() != 2 or a.x.shape[-1] != a.weight.shape[1]:
         raise ValueError(
@@ -82,16 +82,32 @@ def _result_shape(a: Arguments) -> tuple[int, ...]:
 def quantise_rows(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     """Rounds each row of x `(..., channels)` to whole numbers, ties to even.
 
+    With 16 bits they go from -32767 to 32767. With 8 bits they are 256 neighbours, among them zero, and go from the
+    row's least number to its largest: activations such as GELU have hardly any negative numbers.
+
     Returns the numbers, of x's shape and in its dtype but at least float32, and the scale of each row `(..., 1)` that
-    they are multiplied with. Both are zero for a row of zeros. The scale of a row that is not finite is NaN.
+    they are multiplied with. The scale of a row that is not finite is NaN.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    size = x.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
-    finite, most = size.isfinite(), MOST[bits]
-    # A number divided by a tensor would be rounded twice.
-    factor = (torch.full_like(size, most) / size).where(finite & (size > 0), 0)
-    numbers = torch.round((x * factor).nan_to_num(0).clamp(-most, most))
-    return numbers, (size / most).where(finite, torch.nan)
+    low, high = x.aminmax(dim=-1, keepdim=True) if x.shape[-1] else (x.new_zeros(*x.shape[:-1], 1),) * 2
+    finite = low.isfinite() & high.isfinite()
+    low, high = (-low).clamp(min=0), high.clamp(min=0)
+    scale = (
+        high / _full(high, 255) + low / _full(low, 255) if bits == 8 else torch.maximum(low, high) / _full(low, 32767)
+    )
+    usable = finite & (scale >= torch.finfo(torch.float32).tiny)
+    factor = scale.reciprocal().where(usable, 0)
+    least, most = _full(low, -32767), _full(low, 32767)
+    if bits == 8:
+        least = -torch.round(low * factor).where(usable, 0)
+        most = least + 255
+    numbers = torch.round((x * factor).nan_to_num(0).clamp(least, most))
+    return numbers, scale.where(usable, 0).where(finite, torch.nan)
+
+
+def _full(like: Tensor, number: int) -> Tensor:
+    """A divisor. Divided by a Python number, PyTorch's result may be rounded twice."""
+    return torch.full_like(like, number)
 
 
 def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +115,9 @@ def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns int8 numbers from -127 to 127 of the weight's shape, and float32 scales `(out_features,)`.
     """
-    numbers, scale = quantise_rows(weight.detach().float())
+    weight = weight.detach().float()
+    scale = (weight.abs().amax(dim=1, keepdim=True) if weight.numel() else weight.new_zeros(len(weight), 1)) / 127
+    numbers = torch.round(weight / scale.where(scale > 0, 1)).clamp(-127, 127)
     return numbers.to(torch.int8), scale[:, 0].contiguous()
 
 
@@ -201,9 +219,8 @@ def linear_int8(
 ) -> Tensor:
     """`residual + activation(x @ (scale * weight).T + bias)` with x rounded: whole numbers are multiplied.
 
-    Each row of x is rounded to whole numbers up to 127, or up to 32767 with 16 bits; its largest absolute value becomes
-    the largest number. Sums are exact with 8 bits, and close to it with 16. A row of x that is not finite gives NaN. It
-    has no gradients.
+    Each row of x is rounded to whole numbers, see `quantise_rows`. Sums are exact with 8 bits, and close to it with 16.
+    A row of x that is not finite gives NaN. It has no gradients.
 
     Args:
         x: `(..., in_features)`. weight: `(out_features, in_features)`, int8, from -127 to 127. scale:
