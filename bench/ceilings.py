@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.row import Row
+from bench.row import INT8, Key, Row
 
 # (rows, inputs, outputs) of the Large model's vision encoder, 16 frames: the two products of an MLP, and the QKV.
 LARGE_SHAPES = ((4112, 1024, 4096), (4112, 4096, 1024), (4112, 1024, 3072))
@@ -42,10 +42,13 @@ def gemm(device: str, dtype: torch.dtype, shapes: tuple[tuple[int, int, int], ..
     """The best over shapes, operators and repeats, on random data."""
     best: dict[str, Any] = {"gflops": 0.0}
     for rows, inputs, outputs in shapes:
-        x = torch.randn(rows, inputs, device=device).to(dtype)
-        weight = torch.randn(outputs, inputs, device=device).to(dtype)
-        bias = torch.randn(outputs, device=device).to(dtype)
-        for name, run in operators(x, weight, bias).items():
+        if dtype == torch.int8:
+            ways = int8_operators(rows, inputs, outputs)
+        else:
+            x = torch.randn(rows, inputs, device=device).to(dtype)
+            weight = torch.randn(outputs, inputs, device=device).to(dtype)
+            ways = operators(x, weight, torch.randn(outputs, device=device).to(dtype))
+        for name, run in ways.items():
             seconds = timed(run, device)
             hopeless = device == "cpu" and 4 * rows * inputs * outputs / seconds / 1e9 < best["gflops"]
             if not hopeless:
@@ -70,6 +73,20 @@ def operators(x: Tensor, weight: Tensor, bias: Tensor) -> dict[str, Callable[[],
         ways["oneDNN linear"] = lambda: linear(x, weight, bias, "none", [], "")
         ways["oneDNN linear, packed"] = lambda: linear(x, packed, bias, "none", [], "")
         ways["oneDNN linear with swish, packed"] = lambda: linear(x, packed, bias, "swish", [], "")
+    return ways
+
+
+def int8_operators(rows: int, inputs: int, outputs: int) -> dict[str, Callable[[], Tensor]]:
+    """Every way in which PyTorch multiplies bytes on a CPU. Both operands are rounded in advance."""
+    x = torch.randint(-127, 128, (rows, inputs), dtype=torch.int8)
+    weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+    ways: dict[str, Callable[[], Tensor]] = {"_int_mm": lambda: torch._int_mm(x, weight.t())}
+    if torch.backends.mkldnn.is_available():
+        packed = torch.ops.onednn.qlinear_prepack(weight, [rows, inputs])
+        scales, zeros = torch.full((outputs,), 1e-3), torch.zeros(outputs, dtype=torch.int64)
+        unsigned, dtype = (x.int() + 128).to(torch.uint8), torch.bfloat16
+        rest = (packed, scales, zeros, None, 1.0, 0, dtype, "none", [], "")
+        ways["oneDNN qlinear, packed"] = lambda: torch.ops.onednn.qlinear_pointwise(unsigned, 0.01, 128, *rest)
     return ways
 
 
@@ -136,6 +153,11 @@ def place(flop: int | None, bytes: int | None, seconds: float, dtype: str, ceili
     )
 
 
+def dtype_of(key: Key) -> str:
+    """The dtype of a work's products."""
+    return INT8 if key.name.endswith(f"_{INT8}") else key.dtype
+
+
 def under(row: Row, ceilings: Mapping[str, Any]) -> Row:
     """The row, placed under these ceilings."""
-    return replace(row, **place(row.flop, row.bytes, row.seconds, row.key.dtype, ceilings)._asdict())
+    return replace(row, **place(row.flop, row.bytes, row.seconds, dtype_of(row.key), ceilings)._asdict())

@@ -32,7 +32,7 @@ from bench.flops import MODEL_TASKS
 from bench.plan import BASELINES, LOADER, TASKS, TRAIN, Plan
 from bench.process import ProcessError
 from bench.progress import Progress, TerminalProgress
-from bench.row import COMPARED, DIRECTIONS, LEVELS, SIZES, Key, Results, Row, Selection, on_roofline
+from bench.row import COMPARED, DIRECTIONS, INT8, LEVELS, SIZES, Key, Results, Row, Selection, on_roofline
 from bench.runner import Settings
 from bench.video import cases as video
 from mplug2_fast.devices import DTYPES, pick_device
@@ -80,7 +80,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--preset", choices=("tiny", "base", "large"), help="size of modules and models (default: base; --quick: tiny)")
     add("--sizes", type=names(SIZES), help=f"sizes of operators: {', '.join(SIZES)} (default: the preset's)")
-    add("--dtype", type=names(tuple(DTYPES)), default=("float32",), help=f"{', '.join(DTYPES)} (default: float32)")
+    dtypes = (*DTYPES, INT8)
+    add(
+        "--dtype",
+        type=names(dtypes),
+        default=("float32",),
+        help=f"{', '.join(dtypes)}, the last for whole models on a CPU (default: float32)",
+    )
     add("--direction", type=names(DIRECTIONS), default=("forward",), help=f"{', '.join(DIRECTIONS)} (default: forward)")
     add("--quick", action="store_true", help="small sizes, few repeats")
     add("--waterfall", action="store_true", help="measure one technique after another instead")
@@ -187,6 +193,8 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error(
             f"--reference-steps must be from 1 to the {options.steps} of --steps, got {options.reference_steps}"
         )
+    if INT8 in options.dtype and (options.level != ("model",) or options.device != "cpu" or options.accelerate):
+        parser.error("--dtype int8 is for whole models on a CPU: add --level model")
     options.device = str(pick_device(options.device))
     if options.mode == "graph" and options.device == "cpu":
         parser.error("--mode graph needs --device cuda")
@@ -276,8 +284,12 @@ def measure_levels(options: argparse.Namespace, progress: Progress) -> Results:
     if not any(works.values()):
         raise ValueError(" ".join([f"these options leave nothing to measure in {', '.join(works)}", *video.notes()]))
 
+    dtypes = list(options.dtype)
+    if options.device == "cpu" and any(ceilings.dtype_of(key) == INT8 for key in works.get("ops", ())):
+        dtypes = list(dict.fromkeys([*dtypes, INT8]))
+
     def ceilings_now() -> dict[str, Any]:
-        return runner.measure_ceilings(options.device, list(options.dtype), settings(options, "ops"), progress)
+        return runner.measure_ceilings(options.device, dtypes, settings(options, "ops"), progress)
 
     best, parts = ceilings_now(), []
     for level, wanted in works.items():

@@ -16,8 +16,9 @@ import mplug2_fast as mf
 from bench.peer import Peer
 from bench.weights import fill
 from mplug2_fast.acceleration import accelerate
+from mplug2_fast.nn.quantise import quantise
 from mplug2_fast.ops import explain, layer_norm
-from mplug2_fast.ops.runtime import cuda
+from mplug2_fast.ops.runtime import cuda, onednn
 from mplug2_fast.tasks.features import SPACES
 from mplug2_fast.tasks.matching import match_pairs
 from mplug2_fast.training.optimizer import make_optimizer, official_of_parameters
@@ -65,7 +66,9 @@ class Implementation:
         self, config: Any, dtype: torch.dtype, device: str, beams: int, steps: int, family: str = "captioning"
     ) -> None:
         self.config, self.device, self.beams, self.steps = config, device, beams, steps
-        self.trains = family.endswith("step")
+        self.trains, self.has_int8 = family.endswith("step"), dtype is torch.int8
+        if self.has_int8:  # the other weights
+            dtype = torch.bfloat16 if onednn.multiplies(torch.bfloat16) else torch.float32
         self.weights_dtype = torch.float32 if self.trains else dtype
         self.autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype != self.weights_dtype)
         self.answers = family.startswith("answering")
@@ -268,6 +271,10 @@ class Fast(Implementation):
         self.backend = {"cpu": "native, oneDNN", "triton": "Triton, PyTorch"}.get(served or "", "PyTorch")
         if served == "triton" and not cuda.reasons(x):
             self.backend = f"CUDA, {self.backend}"
+        if self.has_int8:
+            for part, bits in (("visual", 8), ("universal", 8), ("text", 16), ("fusion", 16), ("decoder", 16)):
+                if (module := getattr(self.model, part, None)) is not None:
+                    quantise(module, bits)
         if not self.trains:
             self.model.pack()
 

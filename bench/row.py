@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 LEVELS = ("ops", "modules", "model", "train", "video")
+INT8 = "int8"
+"""The dtype of a model whose wide weights have 8 bits; its other weights are bfloat16 or float32."""
 DIRECTIONS = ("forward", "backward", "both")
 SIZES = ("quick", "base", "large", "edge")
 COMPARED = ("reference", "eager", "torch", "compiled", "xformers", "flash_attn", "apex", "liger_kernel")

@@ -154,7 +154,7 @@ def measure(key: Key, settings: Settings) -> tuple[Measured, Any]:
 
 def row(key: Key, found: Measured, weighed: tuple[int, int] | None, best: Mapping[str, Any], settings: Settings) -> Row:
     seconds, agreement = found.turns, found.agreement
-    placed = ceilings.place(found.flop, found.bytes, seconds.median(), key.dtype, best)
+    placed = ceilings.place(found.flop, found.bytes, seconds.median(), ceilings.dtype_of(key), best)
     baselines = {
         way: Baseline(seconds.median(way), seconds.ratio(way), None, agreement.baselines.get(way))
         for way in seconds.seconds

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.modules import operator_call
-from bench.row import Results, Row
+from bench.row import INT8, Results, Row
 
 Ceilings = Mapping[str, Any]
 MET, MISSED, STATED, NOT_MEASURED = "met", "missed", "stated", "not measured"
@@ -204,6 +204,9 @@ def _captioning() -> list[Target]:
         of("cpu", "bfloat16", times("compiled"), 1.3),
         of("cpu", "bfloat16", GEMM_SHARE, 80),
         of("cpu", "bfloat16", PEAK, 3, at_most=True),
+        of("cpu", INT8, times("reference"), 20),
+        of("cpu", INT8, times("bfloat16"), 1.5),
+        of("cpu", INT8, PEAK, 1.6, at_most=True),
         of("cpu", "float32", times("reference"), 16),
         of("cpu", "float32", times("compiled"), 1.6),
         of("cpu", "float32", PEAK, 5, at_most=True),

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench import ceilings
+from mplug2_fast.ops import linear_act, pack_weight
 from mplug2_fast.ops.attention import attention_torch
 from mplug2_fast.ops.runtime import onednn
 
@@ -55,6 +57,24 @@ def product(arguments: Arguments) -> Callable[[], Any]:
     return lambda: linear(x, weight, bias)
 
 
+def bytes_by(way: str) -> Prepare:
+    """The product of bytes alone, rounded in advance, by one of PyTorch's ways."""
+
+    def prepare(arguments: Arguments) -> Callable[[], Any]:
+        rows = arguments["x"].shape[:-1].numel()
+        return ceilings.int8_operators(rows, *reversed(arguments["weight"].shape))[way]
+
+    return prepare
+
+
+def wide_weight(arguments: Arguments) -> Callable[[], Any]:
+    """Our linear layer with the weight in x's dtype."""
+    x, numbers, scale, bias, activation, residual, _ = arguments.values()
+    weight = (numbers * scale[:, None]).to(x.dtype)
+    pack_weight(weight, x.shape[:-1].numel())
+    return lambda: linear_act(x, weight, bias, activation, residual=residual)
+
+
 def both_products(arguments: Arguments) -> Callable[[], Any]:
     """Those of an MLP."""
     x, fc_weight, fc_bias, proj_weight, proj_bias = list(arguments.values())[:5]
@@ -90,6 +110,11 @@ BOUNDS: dict[str, tuple[Bound, ...]] = {
     "beam_attention": (Bound("copy of the memory", copy_of("key", "value")),),  # reading it takes half as long
     "layer_norm": (Bound("copy", copy_of("x")),),
     "linear_act": (Bound("GEMM", product),),
+    "linear_int8": (
+        Bound("_int_mm", bytes_by("_int_mm"), devices=("cpu",)),
+        Bound("qlinear", bytes_by("oneDNN qlinear, packed"), devices=("cpu",)),
+        Bound("linear_act", wide_weight),
+    ),
     "mlp": (Bound("two GEMMs", both_products),),
     "norm_linear_act": (Bound("GEMM", product),),
 }
