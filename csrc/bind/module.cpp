@@ -19,6 +19,7 @@ PYBIND11_MODULE(_C, module) {
         .value("portable", Isa::portable)
         .value("avx2", Isa::avx2)
         .value("avx512", Isa::avx512)
+        .value("avx512_vnni", Isa::avx512_vnni)
         .value("avx512_bf16", Isa::avx512_bf16);
     py::enum_<Activation>(module, "Activation", "The activation of a result; gelu is the erf form.")
         .value("none", Activation::none)

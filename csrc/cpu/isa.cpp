@@ -16,6 +16,10 @@ bool processor_has(Isa isa) {
             return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
                    processor_has(Isa::avx512);
 #endif
+#ifndef MPLUG2_WITHOUT_AVX512_VNNI
+        case Isa::avx512_vnni:
+            return __builtin_cpu_supports("avx512vnni") && processor_has(Isa::avx512);
+#endif
 #ifdef MPLUG2_X86
         case Isa::avx512:
             return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -39,6 +43,9 @@ bool is_compiled(Isa isa) {
 #ifndef MPLUG2_WITHOUT_AVX512
         case Isa::avx512:
 #endif
+#ifndef MPLUG2_WITHOUT_AVX512_VNNI
+        case Isa::avx512_vnni:
+#endif
 #ifndef MPLUG2_WITHOUT_AVX512_BF16
         case Isa::avx512_bf16:
 #endif
@@ -53,7 +60,7 @@ bool is_supported(Isa isa) {
 }
 
 Isa isa_named(const std::string& name) {
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 5; ++i) {
         if (name == kIsaNames[i]) {
             const Isa isa = static_cast<Isa>(i);
             if (!is_compiled(isa)) {
@@ -67,7 +74,7 @@ Isa isa_named(const std::string& name) {
         }
     }
     throw std::invalid_argument("there is no instruction set " + name +
-                                ": choose portable, avx2, avx512 or avx512_bf16");
+                                ": choose portable, avx2, avx512, avx512_vnni or avx512_bf16");
 }
 
 }  // namespace mplug2_fast

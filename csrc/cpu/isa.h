@@ -11,10 +11,10 @@
 
 namespace mplug2_fast {
 
-// In ascending order of speed.
-enum class Isa { portable, avx2, avx512, avx512_bf16 };
+// In ascending order of speed. With avx512_vnni most kernels are those of avx512.
+enum class Isa { portable, avx2, avx512, avx512_vnni, avx512_bf16 };
 
-inline constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+inline constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
 
 // Whether this module has kernels for the set.
 bool is_compiled(Isa isa);
@@ -32,6 +32,9 @@ Isa isa_named(const std::string& name);
 #define MPLUG2_WITHOUT_AVX2
 #define MPLUG2_WITHOUT_AVX512
 #define MPLUG2_WITHOUT_AVX512_BF16
+#endif
+#if defined(MPLUG2_WITHOUT_AVX512) && !defined(MPLUG2_WITHOUT_AVX512_VNNI)
+#define MPLUG2_WITHOUT_AVX512_VNNI
 #endif
 
 #define MPLUG2_DECLARE(isa, name, Arguments) \
@@ -56,6 +59,15 @@ Isa isa_named(const std::string& name);
 #define MPLUG2_DECLARE_AVX512(name, Arguments) MPLUG2_DECLARE(avx512, name, Arguments)
 #define MPLUG2_CASE_AVX512(name, arguments) MPLUG2_CASE(avx512, name, arguments)
 #endif
+#ifdef MPLUG2_WITHOUT_AVX512_VNNI
+#define MPLUG2_DECLARE_AVX512_VNNI(name, Arguments)
+#define MPLUG2_CASE_AVX512_VNNI(isa, name, arguments)
+#else
+#define MPLUG2_DECLARE_AVX512_VNNI(name, Arguments) MPLUG2_DECLARE(avx512_vnni, name, Arguments)
+#define MPLUG2_CASE_AVX512_VNNI(isa, name, arguments) \
+    case Isa::avx512_vnni:                            \
+        return isa::name(arguments);
+#endif
 #ifdef MPLUG2_WITHOUT_AVX512_BF16
 #define MPLUG2_DECLARE_AVX512_BF16(name, Arguments)
 #define MPLUG2_CASE_AVX512_BF16(name, arguments)
@@ -65,8 +77,8 @@ Isa isa_named(const std::string& name);
 #endif
 
 // Declares `void name(const Arguments&)` for every instruction set, and `name(isa, arguments)` that calls the right
-// one.
-#define MPLUG2_KERNEL(name, Arguments)                      \
+// one. `vnni` is the set whose kernel avx512_vnni takes.
+#define MPLUG2_KERNEL_WITH(vnni, name, Arguments)           \
     MPLUG2_DECLARE(portable, name, Arguments)               \
     MPLUG2_DECLARE_AVX2(name, Arguments)                    \
     MPLUG2_DECLARE_AVX512(name, Arguments)                  \
@@ -74,9 +86,16 @@ Isa isa_named(const std::string& name);
     inline void name(Isa isa, const Arguments& arguments) { \
         switch (isa) {                                      \
             MPLUG2_CASE_AVX512_BF16(name, arguments)        \
+            MPLUG2_CASE_AVX512_VNNI(vnni, name, arguments)  \
             MPLUG2_CASE_AVX512(name, arguments)             \
             MPLUG2_CASE_AVX2(name, arguments)               \
             default:                                        \
                 return portable::name(arguments);           \
         }                                                   \
     }
+#define MPLUG2_KERNEL(name, Arguments) MPLUG2_KERNEL_WITH(avx512, name, Arguments)
+
+// For kernels that multiply bytes.
+#define MPLUG2_VNNI_KERNEL(name, Arguments)     \
+    MPLUG2_DECLARE_AVX512_VNNI(name, Arguments) \
+    MPLUG2_KERNEL_WITH(avx512_vnni, name, Arguments)

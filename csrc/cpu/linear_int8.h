@@ -39,6 +39,6 @@ struct LinearInt8Arguments {
     int threads;
 };
 
-MPLUG2_KERNEL(linear_int8, LinearInt8Arguments)
+MPLUG2_VNNI_KERNEL(linear_int8, LinearInt8Arguments)
 
 }  // namespace mplug2_fast

@@ -4,14 +4,15 @@ import torch
 from mplug2_fast import ops
 from mplug2_fast.ops.linear_int8 import BITS, SPEC, quantise_rows, quantise_weight
 from mplug2_fast.ops.runtime import cpu
-from tests.ops.suite import ISAS, OpSuite
+from tests.ops.suite import ALL_ISAS, OpSuite
 
 
 class TestSpecification(OpSuite):
     operator = ops.linear_int8
+    isas = ALL_ISAS
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", ALL_ISAS)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(7, 40, 50), (70, 513, 130), (1, 4096, 3)])
 def test_sums_of_the_largest_numbers(native_module, monkeypatch, isa, bits, rows, inputs, outputs):
