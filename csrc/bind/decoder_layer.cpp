@@ -4,6 +4,7 @@
 
 #include "bind/bind.h"
 #include "cpu/attention.h"
+#include "cpu/linear_int8.h"
 #include "cpu/step_attention.h"
 
 namespace py = pybind11;
@@ -16,7 +17,7 @@ void bind_decoder_layer(py::module_& module) {
     module.def(
         "decoder_layer",
         [](Isa isa, bool bf16, int threads, const std::array<std::int64_t, 7>& sizes, std::uintptr_t x,
-           const std::array<std::uintptr_t, 18>& parameters, std::uintptr_t keys, const Three& keys_strides,
+           const std::array<std::uintptr_t, 27>& parameters, std::uintptr_t keys, const Three& keys_strides,
            std::uintptr_t values, const Three& values_strides, std::uintptr_t ancestors, const Two& ancestors_strides,
            std::uintptr_t memory_key, const Three& memory_key_strides, std::uintptr_t memory_value,
            const Three& memory_value_strides, std::uintptr_t mask, Activation activation, float eps,
@@ -25,21 +26,24 @@ void bind_decoder_layer(py::module_& module) {
             require(batch >= 0 && beams >= 0 && heads >= 1 && hidden >= 0 && tokens >= 0 && step >= 0 && threads >= 1,
                     "decoder_layer: sizes must not be negative, heads and threads must be positive");
             require(head_dim >= 1 && head_dim <= kLargestHead, "decoder_layer: head_dim must be between 1 and 256");
+            require(!parameters[5] || (heads * head_dim <= kMostInt8Inputs && hidden <= kMostInt8Inputs),
+                    "decoder_layer: there are too many channels for 8-bit weights");
             require(tokens <= INT32_MAX && beams <= INT32_MAX, "decoder_layer: too many tokens");
-            const auto both = [&](int index) {
-                return WeightAndBias{at<const void>(parameters[2 * index]), at<const void>(parameters[2 * index + 1])};
+            const auto part = [&](int index) {
+                const auto* of = &parameters[3 * index];
+                return WeightAndBias{at<const void>(of[0]), at<const void>(of[1]), at<const float>(of[2])};
             };
             const DecoderLayerArguments arguments{
                 at<const void>(x),
-                both(0),
-                both(1),
-                both(2),
-                both(3),
-                both(4),
-                both(5),
-                both(6),
-                both(7),
-                both(8),
+                part(0),
+                part(1),
+                part(2),
+                part(3),
+                part(4),
+                part(5),
+                part(6),
+                part(7),
+                part(8),
                 at<void>(keys),
                 at<void>(values),
                 at<std::int32_t>(ancestors),

@@ -6,6 +6,7 @@
 #include "cpu/attention.h"
 #include "cpu/layer_norm.h"
 #include "cpu/linear_act.h"
+#include "cpu/linear_int8.h"
 #include "cpu/step_attention.h"
 
 namespace mplug2_fast {
@@ -64,8 +65,14 @@ class Layer {
 
     void linear(const void* x, const WeightAndBias& of, void* out, std::int64_t inputs, std::int64_t outputs,
                 const void* residual = nullptr, Activation activation = Activation::none) const {
-        linear_act(isa_, {x, of.weight, of.bias, residual, out, rows_, inputs, outputs, inputs, activation, a_.bf16,
-                          threads(inputs * outputs)});
+        const int threads = this->threads(inputs * outputs);
+        if (of.scale) {
+            linear_int8(isa_, {x, static_cast<const std::int8_t*>(of.weight), of.scale, of.bias, residual, out, rows_,
+                               inputs, outputs, inputs, activation, 16, a_.bf16, threads});
+        } else {
+            linear_act(isa_, {x, of.weight, of.bias, residual, out, rows_, inputs, outputs, inputs, activation, a_.bf16,
+                              threads});
+        }
     }
 
     void attend_self(const char* qkv, void* out) const {

@@ -7,10 +7,12 @@
 
 namespace mplug2_fast {
 
-// A weight (outputs, inputs) and a bias (outputs) or null, or those of a layer norm; contiguous.
+// A weight (outputs, inputs) and a bias (outputs) or null, or those of a layer norm; contiguous. With a scale (outputs)
+// the weight is that of linear_int8.
 struct WeightAndBias {
     const void* weight;
     const void* bias;
+    const float* scale = nullptr;
 };
 
 // One layer of a decoder with post-norm residuals, for the newest token of every beam. It calls kernels of csrc/cpu one

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mplug2_fast.nn.parts import add_linear, dropout_rate
 from mplug2_fast.ops.attention import attention_reference, attention_with_dropout, check_attention
+from mplug2_fast.ops.decoder_layer import WeightAndBias, WithScale
 from mplug2_fast.ops.linear_act import linear_act
 from mplug2_fast.ops.runtime.autocast import autocast_dtype
 
@@ -141,10 +142,14 @@ class FusedProjections(AttentionHeads):
         """x `(..., embed_dim)` to `(..., num_heads, head_dim)`."""
         return in_product(self, x, slice(None, self.embed_dim)).unflatten(-1, (self.num_heads, -1))
 
-    def query_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the query projection."""
-        dim, bias = self.embed_dim, self.in_proj_bias
-        return self.in_proj_weight[:dim], None if bias is None else bias[:dim]
+    def projection(self) -> WeightAndBias | WithScale:
+        """Weight and bias of the projections, and the scale of an 8-bit weight."""
+        quantised = self._modules.get("in_proj")
+        return (self.in_proj_weight, self.in_proj_bias) if quantised is None else quantised.parts()
+
+    def query_projection(self) -> WeightAndBias | WithScale:
+        """Those of the query's projection."""
+        return tuple(None if part is None else part[: self.embed_dim] for part in self.projection())
 
     def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """memory `(..., embed_dim)` to keys and values, each a `(..., num_heads, head_dim)` view."""

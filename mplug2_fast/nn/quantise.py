@@ -8,11 +8,15 @@ from typing import Any
 from torch import nn
 
 from mplug2_fast.nn.attention import FusedProjections
-from mplug2_fast.nn.int8 import Int8Linear
+from mplug2_fast.nn.bert_layer import BertEmbeddings
+from mplug2_fast.nn.int8 import Int8Embedding, Int8Linear
+from mplug2_fast.nn.text_decoder import TextDecoder
 
 
 def quantise(module: nn.Module, bits: int = 8, keep: Callable[[str], bool] = lambda _: False) -> list[str]:
     """Replaces the linear layers inside a module, and the projections of its attentions, by ones with 8-bit weights.
+
+    The word embeddings of a decoder, which are the weight of its last layer, are replaced too.
 
     Args:
         keep: whether the layer of this name, relative to the module, stays as it is.
@@ -32,6 +36,9 @@ def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[[int],
         dot = f"{prefix}." if prefix else ""
         if isinstance(parent, FusedProjections) and parent.in_proj_weight is not None:
             yield f"{dot}in_proj", parent, lambda bits, parent=parent: _replace_projections(parent, bits)
+        if isinstance(parent, TextDecoder) and type(parent.embeddings.word) is nn.Embedding:
+            embeddings = parent.embeddings
+            yield f"{dot}embeddings.word", embeddings, lambda bits, at=embeddings: _replace_words(at)
         for name, child in parent.named_children():
             if type(child) in _PRODUCTS and child.weight[0, 0].numel() == 1:
                 yield f"{dot}{name}", child, lambda bits, *at, parent=parent, name=name: _replace(parent, name, bits)
@@ -43,6 +50,10 @@ _PRODUCTS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Co
 def _replace(parent: nn.Module, name: str, bits: int) -> None:
     layer: Any = getattr(parent, name)
     setattr(parent, name, Int8Linear.of(layer.weight, layer.bias, bits).train(layer.training))
+
+
+def _replace_words(parent: BertEmbeddings) -> None:
+    parent.word = Int8Embedding.of(parent.word.weight).train(parent.training)
 
 
 def _replace_projections(parent: FusedProjections, bits: int) -> None:

@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from mplug2_fast.nn.bert_layer import BERT_KINDS, BertEmbeddings, BertLayer, KeysValues, can_pack
 from mplug2_fast.nn.config import BertConfig
+from mplug2_fast.nn.int8 import Int8Embedding, Int8Linear
 from mplug2_fast.nn.layer_norm import NORMS, LayerNorm
 from mplug2_fast.nn.packing import Packing
 from mplug2_fast.nn.parts import dropout_rate, linear
 from mplug2_fast.nn.unchanged import TENSORS, unchanged
-from mplug2_fast.ops.decoder_layer import decoder_layer
-from mplug2_fast.ops.linear_act import linear_act
+from mplug2_fast.ops.decoder_layer import BITS, WeightAndBias, WithScale, decoder_layer
+from mplug2_fast.ops.layer_norm import layer_norm
+from mplug2_fast.ops.linear_act import Activation, linear_act
+from mplug2_fast.ops.linear_int8 import linear_int8
 from mplug2_fast.ops.residual import norm_linear_residual
 from mplug2_fast.ops.runtime.triton import early_kernels
 from mplug2_fast.ops.step_attention import step_attention
@@ -27,11 +30,12 @@ from mplug2_fast.ops.step_attention import step_attention
 StepBy = Literal["layer", "part", "sequence"]
 """How a step is computed.
 
-"layer": one operator per layer. "part": the modules inside each layer are called, with cached keys and values.
+"layer": one operator per layer, whose linear layers must all have 8-bit weights or none. "part": the modules inside
+each layer are called, with cached keys and values.
 "sequence": the decoder is called with all tokens so far, because the decoder, a layer or an attention module must be
 called as a whole."""
 
-_KINDS = BERT_KINDS | {nn.ModuleList}
+_KINDS = BERT_KINDS | {nn.ModuleList, Int8Linear, Int8Embedding}
 
 
 @dataclass
@@ -108,16 +112,18 @@ class TextDecoder(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states `(..., hidden)` to logits `(..., vocabulary)`."""
         x = self.head_norm(linear(self.head, x, "gelu"))
-        return linear_act(x, self._output_embeddings(x.device), self.head_bias)
+        # The embeddings may be inside a wrapper.
+        word = next(module for module in self.embeddings.modules() if isinstance(module, BertEmbeddings)).word
+        if isinstance(word, Int8Embedding):
+            return word.logits(x, self.head_bias)
+        return linear_act(x, self._output_embeddings(word, x.device), self.head_bias)
 
-    def _output_embeddings(self, device: torch.device) -> Tensor:
+    def _output_embeddings(self, word: nn.Module, device: torch.device) -> Tensor:
         """The word embeddings' weight `(vocabulary, hidden)`.
 
         As with tied weights, hooks and adapters of the input embeddings do not change it. If the weight is on another
         device or not an ordinary tensor, the module is called with every token instead.
         """
-        # The embeddings may be inside a wrapper.
-        word = next(module for module in self.embeddings.modules() if isinstance(module, BertEmbeddings)).word
         weight = getattr(word, "weight", None)
         if type(weight) in TENSORS and weight is not None and weight.device == device:
             return weight
@@ -227,7 +233,7 @@ class TextDecoder(nn.Module):
         has_dropout = any(type(module) is nn.Dropout and dropout_rate(module) for module in inside)
         # The operator has one eps, and needs norms with weight and bias.
         alike = len({norm.eps for norm in norms}) == 1 and all(norm.bias is not None for norm in norms)
-        return "layer" if alike and not has_dropout else "part"
+        return "layer" if alike and not has_dropout and all(map(_is_one_kind, self.layers)) else "part"
 
     def _step_by_layer(self, tokens: Tensor, step: int, cache: SelfAttentionCache, memory: Memory) -> Tensor:
         """Each norm is computed together with the product after it, so x is the input of `norm`."""
@@ -239,14 +245,14 @@ class TextDecoder(nn.Module):
                 x = decoder_layer(
                     x,
                     _pair(norm),
-                    (own.self.in_proj_weight, own.self.in_proj_bias),
-                    _pair(own.output.dense),
+                    own.self.projection(),
+                    _parts(own.output.dense),
                     _pair(own.output.LayerNorm),
-                    cross.self.query_parameters(),
-                    _pair(cross.output.dense),
+                    cross.self.query_projection(),
+                    _parts(cross.output.dense),
                     _pair(cross.output.LayerNorm),
-                    _pair(layer.intermediate.dense),
-                    _pair(layer.output.dense),
+                    _parts(layer.intermediate.dense),
+                    _parts(layer.output.dense),
                     *cache.states[index],
                     cache.ancestors,
                     *(memory.keys_values[index] or self._memory_of(index, memory)),
@@ -256,10 +262,10 @@ class TextDecoder(nn.Module):
                     eps=norm.eps,
                 )
                 norm = layer.output.LayerNorm
-            hidden, _ = norm_linear_residual(x, *_pair(norm), *_pair(self.head), "gelu", norm.eps)
-            norm, words = self.head_norm, self.embeddings.word.weight
-            logits, _ = norm_linear_residual(hidden, *_pair(norm), words, self.head_bias, "none", norm.eps)
-        return logits
+            hidden = _norm_linear(x, norm, _parts(self.head), "gelu")
+            word = self.embeddings.word
+            words = (word.weight, self.head_bias, *((word.scale,) if isinstance(word, Int8Embedding) else ()))
+            return _norm_linear(hidden, self.head_norm, words)
 
     def _step_by_part(self, tokens: Tensor, step: int, cache: SelfAttentionCache, memory: Memory) -> Tensor:
         x = self.embeddings(tokens[..., None], start=step)  # (batch, beams, 1, hidden)
@@ -275,3 +281,26 @@ class TextDecoder(nn.Module):
 
 def _pair(module: nn.Linear | LayerNorm) -> tuple[Tensor, Tensor]:
     return module.weight, module.bias
+
+
+def _parts(module: nn.Linear | Int8Linear) -> WeightAndBias | WithScale:
+    return module.parts() if isinstance(module, Int8Linear) else _pair(module)
+
+
+def _is_one_kind(layer: BertLayer) -> bool:
+    """Whether all linear layers that `decoder_layer` computes have 8-bit weights, or none."""
+    own, cross = layer.attention, layer.crossattention
+    dense = (own.output.dense, cross.output.dense, layer.intermediate.dense, layer.output.dense)
+    parts = (own.self.projection(), cross.self.projection(), *map(_parts, dense))
+    return len({len(part) for part in parts}) == 1
+
+
+def _norm_linear(
+    x: Tensor, norm: LayerNorm, parts: WeightAndBias | WithScale, activation: Activation = "none"
+) -> Tensor:
+    """Norm, then a linear layer and its activation."""
+    if len(parts) == 2:
+        return norm_linear_residual(x, *_pair(norm), *parts, activation, norm.eps)[0]
+    weight, bias, scale = parts
+    normed = layer_norm(x, *_pair(norm), eps=norm.eps)
+    return linear_int8(normed, weight, scale, bias, activation, bits=BITS)

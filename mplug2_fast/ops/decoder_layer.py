@@ -12,24 +12,33 @@ from torch.nn import functional as F
 from mplug2_fast.ops.attention import MAX_HEAD_DIM
 from mplug2_fast.ops.beam_attention import SPEC as BEAM_ATTENTION
 from mplug2_fast.ops.beam_attention import beam_attention
-from mplug2_fast.ops.layer_norm import norm_reference
+from mplug2_fast.ops.layer_norm import layer_norm, norm_reference
 from mplug2_fast.ops.linear_act import EAGER, FEW_ROWS, Activation, check_activation
+from mplug2_fast.ops.linear_int8 import MOST_INPUTS, linear_int8, quantise_weight
+from mplug2_fast.ops.linear_int8 import SPEC as LINEAR_INT8
 from mplug2_fast.ops.residual import linear_residual, norm_linear_residual
 from mplug2_fast.ops.runtime import cpu, triton
 from mplug2_fast.ops.runtime.backend import Backend
 from mplug2_fast.ops.runtime.op import Op
 from mplug2_fast.ops.runtime.schema import WRITTEN
-from mplug2_fast.ops.runtime.spec import Spec, normal
+from mplug2_fast.ops.runtime.spec import NOISE_FLOOR, Spec, normal
 from mplug2_fast.ops.step_attention import SPEC as STEP_ATTENTION
 from mplug2_fast.ops.step_attention import check_states, step_attention
 
 WeightAndBias = tuple[Tensor, Tensor | None]
+WithScale = tuple[Tensor, Tensor | None, Tensor]
+"""An int8 weight, a bias, and the float32 scale of each row of the weight."""
 
 PARTS = ("norm", "qkv", "self_out", "self_norm", "query", "cross_out", "cross_norm", "fc", "proj")
 """The parts with a weight and a bias, in the order of the operator's arguments."""
 NORMS = ("norm", "self_norm", "cross_norm")
+LINEAR = tuple(part for part in PARTS if part not in NORMS)
+BITS = 16
+"""Whole numbers that multiply 8-bit weights have so many bits."""
 
-_parameters = attrgetter(*(f"{part}_{kind}" for part in PARTS for kind in ("weight", "bias")))
+_norms = attrgetter(*(f"{part}_{kind}" for part in NORMS for kind in ("weight", "bias")))
+_weights = attrgetter(*(f"{part}_weight" for part in LINEAR))
+_biases = attrgetter(*(f"{part}_bias" for part in LINEAR))
 
 
 class Arguments(NamedTuple):
@@ -61,9 +70,22 @@ class Arguments(NamedTuple):
     step: int
     activation: Activation
     eps: float
+    qkv_scale: Annotated[Tensor | None, "(3·channels,), float32, of an int8 weight"] = None
+    self_out_scale: Annotated[Tensor | None, "(channels,), float32, of an int8 weight"] = None
+    query_scale: Annotated[Tensor | None, "(channels,), float32, of an int8 weight"] = None
+    cross_out_scale: Annotated[Tensor | None, "(channels,), float32, of an int8 weight"] = None
+    fc_scale: Annotated[Tensor | None, "(hidden,), float32, of an int8 weight"] = None
+    proj_scale: Annotated[Tensor | None, "(channels,), float32, of an int8 weight"] = None
 
     def layer(self, part: str) -> WeightAndBias:
         return getattr(self, f"{part}_weight"), getattr(self, f"{part}_bias")
+
+    def scale(self, part: str) -> Tensor | None:
+        return getattr(self, f"{part}_scale", None)
+
+    @property
+    def is_int8(self) -> bool:
+        return self.qkv_scale is not None
 
     def heads(self, projected: Tensor) -> tuple[Tensor, ...]:
         """Query, key and value `(rows, heads, head_dim)` of a projection `(batch, beams, 3·heads·head_dim)`."""
@@ -84,6 +106,7 @@ def make_inputs(
     activation: Activation = "gelu",
     masked: bool = False,
     biases: bool = True,
+    int8: bool = False,
 ) -> Arguments:
     dim, parameters = heads * head_dim, {}
     outputs = {"qkv": 3 * dim, "fc": hidden}
@@ -91,6 +114,9 @@ def make_inputs(
         shape = (dim,) if name in NORMS else (outputs.get(name, dim), hidden if name == "proj" else dim)
         parameters[f"{name}_weight"] = normal(generator, *shape, scale=1.0 if name in NORMS else shape[-1] ** -0.5)
         parameters[f"{name}_bias"] = normal(generator, shape[0]) if biases or name in NORMS else None
+    for name in LINEAR if int8 else ():
+        weight = parameters[f"{name}_weight"]
+        parameters[f"{name}_weight"], parameters[f"{name}_scale"] = quantise_weight(weight)
     memory = BEAM_ATTENTION.make_inputs(
         generator, batch=batch, queries=beams, keys=keys, heads=heads, head_dim=head_dim, masked=masked
     )
@@ -136,11 +162,31 @@ def check(a: Arguments) -> None:
             raise ValueError(
                 f"{name} must have shapes {wanted} and {(out_features,)}, got {tuple(weight.shape)} and {shape}"
             )
+    _check_scales(a)
     mask = a.key_padding_mask
     if mask is not None and mask.shape != (batch, k_len):
         raise ValueError(f"key_padding_mask must be {(batch, k_len)}, got {tuple(mask.shape)}")
     check_activation(a.activation)
     check_states((batch * beams, heads, head_dim), a.keys, a.values, a.ancestors, a.step)
+
+
+def _check_scales(a: Arguments) -> None:
+    missing = [name for name in LINEAR if a.scale(name) is None]
+    if missing and len(missing) < len(LINEAR):
+        raise ValueError(f"either all linear layers have a scale or none: {', '.join(missing)} have none")
+    for name in LINEAR:
+        weight, scale = getattr(a, f"{name}_weight"), a.scale(name)
+        if (weight.dtype == torch.int8) != (scale is not None):
+            raise TypeError(f"{name} must have a scale if its weight is int8, and only then, got {weight.dtype}")
+        if scale is None:
+            continue
+        if scale.dtype != torch.float32 or scale.shape != weight.shape[:1]:
+            raise TypeError(
+                f"the scale of {name} must be {tuple(weight.shape[:1])} in float32, got {tuple(scale.shape)} in "
+                f"{scale.dtype}"
+            )
+        if weight.shape[1] > MOST_INPUTS:
+            raise ValueError(f"{name} with an int8 weight has at most {MOST_INPUTS} inputs, got {weight.shape[1]}")
 
 
 def reference(a: Arguments) -> Tensor:
@@ -150,6 +196,9 @@ def reference(a: Arguments) -> Tensor:
         return norm_reference(x, *a.layer(part), a.eps)
 
     def linear(x: Tensor, part: str) -> Tensor:
+        if (scale := a.scale(part)) is not None:
+            weight, bias = a.layer(part)
+            return LINEAR_INT8.reference(x, weight, scale, bias, "none", None, BITS)
         return F.linear(x, *a.layer(part))
 
     n = norm(a.x, "norm")
@@ -164,24 +213,35 @@ def reference(a: Arguments) -> Tensor:
 def run_composed(a: Arguments) -> Tensor:
     """Operator by operator, each on the backend that serves it."""
 
-    def norm_linear(x: Tensor, norm: str, linear: str, activation: Activation = "none") -> tuple[Tensor, Tensor]:
-        return norm_linear_residual(x, *a.layer(norm), *a.layer(linear), activation, a.eps)
+    def norm_linear(x: Tensor, norm: str, part: str, activation: Activation = "none") -> tuple[Tensor, Tensor]:
+        if (scale := a.scale(part)) is not None:
+            weight, bias = a.layer(part)
+            normed = layer_norm(x, *a.layer(norm), eps=a.eps)
+            return linear_int8(normed, weight, scale, bias, activation, bits=BITS), normed
+        return norm_linear_residual(x, *a.layer(norm), *a.layer(part), activation, a.eps)
+
+    def linear(x: Tensor, part: str, residual: Tensor) -> Tensor:
+        if (scale := a.scale(part)) is not None:
+            weight, bias = a.layer(part)
+            return linear_int8(x, weight, scale, bias, residual=residual, bits=BITS)
+        return linear_residual(x, *a.layer(part), residual)
 
     projected, n = norm_linear(a.x, "norm", "qkv")
     context = step_attention(*a.heads(projected), a.keys, a.values, a.ancestors, step=a.step)
-    x = linear_residual(context.view(a.x.shape), *a.layer("self_out"), n)
+    x = linear(context.view(a.x.shape), "self_out", n)
     projected, m = norm_linear(x, "self_norm", "query")
     projected = projected.unflatten(-1, (a.memory_key.shape[1], -1))
     context = beam_attention(projected, a.memory_key, a.memory_value, key_padding_mask=a.key_padding_mask)
-    x = linear_residual(context, *a.layer("cross_out"), m)
+    x = linear(context, "cross_out", m)
     hidden, c = norm_linear(x, "cross_norm", "fc", a.activation)
-    return linear_residual(hidden, *a.layer("proj"), c)
+    return linear(hidden, "proj", c)
 
 
 def run_cpu(a: Arguments) -> Tensor:
     x, key, value = a.x.contiguous(), a.memory_key, a.memory_value
     out = torch.empty_like(x)
-    parameters = [None if p is None else p.contiguous() for p in _parameters(a)]
+    parts = [part for name in PARTS for part in (*a.layer(name), a.scale(name))]
+    parameters = [None if p is None else p.contiguous() for p in parts]
     mask = None if a.key_padding_mask is None else a.key_padding_mask.bool().contiguous()
     cpu.module().decoder_layer(
         cpu.isa(),
@@ -210,7 +270,7 @@ def run_cpu(a: Arguments) -> Tensor:
 
 def cpu_reasons(a: Arguments) -> list[str]:
     found = cpu.reasons(a.x, keys=a.keys, values=a.values, memory_key=a.memory_key, memory_value=a.memory_value)
-    found += cpu.parameter_reasons(a.x, _parameters(a))
+    found += cpu.parameter_reasons(a.x, _norms(a) + _biases(a) + (() if a.is_int8 else _weights(a)))
     if (head_dim := a.memory_key.shape[3]) > MAX_HEAD_DIM:
         found.append(f"the native kernel supports heads of up to {MAX_HEAD_DIM} channels, got {head_dim}")
     return found
@@ -218,13 +278,13 @@ def cpu_reasons(a: Arguments) -> list[str]:
 
 def cpu_slower_reasons(needs_grad: bool, a: Arguments) -> list[str]:
     rows = a.x.shape[0] * a.x.shape[1]
-    if rows > FEW_ROWS:
+    if rows > FEW_ROWS and not a.is_int8:
         return [f"oneDNN is faster for {rows} rows: the native kernel is for up to {FEW_ROWS}"]
     return ["autocast casts each operator by itself"] if torch.is_autocast_enabled("cpu") else []
 
 
 def count_flops(a: Arguments) -> int:
-    weights = sum(a.layer(part)[0].numel() for part in PARTS if part not in NORMS)
+    weights = sum(weight.numel() for weight in _weights(a))
     rows = a.x.shape[0] * a.x.shape[1]
     return 2 * rows * weights + 4 * a.x.numel() * (a.step + 1 + a.memory_key.shape[2])
 
@@ -237,9 +297,11 @@ SPEC = Spec(
     make_inputs=make_inputs,
     edge_cases=(
         {"batch": 1, "beams": 5, "length": 4, "step": 2, "keys": 19},
+        {"batch": 2, "beams": 3, "length": 5, "step": 3, "keys": 33, "heads": 3, "head_dim": 20, "int8": True},
         {"batch": 2, "beams": 3, "length": 15, "step": 14, "keys": 65, "heads": 3, "head_dim": 20, "masked": True},
         {"batch": 3, "beams": 1, "length": 1, "step": 0, "keys": 1, "heads": 1, "head_dim": 33, "hidden": 7},
         {"batch": 2, "beams": 2, "length": 3, "step": 1, "keys": 9, "biases": False, "activation": "quick_gelu"},
+        {"batch": 13, "beams": 5, "length": 2, "step": 1, "keys": 5, "hidden": 70, "biases": False, "int8": True},
         {"batch": 13, "beams": 5, "length": 2, "step": 1, "keys": 5, "hidden": 40},
         {"batch": 0, "beams": 5, "length": 3, "step": 1, "keys": 4},
     ),
@@ -250,8 +312,15 @@ SPEC = Spec(
         "large": {
             "batch": 1, "beams": 5, "length": 15, "step": 14, "keys": 4097, "heads": 16, "head_dim": 64, "hidden": 4096
         },
+        "large, int8": {
+            "batch": 1, "beams": 5, "length": 15, "step": 14, "keys": 4097, "heads": 16, "head_dim": 64,
+            "hidden": 4096, "int8": True,
+        },
     },
     count_flops=count_flops,
+    kept=tuple(f"{name}_scale" for name in LINEAR),
+    # Two ways to compute a number may round it to neighbouring whole numbers.
+    noise_floor={**NOISE_FLOOR, torch.float32: 2e-5},
 )  # fmt: skip
 
 OP: Op[Tensor] = Op(
@@ -270,14 +339,14 @@ OP: Op[Tensor] = Op(
 def decoder_layer(
     x: Tensor,
     norm: tuple[Tensor, Tensor],
-    qkv: WeightAndBias,
-    self_out: WeightAndBias,
+    qkv: WeightAndBias | WithScale,
+    self_out: WeightAndBias | WithScale,
     self_norm: tuple[Tensor, Tensor],
-    query: WeightAndBias,
-    cross_out: WeightAndBias,
+    query: WeightAndBias | WithScale,
+    cross_out: WeightAndBias | WithScale,
     cross_norm: tuple[Tensor, Tensor],
-    fc: WeightAndBias,
-    proj: WeightAndBias,
+    fc: WeightAndBias | WithScale,
+    proj: WeightAndBias | WithScale,
     keys: Tensor,
     values: Tensor,
     ancestors: Tensor,
@@ -298,7 +367,8 @@ def decoder_layer(
         x: `(batch, beams, channels)`.
         norm, qkv, self_out, self_norm, query, cross_out, cross_norm, fc, proj: weight and bias. Those of linear layers
             are `(outputs, inputs)` and `(outputs,)`, the bias may be None. Those of norms are `(channels,)`. `qkv`
-            outputs query, key and value, in this order.
+            outputs query, key and value, in this order. If the weights of linear layers are int8, a scale
+            `(outputs,)`, float32, follows each bias; they compute what `linear_int8` does with 16 bits.
         keys, values, ancestors: as for `step_attention`; the row of a beam is batch·beams + beam.
         memory_key, memory_value: `(batch, heads, k_len, head_dim)`. key_padding_mask: `(batch, k_len)`, nonzero for
             tokens; None if there is no padding.
@@ -307,10 +377,11 @@ def decoder_layer(
     Returns `(batch, beams, channels)`, contiguous. There are no gradients.
 
     Raises:
-        ValueError: mismatched shapes, a step outside the cache, or an unknown activation.
-        TypeError: ancestors are not int32.
+        ValueError: mismatched shapes, a step outside the cache, an unknown activation, or a scale for some layers only.
+        TypeError: ancestors are not int32, or int8 weights have no float32 scale.
     """
+    scales = [part[2] if len(part) == 3 else None for part in (qkv, self_out, query, cross_out, fc, proj)]
     return OP(
-        x, *norm, *qkv, *self_out, *self_norm, *query, *cross_out, *cross_norm, *fc, *proj, keys, values, ancestors,
-        memory_key, memory_value, key_padding_mask, step, activation, eps,
+        x, *norm, *qkv[:2], *self_out[:2], *self_norm, *query[:2], *cross_out[:2], *cross_norm, *fc[:2], *proj[:2],
+        keys, values, ancestors, memory_key, memory_value, key_padding_mask, step, activation, eps, *scales,
     )  # fmt: skip

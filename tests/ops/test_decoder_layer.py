@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mplug2_fast import ops
-from mplug2_fast.ops.decoder_layer import PARTS
+from mplug2_fast.ops.decoder_layer import LINEAR, PARTS
 from tests.ops.suite import OpSuite
 
 
@@ -12,9 +12,11 @@ class TestSpecification(OpSuite):
 
 def public(given):
     """Makes the function's arguments from the operator's."""
-    pairs = {part: (given[f"{part}_weight"], given[f"{part}_bias"]) for part in PARTS}
-    others = {name: value for name, value in given.items() if not name.endswith(("_weight", "_bias"))}
-    return {**pairs, **others}
+    parts = {part: (given[f"{part}_weight"], given[f"{part}_bias"]) for part in PARTS}
+    if given["qkv_scale"] is not None:
+        parts |= {part: (*parts[part], given[f"{part}_scale"]) for part in LINEAR}
+    others = {name: value for name, value in given.items() if not name.endswith(("_weight", "_bias", "_scale"))}
+    return {**parts, **others}
 
 
 @pytest.fixture
@@ -42,6 +44,25 @@ def test_many_rows_go_to_one_operator_each(native_module):
     assert explanation.chosen != "cpu"
     assert "65 rows" in explanation.reasons["cpu"][0]
     assert ops.explain(ops.decoder_layer, **public(spec.inputs({**sizes, "batch": 12}))).chosen == "cpu"
+
+
+def test_8_bit_weights_have_no_limit_of_rows(native_module):
+    sizes = {"batch": 13, "beams": 5, "length": 2, "step": 1, "keys": 5, "int8": True}
+    assert ops.explain(ops.decoder_layer, **public(ops.decoder_layer.op.spec.inputs(sizes))).chosen == "cpu"
+
+
+def test_bad_scales():
+    sizes = {"batch": 1, "beams": 3, "length": 2, "step": 1, "keys": 5, "int8": True}
+    arguments = public(ops.decoder_layer.op.spec.inputs(sizes))
+    weight, bias, scale = arguments["fc"]
+    for change, kind, error in (
+        ((weight, bias), ValueError, "either all linear layers have a scale or none: fc"),
+        ((weight.float(), bias, scale), TypeError, "fc must have a scale if its weight is int8, and only then"),
+        ((weight, bias, scale.double()), TypeError, r"the scale of fc must be \(48,\) in float32"),
+        ((weight, bias, scale[1:]), TypeError, r"the scale of fc must be \(48,\) in float32, got \(47,\)"),
+    ):
+        with pytest.raises(kind, match=error):
+            ops.decoder_layer(**{**arguments, "fc": change})
 
 
 def test_under_autocast_operators_choose_their_types(given):

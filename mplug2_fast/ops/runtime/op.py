@@ -208,6 +208,6 @@ def explain(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     for name, value in call.arguments.items():
         if name in op.names:
             values[name] = value
-        else:  # a layer's weight and bias
-            values[f"{name}_weight"], values[f"{name}_bias"] = value
+        else:  # a layer's weight, bias and perhaps scale
+            values |= {f"{name}_{kind}": part for kind, part in zip(("weight", "bias", "scale"), value, strict=False)}
     return op.explain(*op.arguments(**values))
