@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mplug2_fast.nn.attention import FusedProjections
 from mplug2_fast.nn.bert_layer import BertEmbeddings
 from mplug2_fast.nn.int8 import Int8Embedding, Int8Linear
+from mplug2_fast.nn.local_temporal import LocalTemporal
+from mplug2_fast.nn.temporal_block import TemporalBlock
 from mplug2_fast.nn.text_decoder import TextDecoder
 
 
@@ -21,14 +24,50 @@ def quantise(module: nn.Module, bits: int = 8, keep: Callable[[str], bool] = lam
     Args:
         keep: whether the layer of this name, relative to the module, stays as it is.
 
+    Where a layer norm is read by one such layer alone, both are smoothed first, see `smooth`.
+
     Returns the names of the replaced layers.
     """
     found = []
+    for name, norm, weight in _normed(module):
+        if not keep(name):
+            smooth(norm, weight)
     for name, _layer, replace in list(_layers(module)):
         if not keep(name):
             replace(bits)
             found.append(name)
     return found
+
+
+@torch.no_grad()
+def smooth(norm: nn.Module, weight: Tensor) -> None:
+    """Moves outliers from the results of a layer norm into the weight `(out_features, channels)` that alone reads them.
+
+    A row that has a few large channels is rounded coarsely. They are divided by a factor, and the weight's columns
+    multiplied, so that both are about equally large. How large a channel becomes is told by the norm's own weight and
+    bias. The factors are powers of two: the product stays the same bit for bit.
+
+    Source: SmoothQuant (arXiv 2211.10438), section 4, with the norm's parameters in place of measured activations.
+    """
+    size = 3 * norm.weight.float().abs() + (0 if norm.bias is None else norm.bias.float().abs())
+    most = weight.float().abs().amax(dim=0)
+    ratio = torch.where((size > 0) & (most > 0), size / most, 1.0).log2() / 2
+    factor = torch.exp2((ratio - ratio.mean()).round())
+    for vector in (norm.weight, norm.bias):
+        if vector is not None:
+            vector.div_(factor)
+    weight.mul_(factor)
+
+
+def _normed(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Layer norms that one product alone reads: the product's name, the norm, and the weight as a matrix."""
+    for prefix, parent in module.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        if isinstance(parent, TemporalBlock):
+            yield f"{dot}attn.in_proj", parent.ln_1, parent.attn.in_proj_weight
+            yield f"{dot}mlp.c_fc", parent.ln_2, parent.mlp.c_fc.weight
+        elif isinstance(parent, LocalTemporal) and parent.ln is not None:
+            yield f"{dot}down_proj", parent.ln, parent.down_proj.weight.flatten(1)
 
 
 def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[[int], None]]]:
