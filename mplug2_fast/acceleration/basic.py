@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mplug2_fast.acceleration import gain, trial
-from mplug2_fast.acceleration.cache import Session
 from mplug2_fast.acceleration.products import keep_packed, product
 from mplug2_fast.acceleration.structure import has, is_plain, require, require_linear, require_one_axis
 from mplug2_fast.acceleration.swap import Kind, ProductKind, Quick, State, Unserved
@@ -64,7 +63,7 @@ class LayerNormKind(Kind):
         return _quick_norm if original.forward is nn.LayerNorm.forward else None
 
     @classmethod
-    def min_elements(cls, size: gain.Size | None, session: Session | None) -> gain.Minimum:
+    def min_elements(cls, size: gain.Size | None) -> gain.Minimum:
         return gain.min_elements_of_norm()
 
     @classmethod

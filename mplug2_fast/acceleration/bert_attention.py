@@ -6,6 +6,7 @@ of the result by trial.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -207,6 +208,10 @@ class BertAttentionKind(ProductKind):
     @staticmethod
     def weight(module: Any) -> Tensor:
         return module.self.query.weight
+
+    @staticmethod
+    def refusal(state: State, kwargs: Mapping[str, Any]) -> str:
+        return state.found.signature.refusal(kwargs)
 
     @staticmethod
     def forward(module: Any, state: State, *args: Any, **kwargs: Any) -> Any:

@@ -6,7 +6,7 @@ encoder, because implementations differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +96,10 @@ class BertLayerKind(DecoderPartKind):
     @staticmethod
     def weight(module: Any) -> Tensor:
         return module.intermediate.dense.weight
+
+    @staticmethod
+    def refusal(state: State, kwargs: Mapping[str, Any]) -> str:
+        return state.found.signature.refusal(kwargs)
 
     @staticmethod
     def forward(module: Any, state: State, *args: Any, **kwargs: Any) -> Any:

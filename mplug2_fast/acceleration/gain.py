@@ -6,8 +6,10 @@ CPUs were measured on a Zen 3, which has no instructions for products in half pr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from mplug2_fast.ops.linear_act import CUDA_PLAIN_ROWS, CUDA_ROWS
@@ -35,15 +37,15 @@ def of_norm(x: Tensor) -> bool:
 
 
 class Minimum(NamedTuple):
-    """Inputs with fewer elements are too small: in any type on any device, and in float32 on a CPU."""
+    """Inputs with fewer elements are too small: in any type on any device, and by type on a CPU."""
 
     anywhere: int = 0
-    float32: int = 0
+    on_cpu: Mapping[torch.dtype, int] = {}
 
 
 def min_elements_of_norm() -> Minimum:
     """For `of_norm`."""
-    return Minimum(_HALF_NORM, _FLOAT32_NORM)
+    return Minimum(_HALF_NORM, {torch.float32: _FLOAT32_NORM})
 
 
 class Size(NamedTuple):
@@ -71,7 +73,8 @@ def min_elements_of_product(size: Size) -> Minimum:
     """For `of_product`."""
     if size.elements >= _LARGE_WEIGHT:
         return Minimum()
-    return Minimum(_WIDENED_PRODUCT // size.outputs, -(-_FLOAT32_PRODUCT // size.outputs))
+    fewest = -(-_FLOAT32_PRODUCT // size.outputs)
+    return Minimum(_WIDENED_PRODUCT // size.outputs, {t: fewest for t in onednn.DTYPES if onednn.multiplies(t)})
 
 
 def of_block(x: Tensor, size: Size) -> bool:

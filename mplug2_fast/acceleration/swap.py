@@ -11,7 +11,7 @@ import functools
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ _PLAIN = (Tensor, nn.Parameter)
 _PLAIN_OR_NONE = frozenset((*_PLAIN, type(None)))
 
 _is_compiling, _is_dynamo = torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling
-_is_traced = torch._C._get_tracing_state
+_is_traced, _is_grad_enabled = torch._C._get_tracing_state, torch.is_grad_enabled
 _modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 _forward_ad = torch.autograd.forward_ad
 
@@ -83,7 +83,7 @@ class State:
         by_parts: whether modules inside it are swapped too, so that the original code runs with accelerated parts.
         inside: whether it is a part of another swapped module, which gives the warnings.
         calls: counts of its calls.
-        warned: reasons that were given in a warning.
+        unserved: reasons of calls that were not served. Each is given in one warning.
     """
 
     found: Any
@@ -96,7 +96,7 @@ class State:
     by_parts: bool = False
     inside: bool = False
     calls: Calls = field(default_factory=Calls)
-    warned: set[str] = field(default_factory=set)
+    unserved: set[str] = field(default_factory=set)
 
     def record(self, parts: tuple[nn.Module, ...], inside: bool) -> None:
         """Records the parts as they are now."""
@@ -117,6 +117,9 @@ class Kind:
 
     runs_original = False
     """Whether `forward` runs the original code and only prepares it."""
+
+    reuses_calls = False
+    """Whether small calls win while the session has a current call."""
 
     is_faster_in_training = False
     """Whether `forward` is faster than the original on a CPU with gradients."""
@@ -147,9 +150,14 @@ class Kind:
         return None
 
     @classmethod
-    def min_elements(cls, size: gain.Size | None, session: Session | None) -> gain.Minimum:
+    def min_elements(cls, size: gain.Size | None) -> gain.Minimum:
         """Minimum elements of the first argument. This cheap check comes before `pays`."""
         return gain.Minimum()
+
+    @staticmethod
+    def refusal(state: Any, kwargs: Mapping[str, Any]) -> str:
+        """Why `forward` will raise `Unserved`, if the keywords show it. Empty otherwise."""
+        return ""
 
     @classmethod
     def pays(cls, state: Any, x: Tensor) -> bool:
@@ -169,7 +177,7 @@ class ProductKind(Kind):
     """Whether the products have an activation or a residual."""
 
     @classmethod
-    def min_elements(cls, size: gain.Size, session: Session | None) -> gain.Minimum:
+    def min_elements(cls, size: gain.Size) -> gain.Minimum:
         return gain.min_elements_of_product(size)
 
     @classmethod
@@ -180,9 +188,11 @@ class ProductKind(Kind):
 class DecoderPartKind(ProductKind):
     """A kind that may be part of a decoder, where small calls win by reusing what earlier calls computed."""
 
+    reuses_calls = True
+
     @classmethod
-    def min_elements(cls, size: gain.Size, session: Session | None) -> gain.Minimum:
-        return gain.Minimum(0, 0 if session is not None else super().min_elements(size, session).float32)
+    def min_elements(cls, size: gain.Size) -> gain.Minimum:
+        return gain.Minimum(0, super().min_elements(size).on_cpu)
 
     @classmethod
     def pays(cls, state: State, x: Tensor) -> bool:
@@ -235,7 +245,7 @@ def _forward_of(kind: type[Kind], original: type[nn.Module]) -> Callable[..., An
     torch records, transforms or compiles."""
     plain = original.forward
     first = next(iter(list(inspect.signature(plain).parameters)[1:2]), "")
-    pays = kind.pays
+    pays, reuses = kind.pays, kind.reuses_calls
 
     @functools.wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -243,7 +253,8 @@ def _forward_of(kind: type[Kind], original: type[nn.Module]) -> Callable[..., An
             return plain(self, *args, **kwargs)
         state = self.__dict__[STATE]
         x = args[0] if args else kwargs.get(first)
-        if type(x) in _PLAIN and _is_small(x, state.min_elements):
+        small = type(x) in _PLAIN and _is_small(x, state.min_elements)
+        if small and not (reuses and Call.current(state.session) is not None):
             state.calls.no_gain += 1
             return plain(self, *args, **kwargs)
         if _is_compiling():
@@ -254,6 +265,9 @@ def _forward_of(kind: type[Kind], original: type[nn.Module]) -> Callable[..., An
                 return plain(self, *args, **kwargs)
         elif not kind.runs_original:
             state.calls.left(f"its input is a {type(x).__name__}", state.by_parts)
+            return plain(self, *args, **kwargs)
+        if not _is_grad_enabled() and (reason := kind.refusal(state, kwargs)) in state.unserved:
+            state.calls.left(reason, state.by_parts)
             return plain(self, *args, **kwargs)
         reason = _why_not(kind, state, x)
         if not reason:
@@ -297,12 +311,14 @@ def _quick_forward_of(
 
 def _is_small(x: Tensor, minimum: gain.Minimum) -> bool:
     elements = x.numel()
-    return elements < minimum[0] or (elements < minimum[1] and x.dtype is torch.float32 and x.is_cpu)
+    return elements < minimum[0] or (x.is_cpu and elements < minimum[1].get(x.dtype, 0))
 
 
 def _warn(module: Any, state: State, reason: str) -> None:
-    if reason not in state.warned and not state.inside:
-        state.warned.add(reason)
+    if reason in state.unserved:
+        return
+    state.unserved.add(reason)
+    if not state.inside:
         parts = ", with accelerated parts" if state.by_parts else ""
         warnings.warn(f"{type(module).__name__}: {reason}. The original code runs{parts}.", RuntimeWarning, 3)
 
@@ -348,7 +364,7 @@ def swap(module: nn.Module, kind: type[Kind], found: Any, session: Session | Non
         raise Unsuitable(f"its class cannot be changed: {error}") from error
     weight = kind.weight(module)
     size = None if weight is None else gain.Size.of(weight)
-    vars(module)[STATE] = State(found, size, kind.min_elements(size, session), session)
+    vars(module)[STATE] = State(found, size, kind.min_elements(size), session)
     _replace_in_wrapper(module, original.forward, new.forward)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import mplug2_fast as mf
+from mplug2_fast.acceleration import gain
 from tests.acceleration import official_vision
 from tests.golden.cases import relative_error
 
@@ -116,6 +117,18 @@ def test_large_calls_are_served(dtype):
     with torch.no_grad():
         norm(x)
     assert report.calls[""].served == 1
+
+
+@pytest.mark.real_sizes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [gain.Size(64, 64 * 64), gain.Size(3072, 3072 * 768)], ids=str)
+def test_quick_minimum_sizes_are_the_exact_ones(dtype, size):
+    minimum = gain.min_elements_of_product(size)
+    fewest = max(minimum.anywhere, minimum.on_cpu.get(dtype, 0))
+    x = torch.empty(1, dtype=dtype)
+    if fewest:
+        assert not gain.of_product(x.expand(fewest - 1), size)
+    assert gain.of_product(x.expand(max(1, fewest)), size) or dtype not in minimum.on_cpu
 
 
 @pytest.mark.real_sizes

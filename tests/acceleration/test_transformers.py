@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import mplug2_fast as mf
+from mplug2_fast.acceleration import swap
 from tests.golden.cases import relative_error
 
 transformers = pytest.importorskip("transformers", minversion="5")
@@ -77,6 +78,20 @@ def test_generation_with_a_cache(words):
     layer = report.calls["bert.encoder.layer.0"]
     assert layer.served == 0
     assert layer.by_parts.total() == report.calls["bert.encoder.layer.0.intermediate.dense"].served > 0
+
+
+@pytest.mark.unserved_calls
+def test_arguments_that_were_refused_before_are_refused_at_once(monkeypatch, words):
+    model = decoder()
+    report, layer, looks = mf.accelerate(model), model.bert.encoder.layer[0], []
+    monkeypatch.setattr(swap, "_require_intact", lambda module, _: looks.append(module))
+    with torch.no_grad():
+        for _ in range(3):
+            model(**words, use_cache=True)
+        assert looks.count(layer) == 1
+        assert report.calls["bert.encoder.layer.0"].by_parts.total() == 3
+        model(**words, use_cache=False)
+    assert report.calls["bert.encoder.layer.0"].served == 1
 
 
 def test_dtypes(words):
