@@ -15,16 +15,18 @@ from mplug2_fast.nn.local_temporal import LocalTemporal
 from mplug2_fast.nn.temporal_block import TemporalBlock
 from mplug2_fast.nn.text_decoder import TextDecoder
 
+_PRODUCTS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 def quantise(module: nn.Module, bits: int = 8, keep: Callable[[str], bool] = lambda _: False) -> list[str]:
     """Replaces the linear layers inside a module, and the projections of its attentions, by ones with 8-bit weights.
 
-    The word embeddings of a decoder, which are the weight of its last layer, are replaced too.
+    The word embeddings of a decoder, which are the weight of its last layer, are replaced too. Where one such layer
+    alone reads a layer norm, both are smoothed first, see `smooth`.
 
     Args:
+        bits: to which the layers round their inputs, see `ops.linear_int8`.
         keep: whether the layer of this name, relative to the module, stays as it is.
-
-    Where a layer norm is read by one such layer alone, both are smoothed first, see `smooth`.
 
     Returns the names of the replaced layers.
     """
@@ -64,9 +66,11 @@ def _normed(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
     for prefix, parent in module.named_modules():
         dot = f"{prefix}." if prefix else ""
         if isinstance(parent, TemporalBlock):
-            yield f"{dot}attn.in_proj", parent.ln_1, parent.attn.in_proj_weight
-            yield f"{dot}mlp.c_fc", parent.ln_2, parent.mlp.c_fc.weight
-        elif isinstance(parent, LocalTemporal) and parent.ln is not None:
+            if parent.attn.in_proj_weight is not None:
+                yield f"{dot}attn.in_proj", parent.ln_1, parent.attn.in_proj_weight
+            if type(parent.mlp.c_fc) in _PRODUCTS:
+                yield f"{dot}mlp.c_fc", parent.ln_2, parent.mlp.c_fc.weight
+        elif isinstance(parent, LocalTemporal) and parent.ln is not None and type(parent.down_proj) in _PRODUCTS:
             yield f"{dot}down_proj", parent.ln, parent.down_proj.weight.flatten(1)
 
 
@@ -81,9 +85,6 @@ def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[[int],
         for name, child in parent.named_children():
             if type(child) in _PRODUCTS and child.weight[0, 0].numel() == 1:
                 yield f"{dot}{name}", child, lambda bits, *at, parent=parent, name=name: _replace(parent, name, bits)
-
-
-_PRODUCTS = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _replace(parent: nn.Module, name: str, bits: int) -> None:

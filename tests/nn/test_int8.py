@@ -118,6 +118,19 @@ def test_layers_are_kept():
     assert isinstance(module.lmhra1.down_proj, nn.Conv3d)
 
 
+def test_twice_is_once():
+    module = randomised(TemporalBlock(64, 4))
+    quantise(module, keep=lambda name: "mlp" in name)
+    state = copy.deepcopy(module.state_dict())
+    assert sorted(quantise(module)) == ["mlp.c_fc", "mlp.c_proj"]
+    assert all(
+        torch.equal(module.state_dict()[name], state[name])
+        for name in state
+        if "mlp" not in name and name[:4] != "ln_2"
+    )
+    assert quantise(module) == []
+
+
 def test_scales_stay_float32():
     layer = Int8Linear.of(torch.randn(3, 4), torch.randn(3)).to(torch.bfloat16)
     assert (layer.weight.dtype, layer.scale.dtype, layer.bias.dtype) == (torch.int8, torch.float32, torch.bfloat16)
