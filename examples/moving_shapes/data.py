@@ -8,10 +8,9 @@ import numpy as np
 
 from examples.moving_shapes.generator import (
     ACTIONS,
-    FRAME_AT,
     PLACES,
     QUESTION_KINDS,
-    TIMES,
+    SEEN_FRAMES,
     Scenes,
     all_captions,
     answer,
@@ -53,18 +52,21 @@ class MovingShapes:
         return self.of(sample_scenes(rng, 1), rng)
 
     def of(self, scenes: Scenes, rng: np.random.Generator) -> Sample:
-        """The sample of one scene. Its id is the caption: for retrieval, clips with the same caption are the same."""
+        """The sample of one scene.
+
+        Its id is the caption: for retrieval, clips with the same caption are the same. The box is that of
+        the last frame.
+        """
         kind = QUESTION_KINDS[rng.integers(len(QUESTION_KINDS))]
         question = str(rng.choice(questions(scenes, 0, kind)))
         frames = training_frames(scenes, rng, self._size)[0]
-        time = TIMES[rng.integers(len(TIMES))]
         item = Item(
             id=caption(scenes, 0),
             caption=(caption(scenes, 0),),
             question=question,
             answers={answer(scenes, 0, kind): 1.0},
-            text=str(rng.choice(phrases(scenes, 0, time))),
-            box=tuple(boxes(scenes, FRAME_AT[time])[0].tolist()),
+            text=str(rng.choice(phrases(scenes, 0))),
+            box=tuple(boxes(scenes, SEEN_FRAMES[-1])[0].tolist()),
             label=ACTIONS[scenes.action[0]],
         )
         return Sample(item, frames)

@@ -4,7 +4,6 @@ from examples.moving_shapes.generator.clips import clip_frames, write_clip
 from examples.moving_shapes.generator.language import (
     PLACES,
     QUESTION_KINDS,
-    TIMES,
     all_captions,
     all_sentences,
     answer,
@@ -14,7 +13,7 @@ from examples.moving_shapes.generator.language import (
     questions,
     vocabulary,
 )
-from examples.moving_shapes.generator.render import FRAME_AT, boxes, render, training_frames
+from examples.moving_shapes.generator.render import SEEN_FRAMES, boxes, render, training_frames
 from examples.moving_shapes.generator.scenes import (
     ACTIONS,
     COLORS,
@@ -29,12 +28,11 @@ from examples.moving_shapes.generator.scenes import (
 __all__ = [
     "ACTIONS",
     "COLORS",
-    "FRAME_AT",
     "OPPOSITE",
     "PLACES",
     "QUESTION_KINDS",
+    "SEEN_FRAMES",
     "SHAPES",
-    "TIMES",
     "Scenes",
     "all_captions",
     "all_sentences",

@@ -18,8 +18,6 @@ QUESTION_KINDS = tuple(_QUESTIONS)
 NOWHERE = "nowhere"
 
 _PHRASES = ("the shape", "the {shape}", "the {color} shape", "the {color} {shape}")
-TIMES = ("start", "end")
-"""When a phrase looks for the shape."""
 PLACES = ("first", "second", "third")
 """Which caption of a log is asked for."""
 
@@ -51,9 +49,9 @@ def answer(scenes: Scenes, i: int, kind: str) -> str:
     return action if kind == "action" else _direction(action)
 
 
-def phrases(scenes: Scenes, i: int, time: str) -> list[str]:
-    """All ways to name the shape of scene i at a time of `TIMES`, such as "the red circle at the start"."""
-    return _phrases(_COLOR_NAMES[scenes.color[i]], SHAPES[scenes.shape[i]], time)
+def phrases(scenes: Scenes, i: int) -> list[str]:
+    """All ways to name the shape of scene i, such as "the red circle"."""
+    return _phrases(_COLOR_NAMES[scenes.color[i]], SHAPES[scenes.shape[i]])
 
 
 def log(captions: Sequence[str], place: str) -> str:
@@ -94,8 +92,8 @@ def _words_of_clips() -> Iterator[str]:
 
 
 def _words_of_phrases_and_logs() -> Iterator[str]:
-    for color, shape, time in itertools.product(COLORS, SHAPES, TIMES):
-        yield from _phrases(color, shape, time)
+    for color, shape in itertools.product(COLORS, SHAPES):
+        yield from _phrases(color, shape)
     yield from (log(all_captions()[:3], place) for place in PLACES)
 
 
@@ -108,8 +106,8 @@ def _questions(kind: str, shape: str) -> list[str]:
     return list(dict.fromkeys(ways))
 
 
-def _phrases(color: str, shape: str, time: str) -> list[str]:
-    return [f"{way.format(color=color, shape=shape)} at the {time}" for way in _PHRASES]
+def _phrases(color: str, shape: str) -> list[str]:
+    return [way.format(color=color, shape=shape) for way in _PHRASES]
 
 
 def _direction(action: str) -> str:

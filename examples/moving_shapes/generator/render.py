@@ -15,8 +15,6 @@ CLIP_FRAMES = 16
 CLIP_SIZE = 128
 SEEN_FRAMES = (1, 5, 9, 13)
 """The frames of a 16-frame clip that a model with 4 frames sees: the middle of each quarter."""
-FRAME_AT = {"start": SEEN_FRAMES[0], "end": SEEN_FRAMES[-1]}
-"""The frame that a phrase's time means."""
 
 _MIDDLE = sum(SEEN_FRAMES) / len(SEEN_FRAMES)
 _ANGLES = 1440
