@@ -12,12 +12,13 @@ from typer.testing import CliRunner, Result
 
 import mplug2_fast as mf
 from mplug2_fast import bulk
-from mplug2_fast.checkpoint import save_pretrained
+from mplug2_fast.checkpoint import convert, save_pretrained
 from mplug2_fast.checkpoint.source import vocabulary_path
 from mplug2_fast.cli import app
 from mplug2_fast.predict.predictor import TINY_MODEL
 from mplug2_fast.ray import Results
 from mplug2_fast.tasks import Classification, ZeroShot
+from mplug2_fast.text import Tokenizer
 from tests.bulk.files import write_clip
 
 LABELS = ["left", "right", "still"]
@@ -28,7 +29,8 @@ TEXTS = ["the red square moves left", "the circle grows"]
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
     clip = {"token_width": 16, "token_layers": 1, "token_heads": 1, "joint_dim": 8}
-    config = mf.MPlug2Config.preset("tiny").replace(initializer_range=0.2, clip=clip)
+    words = Tokenizer.from_vocab(vocabulary_path(TINY_MODEL)).vocab_size
+    config = mf.MPlug2Config.preset("tiny").replace(initializer_range=0.2, clip=clip, vocab_size=words)
     classes = [Classification(LABELS, on, f"by_{on}") for on in ("visual", "text", "fused")]
     model = mf.MPlug2(config, [*classes, "retrieval", "clip"]).eval()
     folder = tmp_path_factory.mktemp("checkpoint") / "model"
@@ -179,7 +181,8 @@ def test_match_is_the_probability_of_the_matching_head(checkpoint: str, files: l
     assert run("match", *files, "--text", TEXTS[0], "--checkpoint", checkpoint, "--out", tmp_path / "m").exit_code == 0
     lines = objects((tmp_path / "m").read_text())
     assert [line["score"] for line in lines] == pytest.approx(printed, abs=1e-4)
-    other = run("match", *files, "--text", TEXTS[0], "--checkpoint", TINY_MODEL)
+    answers = convert(TINY_MODEL, tmp_path / "answers", task="question_answering")
+    other = run("match", *files, "--text", TEXTS[0], "--checkpoint", answers)
     assert other.exit_code == 2
     assert "no weights for itm_head, temp, text_proj, vision_proj: train them, or pass a file that" in other.stderr
 

@@ -1,6 +1,6 @@
-"""Make the start of `tasks.toml`: the packaged model with the vocabulary of all tasks.
+"""Make the start of `tasks.toml`: the model of `recipe.toml` with the vocabulary of all tasks.
 
-Run as `python -m examples.moving_shapes.grow [FOLDER]` from the repository root.
+Run as `python -m examples.moving_shapes.grow [SOURCE] [FOLDER]` from the repository root.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import typer
 from torch import Tensor
 
 import mplug2_fast as mf
-from examples.moving_shapes.evaluate import PACKAGED
 from examples.moving_shapes.generator import vocabulary
 from mplug2_fast.checkpoint import from_pretrained, save_pretrained
 from mplug2_fast.tasks.grounding import BINS, FIRST_BIN
 
+BUILD = Path("build/moving_shapes")
 WAVES = 24
 
 
 def places(width: int) -> Tensor:
     """Embeddings `(337, width)` of the places of boxes. Neighbouring places have similar ones."""
     place, wave = torch.linspace(0, 1, BINS), torch.arange(WAVES)
-    waves = torch.cos(torch.pi * place[:, None] * wave) / (1 + wave) ** 0.5
+    waves = torch.cos(torch.pi * place[:, None] * wave) / (1 + wave)
     rows = waves @ torch.randn(WAVES, width, generator=torch.Generator().manual_seed(0))
     return rows / rows.std()
 
@@ -48,9 +48,12 @@ def grow(source: Path, folder: Path) -> None:
     (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words))
 
 
-def main(folder: Annotated[Path, typer.Argument(help="Folder to write.")] = Path("build/moving_shapes/start")) -> None:
-    """Write the packaged model with the vocabulary of all tasks."""
-    grow(PACKAGED, folder)
+def main(
+    source: Annotated[Path, typer.Argument(help="Folder of a model for captions and answers.")] = BUILD / "model",
+    folder: Annotated[Path, typer.Argument(help="Folder to write.")] = BUILD / "start",
+) -> None:
+    """Write a model for captions and answers with the vocabulary of all tasks."""
+    grow(source, folder)
 
 
 if __name__ == "__main__":

@@ -150,8 +150,8 @@ def test_two_images_from_files(tmp_path):
     for name in ("a.png", "b.png"):
         Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / name)
     task = Classification(["false", "true"], "two_images", "same")
-    config = mf.MPlug2Config.preset("tiny")
     tokenizer = Tokenizer.from_vocab(mf.checkpoint.vocabulary_path(TINY_MODEL))
+    config = mf.MPlug2Config.preset("tiny").replace(vocab_size=tokenizer.vocab_size)
     model = randomise(mf.MPlug2(config, [task]))
     files = str(tmp_path / "a.png"), str(tmp_path / "b.png")
     item = Item("1", images=files, text="both are red", label=True)
