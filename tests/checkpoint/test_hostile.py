@@ -197,7 +197,7 @@ def test_archives_that_contradict_themselves(tmp_path, weights):
 
 def test_tensors_that_repeat_a_few_numbers(tmp_path, weights):
     path = tmp_path / "weights.pth"
-    torch.save({key: torch.zeros(1).expand(tensor.shape) for key, tensor in weights.items()}, path)
+    torch.save({key: torch.zeros(()).expand(tensor.shape) for key, tensor in weights.items()}, path)
     assert "they repeat numbers" in refusal(path)
 
 
