@@ -232,8 +232,9 @@ constexpr int kWeightRows = 4;
 constexpr int kWeightRows = 2;
 #endif
 constexpr int kRowsOfFew = 3;
-constexpr std::int64_t kFewColumns = 64;   // that are finished together
-constexpr std::int64_t kMostFewRows = 64;  // of x, for one pass over the weight
+constexpr std::int64_t kFewColumns = 64;        // that are finished together
+constexpr std::int64_t kMostFewRows = 64;       // of x, for one pass over the weight
+constexpr std::int64_t kAheadBytes = 16 << 10;  // of the weight, that are fetched before they are multiplied
 constexpr std::int64_t kLoaded = kLanes * kNumbers;
 
 // kLoaded numbers of the weight as `dot` takes them; of the last ones, only `count` exist.
@@ -338,7 +339,7 @@ __attribute__((noinline)) void few_products(const Number* x, std::int64_t x_stri
 // The products of all rows of x with kWeightRows rows of the weight.
 void multiply_few(const Number* x, std::int64_t rows, std::int64_t stride,
                   const std::int8_t* const (&weight)[kWeightRows], std::int64_t in_features, float* to) {
-    const std::int64_t ahead = kWeightRows * in_features;
+    const std::int64_t ahead = round_up(kAheadBytes, kWeightRows * (in_features > 0 ? in_features : 1));
     I32 ones[kWeightRows];
     std::int64_t r = at_most(rows, kRowsOfFew - 1);  // leaves registers for the products with ones
     (r == 1 ? few_products<1, true> : few_products<2, true>)(x, stride, weight, in_features, ahead, ones, to);
