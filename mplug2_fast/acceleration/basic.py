@@ -63,8 +63,8 @@ class LayerNormKind(Kind):
         return _quick_norm if original.forward is nn.LayerNorm.forward else None
 
     @classmethod
-    def min_elements(cls, size: gain.Size | None) -> gain.Minimum:
-        return gain.min_elements_of_norm()
+    def too_small(cls, size: gain.Size | None) -> gain.TooSmall:
+        return gain.small_for_norm()
 
     @classmethod
     def pays(cls, state: State, x: Tensor) -> bool:

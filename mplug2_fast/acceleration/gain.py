@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mplug2_fast.ops.linear_act import CUDA_PLAIN_ROWS, CUDA_ROWS
-from mplug2_fast.ops.runtime import onednn
+from mplug2_fast.ops.runtime import cpu, onednn
 
 _FLOAT32_BLOCK = 1 << 28
 """Minimum multiplications of the first linear layer, for a vision block with local temporal modules, and for a local
@@ -26,6 +26,10 @@ _LARGE_WEIGHT = 1 << 21
 _FLOAT32_PRODUCT, _WIDENED_PRODUCT = 1 << 30, 1 << 17
 """Minimum multiplications of a product, in float32 and in a type that the processor must widen."""
 
+_FEW_ROWS, _FEW_ROWS_WEIGHT = 16, 1 << 15
+"""Maximum rows and minimum elements of the weight for the native kernel to win in bfloat16. It takes half of the time of
+PyTorch's product, which needs at least 25 µs (Zen 4)."""
+
 _FLOAT32_NORM, _HALF_NORM, _CUDA_NORM = 1 << 20, 3 << 16, 1 << 22
 """Minimum elements of a layer norm."""
 
@@ -36,16 +40,28 @@ def of_norm(x: Tensor) -> bool:
     return x.numel() >= _CUDA_NORM
 
 
-class Minimum(NamedTuple):
-    """Inputs with fewer elements are too small: in any type on any device, and by type on a CPU."""
+class TooSmall(NamedTuple):
+    """Inputs that are too small.
+
+    Attributes:
+        anywhere: minimum number of elements on any device.
+        on_cpu: type -> numbers of elements that are too small on a CPU.
+    """
 
     anywhere: int = 0
-    on_cpu: Mapping[torch.dtype, int] = {}
+    on_cpu: Mapping[torch.dtype, range] = {}
+
+    def has(self, x: Tensor) -> bool:
+        elements = x.numel()
+        return elements < self[0] or (x.is_cpu and elements in self[1].get(x.dtype, _NONE))
 
 
-def min_elements_of_norm() -> Minimum:
+_NONE = range(0)
+
+
+def small_for_norm() -> TooSmall:
     """For `of_norm`."""
-    return Minimum(_HALF_NORM, {torch.float32: _FLOAT32_NORM})
+    return TooSmall(_HALF_NORM, {torch.float32: range(_FLOAT32_NORM)})
 
 
 class Size(NamedTuple):
@@ -66,15 +82,25 @@ def of_product(x: Tensor, size: Size, *, fused: bool = False) -> bool:
     work = x.numel() * size.outputs
     if x.element_size() < 4 and not onednn.multiplies(x.dtype):
         return work >= _WIDENED_PRODUCT
-    return size.elements >= _LARGE_WEIGHT or work >= _FLOAT32_PRODUCT
+    few = x.dtype is torch.bfloat16 and x.numel() <= _few_elements(size)
+    return few or size.elements >= _LARGE_WEIGHT or work >= _FLOAT32_PRODUCT
 
 
-def min_elements_of_product(size: Size) -> Minimum:
+def small_for_product(size: Size) -> TooSmall:
     """For `of_product`."""
     if size.elements >= _LARGE_WEIGHT:
-        return Minimum()
+        return TooSmall()
     fewest = -(-_FLOAT32_PRODUCT // size.outputs)
-    return Minimum(_WIDENED_PRODUCT // size.outputs, {t: fewest for t in onednn.DTYPES if onednn.multiplies(t)})
+    small = {t: range(fewest) for t in onednn.DTYPES if onednn.multiplies(t)}
+    if torch.bfloat16 in small:
+        small[torch.bfloat16] = range(_few_elements(size) + 1, fewest)
+    return TooSmall(0, small)
+
+
+def _few_elements(size: Size) -> int:
+    """Maximum elements of an input with few rows, for which the native kernel wins in bfloat16."""
+    wins = size.elements >= _FEW_ROWS_WEIGHT and cpu.available()
+    return _FEW_ROWS * (size.elements // size.outputs) if wins else -1
 
 
 def of_block(x: Tensor, size: Size) -> bool:

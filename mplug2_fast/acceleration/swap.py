@@ -75,7 +75,7 @@ class State:
     Attributes:
         found: the result of recognition; its type depends on the kind.
         size: of the weight that decides which inputs are large enough.
-        min_elements: smaller inputs are too small.
+        too_small: inputs that are known to be too small.
         session: the caches of the decoder that the module belongs to, if any.
         parts: the module and all modules inside it that the fast forward replaces.
         dropouts: the parts that may draw random numbers.
@@ -88,7 +88,7 @@ class State:
 
     found: Any
     size: gain.Size | None
-    min_elements: gain.Minimum
+    too_small: gain.TooSmall
     session: Session | None
     parts: tuple[Part, ...] = ()
     dropouts: tuple[nn.Module, ...] = ()
@@ -150,9 +150,9 @@ class Kind:
         return None
 
     @classmethod
-    def min_elements(cls, size: gain.Size | None) -> gain.Minimum:
-        """Minimum elements of the first argument. This cheap check comes before `pays`."""
-        return gain.Minimum()
+    def too_small(cls, size: gain.Size | None) -> gain.TooSmall:
+        """First arguments that are too small. This cheap check comes before `pays`."""
+        return gain.TooSmall()
 
     @staticmethod
     def refusal(state: Any, kwargs: Mapping[str, Any]) -> str:
@@ -177,8 +177,8 @@ class ProductKind(Kind):
     """Whether the products have an activation or a residual."""
 
     @classmethod
-    def min_elements(cls, size: gain.Size) -> gain.Minimum:
-        return gain.min_elements_of_product(size)
+    def too_small(cls, size: gain.Size) -> gain.TooSmall:
+        return gain.small_for_product(size)
 
     @classmethod
     def pays(cls, state: State, x: Tensor) -> bool:
@@ -189,10 +189,6 @@ class DecoderPartKind(ProductKind):
     """A kind that may be part of a decoder, where small calls win by reusing what earlier calls computed."""
 
     reuses_calls = True
-
-    @classmethod
-    def min_elements(cls, size: gain.Size) -> gain.Minimum:
-        return gain.Minimum(0, super().min_elements(size).on_cpu)
 
     @classmethod
     def pays(cls, state: State, x: Tensor) -> bool:
@@ -253,7 +249,7 @@ def _forward_of(kind: type[Kind], original: type[nn.Module]) -> Callable[..., An
             return plain(self, *args, **kwargs)
         state = self.__dict__[STATE]
         x = args[0] if args else kwargs.get(first)
-        small = type(x) in _PLAIN and _is_small(x, state.min_elements)
+        small = type(x) in _PLAIN and state.too_small.has(x)
         if small and not (reuses and Call.current(state.session) is not None):
             state.calls.no_gain += 1
             return plain(self, *args, **kwargs)
@@ -301,17 +297,12 @@ def _quick_forward_of(
             return usual(self, **named) if named else usual(self, x)
         own = self.__dict__
         state, parameters = own[STATE], own["_parameters"]
-        if "weight" in parameters and "bias" in parameters and _is_small(x, state.min_elements):
+        if "weight" in parameters and "bias" in parameters and state.too_small.has(x):
             state.calls.no_gain += 1
             return quick(self, x, parameters["weight"], parameters["bias"])
         return usual(self, x)
 
     return forward
-
-
-def _is_small(x: Tensor, minimum: gain.Minimum) -> bool:
-    elements = x.numel()
-    return elements < minimum[0] or (x.is_cpu and elements < minimum[1].get(x.dtype, 0))
 
 
 def _warn(module: Any, state: State, reason: str) -> None:
@@ -364,7 +355,7 @@ def swap(module: nn.Module, kind: type[Kind], found: Any, session: Session | Non
         raise Unsuitable(f"its class cannot be changed: {error}") from error
     weight = kind.weight(module)
     size = None if weight is None else gain.Size.of(weight)
-    vars(module)[STATE] = State(found, size, kind.min_elements(size), session)
+    vars(module)[STATE] = State(found, size, kind.too_small(size), session)
     _replace_in_wrapper(module, original.forward, new.forward)
 
 

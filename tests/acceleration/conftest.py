@@ -23,7 +23,7 @@ def every_size_pays(request, monkeypatch):
     if request.node.get_closest_marker("real_sizes") is None:
         for name in ("of_norm", "of_product", "of_block", "of_local_temporal"):
             monkeypatch.setattr(gain, name, lambda *_, **__: True)
-        for name in ("min_elements_of_norm", "min_elements_of_product"):
-            monkeypatch.setattr(gain, name, lambda *_: gain.Minimum())
+        for name in ("small_for_norm", "small_for_product"):
+            monkeypatch.setattr(gain, name, lambda *_: gain.TooSmall())
         for kind in (Kind, *KINDS):
             monkeypatch.setattr(kind, "is_faster_in_training", True)

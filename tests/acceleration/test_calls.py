@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 import mplug2_fast as mf
 from mplug2_fast.acceleration import gain
+from mplug2_fast.ops.runtime import onednn
 from tests.acceleration import official_vision
 from tests.golden.cases import relative_error
 
@@ -122,13 +123,27 @@ def test_large_calls_are_served(dtype):
 @pytest.mark.real_sizes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [gain.Size(64, 64 * 64), gain.Size(3072, 3072 * 768)], ids=str)
-def test_quick_minimum_sizes_are_the_exact_ones(dtype, size):
-    minimum = gain.min_elements_of_product(size)
-    fewest = max(minimum.anywhere, minimum.on_cpu.get(dtype, 0))
-    x = torch.empty(1, dtype=dtype)
-    if fewest:
-        assert not gain.of_product(x.expand(fewest - 1), size)
-    assert gain.of_product(x.expand(max(1, fewest)), size) or dtype not in minimum.on_cpu
+def test_the_quick_check_of_small_inputs_agrees_with_the_exact_one(dtype, size):
+    small, x = gain.small_for_product(size), torch.empty(1, dtype=dtype)
+    row = size.elements // size.outputs
+    for elements in (1, row, 16 * row, 16 * row + 1, 100 * row, *(small.on_cpu.get(dtype, range(0))[-1:])):
+        for near in (elements, elements + 1):
+            known = small.has(x.expand(near))
+            assert not (known and gain.of_product(x.expand(near), size))
+            assert known or dtype not in small.on_cpu or gain.of_product(x.expand(near), size)
+
+
+@pytest.mark.real_sizes
+@pytest.mark.parametrize(("rows", "served"), [(1, True), (16, True), (17, False)])
+def test_few_rows_in_bfloat16_are_served(native_module, rows, served):
+    if not onednn.multiplies(torch.bfloat16):
+        pytest.skip("this processor widens bfloat16")
+    linear, x = nn.Linear(192, 192, dtype=torch.bfloat16), torch.randn(rows, 192, dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = linear(x)
+        report = mf.accelerate(linear)
+        assert relative_error(linear(x), expected) < 1e-2
+    assert bool(report.calls[""].served) == served
 
 
 @pytest.mark.real_sizes
