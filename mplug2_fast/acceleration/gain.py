@@ -27,8 +27,8 @@ _FLOAT32_PRODUCT, _WIDENED_PRODUCT = 1 << 30, 1 << 17
 """Minimum multiplications of a product, in float32 and in a type that the processor must widen."""
 
 _FEW_ROWS, _FEW_ROWS_WEIGHT = 16, 1 << 15
-"""Maximum rows and minimum elements of the weight for the native kernel to win in bfloat16. It takes half of the time of
-PyTorch's product, which needs at least 25 µs (Zen 4)."""
+"""Maximum rows and minimum elements of the weight for the native kernel to win in bfloat16. It takes half as long as
+PyTorch, which needs at least 25 µs (Zen 4)."""
 
 _FLOAT32_NORM, _HALF_NORM, _CUDA_NORM = 1 << 20, 3 << 16, 1 << 22
 """Minimum elements of a layer norm."""
