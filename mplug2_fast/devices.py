@@ -8,6 +8,14 @@ from mplug2_fast.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+INT8 = "int8"
+"""Linear layers with 8-bit weights. Not a dtype of parameters: see `Model.quantise`."""
+
+
+def is_int8(dtype: str | torch.dtype | None) -> bool:
+    """Whether 8-bit weights are meant."""
+    return dtype in (INT8, torch.int8)
+
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
     """The device of a name. None and "auto" choose the first CUDA device if there is one, otherwise the CPU.
@@ -42,5 +50,5 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen not in DTYPES.values():
-        raise ConfigError(f"the dtype {dtype} is not supported: choose auto, {', '.join(DTYPES)}")
+        raise ConfigError(f"the dtype {dtype} is not supported: choose auto, {', '.join(DTYPES)} or {INT8}")
     return chosen

@@ -317,7 +317,7 @@ def model_settings(predictor: Predictor, frames: Frames) -> dict[str, Any]:
     """The model, and how files become its input."""
     return {
         "model": fingerprint(predictor.model),
-        "dtype": str(next(predictor.model.parameters()).dtype).removeprefix("torch."),
+        "dtype": predictor.model.precision,
         **frames.settings(),
         # Runs from before other preparations existed have no such setting, and still resume.
         **({} if predictor.preparation == MPLUG2 else {"preparation": predictor.preparation.name}),

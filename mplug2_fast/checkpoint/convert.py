@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from mplug2_fast.checkpoint.card import CARD_NAME, model_card
+from mplug2_fast.checkpoint.int8 import OTHERS, QUANTISATION_KEY, loads_int8, to_json
 from mplug2_fast.checkpoint.load import OfficialModel, check_finite, fitted
 from mplug2_fast.checkpoint.pages import PageReleaser
+from mplug2_fast.checkpoint.pretrained import read
 from mplug2_fast.checkpoint.resolve import Tasks, require_twins, resolve
 from mplug2_fast.checkpoint.source import (
     CONFIG_NAME,
@@ -25,20 +27,28 @@ from mplug2_fast.checkpoint.source import (
     open_checkpoint,
     vocabulary_path,
 )
+from mplug2_fast.devices import pick_dtype
 from mplug2_fast.errors import CheckpointError
 from mplug2_fast.models import official_names
 from mplug2_fast.models.names import Shape
 from mplug2_fast.tasks import Task, get, stated, title_of
 
-_SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int8: "I8",
+}
 
 
 def convert(
     src: str | Path,
     dst: str | Path,
     task: Tasks = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     config: Any = None,
+    keep: Sequence[str] = (),
 ) -> Path:
     """Converts a checkpoint of any format to a directory. Only one tensor is in memory at a time.
 
@@ -46,13 +56,20 @@ def convert(
         src: as `from_pretrained` takes it.
         dst: a directory that does not exist yet or is empty. It is written atomically.
         task: the task or tasks to keep. None: as in `from_pretrained`.
-        dtype: None keeps the dtype of each tensor.
+        dtype: None keeps the dtype of each tensor. "int8": linear layers get 8-bit weights, with a float32 scale for
+            each output; other weights are bfloat16. The model is then in memory.
         config: overrides what the file says and what its shapes imply.
+        keep: with 8-bit weights, patterns of layers that are not rounded: see `Model.quantise`.
 
     Returns `dst`. Raises `CheckpointError` as `from_pretrained` does, and if `dst` is not empty.
     """
     _require_free(Path(dst).expanduser())
     source = open_checkpoint(src)
+    int8 = loads_int8(source.name, source.keep, dtype, keep)
+    if int8 and source.keep is None:
+        model = read(source, task, config, OTHERS, torch.device("cpu"), int8=True, keep=keep)
+        return _save(model, dst, list(model.tasks.values()), vocabulary_path(src))
+    dtype = None if int8 or dtype is None or dtype == "auto" else pick_dtype(dtype, torch.device("cpu"))
     resolved = resolve(source, task, config)
     resolved.require(source)
     release = PageReleaser(source.file)
@@ -69,7 +86,8 @@ def convert(
             yield fitted(source.tensors[key], shape).to(kind)
             release(source.tensors[key])
 
-    return _write(dst, resolved.config, resolved.tasks, described, tensors(), vocabulary_path(src))
+    content = described, tensors()
+    return _write(dst, resolved.config, resolved.tasks, *content, vocabulary_path(src), keep=source.keep)
 
 
 def save_pretrained(
@@ -85,19 +103,32 @@ def save_pretrained(
     Args:
         model: the model.
         directory: like `dst` of `convert`.
-        dtype: None keeps the dtype of each parameter.
+        dtype: None keeps the dtype of each parameter. Models with 8-bit weights keep it anyway.
         vocab: a WordPiece vocabulary to copy into the directory. None: BERT's, without a copy.
         task: the task or tasks to keep, such as captioning of a question answering model. None: all tasks.
         card: Markdown to add to the model card, README.md.
 
     Returns the directory. Raises `CheckpointError` if the directory is not empty, if the model lacks modules of a task,
-    and if a weight is not finite or would not be in `dtype`.
+    if a weight is not finite or would not be in `dtype`, and for another `dtype` than that of 8-bit weights.
     """
     given = [task] if isinstance(task, (str, Task)) else list(task or model.tasks.values())
     tasks = [model.tasks.get(each, each) if isinstance(each, str) else each for each in given]
-    tasks = [get(each) for each in tasks]
+    return _save(model, directory, [get(each) for each in tasks], None if vocab is None else Path(vocab), dtype, card)
+
+
+def _save(
+    model: OfficialModel,
+    directory: str | Path,
+    tasks: Sequence[Task],
+    vocabulary: Path | None,
+    dtype: torch.dtype | None = None,
+    card: str | None = None,
+) -> Path:
+    keep = getattr(model, "kept", None)
+    if keep is not None and dtype is not None:
+        raise CheckpointError(f"the weights are rounded to 8 bits and cannot be saved as {dtype}: leave dtype out")
     views = model.official_parameters()
-    wanted = official_names(model.config, tasks).needed
+    wanted = official_names(model.config, tasks, keep).needed
     missing = wanted.keys() - views.keys()
     if missing:
         raise CheckpointError(
@@ -111,8 +142,7 @@ def save_pretrained(
             check_finite(key, views[key], kind)
             yield views[key].to("cpu", kind)
 
-    vocabulary = None if vocab is None else Path(vocab)
-    return _write(directory, model.config, tasks, described, tensors(), vocabulary, card)
+    return _write(directory, model.config, tasks, described, tensors(), vocabulary, card, keep)
 
 
 def _write(
@@ -123,8 +153,11 @@ def _write(
     tensors: Iterator[torch.Tensor],
     vocabulary: Path | None,
     card: str | None = None,
+    keep: Sequence[str] | None = None,
 ) -> Path:
     values = {"family": config.family, "tasks": [stated(task) for task in tasks], **config.to_dict()}
+    if keep is not None:
+        values[QUANTISATION_KEY] = to_json(keep)
     with _appearing(Path(dst).expanduser()) as folder:
         (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         _write_safetensors(

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -89,7 +90,7 @@ def load_official(model: OfficialModel, state_dict: Mapping[str, Any]) -> Fit:
     if not fit.ok:
         fit = replace(fit, servable=servable_tasks(shapes, model.config))
     fit.require("the state dict")
-    check_dtypes(fit, tensors)
+    check_dtypes(fit, tensors, names.dtypes)
     check_twins(fit, names, tensors)
     for key, view in views.items():
         check_finite(key, tensors[key], view.dtype)
@@ -174,9 +175,19 @@ def fitted(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.cat([class_token, grid.permute(0, 2, 3, 1).reshape(new * new, width)])
 
 
-def check_dtypes(fit: Fit, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raises `CheckpointError` for needed entries with a dtype that weights cannot have."""
-    wrong = [f"{key} ({tensors[key].dtype})" for key in fit.needed if tensors[key].dtype not in WEIGHT_DTYPES]
+def check_dtypes(
+    fit: Fit, tensors: Mapping[str, torch.Tensor], exact: Mapping[str, torch.dtype] = MappingProxyType({})
+) -> None:
+    """Raises `CheckpointError` for needed entries with a dtype that weights cannot have. `exact` are dtypes of 8-bit
+    weights and their scales."""
+    found = {key: tensors[key].dtype for key in fit.needed}
+    other = [f"{key} ({dtype}, needed {exact[key]})" for key, dtype in found.items() if dtype != exact.get(key, dtype)]
+    if other:
+        raise CheckpointError(
+            f"{len(other)} entries do not have the dtypes of 8-bit weights and their scales, such as {other[0]}; "
+            "nothing was loaded\n  remedy: convert the original checkpoint again"
+        )
+    wrong = [f"{key} ({dtype})" for key, dtype in found.items() if key not in exact and dtype not in WEIGHT_DTYPES]
     if wrong:
         raise CheckpointError(
             f"{len(wrong)} entries are not floating point of 16 bits or more and cannot be weights, such as "

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
+from mplug2_fast.checkpoint.int8 import check_numbers, copy_rounded, loads_int8, others_dtype
 from mplug2_fast.checkpoint.load import copy_official
 from mplug2_fast.checkpoint.pages import PageReleaser
-from mplug2_fast.checkpoint.resolve import require_twins, resolve
-from mplug2_fast.checkpoint.source import open_checkpoint
-from mplug2_fast.devices import pick_device, pick_dtype
+from mplug2_fast.checkpoint.resolve import Tasks, require_twins, resolve
+from mplug2_fast.checkpoint.source import Source, open_checkpoint
+from mplug2_fast.devices import is_int8, pick_device, pick_dtype
 from mplug2_fast.errors import CheckpointError, ConfigError
 from mplug2_fast.tasks import Task
 
@@ -45,6 +46,7 @@ def from_pretrained(
     config: Any = None,
     *,
     tasks: Sequence[Task | str] | None = None,
+    keep: Sequence[str] = (),
     pack: bool = True,
     new_heads: bool = False,
 ) -> Any:
@@ -56,10 +58,13 @@ def from_pretrained(
             Hugging Face Hub.
         task: one task, by name or as an object. tasks: several. Without either: as the file says, or else the task
             with the most modules among those whose weights are complete.
-        dtype: of the parameters, as a dtype or its name. None: torch's default dtype.
-        device: None: the CPU.
+        dtype: of the parameters, as a dtype or its name. None: torch's default dtype. "auto": see `pick_dtype`.
+            "int8": linear layers get 8-bit weights, see `Model.quantise`, and other weights are bfloat16 if the
+            processor multiplies it, otherwise float32. A file with 8-bit weights can only be loaded so.
+        device: None: the CPU. "auto": see `pick_device`; the CPU for 8-bit weights.
         config: overrides what the file says and what its shapes imply. For another image size, position embeddings
             are resized as in `load_official`.
+        keep: with 8-bit weights, patterns of layers that are not rounded: see `Model.quantise`.
         new_heads: whether heads that the file lacks get new weights, to be trained. Otherwise they are an error.
         pack: whether to call the model's `pack()`, which makes it faster on a CPU but 50% larger.
 
@@ -71,10 +76,35 @@ def from_pretrained(
     """
     if task is not None and tasks is not None:
         raise ConfigError("give either task or tasks")
-    dtype = pick_dtype(dtype, torch.device("cpu")) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
-    device = pick_device(device or "cpu")
+    place = pick_device(device or "cpu")
+    if isinstance(dtype, str) and not is_int8(dtype):
+        pick_dtype(dtype, place)
     source = open_checkpoint(path)
-    resolved = resolve(source, task or tasks, config)
+    if loads_int8(source.name, source.keep, dtype, keep):
+        place = pick_device("cpu") if str(device) == "auto" else place
+        if place.type != "cpu":
+            raise ConfigError(f"8-bit weights are for the CPU, and the device is {place}: use bfloat16 there")
+        others = others_dtype()
+        built = read(source, task or tasks, config, others, place, int8=True, keep=keep, new_heads=new_heads)
+    else:
+        dtype = pick_dtype(dtype, place) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
+        built = read(source, task or tasks, config, dtype, place, new_heads=new_heads)
+    return built.pack().eval() if pack else built.eval()
+
+
+def read(
+    source: Source,
+    tasks: Tasks,
+    config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    int8: bool = False,
+    keep: Sequence[str] = (),
+    new_heads: bool = False,
+) -> Any:
+    """The model of an opened checkpoint. `int8`: with 8-bit weights, which the file may have or not."""
+    resolved = resolve(source, tasks, config)
     fresh = resolved.fit.missing_heads() if new_heads else frozenset()
     if fresh:
         missing = {key: shape for key, shape in resolved.fit.missing.items() if key not in fresh}
@@ -83,12 +113,19 @@ def from_pretrained(
     release = PageReleaser(source.file)
     require_twins(source, resolved, release)
     built = resolved.family.build(resolved.config, resolved.tasks, "meta", dtype)
+    if int8:
+        stored = source.keep
+        built = built.eval().quantise(keep if stored is None else stored, check=stored is None)
     built = built.to_empty(device=device)
     if fresh:
         built.reset_parameters()
     views = {key: view for key, view in built.official_parameters().items() if key not in fresh}
     try:
-        copy_official(views, source.tensors, release)
+        if int8 and source.keep is None:
+            copy_rounded(built.official_names.dtypes, views, source.tensors, release)
+        else:
+            copy_official(views, source.tensors, release)
+            check_numbers(resolved.names.dtypes, views)
     except CheckpointError as error:
         raise CheckpointError(f"{source.name}: {error}") from error
-    return built.pack().eval() if pack else built.eval()
+    return built

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mplug2_fast.checkpoint.hub import local
+from mplug2_fast.checkpoint.int8 import QUANTISATION_KEY, from_json
 from mplug2_fast.checkpoint.load import plain_state_dict
 from mplug2_fast.checkpoint.pickles import Inert, OtherTensor, RefusedError, StoredTensor
 from mplug2_fast.checkpoint.torch_file import BROKEN, LEGACY_MAGIC, TorchFile, open_torch_file, tensor_of
@@ -50,6 +51,7 @@ class Source:
         tensors: official key -> tensor, without prefixes of wrappers; views of the mapped file.
         config: the configuration, if the file has a complete one.
         tasks: the tasks that the file names.
+        keep: if linear layers have 8-bit weights, the patterns of those that do not. Otherwise None.
         stated: the `config` entry of a training checkpoint.
         entry: the top-level entry with the weights, or None for a bare state dict.
         others: other top-level entries, such as optimizer state.
@@ -61,6 +63,7 @@ class Source:
     tensors: dict[str, torch.Tensor]
     config: Any = None
     tasks: tuple[Stated, ...] = ()
+    keep: tuple[str, ...] | None = None
     stated: Mapping[str, Any] = field(default_factory=dict)
     entry: str | None = None
     others: tuple[str, ...] = ()
@@ -172,14 +175,14 @@ def _open_directory(path: Path) -> Source:
     with weights.open("rb") as stream:
         head = stream.read(512)
     try:
-        config, tasks = _stated_config(text)
+        stated = _stated_config(text)
     except CheckpointError as error:
         raise CheckpointError(f"{shown_path(file)}: {error}; restore it, or convert again") from error
     try:
         source = _open_safetensors(weights, head)
     except CheckpointError as error:
         raise CheckpointError(f"{shown_path(weights)}: {error}") from error
-    return Source(path, weights, f"directory with {CONFIG_NAME} and {WEIGHTS_NAME}", source.tensors, config, tasks)
+    return Source(path, weights, f"directory with {CONFIG_NAME} and {WEIGHTS_NAME}", source.tensors, *stated)
 
 
 def _open_safetensors(path: Path, head: bytes) -> Source:
@@ -201,17 +204,17 @@ def _open_safetensors(path: Path, head: bytes) -> Source:
         raise CheckpointError(
             f"not a readable safetensors file: truncated or corrupt ({reason}); download or convert it again"
         ) from error
-    config, tasks = None, ()
+    stated: tuple[Any, ...] = ()
     if METADATA_KEY in metadata:
         try:
-            config, tasks = _stated_config(metadata[METADATA_KEY].encode("utf-8", "surrogatepass"))
+            stated = _stated_config(metadata[METADATA_KEY].encode("utf-8", "surrogatepass"))
         except CheckpointError as error:
             raise CheckpointError(f"its header's {METADATA_KEY}: {error}; convert again") from error
-    return Source(path, path, "safetensors file", plain_state_dict(tensors), config, tasks)
+    return Source(path, path, "safetensors file", plain_state_dict(tensors), *stated)
 
 
-def _stated_config(text: bytes) -> tuple[Any, tuple[Stated, ...]]:
-    """The configuration and the tasks in a JSON text."""
+def _stated_config(text: bytes) -> tuple[Any, tuple[Stated, ...], tuple[str, ...] | None]:
+    """The configuration, the tasks, and the `keep` of 8-bit weights in a JSON text."""
     if len(text) > _MAX_CONFIG_BYTES:
         raise CheckpointError(f"not a configuration: it has more than {_MAX_CONFIG_BYTES:,} bytes")
     try:
@@ -225,11 +228,13 @@ def _stated_config(text: bytes) -> tuple[Any, tuple[Stated, ...]]:
     tasks = tasks if tasks is not None else [] if task is None else [task]
     if not isinstance(tasks, list) or not all(isinstance(each, (str, dict)) for each in tasks):
         raise CheckpointError(f"its tasks are {printable(repr(tasks))}, not a list of names")
+    quantisation = stated.pop(QUANTISATION_KEY, None)
+    keep = None if quantisation is None else from_json(quantisation)
     family = stated.pop("family", next(iter(FAMILIES)))
     if family not in FAMILIES:
         raise CheckpointError(f"its family {printable(repr(family))} is not one of {', '.join(FAMILIES)}")
     try:
-        return FAMILIES[family].config.from_dict(stated), tuple(tasks)
+        return FAMILIES[family].config.from_dict(stated), tuple(tasks), keep
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
 

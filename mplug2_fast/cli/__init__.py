@@ -17,6 +17,7 @@ import mplug2_fast
 from mplug2_fast.cli.answer import answer, rank
 from mplug2_fast.cli.checkpoints import convert, inspect
 from mplug2_fast.cli.classify import classify, match
+from mplug2_fast.cli.compare_dtypes import compare_dtypes
 from mplug2_fast.cli.console import OutputError, output_failed, prepare_streams
 from mplug2_fast.cli.data import data
 from mplug2_fast.cli.evaluate import compare, evaluate
@@ -54,6 +55,7 @@ for command in (
     train,
     grouped(evaluate, without=("windows", "stride")),
     compare,
+    compare_dtypes,
     convert,
     inspect,
     info,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mplug2_fast.cli.console import BAD_INPUT, emit, note, reporting, shown, waiting
-from mplug2_fast.cli.options import Dtype
+from mplug2_fast.cli.options import Dtype, KeepOption
 from mplug2_fast.cli.tables import columns, names_and_values
 
 if TYPE_CHECKING:
@@ -34,18 +34,19 @@ def convert(
         str, typer.Argument(metavar="OUT", help="The directory to write; it must not exist or must be empty.")
     ],
     task: TaskOption = None,
-    dtype: Annotated[Dtype, typer.Option(help="auto keeps the file's.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="auto keeps the file's. int8: 8-bit weights.")] = Dtype.auto,
+    keep: KeepOption = None,
 ) -> None:
     """Write a checkpoint as a directory.
 
-    It holds config.json and model.safetensors, with only what the task needs.
+    It holds config.json and model.safetensors, with only what the task needs. With int8, the weights of linear layers
+    are rounded to 8 bits.
     """
     with reporting():
         from mplug2_fast import checkpoint
-        from mplug2_fast.devices import DTYPES
 
         with waiting(f"converting {shown(source)}"):
-            checkpoint.convert(source, target, task=_tasks(task), dtype=DTYPES.get(dtype.value))
+            checkpoint.convert(source, target, task=_tasks(task), dtype=dtype.value, keep=keep or ())
         written = checkpoint.inspect(target, task=_tasks(task))
         tasks, size = ", ".join(written.tasks), _million(written.parameters)
         emit(f"{shown(target)}\t{tasks}, {size} parameters, {_dtypes(written)}")
@@ -106,6 +107,8 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
         if absent:
             yield "lacks", f"heads of retrieval: {' and '.join(absent)}"
     yield "dtype", _dtypes(found)
+    if found.keep is not None:
+        yield "8-bit", f"weights of linear layers{f', but not of {chr(32).join(found.keep)}' if found.keep else ''}"
     yield "entries", f"{found.entries:,}, {_million(found.parameters)} parameters"
     yield "needed", f"{_million(found.needed_parameters)} parameters"
     yield "vocabulary", "its own vocab.txt" if found.vocabulary else "bert-base-uncased"

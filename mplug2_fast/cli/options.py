@@ -22,6 +22,7 @@ class Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+    int8 = "int8"
 
 
 VIDEOS_HELP = "Videos or images. With --out also folders, and .txt lists with one path per line."
@@ -39,7 +40,17 @@ CheckpointOption = Annotated[
         help="An official .pth, a directory, a .safetensors, or owner/name on the Hub.  [default: the tiny model]",
     ),
 ]
-DtypeOption = Annotated[Dtype, typer.Option(help="auto: float32 on the CPU, bfloat16 or float16 on a GPU.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option(help="auto: float32 on the CPU, bfloat16 or float16 on a GPU. int8: 8-bit weights, on a CPU.")
+]
+KeepOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--keep",
+        metavar="PATTERN",
+        help="With int8: layers that are not rounded, such as 'decoder.*'; repeat it for several.",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(metavar="[auto|cpu|cuda|cuda:N]", help="auto: a GPU, if available.")]
 BeamsOption = Annotated[int | None, typer.Option(min=1, help="Number of beams.  [default: the model's]")]
 ReturnOption = Annotated[int, typer.Option(min=1, help="Results per file, best first, one per line.")]
@@ -106,6 +117,7 @@ class ModelOptions:
 
     checkpoint: CheckpointOption = None
     dtype: DtypeOption = Dtype.auto
+    keep: KeepOption = None
     device: DeviceOption = "auto"
 
 

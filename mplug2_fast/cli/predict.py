@@ -250,7 +250,7 @@ def load(kind: type[_Predictor], model: ModelOptions, ranks: Ranks | None = None
         note(f"note: this is the included tiny model, which knows only {known}; use --checkpoint for another")
     with waiting("loading the model"):
         device = model.device if ranks is None else ranks.device(model.device)
-        return kind(model.checkpoint, dtype=model.dtype.value, device=device, **more)
+        return kind(model.checkpoint, dtype=model.dtype.value, device=device, keep=model.keep or (), **more)
 
 
 def note_unknown_words(predictor: Predictor, questions: Iterable[str], what: str = "question") -> None:

@@ -20,14 +20,22 @@ FAMILIES: dict[str, Family] = {"mplug2": MPLUG2, "mplug": MPLUG}
 __all__ = ["FAMILIES", "Family", "InferredConfig", "infer_config", "official_names"]
 
 
-def official_names(config: Any, tasks: Task | str | Sequence[Task | str]) -> OfficialNames:
-    """The official names of a model for these tasks, with their heads. Builds no model.
+def official_names(
+    config: Any, tasks: Task | str | Sequence[Task | str], keep: Sequence[str] | None = None
+) -> OfficialNames:
+    """The official names of a model for these tasks, with their heads. Without `keep`, builds no model.
+
+    Args:
+        keep: of a model with 8-bit weights, see `Model.quantise`; the names have its scales too. None: wide weights.
 
     Raises:
         ConfigError: a task does not exist, or needs a module that the family does not have.
     """
     found = [get(task) for task in ([tasks] if isinstance(tasks, (str, Task)) else tasks)]
     modules = config.modules_for(found)
+    if keep is not None:
+        model: Any = FAMILIES[config.family].build(config, found, "meta", torch.float32)
+        return model.eval().quantise(keep, check=False).official_names
     with torch.device("meta"):
         heads = {task.name: head for task in found if (head := task.head(config)) is not None}
     return with_heads(FAMILIES[config.family].names(config, modules), heads)

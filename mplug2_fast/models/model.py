@@ -13,6 +13,7 @@ from mplug2_fast.errors import ConfigError
 from mplug2_fast.generation.beam_search import Hypotheses, beam_search, output
 from mplug2_fast.generation.cuda_graphs import CudaGraphRunner
 from mplug2_fast.models.config import CLS_TOKEN_ID, PAD_TOKEN_ID, SEP_TOKEN_ID
+from mplug2_fast.models.int8 import int8_names, quantise_parts, require_matches
 from mplug2_fast.models.names import CONTRAST, MATCHING, VISION, OfficialNames, with_heads
 from mplug2_fast.modes import in_eval_mode
 from mplug2_fast.nn import MLP, LocalTemporal, SelfAttention
@@ -26,6 +27,9 @@ from mplug2_fast.tasks import Task, get
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+_NO_GRADIENTS = "a model with 8-bit weights cannot be trained: train the original, then quantise the result"
 
 
 class Fused(NamedTuple):
@@ -53,6 +57,7 @@ class Model(nn.Module, ABC):
     Attributes:
         tasks: name -> task.
         heads: name -> head, of the tasks that have one.
+        kept: with 8-bit weights, the patterns of layers that are not rounded: see `quantise`. Otherwise None.
 
     Raises:
         ConfigError: the configuration is another family's; a task does not exist, or needs a module that the family
@@ -61,6 +66,7 @@ class Model(nn.Module, ABC):
 
     family: ClassVar[str]
     """The `family` of its configurations."""
+    kept: tuple[str, ...] | None = None
     start_token_id, end_token_id, pad_token_id = CLS_TOKEN_ID, SEP_TOKEN_ID, PAD_TOKEN_ID
 
     def __init__(
@@ -192,6 +198,8 @@ class Model(nn.Module, ABC):
 
         `loss({"captioning": b1, "question_answering": b2})` gives a dict of losses, for one step over several tasks.
         """
+        if self.kept is not None:
+            raise ConfigError(_NO_GRADIENTS)
         if isinstance(task, Mapping):
             return {name: self.loss(name, each) for name, each in task.items()}
         if batch is None:
@@ -214,7 +222,8 @@ class Model(nn.Module, ABC):
     @property
     def official_names(self) -> OfficialNames:
         """The official name of every parameter."""
-        return with_heads(self._names(), self.heads)
+        names = with_heads(self._names(), self.heads)
+        return names if self.kept is None else int8_names(names, self)
 
     def official_parameters(self) -> dict[str, Tensor]:
         """Official name -> view into this model's parameters, detached."""
@@ -258,6 +267,48 @@ class Model(nn.Module, ABC):
             for weight in self.wide_weights():
                 unpack_weight(weight)
         return self
+
+    @torch.no_grad()
+    def quantise(self, keep: Sequence[str] = (), *, check: bool = True) -> Self:
+        """Rounds the weights of linear layers to 8 bits, in place, for inference on a CPU.
+
+        These are the layers of the vision encoder, the universal layers, the text encoder, the fusion encoder and the
+        decoder. The other weights do not change: convert them with `to` before.
+
+        Args:
+            keep: patterns of layers that are not rounded, such as `"decoder.*"` or `"visual.blocks.*.mlp"`. A pattern
+                that matches a module stands for all of its layers.
+            check: whether a pattern that matches no layer is an error.
+
+        Raises:
+            ConfigError: the model is in training mode, is not on a CPU, or has 8-bit weights already; or a pattern
+                matches no layer.
+        """
+        if self.training:
+            raise ConfigError("8-bit weights are for inference only: call eval() first")
+        if self.kept is not None:
+            raise ConfigError("the model has 8-bit weights already: load the original")
+        if (device := next(self.parameters()).device).type not in ("cpu", "meta"):
+            raise ConfigError(f"8-bit weights are for the CPU, and the model is on {device}: use bfloat16 or float16")
+        if isinstance(keep, str):
+            raise ConfigError(f"keep is a list of patterns: pass [{keep!r}]")
+        if check:
+            require_matches(self, keep)
+        quantise_parts(self.unpack(), keep)
+        self.kept = tuple(keep)
+        return self
+
+    @property
+    def precision(self) -> str:
+        """The dtype of the parameters by name; with 8-bit weights, int8 and the layers that are not rounded."""
+        if self.kept is None:
+            return str(next(self.parameters()).dtype).removeprefix("torch.")
+        return f"int8 but {', '.join(self.kept)}" if self.kept else "int8"
+
+    def train(self, mode: bool = True) -> Self:
+        if mode and self.kept is not None:
+            raise ConfigError(_NO_GRADIENTS)
+        return super().train(mode)
 
     @property
     def cuda_graphs(self) -> bool:

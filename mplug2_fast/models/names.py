@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 Shape = tuple[int, ...]
@@ -20,6 +21,9 @@ VISION, TEXT, FUSION, DECODER, CONTRAST, MATCHING = SHARED_MODULES = (
     "matching",
 )
 """Modules that every family has."""
+
+SCALE = "_scale"
+"""Follows the name of an 8-bit weight in that of its scale."""
 
 LAYER_NUMBER = r"(0|[1-9][0-9]{0,3})"
 """Pattern of a layer's number. Keys with larger numbers are unexpected: no model has as many layers."""
@@ -59,6 +63,7 @@ class OfficialNames:
         needed: official name -> shape of exactly these.
         tied: names that a file stores twice -> the name that the models use.
         resizable: position embeddings that are resized where the resolution differs.
+        dtypes: 8-bit weights and their scales -> the dtype that they must have.
     """
 
     tied: Mapping[str, str] = {}
@@ -67,6 +72,7 @@ class OfficialNames:
     def __init__(self, entries: Iterable[Entry]) -> None:
         self.entries: list[Entry] = []
         self.needed: dict[str, Shape] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
         for entry in entries:
             self.add(entry)
 
@@ -81,6 +87,9 @@ class OfficialNames:
             return KeyKind.NEEDED
         if key in self.tied:
             return KeyKind.TIED
+        if self.dtypes and key.endswith(SCALE):
+            weight = self.classify(key.removesuffix(SCALE))
+            return KeyKind.UNEXPECTED if weight is KeyKind.NEEDED else weight
         return KeyKind.UNUSED if key.startswith("heads.") else KeyKind.UNEXPECTED
 
     def views(

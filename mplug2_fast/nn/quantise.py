@@ -83,7 +83,7 @@ def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[[int],
             embeddings = parent.embeddings
             yield f"{dot}embeddings.word", embeddings, lambda bits, at=embeddings: _replace_words(at)
         for name, child in parent.named_children():
-            if type(child) in _PRODUCTS and child.weight[0, 0].numel() == 1:
+            if type(child) in _PRODUCTS and child.weight[0, 0].numel() == 1 and getattr(child, "groups", 1) == 1:
                 yield f"{dot}{name}", child, lambda bits, *at, parent=parent, name=name: _replace(parent, name, bits)
 
 

@@ -145,7 +145,7 @@ class Classifier(Predictor):
     """Classes of image and video files, of texts, or of both together.
 
     Args:
-        checkpoint, tokenizer, dtype, device: as for `Predictor`.
+        checkpoint, tokenizer, dtype, device, keep: as for `Predictor`.
         task: a `Classification`, its name in the checkpoint, or a `ZeroShot`; None is the first classification of the
             checkpoint.
         clips, crops: views of a video, whose probabilities are averaged. The clips spread over the video at other
@@ -165,11 +165,12 @@ class Classifier(Predictor):
         task: Task | str | None = None,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
+        keep: Sequence[str] = (),
         clips: int = 1,
         crops: int = 1,
     ) -> None:
         require(min(clips, crops) >= 1, f"clips and crops must be at least 1, got {clips} and {crops}")
-        super().__init__(checkpoint, tokenizer, task=task, dtype=dtype, device=device)
+        super().__init__(checkpoint, tokenizer, task=task, dtype=dtype, device=device, keep=keep)
         if task is None:
             found = (each for each in self.model.tasks.values() if isinstance(each, Classification))
             self.task = next(found, self.task)

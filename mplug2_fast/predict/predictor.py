@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from mplug2_fast.checkpoint import from_pretrained, vocabulary_path
-from mplug2_fast.devices import pick_device, pick_dtype
 from mplug2_fast.errors import CheckpointError, MPlug2Error, NotFiniteError
 from mplug2_fast.predict.memory import clip_bytes, is_out_of_memory, require_memory
 from mplug2_fast.tasks import TASKS, Alternative, Respond, Task, Texts, get
@@ -112,6 +111,7 @@ class Predictor:
         task: Task | str | None = None,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
+        keep: Sequence[str] = (),
     ) -> None:
         """Loads a checkpoint in any format that `mplug2_fast.from_pretrained` reads, or takes a model.
 
@@ -120,7 +120,9 @@ class Predictor:
                 a directory is the vocabulary, otherwise it is that of bert-base-uncased.
             tokenizer: the one that the model was trained with. Only with a model.
             task: a name in `mplug2_fast.tasks.TASKS`, or a task; None is the first task that the checkpoint names.
-            dtype: a dtype or its name; None or "auto": see `pick_dtype`. Not with a model.
+            dtype: a dtype or its name; None or "auto": see `pick_dtype`. "int8": 8-bit weights, see `from_pretrained`.
+                Not with a model.
+            keep: with 8-bit weights, patterns of layers that are not rounded: see `Model.quantise`.
             device: a device or its name; None or "auto": see `pick_device`. Not with a model.
 
         Raises:
@@ -131,11 +133,11 @@ class Predictor:
         task = task or self.default_task
         if isinstance(checkpoint, torch.nn.Module):
             require(tokenizer is not None, "a model needs a tokenizer: pass the one that it was trained with")
-            require(dtype is None and device is None, "a model has its dtype and device: convert it first")
+            require(dtype is None and device is None and not keep, "a model has its dtype and device: convert it first")
             self.model, self.tokenizer = checkpoint, tokenizer
         else:
             require(tokenizer is None, "a checkpoint has its own vocabulary: pass a tokenizer only with a model")
-            self.model, self.tokenizer = _load(checkpoint, task, dtype, device)
+            self.model, self.tokenizer = _load(checkpoint, task, dtype, device, keep)
         if task is None:
             self.task = next(iter(self.model.tasks.values()))
         elif isinstance(task, str) and task not in TASKS and task in self.model.tasks:
@@ -384,17 +386,19 @@ def tiny_model(task: Task | str | None) -> Path:
 
 
 def _load(
-    path: PathLike | None, task: Task | str | None, dtype: str | torch.dtype | None, device: str | torch.device | None
+    path: PathLike | None,
+    task: Task | str | None,
+    dtype: str | torch.dtype | None,
+    device: str | torch.device | None,
+    keep: Sequence[str],
 ) -> tuple[torch.nn.Module, Tokenizer]:
     """The model of a checkpoint and its tokenizer."""
-    device = pick_device(device)
-    dtype = pick_dtype(dtype, device)
     if path is None:
         path = tiny_model(task)
         if not path.exists():
             raise CheckpointError(f"{path}: the tiny model is missing: reinstall mplug2-fast, or name a checkpoint")
     path = Path(path)
-    model = from_pretrained(path, task=task, dtype=dtype, device=device)
+    model = from_pretrained(path, task=task, dtype=dtype or "auto", device=device or "auto", keep=keep)
     return model, Tokenizer.from_vocab(vocabulary_path(path), vocab_size=model.config.text.vocab_size)
 
 

@@ -1,0 +1,77 @@
+"""Models with 8-bit weights: their layers, and the official names of weights and scales."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from mplug2_fast.errors import ConfigError
+from mplug2_fast.models.names import SCALE, Entry, OfficialNames
+from mplug2_fast.nn.quantise import quantise
+
+BITS = {"visual": 8, "universal": 8, "text": 16, "fusion": 16, "decoder": 16}
+"""Part of a model -> bits to which the inputs of its layers are rounded. Texts have few tokens, and cost little."""
+
+
+def quantise_parts(model: nn.Module, keep: Sequence[str]) -> list[str]:
+    """Gives a model 8-bit weights, except for the layers that `keep` matches. Returns the names of the layers."""
+    return [
+        f"{part}.{name}"
+        for part, bits in BITS.items()
+        if part in model._modules
+        for name in quantise(getattr(model, part), bits, functools.partial(_matches_any, keep, part))
+    ]
+
+
+def require_matches(model: nn.Module, keep: Sequence[str]) -> None:
+    """Raises `ConfigError` for a pattern that matches no layer that could have 8-bit weights."""
+    names: list[str] = []
+    for part in filter(model._modules.__contains__, BITS):
+        quantise(getattr(model, part), keep=lambda name, part=part: bool(names.append(f"{part}.{name}")) or True)
+    for pattern in keep:
+        if not any(_matches(pattern, name) for name in names):
+            some = ", ".join(dict.fromkeys(name.partition(".")[0] + ".*" for name in names))
+            example = names[len(names) // 2] if names else "none"
+            raise ConfigError(f"keep {pattern!r} matches no layer: layers are in {some}; one is {example}")
+
+
+def _matches_any(patterns: Sequence[str], part: str, name: str) -> bool:
+    return any(_matches(pattern, f"{part}.{name}") for pattern in patterns)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Whether the pattern matches a layer, or a module that it is in."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def int8_names(names: OfficialNames, model: nn.Module) -> OfficialNames:
+    """The names of a model whose layers partly have 8-bit weights: these layers have scales too."""
+    found = copy.copy(names)
+    found.entries, found.needed, found.dtypes = [], {}, {}
+    for entry in names.entries:
+        layer = _int8_path(model, entry.path)
+        if layer is None:
+            found.add(entry)
+            continue
+        module, _, kind = layer.rpartition(".")
+        found.add(entry._replace(path=layer))
+        if kind == "weight":
+            scale = Entry(f"{entry.official}{SCALE}", entry.shape[:1], f"{module}.scale", entry.part, entry.parts)
+            found.add(scale)
+            found.dtypes |= {entry.official: torch.int8, scale.official: torch.float32}
+    return found
+
+
+def _int8_path(model: nn.Module, path: str) -> str | None:
+    """The path of a parameter in the layer with 8-bit weights that replaces its module, or None if none does."""
+    name, _, parameter = path.rpartition(".")
+    parent = functools.reduce(getattr, name.split("."), model) if name else model
+    layer, _, kind = parameter.rpartition("_")
+    if layer and getattr(parent, parameter, None) is None and isinstance(getattr(parent, layer, None), nn.Module):
+        return f"{name}.{layer}.{kind}"  # in_proj_weight is the weight of in_proj now
+    return path if getattr(getattr(parent, "weight", None), "dtype", None) == torch.int8 else None
