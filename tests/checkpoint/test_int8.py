@@ -179,9 +179,7 @@ def test_another_quantisation_is_an_error(folder, tmp_path, stated):
     shutil.copytree(folder, tmp_path / "copy")
     config = json.loads((folder / "config.json").read_text()) | {"quantisation": stated}
     (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        CheckpointError, match="its quantisation is .*: this version reads weights int8 with a list keep"
-    ):
+    with pytest.raises(CheckpointError, match="this version reads weights int8 with a list"):
         from_pretrained(tmp_path / "copy")
 
 
