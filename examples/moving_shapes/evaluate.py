@@ -52,9 +52,9 @@ RERANKED = 16
 BATCH = 50
 
 
-def load(checkpoint: Path) -> tuple[Any, Tokenizer]:
+def load(checkpoint: Path, dtype: str = "auto") -> tuple[Any, Tokenizer]:
     """The model for the tasks that the checkpoint names, and for captions and questions, and its tokenizer."""
-    model = from_pretrained(checkpoint)
+    model = from_pretrained(checkpoint, dtype=dtype)
     for task in ("captioning", "question_answering"):
         if task not in model.tasks:
             model.add_task(task)
@@ -77,11 +77,11 @@ def load_clips(paths: list[Path], config: mf.MPlug2Config) -> Tensor:
 
 def encoded(model: Any, scenes: Scenes) -> Tensor:
     """The image_embeds `(n, S, D)` of scenes, which are written as mp4 files and read back."""
-    found = []
+    found, dtype = [], next(model.parameters()).dtype
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         for some in _batches(len(scenes)):
             paths = make_clips(scenes[some], Path(folder))
-            found.append(model.encode_video(load_clips(paths, model.config)))
+            found.append(model.encode_video(load_clips(paths, model.config).to(dtype)))
     return torch.cat(found)
 
 
@@ -200,11 +200,12 @@ def main(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder. Default: the packaged one.")] = PACKAGED,
     clips: Annotated[int, typer.Option(min=1, help="Number of held-out clips.")] = 500,
     first: Annotated[int, typer.Option(help="Number of the first held-out scene.")] = FIRST_HELD_OUT,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or int8.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     mistakes: Annotated[bool, typer.Option(help="List the wrong captions and answers.")] = False,
 ) -> None:
     """Score all tasks of a checkpoint: captions and answers, and whatever else it was trained for."""
-    result, wrong = score_all(*load(checkpoint), held_out_scenes(clips, first))
+    result, wrong = score_all(*load(checkpoint, dtype), held_out_scenes(clips, first))
     if mistakes:
         Console(stderr=True).print("\n".join(wrong))
     if as_json:

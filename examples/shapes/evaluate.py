@@ -42,11 +42,12 @@ QUESTIONS = 20_000
 def score(model: Any, tokenizer: Tokenizer, items: Sequence[Item], batch_size: int = 50) -> dict[str, float]:
     """Shares of exactly right captions and answers, of boxes with an IoU of at least 0.5, and of pictures and captions
     that are found first among all."""
-    size, config = model.config.vision.image_size, model.config
+    size, config, dtype = model.config.vision.image_size, model.config, next(model.parameters()).dtype
     pictures = [Sample(item, np.array(Image.open(item.image))[None]) for item in items]
     starts = range(0, len(items), batch_size)
     with torch.inference_mode():
-        embeds = torch.cat([model.encode_video(video_of(pictures[at : at + batch_size], size)) for at in starts])
+        batches = (video_of(pictures[at : at + batch_size], size).to(dtype) for at in starts)
+        embeds = torch.cat([model.encode_video(batch) for batch in batches])
 
     def results(task: str) -> list[Any]:
         texts = [model.tasks[task].text_of(item, config) for item in items]
@@ -117,10 +118,11 @@ def main(
     pictures: Annotated[int, typer.Option(min=1, help="Number of held-out pictures.")] = 500,
     first: Annotated[int, typer.Option(help="Number of the first held-out picture.")] = FIRST,
     blind: Annotated[bool, typer.Option(help="Also score the best guess from the question alone.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or int8.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Caption held-out pictures, answer questions about them, find objects in them, and find them by their captions."""
-    model = from_pretrained(checkpoint, tasks=TASKS)
+    model = from_pretrained(checkpoint, tasks=TASKS, dtype=dtype)
     tokenizer = Tokenizer.from_vocab(checkpoint / "vocab.txt", vocab_size=model.config.text.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), pictures, first)
