@@ -16,7 +16,6 @@ import mplug2_fast as mf
 from bench.peer import Peer
 from bench.weights import fill
 from mplug2_fast.acceleration import accelerate
-from mplug2_fast.nn.quantise import quantise
 from mplug2_fast.ops import explain, layer_norm
 from mplug2_fast.ops.runtime import cuda, onednn
 from mplug2_fast.tasks.features import SPACES
@@ -272,9 +271,7 @@ class Fast(Implementation):
         if served == "triton" and not cuda.reasons(x):
             self.backend = f"CUDA, {self.backend}"
         if self.has_int8:
-            for part, bits in (("visual", 8), ("universal", 8), ("text", 16), ("fusion", 16), ("decoder", 16)):
-                if (module := getattr(self.model, part, None)) is not None:
-                    quantise(module, bits)
+            self.model.eval().quantise()
         if not self.trains:
             self.model.pack()
 

@@ -273,7 +273,7 @@ class Model(nn.Module, ABC):
         """Rounds the weights of linear layers to 8 bits, in place, for inference on a CPU.
 
         These are the layers of the vision encoder, the universal layers, the text encoder, the fusion encoder and the
-        decoder. The other weights do not change: convert them with `to` before.
+        decoder. The other weights do not change: convert them with `to`. No parameter requires gradients afterwards.
 
         Args:
             keep: patterns of layers that are not rounded, such as `"decoder.*"` or `"visual.blocks.*.mlp"`. A pattern
@@ -294,7 +294,7 @@ class Model(nn.Module, ABC):
             raise ConfigError(f"keep is a list of patterns: pass [{keep!r}]")
         if check:
             require_matches(self, keep)
-        quantise_parts(self.unpack(), keep)
+        quantise_parts(self.unpack().requires_grad_(False), keep)
         self.kept = tuple(keep)
         return self
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from mplug2_fast.nn.parts import linear
+from mplug2_fast.nn.parts import linear, plain
+from mplug2_fast.tasks.base import wide
 
 LEFT_OUT = -100.0
 """Score of a pair that was not compared."""
@@ -22,6 +24,8 @@ class Scores(NamedTuple):
     Attributes:
         by_visual: `(N, M)`; row i ranks the texts for visual input i. by_text: `(M, N)`.
         similarities: `(N, M)`, cosines of the features.
+
+    Scores of features in half precision are computed in float32.
     """
 
     by_visual: Tensor
@@ -57,7 +61,7 @@ def candidates(similarities: Tensor, k: int) -> Candidates:
 
 
 def match_pairs(model: Any, visual_of: Any, text: Tensor, text_mask: Tensor, wanted: Tensor) -> Tensor:
-    """The matching logits of the wanted pairs, 0 elsewhere: `(N, M)`.
+    """The matching logits of the wanted pairs, 0 elsewhere: `(N, M)`, float32 or wider.
 
     Args:
         visual_of: returns the image_embeds `(1, S, D)` of a visual input, by its number. It is called once for each.
@@ -65,17 +69,24 @@ def match_pairs(model: Any, visual_of: Any, text: Tensor, text_mask: Tensor, wan
         text: `(M, tokens, D)`. text_mask: `(M, tokens)`. wanted: `(N, M)`. All three may be on another device than the
             model, such as the CPU.
     """
-    logits = torch.zeros(wanted.shape, dtype=text.dtype, device=text.device)
+    logits = wide(torch.zeros(wanted.shape, dtype=text.dtype, device=text.device))
     for row in wanted.any(dim=1).nonzero()[:, 0].tolist():
         visual = visual_of(row)
         for chosen in wanted[row].nonzero()[:, 0].split(max(1, MATCHING_TOKENS // text.shape[1])):
             some, mask = text[chosen].to(visual.device), text_mask[chosen].to(visual.device)
             if model.fusion.can_pack():
-                pairs = linear(model.matching, model.fusion.first_tokens(some, mask, visual[0]))
+                fused = model.fusion.first_tokens(some, mask, visual[0])
             else:
-                pairs = matched(model, visual, some[None], mask[None])[0]
-            logits[row, chosen] = pairs[:, 1].to(logits.device)
+                fused = model.fusion(some[None], mask[None], visual)[1][0, :, 0]
+            logits[row, chosen] = _exact_logits(model.matching, fused)[:, 1].to(logits.device)
     return logits
+
+
+def _exact_logits(head: nn.Module, fused: Tensor) -> Tensor:
+    """The head's result in float32: many logits that are rounded to 8 bits are equal, and have no rank."""
+    if not plain(head):
+        return wide(linear(head, fused))
+    return F.linear(wide(fused), wide(head.weight), wide(head.bias))
 
 
 def matched(model: Any, visual: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:

@@ -245,10 +245,11 @@ class Retrieval(Task):
         """
         visual = model.embed(video, image_embeds)
         if not k:
-            similarities = model.visual_features(visual) @ SPACES["contrast"].features(model, text_ids, text_mask).T
+            features = SPACES["contrast"].features(model, text_ids, text_mask)
+            similarities = wide(model.visual_features(visual)) @ wide(features).T
             return Scores(similarities, similarities.T, similarities)
         text = model.encode_text(text_ids, text_mask)
-        similarities = model.visual_features(visual) @ model.text_features(text).T
+        similarities = wide(model.visual_features(visual)) @ wide(model.text_features(text)).T
         if add_similarity is None:
             add_similarity = model.config.frames_of(visual.shape[1]) > 1
         return rerank(

@@ -152,7 +152,7 @@ def test_rounded_weights_cannot_be_loaded_as_others(folder, dtype, tmp_path):
 def test_entries_are_checked(damaged):
     tensors, write = damaged
     cases = [
-        ({f"{WEIGHT}_scale": None}, rf"missing: 1 entry\n.*\n.*{WEIGHT}_scale \[96\]"),
+        ({f"{WEIGHT}_scale": None}, rf"missing: 1 entry\n.*\n.*{WEIGHT}_scale \[256\]"),
         ({"visn_emb_norm.weight_scale": torch.ones(64)}, "unexpected: 1 entry"),
         ({f"{QUERY}_scale": torch.ones(3)}, r"of another shape: 1 entry\n.*\n.*scale \[3\], needed \[64\]"),
         ({WEIGHT: tensors[WEIGHT].float()}, r"c_fc\.weight \(torch\.float32, needed torch\.int8\)"),
