@@ -33,13 +33,7 @@ from mplug2_fast.models import official_names
 from mplug2_fast.models.names import Shape
 from mplug2_fast.tasks import Task, get, stated, title_of
 
-_SAFETENSORS_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int8: "I8",
-}
+_SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def convert(
@@ -57,7 +51,7 @@ def convert(
         dst: a directory that does not exist yet or is empty. It is written atomically.
         task: the task or tasks to keep. None: as in `from_pretrained`.
         dtype: None keeps the dtype of each tensor. "int8": linear layers get 8-bit weights, with a float32 scale for
-            each output; other weights are bfloat16. The model is then in memory.
+            each output; other weights are bfloat16. The rounded model is then in memory.
         config: overrides what the file says and what its shapes imply.
         keep: with 8-bit weights, patterns of layers that are not rounded: see `Model.quantise`.
 
@@ -69,7 +63,10 @@ def convert(
     if int8 and source.keep is None:
         model = read(source, task, config, OTHERS, torch.device("cpu"), int8=True, keep=keep)
         return _save(model, dst, list(model.tasks.values()), vocabulary_path(src))
-    dtype = None if int8 or dtype is None or dtype == "auto" else pick_dtype(dtype, torch.device("cpu"))
+    if int8 or dtype == "auto":
+        dtype = None
+    elif isinstance(dtype, str):
+        dtype = pick_dtype(dtype, torch.device("cpu"))
     resolved = resolve(source, task, config)
     resolved.require(source)
     release = PageReleaser(source.file)
@@ -160,9 +157,8 @@ def _write(
         values[QUANTISATION_KEY] = to_json(keep)
     with _appearing(Path(dst).expanduser()) as folder:
         (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        _write_safetensors(
-            folder / WEIGHTS_NAME, described, tensors, {"format": "pt", METADATA_KEY: json.dumps(values)}
-        )
+        metadata = {"format": "pt", METADATA_KEY: json.dumps(values)}
+        _write_safetensors(folder / WEIGHTS_NAME, described, tensors, metadata, int8=keep is not None)
         if card is not None:
             (folder / CARD_NAME).write_text(model_card(config, tasks, card), encoding="utf-8")
         if vocabulary is not None:
@@ -175,15 +171,18 @@ def _write_safetensors(
     described: Mapping[str, tuple[torch.dtype, Shape]],
     tensors: Iterator[torch.Tensor],
     metadata: Mapping[str, str],
+    *,
+    int8: bool,
 ) -> None:
     """Writes a safetensors file tensor by tensor. The library's writer needs all cast tensors in memory."""
+    names = _SAFETENSORS_DTYPES | ({torch.int8: "I8"} if int8 else {})
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for key, (dtype, shape) in _file_order(described).items():
-        if dtype not in _SAFETENSORS_DTYPES:
+        if dtype not in names:
             raise CheckpointError(f"cannot store weights as {dtype}: choose float32, bfloat16 or float16")
         start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
-        header[key] = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with file.open("wb") as stream:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from mplug2_fast.checkpoint.load import check_finite, copy_official
+from mplug2_fast.checkpoint.load import copy_official
 from mplug2_fast.devices import is_int8
 from mplug2_fast.errors import CheckpointError, ConfigError, printable
-from mplug2_fast.models.names import SCALE
-from mplug2_fast.ops.linear_int8 import quantise_weight
+from mplug2_fast.models.int8 import require_matches, units_of
 from mplug2_fast.ops.runtime import onednn
 
 QUANTISATION_KEY = "quantisation"
@@ -19,9 +19,6 @@ QUANTISATION_KEY = "quantisation"
 
 OTHERS = torch.bfloat16
 """Dtype of the other weights in files."""
-
-_ROWS = 4096
-"""Rows that are rounded at once."""
 
 
 def others_dtype() -> torch.dtype:
@@ -68,24 +65,48 @@ def loads_int8(name: str, stored: Sequence[str] | None, dtype: Any, keep: Sequen
     return True
 
 
-def copy_rounded(
-    dtypes: Mapping[str, torch.dtype],
-    views: Mapping[str, torch.Tensor],
+def read_rounded(
+    model: Any,
+    keep: Sequence[str],
     tensors: Mapping[str, torch.Tensor],
+    others: torch.dtype,
     done: Callable[[torch.Tensor], None],
-) -> None:
-    """`copy_official` into a model with 8-bit weights, from wide tensors. `dtypes` are those of its names."""
-    for key, view in views.items():
-        if key not in dtypes:
-            copy_official({key: view}, tensors, done)
-        elif dtypes[key] == torch.int8:
-            check_finite(key, tensors[key], torch.float32)
-            weight, scale = tensors[key].flatten(1), views[f"{key}{SCALE}"]
-            parts = (each.split(_ROWS) for each in (weight, view.flatten(1), scale))
-            for wide, numbers, factors in zip(*parts, strict=True):
-                for target, rounded in zip((numbers, factors), quantise_weight(wide), strict=True):
-                    target.copy_(rounded)
-            done(tensors[key])
+) -> Any:
+    """Reads wide tensors into a model on the meta device and rounds it, one block after another.
+
+    Args:
+        keep: see `Model.quantise`. tensors: official name -> tensor; they fit.
+        others: dtype of the other weights. done: called with each tensor after reading it.
+
+    Returns the model. Only one block, or what is outside of blocks, is in memory with wide weights.
+    """
+    require_matches(model, keep)
+    names = model.official_names
+    for name, module, quantise in _pieces(model, keep):
+        own = {f"{name}{path}" for path in _materialise(module)}
+        copy_official(names.views(model, only=own), tensors, done)
+        quantise()
+        module.to(others)
+    model.kept = tuple(keep)
+    return model.requires_grad_(False)
+
+
+def _pieces(model: Any, keep: Sequence[str]) -> Iterator[tuple[str, torch.nn.Module, Callable[[], Any]]]:
+    """What is read at once: the beginning of its parameters' names, a module, and what rounds it."""
+    for unit in units_of(model):
+        yield f"{unit.name}.", unit.module, functools.partial(unit.quantise, keep)
+    yield "", model, lambda: None
+
+
+def _materialise(module: torch.nn.Module) -> list[str]:
+    """Gives the tensors that are still on the meta device memory, as float32. Returns the names of parameters."""
+    found = []
+    for prefix, each in module.named_modules():
+        for name, parameter in each.named_parameters(recurse=False):
+            if parameter.is_meta:
+                each._parameters[name] = torch.nn.Parameter(torch.empty(parameter.shape), requires_grad=False)
+                found.append(f"{prefix}.{name}" if prefix else name)
+    return found
 
 
 def check_numbers(dtypes: Mapping[str, torch.dtype], views: Mapping[str, torch.Tensor]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from mplug2_fast.checkpoint.int8 import check_numbers, copy_rounded, loads_int8, others_dtype
+from mplug2_fast.checkpoint.int8 import check_numbers, loads_int8, others_dtype, read_rounded
 from mplug2_fast.checkpoint.load import copy_official
 from mplug2_fast.checkpoint.pages import PageReleaser
 from mplug2_fast.checkpoint.resolve import Tasks, require_twins, resolve
@@ -84,8 +84,9 @@ def from_pretrained(
         place = pick_device("cpu") if str(device) == "auto" else place
         if place.type != "cpu":
             raise ConfigError(f"8-bit weights are for the CPU, and the device is {place}: use bfloat16 there")
-        others = others_dtype()
-        built = read(source, task or tasks, config, others, place, int8=True, keep=keep, new_heads=new_heads)
+        if new_heads:
+            raise ConfigError("new heads must be trained, and a model with 8-bit weights cannot be")
+        built = read(source, task or tasks, config, others_dtype(), place, int8=True, keep=keep)
     else:
         dtype = pick_dtype(dtype, place) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
         built = read(source, task or tasks, config, dtype, place, new_heads=new_heads)
@@ -113,19 +114,17 @@ def read(
     release = PageReleaser(source.file)
     require_twins(source, resolved, release)
     built = resolved.family.build(resolved.config, resolved.tasks, "meta", dtype)
-    if int8:
-        stored = source.keep
-        built = built.eval().quantise(keep if stored is None else stored, check=stored is None)
-    built = built.to_empty(device=device)
-    if fresh:
-        built.reset_parameters()
-    views = {key: view for key, view in built.official_parameters().items() if key not in fresh}
     try:
         if int8 and source.keep is None:
-            copy_rounded(built.official_names.dtypes, views, source.tensors, release)
-        else:
-            copy_official(views, source.tensors, release)
-            check_numbers(resolved.names.dtypes, views)
+            return read_rounded(built.eval(), keep, source.tensors, dtype, release)
+        if int8:
+            built = built.eval().quantise(source.keep, check=False)
+        built = built.to_empty(device=device)
+        if fresh:
+            built.reset_parameters()
+        views = {key: view for key, view in built.official_parameters().items() if key not in fresh}
+        copy_official(views, source.tensors, release)
+        check_numbers(resolved.names.dtypes, views)
     except CheckpointError as error:
         raise CheckpointError(f"{source.name}: {error}") from error
     return built

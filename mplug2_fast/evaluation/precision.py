@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mplug2_fast.datasets import Item
 from mplug2_fast.errors import ConfigError, DataError, NotFiniteError
-from mplug2_fast.models.int8 import BITS
+from mplug2_fast.models.int8 import blocks_of
 from mplug2_fast.predict import Predictor
 
 MAX_KEPT = 5
@@ -121,13 +121,13 @@ def compare_dtypes(
         scores.append(abs(best[0].score - best[1].score))
         passes = [_Pass(predictor, decoded.video, text, best[0].text) for predictor in (reference, other)]
         outputs: dict[str, list[Tensor]] = {}
-        with _watching(reference, _alone(blocks_of(other.model), alone, outputs)):
+        with _watching(reference, _alone(other, alone, outputs)):
             expected = passes[0].run()
         with _watching(other, _together(together, outputs)):
             found = passes[1].run()
         for name, value in expected.items():
             ends.add(name, found[name], value)
-    names = blocks_of(reference.model)
+    names = [block.name for block in blocks_of(reference.model)]
     squares = {name: alone.relative(name) ** 2 for name in names}
     total = sum(squares.values()) or 1.0
     blocks = [BlockError(name, squares[name] ** 0.5, together.relative(name), squares[name] / total) for name in names]
@@ -145,17 +145,6 @@ def compare_dtypes(
         differences=tuple(Difference(*each) for each in texts if each[1] != each[2]),
         keep=_most_of(blocks),
     )
-
-
-def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The transformer blocks that can have 8-bit weights, by name."""
-    return {
-        f"{part}.{inside}.{number}": block
-        for part in filter(model._modules.__contains__, BITS)
-        for inside, blocks in getattr(model, part).named_children()
-        if isinstance(blocks, nn.ModuleList)
-        for number, block in enumerate(blocks)
-    }
 
 
 def _most_of(blocks: Sequence[BlockError]) -> tuple[str, ...]:
@@ -206,17 +195,18 @@ Watch = Callable[[str, tuple[Any, ...], dict[str, Any], Tensor], None]
 def _watching(predictor: Predictor, watch: Watch) -> Iterator[None]:
     """Calls `watch` after each call of a block."""
     with ExitStack() as stack:
-        for name, block in blocks_of(predictor.model).items():
+        for block in blocks_of(predictor.model):
 
-            def hook(_: Any, arguments: Any, options: Any, output: Tensor, name: str = name) -> None:
+            def hook(_: Any, arguments: Any, options: Any, output: Tensor, name: str = block.name) -> None:
                 watch(name, arguments, options, output)
 
-            stack.callback(block.register_forward_hook(hook, with_kwargs=True).remove)
+            stack.callback(block.module.register_forward_hook(hook, with_kwargs=True).remove)
         yield
 
 
-def _alone(blocks: dict[str, nn.Module], sums: _Sums, outputs: dict[str, list[Tensor]]) -> Watch:
+def _alone(other: Predictor, sums: _Sums, outputs: dict[str, list[Tensor]]) -> Watch:
     """Calls the other model's block with the input of the reference's, whose outputs are kept."""
+    blocks = {block.name: block.module for block in blocks_of(other.model)}
 
     def watch(name: str, arguments: tuple[Any, ...], options: dict[str, Any], output: Tensor) -> None:
         block = blocks[name]

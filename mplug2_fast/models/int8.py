@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,30 +19,61 @@ BITS = {"visual": 8, "universal": 8, "text": 16, "fusion": 16, "decoder": 16}
 """Part of a model -> bits to which the inputs of its layers are rounded. Texts have few tokens, and cost little."""
 
 
-def quantise_parts(model: nn.Module, keep: Sequence[str]) -> list[str]:
-    """Gives a model 8-bit weights, except for the layers that `keep` matches. Returns the names of the layers."""
-    return [
-        f"{part}.{name}"
-        for part, bits in BITS.items()
-        if part in model._modules
-        for name in quantise(getattr(model, part), bits, functools.partial(_matches_any, keep, part))
-    ]
+class Unit(NamedTuple):
+    """A part of a model that is rounded as a whole.
+
+    Attributes:
+        name: of the module. bits: to which the inputs of its layers are rounded.
+    """
+
+    name: str
+    module: nn.Module
+    bits: int
+
+    def quantise(self, keep: Sequence[str]) -> list[str]:
+        """Gives it 8-bit weights, except for the layers that `keep` matches. Returns the names of the others."""
+        found = quantise(
+            self.module, self.bits, lambda name: any(_matches(each, f"{self.name}.{name}") for each in keep)
+        )
+        return [f"{self.name}.{name}" for name in found]
+
+
+def blocks_of(model: nn.Module) -> Iterator[Unit]:
+    """The transformer blocks of the parts that can have 8-bit weights."""
+    for part in _parts(model):
+        for inside, blocks in part.module.named_children():
+            if isinstance(blocks, nn.ModuleList):
+                for number, block in enumerate(blocks):
+                    yield Unit(f"{part.name}.{inside}.{number}", block, part.bits)
+
+
+def units_of(model: nn.Module) -> Iterator[Unit]:
+    """All that can have 8-bit weights: the blocks, then the parts that they are in."""
+    yield from blocks_of(model)
+    yield from _parts(model)
+
+
+def _parts(model: nn.Module) -> Iterator[Unit]:
+    for part, bits in BITS.items():
+        if part in model._modules:
+            yield Unit(part, getattr(model, part), bits)
 
 
 def require_matches(model: nn.Module, keep: Sequence[str]) -> None:
     """Raises `ConfigError` for a pattern that matches no layer that could have 8-bit weights."""
     names: list[str] = []
-    for part in filter(model._modules.__contains__, BITS):
-        quantise(getattr(model, part), keep=lambda name, part=part: bool(names.append(f"{part}.{name}")) or True)
+    for part in _parts(model):
+
+        def seen(name: str, part: str = part.name) -> bool:
+            names.append(f"{part}.{name}")
+            return True
+
+        quantise(part.module, keep=seen)
     for pattern in keep:
         if not any(_matches(pattern, name) for name in names):
             some = ", ".join(dict.fromkeys(name.partition(".")[0] + ".*" for name in names))
             example = names[len(names) // 2] if names else "none"
             raise ConfigError(f"keep {pattern!r} matches no layer: layers are in {some}; one is {example}")
-
-
-def _matches_any(patterns: Sequence[str], part: str, name: str) -> bool:
-    return any(_matches(pattern, f"{part}.{name}") for pattern in patterns)
 
 
 def _matches(pattern: str, name: str) -> bool:

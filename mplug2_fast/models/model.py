@@ -13,7 +13,7 @@ from mplug2_fast.errors import ConfigError
 from mplug2_fast.generation.beam_search import Hypotheses, beam_search, output
 from mplug2_fast.generation.cuda_graphs import CudaGraphRunner
 from mplug2_fast.models.config import CLS_TOKEN_ID, PAD_TOKEN_ID, SEP_TOKEN_ID
-from mplug2_fast.models.int8 import int8_names, quantise_parts, require_matches
+from mplug2_fast.models.int8 import int8_names, require_matches, units_of
 from mplug2_fast.models.names import CONTRAST, MATCHING, VISION, OfficialNames, with_heads
 from mplug2_fast.modes import in_eval_mode
 from mplug2_fast.nn import MLP, LocalTemporal, SelfAttention
@@ -273,7 +273,7 @@ class Model(nn.Module, ABC):
         """Rounds the weights of linear layers to 8 bits, in place, for inference on a CPU.
 
         These are the layers of the vision encoder, the universal layers, the text encoder, the fusion encoder and the
-        decoder. The other weights do not change: convert them with `to`. No parameter requires gradients afterwards.
+        decoder; norms in front of them are scaled. The other weights do not change: convert them with `to`. No parameter requires gradients afterwards.
 
         Args:
             keep: patterns of layers that are not rounded, such as `"decoder.*"` or `"visual.blocks.*.mlp"`. A pattern
@@ -294,7 +294,8 @@ class Model(nn.Module, ABC):
             raise ConfigError(f"keep is a list of patterns: pass [{keep!r}]")
         if check:
             require_matches(self, keep)
-        quantise_parts(self.unpack().requires_grad_(False), keep)
+        for unit in units_of(self.unpack().requires_grad_(False)):
+            unit.quantise(keep)
         self.kept = tuple(keep)
         return self
 
