@@ -32,10 +32,11 @@ class Unit(NamedTuple):
 
     def quantise(self, keep: Sequence[str]) -> list[str]:
         """Gives it 8-bit weights, except for the layers that `keep` matches. Returns the names of the others."""
-        found = quantise(
-            self.module, self.bits, lambda name: any(_matches(each, f"{self.name}.{name}") for each in keep)
-        )
-        return [f"{self.name}.{name}" for name in found]
+
+        def kept(name: str) -> bool:
+            return any(_matches(pattern, f"{self.name}.{name}") for pattern in keep)
+
+        return [f"{self.name}.{name}" for name in quantise(self.module, self.bits, kept)]
 
 
 def blocks_of(model: nn.Module) -> Iterator[Unit]:

@@ -273,7 +273,8 @@ class Model(nn.Module, ABC):
         """Rounds the weights of linear layers to 8 bits, in place, for inference on a CPU.
 
         These are the layers of the vision encoder, the universal layers, the text encoder, the fusion encoder and the
-        decoder; norms in front of them are scaled. The other weights do not change: convert them with `to`. No parameter requires gradients afterwards.
+        decoder. Norms in front of them may be scaled, see `nn.quantise.smooth`. The other weights do not change:
+        convert them with `to`. No parameter requires gradients afterwards.
 
         Args:
             keep: patterns of layers that are not rounded, such as `"decoder.*"` or `"visual.blocks.*.mlp"`. A pattern
