@@ -62,6 +62,8 @@ def _parts(model: nn.Module) -> Iterator[Unit]:
 
 def require_matches(model: nn.Module, keep: Sequence[str]) -> None:
     """Raises `ConfigError` for a pattern that matches no layer that could have 8-bit weights."""
+    if isinstance(keep, str):
+        raise ConfigError(f"keep is a list of patterns: pass [{keep!r}]")
     names: list[str] = []
     for part in _parts(model):
 

@@ -291,8 +291,6 @@ class Model(nn.Module, ABC):
             raise ConfigError("the model has 8-bit weights already: load the original")
         if (device := next(self.parameters()).device).type not in ("cpu", "meta"):
             raise ConfigError(f"8-bit weights are for the CPU, and the model is on {device}: use bfloat16 or float16")
-        if isinstance(keep, str):
-            raise ConfigError(f"keep is a list of patterns: pass [{keep!r}]")
         if check:
             require_matches(self, keep)
         for unit in units_of(self.unpack().requires_grad_(False)):
