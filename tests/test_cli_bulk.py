@@ -189,7 +189,7 @@ def test_what_is_refused_is_one_line(tmp_path: Path, arguments: list[str], messa
     [
         ["dance"],
         ["caption"],
-        ["caption", "x.mp4", "--dtype", "int8"],
+        ["caption", "x.mp4", "--dtype", "int4"],
         ["answer", "x.mp4"],
         ["answer", "x.mp4", "--questions", "q.jsonl"],
         ["answer", "--question", "what?"],
