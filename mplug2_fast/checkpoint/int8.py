@@ -104,7 +104,8 @@ def _materialise(module: torch.nn.Module) -> list[str]:
     for prefix, each in module.named_modules():
         for name, parameter in each.named_parameters(recurse=False):
             if parameter.is_meta:
-                each._parameters[name] = torch.nn.Parameter(torch.empty(parameter.shape), requires_grad=False)
+                wide = torch.empty(parameter.shape, dtype=torch.float32)
+                each._parameters[name] = torch.nn.Parameter(wide, requires_grad=False)
                 found.append(f"{prefix}.{name}" if prefix else name)
     return found
 
