@@ -40,7 +40,7 @@ MARKS = {
     "bfloat16": {"marker": "s", "markerfacecolor": "white"},
     "float16": {"marker": "^", "markerfacecolor": "0.6"},
 }
-CEILINGS = {"float32": "-", "bfloat16": (0, (5, 2)), "float16": (0, (1, 1.5))}
+CEILINGS = {"float32": "-", "bfloat16": (0, (5, 2)), "float16": (0, (1, 1.5)), "int8": (0, (5, 1, 1, 1))}
 
 
 def available() -> bool:

@@ -50,11 +50,16 @@ struct Range {
 };
 
 MPLUG2_INLINE float largest_float(I32 bits) {
-    std::int32_t lanes[kLanes], largest = 0;
+    std::int32_t largest = 0;
+#ifdef __AVX512F__
+    largest = _mm512_reduce_max_epi32((__m512i)bits);
+#else
+    std::int32_t lanes[kLanes];
     std::memcpy(lanes, &bits, sizeof(lanes));
     for (int lane = 0; lane < kLanes; ++lane) {
         largest = lanes[lane] > largest ? lanes[lane] : largest;
     }
+#endif
     float value;
     std::memcpy(&value, &largest, sizeof(value));
     return value;
@@ -81,19 +86,62 @@ MPLUG2_INLINE Range range(const Element* x, std::int64_t count) {
     return {largest_float(high[0] > high[1] ? high[0] : high[1]), largest_float(low[0] > low[1] ? low[0] : low[1])};
 }
 
+#ifdef __AVX512BW__
+// Of 16-bit numbers without widening them: the first half of a float is in the same order.
+MPLUG2_INLINE Range range(const Bf16* x, std::int64_t count) {
+    const __m512i sign = _mm512_set1_epi16(static_cast<short>(0x8000));
+    __m512i high = _mm512_setzero_si512(), low = high;
+    for (std::int64_t i = 0; i < count; i += 2 * kLanes) {
+        const std::int64_t left = count - i;
+        const __m512i bits =
+            left < 2 * kLanes ? _mm512_maskz_loadu_epi16((1u << left) - 1, x + i) : _mm512_loadu_si512(x + i);
+        high = _mm512_max_epi16(high, bits);
+        low = _mm512_max_epi16(low, _mm512_xor_si512(bits, sign));
+    }
+    const auto largest = [](__m512i bits) {
+        const __m512i even = _mm512_slli_epi32(bits, 16);
+        return largest_float((I32)_mm512_max_epi32(even, _mm512_and_si512(bits, _mm512_set1_epi32(-65536))));
+    };
+    return {largest(high), largest(low)};
+}
+#endif
+
 constexpr float kLeastScale = 1.17549435e-38f;  // its inverse is finite
 
-// Calls `write(i, numbers)` for every kLanes numbers of a row from i on: the whole numbers nearest to x / scale, from
-// `least` to `most`; behind the row's end they are zero. Without a usable scale all are zero.
+// The whole numbers nearest to values below 2^22 in size, ties to even.
+MPLUG2_INLINE I32 nearest_integers(F32 value) {
+#if defined(__AVX512F__)
+    return (I32)_mm512_cvtps_epi32((__m512)value);
+#elif defined(__AVX2__)
+    return (I32)_mm256_cvtps_epi32((__m256)value);
+#else
+    return __builtin_convertvector(nearest(value), I32);
+#endif
+}
+
+MPLUG2_INLINE F32 factor_of(float scale) {
+    return broadcast(scale >= kLeastScale ? 1.0f / scale : 0.0f);
+}
+
+// The whole number that `quantise` makes of a value.
+MPLUG2_INLINE std::int32_t nearest_integer(float value, float scale) {
+    std::int32_t lanes[kLanes];
+    const I32 number = nearest_integers(broadcast(value) * factor_of(scale));
+    std::memcpy(lanes, &number, sizeof(lanes));
+    return lanes[0];
+}
+
+// Calls `write(i, numbers)` for every kLanes numbers of a row from i on: the whole numbers nearest to x / scale; behind
+// the row's end they are zero. Without a usable scale all are zero, and any number where x is not finite.
 template <typename Element, typename Write>
-MPLUG2_INLINE void quantise(const Element* x, std::int64_t count, float scale, float least, float most,
-                            const Write& write) {
-    const F32 factor = broadcast(scale >= kLeastScale ? 1.0f / scale : 0.0f);
-    for (std::int64_t i = 0; i < count; i += kLanes) {
-        const std::int64_t left = count - i;
-        const F32 value = left < kLanes ? load_first(x + i, static_cast<int>(left)) : load(x + i);
-        const F32 scaled = minimum(broadcast(most), maximum(broadcast(least), value * factor));
-        write(i, __builtin_convertvector(nearest(scaled), I32));
+MPLUG2_INLINE void quantise(const Element* x, std::int64_t count, float scale, const Write& write) {
+    const F32 factor = factor_of(scale);
+    std::int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        write(i, nearest_integers(load(x + i) * factor));
+    }
+    if (i < count) {
+        write(i, nearest_integers(load_first(x + i, static_cast<int>(count - i)) * factor));
     }
 }
 
@@ -102,7 +150,7 @@ MPLUG2_INLINE float result_scale(const Range& range, float scale) {
     return range.finite() ? (scale >= kLeastScale ? scale : 0.0f) : __builtin_nanf("");
 }
 
-// Writes kLanes numbers plus an offset, without those bits that do not fit.
+// Writes kLanes numbers, without those bits that do not fit.
 template <typename To>
 MPLUG2_INLINE void store_numbers(To* to, I32 numbers) {
     typedef To Narrow __attribute__((vector_size(kLanes * sizeof(To))));
@@ -115,6 +163,17 @@ MPLUG2_INLINE void store_numbers(To* to, I32 numbers) {
 #endif
     const Narrow narrow = __builtin_convertvector(numbers, Narrow);
     std::memcpy(to, &narrow, sizeof(narrow));
+}
+
+// Writes numbers of 8 bits, of which the least is -zero. The largest may have been rounded beyond 255 - zero.
+MPLUG2_INLINE void store_bytes(Number* to, I32 numbers, std::int32_t zero) {
+#if MPLUG2_BYTES
+    const __m128i bytes = _mm512_cvtusepi32_epi8((__m512i)(numbers + zero));
+    std::memcpy(to, &bytes, sizeof(bytes));
+#else
+    const I32 most = I32{} + (255 - zero);
+    store_numbers(to, numbers < most ? numbers : most);
+#endif
 }
 
 }  // namespace

@@ -189,11 +189,10 @@ void run_wide(const LinearInt8Arguments& a) {
             const Element* row = x + r * a.x_stride;
             const Range of_row = range(row, a.in_features);
             const float scale = of_row.finite() ? of_row.high / 255.0f + of_row.low / 255.0f : 0.0f;
-            const float zero = scale >= kLeastScale ? nearest_number(of_row.low * (1.0f / scale)) : 0.0f;
-            const std::int32_t added = MPLUG2_BYTES ? static_cast<std::int32_t>(zero) : 0;
-            quantise(row, a.in_features, scale, -zero, 255.0f - zero,
-                     [&](std::int64_t i, I32 number) { store_numbers(to + i, number + added); });
-            of_rows[r] = {result_scale(of_row, scale), (zero - kMiddle) / kMiddle};
+            const std::int32_t zero = nearest_integer(of_row.low, scale);
+            quantise(row, a.in_features, scale,
+                     [&](std::int64_t i, I32 numbers) { store_bytes(to + i, numbers, zero); });
+            of_rows[r] = {result_scale(of_row, scale), static_cast<float>(zero - kMiddle) / kMiddle};
         }
     });
     const Epilogue<Element> e = epilogue<Element>(a);
@@ -370,7 +369,7 @@ void run_few(const LinearInt8Arguments& a) {
             const Range of_row = range(row, a.in_features);
             const float scale = of_row.finite() ? of_row.size() / 32767.0f : 0.0f;
             scales[r] = result_scale(of_row, scale);
-            quantise(row, a.in_features, scale, -32767.0f, 32767.0f, [&](std::int64_t i, I32 number) {
+            quantise(row, a.in_features, scale, [&](std::int64_t i, I32 number) {
                 if constexpr (kParts == 2) {
                     store_numbers(to + i, (number + 32768) >> 8);
                     store_numbers(to + stride + i, (number + 32768) & 255);

@@ -239,12 +239,6 @@ MPLUG2_INLINE F32 nearest(F32 value) {
     return shifted - shift;
 }
 
-MPLUG2_INLINE float nearest_number(float value) {
-    float lanes[kLanes];
-    store(lanes, nearest(broadcast(value)));
-    return lanes[0];
-}
-
 // e^value within two units in the last place. Values below -104 give zero, those between -104 and -87 may give zero,
 // and those above 89 infinity. NaN stays NaN.
 MPLUG2_INLINE F32 exponential(F32 value) {

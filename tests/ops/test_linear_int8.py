@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from mplug2_fast import ops
-from mplug2_fast.ops.linear_int8 import BITS, SPEC, quantise_rows, quantise_weight
+from mplug2_fast.ops.linear_int8 import BITS, OP, SPEC, quantise_rows, quantise_weight
 from mplug2_fast.ops.runtime import cpu
 from tests.ops.suite import ALL_ISAS, OpSuite
 
@@ -50,6 +50,18 @@ def test_rows_that_are_zero_or_not_finite(dtype, bits):
     numbers, scale = quantise_rows(given["x"], bits)
     assert numbers.isfinite().all()
     assert scale[2:].isnan().all()
+
+
+@pytest.mark.parametrize("isa", ALL_ISAS)
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
+def test_rows_from_minus_to_plus_a_number(native_module, monkeypatch, isa, dtype):
+    """Their zero is halfway between two whole numbers, so the least number must be rounded as the zero is."""
+    monkeypatch.setattr(cpu, "isa", lambda: isa)
+    given = SPEC.inputs({"rows": (500,), "inputs": 136, "outputs": 20, "bias": False}, dtype)
+    given["x"][:, 17] = -given["x"].abs().amax(dim=1)
+    given["x"][:, 30] = -given["x"][:, 17]
+    out, exact = OP(*given.values()), SPEC.reference(**given)
+    torch.testing.assert_close(out, exact, rtol=1e-2, atol=1e-2 if dtype is torch.bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("bits", BITS)
