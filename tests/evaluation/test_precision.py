@@ -17,6 +17,7 @@ from mplug2_fast.models.int8 import blocks_of
 from mplug2_fast.predict import Captioner, Predictor
 from mplug2_fast.predict.predictor import TINY_MODEL, TINY_MPLUG
 
+QUESTION = "what shape is it"
 CLIPS = sorted(map(str, (Path(__file__).parents[2] / "examples/moving_shapes/clips").glob("*.mp4")))
 
 
@@ -92,7 +93,7 @@ def test_wrong_input(tmp_path):
 
 
 def test_the_command():
-    found = run("compare-dtypes", TINY_MODEL, *CLIPS[:2], "--text", "what shape is it", "--json")
+    found = run("compare-dtypes", TINY_MODEL, *CLIPS[:2], "--task", "question_answering", "--text", QUESTION, "--json")
     assert found.exit_code == 0, found.output
     values = json.loads(found.stdout)
     assert values["task"] == "question_answering"
