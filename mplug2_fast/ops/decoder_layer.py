@@ -21,7 +21,7 @@ from mplug2_fast.ops.runtime import cpu, triton
 from mplug2_fast.ops.runtime.backend import Backend
 from mplug2_fast.ops.runtime.op import Op
 from mplug2_fast.ops.runtime.schema import WRITTEN
-from mplug2_fast.ops.runtime.spec import NOISE_FLOOR, Spec, normal
+from mplug2_fast.ops.runtime.spec import Spec, normal
 from mplug2_fast.ops.step_attention import SPEC as STEP_ATTENTION
 from mplug2_fast.ops.step_attention import check_states, step_attention
 
@@ -319,8 +319,6 @@ SPEC = Spec(
     },
     count_flops=count_flops,
     kept=tuple(f"{name}_scale" for name in LINEAR),
-    # Two ways to compute a number may round it to neighbouring whole numbers.
-    noise_floor={**NOISE_FLOOR, torch.float32: 2e-5},
 )  # fmt: skip
 
 OP: Op[Tensor] = Op(
