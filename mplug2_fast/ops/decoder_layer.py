@@ -276,6 +276,10 @@ def cpu_reasons(a: Arguments) -> list[str]:
     return found
 
 
+def triton_reasons(a: Arguments) -> list[str]:
+    return triton.reasons(a.x) + (["no Triton kernel multiplies 8-bit weights"] if a.is_int8 else [])
+
+
 def cpu_slower_reasons(needs_grad: bool, a: Arguments) -> list[str]:
     rows = a.x.shape[0] * a.x.shape[1]
     if rows > FEW_ROWS and not a.is_int8:
@@ -319,13 +323,14 @@ SPEC = Spec(
     },
     count_flops=count_flops,
     kept=tuple(f"{name}_scale" for name in LINEAR),
+    rounding=lambda a: 2e-5 if a.is_int8 else 0.0,
 )  # fmt: skip
 
 OP: Op[Tensor] = Op(
     SPEC,
     [
         Backend("cpu", run_cpu, cpu_reasons, devices=("cpu",), slower_reasons=cpu_slower_reasons),
-        Backend("triton", run_composed, lambda a: triton.reasons(a.x), devices=triton.DEVICES),
+        Backend("triton", run_composed, triton_reasons, devices=triton.DEVICES),
         Backend("torch", run_composed, differentiable=True),
     ],
     fake=lambda a: torch.empty_like(a.x, memory_format=torch.contiguous_format),

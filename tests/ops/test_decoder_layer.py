@@ -9,11 +9,6 @@ from tests.ops.suite import OpSuite
 class TestSpecification(OpSuite):
     operator = ops.decoder_layer
 
-    def noise_floor(self, sizes, dtype):
-        """With 8-bit weights, numbers that differ in the last bit may be rounded to neighbouring whole numbers."""
-        floor = super().noise_floor(sizes, dtype)
-        return max(floor, 2e-5) if sizes.get("int8") else floor
-
 
 def public(given):
     """Makes the function's arguments from the operator's."""

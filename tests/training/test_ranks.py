@@ -37,7 +37,11 @@ def on_one_rank(folder, name):
 def assert_close(found, expected, tolerance):
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
+        norms = [values.pop("gradient_norm", None) for values in (one, other)]
         assert one == pytest.approx(other, rel=tolerance)
+        # Squares of float32 numbers are added up shard by shard, which rounds otherwise: by 6e-7 at the first step,
+        # where the gradients are the same.
+        assert norms[0] == pytest.approx(norms[1], rel=max(tolerance, 5e-6))
 
 
 def test_two_ranks_equal_one(folder, tmp_path):

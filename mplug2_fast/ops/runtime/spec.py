@@ -39,6 +39,7 @@ class Spec:
         differentiable: arguments that have gradients.
         kept: float arguments that stay float32 whatever the dtype of the others.
         exact: whether all backends must return the same bits.
+        rounding: the error of numbers that are rounded to neighbouring whole numbers, for Arguments.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Spec:
     kept: tuple[str, ...] = ()
     exact: bool = False
     noise_floor: Mapping[torch.dtype, float] = field(default_factory=lambda: NOISE_FLOOR)
+    rounding: Callable[[Any], float] = lambda _: 0.0
 
     @cached_property
     def declared(self) -> list[Argument]:
@@ -68,6 +70,10 @@ class Spec:
         """The result of plain eager code, in float64 with `upcast`."""
         arguments = self.arguments(*values, **named)
         return self.eager(arguments._make(map(_in_float64, arguments)) if upcast else arguments)
+
+    def floor(self, arguments: Mapping[str, Any], dtype: torch.dtype) -> float:
+        """The error that is noise for these arguments, by name."""
+        return max(self.noise_floor[dtype], self.rounding(self.arguments(**arguments)))
 
     def flops(self, **named: Any) -> int:
         return self.count_flops(self.arguments(**named))
