@@ -34,7 +34,7 @@ PARTS = ("norm", "qkv", "self_out", "self_norm", "query", "cross_out", "cross_no
 NORMS = ("norm", "self_norm", "cross_norm")
 LINEAR = tuple(part for part in PARTS if part not in NORMS)
 BITS = 16
-"""Whole numbers that multiply 8-bit weights have so many bits."""
+"""Of the whole numbers that multiply 8-bit weights."""
 
 _norms = attrgetter(*(f"{part}_{kind}" for part in NORMS for kind in ("weight", "bias")))
 _weights = attrgetter(*(f"{part}_weight" for part in LINEAR))
