@@ -13,7 +13,6 @@ namespace {
 #define MPLUG2_BYTES 1
 using Number = std::uint8_t;     // of x
 using WideNumber = std::int8_t;  // of the weight
-constexpr std::int32_t kOffset = 128;
 #else
 #define MPLUG2_BYTES 0
 using Number = std::int16_t;

@@ -46,8 +46,8 @@ def smooth(norm: nn.Module, weight: Tensor) -> None:
     """Moves outliers from the results of a layer norm into the weight `(out_features, channels)` that alone reads them.
 
     A row that has a few large channels is rounded coarsely. They are divided by a factor, and the weight's columns
-    multiplied, so that both are about equally large. The norm's weight and bias say how large a
-    channel becomes. The factors are powers of two: the product stays the same bit for bit.
+    multiplied, so that both are about equally large. The norm's weight and bias say how large a channel becomes. The
+    factors are powers of two: the product stays the same bit for bit.
 
     Source: SmoothQuant (arXiv 2211.10438), section 4, with the norm's parameters in place of measured activations.
     """

@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import Tensor
 
-from mplug2_fast.ops.linear_act import EAGER, Activation, check_activation
+from mplug2_fast.ops.linear_act import EAGER, Activation, check_linear
 from mplug2_fast.ops.runtime import cpu
 from mplug2_fast.ops.runtime.backend import Backend
 from mplug2_fast.ops.runtime.op import Op
@@ -55,22 +55,15 @@ def make_inputs(
 
 
 def check(a: Arguments) -> None:
-    check_activation(a.activation)
+    check_linear(a.x, a.weight, a.bias, a.activation)
     if a.bits not in BITS:
         raise ValueError(f"bits must be 8 or 16, got {a.bits}")
-    if a.x.dim() == 0 or a.weight.dim() != 2 or a.x.shape[-1] != a.weight.shape[1]:
-        raise ValueError(
-            f"x must be (..., in_features) and weight (out_features, in_features), got {tuple(a.x.shape)} and "
-            f"{tuple(a.weight.shape)}"
-        )
     if a.weight.dtype != torch.int8 or a.scale.dtype != torch.float32:
         raise TypeError(f"weight must be int8 and scale float32, got {a.weight.dtype} and {a.scale.dtype}")
     if a.weight.shape[1] > MOST_INPUTS:
         raise ValueError(f"in_features must be at most {MOST_INPUTS}, got {a.weight.shape[1]}")
-    outputs = a.weight.shape[:1]
-    for name, vector in (("scale", a.scale), ("bias", a.bias)):
-        if vector is not None and vector.shape != outputs:
-            raise ValueError(f"{name} must have shape {tuple(outputs)}, got {tuple(vector.shape)}")
+    if a.scale.shape != a.weight.shape[:1]:
+        raise ValueError(f"scale must have shape ({a.weight.shape[0]},), got {tuple(a.scale.shape)}")
     if a.residual is not None and a.residual.shape != (expected := _result_shape(a)):
         raise ValueError(f"residual must have shape {expected}, got {tuple(a.residual.shape)}")
 
