@@ -38,6 +38,8 @@ def run(op: Op, sizes: Sizes, dtype: torch.dtype, device: str) -> None:
 
 def main(device: str = "cuda") -> None:
     for name, function in ops.OPERATORS.items():
+        if device not in function.op.spec.devices:
+            continue
         for sizes in chosen(function.op):
             for dtype in DTYPES:
                 run(function.op, sizes, dtype, device)

@@ -56,7 +56,8 @@ def operators_page() -> str:
     ]
     for name, function in OPERATORS.items():
         op, summary = function.op, " ".join((function.__doc__ or "").split("\n\n")[0].split())
-        backends = ", ".join(f"{b.name} ({' and '.join(b.devices) or 'any device'})" for b in op.backends.values())
+        other = "any device" if "cpu" in op.spec.devices else "if forced"
+        backends = ", ".join(f"{b.name} ({' and '.join(b.devices) or other})" for b in op.backends.values())
         lines += [
             f"\n## `{name}`\n",
             f"{summary}\n",

@@ -32,6 +32,7 @@ from torch import Tensor
 from mplug2_fast import ops
 from mplug2_fast.kernels._launch import Launch, Tiles, record
 from mplug2_fast.kernels._tuning import Config
+from mplug2_fast.kernels.linear_fp8 import MIN_CAPABILITY
 
 RESULT = Path(__file__).parent / "results" / "triton_resources.md"
 CAPABILITIES = (80, 90, 100)
@@ -48,7 +49,7 @@ OTHER_SIZES: dict[str, list[dict[str, int | bool]]] = {
 """Sizes that use kernels in other ways than the Large model does: padded and causal, 128 channels, many beams. Only for
 16 bits, because heads of 128 channels spill in float32."""
 
-_TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|IMMA|UTC[A-Z]*MMA|UTMALDG)\b")
+_TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|QGMMA|IMMA|UTC[A-Z]*MMA|UTMALDG)\b")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 
@@ -71,6 +72,18 @@ def operators() -> list[str]:
         for name, backends in found.items()
         if "triton" in backends and backends["triton"].run is not backends["torch"].run
     ]
+
+
+def capabilities(name: str) -> list[int]:
+    """The compute capabilities for which an operator's kernels are compiled."""
+    least = MIN_CAPABILITY if name == "linear_fp8" else 0
+    return [capability for capability in CAPABILITIES if capability >= least]
+
+
+def ways() -> Iterator[tuple[str, torch.dtype, int]]:
+    """Each operator, dtype and compute capability in the table."""
+    for name, dtype in itertools.product(operators(), DTYPES):
+        yield from ((name, dtype, capability) for capability in capabilities(name))
 
 
 def launches(name: str, dtype: torch.dtype, capability: int) -> Iterator[Launch]:
@@ -200,7 +213,7 @@ def _type(value: Any, constants: dict[str, Any]) -> str:
 
 def _scalar(dtype: torch.dtype) -> str:
     name = str(dtype).removeprefix("torch.")
-    special = {"bool": "i1", "uint8": "u8", "bfloat16": "bf16"}
+    special = {"bool": "i1", "uint8": "u8", "bfloat16": "bf16", "float8_e4m3fn": "fp8e4nv"}
     return special.get(name) or name.replace("float", "fp").replace("int", "i")
 
 
@@ -208,8 +221,7 @@ def rows(kept: Mapping[str, Resources]) -> Iterator[str]:
     """The lines of the table. One process per core compiles rows that are not kept."""
     # Not "fork": a fork keeps the environment from before the guard marked it.
     with multiprocessing.get_context("forkserver").Pool() as pool:  # leaving it ends its processes at once
-        works = itertools.product(operators(), DTYPES, CAPABILITIES)
-        for found in pool.imap(functools.partial(_rows, kept), works):
+        for found in pool.imap(functools.partial(_rows, kept), ways()):
             yield from found
 
 
@@ -232,9 +244,9 @@ def main() -> int:
         "# GPU resources of the Triton kernels",
         "",
         f"{compiler}for the sizes of the Large model and a few others. The digest covers the compiled source. "
-        "Registers and spilled bytes are per thread, shared memory (KiB) is per program. HMMA, HGMMA and UTC…MMA are "
-        "tensor-core instructions of compute capability 8.0, 9.0 and 10.0; UTMALDG are loads by the tensor memory "
-        "accelerator.",
+        "Registers and spilled bytes are per thread, shared memory (KiB) is per program. HMMA, HGMMA and QGMMA, and "
+        "UTC…MMA are tensor-core instructions of compute capability 8.0, 9.0 and 10.0; UTMALDG are loads by the tensor "
+        "memory accelerator.",
         "",
         "| operator | kernel | dtype | for | configuration | digest | registers | shared | spilled | instructions |",
         "| --- | --- | --- | ---: | --- | --- | ---: | ---: | ---: | --- |",

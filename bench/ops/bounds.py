@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import ceilings
-from mplug2_fast.ops import linear_act, pack_weight
+from mplug2_fast.ops import layer_norm, linear_act, pack_weight
 from mplug2_fast.ops.attention import attention_torch
+from mplug2_fast.ops.linear_fp8 import quantise_rows
 from mplug2_fast.ops.runtime import onednn
 
 Arguments = dict[str, Any]
@@ -68,11 +69,20 @@ def bytes_by(way: str) -> Prepare:
 
 
 def wide_weight(arguments: Arguments) -> Callable[[], Any]:
-    """Our linear layer with the weight in x's dtype."""
-    x, numbers, scale, bias, activation, residual, _ = arguments.values()
-    weight = (numbers * scale[:, None]).to(x.dtype)
+    """Our linear layer with the weight in x's dtype, after its norm."""
+    x, numbers, scale, bias, activation, residual, *norm = arguments.values()
+    weight = (numbers.float() * scale[:, None]).to(x.dtype)
     pack_weight(weight, x.shape[:-1].numel())
+    if len(norm) == 3 and norm[0] is not None:
+        return lambda: linear_act(layer_norm(x, *norm[:2], eps=norm[2]), weight, bias, activation, residual=residual)
     return lambda: linear_act(x, weight, bias, activation, residual=residual)
+
+
+def scaled_mm(arguments: Arguments) -> Callable[[], Any]:
+    """PyTorch's product of e4m3 numbers, rounded in advance, with a scale for each row and output; bfloat16 out."""
+    numbers, scale = quantise_rows(arguments["x"].flatten(0, -2))
+    weight, scales = arguments["weight"].t(), arguments["scale"][None]
+    return lambda: torch._scaled_mm(numbers, weight, scale, scales, out_dtype=torch.bfloat16)
 
 
 def both_products(arguments: Arguments) -> Callable[[], Any]:
@@ -110,6 +120,10 @@ BOUNDS: dict[str, tuple[Bound, ...]] = {
     "beam_attention": (Bound("copy of the memory", copy_of("key", "value")),),  # reading it takes half as long
     "layer_norm": (Bound("copy", copy_of("x")),),
     "linear_act": (Bound("GEMM", product),),
+    "linear_fp8": (
+        Bound("_scaled_mm", scaled_mm, devices=("cuda",)),
+        Bound("linear_act", wide_weight),
+    ),
     "linear_int8": (
         Bound("_int_mm", bytes_by("_int_mm"), devices=("cpu",)),
         Bound("qlinear", bytes_by("oneDNN qlinear, packed"), devices=("cpu",)),

@@ -27,10 +27,12 @@ FRAMES = 16
 
 
 def keys(selection: Selection) -> list[Key]:
-    """Operators by sizes, direction and dtype. Operators without gradients run forward only."""
+    """Operators of the device by sizes, direction and dtype. Operators without gradients run forward only."""
     found = []
     for name, function in ops.OPERATORS.items():
         spec = function.op.spec
+        if selection.device.split(":")[0] not in spec.devices:
+            continue
         for sizes in sizes_of(spec):
             for direction in selection.directions:
                 for dtype in selection.dtypes:

@@ -12,6 +12,7 @@ from mplug2_fast.ops.beam_update import beam_update
 from mplug2_fast.ops.decoder_layer import decoder_layer
 from mplug2_fast.ops.layer_norm import layer_norm
 from mplug2_fast.ops.linear_act import linear_act
+from mplug2_fast.ops.linear_fp8 import linear_fp8
 from mplug2_fast.ops.linear_int8 import linear_int8
 from mplug2_fast.ops.local_temporal import local_temporal
 from mplug2_fast.ops.mlp import mlp
@@ -40,6 +41,7 @@ __all__ = [
     "explain",
     "layer_norm",
     "linear_act",
+    "linear_fp8",
     "linear_int8",
     "local_temporal",
     "mlp",

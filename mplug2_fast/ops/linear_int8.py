@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,20 +55,26 @@ def make_inputs(
 
 
 def check(a: Arguments) -> None:
-    check_linear(a.x, a.weight, a.bias, a.activation)
     if a.bits not in BITS:
         raise ValueError(f"bits must be 8 or 16, got {a.bits}")
-    if a.weight.dtype != torch.int8 or a.scale.dtype != torch.float32:
-        raise TypeError(f"weight must be int8 and scale float32, got {a.weight.dtype} and {a.scale.dtype}")
+    check_scaled(a, torch.int8)
     if a.weight.shape[1] > MOST_INPUTS:
         raise ValueError(f"in_features must be at most {MOST_INPUTS}, got {a.weight.shape[1]}")
+
+
+def check_scaled(a: Any, dtype: torch.dtype) -> None:
+    """Checks x, weight, scale, bias, activation and residual of a linear layer whose weight has this dtype."""
+    check_linear(a.x, a.weight, a.bias, a.activation)
+    if a.weight.dtype != dtype or a.scale.dtype != torch.float32:
+        name = str(dtype).removeprefix("torch.")
+        raise TypeError(f"weight must be {name} and scale float32, got {a.weight.dtype} and {a.scale.dtype}")
     if a.scale.shape != a.weight.shape[:1]:
         raise ValueError(f"scale must have shape ({a.weight.shape[0]},), got {tuple(a.scale.shape)}")
-    if a.residual is not None and a.residual.shape != (expected := _result_shape(a)):
+    if a.residual is not None and a.residual.shape != (expected := result_shape(a)):
         raise ValueError(f"residual must have shape {expected}, got {tuple(a.residual.shape)}")
 
 
-def _result_shape(a: Arguments) -> tuple[int, ...]:
+def result_shape(a: Any) -> tuple[int, ...]:
     return *a.x.shape[:-1], a.weight.shape[0]
 
 
@@ -85,12 +91,10 @@ def quantise_rows(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     low, high = x.aminmax(dim=-1, keepdim=True) if x.shape[-1] else (x.new_zeros(*x.shape[:-1], 1),) * 2
     finite = low.isfinite() & high.isfinite()
     low, high = (-low).clamp(min=0), high.clamp(min=0)
-    scale = (
-        high / _full(high, 255) + low / _full(low, 255) if bits == 8 else torch.maximum(low, high) / _full(low, 32767)
-    )
+    scale = high / full(high, 255) + low / full(low, 255) if bits == 8 else torch.maximum(low, high) / full(low, 32767)
     usable = finite & (scale >= torch.finfo(torch.float32).tiny)
     factor = scale.reciprocal().where(usable, 0)
-    least, most = _full(low, -32767), _full(low, 32767)
+    least, most = full(low, -32767), full(low, 32767)
     if bits == 8:
         least = -torch.round(low * factor).where(usable, 0)
         most = least + 255
@@ -98,7 +102,7 @@ def quantise_rows(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
     return numbers, scale.where(usable, 0).where(finite, torch.nan)
 
 
-def _full(like: Tensor, number: int) -> Tensor:
+def full(like: Tensor, number: int) -> Tensor:
     """A divisor. Divided by a Python number, PyTorch's result may be rounded twice."""
     return torch.full_like(like, number)
 
@@ -129,7 +133,7 @@ def run_cpu(a: Arguments) -> Tensor:
     x, weight, residual = a.x.contiguous(), a.weight.contiguous(), a.residual
     bias, scale = (None if t is None else t.contiguous() for t in (a.bias, a.scale))
     residual = None if residual is None else residual.contiguous()
-    out = x.new_empty(*_result_shape(a))
+    out = x.new_empty(*result_shape(a))
     outputs, inputs = weight.shape
     cpu.module().linear_int8(
         cpu.isa(),
@@ -153,7 +157,7 @@ def cpu_reasons(a: Arguments) -> list[str]:
     return cpu.reasons(a.x) + cpu.parameter_reasons(a.x, [a.bias, a.residual])
 
 
-def fake_dtype(a: Arguments) -> torch.dtype:
+def fake_dtype(a: Any) -> torch.dtype:
     return a.x.dtype if a.residual is None else torch.promote_types(a.x.dtype, a.residual.dtype)
 
 
@@ -194,7 +198,7 @@ OP: Op[Tensor] = Op(
         Backend("cpu", run_cpu, cpu_reasons, devices=("cpu",)),
         Backend("torch", run_torch),
     ],
-    fake=lambda a: a.x.new_empty(*_result_shape(a), dtype=fake_dtype(a)),
+    fake=lambda a: a.x.new_empty(*result_shape(a), dtype=fake_dtype(a)),
     check=check,
 )
 

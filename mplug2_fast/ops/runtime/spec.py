@@ -38,6 +38,7 @@ class Spec:
         matrix_products: the products that PyTorch's FLOP counter counts in plain modules.
         differentiable: arguments that have gradients.
         kept: float arguments that stay float32 whatever the dtype of the others.
+        devices: the device types on which it runs without being asked to by `use_backend`.
         exact: whether all backends must return the same bits.
         rounding: the error of numbers that are rounded to neighbouring whole numbers, for Arguments.
     """
@@ -53,6 +54,7 @@ class Spec:
     matrix_products: Callable[[Any], Sequence[Product]] = lambda _: ()
     differentiable: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cpu", "cuda")
     exact: bool = False
     noise_floor: Mapping[torch.dtype, float] = field(default_factory=lambda: NOISE_FLOOR)
     rounding: Callable[[Any], float] = lambda _: 0.0
