@@ -111,8 +111,8 @@ def run_torch(a: Arguments) -> Tensor:
 
 
 def torch_reasons(a: Arguments) -> list[str]:
-    """It is for errors, not for speed, so nobody gets it without being asked."""
-    return [] if forced() == "torch" else [f"e4m3 products need {NEEDS}: {REMEDY}"]
+    """It is for errors, not for speed, so nobody gets it without asking for it."""
+    return [] if forced() == "torch" or a.x.is_meta else [f"e4m3 products need {NEEDS}: {REMEDY}"]
 
 
 def run_triton(a: Arguments) -> Tensor:

@@ -23,6 +23,7 @@ def key_of(name, sizes, direction="forward", dtype="float32"):
     [
         (name, direction)
         for name, function in ops.OPERATORS.items()
+        if "cpu" in function.op.spec.devices
         for direction in ("forward", "backward", "both")
         if direction == "forward" or function.op.spec.differentiable
     ],
