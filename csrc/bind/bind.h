@@ -13,6 +13,7 @@ namespace mplug2_fast {
 // Adds one operator's functions to the module. The Python operators that call them check shapes, types and devices. The
 // checks here only prevent reads and writes out of bounds. Addresses are of tensors' data.
 void bind_attention(pybind11::module_& module);
+void bind_beam_attention_int8(pybind11::module_& module);
 void bind_beam_step(pybind11::module_& module);
 void bind_checksum(pybind11::module_& module);
 void bind_decoder_layer(pybind11::module_& module);
@@ -22,6 +23,7 @@ void bind_linear_act_cuda(pybind11::module_& module);
 void bind_linear_int8(pybind11::module_& module);
 void bind_local_temporal(pybind11::module_& module);
 void bind_preprocess_frames(pybind11::module_& module);
+void bind_quantise_memory(pybind11::module_& module);
 void bind_step_attention(pybind11::module_& module);
 void bind_tensors(pybind11::module_& module);
 

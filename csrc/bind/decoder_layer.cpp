@@ -20,8 +20,8 @@ void bind_decoder_layer(py::module_& module) {
            const std::array<std::uintptr_t, 27>& parameters, std::uintptr_t keys, const Three& keys_strides,
            std::uintptr_t values, const Three& values_strides, std::uintptr_t ancestors, const Two& ancestors_strides,
            std::uintptr_t memory_key, const Three& memory_key_strides, std::uintptr_t memory_value,
-           const Three& memory_value_strides, std::uintptr_t mask, Activation activation, float eps,
-           std::uintptr_t out) {
+           const Three& memory_value_strides, std::uintptr_t memory_key_scale, std::uintptr_t memory_value_scale,
+           std::uintptr_t mask, Activation activation, float eps, std::uintptr_t out) {
             const auto [batch, beams, heads, head_dim, hidden, tokens, step] = sizes;
             require(batch >= 0 && beams >= 0 && heads >= 1 && hidden >= 0 && tokens >= 0 && step >= 0 && threads >= 1,
                     "decoder_layer: sizes must not be negative, heads and threads must be positive");
@@ -49,6 +49,8 @@ void bind_decoder_layer(py::module_& module) {
                 at<std::int32_t>(ancestors),
                 at<const void>(memory_key),
                 at<const void>(memory_value),
+                at<const float>(memory_key_scale),
+                at<const float>(memory_value_scale),
                 at<const std::uint8_t>(mask),
                 at<void>(out),
                 batch,
@@ -75,7 +77,8 @@ void bind_decoder_layer(py::module_& module) {
         py::arg("isa"), py::arg("bf16"), py::arg("threads"), py::arg("sizes"), py::arg("x"), py::arg("parameters"),
         py::arg("keys"), py::arg("keys_strides"), py::arg("values"), py::arg("values_strides"), py::arg("ancestors"),
         py::arg("ancestors_strides"), py::arg("memory_key"), py::arg("memory_key_strides"), py::arg("memory_value"),
-        py::arg("memory_value_strides"), py::arg("mask"), py::arg("activation"), py::arg("eps"), py::arg("out"));
+        py::arg("memory_value_strides"), py::arg("memory_key_scale"), py::arg("memory_value_scale"), py::arg("mask"),
+        py::arg("activation"), py::arg("eps"), py::arg("out"));
 }
 
 }  // namespace mplug2_fast

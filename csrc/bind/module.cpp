@@ -29,6 +29,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("is_compiled", &is_compiled, py::arg("isa"));
     module.def("is_supported", &is_supported, py::arg("isa"));
     bind_attention(module);
+    bind_beam_attention_int8(module);
     bind_beam_step(module);
     bind_checksum(module);
     bind_decoder_layer(module);
@@ -40,6 +41,7 @@ PYBIND11_MODULE(_C, module) {
     bind_linear_int8(module);
     bind_local_temporal(module);
     bind_preprocess_frames(module);
+    bind_quantise_memory(module);
     bind_step_attention(module);
     bind_tensors(module);
 }

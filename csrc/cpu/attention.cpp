@@ -1,6 +1,7 @@
 #include "cpu/attention.h"
 
 #include "cpu/attention_few.h"
+#include "cpu/attention_parts.h"
 #include "cpu/attention_plan.h"
 #include "cpu/parallel.h"
 
@@ -37,8 +38,8 @@ void add_block(const Plan<kPair>& p, const Workspace<kPair>& w, std::int64_t row
         }
         for (int i = 0; i < tile_rows; ++i) {
             const float most = largest_of_lanes(load(w.maxima + i * kLanes));
-            weigh_block<kPair>(p, w, tile + i, w.scores + i * kScoreStride, divide_up(visible, kLanes), most,
-                               w.corrections[i]);
+            weigh_block<kPair>(p.factor, w.scores + i * kScoreStride, divide_up(visible, kLanes), most,
+                               w.largest[tile + i], w.totals[tile + i], w.corrections[i]);
         }
         const Cut channels(p.value_stride / kLanes, kProductVectors, 1);
         for (std::int64_t g = 0; g < channels.parts; ++g) {
@@ -131,57 +132,6 @@ void add_part(const Plan<kPair>& p, const Workspace<kPair>& w, const Source<Elem
     }
 }
 
-template <typename Element>
-Element* out_row(const AttentionArguments& a, std::int64_t pair, std::int64_t row) {
-    const std::int64_t batch = pair / a.heads, head = pair % a.heads;
-    return static_cast<Element*>(a.out) + ((batch * a.q_len + row) * a.heads + head) * a.head_dim;
-}
-
-template <typename Element>
-MPLUG2_INLINE void write_row(Element* to, std::int64_t head_dim, const float* sums, float total) {
-    const F32 factor = broadcast(total == 0 ? 0.0f : 1.0f / total);
-    std::int64_t c = 0;
-    for (; c + kLanes <= head_dim; c += kLanes) {
-        store(to + c, load(sums + c) * factor);
-    }
-    if (c < head_dim) {
-        store_first(to + c, load(sums + c) * factor, static_cast<int>(head_dim - c));
-    }
-}
-
-// Results of parts, [pair][part][row]: the sums, then the largest score and the total of weights.
-struct Partial {
-    float* base;
-    std::int64_t parts, rows, stride;
-
-    float* at(std::int64_t pair, std::int64_t part, std::int64_t row) const {
-        return base + ((pair * parts + part) * rows + row) * stride;
-    }
-};
-
-template <bool kPair, typename Element>
-void merge(const Plan<kPair>& p, const Partial& partial) {
-    parallel_ranges(p.pairs * p.a.q_len, p.a.threads, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t r = begin; r < end; ++r) {
-            const std::int64_t pair = r / p.a.q_len, row = r % p.a.q_len, n = p.value_stride;
-            float* sums = partial.at(pair, 0, row);
-            for (std::int64_t part = 1; part < partial.parts; ++part) {
-                const float* other = partial.at(pair, part, row);
-                const float largest = other[n] > sums[n] ? other[n] : sums[n];
-                const float now = reference(largest, p.factor);
-                const float mine = power_of_two(sums[n] * p.factor - now);
-                const float its = power_of_two(other[n] * p.factor - now);
-                for (std::int64_t c = 0; c < n; c += kLanes) {
-                    store(sums + c, load(sums + c) * mine + load(other + c) * its);
-                }
-                sums[n] = largest;
-                sums[n + 1] = sums[n + 1] * mine + other[n + 1] * its;
-            }
-            write_row(out_row<Element>(p.a, pair, row), p.a.head_dim, sums, sums[n + 1]);
-        }
-    });
-}
-
 template <bool kPair, typename Element>
 void run(const AttentionArguments& a) {
     const Plan<kPair> p(a);
@@ -190,9 +140,10 @@ void run(const AttentionArguments& a) {
     }
     constexpr std::int64_t kSize = sizeof(Element);
     const bool split = p.parts.parts > 1;
-    Partial partial{nullptr, p.parts.parts, a.q_len, p.value_stride + kLanes};
-    Scratch results(Scratch::bytes<float>(split ? p.pairs * partial.parts * partial.rows * partial.stride : 1));
-    partial.base = results.take<float>(0);
+    Partial partial{nullptr, p.parts.parts, a.q_len, p.value_stride};
+    const Buffer<float> results(split ? partial.floats(p.pairs) : 0);
+    partial.base = results;
+    auto* const out = static_cast<Element*>(a.out);
     const std::int64_t per_pair = split ? p.parts.parts : p.groups.parts;
     parallel_ranges(p.pairs * per_pair, a.threads, [&](std::int64_t begin, std::int64_t end) {
         const Workspace<kPair> w(p);
@@ -215,22 +166,19 @@ void run(const AttentionArguments& a) {
             } else {
                 add_part<kPair>(p, w, s, first, rows);
             }
-            Element* const out = out_row<Element>(a, pair, first);
             for (std::int64_t i = 0; i < rows; ++i) {
                 const float* sums = w.sums + i * p.value_stride;
                 if (split) {
-                    float* to = partial.at(pair, part, i);
-                    std::memcpy(to, sums, p.value_stride * sizeof(float));
-                    to[p.value_stride] = w.largest[i];
-                    to[p.value_stride + 1] = w.totals[i];
+                    partial.write(pair, part, i, sums, w.largest[i], w.totals[i]);
                 } else {
-                    write_row(out + i * a.heads * a.head_dim, a.head_dim, sums, w.totals[i]);
+                    write_row(out_row(out, a.q_len, a.heads, a.head_dim, pair, first + i), a.head_dim, sums,
+                              w.totals[i]);
                 }
             }
         }
     });
     if (split) {
-        merge<kPair, Element>(p, partial);
+        merge(partial, p.factor, p.pairs, a.heads, a.head_dim, a.threads, out);
     }
 }
 

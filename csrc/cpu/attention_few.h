@@ -4,6 +4,7 @@
 
 #include <type_traits>
 
+#include "cpu/attention_parts.h"
 #include "cpu/attention_plan.h"
 #include "cpu/few_rows.h"
 
@@ -102,7 +103,8 @@ void add_few(const Plan<kPair>& p, const Workspace<kPair>& w, const PackedRows<S
                 store(scores + i * kLanes, signed_scores);
                 most = maximum(signed_scores, most);
             }
-            weigh_block<false>(p, w, m, scores, vectors, largest_of_lanes(most), w.corrections[m]);
+            weigh_block<false>(p.factor, scores, vectors, largest_of_lanes(most), w.largest[m], w.totals[m],
+                               w.corrections[m]);
         }
         const Cut channels(p.a.head_dim / kLanes, kProductVectors, 1);
         for (std::int64_t g = 0; g < channels.parts; ++g) {

@@ -128,18 +128,5 @@ struct Workspace {
           index(scratch.take<std::int32_t>(p.a.mask ? p.parts.size : 0)) {}
 };
 
-// Turns `vectors` vectors of scores of row `row`, with the maximum `most`, into weights in place. `correction` becomes
-// the factor for the row's sums of earlier blocks.
-template <bool kWords, bool kPair>
-MPLUG2_INLINE void weigh_block(const Plan<kPair>& p, const Workspace<kPair>& w, std::int64_t row, float* scores,
-                               std::int64_t vectors, float most, float& correction) {
-    float& largest = w.largest[row];
-    const float old = largest * p.factor;
-    largest = most > largest ? most : largest;
-    const float now = reference(largest, p.factor);
-    correction = power_of_two(old - now);
-    w.totals[row] = w.totals[row] * correction + weigh<kWords>(scores, vectors, p.factor, now);
-}
-
 }  // namespace
 }  // namespace mplug2_fast::MPLUG2_ISA

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/attention.h"
+#include "cpu/beam_attention_int8.h"
 #include "cpu/layer_norm.h"
 #include "cpu/linear_act.h"
 #include "cpu/linear_int8.h"
@@ -101,6 +102,26 @@ class Layer {
 
     // Strides of the memory are of batch, head and token, those of `attention` of batch, token and head.
     void attend_memory(const void* query, void* out) const {
+        const int threads = this->threads(rows_ * dim_ * a_.tokens / 8);
+        if (a_.memory_key_scale) {
+            beam_attention_int8(isa_, {query,
+                                       static_cast<const std::uint8_t*>(a_.memory_key),
+                                       a_.memory_key_scale,
+                                       static_cast<const std::uint8_t*>(a_.memory_value),
+                                       a_.memory_value_scale,
+                                       a_.mask,
+                                       out,
+                                       a_.batch,
+                                       a_.beams,
+                                       a_.tokens,
+                                       a_.heads,
+                                       a_.head_dim,
+                                       {a_.beams * dim_, dim_, a_.head_dim},
+                                       scale(),
+                                       a_.bf16,
+                                       threads});
+            return;
+        }
         attention(isa_, {query,
                          a_.memory_key,
                          a_.memory_value,
@@ -118,7 +139,7 @@ class Layer {
                          scale(),
                          false,
                          a_.bf16,
-                         threads(rows_ * dim_ * a_.tokens / 8)});
+                         threads});
     }
 
     float scale() const { return 1.0f / std::sqrt(static_cast<float>(a_.head_dim)); }

@@ -24,8 +24,9 @@ struct WeightAndBias {
 //
 // `x` and `out` are (batch, beams, heads * head_dim), contiguous; the row of a beam is batch * beams + beam. `keys`,
 // `values` and `ancestors` are those of StepAttentionArguments. `memory_key` and `memory_value` are (batch, heads,
-// tokens, head_dim), with strides in elements for batch, head and token and contiguous channels; `mask` is null or
-// (batch, tokens) bytes, contiguous, zero for tokens that are not read.
+// tokens, head_dim), with strides in elements for batch, head and token and contiguous channels; with scales (batch,
+// heads, tokens) they are those of beam_attention_int8. `mask` is null or (batch, tokens) bytes, contiguous, zero for
+// tokens that are not read.
 struct DecoderLayerArguments {
     const void* x;
     WeightAndBias norm, qkv, self_out, self_norm, query, cross_out, cross_norm, fc, proj;
@@ -34,6 +35,8 @@ struct DecoderLayerArguments {
     std::int32_t* ancestors;
     const void* memory_key;
     const void* memory_value;
+    const float* memory_key_scale;
+    const float* memory_value_scale;
     const std::uint8_t* mask;
     void* out;
     std::int64_t batch, beams, heads, head_dim, hidden, tokens, step;

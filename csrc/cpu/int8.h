@@ -26,10 +26,10 @@ MPLUG2_INLINE I32 load_i32(const std::int32_t* from) {
     return value;
 }
 
-// sum + the products of the numbers in each word.
-MPLUG2_INLINE I32 dot(I32 sum, U32 x, U32 weight) {
+// sum + the products of the two 16-bit numbers in each word.
+MPLUG2_INLINE I32 dot16(I32 sum, U32 x, U32 weight) {
 #if MPLUG2_BYTES
-    return (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)weight);
+    return (I32)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)x, (__m512i)weight);
 #elif defined(__AVX512BW__)
     return sum + (I32)_mm512_madd_epi16((__m512i)x, (__m512i)weight);
 #elif defined(__AVX2__)
@@ -37,6 +37,15 @@ MPLUG2_INLINE I32 dot(I32 sum, U32 x, U32 weight) {
 #else
     const I32 low = ((I32)(x << 16) >> 16) * ((I32)(weight << 16) >> 16);
     return sum + low + ((I32)x >> 16) * ((I32)weight >> 16);
+#endif
+}
+
+// sum + the products of the numbers in each word.
+MPLUG2_INLINE I32 dot(I32 sum, U32 x, U32 weight) {
+#if MPLUG2_BYTES
+    return (I32)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)weight);
+#else
+    return dot16(sum, x, weight);
 #endif
 }
 

@@ -16,6 +16,8 @@ from mplug2_fast.nn.packing import Packing
 from mplug2_fast.nn.parts import PLAIN, add_linear, dropout_rate, linear, plain
 from mplug2_fast.nn.unchanged import Kinds, unchanged
 from mplug2_fast.ops.beam_attention import beam_attention
+from mplug2_fast.ops.beam_attention_int8 import beam_attention_int8
+from mplug2_fast.ops.quantise_memory import quantise_memory, unpack
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,6 +67,44 @@ class KeysValues(NamedTuple):
         heads = (states.transpose(1, 2) for states in projections.project_memory(memory))
         return cls(*(states if states.is_cuda else states.contiguous() for states in heads))
 
+    def attend(self, query: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of the query `(batch, queries, num_heads, head_dim)`, without dropout."""
+        return beam_attention(query, self.keys, self.values, key_padding_mask=mask)
+
+    def wide(self) -> tuple[Tensor, Tensor]:
+        """Keys and values."""
+        return self.keys, self.values
+
+    @property
+    def scales(self) -> tuple[None, None]:
+        return None, None
+
+
+class Int8KeysValues(NamedTuple):
+    """Projected keys and values of a memory in 8 bits: the results of `ops.quantise_memory`."""
+
+    keys: Tensor
+    key_scale: Tensor
+    values: Tensor
+    value_scale: Tensor
+
+    @classmethod
+    def of(cls, projections: BertFusedProjections, memory: Tensor) -> Self:
+        """Those of a memory `(batch, tokens, hidden)`."""
+        return cls(*quantise_memory(*projections.project_memory(memory)))
+
+    def attend(self, query: Tensor, mask: Tensor | None) -> Tensor:
+        """As `KeysValues.attend`."""
+        return beam_attention_int8(query, *self, key_padding_mask=mask)
+
+    def wide(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as `KeysValues` has them, in float32."""
+        return unpack(*self)
+
+    @property
+    def scales(self) -> tuple[Tensor, Tensor]:
+        return self.key_scale, self.value_scale
+
 
 class BertFusedProjections(FusedProjections):
     """BERT's `attention.self`, with one product for queries, keys and values."""
@@ -72,7 +112,7 @@ class BertFusedProjections(FusedProjections):
     def forward(
         self,
         x: Tensor,
-        memory: Tensor | KeysValues | None = None,
+        memory: Tensor | KeysValues | Int8KeysValues | None = None,
         *,
         key_padding_mask: Tensor | None = None,
         causal: bool = False,
@@ -85,11 +125,11 @@ class BertFusedProjections(FusedProjections):
                 hidden)`; or None for self-attention.
             packing: for self-attention, see `BertLayer.forward`.
         """
-        if isinstance(memory, KeysValues):
+        if isinstance(memory, (KeysValues, Int8KeysValues)):
             query = self.project_query(x)
             if dropout_rate(self.dropout) == 0:
-                return beam_attention(query, *memory, key_padding_mask=key_padding_mask)
-            key, value = (states.transpose(1, 2) for states in memory)
+                return memory.attend(query, key_padding_mask)
+            key, value = (states.to(query.dtype).transpose(1, 2) for states in memory.wide())
             return attend(self.dropout, query, key, value, key_padding_mask=key_padding_mask)
         if packing is not None:
             return self._within_texts(x, packing, causal)
@@ -195,7 +235,7 @@ class BertAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        memory: Tensor | KeysValues | None = None,
+        memory: Tensor | KeysValues | Int8KeysValues | None = None,
         *,
         key_padding_mask: Tensor | None = None,
         causal: bool = False,
@@ -289,7 +329,7 @@ class BertLayer(nn.Module):
         *,
         key_padding_mask: Tensor | None = None,
         causal: bool = False,
-        memory: Tensor | KeysValues | None = None,
+        memory: Tensor | KeysValues | Int8KeysValues | None = None,
         memory_mask: Tensor | None = None,
         packing: Packing | None = None,
     ) -> Tensor:

@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mplug2_fast.nn.bert_layer import BERT_KINDS, BertEmbeddings, BertLayer, KeysValues, can_pack
+from mplug2_fast.nn.bert_layer import BERT_KINDS, BertEmbeddings, BertLayer, Int8KeysValues, KeysValues, can_pack
 from mplug2_fast.nn.config import BertConfig
-from mplug2_fast.nn.int8 import Int8Embedding, Int8Linear
+from mplug2_fast.nn.int8 import Int8Embedding, Int8Linear, is_int8
 from mplug2_fast.nn.layer_norm import NORMS, LayerNorm
 from mplug2_fast.nn.packing import Packing
 from mplug2_fast.nn.parts import dropout_rate, linear
@@ -51,12 +51,12 @@ class Memory:
 
     states: Tensor
     mask: Tensor | None
-    keys_values: list[KeysValues | None]
+    keys_values: list[KeysValues | Int8KeysValues | None]
     step_by: StepBy | None = None
 
     def select(self, index: Tensor | slice) -> Memory:
         """The memories of the batch rows `index`."""
-        heads = [None if each is None else KeysValues(*(part[index] for part in each)) for each in self.keys_values]
+        heads = [None if each is None else each._make(part[index] for part in each) for each in self.keys_values]
         return Memory(self.states[index], None if self.mask is None else self.mask[index], heads)
 
 
@@ -148,9 +148,9 @@ class TextDecoder(nn.Module):
     def _is_unchanged(self) -> bool:
         return unchanged(frozenset((type(self),)), self)
 
-    def _memory_of(self, index: int, memory: Memory) -> KeysValues | Tensor:
+    def _memory_of(self, index: int, memory: Memory) -> KeysValues | Int8KeysValues | Tensor:
         """What layer `index` attends to: keys and values, which are kept, or the states if its cross-attention must be
-        called with them."""
+        called with them. On a CPU, keys and values that an 8-bit weight projects become 8-bit numbers too."""
         layer = self.layers[index]
         if not (
             unchanged(_KINDS, layer)
@@ -160,7 +160,11 @@ class TextDecoder(nn.Module):
             return memory.states
         found = memory.keys_values[index]
         if found is None:
-            found = memory.keys_values[index] = KeysValues.of(layer.crossattention.self, memory.states)
+            projections = layer.crossattention.self
+            quantised = projections._modules.get("in_proj")
+            narrow = quantised is not None and is_int8(quantised) and not memory.states.is_cuda
+            kind = Int8KeysValues if narrow else KeysValues
+            found = memory.keys_values[index] = kind.of(projections, memory.states)
         return found
 
     def forward(
@@ -242,6 +246,7 @@ class TextDecoder(nn.Module):
         with early_kernels(x):
             for index, layer in enumerate(self.layers):
                 own, cross = layer.attention, layer.crossattention
+                seen = memory.keys_values[index] or self._memory_of(index, memory)
                 x = decoder_layer(
                     x,
                     _pair(norm),
@@ -255,11 +260,13 @@ class TextDecoder(nn.Module):
                     _parts(layer.output.dense),
                     *cache.states[index],
                     cache.ancestors,
-                    *(memory.keys_values[index] or self._memory_of(index, memory)),
+                    seen.keys,
+                    seen.values,
                     step=step,
                     activation="gelu",
                     key_padding_mask=memory.mask,
                     eps=norm.eps,
+                    memory_scales=seen.scales,
                 )
                 norm = layer.output.LayerNorm
             hidden = _norm_linear(x, norm, _parts(self.head), "gelu")

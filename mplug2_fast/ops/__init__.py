@@ -7,6 +7,7 @@ fallbacks.
 from mplug2_fast.ops.add_layer_norm import add_layer_norm
 from mplug2_fast.ops.attention import attention, attention_with_dropout
 from mplug2_fast.ops.beam_attention import beam_attention
+from mplug2_fast.ops.beam_attention_int8 import beam_attention_int8
 from mplug2_fast.ops.beam_step import beam_step
 from mplug2_fast.ops.beam_update import beam_update
 from mplug2_fast.ops.decoder_layer import decoder_layer
@@ -18,6 +19,7 @@ from mplug2_fast.ops.local_temporal import local_temporal
 from mplug2_fast.ops.mlp import mlp
 from mplug2_fast.ops.norm_linear_act import norm_linear_act
 from mplug2_fast.ops.preprocess_frames import preprocess_frames
+from mplug2_fast.ops.quantise_memory import quantise_memory
 from mplug2_fast.ops.runtime.backend import strict, use_backend
 from mplug2_fast.ops.runtime.choice import Explanation
 from mplug2_fast.ops.runtime.onednn import pack as pack_weight
@@ -35,6 +37,7 @@ __all__ = [
     "attention",
     "attention_with_dropout",
     "beam_attention",
+    "beam_attention_int8",
     "beam_step",
     "beam_update",
     "decoder_layer",
@@ -48,6 +51,7 @@ __all__ = [
     "norm_linear_act",
     "pack_weight",
     "preprocess_frames",
+    "quantise_memory",
     "step_attention",
     "strict",
     "unpack_weight",

@@ -12,10 +12,13 @@ from torch.nn import functional as F
 from mplug2_fast.ops.attention import MAX_HEAD_DIM
 from mplug2_fast.ops.beam_attention import SPEC as BEAM_ATTENTION
 from mplug2_fast.ops.beam_attention import beam_attention
+from mplug2_fast.ops.beam_attention_int8 import SPEC as BEAM_ATTENTION_INT8
+from mplug2_fast.ops.beam_attention_int8 import beam_attention_int8, check_memory
 from mplug2_fast.ops.layer_norm import layer_norm, norm_reference
 from mplug2_fast.ops.linear_act import EAGER, FEW_ROWS, Activation, check_activation
 from mplug2_fast.ops.linear_int8 import MOST_INPUTS, linear_int8, quantise_weight
 from mplug2_fast.ops.linear_int8 import SPEC as LINEAR_INT8
+from mplug2_fast.ops.quantise_memory import quantise_memory
 from mplug2_fast.ops.residual import linear_residual, norm_linear_residual
 from mplug2_fast.ops.runtime import cpu, triton
 from mplug2_fast.ops.runtime.backend import Backend
@@ -64,8 +67,8 @@ class Arguments(NamedTuple):
     keys: Annotated[Tensor, "(batch·beams, heads, length, head_dim)", WRITTEN]
     values: Annotated[Tensor, "(batch·beams, heads, length, head_dim)", WRITTEN]
     ancestors: Annotated[Tensor, "(batch·beams, length), int32", WRITTEN]
-    memory_key: Annotated[Tensor, "(batch, heads, k_len, head_dim)"]
-    memory_value: Annotated[Tensor, "(batch, heads, k_len, head_dim)"]
+    memory_key: Annotated[Tensor, "(batch, heads, k_len, head_dim), or that of beam_attention_int8"]
+    memory_value: Annotated[Tensor, "(batch, heads, k_len, head_dim), or that of beam_attention_int8"]
     key_padding_mask: Annotated[Tensor | None, "(batch, k_len)"]
     step: int
     activation: Activation
@@ -76,6 +79,8 @@ class Arguments(NamedTuple):
     cross_out_scale: Annotated[Tensor | None, "(channels,), float32, of an int8 weight"] = None
     fc_scale: Annotated[Tensor | None, "(hidden,), float32, of an int8 weight"] = None
     proj_scale: Annotated[Tensor | None, "(channels,), float32, of an int8 weight"] = None
+    memory_key_scale: Annotated[Tensor | None, "(batch, heads, k_len), float32"] = None
+    memory_value_scale: Annotated[Tensor | None, "(batch, heads, k_len), float32"] = None
 
     def layer(self, part: str) -> WeightAndBias:
         return getattr(self, f"{part}_weight"), getattr(self, f"{part}_bias")
@@ -86,6 +91,20 @@ class Arguments(NamedTuple):
     @property
     def is_int8(self) -> bool:
         return self.qkv_scale is not None
+
+    @property
+    def int8_memory(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Keys, their scales, values, their scales; None if they are not 8-bit numbers."""
+        if self.memory_key_scale is None or self.memory_value_scale is None:
+            return None
+        return self.memory_key, self.memory_key_scale, self.memory_value, self.memory_value_scale
+
+    @property
+    def memory_sizes(self) -> tuple[int, int, int, int]:
+        """Batch, heads, k_len and head_dim."""
+        if self.memory_key_scale is not None:
+            return *self.memory_key_scale.shape, self.memory_value.shape[4]
+        return self.memory_key.shape
 
     def heads(self, projected: Tensor) -> tuple[Tensor, ...]:
         """Query, key and value `(rows, heads, head_dim)` of a projection `(batch, beams, 3·heads·head_dim)`."""
@@ -107,6 +126,7 @@ def make_inputs(
     masked: bool = False,
     biases: bool = True,
     int8: bool = False,
+    int8_memory: bool = False,
 ) -> Arguments:
     dim, parameters = heads * head_dim, {}
     outputs = {"qkv": 3 * dim, "fc": hidden}
@@ -120,6 +140,12 @@ def make_inputs(
     memory = BEAM_ATTENTION.make_inputs(
         generator, batch=batch, queries=beams, keys=keys, heads=heads, head_dim=head_dim, masked=masked
     )
+    memory_key, memory_value, scales = memory.key, memory.value, {}
+    if int8_memory:
+        memory_key, key_scale, memory_value, value_scale = quantise_memory(
+            memory_key.transpose(1, 2), memory_value.transpose(1, 2)
+        )
+        scales = {"memory_key_scale": key_scale, "memory_value_scale": value_scale}
     states = STEP_ATTENTION.make_inputs(
         generator, rows=batch * beams, length=length, step=step, heads=heads, head_dim=head_dim
     )
@@ -129,12 +155,13 @@ def make_inputs(
         keys=states.keys,
         values=states.values,
         ancestors=states.ancestors,
-        memory_key=memory.key,
-        memory_value=memory.value,
+        memory_key=memory_key,
+        memory_value=memory_value,
         key_padding_mask=memory.key_padding_mask,
         step=step,
         activation=activation,
         eps=1e-5,
+        **scales,
     )
 
 
@@ -142,13 +169,8 @@ def check(a: Arguments) -> None:
     if a.x.dim() != 3:
         raise ValueError(f"x must be (batch, beams, channels), got {tuple(a.x.shape)}")
     batch, beams, dim = a.x.shape
-    memory = a.memory_key.shape
-    if len(memory) != 4 or memory != a.memory_value.shape or memory[0] != batch:
-        raise ValueError(
-            f"memory_key and memory_value must be ({batch}, heads, k_len, head_dim), got {tuple(memory)} and "
-            f"{tuple(a.memory_value.shape)}"
-        )
-    _, heads, k_len, head_dim = memory
+    _check_memory(a, batch)
+    _, heads, k_len, head_dim = a.memory_sizes
     if heads * head_dim != dim or not dim:
         raise ValueError(f"x must have heads·head_dim channels, got {dim} channels and {heads} heads of {head_dim}")
     hidden = a.fc_weight.shape[:1].numel()
@@ -168,6 +190,24 @@ def check(a: Arguments) -> None:
         raise ValueError(f"key_padding_mask must be {(batch, k_len)}, got {tuple(mask.shape)}")
     check_activation(a.activation)
     check_states((batch * beams, heads, head_dim), a.keys, a.values, a.ancestors, a.step)
+
+
+def _check_memory(a: Arguments, batch: int) -> None:
+    key, value, scale = a.memory_key, a.memory_value, a.memory_key_scale
+    if (scale is None) != (a.memory_value_scale is None):
+        raise ValueError("either memory_key and memory_value have a scale or none of them")
+    if (memory := a.int8_memory) is not None:
+        if scale.dim() != 3 or value.dim() != 6:
+            raise ValueError(
+                "memory_key and memory_value with scales must be those of quantise_memory, got a scale "
+                f"{tuple(scale.shape)} and values {tuple(value.shape)}"
+            )
+        check_memory(memory, (batch, scale.shape[1], value.shape[4]))
+    elif key.dim() != 4 or key.shape != value.shape or key.shape[0] != batch:
+        raise ValueError(
+            f"memory_key and memory_value must be ({batch}, heads, k_len, head_dim), got {tuple(key.shape)} and "
+            f"{tuple(value.shape)}"
+        )
 
 
 def _check_scales(a: Arguments) -> None:
@@ -205,7 +245,10 @@ def reference(a: Arguments) -> Tensor:
     context = STEP_ATTENTION.reference(*a.heads(linear(n, "qkv")), a.keys, a.values, a.ancestors, a.step)
     m = norm(n + linear(context.view(a.x.shape), "self_out"), "self_norm")
     queries = linear(m, "query").unflatten(-1, (a.memory_key.shape[1], -1))
-    context = BEAM_ATTENTION.reference(queries, a.memory_key, a.memory_value, a.key_padding_mask)
+    if a.int8_memory is None:
+        context = BEAM_ATTENTION.reference(queries, a.memory_key, a.memory_value, a.key_padding_mask)
+    else:
+        context = BEAM_ATTENTION_INT8.reference(queries, *a.int8_memory, a.key_padding_mask)
     c = norm(m + linear(context, "cross_out"), "cross_norm")
     return c + linear(EAGER[a.activation](linear(c, "fc")), "proj")
 
@@ -231,7 +274,10 @@ def run_composed(a: Arguments) -> Tensor:
     x = linear(context.view(a.x.shape), "self_out", n)
     projected, m = norm_linear(x, "self_norm", "query")
     projected = projected.unflatten(-1, (a.memory_key.shape[1], -1))
-    context = beam_attention(projected, a.memory_key, a.memory_value, key_padding_mask=a.key_padding_mask)
+    if a.int8_memory is None:
+        context = beam_attention(projected, a.memory_key, a.memory_value, key_padding_mask=a.key_padding_mask)
+    else:
+        context = beam_attention_int8(projected, *a.int8_memory, key_padding_mask=a.key_padding_mask)
     x = linear(context, "cross_out", m)
     hidden, c = norm_linear(x, "cross_norm", "fc", a.activation)
     return linear(hidden, "proj", c)
@@ -239,6 +285,11 @@ def run_composed(a: Arguments) -> Tensor:
 
 def run_cpu(a: Arguments) -> Tensor:
     x, key, value = a.x.contiguous(), a.memory_key, a.memory_value
+    scales = [a.memory_key_scale, a.memory_value_scale]
+    if a.int8_memory is not None:
+        key, value = key.contiguous(), value.contiguous()
+        scales = [None if scale is None else scale.contiguous() for scale in scales]
+    _, heads, tokens, head_dim = a.memory_sizes
     out = torch.empty_like(x)
     parts = [part for name in PARTS for part in (*a.layer(name), a.scale(name))]
     parameters = [None if p is None else p.contiguous() for p in parts]
@@ -247,7 +298,7 @@ def run_cpu(a: Arguments) -> Tensor:
         cpu.isa(),
         x.dtype == torch.bfloat16,
         torch.get_num_threads(),
-        (*x.shape[:2], key.shape[1], key.shape[3], a.fc_weight.shape[0], key.shape[2], a.step),
+        (*x.shape[:2], heads, head_dim, a.fc_weight.shape[0], tokens, a.step),
         x.data_ptr(),
         [cpu.address(p) for p in parameters],
         a.keys.data_ptr(),
@@ -260,6 +311,7 @@ def run_cpu(a: Arguments) -> Tensor:
         key.stride()[:3],
         value.data_ptr(),
         value.stride()[:3],
+        *map(cpu.address, scales),
         cpu.address(mask),
         cpu.activation(a.activation),
         a.eps,
@@ -269,15 +321,17 @@ def run_cpu(a: Arguments) -> Tensor:
 
 
 def cpu_reasons(a: Arguments) -> list[str]:
-    found = cpu.reasons(a.x, keys=a.keys, values=a.values, memory_key=a.memory_key, memory_value=a.memory_value)
+    memory = {} if a.int8_memory is not None else {"memory_key": a.memory_key, "memory_value": a.memory_value}
+    found = cpu.reasons(a.x, keys=a.keys, values=a.values, **memory)
     found += cpu.parameter_reasons(a.x, _norms(a) + _biases(a) + (() if a.is_int8 else _weights(a)))
-    if (head_dim := a.memory_key.shape[3]) > MAX_HEAD_DIM:
+    if (head_dim := a.memory_sizes[3]) > MAX_HEAD_DIM:
         found.append(f"the native kernel supports heads of up to {MAX_HEAD_DIM} channels, got {head_dim}")
     return found
 
 
 def triton_reasons(a: Arguments) -> list[str]:
-    return triton.reasons(a.x) + (["no Triton kernel multiplies 8-bit weights"] if a.is_int8 else [])
+    narrow = a.is_int8 or a.int8_memory is not None
+    return triton.reasons(a.x) + (["no Triton kernel multiplies 8-bit numbers"] if narrow else [])
 
 
 def cpu_slower_reasons(needs_grad: bool, a: Arguments) -> list[str]:
@@ -290,7 +344,7 @@ def cpu_slower_reasons(needs_grad: bool, a: Arguments) -> list[str]:
 def count_flops(a: Arguments) -> int:
     weights = sum(weight.numel() for weight in _weights(a))
     rows = a.x.shape[0] * a.x.shape[1]
-    return 2 * rows * weights + 4 * a.x.numel() * (a.step + 1 + a.memory_key.shape[2])
+    return 2 * rows * weights + 4 * a.x.numel() * (a.step + 1 + a.memory_sizes[2])
 
 
 SPEC = Spec(
@@ -301,8 +355,12 @@ SPEC = Spec(
     make_inputs=make_inputs,
     edge_cases=(
         {"batch": 1, "beams": 5, "length": 4, "step": 2, "keys": 19},
-        {"batch": 2, "beams": 3, "length": 5, "step": 3, "keys": 33, "heads": 3, "head_dim": 20, "int8": True},
+        {
+            "batch": 2, "beams": 3, "length": 5, "step": 3, "keys": 33, "heads": 3, "head_dim": 20,
+            "int8": True, "int8_memory": True,
+        },
         {"batch": 2, "beams": 3, "length": 15, "step": 14, "keys": 65, "heads": 3, "head_dim": 20, "masked": True},
+        {"batch": 2, "beams": 7, "length": 3, "step": 2, "keys": 70, "masked": True, "int8_memory": True},
         {"batch": 3, "beams": 1, "length": 1, "step": 0, "keys": 1, "heads": 1, "head_dim": 33, "hidden": 7},
         {"batch": 2, "beams": 2, "length": 3, "step": 1, "keys": 9, "biases": False, "activation": "quick_gelu"},
         {"batch": 13, "beams": 5, "length": 2, "step": 1, "keys": 5, "hidden": 70, "biases": False, "int8": True},
@@ -318,12 +376,12 @@ SPEC = Spec(
         },
         "large, int8": {
             "batch": 1, "beams": 5, "length": 15, "step": 14, "keys": 4097, "heads": 16, "head_dim": 64,
-            "hidden": 4096, "int8": True,
+            "hidden": 4096, "int8": True, "int8_memory": True,
         },
     },
     count_flops=count_flops,
-    kept=tuple(f"{name}_scale" for name in LINEAR),
-    rounding=lambda a: 2e-5 if a.is_int8 else 0.0,
+    kept=(*(f"{name}_scale" for name in LINEAR), "memory_key_scale", "memory_value_scale"),
+    rounding=lambda a: 2e-5 if a.is_int8 or a.int8_memory is not None else 0.0,
 )  # fmt: skip
 
 OP: Op[Tensor] = Op(
@@ -360,6 +418,7 @@ def decoder_layer(
     activation: Activation = "gelu",
     key_padding_mask: Tensor | None = None,
     eps: float = 1e-12,
+    memory_scales: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
 ) -> Tensor:
     """A decoder layer for the token at position `step` of each beam. Input and result are the sums before a norm.
 
@@ -375,16 +434,18 @@ def decoder_layer(
         keys, values, ancestors: as for `step_attention`; the row of a beam is batch·beams + beam.
         memory_key, memory_value: `(batch, heads, k_len, head_dim)`. key_padding_mask: `(batch, k_len)`, nonzero for
             tokens; None if there is no padding.
+        memory_scales: of the memory's keys and values, if they are those of `quantise_memory`.
         activation: `"none"`, `"gelu"` or `"quick_gelu"`. eps: of the norms.
 
     Returns `(batch, beams, channels)`, contiguous. There are no gradients.
 
     Raises:
         ValueError: mismatched shapes, a step outside the cache, an unknown activation, or a scale for some layers only.
-        TypeError: ancestors are not int32, or int8 weights have no float32 scale.
+        TypeError: ancestors are not int32, int8 weights have no float32 scale, or a memory with scales is not uint8.
     """
     scales = [part[2] if len(part) == 3 else None for part in (qkv, self_out, query, cross_out, fc, proj)]
     return OP(
         x, *norm, *qkv[:2], *self_out[:2], *self_norm, *query[:2], *cross_out[:2], *cross_norm, *fc[:2], *proj[:2],
-        keys, values, ancestors, memory_key, memory_value, key_padding_mask, step, activation, eps, *scales,
+        keys, values, ancestors, memory_key, memory_value, key_padding_mask, step, activation, eps,
+        *scales, *memory_scales,
     )  # fmt: skip

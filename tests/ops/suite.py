@@ -240,7 +240,7 @@ def with_sizes(op: Op, ways: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     def served(sizes: Sizes, dtype: torch.dtype, backend: str, *_: Any) -> bool:
         if not CUDA and backend in ("torch", "triton") and dtype != torch.float32:
             return sizes in every_third
-        if backend == "triton" and sizes.get("int8"):
+        if backend == "triton" and (sizes.get("int8") or sizes.get("int8_memory")):
             return False
         if backend not in CHOOSY:
             return True
