@@ -22,9 +22,9 @@ void bind_beam_attention_int8(py::module_& module) {
                     "beam_attention_int8: head_dim must be between 1 and 256");
             const py::gil_scoped_release without_the_interpreter;
             beam_attention_int8(isa, {at<const void>(query),
-                                      at<const std::uint8_t>(keys),
+                                      at<const std::int8_t>(keys),
                                       at<const float>(key_scale),
-                                      at<const std::uint8_t>(values),
+                                      at<const std::int8_t>(values),
                                       at<const float>(value_scale),
                                       at<const std::uint8_t>(mask),
                                       at<void>(out),

@@ -21,9 +21,9 @@ void bind_quantise_memory(py::module_& module) {
             const py::gil_scoped_release without_the_interpreter;
             quantise_memory(isa, {at<const void>(key),
                                   at<const void>(value),
-                                  at<std::uint8_t>(keys),
+                                  at<std::int8_t>(keys),
                                   at<float>(key_scale),
-                                  at<std::uint8_t>(values),
+                                  at<std::int8_t>(values),
                                   at<float>(value_scale),
                                   batch,
                                   tokens,

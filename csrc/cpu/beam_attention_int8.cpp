@@ -9,10 +9,7 @@
 namespace mplug2_fast::MPLUG2_ISA {
 namespace {
 
-constexpr std::int64_t kBlock = 64;       // tokens whose weights have one scale
-constexpr std::int64_t kAhead = 8 << 10;  // bytes that are fetched before they are multiplied
-constexpr std::int32_t kZero = 128;       // the byte of zero
-constexpr Word kEvenBytes = 0x00FF00FF;
+constexpr std::int64_t kBlock = 64;  // tokens whose weights have one scale
 
 // The even and the odd bytes of words, as 16-bit numbers.
 struct Halves {
@@ -20,82 +17,89 @@ struct Halves {
 };
 
 MPLUG2_INLINE Halves halves(U32 words) {
-    return {words & kEvenBytes, (words >> 8) & kEvenBytes};
+    typedef std::int16_t I16 __attribute__((vector_size(4 * kLanes)));
+    return {(U32)((I16)(words << 8) >> 8), (U32)((I16)words >> 8)};
 }
 
 MPLUG2_INLINE U32 all_lanes(Word word) {
     return word - U32{};
 }
 
-// Rows of 16-bit numbers, and what is needed to make results of their sums of products with bytes.
+// Rows of pairs of 16-bit numbers, and their scales.
 struct Rows16 {
-    const Word* words;  // pairs of numbers
+    const Word* pairs;
     std::int64_t stride;
     const float* scales;
-    const std::int32_t* starts;  // -kZero times the sum of the numbers
 };
-
-// The sum of all numbers in words, which are whole vectors.
-MPLUG2_INLINE std::int32_t sum_of(const Word* words, std::int64_t count) {
-    I32 sums = {};
-    for (std::int64_t i = 0; i < count; i += kLanes) {
-        sums = dot16(sums, load_words(words + i), all_lanes(0x00010001));
-    }
-    std::int32_t lanes[kLanes], sum = 0;
-    std::memcpy(lanes, &sums, sizeof(lanes));
-    for (const std::int32_t lane : lanes) {
-        sum += lane;
-    }
-    return sum;
-}
 
 // The queries of one (batch, head), rounded. Channels behind the last one are zero.
 template <typename Element>
 class Queries {
   public:
     Queries(std::int64_t count, std::int64_t head_dim)
-        : stride_(round_up(head_dim, 2 * kLanes) / 2), words_(count * stride_), scales_(count), starts_(count) {}
+        : stride_(round_up(head_dim, 2 * kLanes) / 2), pairs_(count * stride_), scales_(count) {}
 
     void fill(const Element* from, std::int64_t row_stride, std::int64_t count, std::int64_t head_dim) {
+        std::memset(pairs_, 0, count * stride_ * sizeof(Word));
         for (std::int64_t m = 0; m < count; ++m) {
-            auto* numbers = reinterpret_cast<std::int16_t*>(words_ + m * stride_);
+            auto* numbers = reinterpret_cast<std::int16_t*>(pairs_ + m * stride_);
             const Element* row = from + m * row_stride;
             const Range of_row = range(row, head_dim);
             const float scale = of_row.finite() ? of_row.size() / 32767.0f : 0.0f;
-            std::memset(numbers, 0, stride_ * sizeof(Word));
             quantise(row, head_dim, scale, [&](std::int64_t i, I32 some) { store_numbers(numbers + i, some); });
             scales_[m] = result_scale(of_row, scale);
-            starts_[m] = -kZero * sum_of(words_ + m * stride_, stride_);
         }
     }
 
-    Rows16 from(std::int64_t row) const { return {words_ + row * stride_, stride_, scales_ + row, starts_ + row}; }
+    Rows16 from(std::int64_t row) const { return {pairs_ + row * stride_, stride_, scales_ + row}; }
 
   private:
     const std::int64_t stride_;
-    const Buffer<Word> words_;
+    const Buffer<Word> pairs_;
     const Buffer<float> scales_;
-    const Buffer<std::int32_t> starts_;
 };
 
-// The scales of up to kBlock tokens, and what is added to scores: -infinity for tokens that are not read.
-struct BlockOf {
-    float key_scale[kBlock], value_scale[kBlock], hidden[kBlock];
+// The scales of a block's tokens, and what is added to scores: null, or -infinity for tokens that are not read.
+class BlockOf {
+  public:
+    const float *key_scale, *value_scale, *hidden = nullptr;
+    float largest_value_scale;  // NaN if one of them is
 
-    BlockOf(const float* key, const float* value, const std::uint8_t* mask, std::int64_t count) {
+    BlockOf(const float* key, const float* value, const std::uint8_t* mask, std::int64_t count)
+        : key_scale(key), value_scale(value) {
+        if (mask || count < kBlock) {
+            hide(mask, count);
+        }
+        I32 largest = {};
+        for (std::int64_t j = 0; j < kBlock; j += kLanes) {
+            const I32 bits = (I32)load(value_scale + j);
+            largest = bits > largest ? bits : largest;
+        }
+        largest_value_scale = largest_float(largest);
+    }
+    BlockOf(const BlockOf&) = delete;
+    BlockOf& operator=(const BlockOf&) = delete;
+
+  private:
+    void hide(const std::uint8_t* mask, std::int64_t count) {
         for (std::int64_t j = 0; j < kBlock; ++j) {
             const bool seen = j < count && (!mask || mask[j]);
-            key_scale[j] = seen ? key[j] : 0;
-            value_scale[j] = seen ? value[j] : 0;
-            hidden[j] = seen ? 0 : -__builtin_inff();
+            copies_[0][j] = seen ? key_scale[j] : 0;
+            copies_[1][j] = seen ? value_scale[j] : 0;
+            copies_[2][j] = seen ? 0 : -__builtin_inff();
         }
+        key_scale = copies_[0];
+        value_scale = copies_[1];
+        hidden = copies_[2];
     }
+
+    float copies_[3][kBlock];
 };
 
 // Scores of some queries and the tokens of a block, kBlock in a row, and the maximum of each row.
 struct Scores {
     Rows16 queries;
-    const std::uint8_t* keys;
+    const std::int8_t* keys;
     std::int64_t words, tokens;
     const BlockOf& block;
     float* scores;
@@ -113,19 +117,19 @@ struct Scores {
             I32 even[kM] = {}, odd[kM] = {};
             for (std::int64_t w = 0; w < words; ++w) {
                 const Word* from = at + w * kMemoryBlock;
-                __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead, 0, 2);
                 const Halves four = halves(load_words(from));
 #pragma GCC unroll 6
                 for (int m = 0; m < kM; ++m) {
-                    const Word* pairs = queries.words + m * queries.stride + 2 * w;
+                    const Word* pairs = queries.pairs + m * queries.stride + 2 * w;
                     even[m] = dot16(even[m], all_lanes(pairs[0]), four.even);
                     odd[m] = dot16(odd[m], all_lanes(pairs[1]), four.odd);
                 }
             }
-            const F32 scale = load(block.key_scale + token), hidden = load(block.hidden + token);
+            const F32 scale = load(block.key_scale + token);
+            const F32 hidden = block.hidden ? load(block.hidden + token) : F32{};
 #pragma GCC unroll 6
             for (int m = 0; m < kM; ++m) {
-                const F32 sum = __builtin_convertvector(even[m] + odd[m] + queries.starts[m], F32);
+                const F32 sum = __builtin_convertvector(even[m] + odd[m], F32);
                 const F32 score = sum * (scale * queries.scales[m]) + hidden;
                 store(scores + m * kBlock + token, score);
                 largest[m] = maximum(score, largest[m]);
@@ -149,25 +153,17 @@ struct ValuesOfNumbers {
     template <int kM, int kVectors>
     __attribute__((noinline)) void run() const {
         const auto [weights, values, quads, stride, sums, sums_stride, corrections] = *this;
-        I32 acc[kM][kVectors];
-#pragma GCC unroll 6
-        for (int m = 0; m < kM; ++m) {
-#pragma GCC unroll 4
-            for (int n = 0; n < kVectors; ++n) {
-                acc[m][n] = I32{} + weights.starts[m];
-            }
-        }
+        I32 acc[kM][kVectors] = {};
         for (std::int64_t q = 0; q < quads; ++q) {
             Halves four[kVectors];
 #pragma GCC unroll 4
             for (int n = 0; n < kVectors; ++n) {
                 const Word* from = values + q * stride + n * kLanes;
-                __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead, 0, 2);
                 four[n] = halves(load_words(from));
             }
 #pragma GCC unroll 6
             for (int m = 0; m < kM; ++m) {
-                const Word* pairs = weights.words + m * weights.stride + 2 * q;
+                const Word* pairs = weights.pairs + m * weights.stride + 2 * q;
                 const U32 first = all_lanes(pairs[0]), second = all_lanes(pairs[1]);
 #pragma GCC unroll 4
                 for (int n = 0; n < kVectors; ++n) {
@@ -212,7 +208,7 @@ struct ValuesOfFloats {
 #pragma GCC unroll 4
                 for (int n = 0; n < kVectors; ++n) {
                     const U32 words = load_words(values + q * stride + n * kLanes);
-                    const F32 value = __builtin_convertvector((I32)((words >> (8 * byte)) & 255u) - kZero, F32);
+                    const F32 value = __builtin_convertvector((I32)(words << (24 - 8 * byte)) >> 24, F32);
 #pragma GCC unroll 6
                     for (int m = 0; m < kM; ++m) {
                         acc[m][n] += weights[m * kBlock + token] * value;
@@ -230,35 +226,56 @@ struct ValuesOfFloats {
     }
 };
 
-// Weights of up to kProductRows queries, times the scales of values.
+// Scores of up to kProductRows queries, which become weights of values: times their scales.
+template <typename Element>
 class Weights {
-  public:
-    float* scores(std::int64_t row) { return scores_ + row * kBlock; }
-    const float* floats() const { return scores_; }
+    static constexpr bool kWhole = !std::is_same_v<Element, float>;  // numbers
 
-    void scale(std::int64_t row, const float* by) {
+  public:
+    float* scores() { return scores_; }
+
+    // Turns the scores of a row, with the maximum `most`, into weights. `largest` and `total` are those of the row's
+    // earlier blocks; returns the factor for the sums of these.
+    float weigh(int row, const BlockOf& block, float factor, float most, float& largest, float& total) {
+        const float old = largest * factor;
+        largest = most > largest ? most : largest;
+        const float now = reference(largest, factor);
+        // No weight is larger, but for the rounding of powers: the largest number is a little below 2^15.
+        const float bound = power_of_two(most * factor - now) * block.largest_value_scale;
+        const float scale = bound / 32750.0f;
+        const F32 inverse = factor_of(scale);
+        float* scores = scores_ + row * kBlock;
+        F32 sums = {};
+#pragma GCC unroll 4
         for (std::int64_t j = 0; j < kBlock; j += kLanes) {
-            store(scores(row) + j, load(scores(row) + j) * load(by + j));
+            const F32 weight = power_of_two<kWhole>(load(scores + j) * factor - now);
+            sums += weight;
+            const F32 scaled = weight * load(block.value_scale + j);
+            if constexpr (kWhole) {
+                store_numbers(reinterpret_cast<std::int16_t*>(pairs_) + row * kBlock + j,
+                              nearest_integers(scaled * inverse));
+            } else {
+                store(scores + j, scaled);
+            }
+        }
+        scales_[row] = scale == scale ? (scale >= kLeastScale ? scale : 0.0f) : scale;
+        const float correction = power_of_two(old - now);
+        total = total * correction + sum_of_lanes(sums);
+        return correction;
+    }
+
+    auto weights() const {
+        if constexpr (kWhole) {
+            return Rows16{pairs_, kBlock / 2, scales_};
+        } else {
+            return static_cast<const float*>(scores_);
         }
     }
 
-    // Rounds them to whole numbers.
-    void round(std::int64_t row) {
-        const Range of_row = range(scores(row), kBlock);
-        const float scale = of_row.finite() ? of_row.size() / 32767.0f : 0.0f;
-        auto* numbers = reinterpret_cast<std::int16_t*>(words_ + row * kBlock / 2);
-        quantise(scores(row), kBlock, scale, [&](std::int64_t i, I32 some) { store_numbers(numbers + i, some); });
-        scales_[row] = result_scale(of_row, scale);
-        starts_[row] = -kZero * sum_of(words_ + row * kBlock / 2, kBlock / 2);
-    }
-
-    Rows16 numbers() const { return {words_, kBlock / 2, scales_, starts_}; }
-
   private:
     alignas(64) float scores_[kProductRows * kBlock];
-    alignas(64) Word words_[kProductRows * kBlock / 2];
+    alignas(64) Word pairs_[kProductRows * kBlock / 2];
     float scales_[kProductRows];
-    std::int32_t starts_[kProductRows];
 };
 
 template <typename Element>
@@ -334,40 +351,26 @@ class Attention {
     void add_block(const Queries<Element>& queries, std::int64_t pair, std::int64_t token, std::int64_t count,
                    const BlockOf& block, const Word* values, std::int64_t row, float* sums, float* largest,
                    float* totals) const {
-        constexpr bool kWhole = !std::is_same_v<Element, float>;
+        using Values = std::conditional_t<std::is_same_v<Element, float>, ValuesOfFloats, ValuesOfNumbers>;
         const int rows = static_cast<int>(at_most(kProductRows, a_.queries - row));
-        const std::int64_t memory = pair * blocks_ + token / kMemoryBlock;
-        Weights weights;
+        const std::int64_t tokens = round_up(count, kMemoryBlock), memory = pair * blocks_ + token / kMemoryBlock;
+        Weights<Element> weights;
         float most[kProductRows], corrections[kProductRows];
         dispatch(rows, 1,
-                 Scores{queries.from(row), a_.keys + memory * kMemoryBlock * words_ * 4, words_,
-                        round_up(count, kMemoryBlock), block, weights.scores(0), most});
+                 Scores{queries.from(row), a_.keys + memory * kMemoryBlock * words_ * 4, words_, tokens, block,
+                        weights.scores(), most});
         for (int m = 0; m < rows; ++m) {
-            float* scores = weights.scores(m);
-            for (std::int64_t j = round_up(count, kMemoryBlock); j < kBlock; ++j) {
-                scores[j] = -__builtin_inff();
+            for (std::int64_t j = tokens; j < kBlock; ++j) {
+                weights.scores()[m * kBlock + j] = -__builtin_inff();
             }
-            weigh_block<false>(factor_, scores, kBlock / kLanes, most[m], largest[m], totals[m], corrections[m]);
-            weights.scale(m, block.value_scale);
-            if constexpr (kWhole) {
-                weights.round(m);
-            }
+            corrections[m] = weights.weigh(m, block, factor_, most[m], largest[m], totals[m]);
         }
         const Cut channels(divide_up(a_.head_dim, kLanes), kProductVectors, 1);
         for (std::int64_t g = 0; g < channels.parts; ++g) {
             const std::int64_t channel = channels.begin(g) * kLanes;
-            const std::int64_t quads = round_up(count, kMemoryBlock) / 4;
-            const auto add = [&](const auto& of_weights) {
-                using Values = std::conditional_t<kWhole, ValuesOfNumbers, ValuesOfFloats>;
-                dispatch(rows, static_cast<int>(channels.length(g)),
-                         Values{of_weights, values + channel, quads, partial_.sums, sums + channel, partial_.sums,
-                                corrections});
-            };
-            if constexpr (kWhole) {
-                add(weights.numbers());
-            } else {
-                add(weights.floats());
-            }
+            dispatch(rows, static_cast<int>(channels.length(g)),
+                     Values{weights.weights(), values + channel, tokens / 4, partial_.sums, sums + channel,
+                            partial_.sums, corrections});
         }
     }
 

@@ -14,12 +14,12 @@ namespace mplug2_fast {
 // are bfloat16 if `bf16`, otherwise float32. A query that sees no token gets zeros.
 //
 // Products of queries and keys are exact whole numbers, the softmax is in float32. For bfloat16, the weights of values
-// are then rounded to 15 bits of the largest of 64 tokens, and multiplied as whole numbers.
+// are then rounded to 15 bits, together for 64 tokens, and multiplied as whole numbers.
 struct BeamAttentionInt8Arguments {
     const void* query;
-    const std::uint8_t* keys;
+    const std::int8_t* keys;
     const float* key_scale;
-    const std::uint8_t* values;
+    const std::int8_t* values;
     const float* value_scale;
     const std::uint8_t* mask;
     void* out;

@@ -105,9 +105,9 @@ class Layer {
         const int threads = this->threads(rows_ * dim_ * a_.tokens / 8);
         if (a_.memory_key_scale) {
             beam_attention_int8(isa_, {query,
-                                       static_cast<const std::uint8_t*>(a_.memory_key),
+                                       static_cast<const std::int8_t*>(a_.memory_key),
                                        a_.memory_key_scale,
-                                       static_cast<const std::uint8_t*>(a_.memory_value),
+                                       static_cast<const std::int8_t*>(a_.memory_value),
                                        a_.memory_value_scale,
                                        a_.mask,
                                        out,

@@ -173,7 +173,8 @@ void run_wide(const LinearInt8Arguments& a) {
     const std::int64_t x_bytes = round_up(words * static_cast<std::int64_t>(sizeof(Word)) + 64, 64) + kGap;
     const std::int64_t panels = divide_up(a.out_features, kPanelColumns);
     const std::int64_t panel_words = words * kPanelColumns;
-    const std::int64_t fitting = kGroupBytes / (panel_words * static_cast<std::int64_t>(sizeof(Word)));
+    const std::int64_t panel_bytes = panel_words * static_cast<std::int64_t>(sizeof(Word));
+    const std::int64_t fitting = panel_bytes ? kGroupBytes / panel_bytes : 1;  // none without in_features
     const std::int64_t group = fitting > 1 ? at_most(fitting, panels) : 1;
     const std::int64_t packed_bytes = Scratch::bytes<Word>(group * panel_words);
     const std::int64_t start_bytes = Scratch::bytes<std::int32_t>(group * kPanelColumns);

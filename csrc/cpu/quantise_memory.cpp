@@ -7,24 +7,20 @@
 namespace mplug2_fast::MPLUG2_ISA {
 namespace {
 
-constexpr std::int32_t kZero = 128;
 constexpr int kOrder[4] = {0, 2, 1, 3};  // of the numbers in a word
 
-// Some tokens of one head as whole numbers plus kZero, [kMemoryBlock][stride], and their scales. Missing tokens are
-// kZero.
+// Some tokens of one head as bytes, [kMemoryBlock][stride], and their scales. Missing tokens are zero.
 template <typename Element>
 void round_tokens(const Element* from, std::int64_t token_stride, std::int64_t count, std::int64_t head_dim,
                   std::int64_t stride, std::int32_t* numbers, float* scales) {
-    for (std::int64_t i = 0; i < kMemoryBlock * stride; ++i) {
-        numbers[i] = kZero;
-    }
+    std::memset(numbers, 0, kMemoryBlock * stride * sizeof(std::int32_t));
     for (std::int64_t t = 0; t < count; ++t) {
         const Element* row = from + t * token_stride;
         const Range of_row = range(row, head_dim);
         const float scale = of_row.finite() ? of_row.size() / 127.0f : 0.0f;
         scales[t] = result_scale(of_row, scale);
         quantise(row, head_dim, scale, [&](std::int64_t i, I32 some) {
-            some = (some + kZero) & 255;
+            some &= 255;
             std::memcpy(numbers + t * stride + i, &some, sizeof(some));
         });
     }
@@ -35,7 +31,7 @@ MPLUG2_INLINE Word word_of(std::int32_t a, std::int32_t b, std::int32_t c, std::
 }
 
 // Four channels of each token.
-void write_keys(const std::int32_t* numbers, std::int64_t stride, std::int64_t words, std::uint8_t* to) {
+void write_keys(const std::int32_t* numbers, std::int64_t stride, std::int64_t words, std::int8_t* to) {
     Word block[kMemoryBlock];
     for (std::int64_t w = 0; w < words; ++w, to += sizeof(block)) {
         for (std::int64_t t = 0; t < kMemoryBlock; ++t) {
@@ -47,7 +43,7 @@ void write_keys(const std::int32_t* numbers, std::int64_t stride, std::int64_t w
 }
 
 // Four tokens of each channel.
-void write_values(const std::int32_t* numbers, std::int64_t stride, std::int64_t head_dim, std::uint8_t* to) {
+void write_values(const std::int32_t* numbers, std::int64_t stride, std::int64_t head_dim, std::int8_t* to) {
     for (std::int64_t t = 0; t < kMemoryBlock; t += 4) {
         for (std::int64_t c = 0; c < head_dim; c += kLanes) {
             U32 words = {};

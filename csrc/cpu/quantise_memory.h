@@ -11,7 +11,7 @@ namespace mplug2_fast {
 // `key` and `value` are (batch, tokens, heads, head_dim), with strides in elements for batch, token and head and
 // contiguous channels; bfloat16 if `bf16`, otherwise float32. The head of a token has one scale: its largest absolute
 // value divided by 127. NaN if it is not finite, 0 if the scale would be below the least normal float. Bytes are the
-// rounded quotients plus 128. Missing tokens and channels are 128.
+// rounded quotients, missing tokens and channels are zero.
 //
 // Four bytes make a word: those of the numbers 0, 2, 1, 3, so that the even and the odd bytes are neighbours.
 // `keys` is (batch, heads, blocks, head_dim / 4, kMemoryBlock) words of four channels of a token, `values` (batch,
@@ -22,9 +22,9 @@ inline constexpr std::int64_t kMemoryBlock = 16;  // tokens
 struct QuantiseMemoryArguments {
     const void* key;
     const void* value;
-    std::uint8_t* keys;
+    std::int8_t* keys;
     float* key_scale;
-    std::uint8_t* values;
+    std::int8_t* values;
     float* value_scale;
     std::int64_t batch, tokens, heads, head_dim;
     std::int64_t key_strides[3], value_strides[3];

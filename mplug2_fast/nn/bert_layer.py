@@ -61,6 +61,8 @@ class KeysValues(NamedTuple):
     keys: Tensor
     values: Tensor
 
+    key_scale = value_scale = None
+
     @classmethod
     def of(cls, projections: BertFusedProjections, memory: Tensor) -> Self:
         """Those of a memory `(batch, tokens, hidden)`."""
@@ -74,10 +76,6 @@ class KeysValues(NamedTuple):
     def wide(self) -> tuple[Tensor, Tensor]:
         """Keys and values."""
         return self.keys, self.values
-
-    @property
-    def scales(self) -> tuple[None, None]:
-        return None, None
 
 
 class Int8KeysValues(NamedTuple):
@@ -100,10 +98,6 @@ class Int8KeysValues(NamedTuple):
     def wide(self) -> tuple[Tensor, Tensor]:
         """Keys and values as `KeysValues` has them, in float32."""
         return unpack(*self)
-
-    @property
-    def scales(self) -> tuple[Tensor, Tensor]:
-        return self.key_scale, self.value_scale
 
 
 class BertFusedProjections(FusedProjections):
@@ -247,8 +241,8 @@ class BertAttention(nn.Module):
         if memory is None:
             x = calm_padding(x, key_padding_mask)
             return self.output(self.self(x, key_padding_mask=key_padding_mask, causal=causal), x)
-        axes = 3 if isinstance(memory, KeysValues) else memory.dim()
-        if not isinstance(memory, KeysValues):
+        axes = 3 if isinstance(memory, (KeysValues, Int8KeysValues)) else memory.dim()
+        if not isinstance(memory, (KeysValues, Int8KeysValues)):
             memory = calm_padding(memory, key_padding_mask)
         query = x if x.dim() == axes else x.flatten(-3, -2)  # sequences that share a memory
         context = self.self(query, memory, key_padding_mask=key_padding_mask, causal=causal)

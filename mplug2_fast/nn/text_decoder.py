@@ -266,7 +266,8 @@ class TextDecoder(nn.Module):
                     activation="gelu",
                     key_padding_mask=memory.mask,
                     eps=norm.eps,
-                    memory_scales=seen.scales,
+                    memory_key_scale=seen.key_scale,
+                    memory_value_scale=seen.value_scale,
                 )
                 norm = layer.output.LayerNorm
             hidden = _norm_linear(x, norm, _parts(self.head), "gelu")

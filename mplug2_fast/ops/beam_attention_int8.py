@@ -20,9 +20,9 @@ from mplug2_fast.ops.runtime.spec import Spec
 
 class Arguments(NamedTuple):
     query: Annotated[Tensor, "(batch, queries, heads, head_dim)"]
-    key: Annotated[Tensor, "(batch, heads, blocks, words, 16, 4), uint8"]
+    key: Annotated[Tensor, "(batch, heads, blocks, words, 16, 4), int8"]
     key_scale: Annotated[Tensor, "(batch, heads, k_len), float32"]
-    value: Annotated[Tensor, "(batch, heads, blocks, 4, head_dim, 4), uint8"]
+    value: Annotated[Tensor, "(batch, heads, blocks, 4, head_dim, 4), int8"]
     value_scale: Annotated[Tensor, "(batch, heads, k_len), float32"]
     key_padding_mask: Annotated[Tensor | None, "(batch, k_len)"]
 
@@ -50,8 +50,8 @@ def check(a: Arguments) -> None:
 def check_memory(memory: tuple[Tensor, Tensor, Tensor, Tensor], sizes: tuple[int, int, int]) -> None:
     """`sizes`: batch, heads and head_dim."""
     (batch, heads, head_dim), (key, key_scale, value, value_scale) = sizes, memory
-    if key.dtype != torch.uint8 or value.dtype != torch.uint8:
-        raise TypeError(f"key and value must be uint8, got {key.dtype} and {value.dtype}")
+    if key.dtype != torch.int8 or value.dtype != torch.int8:
+        raise TypeError(f"key and value must be int8, got {key.dtype} and {value.dtype}")
     if key_scale.dtype != torch.float32 or value_scale.dtype != torch.float32:
         raise TypeError(f"scales must be float32, got {key_scale.dtype} and {value_scale.dtype}")
     if key_scale.dim() != 3 or key_scale.shape[:2] != (batch, heads) or value_scale.shape != key_scale.shape:
@@ -170,6 +170,6 @@ def beam_attention_int8(
 
     Raises:
         ValueError: mismatched shapes.
-        TypeError: key or value are not uint8, or scales not float32.
+        TypeError: key or value are not int8, or scales not float32.
     """
     return OP(query, key, key_scale, value, value_scale, key_padding_mask)

@@ -418,7 +418,8 @@ def decoder_layer(
     activation: Activation = "gelu",
     key_padding_mask: Tensor | None = None,
     eps: float = 1e-12,
-    memory_scales: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+    memory_key_scale: Tensor | None = None,
+    memory_value_scale: Tensor | None = None,
 ) -> Tensor:
     """A decoder layer for the token at position `step` of each beam. Input and result are the sums before a norm.
 
@@ -434,18 +435,18 @@ def decoder_layer(
         keys, values, ancestors: as for `step_attention`; the row of a beam is batch·beams + beam.
         memory_key, memory_value: `(batch, heads, k_len, head_dim)`. key_padding_mask: `(batch, k_len)`, nonzero for
             tokens; None if there is no padding.
-        memory_scales: of the memory's keys and values, if they are those of `quantise_memory`.
+        memory_key_scale, memory_value_scale: of memory_key and memory_value, if they are those of `quantise_memory`.
         activation: `"none"`, `"gelu"` or `"quick_gelu"`. eps: of the norms.
 
     Returns `(batch, beams, channels)`, contiguous. There are no gradients.
 
     Raises:
         ValueError: mismatched shapes, a step outside the cache, an unknown activation, or a scale for some layers only.
-        TypeError: ancestors are not int32, int8 weights have no float32 scale, or a memory with scales is not uint8.
+        TypeError: ancestors are not int32, int8 weights have no float32 scale, or a memory with scales is not int8.
     """
     scales = [part[2] if len(part) == 3 else None for part in (qkv, self_out, query, cross_out, fc, proj)]
     return OP(
         x, *norm, *qkv[:2], *self_out[:2], *self_norm, *query[:2], *cross_out[:2], *cross_norm, *fc[:2], *proj[:2],
         keys, values, ancestors, memory_key, memory_value, key_padding_mask, step, activation, eps,
-        *scales, *memory_scales,
+        *scales, memory_key_scale, memory_value_scale,
     )  # fmt: skip

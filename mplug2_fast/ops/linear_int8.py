@@ -179,6 +179,8 @@ SPEC = Spec(
         {"rows": (29,), "inputs": 4100, "outputs": 37, "activation": "quick_gelu", "residual": True},
         {"rows": (3,), "inputs": 4100, "outputs": 37, "activation": "gelu", "bits": 16, "strided": True},
         {"rows": (0,), "inputs": 16, "outputs": 19},
+        {"rows": (7,), "inputs": 0, "outputs": 19, "residual": True},
+        {"rows": (7,), "inputs": 0, "outputs": 19, "bits": 16},
         {"rows": (), "inputs": 16, "outputs": 19, "activation": "gelu", "bits": 16},
     ),
     models={

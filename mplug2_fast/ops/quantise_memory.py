@@ -15,8 +15,6 @@ from mplug2_fast.ops.runtime.spec import Spec, normal
 
 BLOCK = 16
 """Tokens whose bytes are together."""
-ZERO = 128
-"""The byte of zero."""
 ORDER = (0, 2, 1, 3)
 """Of four numbers in memory: so the even bytes are neighbours, and the odd ones. It is its own inverse."""
 
@@ -51,8 +49,8 @@ def _round(states: Tensor) -> tuple[Tensor, Tensor]:
     scale = size / torch.full_like(size, 127)
     usable = finite & (scale >= torch.finfo(torch.float32).tiny)
     factor = scale.reciprocal().where(usable, 0)
-    numbers = torch.round((states * factor).where(finite, 0)) + ZERO
-    return numbers.to(torch.uint8), scale.where(usable, 0).where(finite, torch.nan)[..., 0].contiguous()
+    numbers = torch.round((states * factor).where(finite, 0))
+    return numbers.to(torch.int8), scale.where(usable, 0).where(finite, torch.nan)[..., 0].contiguous()
 
 
 def _fours(numbers: Tensor, dim: int, multiple: int) -> Tensor:
@@ -60,7 +58,7 @@ def _fours(numbers: Tensor, dim: int, multiple: int) -> Tensor:
     dim %= numbers.dim()
     missing = -numbers.shape[dim] % multiple
     padding = [0, 0] * (numbers.dim() - dim - 1) + [0, missing]
-    numbers = F.pad(numbers, padding, value=ZERO)
+    numbers = F.pad(numbers, padding)
     numbers = numbers.unflatten(dim, (numbers.shape[dim] // 4, 4))
     return numbers.index_select(dim + 1, torch.tensor(ORDER, device=numbers.device))
 
@@ -69,7 +67,7 @@ def run_torch(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, tokens, heads, head_dim = a.key.shape
     blocks, words = -(-tokens // BLOCK), -(-head_dim // 4)
     key, key_scale = _round(a.key)
-    key = F.pad(_fours(key, -1, 4), (0, 0, 0, 0, 0, -tokens % BLOCK), value=ZERO)
+    key = F.pad(_fours(key, -1, 4), (0, 0, 0, 0, 0, -tokens % BLOCK))
     key = key.view(batch, heads, blocks, BLOCK, words, 4).transpose(3, 4).contiguous()
     value, value_scale = _round(a.value)
     value = _fours(value, -2, BLOCK).transpose(-1, -2)
@@ -83,15 +81,15 @@ def unpack(key: Tensor, key_scale: Tensor, value: Tensor, value_scale: Tensor) -
     padded, channels, order = key.shape[2] * BLOCK, key.shape[3] * 4, torch.tensor(ORDER, device=key.device)
     key = key.index_select(-1, order).transpose(3, 4).reshape(batch, heads, padded, channels)
     value = value.index_select(-1, order).transpose(-1, -2).reshape(batch, heads, padded, head_dim)
-    key, value = (bytes_[:, :, :tokens, :head_dim].float() - ZERO for bytes_ in (key, value))
+    key, value = (numbers[:, :, :tokens, :head_dim].float() for numbers in (key, value))
     return key * key_scale[..., None], value * value_scale[..., None]
 
 
 def _empty(a: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, tokens, heads, head_dim = a.key.shape
     blocks, words = -(-tokens // BLOCK), -(-head_dim // 4)
-    key = a.key.new_empty(batch, heads, blocks, words, BLOCK, 4, dtype=torch.uint8)
-    value = a.key.new_empty(batch, heads, blocks, BLOCK // 4, head_dim, 4, dtype=torch.uint8)
+    key = a.key.new_empty(batch, heads, blocks, words, BLOCK, 4, dtype=torch.int8)
+    value = a.key.new_empty(batch, heads, blocks, BLOCK // 4, head_dim, 4, dtype=torch.int8)
     key_scale, value_scale = (a.key.new_empty(batch, heads, tokens, dtype=torch.float32) for _ in range(2))
     return key, key_scale, value, value_scale
 
@@ -120,9 +118,9 @@ SPEC = Spec(
     name="quantise_memory",
     arguments=Arguments,
     results=(
-        "(batch, heads, blocks, words, 16, 4), uint8",
+        "(batch, heads, blocks, words, 16, 4), int8",
         "(batch, heads, tokens), float32",
-        "(batch, heads, blocks, 4, head_dim, 4), uint8",
+        "(batch, heads, blocks, 4, head_dim, 4), int8",
         "(batch, heads, tokens), float32",
     ),
     eager=run_torch,
@@ -165,10 +163,10 @@ def quantise_memory(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor,
     Args:
         key, value: `(batch, tokens, heads, head_dim)`.
 
-    Returns the arguments of `beam_attention_int8`: keys `(batch, heads, blocks, words, 16, 4)`, uint8, their scales
-    `(batch, heads, tokens)`, float32, values `(batch, heads, blocks, 4, head_dim, 4)`, uint8, and their scales. A block
-    is 16 tokens, a word four channels. Bytes are numbers plus 128. The last four bytes of keys are channels, those of
-    values tokens, in the order 0, 2, 1, 3.
+    Returns the arguments of `beam_attention_int8`: keys `(batch, heads, blocks, words, 16, 4)`, int8, their scales
+    `(batch, heads, tokens)`, float32, values `(batch, heads, blocks, 4, head_dim, 4)`, int8, and their scales. A block
+    is 16 tokens, a word four channels. The last four bytes of keys are channels, those of values tokens, in the order
+    0, 2, 1, 3.
 
     Raises:
         ValueError: different shapes or dtypes, or not four axes.

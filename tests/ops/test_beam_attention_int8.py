@@ -79,9 +79,9 @@ def test_a_query_does_not_depend_on_the_others(dtype):
     ("name", "value", "error", "message"),
     [
         ("query", torch.zeros(2, 3, 4), ValueError, "query must be"),
-        ("key", torch.zeros(1, 2, 2, 4, 16, 4), TypeError, "key and value must be uint8"),
-        ("key", torch.zeros(1, 2, 1, 4, 16, 4, dtype=torch.uint8), ValueError, r"key must be \(1, 2, 2, 4, 16, 4\)"),
-        ("value", torch.zeros(1, 2, 2, 4, 8, 4, dtype=torch.uint8), ValueError, "value must be"),
+        ("key", torch.zeros(1, 2, 2, 4, 16, 4), TypeError, "key and value must be int8"),
+        ("key", torch.zeros(1, 2, 1, 4, 16, 4, dtype=torch.int8), ValueError, r"key must be \(1, 2, 2, 4, 16, 4\)"),
+        ("value", torch.zeros(1, 2, 2, 4, 8, 4, dtype=torch.int8), ValueError, "value must be"),
         ("key_scale", torch.zeros(1, 2, 20).double(), TypeError, "scales must be float32"),
         ("value_scale", torch.zeros(1, 2, 19), ValueError, "key_scale and value_scale must be"),
         ("key_padding_mask", torch.ones(1, 19), ValueError, "key_padding_mask must be"),

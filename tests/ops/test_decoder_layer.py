@@ -16,7 +16,8 @@ def public(given):
     if given["qkv_scale"] is not None:
         parts |= {part: (*parts[part], given[f"{part}_scale"]) for part in LINEAR}
     others = {name: value for name, value in given.items() if not name.endswith(("_weight", "_bias", "_scale"))}
-    return {**parts, **others}
+    scales = {name: given[name] for name in ("memory_key_scale", "memory_value_scale")}
+    return {**parts, **others, **scales}
 
 
 @pytest.fixture
