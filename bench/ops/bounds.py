@@ -118,6 +118,7 @@ BOUNDS: dict[str, tuple[Bound, ...]] = {
         Bound("SDPA by flash", attention_by(SDPBackend.FLASH_ATTENTION), devices=("cuda",)),
     ),
     "beam_attention": (Bound("copy of the memory", copy_of("key", "value")),),  # reading it takes half as long
+    "beam_attention_int8": (Bound("copy of the memory", copy_of("key", "value")),),
     "layer_norm": (Bound("copy", copy_of("x")),),
     "linear_act": (Bound("GEMM", product),),
     "linear_fp8": (

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mplug2_fast.nn.bert_layer import Int8KeysValues, KeysValues
 from mplug2_fast.nn.int8 import Int8Embedding, Int8Linear
 from mplug2_fast.nn.quantise import quantise
 from mplug2_fast.nn.text_decoder import TextDecoder
@@ -118,3 +119,16 @@ def test_the_tiny_model_says_the_same():
     both = wide, Captioner(model, wide.tokenizer)
     expected, found = ([result.text for result in captioner.caption(CLIPS)] for captioner in both)
     assert found == expected
+
+
+def test_keys_and_values_of_8_bit_layers_are_8_bit_numbers(decoder):
+    quantise(decoder, 16, keep=lambda name: name.startswith("layers.1.crossattention.self"))
+    memory = decoder.remember(torch.randn(2, 7, decoder.config.hidden_size))
+    assert [type(each) for each in memory.keys_values] == [Int8KeysValues, KeysValues]
+    narrow, wide = memory.select(slice(1, 2)).keys_values
+    assert type(narrow) is Int8KeysValues
+    assert narrow.keys.dtype == torch.int8
+    assert len(narrow.values) == len(narrow.key_scale) == len(wide.keys) == 1
+    exact = KeysValues.of(decoder.layers[0].crossattention.self, memory.states)
+    for found, states in zip(memory.keys_values[0].wide(), exact.wide(), strict=True):
+        assert relative(found, states) < 0.01
