@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mplug2_fast.acceleration import gain, trial
-from mplug2_fast.acceleration.products import keep_packed, product
+from mplug2_fast.acceleration import gain, int8, trial
+from mplug2_fast.acceleration.products import keep_packed, normalised, product, two_products
 from mplug2_fast.acceleration.structure import has, is_plain, require, require_linear, require_one_axis
 from mplug2_fast.acceleration.swap import Kind, ProductKind, Quick, State, Unserved
 from mplug2_fast.nn import mlp
-from mplug2_fast.nn.attention import FusedProjections
+from mplug2_fast.nn.attention import in_product
 from mplug2_fast.ops import attention_with_dropout, layer_norm
 from mplug2_fast.ops.linear_act import EAGER, Activation
 
@@ -72,6 +72,10 @@ class LayerNormKind(Kind):
 
     @staticmethod
     def forward(module: Any, state: State, input: Tensor) -> Tensor:
+        return int8.mark(LayerNormKind._compute(module, state, input), module)
+
+    @staticmethod
+    def _compute(module: Any, state: State, input: Tensor) -> Tensor:
         found, weight, dtype = state.found, module.weight, input.dtype
         if torch.is_autocast_enabled(input.device.type):
             if not found.plain:
@@ -86,7 +90,7 @@ class LayerNormKind(Kind):
 
 
 def _quick_norm(module: Any, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.layer_norm(input, module.normalized_shape, weight, bias, module.eps)
+    return int8.mark(F.layer_norm(input, module.normalized_shape, weight, bias, module.eps), module)
 
 
 def _torch_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -127,14 +131,18 @@ class LinearKind(ProductKind):
         return module.weight
 
     @staticmethod
+    def products(module: Any, found: Any) -> dict[str, tuple[nn.Module, Tensor]]:
+        return {"": (module, module.weight)}
+
+    @staticmethod
     def quick(original: type[nn.Module]) -> Quick:
         return _quick_linear
 
     @staticmethod
     def forward(module: Any, state: State, input: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not state.int8:
             return F.linear(input, module.weight, module.bias)
-        return product(input, module.weight, module.bias)
+        return product(input, module)
 
 
 def _quick_linear(module: Any, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -187,11 +195,23 @@ def _linear_names(module: nn.Module) -> tuple[str, ...]:
     return next((names for names in (("c_fc", "c_proj"), ("fc1", "fc2")) if has(module, *names)), ())
 
 
-def run_mlp(x: Tensor, fc: nn.Linear, proj: nn.Linear, activation: Activation, **options: Any) -> Tensor:
-    """`nn.mlp.compute` with packed weights."""
+def run_mlp(
+    x: Tensor,
+    fc: nn.Linear,
+    proj: nn.Linear,
+    activation: Activation,
+    *,
+    norm: nn.LayerNorm | None = None,
+    residual: bool = False,
+) -> Tensor:
+    """`nn.mlp.compute` with 8-bit or packed weights."""
+    rounded = two_products(x, fc, proj, norm or int8.norm_of(x))
+    if rounded is not None:
+        normed = None if norm is None else functools.partial(normalised, norm)
+        return mlp.in_int8(x, fc.weight.shape[0], *rounded, activation, normed, residual)
     for layer in (fc, proj):
         keep_packed(layer.weight, x.numel() // x.shape[-1])
-    return mlp.compute(x, fc, proj, activation, **options)
+    return mlp.compute(x, fc, proj, activation, norm=norm, residual=residual)
 
 
 def require_attention(module: nn.MultiheadAttention) -> None:
@@ -205,16 +225,26 @@ def require_attention(module: nn.MultiheadAttention) -> None:
 def attend(module: Any, query: Tensor, key: Tensor, residual: Tensor | None = None, **masks: Any) -> Tensor:
     """Attention of `query` to `key`, both `(batch, tokens, channels)`, with the parameters of a
     `torch.nn.MultiheadAttention`, which has the names of `FusedProjections`."""
-    weight, width = module.in_proj_weight, module.embed_dim
+    width = module.embed_dim
     if key is query:
-        keep_packed(weight, query.numel() // width)
-        heads = FusedProjections.project(module, query)
+        heads = _project(module, query)
     else:
-        keep_packed(weight[:width], query.numel() // width)
-        keep_packed(weight[width:], key.numel() // width)
-        heads = (FusedProjections.project_query(module, query), *FusedProjections.project_memory(module, key))
+        heads = _project(module, query, slice(None, width)) + _project(module, key, slice(width, None))
     context = attention_with_dropout(*heads, module.dropout if module.training else 0.0, **masks)
-    return product(context, module.out_proj.weight, module.out_proj.bias, residual=residual)
+    return product(context, module.out_proj, residual=residual)
+
+
+def _project(module: Any, x: Tensor, rows: slice | None = None) -> tuple[Tensor, ...]:
+    """Those of queries, keys and values of x `(batch, tokens, channels)` that rows of the weight compute, each `(batch,
+    tokens, heads, head_dim)`."""
+    rounded = int8.find(module, x, int8.norm_of(x), name="in_proj_", rows=rows)
+    if rounded is None:
+        weight = module.in_proj_weight if rows is None else module.in_proj_weight[rows]
+        keep_packed(weight, x.numel() // module.embed_dim)
+        out = in_product(module, x, rows)
+    else:
+        out = rounded(x)
+    return out.unflatten(-1, (-1, module.num_heads, module.embed_dim // module.num_heads)).unbind(-3)
 
 
 class MultiheadAttentionKind(ProductKind):
@@ -233,6 +263,10 @@ class MultiheadAttentionKind(ProductKind):
     @staticmethod
     def weight(module: Any) -> Tensor:
         return module.in_proj_weight
+
+    @staticmethod
+    def products(module: Any, found: Any) -> dict[str, tuple[nn.Module, Tensor]]:
+        return {"in_proj": (module, module.in_proj_weight), "out_proj": (module.out_proj, module.out_proj.weight)}
 
     @staticmethod
     def forward(
@@ -262,7 +296,7 @@ class MultiheadAttentionKind(ProductKind):
         masks = {"key_padding_mask": visible, "causal": causal}
         if module.batch_first:
             return attend(module, query, key, **masks), None
-        first = query.transpose(0, 1)
+        first = int8.mark_like(query.transpose(0, 1), query)
         out = attend(module, first, first if key is query else key.transpose(0, 1), **masks)
         return laid_out_like(query, out), None
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mplug2_fast.acceleration import trial
+from mplug2_fast.acceleration import int8, trial
 from mplug2_fast.acceleration.masks import Known, Mask, form, understand
 from mplug2_fast.acceleration.products import product
 from mplug2_fast.acceleration.structure import (
@@ -39,7 +39,7 @@ class Projections:
         self.heads = _heads(self.inner)
 
     def _project(self, linear: nn.Linear, x: Tensor) -> Tensor:
-        return product(x, linear.weight, linear.bias).unflatten(-1, (self.heads, -1))
+        return product(x, linear).unflatten(-1, (self.heads, -1))
 
     def query(self, x: Tensor) -> Tensor:
         """`(batch, tokens, channels)` to `(batch, tokens, heads, head_dim)`."""
@@ -65,7 +65,7 @@ class Projections:
 
     def finish(self, context: Tensor, residual: Tensor) -> Tensor:
         """Output projection, residual, layer norm."""
-        return add_norm(self.output, residual, product, context, self.output.dense.weight, self.output.dense.bias)
+        return add_norm(self.output, residual, product, context, self.output.dense)
 
 
 def add_norm(output: Any, residual: Tensor, sublayer: Any, *args: Any) -> Tensor:
@@ -74,7 +74,7 @@ def add_norm(output: Any, residual: Tensor, sublayer: Any, *args: Any) -> Tensor
     if dropout > 0:
         update = F.dropout(sublayer(*args), dropout)
         return add_layer_norm(residual.to(update.dtype), update, norm.weight, norm.bias, eps=norm.eps)
-    return layer_norm(sublayer(*args, residual=residual), norm.weight, norm.bias, eps=norm.eps)
+    return int8.mark(layer_norm(sublayer(*args, residual=residual), norm.weight, norm.bias, eps=norm.eps), norm)
 
 
 def _heads(inner: nn.Module) -> int:

@@ -30,6 +30,10 @@ _FEW_ROWS, _FEW_ROWS_WEIGHT = 16, 1 << 15
 """Maximum rows and minimum elements of the weight for the native kernel to win in bfloat16. It takes half as long as
 PyTorch, which needs at least 25 µs (Zen 4)."""
 
+_INT8_ROWS, _INT8_WORK = 64, 1 << 23
+"""Minimum rows, and minimum multiplications, for an 8-bit weight to win. It then takes a quarter of the time in float32
+and half of it in bfloat16, its checksum included (Zen 4)."""
+
 _FLOAT32_NORM, _HALF_NORM, _CUDA_NORM = 1 << 20, 3 << 16, 1 << 22
 """Minimum elements of a layer norm."""
 
@@ -95,6 +99,29 @@ def small_for_product(size: Size) -> TooSmall:
     if torch.bfloat16 in small:
         small[torch.bfloat16] = range(_few_elements(size) + 1, fewest)
     return TooSmall(0, small)
+
+
+def of_int8(x: Tensor, size: Size) -> bool:
+    """Linear layers whose weights are 8-bit in large products."""
+    return x.is_cpu and x.dtype in cpu.DTYPES and x.numel() >= _fewest_int8(size)
+
+
+def rows_for_int8(size: Size) -> int:
+    """Minimum rows for `of_int8`."""
+    return -(-_fewest_int8(size) // max(1, size.elements // max(1, size.outputs)))
+
+
+def small_for_int8(small: TooSmall, size: Size) -> TooSmall:
+    """What is too small for `of_int8` and for another way to compute."""
+    fewest = _fewest_int8(size)
+    ranges = {t: range(r.start, min(r.stop, fewest)) if t in cpu.DTYPES else r for t, r in small.on_cpu.items()}
+    return TooSmall(small.anywhere, ranges)
+
+
+def _fewest_int8(size: Size) -> int:
+    """Minimum elements of an input."""
+    inputs = size.elements // max(1, size.outputs)
+    return max(_INT8_ROWS * inputs, -(-_INT8_WORK // max(1, size.outputs)))
 
 
 def _few_elements(size: Size) -> int:

@@ -3,6 +3,7 @@ UniFormerV2's local MHRA and ST-Adapter."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import math
@@ -17,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from mplug2_fast.acceleration import gain, trial
 from mplug2_fast.acceleration.basic import laid_out_like
-from mplug2_fast.acceleration.products import keep_packed
+from mplug2_fast.acceleration.products import keep_packed, normalised, two_products
 from mplug2_fast.acceleration.structure import is_plain, require, require_norm
 from mplug2_fast.acceleration.swap import Kind, State, Unserved, Unsuitable
 from mplug2_fast.nn import local_temporal
@@ -115,6 +116,12 @@ class LocalTemporalKind(Kind):
         layers = _layers_of(module)
         assert layers is not None
         return layers.of(module)[1].weight
+
+    @staticmethod
+    def products(module: Any, found: FoundTemporal) -> dict[str, tuple[nn.Module, Tensor]]:
+        norm, down, _, up = found.layers.of(module)
+        layers = {found.layers.down: down, found.layers.up: up} if not isinstance(norm, _BatchNorm) else {}
+        return {name: (layer, layer.weight) for name, layer in layers.items() if not isinstance(layer, nn.Linear)}
 
     @classmethod
     def pays(cls, state: State, x: Tensor) -> bool:
@@ -307,8 +314,12 @@ def _require_patches(found: FoundTemporal, patches: int) -> None:
 
 
 def compute(x: Tensor, layers: tuple[Any, ...], **options: Any) -> Tensor:
-    """`nn.local_temporal.compute` of x `(batch, frames, tokens, channels)` with packed weights."""
+    """`nn.local_temporal.compute` of x `(batch, frames, tokens, channels)` with 8-bit or packed weights."""
     norm, down, conv, up = layers
+    rounded = None if isinstance(norm, _BatchNorm) else two_products(x, down, up, norm)
+    if rounded is not None:
+        normed = None if norm is None else functools.partial(normalised, norm)
+        return local_temporal.in_int8(x, normed, rounded[0], conv, rounded[1], **options)
     rows = x.numel() // max(1, x.shape[-1])
     for layer in (down, up):
         if layer is up or not local_temporal.folds(norm, x):  # a folded weight is computed in each call

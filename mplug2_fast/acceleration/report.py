@@ -16,12 +16,16 @@ class Calls:
     Attributes:
         served: calls that the fast forward computed.
         no_gain: calls that were too small and ran the original code.
+        int8: products with 8-bit weights.
+        wide: reason -> products with the wide weights of layers that have 8-bit ones.
         by_parts: reason -> calls that ran the original code with accelerated parts.
         original: reason -> calls that ran the original code.
     """
 
     served: int = 0
     no_gain: int = 0
+    int8: int = 0
+    wide: Counter[str] = field(default_factory=Counter)
     by_parts: Counter[str] = field(default_factory=Counter)
     original: Counter[str] = field(default_factory=Counter)
 
@@ -33,13 +37,16 @@ class Calls:
         return Calls, ()
 
     def __bool__(self) -> bool:
-        return bool(self.served or self.no_gain or self.by_parts or self.original)
+        return bool(self.served or self.no_gain or self.int8 or self.wide or self.by_parts or self.original)
 
     def __str__(self) -> str:
         counts = [f"served {self.served}"] + [f"no gain {self.no_gain}"] * bool(self.no_gain)
         for name, reasons in (("by parts", self.by_parts), ("original", self.original)):
             if reasons:
                 counts.append(f"{name} {reasons.total()} ({'; '.join(reasons)})")
+        counts += [f"8-bit products {self.int8}"] * bool(self.int8)
+        if self.wide:
+            counts.append(f"wide products {self.wide.total()} ({'; '.join(self.wide)})")
         return ", ".join(counts)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mplug2_fast.acceleration import gain
+from mplug2_fast.acceleration import gain, int8
 from mplug2_fast.acceleration.cache import Call, Session
 from mplug2_fast.acceleration.report import Calls
 from mplug2_fast.ops import unpack_weight
@@ -75,6 +75,7 @@ class State:
     Attributes:
         found: the result of recognition; its type depends on the kind.
         size: of the weight that decides which inputs are large enough.
+        int8: whether it has 8-bit weights.
         too_small: inputs that are known to be too small.
         session: the caches of the decoder that the module belongs to, if any.
         parts: the module and all modules inside it that the fast forward replaces.
@@ -94,9 +95,16 @@ class State:
     dropouts: tuple[nn.Module, ...] = ()
     batch_norms: tuple[nn.Module, ...] = ()
     by_parts: bool = False
+    int8: bool = False
     inside: bool = False
     calls: Calls = field(default_factory=Calls)
     unserved: set[str] = field(default_factory=set)
+
+    def use_int8(self, kind: type[Kind], used: bool = True) -> None:
+        """Serves calls that are large enough for 8-bit weights, or no longer."""
+        self.int8, self.too_small = used and self.size is not None, kind.too_small(self.size)
+        if self.int8:
+            self.too_small = gain.small_for_int8(self.too_small, self.size)
 
     def record(self, parts: tuple[nn.Module, ...], inside: bool) -> None:
         """Records the parts as they are now."""
@@ -148,6 +156,11 @@ class Kind:
     def quick(original: type[nn.Module]) -> Quick | None:
         """A quicker way to run the original forward of a class, if one is known."""
         return None
+
+    @staticmethod
+    def products(module: Any, found: Any) -> dict[str, tuple[nn.Module, Tensor]]:
+        """The linear layers that no part inside computes: name -> the module that has the weight, and the weight."""
+        return {}
 
     @classmethod
     def too_small(cls, size: gain.Size | None) -> gain.TooSmall:
@@ -256,7 +269,7 @@ def _forward_of(kind: type[Kind], original: type[nn.Module]) -> Callable[..., An
         if _is_compiling():
             return plain(self, *args, **kwargs)
         if type(x) in _PLAIN:
-            if not pays(state, x):
+            if not (pays(state, x) or (state.int8 and gain.of_int8(x, state.size))):
                 state.calls.no_gain += 1
                 return plain(self, *args, **kwargs)
         elif not kind.runs_original:
@@ -370,6 +383,9 @@ def unswap(module: nn.Module) -> None:
         state.session.drop()
     for parameter in module.parameters():
         unpack_weight(parameter)
+    for part in module.modules():
+        if not isinstance(part, Swapped):  # others have their own weights
+            int8.remove(part)
 
 
 def _rebased(cls: Any, old: type, new: type) -> Any:

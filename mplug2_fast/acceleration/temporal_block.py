@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mplug2_fast.acceleration import gain, trial
+from mplug2_fast.acceleration import gain, int8, trial
 from mplug2_fast.acceleration.basic import ACTIVATIONS, attend, laid_out_like, require_attention, run_mlp
 from mplug2_fast.acceleration.local_temporal import compute
+from mplug2_fast.acceleration.products import normalised
 from mplug2_fast.acceleration.structure import has, require, require_children, require_linear, require_norm
 from mplug2_fast.acceleration.swap import Kind, State, Unserved, Unsuitable
-from mplug2_fast.ops import layer_norm
 from mplug2_fast.ops.linear_act import Activation
 
 _CHILDREN = {"lmhra1", "lmhra2", "attn", "ln_1", "mlp", "ln_2", "drop_path"}
@@ -109,7 +109,7 @@ def run(block: Any, found: FoundBlock, x: Tensor, frames: int) -> Tensor:
         return out.view(rows, tokens, width)
 
     h = temporal(block.lmhra1, x.transpose(0, 1).reshape(rows, tokens, width))
-    normed = layer_norm(h, block.ln_1.weight, block.ln_1.bias, eps=block.ln_1.eps)
+    normed = int8.mark(normalised(block.ln_1, h), block.ln_1)
     h = temporal(block.lmhra2, attend(block.attn, normed, normed, residual=h))
     h = run_mlp(h, block.mlp.c_fc, block.mlp.c_proj, found.activation, norm=block.ln_2, residual=True)
     return laid_out_like(x, h.to(x.dtype))

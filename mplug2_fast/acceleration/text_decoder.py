@@ -114,7 +114,7 @@ class PredictionHeadKind(DecoderPartKind):
 
 def _logits(module: Any, found: FoundHead, x: Tensor, *embeddings: Tensor) -> Tensor:
     transform = module.transform
-    h = product(x, transform.dense.weight, transform.dense.bias, found.activation)
+    h = product(x, transform.dense, found.activation)
     h = layer_norm(h, transform.LayerNorm.weight, transform.LayerNorm.bias, eps=transform.LayerNorm.eps)
     weight, bias = (embeddings[0], module.bias) if embeddings else (module.decoder.weight, module.decoder.bias)
     return linear_act(h, weight, bias)  # not packed: the embeddings are large and the rows few

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from mplug2_fast.acceleration.bert_layer import BertLayerKind
 from mplug2_fast.acceleration.cache import Session
 from mplug2_fast.acceleration.local_temporal import LocalTemporalKind
 from mplug2_fast.acceleration.report import Entry, Report
+from mplug2_fast.acceleration.rounding import Rounding, plan
 from mplug2_fast.acceleration.swap import (
     HOOKED,
     STATE,
@@ -50,7 +51,7 @@ KINDS: tuple[type[Kind], ...] = (
 _FAST = tuple(getattr(fast_nn, name) for name in fast_nn.__all__)
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, dtype: str | torch.dtype | None = None, keep: Sequence[str] = ()) -> Report:
     """Makes all known modules of this model compute with `mplug2_fast.ops`, in place.
 
     A module is recognised by its structure and by what it computes on a small trial input with random parameters,
@@ -67,10 +68,21 @@ def accelerate(model: nn.Module) -> Report:
     a CPU, weights of large products are kept a second time, in the layout of the processor's matrix products. Both
     compare weights by value, so weights may change in any way.
 
+    Args:
+        dtype: "int8" rounds the weights of linear layers to 8 bits, for products with many rows on a CPU. The wide
+            weights stay, compute small products and gradients, and are rounded again when they change. None: no
+            rounding.
+        keep: with int8, patterns of layers that are not rounded, such as "encoder.layer.0". Names are those of
+            `model.named_modules()`.
+
     Returns a report of what happened to each module; from then on it also counts calls. A model that is accelerated
-    already does not change.
+    already does not change, but int8 rounds it.
+
+    Raises:
+        ConfigError: another dtype, `keep` without int8 or with a pattern that matches no layer, a processor without
+            products of bytes, or a model without weights that can be rounded.
     """
-    walk = _Walk()
+    walk = _Walk(plan(dtype, keep))
     walk.go(model)
     return Report(tuple(walk.entries))
 
@@ -83,9 +95,9 @@ def restore(model: nn.Module) -> None:
 
 
 @contextmanager
-def accelerated(model: nn.Module) -> Iterator[Report]:
-    """Accelerates the model inside a context. Modules that were accelerated before stay so."""
-    walk = _Walk()
+def accelerated(model: nn.Module, dtype: str | torch.dtype | None = None, keep: Sequence[str] = ()) -> Iterator[Report]:
+    """`accelerate` inside a context. Modules that were accelerated before stay so."""
+    walk = _Walk(plan(dtype, keep))
     walk.go(model)
     try:
         yield Report(tuple(walk.entries))
@@ -96,15 +108,20 @@ def accelerated(model: nn.Module) -> Iterator[Report]:
 class _Walk:
     """One pass over a model."""
 
-    def __init__(self) -> None:
+    def __init__(self, rounding: Rounding | None) -> None:
         self.entries: list[Entry] = []
+        self._rounding = rounding
         self._swapped: list[nn.Module] = []
         self._paths: dict[int, str] = {}
         self._known: dict[Any, Any] = {}
 
     def go(self, model: nn.Module) -> None:
         try:
+            if self._rounding is not None:
+                self._rounding.start(model)
             self._visit(model, "", None)
+            if self._rounding is not None:
+                self._rounding.finish()
         except BaseException:
             self.undo()
             raise
@@ -113,6 +130,8 @@ class _Walk:
         for module in self._swapped:
             if isinstance(module, Swapped):
                 unswap(module)
+        if self._rounding is not None:
+            self._rounding.undo()
 
     def _visit(self, module: nn.Module, path: str, session: Session | None, part_of: str | None = None) -> None:
         if id(module) in self._paths:
@@ -121,9 +140,9 @@ class _Walk:
             return
         self._paths[id(module)] = path or "the model"
         if isinstance(module, Swapped):
-            self._report(module, path, "already", part_of)
-            state = vars(module)[STATE]
+            state, place = vars(module)[STATE], len(self.entries)
             self._visit_children(module, path, state.session, self._whole(module, path, part_of))
+            self._report(module, path, self._note(module, path, part_of, "already"), part_of, place)
             return
         if isinstance(module, (*_FAST, torch.jit.ScriptModule)):
             scripted = isinstance(module, torch.jit.ScriptModule)
@@ -182,7 +201,12 @@ class _Walk:
                 return
             note = "keeps keys and values between calls"
         vars(module)[STATE].record((module, *parts), inside=part_of is not None)
-        self._report(module, path, note, part_of, place)
+        self._report(module, path, self._note(module, path, part_of, note), part_of, place)
+
+    def _note(self, module: nn.Module, path: str, part_of: str | None, note: str) -> str:
+        """Gives a swapped module its 8-bit weights, and adds to the note about it."""
+        more = "" if self._rounding is None else self._rounding.round(module, path, part_of)
+        return "; ".join(each for each in (note, more) if each)
 
     def _recognise(self, module: nn.Module, kind: type[Kind]) -> Any:
         """`kind.recognise`, once for modules that are built alike."""

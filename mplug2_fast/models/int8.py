@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 
 from mplug2_fast.errors import ConfigError
 from mplug2_fast.models.names import SCALE, Entry, OfficialNames
-from mplug2_fast.nn.quantise import quantise
+from mplug2_fast.nn.quantise import matches, quantise
 
 BITS = {"visual": 8, "universal": 8, "text": 16, "fusion": 16, "decoder": 16}
 """Part of a model -> bits to which the inputs of its layers are rounded. Texts have few tokens, and cost little."""
@@ -34,7 +33,7 @@ class Unit(NamedTuple):
         """Gives it 8-bit weights, except for the layers that `keep` matches. Returns the names of the others."""
 
         def kept(name: str) -> bool:
-            return any(_matches(pattern, f"{self.name}.{name}") for pattern in keep)
+            return any(matches(pattern, f"{self.name}.{name}") for pattern in keep)
 
         return [f"{self.name}.{name}" for name in quantise(self.module, self.bits, kept)]
 
@@ -73,15 +72,10 @@ def require_matches(model: nn.Module, keep: Sequence[str]) -> None:
 
         quantise(part.module, keep=seen)
     for pattern in keep:
-        if not any(_matches(pattern, name) for name in names):
+        if not any(matches(pattern, name) for name in names):
             some = ", ".join(dict.fromkeys(name.partition(".")[0] + ".*" for name in names))
             example = names[len(names) // 2] if names else "none"
             raise ConfigError(f"keep {pattern!r} matches no layer: layers are in {some}; one is {example}")
-
-
-def _matches(pattern: str, name: str) -> bool:
-    """Whether the pattern matches a layer, or a module that it is in."""
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def int8_names(names: OfficialNames, model: nn.Module) -> OfficialNames:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -207,20 +207,11 @@ class LocalTemporal(nn.Module):
         if plain(*layers) and (norm is None or plain(norm)):
             return compute(x, norm, *layers, **options)
         if is_int8(self.down_proj, self.up_proj) and plain(self.conv) and self.bn is None:
-            return self._in_int8(x)
+            return in_int8(x, self.ln, *layers, **options)
         patches = x[:, :, 1:] if self.class_token else x
         out = self._call_layers(patches)
         out = patches + out if self.residual else out
         return torch.cat([x[:, :, :1].to(out.dtype), out], dim=2) if self.class_token else out
-
-    def _in_int8(self, x: Tensor) -> Tensor:
-        """`_forward` with two products of 8-bit weights. The class tokens go through them too."""
-        inner = self.down_proj(x if self.ln is None else self.ln(x))
-        inner = temporal_conv_act(inner, self.conv.weight.flatten(1), self.conv.bias, self.activation)
-        out = self.up_proj(inner, residual=x if self.residual else None)
-        if self.class_token:
-            out[:, :, 0] = x[:, :, 0]
-        return out
 
     def _call_layers(self, patches: Tensor) -> Tensor:
         """The update of patches `(batch, frames, patches, dim)`, by calls of every layer."""
@@ -297,6 +288,26 @@ def compute(
         return out
     token = x[:, :, :1]
     return torch.cat([token if keep_class_token else token.to(out.dtype), out], dim=2)
+
+
+def in_int8(
+    x: Tensor,
+    norm: Callable[[Tensor], Tensor] | None,
+    down: Callable[..., Tensor],
+    conv: nn.Module,
+    up: Callable[..., Tensor],
+    *,
+    activation: Activation,
+    class_token: bool,
+    residual: bool,
+) -> Tensor:
+    """`compute` with two products of 8-bit weights, such as `Int8Linear`. The class tokens go through them too."""
+    inner = down(x if norm is None else norm(x))
+    inner = temporal_conv_act(inner, conv.weight.flatten(1), conv.bias, activation)
+    out = up(inner, residual=x if residual else None)
+    if class_token:
+        out[:, :, 0] = x[:, :, 0]
+    return out
 
 
 def _channels_first(layer: nn.Module, x: Tensor, axes: int) -> Tensor:

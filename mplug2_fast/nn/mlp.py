@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,10 @@ from mplug2_fast.ops.residual import would_round
 
 _BLOCK_BYTES = 24 << 20
 """Most bytes between the layers. From 32 MiB on, glibc maps fresh pages for each tensor."""
+
+
+Product = Callable[..., Tensor]
+Norm = Callable[[Tensor], Tensor]
 
 
 class MLP(nn.Module):
@@ -51,19 +57,23 @@ def feed_forward(
 ) -> Tensor:
     """proj(activation(fc(norm(x)))) of x `(..., dim)`, plus x if `residual`. Calls modules that are not plain."""
     if is_int8(fc, proj) and not would_round(x):
-        return _in_int8(x, fc, proj, activation, norm, residual)
+        return in_int8(x, fc.weight.shape[0], fc, proj, activation, norm, residual)
     if not plain(fc, proj) or not (norm is None or unchanged(NORMS, norm)):
         out = linear(proj, linear(fc, x if norm is None else norm(x), activation))
         return x + out if residual else out
     return compute(x, fc, proj, activation, norm=norm, residual=residual)
 
 
-def _in_int8(
-    x: Tensor, fc: nn.Module, proj: nn.Module, activation: Activation, norm: nn.Module | None, residual: bool
+def in_int8(
+    x: Tensor, hidden: int, fc: Product, proj: Product, activation: Activation, norm: Norm | None, residual: bool
 ) -> Tensor:
-    """`feed_forward` with 8-bit weights, in blocks of rows."""
+    """`feed_forward` with 8-bit weights, in blocks of rows.
+
+    Args:
+        hidden: outputs of fc. fc, proj: called with x and an activation or a residual, such as `Int8Linear`.
+    """
     rows = x.reshape(-1, x.shape[-1])
-    blocks = -(-len(rows) * fc.weight.shape[0] * x.element_size() // _BLOCK_BYTES)
+    blocks = -(-len(rows) * hidden * x.element_size() // _BLOCK_BYTES)
     if len(rows) == 0 or blocks == 1:
         return proj(fc(x if norm is None else norm(x), activation), residual=x if residual else None)
     out = [

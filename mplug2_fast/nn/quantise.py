@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -51,14 +52,24 @@ def smooth(norm: nn.Module, weight: Tensor) -> None:
 
     Source: SmoothQuant (arXiv 2211.10438), section 4, with the norm's parameters in place of measured activations.
     """
-    size = 3 * norm.weight.float().abs() + (0 if norm.bias is None else norm.bias.float().abs())
-    most = weight.float().abs().amax(dim=0)
-    ratio = torch.where((size > 0) & (most > 0), size / most, 1.0).log2() / 2
-    factor = torch.exp2((ratio - ratio.mean()).round())
+    factor = smoothing(norm, weight)
     for vector in (norm.weight, norm.bias):
         if vector is not None:
             vector.div_(factor)
     weight.mul_(factor)
+
+
+def smoothing(norm: nn.Module, weight: Tensor) -> Tensor:
+    """The factors of `smooth`, `(channels,)`, float32."""
+    size = 3 * norm.weight.float().abs() + (0 if norm.bias is None else norm.bias.float().abs())
+    most = weight.float().abs().amax(dim=0)
+    ratio = torch.where((size > 0) & (most > 0), size / most, 1.0).log2() / 2
+    return torch.exp2((ratio - ratio.mean()).round())
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern of layers to keep matches a layer, or a module that it is in."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def _normed(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:

@@ -54,6 +54,11 @@ def isa() -> Any:
     return [isa for isa in _C.Isa.__members__.values() if _C.is_supported(isa)][-1]
 
 
+def multiplies_bytes() -> bool:
+    """Whether kernels use instructions for products of bytes (VNNI)."""
+    return available() and isa().name in ("avx512_vnni", "avx512_bf16")
+
+
 def reasons(x: Tensor, **others: Tensor | None) -> list[str]:
     """Why native kernels cannot serve these arguments: no native module, a dtype other than float32 and bfloat16,
     different dtypes, or a last axis that is not dense."""
