@@ -2,11 +2,13 @@
 
     python -m bench.accelerate_models                                # all, float32, one thread
     python -m bench.accelerate_models --dtype bfloat16 bert blip     # those whose names start so
+    python -m bench.accelerate_models --dtype int8 vit               # 8-bit weights
     python -m bench.accelerate_models --seconds 20 "timm ViT-Ti"     # longer
 
 Models are the packages' own classes with random weights. Three copies of a model take turns: the original, the
 accelerated one, and the original again. The last pair shows the scatter. Times are CPU times, so other processes hardly
-count. Results are checked. The exit status is 1 if one is wrong or a model became slower by more than the scatter.
+count. With int8, the models are bfloat16 if the processor multiplies it, and a float32 copy takes a turn too. Results
+are checked. The exit status is 1 if one is wrong or a model became slower by more than the scatter.
 """
 
 from __future__ import annotations
@@ -31,13 +33,15 @@ from torch import Tensor, nn
 
 import mplug2_fast as mf
 from bench import case, machine
-from mplug2_fast.devices import DTYPES
+from mplug2_fast.checkpoint.int8 import others_dtype
+from mplug2_fast.devices import DTYPES, INT8
 
 WIDTHS, LAYERS, IMAGE, PATCH, NEW_TOKENS = (192, 384, 768), 4, 224, 16, 16
 """Sizes of the models of transformers."""
-SERVED, SMALL = "served", "too small to gain"
-TOLERANCE = 2e-5
-"""Relative error allowed in float32. In other types the error may be twice that of the original."""
+SERVED, SMALL, PRODUCTS = "served", "too small to gain", "8-bit products"
+TOLERANCE, INT8_TOLERANCE = 2e-5, 3e-2
+"""Relative error allowed in float32, and with 8-bit weights. In other types the error may be twice that of the
+original."""
 FEWEST_TURNS, MOST_TURNS = 9, 400
 
 
@@ -67,7 +71,8 @@ class Result:
     """What was measured.
 
     Attributes:
-        seconds: CPU seconds turn by turn: for the original, the accelerated model, the original again.
+        seconds: CPU seconds turn by turn: for the original, the accelerated model, the original again, and with int8
+            the original in float32.
         calls: of accelerated modules in one run, by what became of them.
     """
 
@@ -80,12 +85,18 @@ class Result:
     @property
     def ratio(self) -> float:
         """How many times faster the accelerated model is."""
-        return statistics.median(original / fast for original, fast, _ in self.seconds)
+        return statistics.median(original / fast for original, fast, *_ in self.seconds)
+
+    @property
+    def ratio_to_float32(self) -> float | None:
+        """How many times faster it is than the original in float32, if that was measured."""
+        ratios = [turn[3] / turn[1] for turn in self.seconds if len(turn) > 3]
+        return statistics.median(ratios) if ratios else None
 
     @property
     def null(self) -> tuple[float, float]:
         """(the ratio of the two originals, half the width of its 95% interval)."""
-        ratios = sorted(original / again for original, _, again in self.seconds)
+        ratios = sorted(original / again for original, _, again, *_ in self.seconds)
         outside = max(0, math.floor(len(ratios) / 2 - 0.98 * math.sqrt(len(ratios))))
         return statistics.median(ratios), (ratios[-1 - outside] - ratios[outside]) / 2
 
@@ -225,14 +236,16 @@ def subjects() -> Iterator[Subject]:
 # --- measuring
 
 
-def measure(subject: Subject, dtype: torch.dtype, seconds: float) -> Result:
+def measure(subject: Subject, dtype: str, seconds: float) -> Result:
     """Measures one model for about this many seconds, on the CPU."""
+    rounds = dtype == INT8
+    chosen = others_dtype() if rounds else DTYPES[dtype]
     torch.manual_seed(0)
     exact, inputs, run, generates = subject.make()
     exact.eval()
-    narrow = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-    original, fast, again = (copy.deepcopy(exact).to(dtype) for _ in range(3))
-    report = mf.accelerate(fast)
+    narrow = {name: value.to(chosen) if value.is_floating_point() else value for name, value in inputs.items()}
+    original, fast, again = (copy.deepcopy(exact).to(chosen) for _ in range(3))
+    report = mf.accelerate(fast, INT8 if rounds else None)
     work = partial(run, **narrow)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*The original code runs")
@@ -241,15 +254,17 @@ def measure(subject: Subject, dtype: torch.dtype, seconds: float) -> Result:
         before = _calls(report)
         work(fast)
         calls = {kind: count - before[kind] for kind, count in _calls(report).items()}
-        turns = _turns((original, fast, again), work, seconds)
-    return Result(subject.name, turns, Counter(calls), error, TOLERANCE if dtype is torch.float32 else 2 * usual)
+        runs = [partial(work, model) for model in (original, fast, again)]
+        turns = _turns([*runs, *[partial(run, exact, **inputs)] * rounds], seconds)
+    allowed = INT8_TOLERANCE if rounds else TOLERANCE if chosen is torch.float32 else 2 * usual
+    return Result(subject.name, turns, Counter(calls), error, allowed)
 
 
 def _calls(report: mf.acceleration.Report) -> Counter[str]:
-    """How many calls were served, were too small, or were left to the original code, by reason."""
+    """How many calls were served, were too small, or were left to the original code, by reason; and 8-bit products."""
     found: Counter[str] = Counter()
     for calls in report.calls.values():
-        found.update({SERVED: calls.served, SMALL: calls.no_gain})
+        found.update({SERVED: calls.served, SMALL: calls.no_gain, PRODUCTS: calls.int8})
         found.update(calls.by_parts + calls.original)
     return found
 
@@ -263,18 +278,18 @@ def _error(found: Sequence[Tensor], exact: Sequence[Tensor], generates: bool) ->
     return case.relative_error(tuple(found[:steps]), tuple(exact[:steps]))
 
 
-def _turns(models: Sequence[nn.Module], run: Callable[..., Any], seconds: float) -> tuple[tuple[float, ...], ...]:
+def _turns(runs: Sequence[Callable[[], Any]], seconds: float) -> tuple[tuple[float, ...], ...]:
     """CPU seconds of each model, turn by turn. Every turn starts with another model."""
-    for model in models:
-        run(model)
+    for run in runs:
+        run()
     turns: list[tuple[float, ...]] = []
     begin = time.perf_counter()
     while len(turns) < MOST_TURNS and (len(turns) < FEWEST_TURNS or time.perf_counter() - begin < seconds):
-        taken = [0.0] * len(models)
-        for place in range(len(models)):
-            chosen = (place + len(turns)) % len(models)
+        taken = [0.0] * len(runs)
+        for place in range(len(runs)):
+            chosen = (place + len(turns)) % len(runs)
             start = time.process_time()
-            run(models[chosen])
+            runs[chosen]()
             taken[chosen] = time.process_time() - start
         turns.append(tuple(taken))
     return tuple(turns)
@@ -286,6 +301,10 @@ HEADER = (
     "| model | original, ms | accelerated | original again | calls: served, no gain, other |",
     "| :--- | ---: | ---: | ---: | ---: |",
 )
+INT8_HEADER = (
+    "| model | original, ms | accelerated | original again | than float32 | 8-bit products | error |",
+    "| :--- | ---: | ---: | ---: | ---: | ---: | ---: |",
+)
 
 
 def line(result: Result) -> str:
@@ -293,10 +312,12 @@ def line(result: Result) -> str:
     verdict = ("" if result.is_right else f" wrong: {result.error:.1e}") + (" slower" if result.is_slower else "")
     original = 1e3 * statistics.median(turn[0] for turn in result.seconds)
     served, small = result.calls[SERVED], result.calls[SMALL]
-    calls = f"{served}, {small}, {result.calls.total() - served - small}"
+    last = f"{served}, {small}, {result.calls.total() - served - small - result.calls[PRODUCTS]}"
+    if result.ratio_to_float32 is not None:
+        last = f"{result.ratio_to_float32:.2f}× | {result.calls[PRODUCTS]} | {result.error:.1e}"
     return (
         f"| {result.name} | {original:.{1 if original >= 10 else 2}f} | {result.ratio:.2f}×{verdict} "
-        f"| {middle:.3f} ± {half:.3f} | {calls} |"
+        f"| {middle:.3f} ± {half:.3f} | {last} |"
     )
 
 
@@ -305,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="bench.accelerate_models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="beginnings of names (default: all)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--dtype", choices=(*DTYPES, INT8), default="float32")
     parser.add_argument("--seconds", type=float, default=6.0, help="for each model (default: 6)")
     parser.add_argument("--why", action="store_true", help="also print what became of the calls")
     options = parser.parse_args(arguments)
@@ -317,13 +338,13 @@ def main(arguments: list[str] | None = None) -> int:
     machine.keep_freed_memory()
     described, versions = machine.describe()
     print(f"{machine.words({**described, 'threads': 1}, versions)} · {options.dtype} · {versions['commit']}\n")
-    print(*HEADER, sep="\n")
+    print(*(INT8_HEADER if options.dtype == INT8 else HEADER), sep="\n")
     failed = False
     for subject in chosen:
         if importlib.util.find_spec(subject.package) is None:
             print(f"{subject.name} is left out: pip install {subject.package}", file=sys.stderr)
             continue
-        result = measure(subject, DTYPES[options.dtype], options.seconds)
+        result = measure(subject, options.dtype, options.seconds)
         print(line(result), flush=True)
         if options.why:
             print(*(f"    {count} × {what}" for what, count in result.calls.items() if count), sep="\n")

@@ -3,10 +3,10 @@
 from collections import Counter
 
 import pytest
-import torch
 
 from bench import accelerate_models as models
 from bench.accelerate_models import SERVED, Result, Subject
+from mplug2_fast.ops.runtime import cpu
 
 
 def result(*, fast: float, again: float = 1.0, error: float = 0.0) -> Result:
@@ -32,8 +32,10 @@ def test_names_differ():
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_a_small_model(monkeypatch, dtype):
+    if dtype == "int8" and not cpu.multiplies_bytes():
+        pytest.skip("8-bit weights need a processor that multiplies bytes")
     pytest.importorskip("transformers", minversion="5")
     monkeypatch.setattr(models, "LAYERS", 1)
     monkeypatch.setattr(models, "NEW_TOKENS", 2)
@@ -42,6 +44,8 @@ def test_a_small_model(monkeypatch, dtype):
         found = models.measure(Subject("small", "transformers", lambda make=make: make(64)), dtype, seconds=0)
         assert found.is_right
         assert len(found.seconds) == 2
+        assert (found.ratio_to_float32 is not None) == (dtype == "int8")
+        assert models.line(found).count("|") == len(models.INT8_HEADER[0].split("|")) - 1 or dtype != "int8"
         assert found.calls.total() > 0
 
 
