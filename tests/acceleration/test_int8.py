@@ -2,6 +2,8 @@
 
 import copy
 import io
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +13,13 @@ from torch.nn import functional as F
 import mplug2_fast as mf
 from mplug2_fast.acceleration import int8
 from mplug2_fast.errors import ConfigError
-from mplug2_fast.ops.runtime import cpu
+from mplug2_fast.ops.runtime import cpu, onednn
 from tests.acceleration.test_transformers import bert, made, models, transformers, words  # noqa: F401
 from tests.golden.cases import relative_error
 from tests.tiny import SMALL, pair, random_text, random_video
 
 TOLERANCE = 3e-2
+HAS_PRODUCTS = cpu.multiplies_bytes() and onednn.multiplies(torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -320,6 +323,15 @@ def test_the_report(words):  # noqa: F811
     run(lambda _: model(**words))
     line = next(line for line in str(report).splitlines() if line.startswith("encoder.layer"))
     assert line.endswith("→ FastBertLayer (8-bit weights; served 1, 8-bit products 6)")
+
+
+@pytest.mark.real_sizes
+@pytest.mark.skipif(not HAS_PRODUCTS, reason="the page shows a processor that multiplies bytes")
+def test_the_example_of_the_page(capsys):
+    page = (Path(__file__).parents[2] / "docs/acceleration.md").read_text(encoding="utf-8")
+    code, output = re.search(r"^```py\n(.*?)^```\n\n^```\n(.*?)^```\n", page, re.DOTALL | re.MULTILINE).groups()
+    exec(compile(code, "<docs>", "exec"), {"__name__": "__docs__"})
+    assert capsys.readouterr().out == output
 
 
 # --- smoothing
