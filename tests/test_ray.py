@@ -79,6 +79,12 @@ def test_answers(paths: list[str]) -> None:
         Answers(device="cpu", question="?")({"path": np.array(paths[:1])})
 
 
+@pytest.mark.parametrize("step", [Captions, Answers])
+def test_layers_that_are_not_rounded(step: type[Captions | Answers]) -> None:
+    loaded = step(device="cpu", dtype="int8", keep=["decoder.*"])
+    assert loaded._work.predictor.model.kept == ("decoder.*",)
+
+
 def test_options_that_are_not_known() -> None:
     with pytest.raises(ConfigError, match="temperature: unknown option; use num_beams, num_return"):
         Captions(device="cpu", temperature=1)

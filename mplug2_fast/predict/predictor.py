@@ -151,9 +151,10 @@ class Predictor:
         path: PathLike | None = None,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
+        keep: Sequence[str] = (),
     ) -> Self:
         """Makes a predictor from the path of a checkpoint."""
-        return cls(path, dtype=dtype, device=device)
+        return cls(path, dtype=dtype, device=device, keep=keep)
 
     @property
     def preparation(self) -> Preparation:

@@ -68,7 +68,7 @@ class Captions(_Step):
     """Adds `text`, `score`, `decoder`, `error`, and as JSON `alternatives`, `frames` and `seconds`.
 
     Args:
-        checkpoint, dtype, device: as for `Captioner`. num_frames: frames per clip, by default the model's.
+        checkpoint, dtype, device, keep: as for `Captioner`. num_frames: frames per clip, by default the model's.
         num_workers, timeout: decoding processes, and their timeout per file in seconds.
         options: of `Captioner.caption`.
     """
@@ -79,12 +79,13 @@ class Captions(_Step):
         *,
         dtype: str | None = None,
         device: str | None = None,
+        keep: Sequence[str] = (),
         num_frames: int | None = None,
         num_workers: int = 1,
         timeout: float | None = 60.0,
         **options: int,
     ) -> None:
-        captioner = Captioner(checkpoint, dtype=dtype, device=device)
+        captioner = Captioner(checkpoint, dtype=dtype, device=device, keep=keep)
         super().__init__(Predict(captioner, _frames(captioner, num_frames), _searching(options)), num_workers, timeout)
 
     def __call__(self, batch: Columns) -> Columns:
@@ -108,12 +109,13 @@ class Answers(_Step):
         candidates: Sequence[str] | None = None,
         dtype: str | None = None,
         device: str | None = None,
+        keep: Sequence[str] = (),
         num_frames: int | None = None,
         num_workers: int = 1,
         timeout: float | None = 60.0,
         **options: int,
     ) -> None:
-        answerer = Answerer(checkpoint, dtype=dtype, device=device)
+        answerer = Answerer(checkpoint, dtype=dtype, device=device, keep=keep)
         predictor, filled = answerer.with_options(candidates, **_searching(options))
         self._question = question
         super().__init__(Predict(predictor, _frames(predictor, num_frames), filled), num_workers, timeout)
