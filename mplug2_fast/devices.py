@@ -8,13 +8,14 @@ from mplug2_fast.errors import ConfigError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-INT8 = "int8"
-"""Linear layers with 8-bit weights. Not a dtype of parameters: see `Model.quantise`."""
+INT8, FP8 = "int8", "fp8"
+"""Formats of 8-bit weights of linear layers. Not dtypes of parameters: see `Model.quantise`."""
+_EIGHT_BIT = {INT8: INT8, torch.int8: INT8, FP8: FP8, torch.float8_e4m3fn: FP8}
 
 
-def is_int8(dtype: str | torch.dtype | None) -> bool:
-    """Whether 8-bit weights are meant."""
-    return dtype in (INT8, torch.int8)
+def eight_bit(dtype: str | torch.dtype | None) -> str | None:
+    """The format of 8-bit weights that is meant, or None."""
+    return _EIGHT_BIT.get(dtype)
 
 
 def pick_device(device: str | torch.device | None = None) -> torch.device:
@@ -50,5 +51,5 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen not in DTYPES.values():
-        raise ConfigError(f"the dtype {dtype} is not supported: choose auto, {', '.join(DTYPES)} or {INT8}")
+        raise ConfigError(f"the dtype {dtype} is not supported: choose auto, {', '.join(DTYPES)}, {INT8} or {FP8}")
     return chosen

@@ -319,7 +319,7 @@ def compute(x: Tensor, layers: tuple[Any, ...], **options: Any) -> Tensor:
     rounded = None if isinstance(norm, _BatchNorm) else two_products(x, down, up, norm)
     if rounded is not None:
         normed = None if norm is None else functools.partial(normalised, norm)
-        return local_temporal.in_int8(x, normed, rounded[0], conv, rounded[1], **options)
+        return local_temporal.in_eight_bits(x, normed, rounded[0], conv, rounded[1], **options)
     rows = x.numel() // max(1, x.shape[-1])
     for layer in (down, up):
         if layer is up or not local_temporal.folds(norm, x):  # a folded weight is computed in each call

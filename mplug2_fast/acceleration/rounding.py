@@ -11,7 +11,7 @@ from torch import nn
 from mplug2_fast.acceleration import int8
 from mplug2_fast.acceleration.basic import LayerNormKind
 from mplug2_fast.acceleration.swap import STATE
-from mplug2_fast.devices import is_int8
+from mplug2_fast.devices import INT8, eight_bit
 from mplug2_fast.errors import ConfigError
 from mplug2_fast.nn.quantise import matches
 from mplug2_fast.ops.runtime import cpu
@@ -25,7 +25,7 @@ def plan(dtype: str | torch.dtype | None, keep: Sequence[str]) -> Rounding | Non
         if keep:
             raise ConfigError("keep names layers that are not rounded to 8 bits: use it with the dtype int8")
         return None
-    if not is_int8(dtype):
+    if eight_bit(dtype) != INT8:
         wanted = str(dtype).removeprefix("torch.")
         raise ConfigError(f"accelerate rounds weights to int8 only, got the dtype {wanted}: use model.to() for others")
     if not cpu.multiplies_bytes():

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mplug2_fast.checkpoint.card import CARD_NAME, model_card
-from mplug2_fast.checkpoint.int8 import OTHERS, QUANTISATION_KEY, loads_int8, to_json
+from mplug2_fast.checkpoint.int8 import OTHERS, QUANTISATION_KEY, rounding, to_json
 from mplug2_fast.checkpoint.load import OfficialModel, check_finite, fitted
 from mplug2_fast.checkpoint.pages import PageReleaser
 from mplug2_fast.checkpoint.pretrained import read
@@ -30,10 +30,12 @@ from mplug2_fast.checkpoint.source import (
 from mplug2_fast.devices import pick_dtype
 from mplug2_fast.errors import CheckpointError
 from mplug2_fast.models import official_names
+from mplug2_fast.models.int8 import FORMATS, Quantisation
 from mplug2_fast.models.names import Shape
 from mplug2_fast.tasks import Task, get, stated, title_of
 
 _SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_EIGHT_BIT_DTYPES = {torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3"}
 
 
 def convert(
@@ -50,8 +52,8 @@ def convert(
         src: as `from_pretrained` takes it.
         dst: a directory that does not exist yet or is empty. It is written atomically.
         task: the task or tasks to keep. None: as in `from_pretrained`.
-        dtype: None keeps the dtype of each tensor. "int8": linear layers get 8-bit weights, with a float32 scale for
-            each output; other weights are bfloat16. The rounded model is then in memory.
+        dtype: None keeps the dtype of each tensor. "int8", "fp8": linear layers get 8-bit weights, with a float32 scale
+            for each output; other weights are bfloat16. The rounded model is then in memory.
         config: overrides what the file says and what its shapes imply.
         keep: with 8-bit weights, patterns of layers that are not rounded: see `Model.quantise`.
 
@@ -59,11 +61,11 @@ def convert(
     """
     _require_free(Path(dst).expanduser())
     source = open_checkpoint(src)
-    int8 = loads_int8(source.name, source.keep, dtype, keep)
-    if int8 and source.keep is None:
-        model = read(source, task, config, OTHERS, torch.device("cpu"), int8=True, keep=keep)
+    quantisation = rounding(source.name, source.quantisation, dtype, keep)
+    if quantisation is not None and source.quantisation is None:
+        model = read(source, task, config, OTHERS, torch.device("cpu"), quantisation=quantisation)
         return _save(model, dst, list(model.tasks.values()), vocabulary_path(src))
-    if int8 or dtype == "auto":
+    if quantisation is not None or dtype == "auto":
         dtype = None
     elif isinstance(dtype, str):
         dtype = pick_dtype(dtype, torch.device("cpu"))
@@ -84,7 +86,7 @@ def convert(
             release(source.tensors[key])
 
     content = described, tensors()
-    return _write(dst, resolved.config, resolved.tasks, *content, vocabulary_path(src), keep=source.keep)
+    return _write(dst, resolved.config, resolved.tasks, *content, vocabulary_path(src), quantisation=quantisation)
 
 
 def save_pretrained(
@@ -121,11 +123,11 @@ def _save(
     dtype: torch.dtype | None = None,
     card: str | None = None,
 ) -> Path:
-    keep = getattr(model, "kept", None)
-    if keep is not None and dtype is not None:
+    quantisation = getattr(model, "quantisation", None)
+    if quantisation is not None and dtype is not None:
         raise CheckpointError(f"the weights are rounded to 8 bits and cannot be saved as {dtype}: leave dtype out")
     views = model.official_parameters()
-    wanted = official_names(model.config, tasks, keep).needed
+    wanted = official_names(model.config, tasks, quantisation).needed
     missing = wanted.keys() - views.keys()
     if missing:
         raise CheckpointError(
@@ -139,7 +141,7 @@ def _save(
             check_finite(key, views[key], kind)
             yield views[key].to("cpu", kind)
 
-    return _write(directory, model.config, tasks, described, tensors(), vocabulary, card, keep)
+    return _write(directory, model.config, tasks, described, tensors(), vocabulary, card, quantisation)
 
 
 def _write(
@@ -150,15 +152,16 @@ def _write(
     tensors: Iterator[torch.Tensor],
     vocabulary: Path | None,
     card: str | None = None,
-    keep: Sequence[str] | None = None,
+    quantisation: Quantisation | None = None,
 ) -> Path:
     values = {"family": config.family, "tasks": [stated(task) for task in tasks], **config.to_dict()}
-    if keep is not None:
-        values[QUANTISATION_KEY] = to_json(keep)
+    if quantisation is not None:
+        values[QUANTISATION_KEY] = to_json(quantisation)
     with _appearing(Path(dst).expanduser()) as folder:
         (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         metadata = {"format": "pt", METADATA_KEY: json.dumps(values)}
-        _write_safetensors(folder / WEIGHTS_NAME, described, tensors, metadata, int8=keep is not None)
+        numbers = None if quantisation is None else FORMATS[quantisation.weights].dtype
+        _write_safetensors(folder / WEIGHTS_NAME, described, tensors, metadata, numbers)
         if card is not None:
             (folder / CARD_NAME).write_text(model_card(config, tasks, card), encoding="utf-8")
         if vocabulary is not None:
@@ -171,11 +174,13 @@ def _write_safetensors(
     described: Mapping[str, tuple[torch.dtype, Shape]],
     tensors: Iterator[torch.Tensor],
     metadata: Mapping[str, str],
-    *,
-    int8: bool,
+    numbers: torch.dtype | None,
 ) -> None:
-    """Writes a safetensors file tensor by tensor. The library's writer needs all cast tensors in memory."""
-    names = _SAFETENSORS_DTYPES | ({torch.int8: "I8"} if int8 else {})
+    """Writes a safetensors file tensor by tensor. The library's writer needs all cast tensors in memory.
+
+    `numbers`: the dtype of 8-bit weights, if there are any.
+    """
+    names = _SAFETENSORS_DTYPES | {dtype: name for dtype, name in _EIGHT_BIT_DTYPES.items() if dtype == numbers}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for key, (dtype, shape) in _file_order(described).items():

@@ -47,7 +47,8 @@ class Inspection:
         tasks: the tasks that `groups` refers to; empty if the sizes are unknown.
         servable: all tasks of this package whose weights are complete.
         config: the sizes, or None if they cannot be determined.
-        keep: if linear layers have 8-bit weights, the patterns of those that do not. Otherwise None.
+        weights: "int8" or "fp8", if linear layers have 8-bit weights. Otherwise None.
+        keep: the patterns of linear layers that do not have them. Otherwise None.
         assumed: dotted field -> official default, for fields that the file does not determine.
         needed_parameters: number of elements that the tasks use.
         groups: the entries by kind and subtree.
@@ -68,6 +69,7 @@ class Inspection:
     tasks: tuple[str, ...] = ()
     servable: tuple[str, ...] = ()
     config: Any = None
+    weights: str | None = None
     keep: tuple[str, ...] | None = None
     assumed: dict[str, Any] = field(default_factory=dict)
     needed_parameters: int = 0
@@ -112,7 +114,8 @@ def inspect(path: str | Path, task: Tasks = None, config: Any = None) -> Inspect
         "dtypes": dtypes_of(source.tensors.values()),
         "entry": source.entry,
         "others": source.others,
-        "keep": source.keep,
+        "weights": source.quantisation and source.quantisation.weights,
+        "keep": source.quantisation and source.quantisation.keep,
         "vocabulary": vocabulary_path(path) is not None,
     }
     try:

@@ -137,7 +137,7 @@ def _copied_finite(view: torch.Tensor, tensor: torch.Tensor) -> bool:
         return False
     sums = []
     for target, source in zip(view.view(-1).split(_PIECE), tensor.view(-1).split(_PIECE), strict=True):
-        sums.append(target.copy_(source).sum())
+        sums.append(_wide(target.copy_(source)).sum())
     return bool(torch.stack(sums).isfinite().all())
 
 
@@ -151,17 +151,22 @@ def check_finite(key: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
     """Raises `CheckpointError` if a number of `tensor` is NaN or infinite, or becomes infinite in `dtype`."""
     if not tensor.numel():
         return
-    extremes = torch.stack(torch.aminmax(tensor.detach()))  # NaN if any number is NaN; one pass without a copy
+    extremes = torch.stack(torch.aminmax(_wide(tensor.detach())))  # NaN if any number is NaN; one pass without a copy
     if not extremes.isfinite().all():
         raise CheckpointError(
             f"{key} has values that are not finite (NaN or infinite), so every result would be wrong; nothing was "
             "loaded\n  remedy: use an undamaged copy, or a checkpoint from before the training diverged"
         )
-    if not extremes.to(dtype).isfinite().all():
+    if not _wide(extremes.to(dtype)).isfinite().all():
         raise CheckpointError(
             f"{key} has values up to {extremes.abs().max().item():.4g}, which are infinite in "
             f"{str(dtype).removeprefix('torch.')}; nothing was loaded\n  remedy: use bfloat16 or float32"
         )
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """e4m3 numbers in float32, because PyTorch cannot compare or add them."""
+    return tensor.float() if tensor.dtype == torch.float8_e4m3fn else tensor
 
 
 def fitted(tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

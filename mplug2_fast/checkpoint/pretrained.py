@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from mplug2_fast.checkpoint.int8 import check_numbers, loads_int8, others_dtype, read_rounded
+from mplug2_fast.checkpoint.int8 import check_numbers, device_of, others_dtype, read_rounded, rounding
 from mplug2_fast.checkpoint.load import copy_official
 from mplug2_fast.checkpoint.pages import PageReleaser
 from mplug2_fast.checkpoint.resolve import Tasks, require_twins, resolve
 from mplug2_fast.checkpoint.source import Source, open_checkpoint
-from mplug2_fast.devices import is_int8, pick_device, pick_dtype
+from mplug2_fast.devices import eight_bit, pick_device, pick_dtype
 from mplug2_fast.errors import CheckpointError, ConfigError
+from mplug2_fast.models.int8 import Quantisation
 from mplug2_fast.tasks import Task
 
 if TYPE_CHECKING:
@@ -59,9 +60,10 @@ def from_pretrained(
         task: one task, by name or as an object. tasks: several. Without either: as the file says, or else the task
             with the most modules among those whose weights are complete.
         dtype: of the parameters, as a dtype or its name. None: torch's default dtype. "auto": see `pick_dtype`.
-            "int8": linear layers get 8-bit weights, see `Model.quantise`, and other weights are bfloat16 if the
-            processor multiplies it, otherwise float32. A file with 8-bit weights can only be loaded so.
-        device: None: the CPU. "auto": see `pick_device`; the CPU for 8-bit weights.
+            "int8", "fp8": linear layers get 8-bit weights, for a CPU and for a GPU of compute capability 8.9 or later,
+            see `Model.quantise`. Other weights are bfloat16 if the device multiplies it, otherwise float32. A file with
+            8-bit weights can only be loaded so.
+        device: None: the CPU. "auto": see `pick_device`; the CPU for int8.
         config: overrides what the file says and what its shapes imply. For another image size, position embeddings
             are resized as in `load_official`.
         keep: with 8-bit weights, patterns of layers that are not rounded: see `Model.quantise`.
@@ -77,16 +79,15 @@ def from_pretrained(
     if task is not None and tasks is not None:
         raise ConfigError("give either task or tasks")
     place = pick_device(device or "cpu")
-    if isinstance(dtype, str) and not is_int8(dtype):
+    if isinstance(dtype, str) and eight_bit(dtype) is None:
         pick_dtype(dtype, place)
     source = open_checkpoint(path)
-    if loads_int8(source.name, source.keep, dtype, keep):
-        place = pick_device("cpu") if str(device) == "auto" else place
-        if place.type != "cpu":
-            raise ConfigError(f"8-bit weights are for the CPU, and the device is {place}: use bfloat16 there")
+    quantisation = rounding(source.name, source.quantisation, dtype, keep)
+    if quantisation is not None:
+        place = device_of(quantisation.weights, device)
         if new_heads:
             raise ConfigError("new heads must be trained, and a model with 8-bit weights cannot be")
-        built = read(source, task or tasks, config, others_dtype(), place, int8=True, keep=keep)
+        built = read(source, task or tasks, config, others_dtype(place), place, quantisation=quantisation)
     else:
         dtype = pick_dtype(dtype, place) if isinstance(dtype, str) else dtype or torch.get_default_dtype()
         built = read(source, task or tasks, config, dtype, place, new_heads=new_heads)
@@ -100,11 +101,10 @@ def read(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    int8: bool = False,
-    keep: Sequence[str] = (),
+    quantisation: Quantisation | None = None,
     new_heads: bool = False,
 ) -> Any:
-    """The model of an opened checkpoint. `int8`: with 8-bit weights, which the file may have or not."""
+    """The model of an opened checkpoint. `quantisation`: of its weights, which the file may have or not."""
     resolved = resolve(source, tasks, config)
     fresh = resolved.fit.missing_heads() if new_heads else frozenset()
     if fresh:
@@ -115,10 +115,10 @@ def read(
     require_twins(source, resolved, release)
     built = resolved.family.build(resolved.config, resolved.tasks, "meta", dtype)
     try:
-        if int8 and source.keep is None:
-            return read_rounded(built.eval(), keep, source.tensors, dtype, release)
-        if int8:
-            built = built.eval().quantise(source.keep, check=False)
+        if quantisation is not None and source.quantisation is None:
+            return read_rounded(built.eval(), quantisation, source.tensors, dtype, release).to(device)
+        if quantisation is not None:
+            built = built.eval().quantise(quantisation.keep, quantisation.weights, check=False)
         built = built.to_empty(device=device)
         if fresh:
             built.reset_parameters()

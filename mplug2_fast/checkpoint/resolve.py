@@ -90,7 +90,7 @@ def resolve(source: Source, tasks: Tasks = None, config: Any = None) -> Resolved
     else:
         servable = [TASKS[name] for name in servable_tasks(shapes, config)]
     wanted = wanted or _stated(source) or (_usual(servable, shapes, config),)
-    names = official_names(config, wanted, source.keep)
+    names = official_names(config, wanted, source.quantisation)
     modules = config.modules_for(wanted)
     missing = tuple(name for name, module in undetermined.items() if module in modules)
     known = tuple(task.name for task in servable)

@@ -21,6 +21,7 @@ from mplug2_fast.checkpoint.pickles import Inert, OtherTensor, RefusedError, Sto
 from mplug2_fast.checkpoint.torch_file import BROKEN, LEGACY_MAGIC, TorchFile, open_torch_file, tensor_of
 from mplug2_fast.errors import CheckpointError, ConfigError, printable
 from mplug2_fast.models import FAMILIES
+from mplug2_fast.models.int8 import Quantisation
 from mplug2_fast.tasks import Stated
 
 CONFIG_NAME = "config.json"
@@ -51,7 +52,7 @@ class Source:
         tensors: official key -> tensor, without prefixes of wrappers; views of the mapped file.
         config: the configuration, if the file has a complete one.
         tasks: the tasks that the file names.
-        keep: if linear layers have 8-bit weights, the patterns of those that do not. Otherwise None.
+        quantisation: of 8-bit weights, if linear layers have them. Otherwise None.
         stated: the `config` entry of a training checkpoint.
         entry: the top-level entry with the weights, or None for a bare state dict.
         others: other top-level entries, such as optimizer state.
@@ -63,7 +64,7 @@ class Source:
     tensors: dict[str, torch.Tensor]
     config: Any = None
     tasks: tuple[Stated, ...] = ()
-    keep: tuple[str, ...] | None = None
+    quantisation: Quantisation | None = None
     stated: Mapping[str, Any] = field(default_factory=dict)
     entry: str | None = None
     others: tuple[str, ...] = ()
@@ -213,8 +214,8 @@ def _open_safetensors(path: Path, head: bytes) -> Source:
     return Source(path, path, "safetensors file", plain_state_dict(tensors), *stated)
 
 
-def _stated_config(text: bytes) -> tuple[Any, tuple[Stated, ...], tuple[str, ...] | None]:
-    """The configuration, the tasks, and the `keep` of 8-bit weights in a JSON text."""
+def _stated_config(text: bytes) -> tuple[Any, tuple[Stated, ...], Quantisation | None]:
+    """The configuration, the tasks, and what a JSON text says of 8-bit weights."""
     if len(text) > _MAX_CONFIG_BYTES:
         raise CheckpointError(f"not a configuration: it has more than {_MAX_CONFIG_BYTES:,} bytes")
     try:
@@ -229,12 +230,12 @@ def _stated_config(text: bytes) -> tuple[Any, tuple[Stated, ...], tuple[str, ...
     if not isinstance(tasks, list) or not all(isinstance(each, (str, dict)) for each in tasks):
         raise CheckpointError(f"its tasks are {printable(repr(tasks))}, not a list of names")
     quantisation = stated.pop(QUANTISATION_KEY, None)
-    keep = None if quantisation is None else from_json(quantisation)
+    quantisation = None if quantisation is None else from_json(quantisation)
     family = stated.pop("family", next(iter(FAMILIES)))
     if family not in FAMILIES:
         raise CheckpointError(f"its family {printable(repr(family))} is not one of {', '.join(FAMILIES)}")
     try:
-        return FAMILIES[family].config.from_dict(stated), tuple(tasks), keep
+        return FAMILIES[family].config.from_dict(stated), tuple(tasks), quantisation
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
 

@@ -34,13 +34,13 @@ def convert(
         str, typer.Argument(metavar="OUT", help="The directory to write; it must not exist or must be empty.")
     ],
     task: TaskOption = None,
-    dtype: Annotated[Dtype, typer.Option(help="auto keeps the file's. int8: 8-bit weights.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="auto keeps the file's. int8, fp8: 8-bit weights.")] = Dtype.auto,
     keep: KeepOption = None,
 ) -> None:
     """Write a checkpoint as a directory.
 
-    It holds config.json and model.safetensors, with only what the task needs. With int8, the weights of linear layers
-    are rounded to 8 bits.
+    It holds config.json and model.safetensors, with only what the task needs. With int8 or fp8, the weights of linear
+    layers are rounded to 8 bits.
     """
     with reporting():
         from mplug2_fast import checkpoint
@@ -108,7 +108,8 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
             yield "lacks", f"heads of retrieval: {' and '.join(absent)}"
     yield "dtype", _dtypes(found)
     if found.keep is not None:
-        yield "8-bit", f"weights of linear layers{f', but not of {chr(32).join(found.keep)}' if found.keep else ''}"
+        but = f", but not of {' '.join(found.keep)}" if found.keep else ""
+        yield "8-bit", f"weights of linear layers{but}{' (e4m3)' if found.weights == 'fp8' else ''}"
     yield "entries", f"{found.entries:,}, {_million(found.parameters)} parameters"
     yield "needed", f"{_million(found.needed_parameters)} parameters"
     yield "vocabulary", "its own vocab.txt" if found.vocabulary else "bert-base-uncased"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
+from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,6 +17,13 @@ from mplug2_fast.cli.tables import columns, names_and_values
 
 if TYPE_CHECKING:
     from mplug2_fast.evaluation import PrecisionComparison
+
+
+class Backend(str, Enum):
+    """Values of `--backend`."""
+
+    torch = "torch"
+    reference = "reference"
 
 
 def compare_dtypes(
@@ -30,6 +39,10 @@ def compare_dtypes(
     ] = None,
     text: Annotated[str | None, typer.Option(metavar="TEXT", help="The text for each file.")] = None,
     device: DeviceOption = "cpu",
+    backend: Annotated[
+        Backend | None,
+        typer.Option(help="The backend of both models: torch judges fp8 without a GPU.  [default: the fastest]"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show what a dtype costs: results that differ, and the error of each block.
@@ -38,14 +51,16 @@ def compare_dtypes(
     """
     with reporting():
         from mplug2_fast import evaluation
+        from mplug2_fast.ops import use_backend
         from mplug2_fast.predict import Predictor
 
         chosen = task_of(task)
-        with waiting("loading the model twice"):
-            reference = Predictor(checkpoint, task=chosen, dtype=against.value, device=device)
-            other = Predictor(checkpoint, task=chosen, dtype=dtype.value, device=device, keep=keep or ())
-        with waiting("comparing"):
-            found = evaluation.compare_dtypes(reference, other, files, text)
+        with nullcontext() if backend is None else use_backend(backend.value):
+            with waiting("loading the model twice"):
+                reference = Predictor(checkpoint, task=chosen, dtype=against.value, device=device)
+                other = Predictor(checkpoint, task=chosen, dtype=dtype.value, device=device, keep=keep or ())
+            with waiting("comparing"):
+                found = evaluation.compare_dtypes(reference, other, files, text)
         if as_json:
             emit(json.dumps(found.to_json()))
         else:

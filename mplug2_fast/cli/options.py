@@ -23,6 +23,7 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
     float16 = "float16"
     int8 = "int8"
+    fp8 = "fp8"
 
 
 VIDEOS_HELP = "Videos or images. With --out also folders, and .txt lists with one path per line."
@@ -41,14 +42,17 @@ CheckpointOption = Annotated[
     ),
 ]
 DtypeOption = Annotated[
-    Dtype, typer.Option(help="auto: float32 on the CPU, bfloat16 or float16 on a GPU. int8: 8-bit weights, on a CPU.")
+    Dtype,
+    typer.Option(
+        help="auto: float32 on the CPU, bfloat16 or float16 on a GPU. int8, fp8: 8-bit weights, on a CPU and on a GPU."
+    ),
 ]
 KeepOption = Annotated[
     list[str] | None,
     typer.Option(
         "--keep",
         metavar="PATTERN",
-        help="With int8: layers that are not rounded, such as 'decoder.*'; repeat it for several.",
+        help="With int8 or fp8: layers that are not rounded, such as 'decoder.*'; repeat it for several.",
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(metavar="[auto|cpu|cuda|cuda:N]", help="auto: a GPU, if available.")]

@@ -9,6 +9,7 @@ import torch
 
 from mplug2_fast.errors import CheckpointError
 from mplug2_fast.models.family import Family, InferredConfig
+from mplug2_fast.models.int8 import Quantisation
 from mplug2_fast.models.mplug.family import MPLUG
 from mplug2_fast.models.mplug2.family import MPLUG2
 from mplug2_fast.models.names import OfficialNames, Shape, with_heads
@@ -21,21 +22,21 @@ __all__ = ["FAMILIES", "Family", "InferredConfig", "infer_config", "official_nam
 
 
 def official_names(
-    config: Any, tasks: Task | str | Sequence[Task | str], keep: Sequence[str] | None = None
+    config: Any, tasks: Task | str | Sequence[Task | str], quantisation: Quantisation | None = None
 ) -> OfficialNames:
-    """The official names of a model for these tasks, with their heads. Without `keep`, builds no model.
+    """The official names of a model for these tasks, with their heads. Without `quantisation`, builds no model.
 
     Args:
-        keep: of a model with 8-bit weights, see `Model.quantise`; the names have its scales too. None: wide weights.
+        quantisation: of a model with 8-bit weights; the names have its scales too. None: wide weights.
 
     Raises:
         ConfigError: a task does not exist, or needs a module that the family does not have.
     """
     found = [get(task) for task in ([tasks] if isinstance(tasks, (str, Task)) else tasks)]
     modules = config.modules_for(found)
-    if keep is not None:
+    if quantisation is not None:
         model: Any = FAMILIES[config.family].build(config, found, "meta", torch.float32)
-        return model.eval().quantise(keep, check=False).official_names
+        return model.eval().quantise(quantisation.keep, quantisation.weights, check=False).official_names
     with torch.device("meta"):
         heads = {task.name: head for task in found if (head := task.head(config)) is not None}
     return with_heads(FAMILIES[config.family].names(config, modules), heads)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mplug2_fast.devices import INT8
 from mplug2_fast.errors import ConfigError
 from mplug2_fast.generation.beam_search import Hypotheses, beam_search, output
 from mplug2_fast.generation.cuda_graphs import CudaGraphRunner
 from mplug2_fast.models.config import CLS_TOKEN_ID, PAD_TOKEN_ID, SEP_TOKEN_ID
-from mplug2_fast.models.int8 import int8_names, require_matches, units_of
+from mplug2_fast.models.int8 import FORMATS, Quantisation, eight_bit_names, require_matches, units_of
 from mplug2_fast.models.names import CONTRAST, MATCHING, VISION, OfficialNames, with_heads
 from mplug2_fast.modes import in_eval_mode
 from mplug2_fast.nn import MLP, LocalTemporal, SelfAttention
@@ -57,7 +58,8 @@ class Model(nn.Module, ABC):
     Attributes:
         tasks: name -> task.
         heads: name -> head, of the tasks that have one.
-        kept: with 8-bit weights, the patterns of layers that are not rounded: see `quantise`. Otherwise None.
+        quantisation: of a model with 8-bit weights, their format and the patterns of layers that are not rounded: see
+            `quantise`. Otherwise None.
 
     Raises:
         ConfigError: the configuration is another family's; a task does not exist, or needs a module that the family
@@ -66,7 +68,7 @@ class Model(nn.Module, ABC):
 
     family: ClassVar[str]
     """The `family` of its configurations."""
-    kept: tuple[str, ...] | None = None
+    quantisation: Quantisation | None = None
     start_token_id, end_token_id, pad_token_id = CLS_TOKEN_ID, SEP_TOKEN_ID, PAD_TOKEN_ID
 
     def __init__(
@@ -198,7 +200,7 @@ class Model(nn.Module, ABC):
 
         `loss({"captioning": b1, "question_answering": b2})` gives a dict of losses, for one step over several tasks.
         """
-        if self.kept is not None:
+        if self.quantisation is not None:
             raise ConfigError(_NO_GRADIENTS)
         if isinstance(task, Mapping):
             return {name: self.loss(name, each) for name, each in task.items()}
@@ -223,7 +225,7 @@ class Model(nn.Module, ABC):
     def official_names(self) -> OfficialNames:
         """The official name of every parameter."""
         names = with_heads(self._names(), self.heads)
-        return names if self.kept is None else int8_names(names, self)
+        return names if self.quantisation is None else eight_bit_names(names, self)
 
     def official_parameters(self) -> dict[str, Tensor]:
         """Official name -> view into this model's parameters, detached."""
@@ -269,44 +271,49 @@ class Model(nn.Module, ABC):
         return self
 
     @torch.no_grad()
-    def quantise(self, keep: Sequence[str] = (), *, check: bool = True) -> Self:
-        """Rounds the weights of linear layers to 8 bits, in place, for inference on a CPU.
+    def quantise(self, keep: Sequence[str] = (), dtype: str = INT8, *, check: bool = True) -> Self:
+        """Rounds the weights of linear layers to 8 bits, in place, for inference.
 
-        These are the layers of the vision encoder, the universal layers, the text encoder, the fusion encoder and the
-        decoder. Norms in front of them may be scaled, see `nn.quantise.smooth`. The other weights do not change:
-        convert them with `to`. No parameter requires gradients afterwards.
+        In int8, which is for CPUs, these are the layers of the vision encoder, the universal layers, the text encoder,
+        the fusion encoder and the decoder. In fp8 (e4m3), which is for GPUs, they are the same but for the text encoder
+        and the decoder, of which only the projections of the visual tokens are rounded. Norms in front of them may be
+        scaled, see `nn.quantise.smooth`. The other weights do not change: convert them with `to`. No parameter requires
+        gradients afterwards.
 
         Args:
             keep: patterns of layers that are not rounded, such as `"decoder.*"` or `"visual.blocks.*.mlp"`. A pattern
                 that matches a module stands for all of its layers.
-            check: whether a pattern that matches no layer is an error.
+            dtype: "int8" or "fp8", the format of the weights. check: whether a pattern that matches no layer is an
+                error.
 
         Raises:
-            ConfigError: the model is in training mode, is not on a CPU, or has 8-bit weights already; or a pattern
-                matches no layer.
+            ConfigError: the model is in training mode, is not on a CPU (int8), or has 8-bit weights already; or a
+                pattern matches no layer.
         """
         if self.training:
             raise ConfigError("8-bit weights are for inference only: call eval() first")
-        if self.kept is not None:
+        if self.quantisation is not None:
             raise ConfigError("the model has 8-bit weights already: load the original")
-        if (device := next(self.parameters()).device).type not in ("cpu", "meta"):
-            raise ConfigError(f"8-bit weights are for the CPU, and the model is on {device}: use bfloat16 or float16")
+        if dtype not in FORMATS:
+            raise ConfigError(f"weights cannot be rounded to {dtype}: choose from {', '.join(FORMATS)}")
+        if (device := next(self.parameters()).device).type not in ("cpu", "meta") and dtype == INT8:
+            raise ConfigError(f"int8 weights are for the CPU, and the model is on {device}: use fp8 or bfloat16")
         if check:
-            require_matches(self, keep)
-        for unit in units_of(self.unpack().requires_grad_(False)):
+            require_matches(self, keep, dtype)
+        for unit in units_of(self.unpack().requires_grad_(False), dtype):
             unit.quantise(keep)
-        self.kept = tuple(keep)
+        self.quantisation = Quantisation(dtype, tuple(keep))
         return self
 
     @property
     def precision(self) -> str:
-        """The dtype of the parameters by name; with 8-bit weights, int8 and the layers that are not rounded."""
-        if self.kept is None:
+        """The dtype of the parameters by name; with 8-bit weights, their format and the layers that are not rounded."""
+        if self.quantisation is None:
             return str(next(self.parameters()).dtype).removeprefix("torch.")
-        return f"int8 but {', '.join(self.kept)}" if self.kept else "int8"
+        return str(self.quantisation)
 
     def train(self, mode: bool = True) -> Self:
-        if mode and self.kept is not None:
+        if mode and self.quantisation is not None:
             raise ConfigError(_NO_GRADIENTS)
         return super().train(mode)
 

@@ -103,12 +103,24 @@ def calm_padding(x: Tensor, key_padding_mask: Tensor | None) -> Tensor:
     return x.masked_fill(~(key_padding_mask[..., None].bool() | (x.abs() < limit)), 0)
 
 
-def in_product(module: nn.Module, x: Tensor, rows: slice | None = None, *, many: bool = False) -> Tensor:
+def in_product(
+    module: nn.Module,
+    x: Tensor,
+    rows: slice | None = None,
+    *,
+    norm: nn.Module | None = None,
+    many: bool = False,
+) -> Tensor:
     """The product of x `(..., embed_dim)` with `in_proj_weight` or some rows of it, or with the layer `in_proj` of
-    8-bit weights in its place. `many`: x is a memory of many tokens, which 8 bits suffice for."""
+    8-bit weights in its place.
+
+    Args:
+        norm: a layer norm that x goes through first. many: x is a memory of many tokens, which 8 bits suffice for.
+    """
     quantised = module._modules.get("in_proj")
     if quantised is not None:
-        return quantised(x, rows=rows, bits=8 if many else None)
+        return quantised(x, norm=norm, rows=rows, many=many)
+    x = x if norm is None else norm(x)
     weight, bias = module.in_proj_weight, module.in_proj_bias
     if rows is not None:
         weight, bias = weight[rows], None if bias is None else bias[rows]
@@ -119,7 +131,8 @@ class FusedProjections(AttentionHeads):
     """Heads with one weight for queries, keys and values, as in `torch.nn.MultiheadAttention`.
 
     `in_proj_weight` and `in_proj_bias` hold those of queries, keys and values, in this order, `embed_dim` rows each.
-    The projections use only attributes that `torch.nn.MultiheadAttention` has too.
+    The projections use only attributes that `torch.nn.MultiheadAttention` has too. A layer `in_proj` with 8-bit weights
+    may be in place of all of them, or a layer `memory_proj` in place of those of keys and values.
     """
 
     def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, bias: bool = True) -> None:
@@ -133,9 +146,10 @@ class FusedProjections(AttentionHeads):
         if self.in_proj_bias is not None:
             nn.init.zeros_(self.in_proj_bias)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x `(..., embed_dim)` to queries, keys and values, each a `(..., num_heads, head_dim)` view."""
-        qkv = in_product(self, x)
+    def project(self, x: Tensor, norm: nn.Module | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x `(..., embed_dim)`, after the norm, to queries, keys and values, each a `(..., num_heads, head_dim)`
+        view."""
+        qkv = in_product(self, x, norm=norm)
         return qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
 
     def project_query(self, x: Tensor) -> Tensor:
@@ -153,7 +167,11 @@ class FusedProjections(AttentionHeads):
 
     def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """memory `(..., embed_dim)` to keys and values, each a `(..., num_heads, head_dim)` view."""
-        kv = in_product(self, memory, slice(self.embed_dim, None), many=True)
+        quantised = self._modules.get("memory_proj")
+        if quantised is not None:
+            kv = quantised(memory, many=True)
+        else:
+            kv = in_product(self, memory, slice(self.embed_dim, None), many=True)
         return kv.unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
 
 
@@ -193,6 +211,7 @@ class SelfAttention(_TorchAttention):
         *,
         key_padding_mask: Tensor | None = None,
         causal: bool = False,
+        norm: nn.Module | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
         """Attends within x.
@@ -201,11 +220,14 @@ class SelfAttention(_TorchAttention):
             x: `(..., tokens, embed_dim)`, with any leading axes.
             key_padding_mask: `(..., tokens)`, nonzero for tokens.
             causal: each token sees only itself and earlier ones.
+            norm: a layer norm that x goes through first.
             residual: added to the result; has the shape of x.
 
         Returns a tensor of x's shape.
         """
-        heads = self.project(calm_padding(x, key_padding_mask))
+        if norm is not None and key_padding_mask is not None:
+            x, norm = norm(x), None
+        heads = self.project(calm_padding(x, key_padding_mask), norm)
         context = self.context(*heads, key_padding_mask=key_padding_mask, causal=causal)
         return add_linear(self.out_proj, context, residual)
 

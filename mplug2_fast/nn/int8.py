@@ -1,4 +1,4 @@
-"""Linear layers and embeddings with 8-bit weights, for inference."""
+"""Linear layers and embeddings with int8 weights, for inference on a CPU."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from mplug2_fast.nn.eight_bit import EightBitLinear, EightBitWeight
 from mplug2_fast.nn.unchanged import unchanged
 from mplug2_fast.ops.linear_act import Activation
 from mplug2_fast.ops.linear_int8 import linear_int8, quantise_weight
@@ -17,43 +18,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Int8Weight(nn.Module):
-    """Has a weight `(rows, channels)`, int8, and the scale of each row, `(rows,)`, float32."""
+class Int8Linear(EightBitLinear):
+    """A linear layer with an int8 weight. See `ops.linear_int8` for the bits of its inputs."""
 
-    weight: Tensor
-    scale: Tensor
-
-    def __init__(self, weight: Tensor, scale: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Scales stay float32, whatever the dtype of the model becomes."""
-        scale = self.scale
-        super()._apply(fn, recurse)
-        if self.scale.dtype != torch.float32:
-            self.scale = scale.to(self.scale.device)
-        return self
-
-
-class Int8Linear(Int8Weight):
-    """A linear layer with an 8-bit weight. It has no gradients.
-
-    Args:
-        weight: `(out_features, in_features)`, int8. scale: `(out_features,)`, float32. bias: `(out_features,)` or None.
-        bits: to which inputs are rounded, 8 or 16: see `ops.linear_int8`.
-    """
-
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int = 8) -> None:
-        super().__init__(weight, scale)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.bits = bits
-
-    @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, bits: int = 8) -> Self:
-        """A layer that rounds a floating-point weight, of which the axes from the second on are one."""
-        return cls(*quantise_weight(weight.flatten(1)), bias, bits)
+    quantise_weight = staticmethod(quantise_weight)
 
     def forward(
         self,
@@ -61,29 +29,16 @@ class Int8Linear(Int8Weight):
         activation: Activation = "none",
         *,
         residual: Tensor | None = None,
+        norm: nn.Module | None = None,
         rows: slice | None = None,
-        bits: int | None = None,
+        many: bool = False,
     ) -> Tensor:
-        """`residual + activation(product)` of x `(..., in_features)`.
-
-        Args:
-            rows: of the weight, if not all. bits: in place of the layer's.
-        """
-        weight, scale, bias = self.weight, self.scale, self.bias
-        if rows is not None:
-            weight, scale, bias = weight[rows], scale[rows], None if bias is None else bias[rows]
-        return linear_int8(x, weight, scale, bias, activation, residual=residual, bits=bits or self.bits)
-
-    def parts(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Weight, bias and scale."""
-        return self.weight, self.bias, self.scale
-
-    def extra_repr(self) -> str:
-        outputs, inputs = self.weight.shape
-        return f"in_features={inputs}, out_features={outputs}, bias={self.bias is not None}, bits={self.bits}"
+        weight, bias, scale = self.parts(rows)
+        x = x if norm is None else norm(x)
+        return linear_int8(x, weight, scale, bias, activation, residual=residual, bits=8 if many else self.bits)
 
 
-class Int8Embedding(Int8Weight):
+class Int8Embedding(EightBitWeight):
     """A table of embeddings in 8 bits, which also scores the words. It has no gradients.
 
     Args:
@@ -117,4 +72,4 @@ class Int8Embedding(Int8Weight):
 
 
 is_int8 = functools.partial(unchanged, frozenset((Int8Linear,)))
-"""Whether all of these layers are unchanged layers with 8-bit weights."""
+"""Whether all of these layers are unchanged linear layers with int8 weights."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Literal
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mplug2_fast.nn.int8 import Int8Linear, is_int8
+from mplug2_fast.nn.eight_bit import EightBitLinear
 from mplug2_fast.nn.layer_norm import LayerNorm
-from mplug2_fast.nn.parts import plain
+from mplug2_fast.nn.parts import is_eight_bit, plain
 from mplug2_fast.ops.linear_act import EAGER, Activation
 from mplug2_fast.ops.local_temporal import local_temporal, temporal_conv_act
 from mplug2_fast.ops.residual import would_round
@@ -206,8 +207,9 @@ class LocalTemporal(nn.Module):
         options = {"activation": self.activation, "class_token": self.class_token, "residual": self.residual}
         if plain(*layers) and (norm is None or plain(norm)):
             return compute(x, norm, *layers, **options)
-        if is_int8(self.down_proj, self.up_proj) and plain(self.conv) and self.bn is None:
-            return in_int8(x, self.ln, *layers, **options)
+        if is_eight_bit(self.down_proj, self.up_proj) and plain(self.conv) and self.bn is None:
+            down = functools.partial(self.down_proj, norm=self.ln)
+            return in_eight_bits(x, None, down, self.conv, self.up_proj, **options)
         patches = x[:, :, 1:] if self.class_token else x
         out = self._call_layers(patches)
         out = patches + out if self.residual else out
@@ -217,7 +219,7 @@ class LocalTemporal(nn.Module):
         """The update of patches `(batch, frames, patches, dim)`, by calls of every layer."""
         layers = (self.down_proj, self.conv, self.up_proj)
         down, conv, up = (
-            0 if isinstance(layer, Int8Linear) else axes for layer, axes in zip(layers, self._axes, strict=True)
+            0 if isinstance(layer, EightBitLinear) else axes for layer, axes in zip(layers, self._axes, strict=True)
         )
         if self.ln is not None:
             patches = self.ln(patches)
@@ -290,7 +292,7 @@ def compute(
     return torch.cat([token if keep_class_token else token.to(out.dtype), out], dim=2)
 
 
-def in_int8(
+def in_eight_bits(
     x: Tensor,
     norm: Callable[[Tensor], Tensor] | None,
     down: Callable[..., Tensor],

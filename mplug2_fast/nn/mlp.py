@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mplug2_fast.nn.fp8 import is_fp8
 from mplug2_fast.nn.int8 import is_int8
 from mplug2_fast.nn.layer_norm import NORMS
 from mplug2_fast.nn.parts import linear, plain
@@ -58,6 +59,8 @@ def feed_forward(
     """proj(activation(fc(norm(x)))) of x `(..., dim)`, plus x if `residual`. Calls modules that are not plain."""
     if is_int8(fc, proj) and not would_round(x):
         return in_int8(x, fc.weight.shape[0], fc, proj, activation, norm, residual)
+    if is_fp8(fc, proj) and not would_round(x):
+        return proj(fc(x, activation, norm=norm), residual=x if residual else None)
     if not plain(fc, proj) or not (norm is None or unchanged(NORMS, norm)):
         out = linear(proj, linear(fc, x if norm is None else norm(x), activation))
         return x + out if residual else out

@@ -59,8 +59,8 @@ class TemporalBlock(nn.Module):
         `temporal=False` skips the temporal modules.
         """
         x = self.lmhra1(x) if temporal and self.lmhra1 is not None else x
-        normed = self.ln_1(x)
-        x = self.attn(normed, residual=x) if unchanged(_ADDING, self.attn) else x + self.attn(normed)
+        fuses = unchanged(_ADDING, self.attn)
+        x = self.attn(x, norm=self.ln_1, residual=x) if fuses else x + self.attn(self.ln_1(x))
         x = self.lmhra2(x) if temporal and self.lmhra2 is not None else x
         if unchanged(_ADDING, self.mlp):
             return self.mlp(x, norm=self.ln_2, residual=True)

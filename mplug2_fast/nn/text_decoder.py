@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mplug2_fast.nn.bert_layer import BERT_KINDS, BertEmbeddings, BertLayer, Int8KeysValues, KeysValues, can_pack
 from mplug2_fast.nn.config import BertConfig
+from mplug2_fast.nn.fp8 import Fp8Linear
 from mplug2_fast.nn.int8 import Int8Embedding, Int8Linear, is_int8
 from mplug2_fast.nn.layer_norm import NORMS, LayerNorm
 from mplug2_fast.nn.packing import Packing
@@ -35,7 +36,7 @@ each layer are called, with cached keys and values.
 "sequence": the decoder is called with all tokens so far, because the decoder, a layer or an attention module must be
 called as a whole."""
 
-_KINDS = BERT_KINDS | {nn.ModuleList, Int8Linear, Int8Embedding}
+_KINDS = BERT_KINDS | {nn.ModuleList, Int8Linear, Int8Embedding, Fp8Linear}
 
 
 @dataclass

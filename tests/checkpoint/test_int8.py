@@ -121,7 +121,7 @@ def test_layers_are_kept(small, tmp_path):
     same(model, from_pretrained(small, dtype="int8", keep=keep))
     assert inspect(tmp_path / "kept").keep == tuple(keep)
     convert(tmp_path / "kept", tmp_path / "part", task="captioning")  # a part of the tasks, with the same patterns
-    assert from_pretrained(tmp_path / "part").kept == tuple(keep)
+    assert from_pretrained(tmp_path / "part").quantisation.keep == tuple(keep)
     with pytest.raises(ConfigError, match="rounded already, so keep has no effect"):
         from_pretrained(tmp_path / "kept", keep=["decoder"])
 
@@ -132,7 +132,7 @@ def test_layers_are_kept(small, tmp_path):
         ({"keep": ["decoder"]}, "use it with the dtype int8"),
         ({"dtype": "int8", "keep": ["encoder.*"]}, r"keep 'encoder\.\*' matches no layer: layers are in visual\.\*"),
         ({"dtype": "int8", "keep": "decoder"}, r"keep is a list of patterns: pass \['decoder'\]"),
-        ({"dtype": "int7"}, "the dtype int7 is not supported: choose auto, float32, bfloat16, float16 or int8"),
+        ({"dtype": "int7"}, "the dtype int7 is not supported: choose auto, float32, bfloat16, float16, int8 or fp8"),
     ],
 )
 def test_wrong_options(small, options, expected):
@@ -179,7 +179,7 @@ def test_another_quantisation_is_an_error(folder, tmp_path, stated):
     shutil.copytree(folder, tmp_path / "copy")
     config = json.loads((folder / "config.json").read_text()) | {"quantisation": stated}
     (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="this version reads weights int8 with a list"):
+    with pytest.raises(CheckpointError, match="this version reads weights int8 or fp8 with a list"):
         from_pretrained(tmp_path / "copy")
 
 

@@ -56,7 +56,7 @@ class MPlug2ForQuestionAnswering(MPlug2):
         model = MPlug2ForCaptioning(self.config, device="meta")
         for name in model._modules:
             setattr(model, name, getattr(self, name))
-        model.kept = self.kept
+        model.quantisation = self.quantisation
         return model.train(self.training)
 
     def forward(
