@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.row import INT8, Key, Row
+from bench.row import EIGHT_BIT, FP8, Key, Row
 
 # (rows, inputs, outputs) of the Large model's vision encoder, 16 frames: the two products of an MLP, and the QKV.
 LARGE_SHAPES = ((4112, 1024, 4096), (4112, 4096, 1024), (4112, 1024, 3072))
@@ -20,12 +20,17 @@ QUICK_SHAPES = ((1028, 1024, 4096),)
 GPU_SHAPES = (*LARGE_SHAPES, (8192, 8192, 8192))
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a row's name."""
+    return torch.float8_e4m3fn if name == FP8 else getattr(torch, name)
+
+
 def measure(device: str, dtypes: list[str], *, quick: bool = False) -> dict[str, Any]:
     """For each dtype the best GEMM rate in GFLOP/s with its operator and shape; copy bandwidth in GB/s."""
     shapes = GPU_SHAPES if device.startswith("cuda") else QUICK_SHAPES if quick else LARGE_SHAPES
     # A GPU needs a while to raise its clocks.
     repeats, size = (30, 1 << 31) if device.startswith("cuda") else (2, 1 << 26) if quick else (4, 1 << 28)
-    rates = {dtype: gemm(device, getattr(torch, dtype), shapes, repeats) for dtype in dtypes}
+    rates = {dtype: gemm(device, torch_dtype(dtype), shapes, repeats) for dtype in dtypes}
     return {"gemm": rates, "copy_gb_per_second": copy_bandwidth(device, size)}
 
 
@@ -44,6 +49,8 @@ def gemm(device: str, dtype: torch.dtype, shapes: tuple[tuple[int, int, int], ..
     for rows, inputs, outputs in shapes:
         if dtype == torch.int8:
             ways = int8_operators(rows, inputs, outputs)
+        elif dtype == torch.float8_e4m3fn:
+            ways = {"_scaled_mm": fp8_operator(rows, inputs, outputs, device)}
         else:
             x = torch.randn(rows, inputs, device=device).to(dtype)
             weight = torch.randn(outputs, inputs, device=device).to(dtype)
@@ -88,6 +95,13 @@ def int8_operators(rows: int, inputs: int, outputs: int) -> dict[str, Callable[[
         rest = (packed, scales, zeros, None, 1.0, 0, dtype, "none", [], "")
         ways["oneDNN qlinear, packed"] = lambda: torch.ops.onednn.qlinear_pointwise(unsigned, 0.01, 128, *rest)
     return ways
+
+
+def fp8_operator(rows: int, inputs: int, outputs: int, device: str) -> Callable[[], Tensor]:
+    """PyTorch's product of e4m3 numbers, rounded in advance, with a scale for each row and output; bfloat16 out."""
+    x, weight = (torch.randn(size, inputs, device=device).to(torch_dtype(FP8)) for size in (rows, outputs))
+    scale, scales = torch.ones(rows, 1, device=device), torch.ones(1, outputs, device=device)
+    return lambda: torch._scaled_mm(x, weight.t(), scale, scales, out_dtype=torch.bfloat16)
 
 
 def onednn_has(dtype: torch.dtype) -> bool:
@@ -155,7 +169,7 @@ def place(flop: int | None, bytes: int | None, seconds: float, dtype: str, ceili
 
 def dtype_of(key: Key) -> str:
     """The dtype of a work's products."""
-    return INT8 if key.name.endswith(f"_{INT8}") else key.dtype
+    return next((dtype for dtype in EIGHT_BIT if key.name.endswith(f"_{dtype}")), key.dtype)
 
 
 def under(row: Row, ceilings: Mapping[str, Any]) -> Row:

@@ -32,7 +32,7 @@ from bench.flops import MODEL_TASKS
 from bench.plan import BASELINES, LOADER, TASKS, TRAIN, Plan
 from bench.process import ProcessError
 from bench.progress import Progress, TerminalProgress
-from bench.row import COMPARED, DIRECTIONS, INT8, LEVELS, SIZES, Key, Results, Row, Selection, on_roofline
+from bench.row import COMPARED, DIRECTIONS, FP8, INT8, LEVELS, SIZES, Key, Results, Row, Selection, on_roofline
 from bench.runner import Settings
 from bench.video import cases as video
 from mplug2_fast.devices import DTYPES, pick_device
@@ -80,12 +80,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--preset", choices=("tiny", "base", "large"), help="size of modules and models (default: base; --quick: tiny)")
     add("--sizes", type=names(SIZES), help=f"sizes of operators: {', '.join(SIZES)} (default: the preset's)")
-    dtypes = (*DTYPES, INT8)
+    dtypes = (*DTYPES, INT8, FP8)
     add(
         "--dtype",
         type=names(dtypes),
         default=("float32",),
-        help=f"{', '.join(dtypes)}, the last for whole models on a CPU (default: float32)",
+        help=f"{', '.join(dtypes)}, the last two for whole models on a CPU and on a GPU (default: float32)",
     )
     add("--direction", type=names(DIRECTIONS), default=("forward",), help=f"{', '.join(DIRECTIONS)} (default: forward)")
     add("--quick", action="store_true", help="small sizes, few repeats")
@@ -195,6 +195,8 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         )
     if INT8 in options.dtype and (options.level != ("model",) or options.device != "cpu" or options.accelerate):
         parser.error("--dtype int8 is for whole models on a CPU: add --level model")
+    if FP8 in options.dtype and (options.level != ("model",) or options.device == "cpu" or options.accelerate):
+        parser.error("--dtype fp8 is for whole models on a GPU: add --level model --device cuda")
     options.device = str(pick_device(options.device))
     if options.mode == "graph" and options.device == "cpu":
         parser.error("--mode graph needs --device cuda")
@@ -285,8 +287,9 @@ def measure_levels(options: argparse.Namespace, progress: Progress) -> Results:
         raise ValueError(" ".join([f"these options leave nothing to measure in {', '.join(works)}", *video.notes()]))
 
     dtypes = list(options.dtype)
-    if options.device == "cpu" and any(ceilings.dtype_of(key) == INT8 for key in works.get("ops", ())):
-        dtypes = list(dict.fromkeys([*dtypes, INT8]))
+    eight_bit = INT8 if options.device == "cpu" else FP8
+    if any(ceilings.dtype_of(key) == eight_bit for key in works.get("ops", ())):
+        dtypes = list(dict.fromkeys([*dtypes, eight_bit]))
 
     def ceilings_now() -> dict[str, Any]:
         return runner.measure_ceilings(options.device, dtypes, settings(options, "ops"), progress)

@@ -3,6 +3,7 @@
     python bench/gpu_check.py                       # or make gpu-check
     python bench/gpu_check.py --only tests,sanitizer --out FOLDER
     python bench/gpu_check.py --only peer --budget 900    # the model beside its compiled peer, which takes minutes
+    python bench/gpu_check.py --only 8-bit                # the model and its products with e4m3 weights
 
 The steps: install this checkout, run the tests with GPU tests required, run compute-sanitizer over a small run, and run
 the benchmarks that the GPU targets need. Each step has a share of the time, and a failure stops no other. Logs, JUnit,
@@ -50,6 +51,11 @@ BENCHMARKS = {
     "model": f"{CAPTIONING} --baselines reference,eager",
     # A batch that keeps the GPU busy. A slow reference runs once.
     "batch": f"{CAPTIONING} --batch 32 --repeats 3 --baselines reference,compiled",
+    # 8-bit weights beside bfloat16, and their products beside PyTorch's. The GPU must multiply e4m3 numbers.
+    "fp8": "--level model --only captioning --preset large --dtype bfloat16,fp8 --batch 32 --repeats 3 "
+    "--baselines reference",
+    "fp8-ops": "--level ops --only linear_fp8 --sizes large --dtype bfloat16 --mode graph --baselines eager "
+    "--no-memory",
     "peer": CAPTIONING,
 }
 """Step -> options of bench/run.py."""
@@ -61,11 +67,13 @@ SHARES = {
     "model": 60,
     "sanitizer": 55,
     "batch": 120,
+    "fp8": 90,
+    "fp8-ops": 30,
     "peer": 300,
 }
 """Step -> relative share of the time, in the order of the steps. The installation comes before them."""
 INSTALL_SHARE = 60
-GROUPS = {"bench": ("decoding", "ops", "temporal", "model", "batch")}
+GROUPS = {"bench": ("decoding", "ops", "temporal", "model", "batch"), "8-bit": ("fp8", "fp8-ops")}
 DEFAULT = ("tests", "sanitizer", *GROUPS["bench"])
 LATE = "the time for all tests is up"
 """What tests/conftest.py says about a test after the deadline."""

@@ -16,8 +16,10 @@ import mplug2_fast as mf
 from bench.peer import Peer
 from bench.weights import fill
 from mplug2_fast.acceleration import accelerate
+from mplug2_fast.checkpoint.int8 import others_dtype
+from mplug2_fast.devices import eight_bit
 from mplug2_fast.ops import explain, layer_norm
-from mplug2_fast.ops.runtime import cuda, onednn
+from mplug2_fast.ops.runtime import cuda
 from mplug2_fast.tasks.features import SPACES
 from mplug2_fast.tasks.matching import match_pairs
 from mplug2_fast.training.optimizer import make_optimizer, official_of_parameters
@@ -65,9 +67,9 @@ class Implementation:
         self, config: Any, dtype: torch.dtype, device: str, beams: int, steps: int, family: str = "captioning"
     ) -> None:
         self.config, self.device, self.beams, self.steps = config, device, beams, steps
-        self.trains, self.has_int8 = family.endswith("step"), dtype is torch.int8
-        if self.has_int8:  # the other weights
-            dtype = torch.bfloat16 if onednn.multiplies(torch.bfloat16) else torch.float32
+        self.trains, self.eight_bit = family.endswith("step"), eight_bit(dtype)
+        if self.eight_bit is not None:
+            dtype = others_dtype(torch.device(device))
         self.weights_dtype = torch.float32 if self.trains else dtype
         self.autocast = torch.autocast(torch.device(device).type, dtype, enabled=dtype != self.weights_dtype)
         self.answers = family.startswith("answering")
@@ -270,8 +272,8 @@ class Fast(Implementation):
         self.backend = {"cpu": "native, oneDNN", "triton": "Triton, PyTorch"}.get(served or "", "PyTorch")
         if served == "triton" and not cuda.reasons(x):
             self.backend = f"CUDA, {self.backend}"
-        if self.has_int8:
-            self.model.eval().quantise()
+        if self.eight_bit is not None:
+            self.model.eval().quantise(dtype=self.eight_bit)
         if not self.trains:
             self.model.pack()
 

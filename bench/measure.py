@@ -21,7 +21,7 @@ from bench.flops import STEPS
 from bench.plan import COMPARED, DECODING, LOADER, QUESTION_TOKENS, TEXT_TOKENS, Plan, Spec
 from bench.process import Process, ProcessError
 from bench.progress import Progress
-from bench.row import INT8, Baseline, Results, Row
+from bench.row import EIGHT_BIT, Baseline, Results, Row
 from bench.worker import Worker
 from mplug2_fast.info import available_memory
 from mplug2_fast.models.config import SEP_TOKEN_ID
@@ -313,7 +313,7 @@ def baselines(plan: Plan, task: str, dtype: str, results: Runs) -> dict[str, Mea
     found = {}
     for spec, runs in results.items():
         name = plan.baseline(spec.implementation)
-        if name is None and dtype == INT8 and spec.dtype != INT8:
+        if name is None and dtype in EIGHT_BIT and spec.dtype not in EIGHT_BIT:
             name = spec.dtype  # ours with wider weights
         elif name not in (None, "reference") and spec.dtype != dtype:
             name = None

@@ -15,7 +15,7 @@ import mplug2_fast as mf
 from bench import flops, inputs
 from bench.flops import MPLUG_TASKS, STEPS, TASKS
 from bench.implementations import build
-from bench.row import INT8, Key
+from bench.row import EIGHT_BIT, Key
 from mplug2_fast.models import FAMILIES as MODELS
 
 BASELINES = ("reference", "eager", "compiled")
@@ -41,7 +41,7 @@ COMPARED = {
 }
 """Tokens of 128 captions, about as long as those of COCO and Flickr30k, of 128 long texts, and of 128 answers, with
 [SEP]."""
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, INT8: 1}
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, **dict.fromkeys(EIGHT_BIT, 1)}
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Plan:
         words = []
         words += ["--accelerate"] if self.accelerate else ["--level", "train" if task in TRAIN else "model"]
         words += [] if self.model == "mplug2" else ["--model", self.model]
-        beside = [wide for wide in self.dtypes if wide != INT8] if dtype == INT8 else []
+        beside = [wide for wide in self.dtypes if wide not in EIGHT_BIT] if dtype in EIGHT_BIT else []
         words += ["--only", task, "--preset", self.preset, "--dtype", ",".join([*beside, dtype])]
         words += self.size_options()
         if self.reference_steps < self.steps:
@@ -241,7 +241,7 @@ class Plan:
         freeze = self.freeze and self.device == "cpu" and family not in STEPS
         kinds = ["accelerated" if self.accelerate else "fast", "eager", "frozen" if freeze else "compiled"]
         for dtype in dtypes:
-            for kind in kinds[:1] if dtype == INT8 else kinds:
+            for kind in kinds[:1] if dtype in EIGHT_BIT else kinds:
                 if self.tasks_of(kind, family):
                     yield replace(reference, implementation=kind, dtype=dtype, steps=self.steps)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench import machine
-from bench.row import Results, Row, on_roofline
+from bench.row import EIGHT_BIT, Results, Row, on_roofline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +40,12 @@ MARKS = {
     "bfloat16": {"marker": "s", "markerfacecolor": "white"},
     "float16": {"marker": "^", "markerfacecolor": "0.6"},
 }
-CEILINGS = {"float32": "-", "bfloat16": (0, (5, 2)), "float16": (0, (1, 1.5)), "int8": (0, (5, 1, 1, 1))}
+CEILINGS = {
+    "float32": "-",
+    "bfloat16": (0, (5, 2)),
+    "float16": (0, (1, 1.5)),
+    **dict.fromkeys(EIGHT_BIT, (0, (5, 1, 1, 1))),
+}
 
 
 def available() -> bool:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 LEVELS = ("ops", "modules", "model", "train", "video")
-INT8 = "int8"
-"""The dtype of a model whose wide weights have 8 bits; its other weights are bfloat16 or float32."""
+INT8, FP8 = EIGHT_BIT = "int8", "fp8"
+"""Dtypes of a model whose wide weights have 8 bits, on a CPU and on a GPU. Others are bfloat16 or float32."""
 DIRECTIONS = ("forward", "backward", "both")
 SIZES = ("quick", "base", "large", "edge")
 COMPARED = ("reference", "eager", "torch", "compiled", "xformers", "flash_attn", "apex", "liger_kernel")

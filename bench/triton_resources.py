@@ -49,7 +49,7 @@ OTHER_SIZES: dict[str, list[dict[str, int | bool]]] = {
 """Sizes that use kernels in other ways than the Large model does: padded and causal, 128 channels, many beams. Only for
 16 bits, because heads of 128 channels spill in float32."""
 
-_TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|QGMMA|IMMA|UTC[A-Z]*MMA|UTMALDG)\b")
+_TENSOR_CORE = re.compile(r"\b(HMMA|QMMA|HGMMA|QGMMA|IMMA|UTC[A-Z]*MMA|UTMALDG)\b")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 
 

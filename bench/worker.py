@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bench import memory
 from bench.case import relative_error
+from bench.ceilings import torch_dtype
 from bench.flops import STEPS
 from bench.implementations import implementation
 from bench.loader import Loader
@@ -62,7 +63,7 @@ class Worker:
         self.device, self.exchange = spec.device, Path(spec.exchange)
         self.is_reference = spec.implementation == "reference"
         self.implementation = implementation(spec.implementation, spec.config)(
-            spec.config, getattr(torch, spec.dtype), spec.device, spec.beams, spec.steps, spec.family
+            spec.config, torch_dtype(spec.dtype), spec.device, spec.beams, spec.steps, spec.family
         )
         self._loader = Loader(spec.config, self.exchange)
         gc.collect()

@@ -142,6 +142,8 @@ def test_a_row_that_was_not_measured_fails_the_run(quick, monkeypatch, capsys):
         (["--frames", "0"], "--frames"),
         (["--threads", "0"], "--threads"),
         (["--mode", "graph"], "--mode graph needs --device cuda"),
+        (["--dtype", "int8"], "--dtype int8 is for whole models on a CPU"),
+        (["--level", "model", "--dtype", "fp8"], "--dtype fp8 is for whole models on a GPU"),
         (["--waterfall", "--scaling"], "choose one"),
         (["--fail-if-slower", "10%"], "--compare OLD"),
         (["--compare", "old.json", "--fail-if-slower", "ten"], "write 10% or 0.1"),

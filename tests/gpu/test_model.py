@@ -9,6 +9,7 @@ import torch
 import mplug2_fast as mf
 from examples.moving_shapes.generator.clips import clip_frames
 from examples.moving_shapes.generator.scenes import held_out_scenes
+from mplug2_fast import ops
 from mplug2_fast.ops import preprocess_frames
 from mplug2_fast.video import frame_indices
 from tests.tiny import SMALL, pair, random_text, random_video
@@ -51,6 +52,21 @@ def test_features_are_those_of_the_cpu(clips, models, dtype, bound):
         expected, actual = here.encode_video(video_of(clips, "cpu")), there.encode_video(video_of(clips, "cuda"))
     assert actual.dtype == dtype
     assert (actual.cpu().float() - expected).norm() < bound * expected.norm()
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="the GPU has no e4m3 products"
+)
+def test_fp8_features_are_those_of_pytorch(clips):
+    """From a second call in a CUDA graph too."""
+    model = mf.from_pretrained(TINY, task="captioning", dtype="fp8", device="cuda")
+    video = video_of(clips, "cuda").to(torch.bfloat16)
+    with torch.no_grad(), ops.use_backend("torch"):
+        expected = copy.deepcopy(model).encode_video(video).float()
+    with torch.no_grad():
+        for _ in range(3):
+            actual = model.encode_video(video)
+            assert (actual.float() - expected).norm() < 5e-2 * expected.norm()
 
 
 def test_losses_and_gradients_are_those_of_the_reference():

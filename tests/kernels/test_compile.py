@@ -75,3 +75,10 @@ def test_kernels_compile(name: str, dtype: torch.dtype, capability: int):
     launch = next(launches(name, dtype, capability))
     resources = compiled(launch, launch.configs[0], capability, disassembled=False)
     assert_fits(resources, capability, f"{launch.kernel} for {capability} with {launch.configs[0]}")
+
+
+def test_e4m3_products_compile_for_the_first_gpus_that_have_them():
+    product = next(each for each in launches("linear_fp8", torch.bfloat16, 89) if each.kernel == "linear_fp8_forward")
+    found = compiled(product, product.configs[0], 89)
+    assert found.spilled == 0
+    assert found.instructions.keys() == {"QMMA"}
