@@ -45,10 +45,12 @@ def encoded(model: Any, task: Task, samples: list[Sample]) -> torch.Tensor | Non
     return torch.stack([task.encode(model, image) for image in video.chunk(task.num_files, dim=2)], dim=1)
 
 
-def trained(name: str, changes: Sequence[str], *, local_temporal: bool = True) -> tuple[mf.Trainer, float]:
+def trained(
+    name: str, changes: Sequence[str], *, local_temporal: bool = True
+) -> tuple[mf.Trainer, float, dict[str, float]]:
     """Train by the recipe of a proof, if wanted without local temporal modules.
 
-    Returns the finished run, and the accuracy on held-out samples of the model that it wrote.
+    Returns the finished run, the accuracy on held-out samples of the model that it wrote, and further scores.
     """
     folder = f"build/proofs/{name}" if local_temporal else f"build/proofs/{name}_without_local_temporal"
     frozen = [] if local_temporal else ["model.freeze=['*lmhra*']"]
@@ -57,9 +59,11 @@ def trained(name: str, changes: Sequence[str], *, local_temporal: bool = True) -
         for parameter, weight in trainer.model.official_parameters().items():
             if ".up_proj." in parameter:  # The module then adds zero to its input.
                 weight.detach().zero_()
-    model = mf.from_pretrained(trainer.train())
+    model, score = mf.from_pretrained(trainer.train()), ROWS[name].score
+    if score is not None:
+        return trainer, *score(model, trainer.tokenizer)
     task = next(iter(model.tasks.values()))  # A model that answers questions also ranks answers.
-    return trainer, accuracy(model, task, trainer.tokenizer, ROWS[name].held_out(model.config))
+    return trainer, accuracy(model, task, trainer.tokenizer, ROWS[name].held_out(model.config)), {}
 
 
 @contextlib.contextmanager
@@ -87,12 +91,13 @@ def main(
         raise typer.BadParameter(f"no proof {name!r}: choose table or one of {', '.join(ROWS)}")
     row = ROWS[name]
     with cpu_minutes(Path(f"build/proofs/{name}/cpu_minutes")) as minutes:
-        trainer, found = trained(name, changes or [])
+        trainer, found, peers = trained(name, changes or [])
     seed, steps = trainer.recipe.seed, trainer.steps
     result: dict[str, Any] = {"accuracy": found, "seed": seed, "steps": steps, "cpu_minutes": round(minutes[0], 2)}
-    peers = row.peers() if row.peers is not None else {}
+    if row.peers is not None:
+        peers |= row.peers()
     if row.moves:
-        _, peers["without_local_temporal_modules"] = trained(name, changes or [], local_temporal=False)
+        _, peers["without_local_temporal_modules"], _ = trained(name, changes or [], local_temporal=False)
     if peers:
         result["peers"] = peers
     (FOLDER / "results" / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -11,26 +11,30 @@ from PIL import Image
 
 from examples.proofs.digits import NEEDS
 from mplug2_fast.datasets import Item
+from mplug2_fast.tasks import Classification
 from mplug2_fast.training import Sample
 
-SHRINK = 2
-"""From the 64 pixels of a picture to those of the tiny model."""
+COLORS = ("black", "gray", "red", "green", "blue", "yellow", "teal", "brown")
+SHAPES = ("circle", "rectangle", "triangle")
+
+PICTURES = Classification([f"{color} {shape}" for color in COLORS for shape in SHAPES], name="pictures")
+
+
+@functools.cache
+def pictures(split: str) -> dict[int, np.ndarray]:
+    """The pictures of "train" or "test" `(1, 64, 64, 3)`, uint8, by their numbers."""
+    found = {}
+    for number, path in getattr(_package(), f"get_{split}_image_paths")().items():
+        with Image.open(path) as picture:
+            found[number] = np.array(picture.convert("RGB"))[None]
+    return found
 
 
 @functools.cache
 def questions(split: str) -> list[Sample]:
     """All questions of "train" or "test", with their pictures and answers."""
-    try:
-        import easy_vqa
-    except ImportError as error:
-        raise ImportError(NEEDS) from error
-    paths = getattr(easy_vqa, f"get_{split}_image_paths")()
-    pictures = {}
-    for number, path in paths.items():
-        with Image.open(path) as picture:
-            pictures[number] = np.array(picture.convert("RGB").reduce(SHRINK))[None]
-    asked = zip(*getattr(easy_vqa, f"get_{split}_questions")(), strict=True)
-    return [Sample(Item(id="", question=q, answers={a: 1.0}), pictures[number]) for q, a, number in asked]
+    seen = pictures(split)
+    return [Sample(Item(id="", question=q, answers={a: 1.0}), seen[number]) for q, a, number in _asked(split)]
 
 
 class Questions:
@@ -46,6 +50,34 @@ class Questions:
         return self._samples[index]
 
 
+class Pictures(Questions):
+    """The training pictures whose color and shape follow from their questions and answers, which are nine in ten."""
+
+    def __init__(self, config: Any) -> None:
+        seen, colors, shapes = pictures("train"), looks_of(COLORS), looks_of(SHAPES)
+        self._samples = [
+            Sample(Item(id="", label=f"{colors[number]} {shapes[number]}"), seen[number])
+            for number in sorted(colors.keys() & shapes.keys())
+        ]
+
+
+def looks_of(names: tuple[str, ...], split: str = "train") -> dict[int, str]:
+    """Number of a picture -> the name that its questions and answers imply, for example its color."""
+    found: dict[int, str] = {}
+    absent: dict[int, set[str]] = defaultdict(set)
+    for question, answer, number in _asked(split):
+        words = question.rstrip("?").split()
+        named = next((name for name in names if name in words), None)
+        if answer in names:
+            found[number] = answer
+        elif named is not None and (answer not in ("yes", "no") or (answer == "yes") != bool({"no", "not"} & {*words})):
+            found[number] = named
+        elif named is not None:
+            absent[number].add(named)
+    left = {number: [name for name in names if name not in some] for number, some in absent.items()}
+    return {number: some[0] for number, some in left.items() if len(some) == 1} | found
+
+
 def held_out(config: Any) -> list[Sample]:
     return questions("test")
 
@@ -58,3 +90,16 @@ def blind() -> dict[str, float]:
     usual = {question: found.most_common(1)[0][0] for question, found in answers.items()}
     test = questions("test")
     return {"question_only": sum(usual.get(item.question) in item.answers for item, _ in test) / len(test)}
+
+
+def _asked(split: str) -> list[tuple[str, str, int]]:
+    """Question, answer and number of the picture."""
+    return list(zip(*getattr(_package(), f"get_{split}_questions")(), strict=True))
+
+
+def _package() -> Any:
+    try:
+        import easy_vqa
+    except ImportError as error:
+        raise ImportError(NEEDS) from error
+    return easy_vqa

@@ -24,6 +24,7 @@ from mplug2_fast.training import Sample
 FIRST_HELD_OUT = 20_000
 HELD_OUT = 1_000
 
+LOOKS = Classification([f"{color} {shape}" for color in COLORS for shape in SHAPES], name="looks")
 ENTAILMENT = Classification(("entailment", "neutral", "contradiction"), on="fused", name="entailment")
 PAIRS = Classification(("false", "true"), on="two_images", name="pairs")
 
@@ -34,6 +35,14 @@ class Actions(MovingShapes):
     def of(self, scenes: Scenes, rng: np.random.Generator, id: str = "") -> Sample:
         item = Item(id=id, label=ACTIONS[scenes.action[0]])
         return Sample(item, training_frames(scenes, rng, self._size)[0])
+
+
+class Looks(Actions):
+    """Single frames with their colors and shapes."""
+
+    def of(self, scenes: Scenes, rng: np.random.Generator, id: str = "") -> Sample:
+        label = f"{list(COLORS)[scenes.color[0]]} {SHAPES[scenes.shape[0]]}"
+        return Sample(Item(id=id, label=label), training_frames(scenes, rng, self._size)[0, :1])
 
 
 class Entailment(Actions):

@@ -32,15 +32,23 @@ TRAINING_SHARE = 9
 DEFINITIONS = Classification(CATEGORIES, on="text", name="definitions")
 
 
+def lines_of(path: Path) -> Iterator[tuple[list[str], str]]:
+    """The fields of each entry of WordNet's file data.noun, and its gloss."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith(" "):  # the licence
+            fields, _, gloss = line.partition(" | ")
+            yield fields.split(), gloss
+
+
+def definition_of(gloss: str) -> str:
+    """A gloss without examples."""
+    return gloss.partition('; "')[0].strip()
+
+
 def read(path: Path) -> Iterator[Item]:
     """The definitions of WordNet's file data.noun, without examples."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith(" "):  # the licence
-            continue
-        fields, _, gloss = line.partition(" | ")
-        number, category = fields.split()[:2]
-        definition = gloss.partition('; "')[0].strip()
-        yield Item(id=number, text=definition, label=CATEGORIES[int(category) - FIRST_CATEGORY])
+    for (number, category, *_), gloss in lines_of(path):
+        yield Item(id=number, text=definition_of(gloss), label=CATEGORIES[int(category) - FIRST_CATEGORY])
 
 
 def write(path: Path, folder: Path = FOLDER) -> None:

@@ -45,18 +45,20 @@ def render(
     return background + cover * (scenes.rgb[:, None, None, None] - background)
 
 
-def training_frames(scenes: Scenes, rng: np.random.Generator, image_size: int = 32) -> np.ndarray:
-    """The 4 frames that a model sees of each scene, with artefacts like those of video encoding.
+def training_frames(
+    scenes: Scenes, rng: np.random.Generator, image_size: int = 32, frames: tuple[int, ...] = SEEN_FRAMES
+) -> np.ndarray:
+    """The frames that a model sees of each scene, with artefacts like those of video encoding.
 
     Nearest-neighbour resizing of the 128-pixel clip picks the same pixels. Edges are soft, brightness and contrast vary
     slightly from clip to clip, and there is noise.
 
     Returns:
-        `(n, 4, image_size, image_size, 3)` uint8.
+        `(n, T, image_size, image_size, 3)` uint8.
     """
     n = len(scenes)
     pixels = np.arange(image_size) * CLIP_SIZE // image_size
-    image = render(scenes, SEEN_FRAMES, pixels, CLIP_SIZE, rng.uniform(1, 4, n).astype(np.float32))
+    image = render(scenes, frames, pixels, CLIP_SIZE, rng.uniform(1, 4, n).astype(np.float32))
     per_clip = (n, 1, 1, 1, 1)
     image *= rng.uniform(0.94, 1.06, per_clip).astype(np.float32)
     image += rng.uniform(-0.04, 0.04, per_clip).astype(np.float32)

@@ -1,0 +1,143 @@
+"""Frames of moving shapes, and captions such as "a red circle". One in five pairs of color and shape is not trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from examples.moving_shapes.data import SAMPLES
+from examples.moving_shapes.generator import (
+    ACTIONS,
+    COLORS,
+    SHAPES,
+    Scenes,
+    caption,
+    held_out_scenes,
+    sample_scenes,
+    training_frames,
+    training_rng,
+)
+from mplug2_fast.datasets import Item
+from mplug2_fast.tasks import ZeroShot
+from mplug2_fast.text import Tokenizer
+from mplug2_fast.training import Sample
+from mplug2_fast.training.data import video_of
+
+MIDDLE_FRAME = 7
+FIRST_HELD_OUT = 50_000
+HELD_OUT = 2_000
+FOLDER = Path(__file__).parent
+NAMES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+CAPTIONS = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in NAMES]
+PERIOD = 5
+
+
+def unseen(color: int, shape: int) -> bool:
+    """Whether training has no such pair. It has each color and each shape."""
+    return (color + 2 * shape) % PERIOD == 0
+
+
+UNSEEN = [c * len(SHAPES) + s for c in range(len(COLORS)) for s in range(len(SHAPES)) if unseen(c, s)]
+"""Their numbers among `NAMES`."""
+
+
+class Frames:
+    """Training frames of all pairs with their captions."""
+
+    def __init__(self, config: Any) -> None:
+        self._size = config.vision.image_size
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        rng = training_rng(int(rng.integers(2**32)), int(rng.integers(2**32)))
+        scenes = sample_scenes(rng, 1)
+        while not self.has(scenes):
+            scenes = sample_scenes(rng, 1)
+        return self.of(scenes, rng)
+
+    def has(self, scenes: Scenes) -> bool:
+        """Whether the scene is part of the data."""
+        return True
+
+    def of(self, scenes: Scenes, rng: np.random.Generator) -> Sample:
+        frames = training_frames(scenes, rng, self._size, (MIDDLE_FRAME,))[0]
+        return Sample(Item(id=(text := self.text(scenes)), caption=(text,), label=text), frames)
+
+    def text(self, scenes: Scenes) -> str:
+        return caption(scenes, 0).removesuffix(f" {ACTIONS[scenes.action[0]]}")
+
+
+class Seen(Frames):
+    """Training frames of the pairs that are trained."""
+
+    def has(self, scenes: Scenes) -> bool:
+        return not unseen(int(scenes.color[0]), int(scenes.shape[0]))
+
+
+class SeenColors(Seen):
+    """The same with captions such as "a red shape"."""
+
+    def text(self, scenes: Scenes) -> str:
+        return super().text(scenes).removesuffix(SHAPES[scenes.shape[0]]) + "shape"
+
+
+class SeenShapes(Seen):
+    """The same with captions such as "a circle"."""
+
+    def text(self, scenes: Scenes) -> str:
+        return f"a {SHAPES[scenes.shape[0]]}"
+
+
+def held_out(config: Any) -> list[Sample]:
+    """Frames of all pairs."""
+    data, scenes = Frames(config), held_out_scenes(HELD_OUT, FIRST_HELD_OUT)
+    return [data.of(scenes[i], np.random.default_rng([2, i])) for i in range(HELD_OUT)]
+
+
+@torch.inference_mode()
+def features(model: Any, tokenizer: Tokenizer, samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of the frames `(frames, dim)` and of all captions `(48, dim)`, and the caption of each frame."""
+    visual = []
+    for start in range(0, len(samples), 100):
+        video = video_of(samples[start : start + 100], model.config.vision.image_size)
+        visual.append(model.visual_features(model.encode_video(video)))
+    ids, mask = model.config.wording.descriptions(tokenizer, CAPTIONS, video=False, training=False)
+    right = torch.tensor([CAPTIONS.index(sample.item.caption[0]) for sample in samples])
+    return torch.cat(visual), model.text_features(model.encode_text(ids, mask)), right
+
+
+def frames_first(similarities: Tensor, right: Tensor, asked: list[int]) -> float:
+    """The share of captions for which a frame of theirs is first in a gallery with one frame of each caption.
+
+    Args:
+        similarities: `(frames, captions)`. right: `(frames,)`. asked: the captions that are scored.
+
+    Each frame is in one gallery. As many galleries are made as there are frames of the rarest caption.
+    """
+    of_each = [(right == i).nonzero()[:, 0] for i in range(len(CAPTIONS))]
+    count = min(map(len, of_each))
+    galleries = torch.stack([found[:count] for found in of_each], dim=1)  # (galleries, captions)
+    best = similarities[galleries].argmax(dim=1)  # (galleries, captions)
+    return float((best[:, asked] == torch.tensor(asked)).float().mean())
+
+
+def score(model: Any, tokenizer: Tokenizer) -> tuple[float, dict[str, float]]:
+    """Recall at 1 of captions of unseen pairs among all 48, and further scores."""
+    samples = held_out(model.config)
+    visual, text, right = features(model, tokenizer, samples)
+    similarities = visual @ text.T
+    new = torch.isin(right, torch.tensor(UNSEEN))
+    hit = (similarities.argmax(dim=1) == right).float()
+    names = ZeroShot([NAMES[i] for i in UNSEEN], templates=("a {}",)).label_features(model, tokenizer)
+    named = torch.tensor(UNSEEN)[(visual[new] @ names.T).argmax(dim=1)]
+    return float(hit[new].mean()), {
+        "frames_by_captions": frames_first(similarities, right, UNSEEN),
+        f"classes_by_names_among_{len(UNSEEN)}": float((named == right[new]).float().mean()),
+        "captions_of_trained_pairs": float(hit[~new].mean()),
+    }
