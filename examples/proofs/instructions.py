@@ -25,7 +25,7 @@ from mplug2_fast.training import Sample, load_recipe
 from mplug2_fast.training.data import video_of
 
 FIRST_HELD_OUT = 70_000
-HELD_OUT = 1_000
+HELD_OUT = 500
 DESCRIBE = ("describe the clip", "say what the clip shows", "caption this")
 """Instructions that ask for a caption."""
 

@@ -80,20 +80,6 @@ class Seen(Frames):
         return not unseen(int(scenes.color[0]), int(scenes.shape[0]))
 
 
-class SeenColors(Seen):
-    """The same with captions such as "a red shape"."""
-
-    def text(self, scenes: Scenes) -> str:
-        return super().text(scenes).removesuffix(SHAPES[scenes.shape[0]]) + "shape"
-
-
-class SeenShapes(Seen):
-    """The same with captions such as "a circle"."""
-
-    def text(self, scenes: Scenes) -> str:
-        return f"a {SHAPES[scenes.shape[0]]}"
-
-
 def held_out(config: Any) -> list[Sample]:
     """Frames of all pairs."""
     data, scenes = Frames(config), held_out_scenes(HELD_OUT, FIRST_HELD_OUT)
