@@ -52,9 +52,9 @@ RERANKED = 16
 BATCH = 50
 
 
-def load(checkpoint: Path, dtype: str = "auto") -> tuple[Any, Tokenizer]:
+def load(checkpoint: Path, dtype: str = "auto", keep: Sequence[str] = ()) -> tuple[Any, Tokenizer]:
     """The model for the tasks that the checkpoint names, and for captions and questions, and its tokenizer."""
-    model = from_pretrained(checkpoint, dtype=dtype)
+    model = from_pretrained(checkpoint, dtype=dtype, keep=keep)
     for task in ("captioning", "question_answering"):
         if task not in model.tasks:
             model.add_task(task)
@@ -201,11 +201,12 @@ def main(
     clips: Annotated[int, typer.Option(min=1, help="Number of held-out clips.")] = 500,
     first: Annotated[int, typer.Option(help="Number of the first held-out scene.")] = FIRST_HELD_OUT,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or int8.")] = "auto",
+    keep: Annotated[list[str] | None, typer.Option(help="Layers that int8 does not round.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     mistakes: Annotated[bool, typer.Option(help="List the wrong captions and answers.")] = False,
 ) -> None:
     """Score all tasks of a checkpoint: captions and answers, and whatever else it was trained for."""
-    result, wrong = score_all(*load(checkpoint, dtype), held_out_scenes(clips, first))
+    result, wrong = score_all(*load(checkpoint, dtype, keep or ()), held_out_scenes(clips, first))
     if mistakes:
         Console(stderr=True).print("\n".join(wrong))
     if as_json:

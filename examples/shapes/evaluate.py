@@ -119,10 +119,11 @@ def main(
     first: Annotated[int, typer.Option(help="Number of the first held-out picture.")] = FIRST,
     blind: Annotated[bool, typer.Option(help="Also score the best guess from the question alone.")] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or int8.")] = "auto",
+    keep: Annotated[list[str] | None, typer.Option(help="Layers that int8 does not round.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Caption held-out pictures, answer questions about them, find objects in them, and find them by their captions."""
-    model = from_pretrained(checkpoint, tasks=TASKS, dtype=dtype)
+    model = from_pretrained(checkpoint, tasks=TASKS, dtype=dtype, keep=keep or ())
     tokenizer = Tokenizer.from_vocab(checkpoint / "vocab.txt", vocab_size=model.config.text.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder), pictures, first)

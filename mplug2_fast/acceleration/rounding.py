@@ -54,6 +54,9 @@ class Rounding:
         self._changed: list[nn.Module] = []
 
     def start(self, model: nn.Module) -> None:
+        """Raises `ConfigError` for a model of this package."""
+        if callable(getattr(model, "quantise", None)):
+            raise ConfigError(f"{type(model).__name__} rounds its own weights: call its method quantise instead")
         self._model = model
         self._outputs = {id(weight) for weight in _output_weights(model)}
 

@@ -407,6 +407,12 @@ def test_models_that_cannot_have_8_bit_weights(model, message):
     assert traces(model) == []
 
 
+def test_a_fast_model_rounds_itself():
+    model = pair(SMALL)[1]
+    with pytest.raises(ConfigError, match=r"^MPlug2\w* rounds its own weights: call its method quantise instead$"):
+        mf.accelerate(model, dtype="int8")
+
+
 def test_a_processor_without_products_of_bytes(mlp, monkeypatch):
     monkeypatch.setattr(cpu, "multiplies_bytes", lambda: False)
     with pytest.raises(ConfigError, match=r"8-bit weights would be slower here.*: leave out the dtype$"):
