@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import mplug2_fast as mf
 from bench import case, machine
-from mplug2_fast.checkpoint.int8 import others_dtype
+from mplug2_fast.checkpoint.eight_bit import others_dtype
 from mplug2_fast.devices import DTYPES, INT8
 
 WIDTHS, LAYERS, IMAGE, PATCH, NEW_TOKENS = (192, 384, 768), 4, 224, 16, 16

@@ -16,7 +16,7 @@ import mplug2_fast as mf
 from bench.peer import Peer
 from bench.weights import fill
 from mplug2_fast.acceleration import accelerate
-from mplug2_fast.checkpoint.int8 import others_dtype
+from mplug2_fast.checkpoint.eight_bit import others_dtype
 from mplug2_fast.devices import eight_bit
 from mplug2_fast.ops import explain, layer_norm
 from mplug2_fast.ops.runtime import cuda

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mplug2_fast.checkpoint.card import CARD_NAME, model_card
-from mplug2_fast.checkpoint.int8 import OTHERS, QUANTISATION_KEY, rounding, to_json
+from mplug2_fast.checkpoint.eight_bit import OTHERS, QUANTISATION_KEY, rounding, to_json
 from mplug2_fast.checkpoint.load import OfficialModel, check_finite, fitted
 from mplug2_fast.checkpoint.pages import PageReleaser
 from mplug2_fast.checkpoint.pretrained import read
@@ -30,7 +30,7 @@ from mplug2_fast.checkpoint.source import (
 from mplug2_fast.devices import pick_dtype
 from mplug2_fast.errors import CheckpointError
 from mplug2_fast.models import official_names
-from mplug2_fast.models.int8 import FORMATS, Quantisation
+from mplug2_fast.models.eight_bit import FORMATS, Quantisation
 from mplug2_fast.models.names import Shape
 from mplug2_fast.tasks import Task, get, stated, title_of
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
-from mplug2_fast.checkpoint.int8 import check_numbers, device_of, others_dtype, read_rounded, rounding
+from mplug2_fast.checkpoint.eight_bit import check_numbers, device_of, others_dtype, read_rounded, rounding
 from mplug2_fast.checkpoint.load import copy_official
 from mplug2_fast.checkpoint.pages import PageReleaser
 from mplug2_fast.checkpoint.resolve import Tasks, require_twins, resolve
 from mplug2_fast.checkpoint.source import Source, open_checkpoint
 from mplug2_fast.devices import eight_bit, pick_device, pick_dtype
 from mplug2_fast.errors import CheckpointError, ConfigError
-from mplug2_fast.models.int8 import Quantisation
+from mplug2_fast.models.eight_bit import Quantisation
 from mplug2_fast.tasks import Task
 
 if TYPE_CHECKING:

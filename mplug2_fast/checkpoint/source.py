@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
+from mplug2_fast.checkpoint.eight_bit import QUANTISATION_KEY, from_json
 from mplug2_fast.checkpoint.hub import local
-from mplug2_fast.checkpoint.int8 import QUANTISATION_KEY, from_json
 from mplug2_fast.checkpoint.load import plain_state_dict
 from mplug2_fast.checkpoint.pickles import Inert, OtherTensor, RefusedError, StoredTensor
 from mplug2_fast.checkpoint.torch_file import BROKEN, LEGACY_MAGIC, TorchFile, open_torch_file, tensor_of
 from mplug2_fast.errors import CheckpointError, ConfigError, printable
 from mplug2_fast.models import FAMILIES
-from mplug2_fast.models.int8 import Quantisation
+from mplug2_fast.models.eight_bit import Quantisation
 from mplug2_fast.tasks import Stated
 
 CONFIG_NAME = "config.json"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mplug2_fast.datasets import Item
 from mplug2_fast.errors import ConfigError, DataError, NotFiniteError
-from mplug2_fast.models.int8 import blocks_of
+from mplug2_fast.models.eight_bit import blocks_of
 from mplug2_fast.predict import Predictor
 
 MAX_KEPT = 5

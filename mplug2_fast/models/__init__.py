@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from mplug2_fast.errors import CheckpointError
+from mplug2_fast.models.eight_bit import Quantisation
 from mplug2_fast.models.family import Family, InferredConfig
-from mplug2_fast.models.int8 import Quantisation
 from mplug2_fast.models.mplug.family import MPLUG
 from mplug2_fast.models.mplug2.family import MPLUG2
 from mplug2_fast.models.names import OfficialNames, Shape, with_heads

@@ -14,7 +14,7 @@ from mplug2_fast.errors import ConfigError
 from mplug2_fast.generation.beam_search import Hypotheses, beam_search, output
 from mplug2_fast.generation.cuda_graphs import CudaGraphRunner
 from mplug2_fast.models.config import CLS_TOKEN_ID, PAD_TOKEN_ID, SEP_TOKEN_ID
-from mplug2_fast.models.int8 import FORMATS, Quantisation, eight_bit_names, require_matches, units_of
+from mplug2_fast.models.eight_bit import FORMATS, Quantisation, eight_bit_names, require_matches, units_of
 from mplug2_fast.models.names import CONTRAST, MATCHING, VISION, OfficialNames, with_heads
 from mplug2_fast.modes import in_eval_mode
 from mplug2_fast.nn import MLP, LocalTemporal, SelfAttention

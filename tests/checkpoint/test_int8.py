@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import mplug2_fast as mf
 from mplug2_fast.checkpoint import convert, from_pretrained, inspect, save_pretrained
-from mplug2_fast.checkpoint.int8 import others_dtype
+from mplug2_fast.checkpoint.eight_bit import others_dtype
 from mplug2_fast.errors import CheckpointError, ConfigError
 from mplug2_fast.nn.int8 import Int8Linear
 from mplug2_fast.ops.linear_int8 import quantise_weight

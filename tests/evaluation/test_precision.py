@@ -13,7 +13,7 @@ from mplug2_fast.cli import app
 from mplug2_fast.errors import ConfigError, DataError
 from mplug2_fast.evaluation import compare_dtypes
 from mplug2_fast.evaluation.precision import MAX_KEPT
-from mplug2_fast.models.int8 import blocks_of
+from mplug2_fast.models.eight_bit import blocks_of
 from mplug2_fast.predict import Captioner, Predictor
 from mplug2_fast.predict.predictor import TINY_MODEL, TINY_MPLUG
 
@@ -103,6 +103,16 @@ def test_the_command():
     )
     assert any(line.startswith("dtypes") and "int8 but decoder.*, against float32" in line for line in lines)
     assert any(line.startswith("--keep '") for line in lines)
+
+
+def test_fp8_is_judged_without_a_gpu():
+    options = ("compare-dtypes", TINY_MODEL, CLIPS[0], "--task", "captioning", "--dtype", "fp8", "--device", "cpu")
+    refused = run(*options)
+    assert refused.exit_code != 0
+    assert "e4m3 products need a GPU of compute capability 8.9 or later" in refused.stderr
+    values = json.loads(run(*options, "--backend", "torch", "--json").stdout)
+    assert (values["dtype"], values["against"]) == ("fp8", "float32")
+    assert 0.01 < values["visual_error"] < 0.06
 
 
 def test_commands_take_int8(tmp_path):

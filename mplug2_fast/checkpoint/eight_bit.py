@@ -11,7 +11,7 @@ import torch
 from mplug2_fast.checkpoint.load import copy_official
 from mplug2_fast.devices import INT8, eight_bit, pick_device, pick_dtype
 from mplug2_fast.errors import CheckpointError, ConfigError, printable
-from mplug2_fast.models.int8 import FORMATS, Quantisation, require_matches, units_of
+from mplug2_fast.models.eight_bit import FORMATS, Quantisation, require_matches, units_of
 from mplug2_fast.ops.linear_fp8 import REMEDY, device_reasons
 from mplug2_fast.ops.runtime import formula, onednn
 from mplug2_fast.ops.runtime.backend import forced

@@ -1,4 +1,4 @@
-"""Models with 8-bit weights: their layers, and the official names of weights and scales."""
+"""Models with 8-bit weights: formats, layers, and the official names of weights and scales."""
 
 from __future__ import annotations
 
