@@ -1,7 +1,7 @@
 """Self-critical training of an early captioner: its reward, CIDEr-D, before and after.
 
-`python -m examples.proofs.universal` trains the captioner. Then run `python -m examples.proofs.scst` from the
-repository root. It writes results/scst.json.
+Run as `python -m examples.proofs.scst` from the repository root. It trains a captioner for a few steps, then by its
+reward, and writes results/scst.json.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 import typer
 
 import mplug2_fast as mf
+from examples.proofs.universal import trainer_of
 from examples.proofs.unseen import FOLDER, Frames, held_out
 from mplug2_fast.evaluation import tokenize
 from mplug2_fast.text import Tokenizer
@@ -23,6 +24,8 @@ from mplug2_fast.training.data import video_of
 from mplug2_fast.training.scst import CiderReward
 
 ITEMS = 2_000
+EARLY = 120
+"""Steps of the captioner."""
 
 
 class Captioned(Frames):
@@ -74,7 +77,8 @@ def run(changes: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Train, score, and write results/scst.json."""
+    """Train a captioner for a few steps, go on by its reward, and write results/scst.json."""
+    trainer_of("2", 0, ["out=build/proofs/captioner", f"steps={EARLY}"]).train()
     result = run()
     (FOLDER / "results/scst.json").write_text(json.dumps(result, indent=2) + "\n")
     typer.echo(json.dumps(result))
