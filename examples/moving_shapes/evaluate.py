@@ -46,7 +46,9 @@ PACKAGED = Path(mf.__file__).parent / "data" / "tiny"
 FIRST_HELD_OUT = 10_000
 """The first held-out scene that is scored. The clips in `clips/` come from earlier ones."""
 FIRST_OF_GALLERY = 30_000
-"""The first held-out scene that may be in the gallery of retrieval."""
+"""The first held-out scene that may be in a gallery of retrieval."""
+GALLERY_SCENES = 10_000
+"""Between the first ones of two galleries."""
 RERANKED = 16
 """Candidates of each query that the matching head scores."""
 BATCH = 50
@@ -147,9 +149,15 @@ def score_logs(model: Any, tokenizer: Tokenizer, count: int) -> dict[str, float]
     return {"logs": sum(each.text in item.answers for each, item in zip(found, items, strict=True)) / count}
 
 
-def score_retrieval(model: Any, tokenizer: Tokenizer) -> dict[str, float]:
-    """Recall at 1 in a gallery with a clip of each caption: by the features alone, and with the matching head."""
-    scenes, texts = gallery()
+def score_retrieval(model: Any, tokenizer: Tokenizer, galleries: int = 1) -> dict[str, float]:
+    """The mean recall at 1 in galleries with a clip of each caption: by the features alone, and with the matching
+    head."""
+    each = [score_gallery(model, tokenizer, *gallery(number)) for number in range(galleries)]
+    return {name: sum(scores[name] for scores in each) / galleries for name in each[0]}
+
+
+def score_gallery(model: Any, tokenizer: Tokenizer, scenes: Scenes, texts: list[str]) -> dict[str, float]:
+    """Recall at 1 in one gallery."""
     embeds = encoded(model, scenes)
     ids, mask = model.config.wording.descriptions(tokenizer, texts, video=True, training=False)
     result, own = {"gallery": len(texts)}, torch.eye(len(texts), dtype=torch.bool)
@@ -160,19 +168,21 @@ def score_retrieval(model: Any, tokenizer: Tokenizer) -> dict[str, float]:
     return result
 
 
-def gallery() -> tuple[Scenes, list[str]]:
-    """The first held-out scene of each caption, and the captions."""
+def gallery(number: int) -> tuple[Scenes, list[str]]:
+    """The first held-out scene of each caption in the gallery of this number, and the captions."""
     texts = all_captions()
-    number, found = FIRST_OF_GALLERY, {}
+    first, found = FIRST_OF_GALLERY + number * GALLERY_SCENES, {}
     while len(found) < len(texts):
-        some = held_out_scenes(500, number)
+        some = held_out_scenes(500, first)
         for i in range(len(some)):
             found.setdefault(caption(some, i), some[i])
-        number += len(some)
+        first += len(some)
     return Scenes.joined([found[text] for text in texts]), texts
 
 
-def score_all(model: Any, tokenizer: Tokenizer, scenes: Scenes) -> tuple[dict[str, float], list[str]]:
+def score_all(
+    model: Any, tokenizer: Tokenizer, scenes: Scenes, galleries: int = 1
+) -> tuple[dict[str, float], list[str]]:
     """The scores of all tasks of the model, and the wrong captions and answers."""
     n, embeds = len(scenes), encoded(model, scenes)
     captions = generate_captions(model, tokenizer, embeds)
@@ -192,7 +202,7 @@ def score_all(model: Any, tokenizer: Tokenizer, scenes: Scenes) -> tuple[dict[st
     if "text_generation" in model.tasks:
         result |= score_logs(model, tokenizer, n)
     if "retrieval" in model.tasks:
-        result |= score_retrieval(model, tokenizer)
+        result |= score_retrieval(model, tokenizer, galleries)
     return result, mistakes
 
 
@@ -200,13 +210,14 @@ def main(
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder. Default: the packaged one.")] = PACKAGED,
     clips: Annotated[int, typer.Option(min=1, help="Number of held-out clips.")] = 500,
     first: Annotated[int, typer.Option(help="Number of the first held-out scene.")] = FIRST_HELD_OUT,
+    galleries: Annotated[int, typer.Option(min=1, help="Retrieval: how many galleries, each with other clips.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or int8.")] = "auto",
     keep: Annotated[list[str] | None, typer.Option(help="Layers that int8 does not round.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     mistakes: Annotated[bool, typer.Option(help="List the wrong captions and answers.")] = False,
 ) -> None:
     """Score all tasks of a checkpoint: captions and answers, and whatever else it was trained for."""
-    result, wrong = score_all(*load(checkpoint, dtype, keep or ()), held_out_scenes(clips, first))
+    result, wrong = score_all(*load(checkpoint, dtype, keep or ()), held_out_scenes(clips, first), galleries)
     if mistakes:
         Console(stderr=True).print("\n".join(wrong))
     if as_json:
