@@ -138,6 +138,13 @@ class LinearKind(ProductKind):
     def quick(original: type[nn.Module]) -> Quick:
         return _quick_linear
 
+    @classmethod
+    def pays(cls, state: State, x: Tensor) -> bool:
+        if state.last.had_many_rows and gain.wins_in_a_loop_only(x, state.size):
+            state.last.had_many_rows = False
+            return False
+        return super().pays(state, x)
+
     @staticmethod
     def forward(module: Any, state: State, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not state.int8:

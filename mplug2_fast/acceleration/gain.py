@@ -26,9 +26,10 @@ _LARGE_WEIGHT = 1 << 21
 _FLOAT32_PRODUCT, _WIDENED_PRODUCT = 1 << 30, 1 << 17
 """Minimum multiplications of a product, in float32 and in a type that the processor must widen."""
 
-_FEW_ROWS, _FEW_ROWS_WEIGHT = 16, 1 << 15
+_FEW_ROWS, _FEW_ROWS_WEIGHT, _COLD_WEIGHT = 16, 1 << 15, 1 << 19
 """Maximum rows and minimum elements of the weight for the native kernel to win in bfloat16. It takes half as long as
-PyTorch, which needs at least 25 µs (Zen 4)."""
+PyTorch, which needs at least 25 µs. A single call after products with many rows, such as that of a pooler, takes 100 µs
+more, and wins with a weight of the last size (Zen 4)."""
 
 _INT8_ROWS, _INT8_WORK = 64, 1 << 23
 """Minimum rows, and minimum multiplications, for an 8-bit weight to win. It then takes a quarter of the time in float32
@@ -88,6 +89,11 @@ def of_product(x: Tensor, size: Size, *, fused: bool = False) -> bool:
         return work >= _WIDENED_PRODUCT
     few = x.dtype is torch.bfloat16 and x.numel() <= _few_elements(size)
     return few or size.elements >= _LARGE_WEIGHT or work >= _FLOAT32_PRODUCT
+
+
+def wins_in_a_loop_only(x: Tensor, size: Size) -> bool:
+    """Whether `of_product` holds only for calls in a loop, such as generation, where no product has many rows."""
+    return size.elements < _COLD_WEIGHT and x.dtype is torch.bfloat16 and x.is_cpu and x.numel() <= _few_elements(size)
 
 
 def small_for_product(size: Size) -> TooSmall:

@@ -69,6 +69,17 @@ class Part:
 
 
 @dataclass
+class Last:
+    """What swapped modules of a model did last.
+
+    Attributes:
+        had_many_rows: whether a linear layer had too many rows for the kernel for few rows.
+    """
+
+    had_many_rows: bool = False
+
+
+@dataclass
 class State:
     """What is known about a swapped module.
 
@@ -78,6 +89,7 @@ class State:
         int8: whether it has 8-bit weights.
         too_small: inputs that are known to be too small.
         session: the caches of the decoder that the module belongs to, if any.
+        last: shared by the modules of a model.
         parts: the module and all modules inside it that the fast forward replaces.
         dropouts: the parts that may draw random numbers.
         batch_norms: the parts that use batch statistics in training.
@@ -91,6 +103,7 @@ class State:
     size: gain.Size | None
     too_small: gain.TooSmall
     session: Session | None
+    last: Last
     parts: tuple[Part, ...] = ()
     dropouts: tuple[nn.Module, ...] = ()
     batch_norms: tuple[nn.Module, ...] = ()
@@ -245,7 +258,7 @@ def _subclass(kind: type[Kind], original: type[nn.Module]) -> type[nn.Module]:
     new.forward = _forward_of(kind, original)
     quick = kind.quick(original)
     if quick is not None:
-        new.forward = _quick_forward_of(quick, original, new, new.forward)
+        new.forward = _quick_forward_of(quick, kind, original, new, new.forward)
     return new
 
 
@@ -296,11 +309,11 @@ def _forward_of(kind: type[Kind], original: type[nn.Module]) -> Callable[..., An
 
 
 def _quick_forward_of(
-    quick: Quick, original: type[nn.Module], swapped: type[nn.Module], usual: Callable[..., Any]
+    quick: Quick, kind: type[Kind], original: type[nn.Module], swapped: type[nn.Module], usual: Callable[..., Any]
 ) -> Callable[..., Any]:
     """The forward of a swapped module with one argument, a weight and a bias. `quick` computes small calls: it saves
     PyTorch's search for parameters, which takes longer than finding out that a call is small."""
-    plain = original.forward
+    plain, is_product = original.forward, issubclass(kind, ProductKind)
 
     @functools.wraps(plain)
     def forward(self: Any, x: Any = None, **named: Any) -> Any:
@@ -312,6 +325,8 @@ def _quick_forward_of(
         state, parameters = own[STATE], own["_parameters"]
         if "weight" in parameters and "bias" in parameters and state.too_small.has(x):
             state.calls.no_gain += 1
+            if is_product:
+                state.last.had_many_rows = True
             return quick(self, x, parameters["weight"], parameters["bias"])
         return usual(self, x)
 
@@ -358,7 +373,7 @@ def _probability(part: Any) -> float:
     return part.dropout if isinstance(part, nn.MultiheadAttention) else part.p
 
 
-def swap(module: nn.Module, kind: type[Kind], found: Any, session: Session | None) -> None:
+def swap(module: nn.Module, kind: type[Kind], found: Any, session: Session | None, last: Last) -> None:
     """Raises `Unsuitable` for an instance whose class cannot be changed."""
     original = type(module)
     new = _subclass(kind, original)
@@ -368,7 +383,7 @@ def swap(module: nn.Module, kind: type[Kind], found: Any, session: Session | Non
         raise Unsuitable(f"its class cannot be changed: {error}") from error
     weight = kind.weight(module)
     size = None if weight is None else gain.Size.of(weight)
-    vars(module)[STATE] = State(found, size, kind.too_small(size), session)
+    vars(module)[STATE] = State(found, size, kind.too_small(size), session, last)
     _replace_in_wrapper(module, original.forward, new.forward)
 
 

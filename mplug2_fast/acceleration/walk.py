@@ -21,6 +21,7 @@ from mplug2_fast.acceleration.swap import (
     HOOKED,
     STATE,
     Kind,
+    Last,
     Swapped,
     Unsuitable,
     hooked,
@@ -114,6 +115,7 @@ class _Walk:
         self._swapped: list[nn.Module] = []
         self._paths: dict[int, str] = {}
         self._known: dict[Any, Any] = {}
+        self._last = Last()
 
     def go(self, model: nn.Module) -> None:
         try:
@@ -187,7 +189,7 @@ class _Walk:
             require_plain_weights(module)
         found = self._recognise(module, kind)
         session = Session() if kind is TextDecoderKind else session
-        swap(module, kind, found, session)
+        swap(module, kind, found, session, self._last)
         self._swapped.append(module)
         place = len(self.entries)
         self._visit_children(module, path, session, self._whole(module, path, part_of))

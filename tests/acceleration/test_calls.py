@@ -147,6 +147,21 @@ def test_few_rows_in_bfloat16_are_served(native_module, rows, served):
 
 
 @pytest.mark.real_sizes
+@pytest.mark.parametrize(("channels", "served"), [(192, 2), (768, 3)])
+def test_few_rows_after_many_are_served_if_the_weight_is_large(native_module, channels, served):
+    """A kernel that ran long ago takes longer."""
+    if not onednn.multiplies(torch.bfloat16):
+        pytest.skip("this processor widens bfloat16")
+    layers = nn.ModuleList([nn.Linear(192, 192), nn.Linear(channels, channels)]).to(torch.bfloat16)
+    report = mf.accelerate(layers)
+    with torch.no_grad():
+        layers[0](torch.randn(100, 192, dtype=torch.bfloat16))
+        for _ in range(3):
+            layers[1](torch.randn(2, channels, dtype=torch.bfloat16))
+    assert report.calls["1"].served == served
+
+
+@pytest.mark.real_sizes
 def test_gradients_on_a_cpu_run_the_original_code():
     module, x = clip_mlp(), torch.randn(9, 64)
     report = mf.accelerate(module)
