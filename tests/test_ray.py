@@ -82,7 +82,7 @@ def test_answers(paths: list[str]) -> None:
 @pytest.mark.parametrize("step", [Captions, Answers])
 def test_layers_that_are_not_rounded(step: type[Captions | Answers]) -> None:
     loaded = step(device="cpu", dtype="int8", keep=["decoder.*"])
-    assert loaded._work.predictor.model.kept == ("decoder.*",)
+    assert loaded._work.predictor.model.quantisation.keep == ("decoder.*",)
 
 
 def test_options_that_are_not_known() -> None:

@@ -360,12 +360,12 @@ SPEC = Spec(
             "int8": True, "int8_memory": True,
         },
         {"batch": 2, "beams": 3, "length": 15, "step": 14, "keys": 65, "heads": 3, "head_dim": 20, "masked": True},
-        {"batch": 2, "beams": 7, "length": 3, "step": 2, "keys": 70, "masked": True, "int8_memory": True},
         {"batch": 3, "beams": 1, "length": 1, "step": 0, "keys": 1, "heads": 1, "head_dim": 33, "hidden": 7},
         {"batch": 2, "beams": 2, "length": 3, "step": 1, "keys": 9, "biases": False, "activation": "quick_gelu"},
         {"batch": 13, "beams": 5, "length": 2, "step": 1, "keys": 5, "hidden": 70, "biases": False, "int8": True},
         {"batch": 13, "beams": 5, "length": 2, "step": 1, "keys": 5, "hidden": 40},
         {"batch": 0, "beams": 5, "length": 3, "step": 1, "keys": 4},
+        {"batch": 2, "beams": 7, "length": 3, "step": 2, "keys": 70, "masked": True, "int8_memory": True},
     ),
     models={
         "base": {
