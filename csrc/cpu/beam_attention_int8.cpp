@@ -204,7 +204,7 @@ struct ValuesOfFloats {
         }
         for (std::int64_t q = 0; q < quads; ++q) {
             for (int byte = 0; byte < 4; ++byte) {
-                const std::int64_t token = 4 * q + (byte == 1 ? 2 : byte == 2 ? 1 : byte);
+                const std::int64_t token = 4 * q + kWordOrder[byte];
 #pragma GCC unroll 4
                 for (int n = 0; n < kVectors; ++n) {
                     const U32 words = load_words(values + q * stride + n * kLanes);
@@ -299,8 +299,9 @@ class Attention {
             const Buffer<float> memory(a_.queries * (partial_.sums + 2));
             float *const sums = memory, *const largest = sums + a_.queries * partial_.sums,
                          *const totals = largest + a_.queries;
-            const Buffer<Word> copy(a_.head_dim == partial_.sums ? 0 : kBlock / 4 * partial_.sums);
-            std::memset(copy, 0, (a_.head_dim == partial_.sums ? 0 : kBlock / 4 * partial_.sums) * sizeof(Word));
+            const std::int64_t copied = a_.head_dim == partial_.sums ? 0 : kBlock / 4 * partial_.sums;
+            const Buffer<Word> copy(copied);
+            std::memset(copy, 0, copied * sizeof(Word));
             for (std::int64_t item = begin; item < end; ++item) {
                 const std::int64_t pair = item / parts, part = item % parts;
                 if (part == 0 || item == begin) {

@@ -7,8 +7,6 @@
 namespace mplug2_fast::MPLUG2_ISA {
 namespace {
 
-constexpr int kOrder[4] = {0, 2, 1, 3};  // of the numbers in a word
-
 // Some tokens of one head as bytes, [kMemoryBlock][stride], and their scales. Missing tokens are zero.
 template <typename Element>
 void round_tokens(const Element* from, std::int64_t token_stride, std::int64_t count, std::int64_t head_dim,
@@ -36,7 +34,7 @@ void write_keys(const std::int32_t* numbers, std::int64_t stride, std::int64_t w
     for (std::int64_t w = 0; w < words; ++w, to += sizeof(block)) {
         for (std::int64_t t = 0; t < kMemoryBlock; ++t) {
             const std::int32_t* four = numbers + t * stride + 4 * w;
-            block[t] = word_of(four[kOrder[0]], four[kOrder[1]], four[kOrder[2]], four[kOrder[3]]);
+            block[t] = word_of(four[kWordOrder[0]], four[kWordOrder[1]], four[kWordOrder[2]], four[kWordOrder[3]]);
         }
         std::memcpy(to, block, sizeof(block));
     }
@@ -48,7 +46,7 @@ void write_values(const std::int32_t* numbers, std::int64_t stride, std::int64_t
         for (std::int64_t c = 0; c < head_dim; c += kLanes) {
             U32 words = {};
             for (int byte = 0; byte < 4; ++byte) {
-                words |= (U32)load_i32(numbers + (t + kOrder[byte]) * stride + c) << (8 * byte);
+                words |= (U32)load_i32(numbers + (t + kWordOrder[byte]) * stride + c) << (8 * byte);
             }
             const std::int64_t count = at_most(head_dim - c, kLanes);
             std::memcpy(to + c * sizeof(Word), &words, count * sizeof(Word));

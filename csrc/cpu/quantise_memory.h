@@ -18,6 +18,7 @@ namespace mplug2_fast {
 // heads, blocks, kMemoryBlock / 4, head_dim) words of a channel of four tokens; quotients are rounded up. The scales
 // are (batch, heads, tokens). All results are contiguous.
 inline constexpr std::int64_t kMemoryBlock = 16;  // tokens
+inline constexpr int kWordOrder[4] = {0, 2, 1, 3};
 
 struct QuantiseMemoryArguments {
     const void* key;

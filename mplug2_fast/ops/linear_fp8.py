@@ -219,7 +219,7 @@ def linear_fp8(
         x: `(..., in_features)`. weight: `(out_features, in_features)`, float8_e4m3fn. scale: `(out_features,)`,
             float32, see `quantise_weight`. bias: `(out_features,)`.
         activation: as for `linear_act`. residual: `(..., out_features)`.
-        norm_weight, norm_bias: `(in_features,)`, of a layer norm of x; without norm_weight there is none. eps: its eps.
+        norm_weight, norm_bias, eps: of a layer norm of x, both `(in_features,)`. Without norm_weight x is not normed.
 
     Returns `(..., out_features)` in x's dtype, contiguous.
 
