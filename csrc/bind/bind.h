@@ -24,6 +24,7 @@ void bind_linear_int8(pybind11::module_& module);
 void bind_local_temporal(pybind11::module_& module);
 void bind_preprocess_frames(pybind11::module_& module);
 void bind_quantise_memory(pybind11::module_& module);
+void bind_small_calls(pybind11::module_& module);
 void bind_step_attention(pybind11::module_& module);
 void bind_tensors(pybind11::module_& module);
 

@@ -42,6 +42,7 @@ PYBIND11_MODULE(_C, module) {
     bind_local_temporal(module);
     bind_preprocess_frames(module);
     bind_quantise_memory(module);
+    bind_small_calls(module);
     bind_step_attention(module);
     bind_tensors(module);
 }

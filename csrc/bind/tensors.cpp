@@ -1,35 +1,12 @@
-// Tests whether kernels may read tensors as they are. Every call of an operator runs them, so they use only CPython
-// and PyTorch's C interface (torch/csrc/inductor/aoti_torch/c/shim.h). Python passes in the addresses of that
-// interface's functions, so the module links no torch.
+// Tests whether kernels may read tensors as they are. Every call of an operator runs them.
 
 #include "bind/bind.h"
+#include "bind/torch_c.h"
 
 namespace py = pybind11;
 
 namespace mplug2_fast {
 namespace {
-
-// The C interface's handle is the address of an at::Tensor, which is one pointer to the tensor's implementation.
-using Handle = void**;
-
-struct Torch {
-    std::int32_t (*get_layout)(Handle, std::int32_t*);
-    std::int32_t (*get_storage_size)(Handle, std::int64_t*);
-    std::int32_t (*get_storage_offset)(Handle, std::int64_t*);
-    std::int32_t (*get_dtype)(Handle, std::int32_t*);
-    std::int32_t (*get_dim)(Handle, std::int64_t*);
-    std::int32_t (*get_sizes)(Handle, std::int64_t**);
-    std::int32_t (*get_strides)(Handle, std::int64_t**);
-    std::int32_t (*get_data_ptr)(Handle, void**);
-    std::size_t (*dtype_element_size)(std::int32_t);
-    std::int32_t (*layout_strided)();
-    std::int32_t (*get_device_type)(Handle, std::int32_t*);
-    std::int32_t (*device_type_cpu)();
-    // Python objects, which are never freed.
-    PyObject *tensor_type, *parameter_type, *dtype_type, *is_neg, *cdata, *requires_grad;
-};
-
-Torch torch;
 
 // Whether the storage holds every element that sizes and strides describe.
 bool fits_its_storage(Handle tensor) {
@@ -52,21 +29,6 @@ bool fits_its_storage(Handle tensor) {
     // Tensors of `torch._efficientzerotensor`, and meta tensors, have a storage without an address.
     return last * static_cast<std::int64_t>(torch.dtype_element_size(dtype)) <= bytes &&
            torch.get_data_ptr(tensor, &data) == 0 && data != nullptr;
-}
-
-// The implementation of an object that is exactly a Tensor or a Parameter; otherwise null.
-void* implementation(PyObject* object) {
-    const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-    if (type != torch.tensor_type && type != torch.parameter_type) {
-        return nullptr;
-    }
-    PyObject* address = PyObject_GetAttr(object, torch.cdata);
-    if (address == nullptr) {
-        return nullptr;
-    }
-    void* found = PyLong_AsVoidPtr(address);
-    Py_DECREF(address);
-    return found;
 }
 
 bool is_plain(PyObject* object, Handle tensor) {
@@ -164,6 +126,7 @@ void bind_tensors(py::module_& module) {
             connect(torch.get_storage_size, "aoti_torch_get_storage_size");
             connect(torch.get_storage_offset, "aoti_torch_get_storage_offset");
             connect(torch.get_dtype, "aoti_torch_get_dtype");
+            connect(torch.get_numel, "aoti_torch_get_numel");
             connect(torch.get_dim, "aoti_torch_get_dim");
             connect(torch.get_sizes, "aoti_torch_get_sizes");
             connect(torch.get_strides, "aoti_torch_get_strides");

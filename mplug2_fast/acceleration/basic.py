@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mplug2_fast.acceleration import gain, int8, trial
 from mplug2_fast.acceleration.products import keep_packed, normalised, product, two_products
 from mplug2_fast.acceleration.structure import has, is_plain, require, require_linear, require_one_axis
-from mplug2_fast.acceleration.swap import Kind, ProductKind, Quick, State, Unserved
+from mplug2_fast.acceleration.swap import Kind, ProductKind, State, Unserved
 from mplug2_fast.nn import mlp
 from mplug2_fast.nn.attention import in_product
 from mplug2_fast.ops import attention_with_dropout, layer_norm
@@ -59,8 +59,8 @@ class LayerNormKind(Kind):
         return FoundNorm(plain, casts)
 
     @staticmethod
-    def quick(original: type[nn.Module]) -> Quick | None:
-        return _quick_norm if original.forward is nn.LayerNorm.forward else None
+    def quick(original: type[nn.Module]) -> str:
+        return "small_layer_norm" if original.forward is nn.LayerNorm.forward else ""
 
     @classmethod
     def too_small(cls, size: gain.Size | None) -> gain.TooSmall:
@@ -87,10 +87,6 @@ class LayerNormKind(Kind):
         if not found.casts or (weight is not None and weight.dtype is not torch.float32):
             raise Unserved(f"it was called with {dtype}, and its parameters have another type")
         return layer_norm(input.float(), weight, module.bias, eps=module.eps).to(dtype)
-
-
-def _quick_norm(module: Any, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return int8.mark(F.layer_norm(input, module.normalized_shape, weight, bias, module.eps), module)
 
 
 def _torch_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -135,25 +131,14 @@ class LinearKind(ProductKind):
         return {"": (module, module.weight)}
 
     @staticmethod
-    def quick(original: type[nn.Module]) -> Quick:
-        return _quick_linear
-
-    @classmethod
-    def pays(cls, state: State, x: Tensor) -> bool:
-        if state.last.had_many_rows and gain.wins_in_a_loop_only(x, state.size):
-            state.last.had_many_rows = False
-            return False
-        return super().pays(state, x)
+    def quick(original: type[nn.Module]) -> str:
+        return "small_linear"
 
     @staticmethod
     def forward(module: Any, state: State, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not state.int8:
             return F.linear(input, module.weight, module.bias)
         return product(input, module)
-
-
-def _quick_linear(module: Any, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(input, weight, bias)
 
 
 @dataclass(frozen=True)

@@ -50,11 +50,13 @@ class TooSmall(NamedTuple):
 
     Attributes:
         anywhere: minimum number of elements on any device.
-        on_cpu: type -> numbers of elements that are too small on a CPU.
+        on_cpu: type -> numbers of elements that are too small on a CPU. Fewer elements may gain.
+        few_in_loops_only: whether those gain only in a loop, such as generation, where no product has many rows.
     """
 
     anywhere: int = 0
     on_cpu: Mapping[torch.dtype, range] = {}
+    few_in_loops_only: bool = False
 
     def has(self, x: Tensor) -> bool:
         elements = x.numel()
@@ -91,11 +93,6 @@ def of_product(x: Tensor, size: Size, *, fused: bool = False) -> bool:
     return few or size.elements >= _LARGE_WEIGHT or work >= _FLOAT32_PRODUCT
 
 
-def wins_in_a_loop_only(x: Tensor, size: Size) -> bool:
-    """Whether `of_product` holds only for calls in a loop, such as generation, where no product has many rows."""
-    return size.elements < _COLD_WEIGHT and x.dtype is torch.bfloat16 and x.is_cpu and x.numel() <= _few_elements(size)
-
-
 def small_for_product(size: Size) -> TooSmall:
     """For `of_product`."""
     if size.elements >= _LARGE_WEIGHT:
@@ -104,7 +101,7 @@ def small_for_product(size: Size) -> TooSmall:
     small = {t: range(fewest) for t in onednn.DTYPES if onednn.multiplies(t)}
     if torch.bfloat16 in small:
         small[torch.bfloat16] = range(_few_elements(size) + 1, fewest)
-    return TooSmall(0, small)
+    return TooSmall(0, small, size.elements < _COLD_WEIGHT)
 
 
 def of_int8(x: Tensor, size: Size) -> bool:
@@ -121,7 +118,7 @@ def small_for_int8(small: TooSmall, size: Size) -> TooSmall:
     """What is too small for `of_int8` and for another way to compute."""
     fewest = _fewest_int8(size)
     ranges = {t: range(r.start, min(r.stop, fewest)) if t in cpu.DTYPES else r for t, r in small.on_cpu.items()}
-    return TooSmall(small.anywhere, ranges)
+    return small._replace(on_cpu=ranges)
 
 
 def _fewest_int8(size: Size) -> int:

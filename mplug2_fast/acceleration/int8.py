@@ -22,7 +22,7 @@ from mplug2_fast.ops.linear_act import Activation
 from mplug2_fast.ops.linear_int8 import MOST_INPUTS, quantise_weight
 from mplug2_fast.ops.runtime import cpu
 
-_ROUNDED, _FEEDS, _MARK = "_mplug2_fast_int8", "_mplug2_fast_feeds_int8", "_mplug2_fast_norm"
+_ROUNDED, FEEDS, _MARK = "_mplug2_fast_int8", "_mplug2_fast_feeds_int8", "_mplug2_fast_norm"
 
 
 @dataclass(frozen=True)
@@ -162,12 +162,12 @@ def is_rounded(layer: nn.Module) -> bool:
 
 def feeds(norm: nn.Module) -> None:
     """Makes a norm mark its results, so that products of them are smoothed."""
-    vars(norm)[_FEEDS] = True
+    vars(norm)[FEEDS] = True
 
 
 def remove(module: nn.Module) -> None:
     """Undoes `add` and `feeds`."""
-    for name in (_ROUNDED, _FEEDS):
+    for name in (_ROUNDED, FEEDS):
         vars(module).pop(name, None)
 
 
@@ -187,7 +187,7 @@ class _Mark:
 def mark(out: Tensor, norm: nn.Module) -> Tensor:
     """Remembers the norm of a result. A product uses it to choose the factors of smoothing: they do not change what is
     computed, only how finely it is rounded. So the mark may be lost, and out may be written to."""
-    if _FEEDS in vars(norm):
+    if FEEDS in vars(norm):
         setattr(out, _MARK, _Mark(norm))
     return out
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 
 @dataclass
@@ -14,20 +15,25 @@ class Calls:
     """Counts the calls of a swapped module.
 
     Attributes:
+        small: `SmallCalls`, or None.
         served: calls that the fast forward computed.
-        no_gain: calls that were too small and ran the original code.
         int8: products with 8-bit weights.
         wide: reason -> products with the wide weights of layers that have 8-bit ones.
         by_parts: reason -> calls that ran the original code with accelerated parts.
         original: reason -> calls that ran the original code.
     """
 
+    small: Any = None
     served: int = 0
-    no_gain: int = 0
     int8: int = 0
     wide: Counter[str] = field(default_factory=Counter)
     by_parts: Counter[str] = field(default_factory=Counter)
     original: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def no_gain(self) -> int:
+        """Calls that were too small and ran the original code."""
+        return 0 if self.small is None else self.small.count
 
     def left(self, reason: str, by_parts: bool) -> None:
         """Counts a call that ran the original code."""

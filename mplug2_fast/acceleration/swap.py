@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from mplug2_fast.acceleration import gain, int8
 from mplug2_fast.acceleration.cache import Call, Session
 from mplug2_fast.acceleration.report import Calls
+from mplug2_fast.acceleration.small import STATE, connected, small_calls
 from mplug2_fast.ops import unpack_weight
 
-STATE = "_mplug2_fast"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (Tensor, nn.Parameter)
 _PLAIN_OR_NONE = frozenset((*_PLAIN, type(None)))
@@ -32,9 +32,6 @@ _is_compiling, _is_dynamo = torch.compiler.is_compiling, torch.compiler.is_dynam
 _is_traced, _is_grad_enabled = torch._C._get_tracing_state, torch.is_grad_enabled
 _modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
 _forward_ad = torch.autograd.forward_ad
-
-Quick = Callable[[Any, Tensor, Any, Any], Tensor]
-"""Computes what the forward of a module with one argument does, given module, argument, weight and bias."""
 
 HOOKED = "{} has a hook or its own forward"
 """Why a fast forward may not replace the call of this part."""
@@ -73,10 +70,10 @@ class Last:
     """What swapped modules of a model did last.
 
     Attributes:
-        had_many_rows: whether a linear layer had too many rows for the kernel for few rows.
+        flags: one, whether the last small call of a linear layer had too many rows for the kernel for few rows.
     """
 
-    had_many_rows: bool = False
+    flags: bytearray = field(default_factory=lambda: bytearray(1))
 
 
 @dataclass
@@ -88,6 +85,7 @@ class State:
         size: of the weight that decides which inputs are large enough.
         int8: whether it has 8-bit weights.
         too_small: inputs that are known to be too small.
+        small: calls with such inputs, as `small.small_calls` makes it.
         session: the caches of the decoder that the module belongs to, if any.
         last: shared by the modules of a model.
         parts: the module and all modules inside it that the fast forward replaces.
@@ -113,11 +111,25 @@ class State:
     calls: Calls = field(default_factory=Calls)
     unserved: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self._count_small_calls()
+
+    def __getstate__(self) -> dict[str, Any]:  # copies start at zero, and native objects cannot be pickled
+        return {name: value for name, value in vars(self).items() if name != "small"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._count_small_calls()
+
+    def _count_small_calls(self) -> None:
+        self.small = self.calls.small = small_calls(self.too_small, self.last.flags)
+
     def use_int8(self, kind: type[Kind], used: bool = True) -> None:
         """Serves calls that are large enough for 8-bit weights, or no longer."""
         self.int8, self.too_small = used and self.size is not None, kind.too_small(self.size)
         if self.int8:
             self.too_small = gain.small_for_int8(self.too_small, self.size)
+        self._count_small_calls()
 
     def record(self, parts: tuple[nn.Module, ...], inside: bool) -> None:
         """Records the parts as they are now."""
@@ -166,9 +178,9 @@ class Kind:
         return None
 
     @staticmethod
-    def quick(original: type[nn.Module]) -> Quick | None:
-        """A quicker way to run the original forward of a class, if one is known."""
-        return None
+    def quick(original: type[nn.Module]) -> str:
+        """The native function that computes small calls as the original class does, if there is one."""
+        return ""
 
     @staticmethod
     def products(module: Any, found: Any) -> dict[str, tuple[nn.Module, Tensor]]:
@@ -257,8 +269,8 @@ def _subclass(kind: type[Kind], original: type[nn.Module]) -> type[nn.Module]:
     new: Any = type(original.__name__, (Swapped, original), attributes)
     new.forward = _forward_of(kind, original)
     quick = kind.quick(original)
-    if quick is not None:
-        new.forward = _quick_forward_of(quick, kind, original, new, new.forward)
+    if quick and connected() is not None:
+        new.forward = _quick_forward_of(getattr(connected(), quick), original, new, new.forward)
     return new
 
 
@@ -271,19 +283,19 @@ def _forward_of(kind: type[Kind], original: type[nn.Module]) -> Callable[..., An
 
     @functools.wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_dynamo() or _is_traced() is not None:
+        if _is_dynamo():
             return plain(self, *args, **kwargs)
         state = self.__dict__[STATE]
         x = args[0] if args else kwargs.get(first)
-        small = type(x) in _PLAIN and state.too_small.has(x)
-        if small and not (reuses and Call.current(state.session) is not None):
-            state.calls.no_gain += 1
+        cached = reuses and state.session is not None and Call.current(state.session) is not None
+        if not cached and state.small.has(x):
+            state.small.count += 1
             return plain(self, *args, **kwargs)
-        if _is_compiling():
+        if _is_traced() is not None or _is_compiling():
             return plain(self, *args, **kwargs)
         if type(x) in _PLAIN:
             if not (pays(state, x) or (state.int8 and gain.of_int8(x, state.size))):
-                state.calls.no_gain += 1
+                state.small.count += 1
                 return plain(self, *args, **kwargs)
         elif not kind.runs_original:
             state.calls.left(f"its input is a {type(x).__name__}", state.by_parts)
@@ -309,26 +321,20 @@ def _forward_of(kind: type[Kind], original: type[nn.Module]) -> Callable[..., An
 
 
 def _quick_forward_of(
-    quick: Quick, kind: type[Kind], original: type[nn.Module], swapped: type[nn.Module], usual: Callable[..., Any]
+    compute_small: Callable[..., Tensor | None],
+    original: type[nn.Module],
+    swapped: type[nn.Module],
+    usual: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """The forward of a swapped module with one argument, a weight and a bias. `quick` computes small calls: it saves
-    PyTorch's search for parameters, which takes longer than finding out that a call is small."""
-    plain, is_product = original.forward, issubclass(kind, ProductKind)
+    """The forward of a swapped module with one argument, a weight and a bias, whose small calls are native."""
+    plain = original.forward
 
     @functools.wraps(plain)
-    def forward(self: Any, x: Any = None, **named: Any) -> Any:
-        if _is_dynamo() or _is_traced() is not None:
-            return plain(self, **named) if named else plain(self, x)
-        if named or type(x) not in _PLAIN or type(self) is not swapped:
-            return usual(self, **named) if named else usual(self, x)
-        own = self.__dict__
-        state, parameters = own[STATE], own["_parameters"]
-        if "weight" in parameters and "bias" in parameters and state.too_small.has(x):
-            state.calls.no_gain += 1
-            if is_product:
-                state.last.had_many_rows = True
-            return quick(self, x, parameters["weight"], parameters["bias"])
-        return usual(self, x)
+    def forward(self: Any, input: Any) -> Any:
+        if _is_dynamo():
+            return plain(self, input)
+        result = compute_small(self, input, swapped)
+        return usual(self, input) if result is None else result
 
     return forward
 

@@ -19,6 +19,7 @@ _TORCH_FUNCTIONS = (
     "aoti_torch_get_storage_size",
     "aoti_torch_get_storage_offset",
     "aoti_torch_get_dtype",
+    "aoti_torch_get_numel",
     "aoti_torch_get_dim",
     "aoti_torch_get_sizes",
     "aoti_torch_get_strides",
@@ -53,12 +54,22 @@ def facts(values: tuple[Any, ...]) -> int:
 @functools.cache
 def native_tests() -> Any:
     """The native module, if it and PyTorch have what the tests need."""
-    module, library = native(), ctypes.CDLL(torch._C.__file__)
+    module, library = native(), _library()
     if not hasattr(module, "facts") or not all(hasattr(library, name) for name in _TORCH_FUNCTIONS):
         return None
     addresses = {name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in _TORCH_FUNCTIONS}
     module.connect_torch(addresses, Tensor, Parameter, torch.dtype)
     return module
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(torch._C.__file__)
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """PyTorch's number of a type. Call it only where `native_tests()` holds."""
+    return getattr(_library(), f"aoti_torch_dtype_{str(dtype).removeprefix('torch.')}")()
 
 
 def _is_plain(t: Tensor) -> bool:
