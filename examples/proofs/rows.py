@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from examples.proofs import definition_pairs, digits, easy_vqa, instructions, motion, unseen, wordnet
+from examples.proofs import definition_pairs, digits, easy_vqa, emoji, instructions, motion, unseen, wordnet
 from mplug2_fast.training import Sample
 
 FOLDER = Path(__file__).parent
@@ -66,13 +66,20 @@ ROWS = {
         "A word and a definition: is it the word's own, or that of a sister term?",
         "≥ 85%",
         definition_pairs.held_out,
-        definition_pairs.svm,
+        definition_pairs.linear,
     ),
     "unseen": Row(
         "Retrieval: frames with a color and a shape that were not trained together, among 48 captions",
         "≥ 80%",
         unseen.held_out,
         score=unseen.score,
+    ),
+    "emoji": Row(
+        "Retrieval: Twitter's emoji by name, trained on Google's, among 1,911 names",
+        "≥ nearest in pixels + 10",
+        emoji.held_out,
+        emoji.nearest,
+        score=emoji.score,
     ),
     "instructions": Row(
         "Captions or answers by instruction alone, exactly right",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mplug2_fast as mf
-from examples.proofs import definition_pairs, easy_vqa, scst, universal, unseen, wordnet
+from examples.proofs import definition_pairs, easy_vqa, emoji, pretrain, scst, universal, unseen, wordnet
 from examples.proofs.rows import FOLDER, ROWS, table
 from mplug2_fast.training import Sample, load_recipe
 
@@ -36,10 +38,15 @@ def nouns(tmp_path_factory):
     """A file of WordNet's form, split into training and test data."""
     folder = tmp_path_factory.mktemp("wordnet")
     lines = ["  1 a licence"]
-    for i in range(40):
+    parents = ["00000100", "00000101"]
+    lines += [f"{n} 05 n 01 parent_{n} 0 001 @ 00000200 n 0000 | a kind of things" for n in parents]
+    lines.append("00000200 05 n 01 thing 0 000 | anything")
+    for i in range(37):
         thing, number = (("a small animal", "05"), ("a warm meal", "13"))[i % 2]
         words = f"02 word_{i} 0 synonym 0"
-        lines.append(f'{i:08} {number} n {words} 002 @ 0000010{i % 2} n 0000 ~ 1 n 0000 | {thing} {i}; "an example"  ')
+        lines.append(
+            f'{i:08} {number} n {words} 002 @ {parents[i % 2]} n 0000 ~ 1 n 0000 | {thing} {i}; "an example"  '
+        )
     (folder / "data.noun").write_text("\n".join(lines))
     wordnet.write(folder / "data.noun", folder)
     definition_pairs.write(folder / "data.noun", folder / "pairs")
@@ -55,16 +62,20 @@ def test_definitions_are_split_without_examples(nouns):
 
 
 def test_pairs_of_definitions_are_balanced_and_from_sisters(nouns):
-    for split, count in (("train", 72), ("test", 8)):
-        items = mf.datasets.read_items(nouns / "pairs", split)
-        assert len(items) <= count
-        for own, other in zip(items[::2], items[1::2], strict=True):
-            assert (own.label, other.label) == ("true", "false")
-            number = int(own.id.split("_")[0])
-            assert own.text == other.text == f"word {number}"
-            assert own.text_pair.endswith(f" {number}")
-            assert own.text_pair != other.text_pair
-            assert int(other.text_pair.split()[-1]) % 2 == number % 2
+    items = [item for split in ("train", "test") for item in mf.datasets.read_items(nouns / "pairs", split)]
+    assert len(mf.datasets.read_items(nouns / "pairs", "test")) == len(items) // 20 * 2
+    right, wrong = Counter(), Counter()
+    for own, other in zip(items[::2], items[1::2], strict=True):
+        assert (own.label, other.label) == ("true", "false")
+        number = int(own.id.split("_")[0])
+        assert own.text_pair == other.text_pair
+        assert own.text_pair.endswith(f" {number}")
+        assert own.text == f"parent 0000010{number % 2}"
+        assert other.text == f"parent 0000010{1 - number % 2}"
+        right[own.text] += 1
+        wrong[other.text] += 1
+    assert right == wrong
+    assert len(items) > 20
 
 
 def test_unseen_pairs_are_not_trained():
@@ -113,8 +124,65 @@ def test_the_reward_rises(tmp_path, monkeypatch):
     assert found["after"]["reward"] > found["before"]["reward"]
 
 
+@pytest.fixture
+def designs(tmp_path, monkeypatch):
+    """Emoji that are squares of one color each, in two designs, whose colors differ a little."""
+    monkeypatch.setenv(emoji.FOLDER, str(tmp_path / "designs"))
+    for style, shift in (("google", 0), ("twitter", 5)):
+        folder = emoji.package(style) / "img" / style / "64"
+        folder.mkdir(parents=True)
+        entries = []
+        for i, color in enumerate([*range(0, 250, 25), 0]):
+            picture = Image.new("RGBA", (64, 64))
+            picture.paste((color + shift, 255 - color, 100 * (i == 10), 255), (4, 4, 60, 60))
+            picture.save(folder / f"{i}.png")
+            entries.append(
+                {"name": f"COLOR {i // 2}" if i < 2 else f"COLOR {i}", "short_name": f"s_{i}", "image": f"{i}.png"}
+            )
+        (emoji.package(style) / "emoji.json").write_text(json.dumps(entries))
+    emoji.names.cache_clear()
+    emoji.pictures.cache_clear()
+    yield
+    emoji.names.cache_clear()
+    emoji.pictures.cache_clear()
+
+
+def test_emoji_of_one_design_are_near_those_of_the_other(designs):
+    assert emoji.names()[:3] == ["s 0", "s 1", "color 2"]
+    assert emoji.nearest() == {"nearest_in_pixels": 1.0, "pictures_by_nearest": 1.0}
+    config = mf.MPlug2Config.preset("tiny")
+    data, rng = emoji.Emoji(config), np.random.default_rng(0)
+    first, second = (data.sample(3, rng) for _ in range(2))
+    assert first.item.caption == ("color 3",)
+    assert first.frames.shape == (1, 32, 32, 3)
+    assert (first.frames != second.frames).any()
+    similarities = torch.tensor([[2.0, 1.0], [3.0, 0.0]])
+    assert emoji.recalls(similarities) == (0.5, 0.0)
+
+
+def test_emoji_without_pictures(monkeypatch):
+    monkeypatch.delenv(emoji.FOLDER, raising=False)
+    with pytest.raises(FileNotFoundError, match="EMOJI_FOLDER is not set"):
+        emoji.package("google")
+
+
+def test_pretraining_and_fine_tuning(tmp_path, monkeypatch):
+    monkeypatch.setattr(unseen, "HELD_OUT", 100)
+    monkeypatch.setattr(pretrain, "WINDOW", 4)
+    short = ["schedule.warmup_steps=2", "schedule.kind='constant'", "sources.0.batch_size=4"]
+    sources = [f"sources.{i}.batch_size=4" for i in (1, 2)]
+    found = pretrain.run([f"out={tmp_path}", "steps=16", *short, *sources], ["steps=2", *short])
+    assert found["losses"].keys() == pretrain.TITLES.keys()
+    for task, each in found["losses"].items():
+        assert each["last"] < 0.9 * each["first"], task
+    assert found["steps"] == 16
+    assert found["fine_tuning_steps"] == 2
+    for name in ("pretrained", "from_scratch"):
+        assert found[name].keys() == universal.SCORES.keys()
+
+
 @pytest.mark.parametrize("name", ROWS)
-def test_the_loss_falls(name, tmp_path, nouns):
+def test_the_loss_falls(name, tmp_path, nouns, designs):
     if ROWS[name].package:
         pytest.importorskip(ROWS[name].package)
     changes, data = (
