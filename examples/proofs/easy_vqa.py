@@ -10,14 +10,30 @@ import numpy as np
 from PIL import Image
 
 from examples.proofs.digits import NEEDS
+from examples.proofs.several_questions import SeveralQuestions
 from mplug2_fast.datasets import Item
 from mplug2_fast.tasks import Classification
+from mplug2_fast.tasks.generative import IGNORED
 from mplug2_fast.training import Sample
 
 COLORS = ("black", "gray", "red", "green", "blue", "yellow", "teal", "brown")
 SHAPES = ("circle", "rectangle", "triangle")
 
-PICTURES = Classification([f"{color} {shape}" for color in COLORS for shape in SHAPES], name="pictures")
+QUESTIONS = 8
+"""Questions about a picture in one step."""
+SHIFT = 4
+"""Pixels, at most."""
+
+
+class Pictures(Classification):
+    """The color and shape of a picture. Pictures without a label do not count."""
+
+    def label_of(self, item: Item) -> int:
+        return IGNORED if item.label is None else super().label_of(item)
+
+
+SEVERAL = SeveralQuestions()
+PICTURES = Pictures([f"{color} {shape}" for color in COLORS for shape in SHAPES], name="pictures")
 
 
 @functools.cache
@@ -30,7 +46,6 @@ def pictures(split: str) -> dict[int, np.ndarray]:
     return found
 
 
-@functools.cache
 def questions(split: str) -> list[Sample]:
     """All questions of "train" or "test", with their pictures and answers."""
     seen = pictures(split)
@@ -38,27 +53,36 @@ def questions(split: str) -> list[Sample]:
 
 
 class Questions:
-    """The training questions."""
+    """The training pictures, each shifted and perhaps mirrored, with some of their questions and answers.
+
+    Labels are the color and shape that follow from them. Those of one picture in ten do not.
+    """
 
     def __init__(self, config: Any) -> None:
-        self._samples = questions("train")
+        self._asked: dict[int, list[tuple[str, str]]] = defaultdict(list)
+        for question, answer, number in _asked("train"):
+            self._asked[number].append((question, answer))
+        self._numbers = sorted(self._asked)
+        colors, shapes = looks_of(COLORS), looks_of(SHAPES)
+        self._labels = {number: f"{colors[number]} {shapes[number]}" for number in colors.keys() & shapes.keys()}
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self._numbers)
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        return self._samples[index]
+        number = self._numbers[index]
+        asked = self._asked[number]
+        chosen = rng.choice(len(asked), QUESTIONS, replace=len(asked) < QUESTIONS)
+        item = Item(id="", label=self._labels.get(number), extra={"asked": [asked[i] for i in chosen]})
+        return Sample(item, moved(pictures("train")[number], rng))
 
 
-class Pictures(Questions):
-    """The training pictures whose color and shape follow from their questions and answers, which are nine in ten."""
-
-    def __init__(self, config: Any) -> None:
-        seen, colors, shapes = pictures("train"), looks_of(COLORS), looks_of(SHAPES)
-        self._samples = [
-            Sample(Item(id="", label=f"{colors[number]} {shapes[number]}"), seen[number])
-            for number in sorted(colors.keys() & shapes.keys())
-        ]
+def moved(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The picture `(1, 64, 64, 3)`, shifted and perhaps mirrored. Pixels from outside are as those of the edge."""
+    _, height, width, _ = picture.shape
+    y, x = rng.integers(0, 2 * SHIFT + 1, 2)
+    wide = np.pad(picture, ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0)), mode="edge")
+    return wide[:, y : y + height, x : x + width][:, :, :: rng.choice((-1, 1))].copy()
 
 
 def looks_of(names: tuple[str, ...], split: str = "train") -> dict[int, str]:

@@ -21,6 +21,7 @@ from examples.moving_shapes.generator import (
     training_frames,
     training_rng,
 )
+from examples.proofs.siblings import Look, Siblings
 from mplug2_fast.datasets import Item
 from mplug2_fast.tasks import ZeroShot
 from mplug2_fast.text import Tokenizer
@@ -40,6 +41,8 @@ def unseen(color: int, shape: int) -> bool:
     """Whether training has no such pair. It has each color and each shape."""
     return (color + 2 * shape) % PERIOD == 0
 
+
+COLOR, SHAPE, CAPTION = Look(list(COLORS), "color", 1), Look(SHAPES, "shape", 2), Siblings(CAPTIONS)
 
 UNSEEN = [c * len(SHAPES) + s for c in range(len(COLORS)) for s in range(len(SHAPES)) if unseen(c, s)]
 """Their numbers among `NAMES`."""
@@ -78,6 +81,15 @@ class Seen(Frames):
 
     def has(self, scenes: Scenes) -> bool:
         return not unseen(int(scenes.color[0]), int(scenes.shape[0]))
+
+
+class Gray(Seen):
+    """Such frames in gray, whose brightness does not tell the color, for shapes."""
+
+    def of(self, scenes: Scenes, rng: np.random.Generator) -> Sample:
+        frames = super().of(scenes, rng).frames
+        gray = (frames @ rng.dirichlet((1, 1, 1))).round().astype(np.uint8)
+        return Sample(Item(id="", label=f"a gray {SHAPES[scenes.shape[0]]}"), np.repeat(gray[..., None], 3, axis=3))
 
 
 def held_out(config: Any) -> list[Sample]:

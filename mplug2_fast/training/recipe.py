@@ -44,7 +44,8 @@ class Model(_Part):
     init: Literal["bert", "scaled"] = "bert"
     """New weights: `bert` is the official rule, for large models; `scaled` preserves the scale of inputs."""
     vocabulary: str = ""
-    """A vocab.txt for a preset. Empty: that of bert-base-uncased."""
+    """A vocab.txt for a preset; empty is that of bert-base-uncased. For a checkpoint, one as large as its own, whose
+    unused entries may be new words."""
     config: dict[str, Any] = {}
     """Changes of the configuration, such as `{num_frames = 8}`."""
     train_only: list[str] = []

@@ -20,8 +20,8 @@ from mplug2_fast.training.recipe import Model
 
 
 def tokenizer_of(chosen: Model) -> Tokenizer:
-    """The tokenizer of the checkpoint, or of the recipe's vocabulary."""
-    path = vocabulary_path(chosen.checkpoint) if chosen.checkpoint else chosen.vocabulary or None
+    """The tokenizer of the recipe's vocabulary, or else of the checkpoint."""
+    path = chosen.vocabulary or (vocabulary_path(chosen.checkpoint) if chosen.checkpoint else None)
     return Tokenizer.from_vocab(path)
 
 

@@ -80,7 +80,8 @@ class Trainer:
         if tokenizer is None and self.tokenizer.vocab_size != self.model.config.text.vocab_size:
             raise ConfigError(
                 f"the vocabulary has {self.tokenizer.vocab_size} tokens and the model has "
-                f"{self.model.config.text.vocab_size}: put the vocab.txt that it was trained with beside the checkpoint"
+                f"{self.model.config.text.vocab_size}: put the vocab.txt that it was trained with beside the "
+                "checkpoint, or name a vocabulary of that size"
             )
         self.datasets = list(datasets) if datasets is not None else self._open_data()
         self.steps = recipe.steps or self._steps_of_epochs()

@@ -14,7 +14,7 @@ from mplug2_fast.errors import ConfigError, DataError
 from mplug2_fast.training import Trainer
 from mplug2_fast.training.scst import CiderReward, weighted_loss
 from tests.tiny import pair, random_text, random_video
-from tests.training.conftest import SMALL
+from tests.training.conftest import SMALL, VOCABULARY
 
 BOTH = [{"data": "tests.training.data:Noise", "task": ["captioning", "question_answering"], "weight": [1.0, 0.5]}]
 TWO = [
@@ -50,6 +50,19 @@ def test_several_tasks(recipe, sources, per_step):
     card = (folder / "README.md").read_text()
     assert "tests.training.data:Noise" in card
     assert '"steps": 4' in card
+
+
+def test_new_words_for_a_checkpoint(recipe, tmp_path):
+    words = VOCABULARY.read_text(encoding="utf-8").split()
+    words[words.index("[unused0]")] = "sea"
+    vocabulary = tmp_path / "words.txt"
+    vocabulary.write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+    model = {"checkpoint": str(VOCABULARY.parent), "vocabulary": str(vocabulary)}
+    trainer, _ = start(recipe(model=model, steps=1))
+    assert "sea" in (trainer.train() / "vocab.txt").read_text(encoding="utf-8").split()
+    vocabulary.write_text("".join(f"{word}\n" for word in words[:-1]), encoding="utf-8")
+    with pytest.raises(ConfigError, match="vocabulary of that size"):
+        start(recipe(model=model))
 
 
 def test_only_temporal_modules(recipe):
