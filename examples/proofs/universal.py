@@ -17,7 +17,8 @@ import torch
 import typer
 
 import mplug2_fast as mf
-from examples.proofs.unseen import CAPTIONS, FOLDER, features, frames_first, held_out
+from examples.proofs.finding import features, frames_first
+from examples.proofs.unseen import CAPTIONS, FOLDER, held_out
 from mplug2_fast.text import Tokenizer
 from mplug2_fast.training import load_recipe
 from mplug2_fast.training.data import video_of

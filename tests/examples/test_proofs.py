@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import mplug2_fast as mf
-from examples.proofs import definition_pairs, easy_vqa, emoji, pretrain, scst, universal, unseen, wordnet
+from examples.proofs import definition_pairs, easy_vqa, emoji, finding, pretrain, scst, universal, unseen, wordnet
 from examples.proofs.rows import FOLDER, ROWS, table
 from mplug2_fast.training import Sample, load_recipe
 
@@ -88,8 +88,8 @@ def test_unseen_pairs_are_not_trained():
 def test_frames_found_by_captions():
     right = torch.arange(len(unseen.CAPTIONS)).repeat(3)
     similarities = torch.eye(len(unseen.CAPTIONS))[right]
-    assert unseen.frames_first(similarities, right, unseen.UNSEEN) == 1.0
-    assert unseen.frames_first(-similarities, right, unseen.UNSEEN) == 0.0
+    assert finding.frames_first(similarities, right, unseen.UNSEEN) == 1.0
+    assert finding.frames_first(-similarities, right, unseen.UNSEEN) == 0.0
 
 
 def test_looks_follow_from_questions_and_answers(monkeypatch):
