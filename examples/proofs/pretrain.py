@@ -1,8 +1,8 @@
 """Pre-training with all losses in each step, then fine-tuning, beside the same fine-tuning from scratch.
 
 Run as `python -m examples.proofs.pretrain` from the repository root. It pre-trains by pretrain.toml. Then it trains
-captions and retrieval of frames by unseen.toml, with a tenth of its steps and all pairs of a color and a shape, once
-from the pre-trained model and once from new weights. It writes results/pretrain.json.
+captions and retrieval of frames by frames.toml, with a tenth of its steps, once from the pre-trained model and once from
+new weights. It writes results/pretrain.json.
 `python -m examples.proofs.pretrain --show` prints the tables.
 """
 
@@ -25,7 +25,7 @@ from mplug2_fast.training import load_recipe
 from mplug2_fast.training.data import video_of
 
 RESULTS = FOLDER / "results/pretrain.json"
-FINE_TUNING = FOLDER / "unseen.toml"
+FINE_TUNING = FOLDER / "frames.toml"
 SHARE = 10
 """Fine-tuning has one in so many steps of its recipe."""
 WINDOW = 50
@@ -66,7 +66,7 @@ def contrast_and_matching(model: Any, tokenizer: Tokenizer) -> dict[str, float]:
 def tuned(folder: Path, start: Path | None, changes: Sequence[str] = ()) -> tuple[int, dict[str, float]]:
     """Train for captions and retrieval from a model, or from new weights. Returns the steps and the scores."""
     steps = load_recipe(FINE_TUNING).steps // SHARE
-    own = [f"out={folder}", f"steps={steps}", "sources.0.data=examples.proofs.unseen:Frames", "tensorboard=false"]
+    own = [f"out={folder}", f"steps={steps}", "tensorboard=false"]
     if start is not None:
         own.append(f'model={{checkpoint="{start.resolve()}", config={{vision={{num_frames=1}}}}}}')
     trainer = mf.Trainer(load_recipe(FINE_TUNING, [*own, *changes]))
