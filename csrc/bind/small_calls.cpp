@@ -33,7 +33,7 @@ PyTypeObject* small_calls_type;
 // Python objects, which are never freed. `functional` is the dict of torch.nn.functional.
 struct Names {
     PyObject *state, *small, *parameters, *weight, *bias, *feeds_int8, *normalized_shape, *eps, *linear, *layer_norm;
-    PyObject *functional, *python_layer_norm, *native_layer_norm, *has_mode;
+    PyObject *functional, *python_layer_norm, *native_layer_norm, *has_mode, *found, *plain, *has_autocast, *cpu;
 };
 
 Names names;
@@ -102,12 +102,16 @@ void deallocate(PyObject* object) {
     Py_DECREF(type);
 }
 
-PyObject* has(PyObject* self, PyObject* x) {
-    return PyBool_FromLong(fit(*reinterpret_cast<SmallCalls*>(self), x) == Fit::small);
+PyObject* add(PyObject* object, PyObject* x) {
+    auto* self = reinterpret_cast<SmallCalls*>(object);
+    const bool small = fit(*self, x) == Fit::small;
+    self->count += small;
+    return PyBool_FromLong(small);
 }
 
-PyMethodDef type_methods[] = {{"has", has, METH_O, "Whether x is exactly a Tensor or a Parameter, and too small."},
-                              {nullptr, nullptr, 0, nullptr}};
+PyMethodDef type_methods[] = {
+    {"add", add, METH_O, "Counts a call if x is exactly a Tensor or a Parameter and too small, and returns whether."},
+    {nullptr, nullptr, 0, nullptr}};
 
 PyObject* get_count(PyObject* self, void*) {
     return PyLong_FromLongLong(reinterpret_cast<SmallCalls*>(self)->count);
@@ -157,7 +161,7 @@ py::object functional(PyObject* name) {
 }
 
 struct Module {
-    py::object own, small, weight, bias;
+    py::object own, state, small, weight, bias;
 
     SmallCalls& calls() const { return *reinterpret_cast<SmallCalls*>(small.ptr()); }
 };
@@ -168,8 +172,9 @@ Fit find(PyObject* const* arguments, Py_ssize_t count, Module& found) {
         return Fit::large;
     }
     found.own = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(arguments[0], nullptr));
-    const py::object state = found.own ? item(found.own, names.state) : py::object();
-    found.small = py::reinterpret_steal<py::object>(state ? PyObject_GetAttr(state.ptr(), names.small) : nullptr);
+    found.state = found.own ? item(found.own, names.state) : py::object();
+    found.small =
+        py::reinterpret_steal<py::object>(found.state ? PyObject_GetAttr(found.state.ptr(), names.small) : nullptr);
     if (!found.small || Py_TYPE(found.small.ptr()) != small_calls_type || found.calls().flags == nullptr) {
         PyErr_Clear();
         return Fit::large;
@@ -204,28 +209,64 @@ PyObject* linear(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     return PyObject_Vectorcall(function.ptr(), given, 3, nullptr);
 }
 
-PyObject* layer_norm(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-    Module module;
+// Whether a function of torch without arguments, or with one, returns False.
+bool is_off(PyObject* test, PyObject* argument) {
+    PyObject* on = argument == nullptr ? PyObject_CallNoArgs(test) : PyObject_CallOneArg(test, argument);
+    Py_XDECREF(on);
+    PyErr_Clear();
+    return on == Py_False;
+}
+
+PyObject* compute_norm(const Module& module, PyObject* x) {
     const py::object function = functional(names.layer_norm);
-    if (!function || find(arguments, count, module) != Fit::small) {
-        Py_RETURN_NONE;
-    }
     const py::object shape = item(module.own, names.normalized_shape), eps = item(module.own, names.eps);
-    if (!shape || !eps || item(module.own, names.feeds_int8)) {
+    if (!function || !shape || !eps || item(module.own, names.feeds_int8)) {
         Py_RETURN_NONE;
     }
     ++module.calls().count;
-    PyObject* given[] = {arguments[1], shape.ptr(), module.weight.ptr(), module.bias.ptr(), eps.ptr(), Py_True};
-    if (function.ptr() == names.python_layer_norm) {
-        // It only adds whether cuDNN is enabled, which PyTorch ignores, unless a torch function mode is active.
-        PyObject* has_mode = PyObject_CallNoArgs(names.has_mode);
-        Py_XDECREF(has_mode);
-        if (has_mode == Py_False) {
-            return PyObject_Vectorcall(names.native_layer_norm, given, 6, nullptr);
-        }
-        PyErr_Clear();
+    PyObject* given[] = {x, shape.ptr(), module.weight.ptr(), module.bias.ptr(), eps.ptr(), Py_True};
+    // F.layer_norm only adds whether cuDNN is enabled, which PyTorch ignores, unless a torch function mode is active.
+    if (function.ptr() == names.python_layer_norm && is_off(names.has_mode, nullptr)) {
+        return PyObject_Vectorcall(names.native_layer_norm, given, 6, nullptr);
     }
     return PyObject_Vectorcall(function.ptr(), given, 5, nullptr);
+}
+
+PyObject* layer_norm(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    Module module;
+    if (find(arguments, count, module) != Fit::small) {
+        Py_RETURN_NONE;
+    }
+    return compute_norm(module, arguments[1]);
+}
+
+// Whether both are exactly a Tensor or a Parameter on the CPU, of one type.
+bool are_of_one_type(PyObject* x, PyObject* y) {
+    std::int32_t types[2], device;
+    for (PyObject* object : {x, y}) {
+        void* tensor = implementation(object);
+        if (tensor == nullptr || torch.get_device_type(&tensor, &device) != 0 || device != torch.device_type_cpu() ||
+            torch.get_dtype(&tensor, &types[object == y]) != 0) {
+            PyErr_Clear();
+            return false;
+        }
+    }
+    return types[0] == types[1];
+}
+
+PyObject* layer_norm_alike(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+    Module module;
+    if (find(arguments, count, module) != Fit::small || !are_of_one_type(arguments[1], module.weight.ptr()) ||
+        !is_off(names.has_autocast, names.cpu)) {
+        Py_RETURN_NONE;
+    }
+    const auto found = py::reinterpret_steal<py::object>(PyObject_GetAttr(module.state.ptr(), names.found));
+    const auto plain = py::reinterpret_steal<py::object>(found ? PyObject_GetAttr(found.ptr(), names.plain) : nullptr);
+    PyErr_Clear();
+    if (plain.ptr() != Py_True) {
+        Py_RETURN_NONE;
+    }
+    return compute_norm(module, arguments[1]);
 }
 
 PyMethodDef functions[] = {
@@ -234,6 +275,8 @@ PyMethodDef functions[] = {
      "`connect_small_calls` first."},
     {"small_layer_norm", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(layer_norm)), METH_FASTCALL,
      "The same of a LayerNorm that does not mark its results for 8-bit products."},
+    {"small_layer_norm_alike", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(layer_norm_alike)),
+     METH_FASTCALL, "The same of a class that computes what LayerNorm does if input and weight have one type."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyObject* kept(const py::object& object) {
@@ -252,7 +295,8 @@ void bind_small_calls(py::module_& module) {
     module.def(
         "connect_small_calls",
         [](const char* state, const char* feeds_int8, const py::module_& functional,
-           const py::object& python_layer_norm, const py::object& native_layer_norm, const py::object& has_mode) {
+           const py::object& python_layer_norm, const py::object& native_layer_norm, const py::object& has_mode,
+           const py::object& has_autocast) {
             names = {kept(py::str(state)),
                      kept(py::str("small")),
                      kept(py::str("_parameters")),
@@ -266,12 +310,16 @@ void bind_small_calls(py::module_& module) {
                      kept(functional.attr("__dict__")),
                      kept(python_layer_norm),
                      kept(native_layer_norm),
-                     kept(has_mode)};
+                     kept(has_mode),
+                     kept(py::str("found")),
+                     kept(py::str("plain")),
+                     kept(has_autocast),
+                     kept(py::str("cpu"))};
         },
         py::arg("state"), py::arg("feeds_int8"), py::arg("functional"), py::arg("python_layer_norm"),
-        py::arg("native_layer_norm"), py::arg("has_mode"),
+        py::arg("native_layer_norm"), py::arg("has_mode"), py::arg("has_autocast"),
         "Passes in the names of a module's state and of its mark for 8-bit products, torch.nn.functional, its own "
-        "layer_norm, torch.layer_norm, and the test for a torch function mode.");
+        "layer_norm, torch.layer_norm, and the tests for a torch function mode and autocast.");
 }
 
 }  // namespace mplug2_fast

@@ -60,7 +60,7 @@ class LayerNormKind(Kind):
 
     @staticmethod
     def quick(original: type[nn.Module]) -> str:
-        return "small_layer_norm" if original.forward is nn.LayerNorm.forward else ""
+        return "small_layer_norm" if original.forward is nn.LayerNorm.forward else "small_layer_norm_alike"
 
     @classmethod
     def too_small(cls, size: gain.Size | None) -> gain.TooSmall:

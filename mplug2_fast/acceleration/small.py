@@ -30,9 +30,11 @@ class SmallCalls:
     def __init__(self, limits: TooSmall) -> None:
         self.count, self._limits = 0, limits
 
-    def has(self, x: Any) -> bool:
-        """Whether x is exactly a Tensor or a Parameter, and too small."""
-        return type(x) in PLAIN_TYPES and self._limits.has(x)
+    def add(self, x: Any) -> bool:
+        """Counts a call if x is exactly a Tensor or a Parameter and too small, and returns whether."""
+        small = type(x) in PLAIN_TYPES and self._limits.has(x)
+        self.count += small
+        return small
 
 
 def small_calls(limits: TooSmall, flags: bytearray) -> Any:
@@ -55,6 +57,6 @@ def connected() -> Any:
     if native is not None:
         code = getattr(F.layer_norm, "__code__", None)  # somebody may have replaced the function
         own = F.layer_norm if code is not None and code.co_filename == F.__file__ else None
-        has_mode = torch._C._is_torch_function_mode_enabled
-        native.connect_small_calls(STATE, int8.FEEDS, F, own, torch.layer_norm, has_mode)
+        tests = torch._C._is_torch_function_mode_enabled, torch.is_autocast_enabled
+        native.connect_small_calls(STATE, int8.FEEDS, F, own, torch.layer_norm, *tests)
     return native

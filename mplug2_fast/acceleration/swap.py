@@ -288,8 +288,7 @@ def _forward_of(kind: type[Kind], original: type[nn.Module]) -> Callable[..., An
         state = self.__dict__[STATE]
         x = args[0] if args else kwargs.get(first)
         cached = reuses and state.session is not None and Call.current(state.session) is not None
-        if not cached and state.small.has(x):
-            state.small.count += 1
+        if not cached and state.small.add(x):
             return plain(self, *args, **kwargs)
         if _is_traced() is not None or _is_compiling():
             return plain(self, *args, **kwargs)
@@ -329,14 +328,21 @@ def _quick_forward_of(
     """The forward of a swapped module with one argument, a weight and a bias, whose small calls are native."""
     plain = original.forward
 
-    @functools.wraps(plain)
-    def forward(self: Any, input: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_dynamo():
+            return plain(self, *args, **kwargs)
+        result = compute_small(self, args[0], swapped) if len(args) == 1 and not kwargs else None
+        return usual(self, *args, **kwargs) if result is None else result
+
+    def forward_input(self: Any, input: Any) -> Any:  # faster, and has the argument's name in PyTorch's classes
         if _is_dynamo():
             return plain(self, input)
         result = compute_small(self, input, swapped)
         return usual(self, input) if result is None else result
 
-    return forward
+    return functools.wraps(plain)(
+        forward_input if [*inspect.signature(plain).parameters] == ["self", "input"] else forward
+    )
 
 
 def _warn(module: Any, state: State, reason: str) -> None:

@@ -34,20 +34,20 @@ def test_small_calls_are_those_of_the_limits(way, dtype, elements):
     calls = small_calls(LIMITS, bytearray(1))
     assert isinstance(calls, SmallCalls) == (way == "python")
     for x in (torch.zeros(elements, dtype=dtype), torch.zeros(1, elements, 1, dtype=dtype).transpose(0, 1)):
-        assert calls.has(x) == LIMITS.has(x)
-    assert calls.has(nn.Parameter(torch.zeros(elements), requires_grad=False)) == (elements < 50)
+        assert calls.add(x) == LIMITS.has(x)
+    assert calls.add(nn.Parameter(torch.zeros(elements), requires_grad=False)) == (elements < 50)
 
 
 @pytest.mark.parametrize("other", [None, 3, "x", [torch.zeros(1)], torch.nn.Buffer(torch.zeros(1))], ids=repr)
 def test_only_tensors_and_parameters_are_small(way, other):
     calls = small_calls(LIMITS, bytearray(1))
-    assert calls.has(other) == (type(other) is torch.Tensor)
+    assert calls.add(other) == (type(other) is torch.Tensor)
 
 
 def test_tensors_elsewhere_are_small_by_the_limit_for_all_devices(way):
     calls = small_calls(LIMITS, bytearray(1))
-    assert calls.has(torch.zeros(9, device="meta"))
-    assert not calls.has(torch.zeros(10, device="meta"))
+    assert calls.add(torch.zeros(9, device="meta"))
+    assert not calls.add(torch.zeros(10, device="meta"))
 
 
 @pytest.mark.parametrize(
