@@ -127,3 +127,42 @@ def test_an_error_of_a_small_call_is_that_of_the_original(way):
     with pytest.raises(RuntimeError) as found:
         fast(x)
     assert str(found.value) == str(expected.value)
+
+
+class Cast(nn.LayerNorm):
+    """As open_clip's."""
+
+    def forward(self, x):
+        return super().forward(x).to(x.dtype)
+
+
+class Wide(nn.LayerNorm):
+    """Computes in float32, as CLIP's."""
+
+    def forward(self, x):
+        return super().forward(x.float()).to(x.dtype)
+
+
+@pytest.mark.real_sizes
+@pytest.mark.parametrize("kind", [Cast, Wide])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_small_calls_of_other_norms(way, kind, weights, dtype, autocast):
+    plain, x = kind(8, dtype=weights), torch.randn(3, 8).to(dtype)
+    nn.init.normal_(plain.weight)
+    fast = copy.deepcopy(plain)
+    mf.accelerate(fast)
+
+    def outcome(call):
+        with torch.autocast("cpu", enabled=autocast):
+            try:
+                return call()
+            except RuntimeError as error:  # types that PyTorch does not mix
+                return str(error)
+
+    expected = outcome(lambda: plain(x))
+    for call in (lambda: fast(x), lambda: fast(x=x)):
+        found = outcome(call)
+        assert found == expected if isinstance(expected, str) else torch.equal(found, expected)
+        assert isinstance(expected, str) or found.dtype == expected.dtype
