@@ -7,7 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from examples.proofs import definition_pairs, digits, easy_vqa, emoji, finding, instructions, motion, unseen, wordnet
+from examples.proofs import (
+    definition_pairs,
+    digits,
+    easy_vqa,
+    emoji,
+    finding,
+    instructions,
+    motion,
+    relations,
+    several,
+    unseen,
+    wordnet,
+)
 from mplug2_fast.training import Sample
 
 FOLDER = Path(__file__).parent
@@ -80,6 +92,20 @@ ROWS = {
         emoji.held_out,
         emoji.nearest,
         score=emoji.score,
+    ),
+    "several": Row(
+        "Grounding: which of two to four shapes, such as “the square left of the blue circle”",
+        "≥ 95%",
+        several.held_out,
+        several.rules,
+        score=several.score,
+    ),
+    "relations": Row(
+        "Retrieval: pictures and captions such as “a red square left of a blue circle”, 500 of each",
+        "≥ 90%",
+        relations.held_out,
+        relations.bag_of_words,
+        score=relations.score,
     ),
     "instructions": Row(
         "Captions or answers by instruction alone, exactly right",

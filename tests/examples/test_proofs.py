@@ -12,7 +12,19 @@ import torch
 from PIL import Image
 
 import mplug2_fast as mf
-from examples.proofs import definition_pairs, easy_vqa, emoji, finding, pretrain, scst, universal, unseen, wordnet
+from examples.proofs import (
+    definition_pairs,
+    easy_vqa,
+    emoji,
+    finding,
+    pretrain,
+    relations,
+    scst,
+    several,
+    universal,
+    unseen,
+    wordnet,
+)
 from examples.proofs.rows import FOLDER, ROWS, table
 from mplug2_fast.training import Sample, load_recipe
 
@@ -179,6 +191,42 @@ def test_pretraining_and_fine_tuning(tmp_path, monkeypatch):
     assert found["fine_tuning_steps"] == 2
     for name in ("pretrained", "from_scratch"):
         assert found[name].keys() == universal.SCORES.keys()
+
+
+def test_a_phrase_names_one_of_several_shapes():
+    center = np.array([(0.2, 0.5), (0.5, 0.5), (0.1, 0.9), (0.9, 0.45)], np.float32)
+    color, shape = np.array([0, 1, 0, 0]), np.array([1, 0, 1, 1])  # a circle, and squares around it
+    found = {phrase.text: (phrase.named, phrase.farthest) for phrase in several.phrases(color, shape, center)}
+    assert found["the orange shape"] == (1, True)
+    assert "the square left of the orange circle" not in found  # the third is neither clearly left nor below
+    center[2] = 0.4, 0.9
+    found = {phrase.text: (phrase.named, phrase.farthest) for phrase in several.phrases(color, shape, center)}
+    assert found["the square left of the orange circle"] == (0, True)
+    assert found["the red shape below the orange circle"] == (2, True)
+    assert found["the shape right of the orange circle"] == (3, True)
+    assert not any(text.endswith("the red square") for text in found)  # there are three
+
+
+def test_the_farthest_shape_may_be_another():
+    config, shares = mf.MPlug2Config.preset("tiny"), several.rules()
+    assert 0.3 < shares["a_random_shape"] < 0.4
+    assert shares["the_farthest_of_its_noun"] < 0.75
+    sample = several.Several(config).sample(0, np.random.default_rng(0))
+    assert sample.frames.shape == (1, 32, 32, 3)
+    assert len(sample.item.caption) == len(sample.item.extra["boxes"]) == several.PHRASES
+
+
+def test_swapped_shapes_have_swapped_captions(monkeypatch):
+    monkeypatch.setattr(relations, "GALLERY", 20)
+    samples = relations.held_out(mf.MPlug2Config.preset("tiny"))
+    texts = [text for sample in samples for text in sample.item.caption]
+    assert len(set(texts)) == 20
+    for sample in samples:
+        one, other = sample.item.caption
+        where = next(where for where in relations.SAID if where in one)
+        assert one.split(f" {where} ") == other.split(f" {where} ")[::-1]
+        assert relations.shuffled(one) == relations.shuffled(other)
+        assert sample.frames.shape == (2, 32, 32, 3)
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -13,7 +13,7 @@ from examples.moving_shapes.generator.language import (
     questions,
     vocabulary,
 )
-from examples.moving_shapes.generator.render import SEEN_FRAMES, boxes, render, training_frames
+from examples.moving_shapes.generator.render import SEEN_FRAMES, boxes, render, training_frames, training_picture
 from examples.moving_shapes.generator.scenes import (
     ACTIONS,
     COLORS,
@@ -47,6 +47,7 @@ __all__ = [
     "render",
     "sample_scenes",
     "training_frames",
+    "training_picture",
     "training_rng",
     "vocabulary",
     "write_clip",

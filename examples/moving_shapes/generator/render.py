@@ -56,14 +56,22 @@ def training_frames(
     Returns:
         `(n, T, image_size, image_size, 3)` uint8.
     """
-    n = len(scenes)
     pixels = np.arange(image_size) * CLIP_SIZE // image_size
-    image = render(scenes, frames, pixels, CLIP_SIZE, rng.uniform(1, 4, n).astype(np.float32))
-    per_clip = (n, 1, 1, 1, 1)
-    image *= rng.uniform(0.94, 1.06, per_clip).astype(np.float32)
-    image += rng.uniform(-0.04, 0.04, per_clip).astype(np.float32)
-    image += rng.standard_normal(image.shape, np.float32) * rng.uniform(0, 0.03, per_clip).astype(np.float32)
-    return to_uint8(image)
+    return _recorded(render(scenes, frames, pixels, CLIP_SIZE, rng.uniform(1, 4, len(scenes)).astype(np.float32)), rng)
+
+
+def training_picture(scenes: Scenes, rng: np.random.Generator, image_size: int = 64) -> np.ndarray:
+    """One frame with the shapes of all scenes, at u = 0, on the background of the first, with the same artefacts.
+
+    Returns:
+        `(1, image_size, image_size, 3)` uint8.
+    """
+    at = ((np.arange(image_size) * CLIP_SIZE // image_size + 0.5) / CLIP_SIZE).astype(np.float32)
+    edge = np.full(len(scenes), rng.uniform(1, 4) / CLIP_SIZE, np.float32)
+    image = _backgrounds(scenes[0], at)[0]
+    for cover, rgb in zip(_cover(scenes, at, np.zeros(1, np.float32), edge)[:, 0, ..., None], scenes.rgb, strict=True):
+        image = image + cover * (rgb - image)
+    return _recorded(image[None, None], rng)[0]
 
 
 def boxes(scenes: Scenes, frame: int) -> np.ndarray:
@@ -78,6 +86,15 @@ def boxes(scenes: Scenes, frame: int) -> np.ndarray:
 def to_uint8(image: np.ndarray) -> np.ndarray:
     """Round floats from 0 to 1 to the nearest of 256 levels."""
     return (np.clip(image, 0, 1) * np.float32(255) + np.float32(0.5)).astype(np.uint8)
+
+
+def _recorded(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Frames `(n, T, P, P, 3)` from 0 to 1 as uint8, with other brightness and contrast, and noise."""
+    per_clip = (len(image), 1, 1, 1, 1)
+    image *= rng.uniform(0.94, 1.06, per_clip).astype(np.float32)
+    image += rng.uniform(-0.04, 0.04, per_clip).astype(np.float32)
+    image += rng.standard_normal(image.shape, np.float32) * rng.uniform(0, 0.03, per_clip).astype(np.float32)
+    return to_uint8(image)
 
 
 def _backgrounds(scenes: Scenes, at: np.ndarray) -> np.ndarray:
