@@ -107,8 +107,11 @@ def score(model: Any, tokenizer: Tokenizer, words: Callable[[str], str] = str) -
 
 
 def bag_of_words() -> dict[str, float]:
-    """Train a model that does not see the order of the words, with as many steps, and score it."""
-    changes = ["out=build/proofs/bag_of_words", "sources.0.task=examples.proofs.relations:BagOfWords"]
+    """Train a model that does not see the order of the words, in fewer steps, and score it.
+
+    A caption and its swapped one are the same text to it, and the gallery has both, so it cannot exceed 50%.
+    """
+    changes = ["out=build/proofs/bag_of_words", "sources.0.task=examples.proofs.relations:BagOfWords", "steps=200"]
     trainer = mf.Trainer(load_recipe(Path(__file__).with_name("relations.toml"), changes))
     model = mf.from_pretrained(trainer.train())
     return {"bag_of_words": score(model, trainer.tokenizer, shuffled)[0]}

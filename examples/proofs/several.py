@@ -27,6 +27,8 @@ MISLEADING = 0.6
 FARTHER = 0.02
 PHRASES = 4
 """Of each training picture."""
+ALONE = 0.3
+"""The share of training pictures of one shape. They teach to find a shape before one must be chosen."""
 KINDS = ("a color", "a shape and a direction", "a color and a direction", "a direction")
 
 
@@ -74,9 +76,15 @@ def misleading(center: np.ndarray) -> np.ndarray:
     return clear & (along_3 * np.sign(along) > np.abs(along) + FARTHER)
 
 
-def drawn(rng: np.random.Generator) -> tuple[Scenes, Phrase, list[Phrase]]:
-    """Shapes, a phrase about them, and all phrases about them. All kinds of the first are equally likely."""
+def drawn(rng: np.random.Generator, alone: float = 0.0) -> tuple[Scenes, Phrase, list[Phrase]]:
+    """Shapes, a phrase about them, and all phrases about them. All kinds of the first are equally likely.
+
+    Args:
+        alone: the share of pictures of one shape.
+    """
     kind, n = KINDS[rng.integers(len(KINDS))], int(rng.integers(2, 5))
+    if rng.random() < alone:
+        kind, n = KINDS[0], 1
     farthest = kind == KINDS[0] or n < 3 or rng.random() >= MISLEADING
     while True:
         radius, center = scattered(rng, n, RADIUS, None if farthest else misleading)
@@ -113,7 +121,7 @@ class Several:
         return SAMPLES
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        scenes, phrase, every = drawn(rng)
+        scenes, phrase, every = drawn(rng, ALONE)
         chosen = [phrase, *(every[i] for i in rng.integers(len(every), size=PHRASES - 1))]
         places = [tuple(each) for each in (np.round(boxes(scenes, 0) * BINS) / BINS).tolist()]
         item = Item(
