@@ -53,6 +53,32 @@ struct Moments {
     float mean, variance;
 };
 
+// The sums of x - k and its square in one pass, `channels` being a multiple of kStep. k is the mean of the first kStep
+// channels. If k is more than a standard deviation from the mean, the difference of both sums may lose too much, and
+// the variance is NaN.
+MPLUG2_INLINE Moments moments_of(const float* x, std::int64_t channels) {
+    F32 sums[kUnroll], squares[kUnroll] = {};
+    for (int u = 0; u < kUnroll; ++u) {
+        sums[u] = load(x + u * kLanes);
+    }
+    const float first = sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / kStep;
+    const F32 firsts = broadcast(first);
+    for (int u = 0; u < kUnroll; ++u) {
+        sums[u] = F32{};
+    }
+    for (std::int64_t i = 0; i < channels; i += kStep) {
+        for (int u = 0; u < kUnroll; ++u) {
+            const F32 value = load(x + i + u * kLanes) - firsts;
+            sums[u] += value;
+            squares[u] += value * value;
+        }
+    }
+    const float count = static_cast<float>(channels);
+    const float more = sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / count;
+    const float variance = sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / count - more * more;
+    return {first + more, more * more <= variance ? variance : __builtin_nanf("")};
+}
+
 // Writes the normalised row, which is read from x or from the float32 copy.
 template <typename Source, typename Element>
 MPLUG2_INLINE void write(const Source* from, Element* out, std::int64_t channels, const Buffers& buffers,
@@ -85,7 +111,7 @@ MPLUG2_INLINE Moments moments_of(const Bf16* x, std::int64_t channels) {
     }
     const float count = static_cast<float>(channels), mean = sum((F32)(sums[0] + sums[1])) / count;
     const float variance = sum((F32)(squares[0] + squares[1])) / count - mean * mean;
-    return {mean, variance > 0 ? variance : 0};
+    return {mean, variance < 0 ? 0 : variance};
 }
 #endif
 
@@ -123,8 +149,21 @@ void normalise(const LayerNormArguments& a, const Row<Element>& row, const Buffe
         }
     }
 #endif
+    constexpr bool kCopy = kUpdate || sizeof(Element) != 4;  // or the row is read again where it is
+    if constexpr (!kCopy) {
+        if (a.channels % kStep == 0) {
+            const Moments moments = moments_of(row.x, a.channels);
+            if (__builtin_isfinite(moments.variance)) {
+                return write(row.x, row.out, a.channels, buffers, moments, a.eps);
+            }
+        }
+    }
     const std::int64_t channels = a.channels;
     float* const buffer = buffers.row;
+    const float* from = buffer;
+    if constexpr (!kCopy) {
+        from = row.x;
+    }
     const F32 scale = broadcast(a.scale);
     const auto take = [&](std::int64_t i) {
         F32 value = load(row.x + i);
@@ -136,7 +175,9 @@ void normalise(const LayerNormArguments& a, const Row<Element>& row, const Buffe
                 kStream ? stream(row.sum + i, value) : store(row.sum + i, value);
             }
         }
-        store(buffer + i, value);
+        if constexpr (kCopy) {
+            store(buffer + i, value);
+        }
         return value;
     };
     const auto take_first = [&](std::int64_t i, int count) {
@@ -147,22 +188,24 @@ void normalise(const LayerNormArguments& a, const Row<Element>& row, const Buffe
                 store_first(row.sum + i, value, count);
             }
         }
-        store_first(buffer + i, value, count);
+        if constexpr (kCopy) {
+            store_first(buffer + i, value, count);
+        }
         return value;
     };
     const float mean = total(channels, take, take_first) / static_cast<float>(channels);
     const F32 means = broadcast(mean);
     const auto square = [&](std::int64_t i) {
-        const F32 centred = load(buffer + i) - means;
+        const F32 centred = load(from + i) - means;
         return centred * centred;
     };
     const auto square_first = [&](std::int64_t i, int count) {
         float squares[kLanes] = {};
-        store_first(squares, load_first(buffer + i, count) - means, count);
+        store_first(squares, load_first(from + i, count) - means, count);
         return load(squares) * load(squares);
     };
     const float variance = total(channels, square, square_first) / static_cast<float>(channels);
-    write(buffer, row.out, channels, buffers, {mean, variance}, a.eps);
+    write(from, row.out, channels, buffers, {mean, variance}, a.eps);
 }
 
 template <typename Element, bool kStream>
