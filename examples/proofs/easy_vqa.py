@@ -10,30 +10,11 @@ import numpy as np
 from PIL import Image
 
 from examples.proofs.digits import NEEDS
-from examples.proofs.several_questions import SeveralQuestions
 from mplug2_fast.datasets import Item
-from mplug2_fast.tasks import Classification
-from mplug2_fast.tasks.generative import IGNORED
 from mplug2_fast.training import Sample
 
 COLORS = ("black", "gray", "red", "green", "blue", "yellow", "teal", "brown")
 SHAPES = ("circle", "rectangle", "triangle")
-
-QUESTIONS = 8
-"""Questions about a picture in one step."""
-SHIFT = 4
-"""Pixels, at most."""
-
-
-class Pictures(Classification):
-    """The color and shape of a picture. Pictures without a label do not count."""
-
-    def label_of(self, item: Item) -> int:
-        return IGNORED if item.label is None else super().label_of(item)
-
-
-SEVERAL = SeveralQuestions()
-PICTURES = Pictures([f"{color} {shape}" for color in COLORS for shape in SHAPES], name="pictures")
 
 
 @functools.cache
@@ -49,47 +30,14 @@ def pictures(split: str) -> dict[int, np.ndarray]:
 def questions(split: str) -> list[Sample]:
     """All questions of "train" or "test", with their pictures and answers."""
     seen = pictures(split)
-    return [Sample(Item(id="", question=q, answers={a: 1.0}), seen[number]) for q, a, number in _asked(split)]
-
-
-class Questions:
-    """The training pictures, each shifted and perhaps mirrored, with some of their questions and answers.
-
-    Labels are the color and shape that follow from them. Those of one picture in ten do not.
-    """
-
-    def __init__(self, config: Any) -> None:
-        self._asked: dict[int, list[tuple[str, str]]] = defaultdict(list)
-        for question, answer, number in _asked("train"):
-            self._asked[number].append((question, answer))
-        self._numbers = sorted(self._asked)
-        colors, shapes = looks_of(COLORS), looks_of(SHAPES)
-        self._labels = {number: f"{colors[number]} {shapes[number]}" for number in colors.keys() & shapes.keys()}
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        number = self._numbers[index]
-        asked = self._asked[number]
-        chosen = rng.choice(len(asked), QUESTIONS, replace=len(asked) < QUESTIONS)
-        item = Item(id="", label=self._labels.get(number), extra={"asked": [asked[i] for i in chosen]})
-        return Sample(item, moved(pictures("train")[number], rng))
-
-
-def moved(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The picture `(1, 64, 64, 3)`, shifted and perhaps mirrored. Pixels from outside are as those of the edge."""
-    _, height, width, _ = picture.shape
-    y, x = rng.integers(0, 2 * SHIFT + 1, 2)
-    wide = np.pad(picture, ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0)), mode="edge")
-    return wide[:, y : y + height, x : x + width][:, :, :: rng.choice((-1, 1))].copy()
+    return [Sample(Item(id="", question=q, answers={a: 1.0}), seen[number]) for q, a, number in asked(split)]
 
 
 def looks_of(names: tuple[str, ...], split: str = "train") -> dict[int, str]:
     """Number of a picture -> the name that its questions and answers imply, for example its color."""
     found: dict[int, str] = {}
     absent: dict[int, set[str]] = defaultdict(set)
-    for question, answer, number in _asked(split):
+    for question, answer, number in asked(split):
         words = question.rstrip("?").split()
         named = next((name for name in names if name in words), None)
         if answer in names:
@@ -116,7 +64,7 @@ def blind() -> dict[str, float]:
     return {"question_only": sum(usual.get(item.question) in item.answers for item, _ in test) / len(test)}
 
 
-def _asked(split: str) -> list[tuple[str, str, int]]:
+def asked(split: str) -> list[tuple[str, str, int]]:
     """Question, answer and number of the picture."""
     return list(zip(*getattr(_package(), f"get_{split}_questions")(), strict=True))
 

@@ -112,7 +112,7 @@ def test_looks_follow_from_questions_and_answers(monkeypatch):
         ("does the image not contain a triangle?", "yes", 2),
         ("is no teal shape present?", "yes", 3),
     ]
-    monkeypatch.setattr(easy_vqa, "_asked", lambda split: asked)
+    monkeypatch.setattr(easy_vqa, "asked", lambda split: asked)
     assert easy_vqa.looks_of(easy_vqa.COLORS) == {1: "red", 2: "blue"}
     assert easy_vqa.looks_of(easy_vqa.SHAPES) == {1: "triangle", 2: "rectangle"}
 
