@@ -24,6 +24,8 @@ from mplug2_fast.training import Sample
 
 FOLDER = Path("build/proofs/definition_pairs")
 HYPERNYMS = ("@", "@i")
+DRAWS = 4
+"""Times that training definitions come, each with its own hypernym and with another sister of it."""
 DEFINITION_PAIRS = Classification(("false", "true"), on="text", name="definition_pairs")
 
 
@@ -69,13 +71,14 @@ def pairs(nouns: dict[str, Noun], rng: np.random.Generator) -> dict[str, tuple[I
 
 
 def write(path: Path, folder: Path = FOLDER) -> None:
-    """Write train.jsonl and test.jsonl. One definition in ten is held out."""
-    rng = np.random.default_rng(0)
-    items = list(pairs(read(path), rng).values())
-    order = rng.permutation(len(items))
-    count = len(items) // (TRAINING_SHARE + 1)
-    write_items(folder / "test.jsonl", (item for i in order[:count] for item in items[i]))
-    write_items(folder / "train.jsonl", (item for i in order[count:] for item in items[i]))
+    """Write train.jsonl and test.jsonl. One definition in ten is held out; the others come with several sisters."""
+    rng, nouns = np.random.default_rng(0), read(path)
+    draws = [pairs(nouns, rng) for _ in range(DRAWS)]
+    order = rng.permutation(sorted(draws[0])).tolist()
+    held_out = dict.fromkeys(order[: len(order) // (TRAINING_SHARE + 1)])
+    write_items(folder / "test.jsonl", (item for number in held_out for item in draws[0][number]))
+    train = [each for draw in draws for number, each in draw.items() if number not in held_out]
+    write_items(folder / "train.jsonl", (item for each in train for item in each))
 
 
 def held_out(config: Any) -> list[Sample]:

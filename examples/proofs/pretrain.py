@@ -2,8 +2,7 @@
 
 Run as `python -m examples.proofs.pretrain` from the repository root. It pre-trains by pretrain.toml. Then it trains
 captions and retrieval of frames by frames.toml, with a tenth of its steps, once from the pre-trained model and once
-from new weights. It writes results/pretrain.json.
-`python -m examples.proofs.pretrain --show` prints the tables.
+from new weights. It writes results/pretrain.json. `python -m examples.proofs.pretrain --show` prints the tables.
 """
 
 from __future__ import annotations
