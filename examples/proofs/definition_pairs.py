@@ -49,11 +49,11 @@ def read(path: Path) -> dict[str, Noun]:
     return nouns
 
 
-def pairs(nouns: dict[str, Noun], rng: np.random.Generator) -> dict[str, tuple[Item, Item]]:
+def pairs(nouns: dict[str, Noun], rng: np.random.Generator, draw: int = 0) -> dict[str, tuple[Item, Item]]:
     """Number -> the noun's definition beside its hypernym, and beside a sister of its hypernym.
 
     The nouns that share the hypernym of their hypernym exchange hypernyms at random. So each hypernym is as often right
-    as wrong, and the word alone says nothing. Nouns that get their own back have no items.
+    as wrong, and the word alone says nothing. Nouns that get their own back have no items. The draw is part of ids.
     """
     families: dict[str, list[str]] = defaultdict(list)
     for number, noun in nouns.items():
@@ -64,8 +64,11 @@ def pairs(nouns: dict[str, Noun], rng: np.random.Generator) -> dict[str, tuple[I
         for number, other in zip(family, rng.permutation(family).tolist(), strict=True):
             own, sister, definition = nouns[number].hypernym, nouns[other].hypernym, nouns[number].definition
             if own != sister:
-                true = Item(id=f"{number}_true", text=nouns[own].words, text_pair=definition, label="true")
-                false = Item(id=f"{number}_false", text=nouns[sister].words, text_pair=definition, label="false")
+                labels = {"true": own, "false": sister}
+                true, false = (
+                    Item(id=f"{number}_{draw}_{label}", text=nouns[term].words, text_pair=definition, label=label)
+                    for label, term in labels.items()
+                )
                 found[number] = (true, false)
     return found
 
@@ -73,7 +76,7 @@ def pairs(nouns: dict[str, Noun], rng: np.random.Generator) -> dict[str, tuple[I
 def write(path: Path, folder: Path = FOLDER) -> None:
     """Write train.jsonl and test.jsonl. One definition in ten is held out; the others come with several sisters."""
     rng, nouns = np.random.default_rng(0), read(path)
-    draws = [pairs(nouns, rng) for _ in range(DRAWS)]
+    draws = [pairs(nouns, rng, draw) for draw in range(DRAWS)]
     order = rng.permutation(sorted(draws[0])).tolist()
     held_out = dict.fromkeys(order[: len(order) // (TRAINING_SHARE + 1)])
     write_items(folder / "test.jsonl", (item for number in held_out for item in draws[0][number]))
