@@ -47,10 +47,10 @@ def encoded(model: Any, task: Task, samples: list[Sample]) -> torch.Tensor | Non
 
 def trained(
     name: str, changes: Sequence[str], *, local_temporal: bool = True
-) -> tuple[mf.Trainer, float, dict[str, float]]:
-    """Train by the recipe of a proof, if wanted without local temporal modules.
+) -> tuple[list[mf.Trainer], float, dict[str, float]]:
+    """Train by the recipe of a proof, if wanted without local temporal modules, and by the one after it if it has one.
 
-    Returns the finished run, the accuracy on held-out samples of the model that it wrote, and further scores.
+    Returns the finished runs, the accuracy on held-out samples of the model that it wrote, and further scores.
     """
     folder = f"build/proofs/{name}" if local_temporal else f"build/proofs/{name}_without_local_temporal"
     frozen = [] if local_temporal else ["model.freeze=['*lmhra*']"]
@@ -59,11 +59,15 @@ def trained(
         for parameter, weight in trainer.model.official_parameters().items():
             if ".up_proj." in parameter:  # The module then adds zero to its input.
                 weight.detach().zero_()
-    model, score = mf.from_pretrained(trainer.train()), ROWS[name].score
+    path, runs, score = trainer.train(), [trainer], ROWS[name].score
+    if ROWS[name].then:
+        runs.append(mf.Trainer(load_recipe(FOLDER / f"{ROWS[name].then}.toml")))
+        path = runs[-1].train()
+    model = mf.from_pretrained(path)
     if score is not None:
-        return trainer, *score(model, trainer.tokenizer)
+        return runs, *score(model, trainer.tokenizer)
     task = next(iter(model.tasks.values()))  # A model that answers questions also ranks answers.
-    return trainer, accuracy(model, task, trainer.tokenizer, ROWS[name].held_out(model.config)), {}
+    return runs, accuracy(model, task, trainer.tokenizer, ROWS[name].held_out(model.config)), {}
 
 
 @contextlib.contextmanager
@@ -91,8 +95,8 @@ def main(
         raise typer.BadParameter(f"no proof {name!r}: choose table or one of {', '.join(ROWS)}")
     row = ROWS[name]
     with cpu_minutes(Path(f"build/proofs/{name}/cpu_minutes")) as minutes:
-        trainer, found, peers = trained(name, changes or [])
-    seed, steps = trainer.recipe.seed, trainer.steps
+        runs, found, peers = trained(name, changes or [])
+    seed, steps = runs[0].recipe.seed, sum(run.steps for run in runs)
     result: dict[str, Any] = {"accuracy": found, "seed": seed, "steps": steps, "cpu_minutes": round(minutes[0], 2)}
     if row.peers is not None:
         peers |= row.peers()

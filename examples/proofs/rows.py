@@ -36,6 +36,7 @@ class Row(NamedTuple):
         moves: whether the order of the frames matters. The model is then also trained without local temporal modules.
         score: from a model and its tokenizer to the headline score and further ones, if that is not the accuracy of
             the first task.
+        then: the recipe that trains the model further, if there is one.
     """
 
     title: str
@@ -45,6 +46,7 @@ class Row(NamedTuple):
     package: str = ""
     moves: bool = False
     score: Callable[[Any, Any], tuple[float, dict[str, float]]] | None = None
+    then: str = ""
 
 
 ROWS = {
@@ -75,15 +77,11 @@ ROWS = {
         wordnet.svm,
     ),
     "definition_pairs": Row(
-        "A noun and a definition: is it a kind of it, or of a sister term? Word vectors are random",
-        "",
-        definition_pairs.held_out,
-    ),
-    "definition_pairs_all": Row(
-        "The same model, trained further with its word vectors",
+        "Pairs of texts: is it the definition of a kind of this noun, or of a sister term?",
         "≥ 85%",
         definition_pairs.held_out,
         definition_pairs.linear,
+        then="definition_pairs_all",
     ),
     "unseen": Row(
         "Retrieval: frames with a color and a shape that were not trained together, among 48 captions",
