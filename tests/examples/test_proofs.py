@@ -262,3 +262,4 @@ def test_the_page_shows_the_results():
     page = PAGE.read_text(encoding="utf-8")
     assert table() in page
     assert universal.table() in page
+    assert pretrain.tables() in page
