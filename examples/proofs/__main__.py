@@ -55,6 +55,8 @@ def trained(
     folder = f"build/proofs/{name}" if local_temporal else f"build/proofs/{name}_without_local_temporal"
     frozen = [] if local_temporal else ["model.freeze=['*lmhra*']"]
     trainer = mf.Trainer(load_recipe(FOLDER / f"{name}.toml", [f"out={folder}", *frozen, *changes]))
+    if ROWS[name].start is not None:
+        ROWS[name].start(trainer.model)
     if not local_temporal:
         for parameter, weight in trainer.model.official_parameters().items():
             if ".up_proj." in parameter:  # The module then adds zero to its input.

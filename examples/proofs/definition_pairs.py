@@ -24,8 +24,6 @@ from mplug2_fast.training import Sample
 
 FOLDER = Path("build/proofs/definition_pairs")
 HYPERNYMS = ("@", "@i")
-DRAWS = 4
-"""Times that training definitions come, each with its own hypernym and with another sister of it."""
 DEFINITION_PAIRS = Classification(("false", "true"), on="text", name="definition_pairs")
 
 
@@ -49,11 +47,11 @@ def read(path: Path) -> dict[str, Noun]:
     return nouns
 
 
-def pairs(nouns: dict[str, Noun], rng: np.random.Generator, draw: int = 0) -> dict[str, tuple[Item, Item]]:
+def pairs(nouns: dict[str, Noun], rng: np.random.Generator) -> dict[str, tuple[Item, Item]]:
     """Number -> the noun's definition beside its hypernym, and beside a sister of its hypernym.
 
     The nouns that share the hypernym of their hypernym exchange hypernyms at random. So each hypernym is as often right
-    as wrong, and the word alone says nothing. Nouns that get their own back have no items. The draw is part of ids.
+    as wrong, and the word alone says nothing. Nouns that get their own back have no items.
     """
     families: dict[str, list[str]] = defaultdict(list)
     for number, noun in nouns.items():
@@ -64,24 +62,28 @@ def pairs(nouns: dict[str, Noun], rng: np.random.Generator, draw: int = 0) -> di
         for number, other in zip(family, rng.permutation(family).tolist(), strict=True):
             own, sister, definition = nouns[number].hypernym, nouns[other].hypernym, nouns[number].definition
             if own != sister:
-                labels = {"true": own, "false": sister}
-                true, false = (
-                    Item(id=f"{number}_{draw}_{label}", text=nouns[term].words, text_pair=definition, label=label)
-                    for label, term in labels.items()
-                )
+                true = Item(id=f"{number}_true", text=nouns[own].words, text_pair=definition, label="true")
+                false = Item(id=f"{number}_false", text=nouns[sister].words, text_pair=definition, label="false")
                 found[number] = (true, false)
     return found
 
 
 def write(path: Path, folder: Path = FOLDER) -> None:
-    """Write train.jsonl and test.jsonl. One definition in ten is held out; the others come with several sisters."""
-    rng, nouns = np.random.default_rng(0), read(path)
-    draws = [pairs(nouns, rng, draw) for draw in range(DRAWS)]
-    order = rng.permutation(sorted(draws[0])).tolist()
-    held_out = dict.fromkeys(order[: len(order) // (TRAINING_SHARE + 1)])
-    write_items(folder / "test.jsonl", (item for number in held_out for item in draws[0][number]))
-    train = [each for draw in draws for number, each in draw.items() if number not in held_out]
-    write_items(folder / "train.jsonl", (item for each in train for item in each))
+    """Write train.jsonl and test.jsonl. One definition in ten is held out."""
+    rng = np.random.default_rng(0)
+    items = list(pairs(read(path), rng).values())
+    order = rng.permutation(len(items))
+    count = len(items) // (TRAINING_SHARE + 1)
+    write_items(folder / "test.jsonl", (item for i in order[:count] for item in items[i]))
+    write_items(folder / "train.jsonl", (item for i in order[count:] for item in items[i]))
+
+
+def start(model: Any) -> None:
+    """Makes keys equal to queries, so that each word attends to itself and to the same word elsewhere."""
+    parameters = model.official_parameters()
+    for name, weight in parameters.items():
+        if name.endswith(".self.key.weight"):
+            weight.detach().copy_(parameters[name.replace(".key.", ".query.")])
 
 
 def held_out(config: Any) -> list[Sample]:

@@ -36,6 +36,7 @@ class Row(NamedTuple):
         moves: whether the order of the frames matters. The model is then also trained without local temporal modules.
         score: from a model and its tokenizer to the headline score and further ones, if that is not the accuracy of
             the first task.
+        start: changes the new weights before training.
         then: the recipe that trains the model further, if there is one.
     """
 
@@ -46,6 +47,7 @@ class Row(NamedTuple):
     package: str = ""
     moves: bool = False
     score: Callable[[Any, Any], tuple[float, dict[str, float]]] | None = None
+    start: Callable[[Any], None] | None = None
     then: str = ""
 
 
@@ -81,6 +83,7 @@ ROWS = {
         "≥ 85%",
         definition_pairs.held_out,
         definition_pairs.linear,
+        start=definition_pairs.start,
         then="definition_pairs_all",
     ),
     "unseen": Row(
