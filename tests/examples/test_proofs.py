@@ -17,6 +17,7 @@ from examples.proofs import (
     easy_vqa,
     emoji,
     finding,
+    phrases,
     pretrain,
     relations,
     scst,
@@ -202,11 +203,11 @@ def test_pretraining_and_fine_tuning(tmp_path, monkeypatch):
 def test_a_phrase_names_one_of_several_shapes():
     center = np.array([(0.2, 0.5), (0.5, 0.5), (0.1, 0.9), (0.9, 0.45)], np.float32)
     color, shape = np.array([0, 1, 0, 0]), np.array([1, 0, 1, 1])  # a circle, and squares around it
-    found = {phrase.text: (phrase.named, phrase.farthest) for phrase in several.phrases(color, shape, center)}
+    found = {phrase.text: (phrase.named, phrase.farthest) for phrase in phrases.phrases(color, shape, center)}
     assert found["the orange shape"] == (1, True)
     assert "the square left of the orange circle" not in found  # the third is neither clearly left nor below
     center[2] = 0.4, 0.9
-    found = {phrase.text: (phrase.named, phrase.farthest) for phrase in several.phrases(color, shape, center)}
+    found = {phrase.text: (phrase.named, phrase.farthest) for phrase in phrases.phrases(color, shape, center)}
     assert found["the square left of the orange circle"] == (0, True)
     assert found["the red shape below the orange circle"] == (2, True)
     assert found["the shape right of the orange circle"] == (3, True)
