@@ -71,8 +71,7 @@ def held_out(config: Any) -> list[Sample]:
 
 @torch.inference_mode()
 def score(model: Any, tokenizer: Tokenizer) -> tuple[float, dict[str, float]]:
-    """The share of boxes with an IoU of at least 0.5, the mean IoU, and the shares of phrases with a color alone and with a
-    direction."""
+    """The share of boxes with an IoU of at least 0.5, the mean IoU, and the shares for both sorts of phrases."""
     samples, respond, found = held_out(model.config), model.tasks["grounding"].respond(model, tokenizer), []
     for start in range(0, len(samples), 100):
         some = samples[start : start + 100]
