@@ -1,7 +1,7 @@
 """Training with the pictures and questions of easy-VQA.
 
 A question for yes or no names a color or a shape. From the answers alone, models learned only that most pictures do not
-have it. So a question is also a text that goes with all pictures that have it, whatever the answer.
+have it. So a question that is not negated is also a text that goes with all pictures that have what it names.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ class Colors:
         naming = defaultdict(set)
         for question, answer, number in asked("train"):
             self._asked[number].append((question, answer))
-            for word in question.rstrip("?").split():
-                if word in self.names and answer in ("yes", "no"):
-                    naming[word].add(question)
+            words = question.rstrip("?").split()
+            if answer in ("yes", "no") and not {"no", "not"} & {*words}:
+                for name in {*words} & {*self.names}:
+                    naming[name].add(question)
         self._naming = {name: sorted(found) for name, found in naming.items()}
 
     def __len__(self) -> int:
