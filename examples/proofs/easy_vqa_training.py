@@ -54,7 +54,7 @@ class Colors:
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         number = self._numbers[index]
         looks, about = self._looks[number], self._asked[number]
-        chosen = rng.choice(len(about), QUESTIONS, replace=len(about) < QUESTIONS)
+        chosen = self.choose(about, rng)
         name = looks[self.place]
         item = Item(
             id=name,  # texts with equal ids go with the same pictures
@@ -63,6 +63,19 @@ class Colors:
             extra={"asked": [about[i] for i in chosen]},
         )
         return Sample(item, moved(pictures("train")[number], rng))
+
+    def choose(self, asked: list[tuple[str, str]], rng: np.random.Generator) -> np.ndarray:
+        """Numbers of some of the questions."""
+        return rng.choice(len(asked), QUESTIONS, replace=len(asked) < QUESTIONS)
+
+
+class Negated(Colors):
+    """The same, but negated questions whose answer is no are five times as frequent. They are the rarest."""
+
+    def choose(self, asked: list[tuple[str, str]], rng: np.random.Generator) -> np.ndarray:
+        rare = [answer == "no" and bool({"no", "not"} & {*question.split()}) for question, answer in asked]
+        weights = np.where(rare, 5.0, 1.0)
+        return rng.choice(len(asked), QUESTIONS, p=weights / weights.sum())
 
 
 class Shapes(Colors):

@@ -67,7 +67,14 @@ ROWS = {
         package="mlxtend",
         moves=True,
     ),
-    "easy_vqa": Row("Question answering: easy-VQA", "≥ 98%", easy_vqa.held_out, easy_vqa.blind, "easy_vqa"),
+    "easy_vqa": Row(
+        "Question answering: easy-VQA",
+        "≥ 98%",
+        easy_vqa.held_out,
+        easy_vqa.blind,
+        "easy_vqa",
+        then="easy_vqa_negated",
+    ),
     "entailment": Row(
         "Visual entailment: a frame of moving shapes and a sentence", "≥ 95%", motion.held_out_entailment
     ),
