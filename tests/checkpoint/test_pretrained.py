@@ -12,6 +12,8 @@ from torch import nn
 
 import mplug2_fast as mf
 from mplug2_fast.checkpoint import convert, official_names
+from mplug2_fast.predict.predictor import TINY_MODEL
+from mplug2_fast.tasks import Captioning, QuestionAnswering
 
 
 def assert_holds(model, weights, dtype=torch.float32):
@@ -226,3 +228,9 @@ def test_heads_that_a_file_lacks_can_be_new(tmp_path):
     assert found["itm_head.weight"].std() == pytest.approx(0.02, abs=0.005)
     with pytest.raises(mf.CheckpointError, match="visual_encoder"):
         mf.from_pretrained(file, task="clip", new_heads=True)
+
+
+@pytest.mark.parametrize("kind", [Captioning, QuestionAnswering])
+def test_the_callers_own_task_is_kept(kind):
+    own = type("Own", (kind,), {})()
+    assert mf.from_pretrained(TINY_MODEL, tasks=[own]).tasks[kind.name] is own

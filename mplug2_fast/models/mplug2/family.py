@@ -23,10 +23,10 @@ def _build(
 ) -> MPlug2:
     from mplug2_fast.models import mplug2
 
-    names = {task.name for task in tasks}
-    if names == {Captioning.name}:
+    kinds = {type(task) for task in tasks}  # not of the caller's own subclasses
+    if kinds == {Captioning}:
         return mplug2.MPlug2ForCaptioning(config, device=device, dtype=dtype)
-    if names <= {QuestionAnswering.name, AnswerRanking.name}:
+    if kinds <= {QuestionAnswering, AnswerRanking}:
         return mplug2.MPlug2ForQuestionAnswering(config, device=device, dtype=dtype)
     return mplug2.MPlug2(config, tasks, device=device, dtype=dtype)
 
