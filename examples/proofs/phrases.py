@@ -27,7 +27,7 @@ class Phrase(NamedTuple):
 
 
 def phrases(color: np.ndarray, shape: np.ndarray, center: np.ndarray) -> Iterator[Phrase]:
-    """All phrases that name one shape, by its color alone or by its direction from a shape with a look of its own."""
+    """All phrases that name exactly one shape, by its color or by its direction from a shape of unique look."""
     looks = [look(*each) for each in zip(color, shape, strict=True)]
     for i in range(len(looks)):
         same_color, same_shape = np.flatnonzero(color == color[i]), np.flatnonzero(shape == shape[i])

@@ -26,7 +26,7 @@ from mplug2_fast.training.data import video_of
 RESULTS = FOLDER / "results/pretrain.json"
 FINE_TUNING = FOLDER / "frames.toml"
 SHARE = 10
-"""Fine-tuning has one in so many steps of its recipe."""
+"""Fine-tuning takes the steps of its recipe divided by this."""
 WINDOW = 50
 """Steps whose mean loss is reported."""
 BATCH = 50

@@ -90,7 +90,7 @@ def score(model: Any, tokenizer: Tokenizer) -> tuple[float, dict[str, float]]:
 def rules() -> dict[str, float]:
     """How often a random shape of the picture is right, and the shape of that noun that is farthest in the direction.
 
-    The second rule is right for phrases without a direction, and never uses the shape from which the direction is told.
+    The second rule ignores the other shape of the phrase. It is always right for phrases without a direction.
     """
     found = [drawn(np.random.default_rng([2, i])) for i in range(HELD_OUT)]
     return {

@@ -41,7 +41,7 @@ def small_calls(limits: TooSmall, flags: bytearray) -> Any:
     """The small calls of a module.
 
     Args:
-        flags: the first tells whether the last small call of a linear layer had many rows. Native code keeps it.
+        flags: native code sets the first one to whether the last small call of a linear layer had many rows.
     """
     native = connected()
     if native is None:
