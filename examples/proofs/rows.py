@@ -119,7 +119,6 @@ ROWS = {
         relations.held_out,
         relations.bag_of_words,
         score=relations.score,
-        then="relations_more",
     ),
     "instructions": Row(
         "Captions or answers by instruction alone, exactly right",
