@@ -29,10 +29,12 @@ PICTURES = Classification([f"{color} {shape}" for color in COLORS for shape in S
 class Colors:
     """Pictures, shifted and perhaps mirrored, with some of their questions, and a question that names their color.
 
-    Pictures whose color and shape do not follow from the answers are left out. They are one in ten.
+    Pictures whose color and shape do not follow from the answers are left out. They are one in ten. Negated questions
+    whose answer is no are the rarest. They are `rare` times as frequent here.
     """
 
     place, names = 0, COLORS
+    rare = 3.0
 
     def __init__(self, config: Any) -> None:
         colors, shapes = looks_of(COLORS), looks_of(SHAPES)
@@ -66,16 +68,15 @@ class Colors:
 
     def choose(self, asked: list[tuple[str, str]], rng: np.random.Generator) -> np.ndarray:
         """Numbers of some of the questions."""
-        return rng.choice(len(asked), QUESTIONS, replace=len(asked) < QUESTIONS)
-
-
-class Negated(Colors):
-    """The same, but negated questions whose answer is no are five times as frequent. They are the rarest."""
-
-    def choose(self, asked: list[tuple[str, str]], rng: np.random.Generator) -> np.ndarray:
         rare = [answer == "no" and bool({"no", "not"} & {*question.split()}) for question, answer in asked]
-        weights = np.where(rare, 5.0, 1.0)
+        weights = np.where(rare, self.rare, 1.0)
         return rng.choice(len(asked), QUESTIONS, p=weights / weights.sum())
+
+
+class AsAsked(Colors):
+    """The same with each question as often as it is asked."""
+
+    rare = 1.0
 
 
 class Shapes(Colors):

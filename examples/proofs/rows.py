@@ -73,7 +73,7 @@ ROWS = {
         easy_vqa.held_out,
         easy_vqa.blind,
         "easy_vqa",
-        then="easy_vqa_negated",
+        then="easy_vqa_as_asked",
     ),
     "entailment": Row(
         "Visual entailment: a frame of moving shapes and a sentence", "≥ 95%", motion.held_out_entailment
