@@ -8,7 +8,7 @@ starts from new weights. `python -m examples.proofs.universal --show` prints the
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -81,17 +81,22 @@ def trainer_of(name: str, seed: int, changes: Sequence[str] = ()) -> mf.Trainer:
     return trainer
 
 
+def figures(models: Iterable[dict[str, float]], keys: Iterable[str]) -> list[str]:
+    """Mean and spread (half of the range) of scores over models that differ in their seeds."""
+    models, texts = list(models), []
+    for key in keys:
+        found = np.array([each[key] for each in models])
+        mean, spread = found.mean(), (found.max() - found.min()) / 2
+        texts.append(f"{mean:.2f} ± {spread:.2f}" if key == "gap" else f"{mean:.1%} ± {100 * spread:.1f}")
+    return texts
+
+
 def table() -> str:
-    """The committed results in Markdown: mean and spread (half of the range) over the seeds."""
+    """The committed results in Markdown."""
     result = json.loads(RESULTS.read_text())
     lines = [f"| universal layers | {' | '.join(SCORES.values())} |", f"| --- |{' ---: |' * len(SCORES)}"]
     for name, variant in VARIANTS.items():
-        figures = []
-        for key in SCORES:
-            found = np.array([each[key] for each in result["models"][name].values()])
-            mean, spread = found.mean(), (found.max() - found.min()) / 2
-            figures.append(f"{mean:.2f} ± {spread:.2f}" if key == "gap" else f"{mean:.1%} ± {100 * spread:.1f}")
-        lines.append(f"| {variant.title} | {' | '.join(figures)} |")
+        lines.append(f"| {variant.title} | {' | '.join(figures(result['models'][name].values(), SCORES))} |")
     return "\n".join(lines)
 
 
