@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image
+from torch.nn import functional as F
 
 from mplug2_fast.datasets import Item
 from mplug2_fast.text import Tokenizer
@@ -24,7 +25,9 @@ from mplug2_fast.training.data import video_of
 
 FOLDER = "EMOJI_FOLDER"
 SIDE = 64
-WHITE = (255, 255, 255)
+FAINT = 32
+"""Opacity that does not count as content."""
+MARGIN = 1
 TRAINED, HELD_OUT = "google", "twitter"
 
 
@@ -51,45 +54,30 @@ def pictures(style: str) -> list[Image.Image]:
     return [Image.open(folder / each["image"]).convert("RGBA") for each in emoji]
 
 
-def on(color: tuple[int, ...], picture: Image.Image, size: int) -> Image.Image:
-    """The picture on a background, with `size` pixels on each side."""
-    whole = Image.new("RGBA", picture.size, (*color, 255))
-    whole.alpha_composite(picture)
-    return whole.convert("RGB").resize((size, size), Image.Resampling.BOX)
+def content(picture: Image.Image, size: int) -> Image.Image:
+    """What is opaque, in the middle of a square with `size` pixels on each side. Colors are multiplied by opacity."""
+    box = picture.getchannel("A").point(lambda a: 255 * (a > FAINT)).getbbox()
+    found = picture.crop(box).convert("RGBa")
+    side = max(found.size)
+    square = Image.new("RGBa", (side, side))
+    square.paste(found, ((side - found.width) // 2, (side - found.height) // 2))
+    inner = square.resize((size - 2 * MARGIN, size - 2 * MARGIN), Image.Resampling.BOX)
+    whole = Image.new("RGBa", (size, size))
+    whole.paste(inner, (MARGIN, MARGIN))
+    return whole
 
 
-class Emoji:
-    """Pictures of the trained design, each turned, scaled, shifted and recolored at random."""
-
-    def __init__(self, config: Any) -> None:
-        self._size = config.vision.image_size
-        self._names, self._pictures = names(), pictures(TRAINED)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        turn, scale = np.deg2rad(rng.uniform(-15, 15)), np.exp(rng.uniform(-0.25, 0.25, 2))
-        x, y = SIDE / 2 + rng.uniform(-6, 6, 2)
-        (a, b), (c, d) = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) / scale[:, None]
-        inverse = (a, b, SIDE / 2 - a * x - b * y, c, d, SIDE / 2 - c * x - d * y)
-        placed = self._pictures[index].transform(
-            (SIDE, SIDE), Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR
-        )
-        color = WHITE if rng.random() < 0.7 else tuple(rng.integers(256, size=3).tolist())
-        picture = on(color, placed, self._size)
-        for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-            picture = change(picture).enhance(float(np.exp(rng.uniform(-0.35, 0.35))))
-        hue = np.eye(3) + rng.normal(scale=0.08, size=(3, 3))
-        frame = np.clip(np.asarray(picture, np.float32) @ hue, 0, 255).astype(np.uint8)
-        return Sample(Item(id=self._names[index], caption=(self._names[index],)), frame[None])
+def on_white(picture: Image.Image) -> Image.Image:
+    """A picture whose colors are multiplied by opacity, on white."""
+    pixels = np.asarray(picture)
+    return Image.fromarray(pixels[..., :3] + (255 - pixels[..., 3:]))
 
 
 def held_out(config: Any) -> list[Sample]:
-    """The pictures of the other design on white."""
+    """The pictures of the other design."""
     size = config.vision.image_size
-    frames = [np.asarray(on(WHITE, picture, size))[None] for picture in pictures(HELD_OUT)]
-    return [Sample(Item(id=name, caption=(name,)), frame) for name, frame in zip(names(), frames, strict=True)]
+    frames = [np.asarray(on_white(content(picture, size)))[None] for picture in pictures(HELD_OUT)]
+    return [Sample(Item(id=name), frame) for name, frame in zip(names(), frames, strict=True)]
 
 
 def recalls(similarities: torch.Tensor) -> tuple[float, float]:
@@ -114,11 +102,26 @@ def score(model: Any, tokenizer: Tokenizer) -> tuple[float, dict[str, float]]:
 
 
 def nearest() -> dict[str, float]:
-    """The same recalls by the distance between pixels: the name of a picture is that of the nearest trained picture."""
-    size = SIDE // 2
-    pixels = [
-        torch.tensor(np.stack([np.asarray(on(WHITE, each, size), np.float32).ravel() for each in pictures(style)]))
-        for style in (HELD_OUT, TRAINED)
-    ]
-    by_pictures, by_names = recalls(-torch.cdist(*pixels))
-    return {"nearest_in_pixels": by_pictures, "pictures_by_nearest": by_names}
+    """The same recalls without a model: the name of a picture is that of the nearest trained one.
+
+    "In pixels" is by distance. "In content" is by correlation of the content alone, which is what the model sees.
+    """
+    half, quarter = SIDE // 2, SIDE // 4
+    whole, inner = [], []
+    for style in (HELD_OUT, TRAINED):
+        shown = [on_white(each.convert("RGBa")).resize((half, half), Image.Resampling.BOX) for each in pictures(style)]
+        whole.append(_pixels(shown))
+        pixels = _pixels([on_white(content(each, quarter)) for each in pictures(style)])
+        inner.append(F.normalize(pixels - pixels.mean(dim=1, keepdim=True), dim=1))
+    by_pictures, by_names = recalls(-torch.cdist(*whole))
+    in_content, by_content = recalls(inner[0] @ inner[1].T)
+    return {
+        "nearest_in_pixels": by_pictures,
+        "pictures_by_nearest": by_names,
+        "nearest_in_content": in_content,
+        "pictures_by_nearest_in_content": by_content,
+    }
+
+
+def _pixels(shown: list[Image.Image]) -> torch.Tensor:
+    return torch.tensor(np.stack([np.asarray(each, np.float32).ravel() for each in shown]))
