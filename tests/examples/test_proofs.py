@@ -16,6 +16,7 @@ from examples.proofs import (
     definition_pairs,
     easy_vqa,
     emoji,
+    emoji_training,
     finding,
     phrases,
     pretrain,
@@ -168,13 +169,16 @@ def designs(tmp_path, monkeypatch):
 
 def test_emoji_of_one_design_are_near_those_of_the_other(designs):
     assert emoji.names()[:3] == ["s 0", "s 1", "color 2"]
-    assert emoji.nearest() == {"nearest_in_pixels": 1.0, "pictures_by_nearest": 1.0}
+    assert set(emoji.nearest().values()) == {1.0}
     config = mf.MPlug2Config.preset("tiny")
-    data, rng = emoji.Emoji(config), np.random.default_rng(0)
+    data, rng = emoji_training.Emoji(config), np.random.default_rng(0)
     first, second = (data.sample(3, rng) for _ in range(2))
-    assert first.item.caption == ("color 3",)
+    assert first.item.label == "color 3"
     assert first.frames.shape == (1, 32, 32, 3)
     assert (first.frames != second.frames).any()
+    placed = np.asarray(emoji.on_white(emoji.content(emoji.pictures("google")[3], 32)))
+    assert (placed[1:-1, 1:-1] == (75, 180, 0)).all()
+    assert (placed[0] == 255).all()
     similarities = torch.tensor([[2.0, 1.0], [3.0, 0.0]])
     assert emoji.recalls(similarities) == (0.5, 0.0)
 
