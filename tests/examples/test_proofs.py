@@ -75,18 +75,18 @@ def test_definitions_are_split_without_examples(nouns):
     assert found["00000003"] == ("a warm meal 3", "food")
 
 
-def test_pairs_of_definitions_are_balanced_and_from_sisters(nouns):
-    read = definition_pairs.read(nouns / "data.noun")
-    right, wrong = Counter(), Counter()
-    for number, (own, other) in definition_pairs.pairs(read, np.random.default_rng(0)).items():
-        assert (own.label, other.label) == ("true", "false")
-        assert own.text_pair == other.text_pair == read[number].definition
-        assert own.text == f"parent 0000010{int(number) % 2}"
-        assert other.text == f"parent 0000010{1 - int(number) % 2}"
-        right[own.text] += 1
-        wrong[other.text] += 1
-    assert right == wrong
-    assert right.total() > 10
+def test_pairs_of_definitions_are_balanced_and_from_sisters(nouns, monkeypatch):
+    monkeypatch.setattr(definition_pairs, "FOLDER", nouns / "pairs")
+    data, rng, labels = definition_pairs.Pairs(None), np.random.default_rng(0), Counter()
+    for i in range(600):
+        item = data.sample(i % len(data), rng).item
+        number = int(item.text_pair.split()[-1])
+        own = item.text == f"parent 0000010{number % 2}"
+        assert own == (item.label == "true")
+        assert item.text_pair.startswith(f"word {number}, synonym: ")
+        labels[item.text, item.label] += 1
+    assert len(labels) == 4
+    assert all(100 < count < 200 for count in labels.values())
 
 
 def test_held_out_definitions_are_not_trained(nouns):
@@ -246,17 +246,15 @@ FURTHER = {row.then: row for row in ROWS.values() if row.then}
 
 
 @pytest.mark.parametrize("name", [*ROWS, *FURTHER])
-def test_the_loss_falls(name, tmp_path, nouns, designs):
+def test_the_loss_falls(name, tmp_path, nouns, designs, monkeypatch):
+    monkeypatch.setattr(definition_pairs, "FOLDER", nouns / "pairs")
     if package := {**ROWS, **FURTHER}[name].package:
         pytest.importorskip(package)
-    changes, data = (
-        [f"out={tmp_path}", "tensorboard=false", *SHORT],
-        {"definitions": nouns, "definition_pairs": nouns / "pairs", "definition_pairs_all": nouns / "pairs"},
-    )
+    changes = [f"out={tmp_path}", "tensorboard=false", *SHORT]
     if name in FURTHER:
         changes.append("model={preset='tiny', init='scaled'}")
-    if name in data:
-        changes.append(f"sources.0.data={data[name]}")
+    if name == "definitions":
+        changes.append(f"sources.0.data={nouns}")
     trainer = mf.Trainer(load_recipe(FOLDER / f"{name}.toml", changes), note=lambda line: None)
     trainer.datasets = [
         Fixed([data.sample(i, np.random.default_rng(i)) for i in range(8)]) for data in trainer.datasets
