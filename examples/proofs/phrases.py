@@ -14,16 +14,22 @@ RADIUS = (0.09, 0.125)
 MISLEADING = 0.6
 """The share of pictures of three or more shapes in which another shape of that noun is farther in the direction."""
 FARTHER = 0.02
+LOOK = "a color and a shape"
+"""A kind for training alone."""
 KINDS = ("a color", "a shape and a direction", "a color and a direction", "a direction")
 
 
 class Phrase(NamedTuple):
-    """A phrase, how it names it, the shape that it names, and whether that is the farthest of its noun."""
+    """A phrase, how it names it, the shape that it names, and whether that is the farthest of its noun.
+
+    The phrase ends with a description of the shape `last`: that from which the direction is seen, or the named one.
+    """
 
     text: str
     kind: str
     named: int
     farthest: bool
+    last: int
 
 
 def phrases(color: np.ndarray, shape: np.ndarray, center: np.ndarray) -> Iterator[Phrase]:
@@ -33,9 +39,9 @@ def phrases(color: np.ndarray, shape: np.ndarray, center: np.ndarray) -> Iterato
         same_color, same_shape = np.flatnonzero(color == color[i]), np.flatnonzero(shape == shape[i])
         named = f"the {list(COLORS)[color[i]]} shape"
         if len(same_color) == 1:
-            yield Phrase(named, KINDS[0], i, True)
+            yield Phrase(named, KINDS[0], i, True, i)
         if looks.count(looks[i]) == 1:
-            yield Phrase(f"the {looks[i]}", "a color and a shape", i, True)
+            yield Phrase(f"the {looks[i]}", LOOK, i, True, i)
         nouns = (f"the {SHAPES[shape[i]]}", same_shape), (named, same_color), ("the shape", np.arange(len(looks)))
         for kind, (noun, alike) in zip(KINDS[1:], nouns, strict=True):
             for other in range(len(looks)):
@@ -46,7 +52,7 @@ def phrases(color: np.ndarray, shape: np.ndarray, center: np.ndarray) -> Iterato
                 if all(found) and found.count(where) == 1:
                     axis, sign = DIRECTIONS[where]
                     farthest = alike[np.argmax(sign * center[alike, axis])] == i
-                    yield Phrase(f"{noun} {where} the {looks[other]}", kind, i, bool(farthest))
+                    yield Phrase(f"{noun} {where} the {looks[other]}", kind, i, bool(farthest), other)
 
 
 def misleading(center: np.ndarray) -> np.ndarray:
@@ -61,15 +67,9 @@ def misleading(center: np.ndarray) -> np.ndarray:
     return clear & (along_3 * np.sign(along) > np.abs(along) + FARTHER)
 
 
-def drawn(rng: np.random.Generator, alone: float = 0.0) -> tuple[Scenes, Phrase, list[Phrase]]:
-    """Shapes, a phrase about them, and all phrases about them. All kinds of the first are equally likely.
-
-    Args:
-        alone: the share of pictures of one shape.
-    """
+def drawn(rng: np.random.Generator) -> tuple[Scenes, Phrase, list[Phrase]]:
+    """Shapes, a phrase about them, and all phrases about them. All kinds of the first are equally likely."""
     kind, n = KINDS[rng.integers(len(KINDS))], int(rng.integers(2, 5))
-    if rng.random() < alone:
-        kind, n = KINDS[0], 1
     farthest = kind == KINDS[0] or n < 3 or rng.random() >= MISLEADING
     while True:
         radius, center = scattered(rng, n, RADIUS, None if farthest else misleading)

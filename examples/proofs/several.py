@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from examples.moving_shapes.data import SAMPLES
 from examples.moving_shapes.generator import boxes, training_picture
 from examples.proofs.phrases import KINDS, drawn
 from mplug2_fast.datasets import Item
-from mplug2_fast.tasks.grounding import Grounding, corners, iou
+from mplug2_fast.tasks.grounding import corners, iou
 from mplug2_fast.text import Tokenizer
 from mplug2_fast.training import Sample
 from mplug2_fast.training.data import video_of
@@ -21,23 +19,8 @@ from mplug2_fast.training.data import video_of
 HELD_OUT = 1_000
 BINS = 32
 """Boxes of training are rounded to multiples of 1 / BINS."""
-PHRASES = 4
+PHRASES = 8
 """Of each training picture."""
-ALONE = 0.3
-"""The share of training pictures of one shape. They teach to find a shape before one must be chosen."""
-
-
-class Phrases(Grounding):
-    """Grounding of several phrases in each picture, which is encoded once."""
-
-    def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:
-        pairs = [each for item in items for each in zip(item.caption, item.extra["boxes"], strict=True)]
-        return super().batch([Item(id="", text=text, box=box) for text, box in pairs], tokenizer, config)
-
-    def loss(self, model: Any, batch: Mapping[str, Any], **options: Any) -> Tensor:
-        embeds = model.encode_video(batch["video"])
-        embeds = embeds.repeat_interleave(len(batch["text_ids"]) // len(embeds), dim=0)
-        return super().loss(model, {**batch, "video": None, "image_embeds": embeds}, **options)
 
 
 class Several:
@@ -50,12 +33,15 @@ class Several:
         return SAMPLES
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
-        scenes, phrase, every = drawn(rng, ALONE)
-        chosen = [phrase, *(every[i] for i in rng.integers(len(every), size=PHRASES - 1))]
+        scenes, phrase, every = drawn(rng)
+        kinds = sorted({each.kind for each in every})
+        chosen = [phrase]
+        for kind in rng.choice(kinds, PHRASES - 1):
+            alike = [each for each in every if each.kind == kind]
+            chosen.append(alike[rng.integers(len(alike))])
         places = [tuple(each) for each in (np.round(boxes(scenes, 0) * BINS) / BINS).tolist()]
-        item = Item(
-            id="", caption=tuple(each.text for each in chosen), extra={"boxes": [places[each.named] for each in chosen]}
-        )
+        extra = {"boxes": [places[each.named] for each in chosen], "last": [places[each.last] for each in chosen]}
+        item = Item(id="", caption=tuple(each.text for each in chosen), extra=extra)
         return Sample(item, training_picture(scenes, rng, self._size))
 
 

@@ -226,6 +226,8 @@ def test_the_farthest_shape_may_be_another():
     sample = several.Several(config).sample(0, np.random.default_rng(0))
     assert sample.frames.shape == (1, 32, 32, 3)
     assert len(sample.item.caption) == len(sample.item.extra["boxes"]) == several.PHRASES
+    for text, box, last in zip(sample.item.caption, *sample.item.extra.values(), strict=True):
+        assert (box == last) == (len(text.split()) == 3)  # such as "the red circle"
 
 
 def test_swapped_shapes_have_swapped_captions(monkeypatch):
@@ -241,7 +243,16 @@ def test_swapped_shapes_have_swapped_captions(monkeypatch):
         assert sample.frames.shape == (2, 32, 32, 3)
 
 
+def test_alike_pictures_show_the_same_two_colors():
+    sample = relations.Alike(mf.MPlug2Config.preset("tiny")).sample(0, np.random.default_rng(0))
+    texts = sample.item.caption
+    assert len(texts) == len(sample.frames) == 2 * relations.ALIKE
+    assert len({frozenset(text.split()) & {*relations.COLORS} for text in texts}) == 1
+    assert len(set(texts)) > 2
+
+
 FURTHER = {row.then: row for row in ROWS.values() if row.then}
+FROM_ANOTHER = {*FURTHER, "several"}
 """Recipes that go on from a model, which is not trained here."""
 
 
@@ -251,7 +262,7 @@ def test_the_loss_falls(name, tmp_path, nouns, designs, monkeypatch):
     if package := {**ROWS, **FURTHER}[name].package:
         pytest.importorskip(package)
     changes = [f"out={tmp_path}", "tensorboard=false", *SHORT]
-    if name in FURTHER:
+    if name in FROM_ANOTHER:
         changes.append("model={preset='tiny', init='scaled'}")
     if name == "definitions":
         changes.append(f"sources.0.data={nouns}")
