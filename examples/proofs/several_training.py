@@ -46,9 +46,7 @@ class Phrases(Grounding):
         attended = attended + attention_loss(final, text, mask, visual, start, named)
         text = final(text, key_padding_mask=mask, memory=visual)
         words = text.flatten(0, 1)
-        found = contrast_loss(model, words[tokens[0]], visual, named) + contrast_loss(
-            model, words[tokens[1]], visual, last
-        )
+        found = contrast_loss(model, words[start], visual, named) + contrast_loss(model, words[end], visual, last)
         seen = visual[:, None].expand(-1, text.shape[1], -1, -1)
         both_mask = torch.cat([mask.new_ones(seen.shape[:-1]), mask], dim=-1)
         memory = model.decoder.remember(torch.cat([seen, text], dim=-2).flatten(0, 1), both_mask.flatten(0, 1))
