@@ -14,8 +14,6 @@ RADIUS = (0.09, 0.125)
 MISLEADING = 0.6
 """The share of pictures of three or more shapes in which another shape of that noun is farther in the direction."""
 FARTHER = 0.02
-LOOK = "a color and a shape"
-"""A kind for training alone."""
 KINDS = ("a color", "a shape and a direction", "a color and a direction", "a direction")
 
 
@@ -40,8 +38,6 @@ def phrases(color: np.ndarray, shape: np.ndarray, center: np.ndarray) -> Iterato
         named = f"the {list(COLORS)[color[i]]} shape"
         if len(same_color) == 1:
             yield Phrase(named, KINDS[0], i, True, i)
-        if looks.count(looks[i]) == 1:
-            yield Phrase(f"the {looks[i]}", LOOK, i, True, i)
         nouns = (f"the {SHAPES[shape[i]]}", same_shape), (named, same_color), ("the shape", np.arange(len(looks)))
         for kind, (noun, alike) in zip(KINDS[1:], nouns, strict=True):
             for other in range(len(looks)):

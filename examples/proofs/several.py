@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,10 @@ PHRASES = 8
 
 
 class Several:
-    """Pictures with phrases and the boxes of the shapes that they name."""
+    """Pictures with phrases and the boxes of the shapes that they name.
+
+    All kinds of phrases are as frequent, and those for which the farthest shape of the noun is wrong, if there are any.
+    """
 
     def __init__(self, config: Any) -> None:
         self._size = config.vision.image_size
@@ -34,11 +38,13 @@ class Several:
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         scenes, phrase, every = drawn(rng)
-        kinds = sorted({each.kind for each in every})
+        groups = defaultdict(list)
+        for each in every:
+            groups[each.kind, each.farthest].append(each)
+        alike = list(groups.values())
         chosen = [phrase]
-        for kind in rng.choice(kinds, PHRASES - 1):
-            alike = [each for each in every if each.kind == kind]
-            chosen.append(alike[rng.integers(len(alike))])
+        for group in rng.integers(len(alike), size=PHRASES - 1):
+            chosen.append(alike[group][rng.integers(len(alike[group]))])
         places = [tuple(each) for each in (np.round(boxes(scenes, 0) * BINS) / BINS).tolist()]
         extra = {"boxes": [places[each.named] for each in chosen], "last": [places[each.last] for each in chosen]}
         item = Item(id="", caption=tuple(each.text for each in chosen), extra=extra)
