@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -38,13 +38,10 @@ class Several:
 
     def sample(self, index: int, rng: np.random.Generator) -> Sample:
         scenes, phrase, every = drawn(rng)
-        groups = defaultdict(list)
-        for each in every:
-            groups[each.kind, each.farthest].append(each)
-        alike = list(groups.values())
-        chosen = [phrase]
-        for group in rng.integers(len(alike), size=PHRASES - 1):
-            chosen.append(alike[group][rng.integers(len(alike[group]))])
+        groups = Counter((each.kind, each.farthest) for each in every)
+        weights = np.array([1 / groups[each.kind, each.farthest] for each in every]) / len(groups)
+        chosen = rng.choice(len(every), PHRASES - 1, replace=len(every) < PHRASES - 1, p=weights)
+        chosen = [phrase, *(every[i] for i in chosen)]
         places = [tuple(each) for each in (np.round(boxes(scenes, 0) * BINS) / BINS).tolist()]
         extra = {"boxes": [places[each.named] for each in chosen], "last": [places[each.last] for each in chosen]}
         item = Item(id="", caption=tuple(each.text for each in chosen), extra=extra)
