@@ -20,7 +20,7 @@ from mplug2_fast.training.data import video_of
 HELD_OUT = 1_000
 BINS = 32
 """Boxes of training are rounded to multiples of 1 / BINS."""
-PHRASES = 8
+PHRASES = 6
 """Of each training picture."""
 
 

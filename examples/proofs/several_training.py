@@ -20,7 +20,8 @@ class Phrases(Grounding):
 
     Further losses teach the first token of a phrase to find the named shape, and the last word to find the shape that
     it describes: by the features of the fused words and of patches, and by the cross-attention of the fusion encoder.
-    The last word must find its shape in the first layer, so that the last layer can use the place.
+    The last word must find its shape in the first layer, so that the last layer can use the place. For every second
+    phrase the decoder sees the fused words alone, so these must bring the place of the named shape.
     """
 
     modules = Grounding.modules | {"contrast"}
@@ -48,7 +49,9 @@ class Phrases(Grounding):
         words = text.flatten(0, 1)
         found = contrast_loss(model, words[start], visual, named) + contrast_loss(model, words[end], visual, last)
         seen = visual[:, None].expand(-1, text.shape[1], -1, -1)
-        both_mask = torch.cat([mask.new_ones(seen.shape[:-1]), mask], dim=-1)
+        visible = mask.new_ones(seen.shape[:-1])
+        visible[:, 1::2] = 0
+        both_mask = torch.cat([visible, mask], dim=-1)
         memory = model.decoder.remember(torch.cat([seen, text], dim=-2).flatten(0, 1), both_mask.flatten(0, 1))
         return self.box_loss(model, memory, batch["target_boxes"], **options) + attended + found / 2
 
