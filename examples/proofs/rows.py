@@ -112,6 +112,7 @@ ROWS = {
         several.held_out,
         several.rules,
         score=several.score,
+        then="several_more",
     ),
     "relations": Row(
         "Retrieval: pictures and captions such as “a red square left of a blue circle”, 500 of each",

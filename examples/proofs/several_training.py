@@ -15,23 +15,37 @@ from mplug2_fast.tasks.grounding import Grounding
 from mplug2_fast.text import Tokenizer
 
 
-class Phrases(Grounding):
-    """Grounding of several phrases in each picture, which is encoded once.
-
-    Further losses teach the first token of a phrase to find the named shape, and the last word to find the shape that
-    it describes: by the features of the fused words and of patches, and by the cross-attention of the fusion encoder.
-    The last word must find its shape in the first layer, so that the last layer can use the place. For every second
-    phrase the decoder sees the fused words alone, so these must bring the place of the named shape.
-    """
-
-    modules = Grounding.modules | {"contrast"}
+class Boxes(Grounding):
+    """Grounding of several phrases in each picture, which is encoded once."""
 
     def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:
         pairs = [each for item in items for each in zip(item.caption, item.extra["boxes"], strict=True)]
         batch = super().batch([Item(id="", text=text, box=box) for text, box in pairs], tokenizer, config)
         longest = int(batch["text_mask"].sum(dim=1).max())
-        text = {key: batch[key][:, :longest] for key in ("text_ids", "text_mask")}
-        return {**batch, **text, "last_boxes": torch.tensor([box for item in items for box in item.extra["last"]])}
+        return {**batch, **{key: batch[key][:, :longest] for key in ("text_ids", "text_mask")}}
+
+    def loss(self, model: Any, batch: Mapping[str, Any], **options: Any) -> Tensor:
+        visual, mask = model.encode_video(batch["video"]), batch["text_mask"]
+        text = model.encode_text(batch["text_ids"], mask)
+        fused = model.fuse(*(each.unflatten(0, (len(visual), -1)) for each in (text, mask)), visual)
+        memory = model.decoder.remember(fused.memory.flatten(0, 1), fused.memory_mask.flatten(0, 1))
+        return self.box_loss(model, memory, batch["target_boxes"], **options)
+
+
+class Phrases(Boxes):
+    """The same with further losses.
+
+    They teach the first token of a phrase to find the named shape, and the last word to find the shape that it
+    describes: by the features of the fused words and of patches, and by the cross-attention of the fusion encoder. The
+    last word must find its shape in the first layer, so that the last layer can use the place. For every second phrase
+    the decoder sees the fused words alone, so these must bring the place of the named shape.
+    """
+
+    modules = Grounding.modules | {"contrast"}
+
+    def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:
+        last_boxes = torch.tensor([box for item in items for box in item.extra["last"]])
+        return {**super().batch(items, tokenizer, config), "last_boxes": last_boxes}
 
     def loss(self, model: Any, batch: Mapping[str, Any], **options: Any) -> Tensor:
         visual, mask = model.encode_video(batch["video"]), batch["text_mask"]
