@@ -18,8 +18,6 @@ from mplug2_fast.training import Sample
 from mplug2_fast.training.data import video_of
 
 HELD_OUT = 1_000
-BINS = 32
-"""Boxes of training are rounded to multiples of 1 / BINS."""
 PHRASES = 6
 """Of each training picture."""
 
@@ -43,7 +41,7 @@ class Several:
         weights = np.array([1 / groups[each.kind, each.farthest] for each in every]) / len(groups)
         chosen = rng.choice(len(every), PHRASES - 1, replace=len(every) < PHRASES - 1, p=weights)
         chosen = [phrase, *(every[i] for i in chosen)]
-        places = [tuple(each) for each in (np.round(boxes(scenes, 0) * BINS) / BINS).tolist()]
+        places = [tuple(each) for each in boxes(scenes, 0).tolist()]
         extra = {"boxes": [places[each.named] for each in chosen], "last": [places[each.last] for each in chosen]}
         item = Item(id="", caption=tuple(each.text for each in chosen), extra=extra)
         return Sample(item, training_picture(scenes, rng, self._size))

@@ -11,8 +11,11 @@ from torch.nn import functional as F
 
 from mplug2_fast.datasets import Item
 from mplug2_fast.nn.parts import linear
-from mplug2_fast.tasks.grounding import Grounding
+from mplug2_fast.tasks.grounding import BINS, FIRST_BIN, START, Grounding
 from mplug2_fast.text import Tokenizer
+
+USED = 32
+"""Multiples of 1 / USED are the bins that are used."""
 
 
 class Boxes(Grounding):
@@ -24,12 +27,12 @@ class Boxes(Grounding):
         longest = int(batch["text_mask"].sum(dim=1).max())
         return {**batch, **{key: batch[key][:, :longest] for key in ("text_ids", "text_mask")}}
 
-    def loss(self, model: Any, batch: Mapping[str, Any], **options: Any) -> Tensor:
+    def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:  # type: ignore[override]
         visual, mask = model.encode_video(batch["video"]), batch["text_mask"]
         text = model.encode_text(batch["text_ids"], mask)
         fused = model.fuse(*(each.unflatten(0, (len(visual), -1)) for each in (text, mask)), visual)
         memory = model.decoder.remember(fused.memory.flatten(0, 1), fused.memory_mask.flatten(0, 1))
-        return self.box_loss(model, memory, batch["target_boxes"], **options)
+        return soft_box_loss(model, memory, batch["target_boxes"])
 
 
 class Phrases(Boxes):
@@ -47,7 +50,7 @@ class Phrases(Boxes):
         last_boxes = torch.tensor([box for item in items for box in item.extra["last"]])
         return {**super().batch(items, tokenizer, config), "last_boxes": last_boxes}
 
-    def loss(self, model: Any, batch: Mapping[str, Any], **options: Any) -> Tensor:
+    def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:  # type: ignore[override]
         visual, mask = model.encode_video(batch["video"]), batch["text_mask"]
         rows = torch.arange(len(mask))
         start, end = (rows, torch.zeros_like(rows)), (rows, mask.sum(dim=1) - 2)
@@ -67,7 +70,28 @@ class Phrases(Boxes):
         visible[:, 1::2] = 0
         both_mask = torch.cat([visible, mask], dim=-1)
         memory = model.decoder.remember(torch.cat([seen, text], dim=-2).flatten(0, 1), both_mask.flatten(0, 1))
-        return self.box_loss(model, memory, batch["target_boxes"], **options) + attended + found / 2
+        return soft_box_loss(model, memory, batch["target_boxes"]) + attended + found / 2
+
+
+def soft_box_loss(model: Any, memory: Any, boxes: Tensor) -> Tensor:
+    """The mean cross-entropy of the four coordinates. A coordinate between two bins is shared by both.
+
+    Args:
+        memory: the decoder's. boxes: (center x, center y, width, height) of each `(n, 4)`.
+    """
+    places = boxes.clamp(0, 1) * USED
+    below, nearest = places.floor().clamp(max=USED - 1), ids_of(places.round())
+    inputs = torch.cat([nearest.new_full((len(boxes), 1), START), nearest[:, :-1] + FIRST_BIN], dim=1)
+    logits = model.decoder(inputs[:, None], torch.ones_like(inputs)[:, None], memory)[:, 0]
+    logs = logits[..., FIRST_BIN : FIRST_BIN + BINS].log_softmax(dim=-1)
+    found = torch.stack([ids_of(below), ids_of(below + 1)], dim=-1)
+    weights = torch.stack([below + 1 - places, places - below], dim=-1)
+    return -(logs.gather(-1, found) * weights).sum(dim=-1).mean()
+
+
+def ids_of(places: Tensor) -> Tensor:
+    """Multiples of 1 / USED to bins."""
+    return (places * ((BINS - 1) / USED)).floor().long()
 
 
 def patches_of(model: Any, boxes: Tensor) -> Tensor:
