@@ -48,7 +48,11 @@ class Names(ZeroShot):
         return len(batch["ids"])
 
     def loss(self, model: Any, batch: Mapping[str, Any]) -> Tensor:
-        """The cross-entropy of pictures among all names, and of the names of the batch among its pictures: their mean.
+        """The mean cross-entropy of pictures among all names and of names among the pictures of the batch, plus that of
+        these names among all names.
+
+        Similar names start with nearly equal features, and pictures then learn equal ones too. The last part keeps the
+        names apart.
 
         Args:
             model: with the modules of this task.
@@ -62,7 +66,8 @@ class Names(ZeroShot):
         logits = (visual @ text.T / model.contrast.temperature).float()
         same = (ids[:, None] == ids).float()
         of_names = F.cross_entropy(logits[:, ids].T, same / same.sum(dim=1, keepdim=True))
-        return (F.cross_entropy(logits, ids) + of_names) / 2
+        apart = F.cross_entropy((text[ids] @ text.T / model.contrast.temperature.detach()).float(), ids)
+        return (F.cross_entropy(logits, ids) + of_names) / 2 + apart
 
 
 def features_of(model: Any, text_ids: Tensor, text_mask: Tensor) -> Tensor:
