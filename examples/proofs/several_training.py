@@ -14,12 +14,15 @@ from mplug2_fast.nn.parts import linear
 from mplug2_fast.tasks.grounding import BINS, FIRST_BIN, START, Grounding
 from mplug2_fast.text import Tokenizer
 
-USED = 32
-"""Multiples of 1 / USED are the bins that are used."""
-
 
 class Boxes(Grounding):
-    """Grounding of several phrases in each picture, which is encoded once."""
+    """Grounding of several phrases in each picture, which is encoded once.
+
+    Attributes:
+        steps: bins are multiples of 1 / steps. Most of the vocabulary's 337 are left out, because each is learned alone.
+    """
+
+    steps = 64
 
     def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:
         pairs = [each for item in items for each in zip(item.caption, item.extra["boxes"], strict=True)]
@@ -32,7 +35,7 @@ class Boxes(Grounding):
         text = model.encode_text(batch["text_ids"], mask)
         fused = model.fuse(*(each.unflatten(0, (len(visual), -1)) for each in (text, mask)), visual)
         memory = model.decoder.remember(fused.memory.flatten(0, 1), fused.memory_mask.flatten(0, 1))
-        return soft_box_loss(model, memory, batch["target_boxes"])
+        return soft_box_loss(model, memory, batch["target_boxes"], self.steps)
 
 
 class Phrases(Boxes):
@@ -45,6 +48,7 @@ class Phrases(Boxes):
     """
 
     modules = Grounding.modules | {"contrast"}
+    steps = 32
 
     def batch(self, items: Sequence[Item], tokenizer: Tokenizer, config: Any) -> dict[str, Tensor]:
         last_boxes = torch.tensor([box for item in items for box in item.extra["last"]])
@@ -70,28 +74,29 @@ class Phrases(Boxes):
         visible[:, 1::2] = 0
         both_mask = torch.cat([visible, mask], dim=-1)
         memory = model.decoder.remember(torch.cat([seen, text], dim=-2).flatten(0, 1), both_mask.flatten(0, 1))
-        return soft_box_loss(model, memory, batch["target_boxes"]) + attended + found / 2
+        return soft_box_loss(model, memory, batch["target_boxes"], self.steps) + attended + found / 2
 
 
-def soft_box_loss(model: Any, memory: Any, boxes: Tensor) -> Tensor:
+def soft_box_loss(model: Any, memory: Any, boxes: Tensor, steps: int) -> Tensor:
     """The mean cross-entropy of the four coordinates. A coordinate between two bins is shared by both.
 
     Args:
         memory: the decoder's. boxes: (center x, center y, width, height) of each `(n, 4)`.
+        steps: bins are multiples of 1 / steps.
     """
-    places = boxes.clamp(0, 1) * USED
-    below, nearest = places.floor().clamp(max=USED - 1), ids_of(places.round())
+    places = boxes.clamp(0, 1) * steps
+    below, nearest = places.floor().clamp(max=steps - 1), bins_of(places.round(), steps)
     inputs = torch.cat([nearest.new_full((len(boxes), 1), START), nearest[:, :-1] + FIRST_BIN], dim=1)
     logits = model.decoder(inputs[:, None], torch.ones_like(inputs)[:, None], memory)[:, 0]
     logs = logits[..., FIRST_BIN : FIRST_BIN + BINS].log_softmax(dim=-1)
-    found = torch.stack([ids_of(below), ids_of(below + 1)], dim=-1)
+    found = torch.stack([bins_of(each, steps) for each in (below, below + 1)], dim=-1)
     weights = torch.stack([below + 1 - places, places - below], dim=-1)
     return -(logs.gather(-1, found) * weights).sum(dim=-1).mean()
 
 
-def ids_of(places: Tensor) -> Tensor:
-    """Multiples of 1 / USED to bins."""
-    return (places * ((BINS - 1) / USED)).floor().long()
+def bins_of(places: Tensor, steps: int) -> Tensor:
+    """Bins of multiples of 1 / steps."""
+    return (places * ((BINS - 1) / steps)).floor().long()
 
 
 def patches_of(model: Any, boxes: Tensor) -> Tensor:
