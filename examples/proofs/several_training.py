@@ -19,7 +19,7 @@ class Boxes(Grounding):
     """Grounding of several phrases in each picture, which is encoded once.
 
     Attributes:
-        steps: bins are multiples of 1 / steps. Most of the vocabulary's 337 are left out, because each is learned alone.
+        steps: bins are multiples of 1 / steps. The others of the vocabulary are left out, because each is learned alone.
     """
 
     steps = 64
