@@ -19,7 +19,7 @@ class Boxes(Grounding):
     """Grounding of several phrases in each picture, which is encoded once.
 
     Attributes:
-        steps: bins are multiples of 1 / steps. The others of the vocabulary are left out, because each is learned alone.
+        steps: multiples of 1 / steps are the bins that are used. Each is learned alone, so all 337 would be too many.
     """
 
     steps = 64
