@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,11 +24,15 @@ from examples.proofs import (
     relations,
     scst,
     several,
+    several_training,
+    together,
     universal,
     unseen,
     wordnet,
 )
 from examples.proofs.rows import FOLDER, ROWS, table
+from mplug2_fast.tasks import grounding
+from mplug2_fast.text import SEP_TOKEN_ID
 from mplug2_fast.training import Sample, load_recipe
 
 PAGE = Path(__file__).parents[2] / "docs/tasks.md"
@@ -183,6 +188,16 @@ def test_emoji_of_one_design_are_near_those_of_the_other(designs):
     assert emoji.recalls(similarities) == (0.5, 0.0)
 
 
+def test_features_keep_the_order_of_the_texts():
+    model = mf.MPlug2(mf.MPlug2Config.preset("tiny"), tasks=["retrieval"]).eval()
+    mask = (torch.arange(9) < torch.tensor([5, 2, 9, 3])[:, None]).long()
+    ids = torch.randint(model.config.text.vocab_size, (4, 9)) * mask
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emoji_training, "TEXTS", 2)
+        found = emoji_training.features_of(model, ids, mask)
+        torch.testing.assert_close(found, model.text_features(model.encode_text(ids, mask)), rtol=0, atol=1e-5)
+
+
 def test_emoji_without_pictures(monkeypatch):
     monkeypatch.delenv(emoji.FOLDER, raising=False)
     with pytest.raises(FileNotFoundError, match="EMOJI_FOLDER is not set"):
@@ -228,6 +243,31 @@ def test_the_farthest_shape_may_be_another():
     assert len(sample.item.caption) == len(sample.item.extra["boxes"]) == several.PHRASES
     for text, box, last in zip(sample.item.caption, *sample.item.extra.values(), strict=True):
         assert (box == last) == (len(text.split()) == 3)  # such as "the red circle"
+
+
+def test_a_coordinate_between_two_bins_is_shared_by_both():
+    logits = torch.zeros(1, 1, 4, grounding.FIRST_BIN + grounding.BINS, requires_grad=True)
+    model = SimpleNamespace(decoder=lambda *inputs: logits)
+    several_training.soft_box_loss(model, None, torch.tensor([[0.5, 0.503125, 1.0, 0.0]]), steps=32).backward()
+    targets = 1 / grounding.BINS - 4 * logits.grad[0, 0, :, grounding.FIRST_BIN :]
+    middle = (grounding.BINS - 1) // 2
+    expected = torch.zeros(4, grounding.BINS)
+    expected[0, middle] = expected[2, -1] = expected[3, 0] = 1
+    expected[1, middle], expected[1, middle + 10] = 0.9, 0.1
+    torch.testing.assert_close(targets, expected, rtol=0, atol=1e-5)
+
+
+def test_pairs_do_not_depend_on_their_neighbors():
+    config = mf.MPlug2Config.preset("tiny")
+    model = mf.MPlug2(config, tasks=[together.DEFINITION_PAIRS]).eval()
+    together.start(model)
+    mask = (torch.arange(12) < torch.tensor([12, 6])[:, None]).long()
+    ids = torch.randint(SEP_TOKEN_ID + 1, config.text.vocab_size, (2, 12)) * mask
+    ids[:, 3] = SEP_TOKEN_ID
+    with torch.no_grad():
+        both = together.DEFINITION_PAIRS.logits(model, {"text_ids": ids, "text_mask": mask})
+        alone = together.DEFINITION_PAIRS.logits(model, {"text_ids": ids[1:, :6], "text_mask": mask[1:, :6]})
+    torch.testing.assert_close(both[1:], alone, rtol=0, atol=1e-5)
 
 
 def test_swapped_shapes_have_swapped_captions(monkeypatch):
