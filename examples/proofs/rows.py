@@ -86,6 +86,12 @@ ROWS = {
         wordnet.held_out,
         wordnet.svm,
     ),
+    "definitions_masked": Row(
+        "The same after masked words in all definitions",
+        "> without masked words",
+        wordnet.held_out,
+        then="definitions_after_masked",
+    ),
     "definition_pairs": Row(
         "Pairs of texts: a noun, and the entry of a kind of it or of a kind of a sister term",
         "≥ 85%",

@@ -75,10 +75,11 @@ def read(path: Path) -> Iterator[Item]:
 
 
 def write(path: Path, folder: Path = FOLDER) -> None:
-    """Write train.jsonl and test.jsonl: all definitions in a fixed random order, one in ten held out."""
+    """Write all.jsonl, and train.jsonl and test.jsonl: the same in a fixed random order, one in ten held out."""
     items = list(read(path))
     order = np.random.default_rng(0).permutation(len(items))
     count = len(items) // (TRAINING_SHARE + 1)
+    write_items(folder / "all.jsonl", items)
     write_items(folder / "test.jsonl", (items[i] for i in order[:count]))
     write_items(folder / "train.jsonl", (items[i] for i in order[count:]))
 
@@ -104,7 +105,7 @@ def svm() -> dict[str, float]:
 def main(path: Annotated[Path, typer.Argument(help="WordNet's file data.noun.")]) -> None:
     """Write the definitions as training and test data."""
     write(path)
-    typer.echo(f"{FOLDER}: train.jsonl and test.jsonl")
+    typer.echo(f"{FOLDER}: all.jsonl, train.jsonl and test.jsonl")
 
 
 if __name__ == "__main__":
