@@ -111,6 +111,7 @@ ROWS = {
         emoji.held_out,
         emoji.nearest,
         score=emoji.score,
+        then="emoji_more",
     ),
     "several": Row(
         "Grounding: which of two to four shapes, such as “the square left of the blue circle”",
