@@ -304,7 +304,7 @@ def test_the_loss_falls(name, tmp_path, nouns, designs, monkeypatch):
     changes = [f"out={tmp_path}", "tensorboard=false", *SHORT]
     if name in FROM_ANOTHER:
         changes.append("model={preset='tiny', init='scaled'}")
-    if name == "definitions":
+    if name.startswith("definitions"):
         changes.append(f"sources.0.data={nouns}")
     trainer = mf.Trainer(load_recipe(FOLDER / f"{name}.toml", changes), note=lambda line: None)
     trainer.datasets = [
