@@ -19,7 +19,7 @@ class Boxes(Grounding):
     """Grounding of several phrases in each picture, which is encoded once.
 
     Attributes:
-        steps: multiples of 1 / steps are the bins that are used. Each is learned alone, so all 337 would be too many.
+        steps: multiples of 1 / steps are the bins that are used.
     """
 
     steps = 64
