@@ -20,10 +20,11 @@ SCALE = 5.0
 class Products(nn.Module):
     """Two classes by the class token, the product of the mean hidden vectors of both texts, and that of word vectors.
 
-    Either text has its own word vectors. A hidden vector says how much its word counts.
+    Each text has its own table of word vectors. The weight of a word comes from its hidden vector.
 
     Args:
-        words: size of the vocabulary. width: of hidden vectors and word vectors. dropout: of numbers, and of words.
+        words: size of the vocabulary. width: of hidden vectors and word vectors.
+        dropout: of numbers. That of whole words is twice as large.
     """
 
     def __init__(self, words: int, width: int, dropout: float) -> None:

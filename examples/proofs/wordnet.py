@@ -75,7 +75,7 @@ def read(path: Path) -> Iterator[Item]:
 
 
 def write(path: Path, folder: Path = FOLDER) -> None:
-    """Write all.jsonl, and train.jsonl and test.jsonl: the same in a fixed random order, one in ten held out."""
+    """Write all.jsonl, and its random split into train.jsonl and test.jsonl. One definition in ten is held out."""
     items = list(read(path))
     order = np.random.default_rng(0).permutation(len(items))
     count = len(items) // (TRAINING_SHARE + 1)

@@ -76,15 +76,12 @@ class Grounding(Task):
         Raises:
             ValueError: no such weighting.
         """
-        return self.box_loss(model, _remember(model, batch), batch["target_boxes"], weighting)
-
-    def box_loss(self, model: Any, memory: Any, target_boxes: Tensor, weighting: Weighting) -> Tensor:
-        """`loss` from the decoder's memory of `(B, tokens, D)`."""
         if weighting not in ("official", "per_sample", "none"):
             raise ValueError(f"weighting must be official, per_sample or none, got {weighting!r}")
-        targets = wide(target_boxes)
+        targets = wide(batch["target_boxes"])
         bins = (targets.clamp(0, 1) * (BINS - 1)).floor().long()
         inputs = torch.cat([bins.new_full((len(bins), 1), START), bins[:, :-1] + FIRST_BIN], dim=1)
+        memory = _remember(model, batch)
         logits = model.decoder(inputs[:, None], torch.ones_like(inputs)[:, None], memory)[:, 0]
         logits = wide(_places(logits))
         losses = F.cross_entropy(logits.flatten(0, 1), bins.flatten(), reduction="none").view(bins.shape)
